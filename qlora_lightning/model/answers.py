@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.layers.elementwise import rope_limit
-
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
 _FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
-_SHARE = 0.5  # of the free memory that the dense weights may take
 _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
     **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
     **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None},
@@ -62,7 +59,7 @@ def generate_answers(
     model.eval()
     try:
         with contextlib.nullcontext() if is_packed else dense_weights(model), _gathered_head(causal_lm):
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, causal_lm.config):
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
                 longest = max(len(prompts[row]) for row in rows)
                 ids = torch.full((len(rows), longest), padding)
                 mask = torch.zeros_like(ids)
@@ -78,22 +75,13 @@ def generate_answers(
     return answers
 
 
-def _batches(lengths: list[int], max_new_tokens: int, batch_size: int, config: Any) -> Iterator[list[int]]:
-    """Put rows of like length together, the longest first: memory that does not suffice fails at once.
-
-    A row that may grow beyond :func:`rope_limit` is alone.
-    """
-    batch: list[int] = []
-    limit = rope_limit(config)
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = lengths[batch[0] if batch else row] + max_new_tokens
-        alone = limit is not None and longest > limit
-        if batch and (alone or len(batch) == batch_size or (len(batch) + 1) * longest > TOKEN_BUDGET):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+    """Put rows of like length together, the longest first: memory that does not suffice fails at once."""
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while rows:
+        size = min(batch_size, max(1, TOKEN_BUDGET // (lengths[rows[0]] + max_new_tokens)))
+        yield rows[:size]
+        rows = rows[size:]
 
 
 @contextlib.contextmanager
@@ -111,39 +99,34 @@ def _gathered_head(causal_lm: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def dense_weights(model: nn.Module) -> Iterator[bool]:
+def dense_weights(model: nn.Module) -> Iterator[None]:
     """Hold every 4-bit linear's weight in its compute dtype, as it is multiplied anyway, if there is memory for it.
 
     Nothing is merged: adapters act as before, and every product has the same operands. Afterwards the 4-bit linears
-    are back, untouched. A second call inside the first changes nothing.
-
-    Weights of a sharded base stay as they are: no process has them all.
-
-    Yields:
-        Whether the weights are dense now.
+    are back, untouched. Weights of a sharded base stay as they are: no process has them all.
     """
     children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    linears: list[tuple[nn.Module, str, Any]] = [each for each in children if type(each[2]) is bnb.nn.Linear4bit]
-    is_sharded = any(isinstance(linear.weight, DTensor) for _, _, linear in linears)
-    if not linears or is_sharded or not _fits([linear for _, _, linear in linears]):
-        yield not linears
-        return
+    linears: list[tuple[nn.Module, str, Any]] = [
+        each for each in children if type(each[2]) is bnb.nn.Linear4bit and not isinstance(each[2].weight, DTensor)
+    ]
+    size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
+    if size > _free_memory(model) / 2:
+        linears = []
     try:
         for parent, name, linear in linears:
-            setattr(parent, name, _make_dense(linear))
-        yield True
+            setattr(parent, name, _build_dense(linear))
+        yield
     finally:
         for parent, name, linear in linears:
             setattr(parent, name, linear)
 
 
-def _fits(linears: list[Any]) -> bool:
-    size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for linear in linears)
-    device = linears[0].weight.device
-    if device.type == "cuda":  # what torch has cached is free too
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return bool(size <= _SHARE * (torch.cuda.mem_get_info(device)[0] + cached))
-    return bool(size <= _SHARE * psutil.virtual_memory().available)
+def _free_memory(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, which is free too
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _dtype_of(linear: Any) -> torch.dtype:
@@ -152,7 +135,7 @@ def _dtype_of(linear: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _make_dense(linear: Any) -> nn.Linear:
+def _build_dense(linear: Any) -> nn.Linear:
     dtype = _dtype_of(linear)
     dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)

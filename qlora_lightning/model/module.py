@@ -25,7 +25,7 @@ from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards.checks import check_token_ids, check_training_mode
 from qlora_lightning.model.guards.guard import OnNonfinite, QuietCollector, TrainingGuard
 from qlora_lightning.model.guards.start import check_fit, check_setup, check_start
-from qlora_lightning.model.layers.attention import attends_flatly, register_flat_attention
+from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model
@@ -184,8 +184,6 @@ class QLoRAModule(lightning.LightningModule):
     def _make_model(self) -> None:
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
-            if not attends_flatly(self.causal_lm):  # an override has loaded it otherwise
-                self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))
             if self.adapter is not None and self.overrides("build_model"):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
@@ -248,8 +246,7 @@ class QLoRAModule(lightning.LightningModule):
     @fast.setter
     def fast(self, fast: bool) -> None:
         self._fast = fast
-        if self.model is not None and attends_flatly(self.causal_lm):
-            self.causal_lm.set_attn_implementation(register_flat_attention(fast))
+        if self.model is not None:
             self.choose_layers()
 
     @property
@@ -265,6 +262,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
+        self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))  # whatever set another one
         return choose_layers(self.model, self.fast)
 
     def on_train_start(self) -> None:
@@ -291,7 +289,7 @@ class QLoRAModule(lightning.LightningModule):
         batch. States are in the order of the samples.
 
         Raises:
-            UserError: See :meth:`lay_out`; or the model does not attend within samples.
+            UserError: See :meth:`lay_out`.
         """
         layout = self.layout_of(batch)
         with self.autocast():

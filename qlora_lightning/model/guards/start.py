@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.guards.checks import check_callbacks, check_trainer
-from qlora_lightning.model.layers.elementwise import check_row_length
+from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of
 

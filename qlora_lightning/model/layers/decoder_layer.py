@@ -7,7 +7,6 @@ also of each head's queries and keys, rotary positions, SwiGLU.
 
 import functools
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -21,7 +20,6 @@ from qlora_lightning.model.layers.attention import flat_attention
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
-    rms_norm_again,
     rms_norm_backward,
     swiglu,
     swiglu_backward,
@@ -64,7 +62,7 @@ class NormedLinears(torch.autograd.Function):
         normed, inverse_rms = rms_norm(x[0], weight, eps)
         all_xa = apply_A(normed, linears)
         ctx.save_for_backward(x[0], weight, inverse_rms, *all_xa, *adapters)
-        ctx.linears = linears
+        ctx.linears, ctx.eps = linears, eps
         return tuple(apply_linear(normed, xa, linear)[None] for xa, linear in zip(all_xa, linears, strict=True))
 
     @staticmethod
@@ -75,20 +73,12 @@ class NormedLinears(torch.autograd.Function):
         grad_xa, grads_B = gradients_of_B(grads, rest[: len(grads)], ctx.linears)
         grads_A: list[Tensor | None] = [None] * len(grads)
         if grad_xa is not None:
-            grads_A = gradients_of_A(grad_xa, rms_norm_again(x, weight, inverse_rms), ctx.linears)
+            grads_A = gradients_of_A(grad_xa, rms_norm(x, weight, ctx.eps)[0], ctx.linears)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = input_gradient(grads, grad_xa, ctx.linears)
             grad_x = rms_norm_backward(grad_normed, x, weight, inverse_rms)[None]
         return grad_x, None, None, None, *itertools.chain(*zip(grads_A, grads_B, strict=True))
-
-
-class NormedQKV(NormedLinears):
-    """Those of attention: a profile tells forward and backward of the two by their names."""
-
-
-class NormedGateUp(NormedLinears):
-    """Those of the MLP."""
 
 
 class SwiGLUDown(torch.autograd.Function):
@@ -184,17 +174,9 @@ class FusedDecoderLayer(Fused):
 
     def _computes_fused(self, hidden_states: Tensor, options: Mapping[str, Any]) -> bool:
         """Whether a call takes the fused forward: what may change between two passes is looked at here."""
-        is_flat = options.get("samples") is not None or options.get("cu_seqlens") is not None
-        if self.plain_reason is not None or not is_flat or torch.compiler.is_compiling():
+        if self.plain_reason is not None or options.get("samples") is None:
             return False
-        if torch.is_autocast_enabled(device_of_autocast(hidden_states)):
-            return False
-        if hidden_states.dtype != self.compute_dtype:
-            warnings.warn(
-                f"Hidden states are {hidden_states.dtype} where a layer computes in {self.compute_dtype}: it runs by "
-                "the slower layer of transformers.",
-                stacklevel=2,
-            )
+        if torch.is_autocast_enabled(device_of_autocast(hidden_states)) or hidden_states.dtype != self.compute_dtype:
             return False
         adapted = [linear for linear in self.linears() if isinstance(linear, LoraLayer)]
         return all(isinstance(linear, FusedLoRA) and linear.computes_fused() for linear in adapted)
@@ -210,14 +192,16 @@ class FusedDecoderLayer(Fused):
         """Compute ``hidden + attention(RMSNorm(hidden))``; ``options`` are more arguments of the attention."""
         attention, norm = self.self_attn, self.input_layernorm
         adapters, linears = _split([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype, casts)
-        projected = NormedQKV.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        projected = NormedLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
         if hasattr(attention, "q_norm"):
             query = HeadNorm.apply(query, attention.q_norm.weight, attention.q_norm.variance_epsilon)
             key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
         query, key = Rotary.apply(query, key, *position_embeddings)
-        options |= {"scaling": attention.scaling, "sliding_window": window_of(attention)}
+        config_window = getattr(attention.config, "sliding_window", None)  # Mistral's attention has none of its own
+        window = getattr(attention, "sliding_window", config_window)
+        options |= {"scaling": attention.scaling, "sliding_window": window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)
         return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))
@@ -226,16 +210,9 @@ class FusedDecoderLayer(Fused):
         """Compute ``hidden + MLP(RMSNorm(hidden))``."""
         norm, mlp = self.post_attention_layernorm, self.mlp
         adapters, linears = _split([mlp.gate_proj, mlp.up_proj], hidden.dtype, casts)
-        gate, up = NormedGateUp.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        gate, up = NormedLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype, casts)
         return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
-
-
-def window_of(attention: Any) -> int | None:
-    """Return how many tokens an attention sees, as its own forward: Mistral's asks the config."""
-    config = getattr(attention, "config", None)
-    window: int | None = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    return window
 
 
 def _split(

@@ -7,7 +7,7 @@ elsewhere torch runs it operation by operation.
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.cpu import loops
-from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 _Operations = TypeVar("_Operations", bound=Callable[..., Any])
@@ -75,13 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scaled = _precise(x)
     squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return _weigh(scaled.mul_(inverse), weight, x.dtype), inverse
-
-
-@_region(alike=2)
-def rms_norm_again(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the first of what :func:`rms_norm` returned, bit for bit, from the second."""
-    return _weigh(_precise(x).mul_(inverse), weight, x.dtype)
+    return scaled.mul_(inverse).to(x.dtype, copy=True).mul_(weight), inverse
 
 
 @_region(alike=3)
@@ -99,10 +92,6 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
 def _precise(x: Tensor) -> Tensor:
     """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-
-
-def _weigh(scaled: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return scaled.to(dtype, copy=True).mul_(weight)
 
 
 # ---- SwiGLU (Shazeer 2020, GLU variants) ----------------------------------------------------------------------------
@@ -168,30 +157,3 @@ def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool
         return rotated
 
     return rotate(query), rotate(key)
-
-
-def rope_limit(config: Any) -> int | None:
-    """Return how long rows may be before the angles of all rows of a batch depend on its longest one.
-
-    The types ``dynamic`` (NTK) and ``longrope`` scale all angles by the longest row that is beyond the length of the
-    base's pre-training. All other types rotate a row as if it were alone: ``None``.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for each in (rope, *rope.values()):  # some have parameters for each type of layer
-        kind = str(each.get("rope_type")) if isinstance(each, Mapping) else ""
-        if "dynamic" in kind or kind == "longrope":  # as transformers' dynamic_rope_update asks
-            most: int = config.max_position_embeddings
-            limits.append(each.get("original_max_position_embeddings", most) if kind == "longrope" else most)
-    return min(limits, default=None)
-
-
-def check_row_length(config: Any, longest: int) -> None:
-    """Refuse rows of more tokens than :func:`rope_limit`: they would be trained otherwise in each batch."""
-    limit = rope_limit(config)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"This base scales its rotary embedding ({config.rope_parameters['rope_type']}) by the longest row of a "
-            f"batch if that has more than {limit:,} tokens, and rows here may have {longest:,}: the same row would "
-            f"be trained differently in each batch. Set data.max_length to {limit} or less."
-        )

@@ -15,7 +15,6 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_of, compute_dtype_of
 
@@ -72,19 +71,17 @@ def choose_layers(model: nn.Module, fast: bool = True) -> Fusion:
 
 
 def _why_linear_is_plain(layer: Any) -> str | None:
-    base = base_of(layer)
+    base, is_usual = base_of(layer), True
     if isinstance(base, bnb.nn.Linear8bitLt):
         return "model.quantization is int8"
     if isinstance(layer, LoraLayer):
-        for variant in layer.lora_variant.values():
-            return f"model.lora_options ask for PEFT's {type(variant).__name__}"
-        if any(layer.lora_bias.values()):
-            return "model.lora_options train biases"
+        if layer.lora_variant or any(layer.lora_bias.values()):
+            return "model.lora_options ask for more than plain LoRA"
         if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
             return "model.dropout is not 0"
-    is_usual = isinstance(layer, FusedLoRA) or not isinstance(layer, LoraLayer)
-    is_usual = is_usual and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not any(map(is_watched, layer.children()))
-    return None if is_usual and not _trains(base) else _UNUSUAL
+        is_usual = isinstance(layer, FusedLoRA)
+    is_usual = is_usual and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not _trains(base)
+    return None if is_usual and not any(map(is_watched, layer.children())) else _UNUSUAL
 
 
 def _why_layer_is_plain(layer: Any, family: str | None) -> str | None:
@@ -93,19 +90,18 @@ def _why_layer_is_plain(layer: Any, family: str | None) -> str | None:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    if {type(part).__module__ for part in (attention, mlp, *norms)} != {family}:
+    parts = {type(part).__module__ for part in (attention, mlp, *norms)}
+    if parts != {family} or any(map(is_watched, layer.children())) or any(map(_trains, norms)):
         return _UNUSUAL
-    if attention.attention_dropout:
-        return f"the base's attention_dropout is {attention.attention_dropout:g}"
-    if type(mlp.act_fn) not in _ACTIVATIONS:
-        return f"the base's hidden_act is {type(mlp.act_fn).__name__}, not silu"
+    if attention.attention_dropout or type(mlp.act_fn) not in _ACTIVATIONS:
+        return "the base has attention_dropout, or a hidden_act other than silu"
     linears = layer.linears()
     for reason in filter(None, map(_why_linear_is_plain, linears)):
         return reason
     layer.compute_dtype = layer.input_layernorm.weight.dtype
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
         return f"the base is in {layer.compute_dtype}, and computes in another dtype"
-    return _UNUSUAL if any(map(is_watched, layer.children())) or any(map(_trains, norms)) else None
+    return None
 
 
 def _trains(module: nn.Module) -> bool:
@@ -123,26 +119,22 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in own
 
 
-def explain_plain_layers(model: nn.Module, fusion: Fusion, *, autocasts: bool, precision: str) -> str | None:
-    """Report why decoder layers take the plain path of PEFT and transformers in training.
+def explain_plain_layers(fusion: Fusion, *, autocasts: bool, precision: str) -> str | None:
+    """Report why decoder layers take the plain path of PEFT and transformers in training; ``None`` if none does.
 
     Args:
-        model: transformers' causal language model with its adapters.
-        fusion: What was chosen for it.
-        autocasts: Whether the module computes under autocast, as something beside plain LoRA trains.
+        fusion: What was chosen for the model.
+        autocasts: Whether the module computes under autocast.
         precision: Lightning's name, as ``32-true``.
-
-    Returns:
-        A sentence; ``None`` if all layers run fused.
     """
     reasons = [reason for reason in fusion.layers.values() if reason is not None]
-    beside = [name for name in trainable_tensors(model) if ".lora_" not in name]
-    which = "All" if len(reasons) == len(fusion.layers) else f"{len(reasons)} of"
     if precision.endswith("-mixed"):
-        which, reasons = "All", [f"trainer.precision is {precision} (32-true computes in model.compute_dtype anyway)"]
-    elif beside and (autocasts or reasons):
-        which, reasons = "All", [f"model.lora_options train {beside[0]} beside the adapters"]
+        reasons = [f"trainer.precision is {precision}"] * len(fusion.layers)
+    elif autocasts and not reasons:
+        reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     if not reasons:
         return None
     listed = "; ".join(dict.fromkeys(reasons))
-    return f"{which} {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: {listed}."
+    return (
+        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: {listed}."
+    )

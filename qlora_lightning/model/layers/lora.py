@@ -210,15 +210,10 @@ class FusedLoRA(Fused):
 
     active_adapters: list[str]
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Take one more adapter, as PEFT calls it."""
-        super().update_layer(*args, **kwargs)  # type: ignore[misc]  # of PEFT
-        self.plain_reason = "an adapter was added since layers were chosen"
-
     def computes_fused(self) -> bool:
         """Whether the fused forward computes what the layer is to compute now: PEFT switches adapters at any time."""
-        is_plain_sum = not self.merged and (self.disable_adapters or len(self.active_adapters) == 1)
-        return self.plain_reason is None and is_plain_sum and not torch.compiler.is_compiling()
+        is_plain_sum = self.disable_adapters or len(self.active_adapters) == 1
+        return self.plain_reason is None and not self.merged and bool(is_plain_sum)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""

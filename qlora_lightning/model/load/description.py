@@ -17,7 +17,7 @@ def describe_fit(module: Any, fusion: Fusion) -> None:
     for line in (
         explain_dtype(module.compute_dtype, module.device),
         describe_sizes(module.model),
-        explain_plain_layers(module.model, fusion, autocasts=autocasts, precision=precision) if module.fast else None,
+        explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
     ):
         if line is not None:
             say(line)

@@ -1,7 +1,6 @@
 """Out of memory, reported with the batch, the peak and what helps."""
 
 import contextlib
-import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,22 +10,11 @@ from qlora_lightning.model.load.device import device_memory_gib, read_peak_gib
 from qlora_lightning.model.step.batch import is_flat
 from qlora_lightning.support.errors import UserError
 
-# What torch raises as a plain RuntimeError: its CPU allocator, the driver, and cuBLAS when it finds no workspace.
-_SIGNS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _REMEDIES = (
     "data.batch_size or data.tokens_per_batch halved with trainer.accumulate_grad_batches doubled (the same result); "
     "gradient_checkpointing.enabled: true, on a GPU also its offload (the same result, slower); model.quantization: "
     "nf4; a smaller data.max_length, model.rank or model.base"
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out, on a GPU or a CPU."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM  # of mmap, for the pages of checkpointed inputs
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 @contextlib.contextmanager
@@ -42,9 +30,7 @@ def telling_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
         device, place = pl_module.device, "the optimizer's step" if batch is None else "a batch"
         if is_flat(batch) and "longest" in batch:
             rows, tokens = len(batch["cu_seqlens"]) - 1, batch["input_ids"].numel()

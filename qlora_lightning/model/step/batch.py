@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.model.step.layout import find_needed
+from qlora_lightning.model.step.layout import find_computed
+from qlora_lightning.support.errors import UserError
 
 
 def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:
@@ -73,7 +74,26 @@ def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]]
             return int(samples.lengths[rows].sum())
         spans = samples.spans(rows)
         predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
-        needed = find_needed([samples.ids[span] for span in spans], predicts)
-        return sum(needed.seen) - sum(needed.shared)
+        return find_computed([samples.ids[span] for span in spans], predicts).count
 
     return count
+
+
+def check_row_length(config: Any, longest: int) -> None:
+    """Refuse rows whose angles would depend on the longest row of their batch: they would be trained otherwise in each.
+
+    The rotary types ``dynamic`` (NTK) and ``longrope`` scale all angles by a row that is beyond the length of the
+    base's pre-training.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):  # some have parameters for each type of layer
+        kind = each.get("rope_type") if isinstance(each, Mapping) else None
+        limit = config.max_position_embeddings if kind in ("dynamic", "longrope") else longest
+        if kind == "longrope":
+            limit = each.get("original_max_position_embeddings", limit)
+        if longest > limit:
+            raise UserError(
+                f"This base scales its rotary embedding ({kind}) by the longest row of a batch if that has more than "
+                f"{limit:,} tokens, and rows here may have {longest:,}: the same row would be trained differently in "
+                f"each batch. Set data.max_length to {limit} or less."
+            )

@@ -6,20 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.layers.attention import (
-    NO_MASK,
-    can_leave_out,
-    check_attends_flatly,
-    has_ragged_kernel,
-)
+from qlora_lightning.model.layers.attention import NO_MASK, has_dropout, has_ragged_kernel
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
-from qlora_lightning.model.layers.elementwise import check_row_length
+from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
 
 
 def leaves_out_unneeded(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
-    """Whether the loss is computed without the tokens that it does not need; not under noise, each sample's own."""
-    return fast and noise_alpha is None and can_leave_out(causal_lm, causal_lm.training)
+    """Whether the loss is computed without the tokens that it does not need, and shared ones once.
+
+    Not where each token is to draw numbers of its own: for NEFTune's noise, or for dropout.
+    """
+    return fast and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
 def lay_out_for(
@@ -53,11 +51,7 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         layout: Of the batch, on the model's device.
         noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
         fast: Whether a GPU's adapters are cast all at once.
-
-    Raises:
-        UserError: The model does not attend within samples.
     """
-    check_attends_flatly(causal_lm)
     tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
     if noise_alpha is not None:
         embeddings = causal_lm.get_input_embeddings()(layout.input_ids)

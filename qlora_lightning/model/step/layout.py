@@ -12,13 +12,13 @@ An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last 
     position_ids   3 0 1 2 3
     predicting     0 4                  places in the stream; targets 8 6
     bounds         0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
-    query_start    3 0                  of the first sample only 7 has a query
+    cu_queries     0 1 5                of the first sample only 7 has a query
     gather_index   1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
     copies         3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
     copy_offsets   0 1 3 5 7 8          where in copies those of each place begin, and the end of the last
     first_copy     3 0 1 2 7            the first of those of each place
 
-Attention takes keys and values by ``gather_index``; their gradients are added up over ``copies``.
+Attention takes its states by ``gather_index``; their gradients are added up over ``copies``.
 """
 
 import dataclasses
@@ -85,14 +85,14 @@ class Samples(_Moves):
     Attributes:
         bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
         cu_seqlens: The same for a kernel, int32.
-        query_start: From which of its tokens on each sample has queries: those before are computed with another sample.
+        cu_queries: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
         expanded: Every token of each sample, sample after sample.
         padded: Every sample with as many tokens as the longest, ``(samples · longest,)``; only where it was asked for.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
-    query_start: Tensor
+    cu_queries: Tensor
     expanded: Expansion
     padded: Expansion | None = None
 
@@ -114,7 +114,7 @@ class Layout(_Moves):
         counts: How many are predicted of each sample.
         samples: Where samples lie.
         rows: The ids of the batch's rows.
-        origin: The batch's tensors that it was made from, and the version of each; see :meth:`bind`.
+        origin: The batch's tensors that it was made from; see :meth:`bind`.
     """
 
     input_ids: Tensor
@@ -124,46 +124,49 @@ class Layout(_Moves):
     counts: tuple[int, ...]
     samples: Samples
     rows: tuple[int, ...] = ()
-    origin: tuple[tuple[Tensor, int], ...] = ()
+    origin: tuple[Tensor, ...] = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
         """Remember the batch that this is the layout of, once it has moved."""
         return dataclasses.replace(self, origin=_origin(batch))
 
     def is_of(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a batch is still what this was made from: a subclass may have put other labels into it."""
-        pairs = zip(self.origin, _origin(batch), strict=False)
-        return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
+        """Whether a batch still has the tensors that this was made from: a subclass may have put in other labels."""
+        return bool(self.origin) and all(a is b for a, b in zip(self.origin, _origin(batch), strict=True))
 
 
-def _origin(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
-    tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
-    return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
+def _origin(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens"))
 
 
 @dataclass(frozen=True)
-class Needed:
+class ComputedTokens:
     """What of the samples of a batch is computed.
 
     Attributes:
-        seen: How many tokens of each sample, from its first, something is predicted from; at least 1.
+        lengths: How many tokens of each sample, from its first, something is predicted from; at least 1.
         shared: How many of these another sample begins with too, which computes them.
         order: The samples, each behind the one that computes what it shares; empty where none does.
     """
 
-    seen: list[int]
+    lengths: list[int]
     shared: list[int]
     order: list[int]
 
-    def computed(self, starts: Sequence[int]) -> _Numbers:
-        """Return which tokens of the batch are computed, ``(K,)``; ``starts`` is where its samples begin."""
-        spans = zip(starts, self.shared, self.seen, strict=True)
-        return np.concatenate([np.arange(start + shared, start + seen) for start, shared, seen in spans])
+    @property
+    def count(self) -> int:
+        """Number of computed tokens."""
+        return sum(self.lengths) - sum(self.shared)
+
+    def places(self, starts: Sequence[int]) -> _Numbers:
+        """Return which tokens of the batch are computed, ``(count,)``; ``starts`` is where its samples begin."""
+        spans = zip(starts, self.shared, self.lengths, strict=True)
+        return np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
 
     def gather_index(self) -> _Numbers:
-        """Return where among the computed tokens each one that a sample sees is, sample after sample."""
-        ends = np.cumsum(np.subtract(self.seen, self.shared)).tolist()
-        places = [np.arange(end - seen, end) for end, seen in zip(ends, self.seen, strict=True)]
+        """Return where among the computed tokens each one of a sample is, sample after sample."""
+        ends = np.cumsum(np.subtract(self.lengths, self.shared)).tolist()
+        places = [np.arange(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
         for before, sample in itertools.pairwise(self.order):
             places[sample][: self.shared[sample]] = places[before][: self.shared[sample]]
         return np.concatenate(places)
@@ -181,24 +184,22 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
             products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
         pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
     """
-    bounds, tokens = batch["cu_seqlens"].tolist(), batch["input_ids"].shape[1]
-    if bounds[0] != 0 or bounds[-1] != tokens or any(end <= start for start, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens}, the tokens of the batch; found {bounds}.")
+    bounds = batch["cu_seqlens"].tolist()
     starts = bounds[:-1]
     ids, positions, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "labels"))
     targets = next_labels(torch.from_numpy(labels)).numpy()
     counts = np.add.reduceat(targets != IGNORED, starts, dtype=np.int64).tolist()
-    needed = Needed(np.diff(bounds).tolist(), [0] * len(starts), [])
+    computed = ComputedTokens(np.diff(bounds).tolist(), [0] * len(starts), [])
     if leaves_out:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
-        needed = find_needed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
-        computed = needed.computed(starts)
-        ids, positions, targets = ids[computed], positions[computed], targets[computed]
+        computed = find_computed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
+        places = computed.places(starts)
+        ids, positions, targets = ids[places], positions[places], targets[places]
     filler = -len(ids) % _ROWS if fills else 0
     if filler:  # token 0 may be bad where it is never read
         ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
         positions = np.append(positions, np.arange(filler))
-        needed = Needed([*needed.seen, filler], [*needed.shared, 0], needed.order)
+        computed = ComputedTokens([*computed.lengths, filler], [*computed.shared, 0], computed.order)
     (predicting,) = (targets != IGNORED).nonzero()
     return Layout(
         torch.from_numpy(ids)[None],
@@ -206,28 +207,30 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
         torch.from_numpy(predicting),
         torch.from_numpy(targets[predicting]),
         tuple(counts),
-        place_samples(needed, pads=pads),
+        place_samples(computed, pads=pads),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 
 
-def place_samples(needed: Needed, *, pads: bool = False) -> Samples:
-    """Find where samples are in the stream of what is needed of them; with ``pads`` also where they are padded."""
-    gather_index, bounds = needed.gather_index(), [0, *np.cumsum(needed.seen).tolist()]
-    tokens, longest, lengths = sum(needed.seen) - sum(needed.shared), max(needed.seen), np.array(needed.seen)[:, None]
+def place_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
+    """Find where samples are in the stream of their computed tokens; with ``pads`` also where they are padded."""
+    gather_index, bounds = computed.gather_index(), [0, *np.cumsum(computed.lengths).tolist()]
+    longest, lengths = max(computed.lengths), np.array(computed.lengths)[:, None]
     padded = None
     if pads:
         # A sample is padded with its last token: no query of its own sees what is behind it.
         within = np.minimum(np.arange(longest), lengths - 1) + np.array(bounds[:-1])[:, None]  # (samples, longest)
-        padded = _expand(gather_index[within.reshape(-1)], (np.arange(longest) < lengths).reshape(-1), tokens)
-    expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), tokens)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    return Samples(tuple(bounds), cu_seqlens, torch.tensor(needed.shared), expanded, padded)
+        is_token = (np.arange(longest) < lengths).reshape(-1)
+        padded = _expand(gather_index[within.reshape(-1)], is_token, computed.count)
+    expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), computed.count)
+    own = np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()
+    cu_seqlens, cu_queries = (torch.tensor(each, dtype=torch.int32) for each in (bounds, [0, *own]))
+    return Samples(tuple(bounds), cu_seqlens, cu_queries, expanded, padded)
 
 
 def whole_samples(lengths: Sequence[int]) -> Samples:
     """Find where samples are that are computed whole, one behind the other."""
-    return place_samples(Needed(list(lengths), [0] * len(lengths), []))
+    return place_samples(ComputedTokens(list(lengths), [0] * len(lengths), []))
 
 
 def _expand(gather_index: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Expansion:
@@ -244,31 +247,28 @@ def _expand(gather_index: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) 
     )
 
 
-def find_needed(tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[npt.NDArray[np.bool_]]) -> Needed:
+def find_computed(
+    tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[npt.NDArray[np.bool_]]
+) -> ComputedTokens:
     """Find what of the samples of a batch must be computed.
 
     Args:
         tokens: Of each sample, a number for each token; where they are the same, so are the states.
         predicts: From which of them something is predicted.
     """
-    found = [np.flatnonzero(each).tolist() for each in predicts]
-    seen = [places[-1] + 1 if places else 1 for places in found]
-    shareable = [places[0] if places else 0 for places in found]
+    predicting = [np.flatnonzero(each).tolist() for each in predicts]
+    lengths = [places[-1] + 1 if places else 1 for places in predicting]
+    shareable = [places[0] if places else 0 for places in predicting]
     # Whatever order sorts by the first token that differs: neighbours have most in common.
     order = sorted(range(len(tokens)), key=lambda sample: tokens[sample].tobytes())
     shared = [0] * len(tokens)
     for before, sample in itertools.pairwise(order):
-        most = min(shareable[sample], seen[before])
+        most = min(shareable[sample], lengths[before])
         differ = np.flatnonzero(tokens[before][:most] != tokens[sample][:most])
         shared[sample] = int(differ[0]) if len(differ) else most
-    if _LEAST_SHARED * sum(shared) < sum(seen):
+    if _LEAST_SHARED * sum(shared) < sum(lengths):
         shared = [0] * len(tokens)
-    return Needed(seen, shared, order)
-
-
-def filled(tokens: int) -> int:
-    """Return how many tokens a stream of so many has once it is filled up."""
-    return -(-tokens // _ROWS) * _ROWS
+    return ComputedTokens(lengths, shared, order)
 
 
 def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:

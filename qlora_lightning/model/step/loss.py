@@ -1,7 +1,7 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 # mypy: allow-untyped-calls
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -18,8 +18,6 @@ from qlora_lightning.model.layers.fuse import is_watched
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
 _LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
-_FLOAT = 4  # bytes
-_CACHED_BYTES = 6 << 20  # of probabilities in float32 that a CPU makes at a time: they stay in its cache
 
 
 class LossSums(NamedTuple):
@@ -86,12 +84,6 @@ def rows_of_logits(vocabulary: int, number_bytes: int, device: str) -> int:
     return max(1, min(_MOST_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
 
 
-def rows_of_probabilities(vocabulary: int, number_bytes: int, device: str) -> int:
-    """Return of how many labelled tokens the probabilities exist at a time."""
-    most = rows_of_logits(vocabulary, number_bytes, device)
-    return max(1, min(most, _CACHED_BYTES // (vocabulary * _FLOAT))) if device == "cpu" else most
-
-
 def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) -> LossSums:
     """Sum the loss of labelled tokens; arguments are those of :func:`token_losses`."""
     nll, correct = token_losses(hidden, targets, head, fast=fast)
@@ -102,7 +94,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) 
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
-    As many tokens' logits exist at a time as 64 MiB hold, but at most 512; on a GPU as many as 256 MiB hold.
+    The logits of some tokens exist at a time: see :func:`rows_of_logits`.
 
     Args:
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
@@ -113,13 +105,10 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
         losses: tuple[Tensor, Tensor] = head.token_losses(hidden, targets, fast)
         return losses
-    is_frozen, device = is_frozen_linear(head), hidden.device.type
-    if fast and is_frozen:
-        chunk = rows_of_logits(len(head.weight), head.weight.element_size(), device)
-        found: tuple[Tensor, Tensor] = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
-        return found
-    known = is_frozen or isinstance(head, _ScaledHead)
-    chunk = rows_of_logits(len(head.weight), _FLOAT, device) if known else _MOST_ROWS
+    chunk = rows_of_logits(len(head.weight), head.weight.element_size(), hidden.device.type)
+    if fast and is_frozen_linear(head):
+        nll, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
+        return nll, correct
     return _checkpointed_head_loss(hidden, head, targets, chunk)
 
 
@@ -178,10 +167,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             logits = hidden[part].to(weight.dtype) @ weight.t()  # then their gradient
-            done = start
-            for own_nll, own_correct in _cross_entropies(logits, targets[part], gradient is not None):
-                rows = slice(done, done + len(own_nll))
-                nll[rows], correct[rows], done = own_nll.flatten(), own_correct.flatten(), rows.stop
+            nll[part], correct[part] = _cross_entropy(logits, targets[part], gradient is not None)
             if gradient is not None:
                 gradient[part] = logits @ weight
             del logits  # before the next are made
@@ -198,25 +184,23 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _cross_entropies(logits: Tensor, targets: Tensor, with_gradient: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield negative log-likelihoods and whether targets are the likeliest, some rows at a time.
+def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Compute negative log-likelihoods, and whether targets are the likeliest.
 
     With the gradient it takes the place of the logits.
     """
     # In float32 torch's softmax of 49,152 logits puts the loss off by 3e-6, and the gradient of hidden states by 7e-6;
     # the loop by a fifth of that. There both paths have to agree, so both take torch's.
     if logits.dtype is torch.bfloat16 and loops.can_run(logits):
-        yield loops.cross_entropy(logits, targets, with_gradient)
-        return
-    rows = rows_of_probabilities(logits.shape[1], logits.element_size(), logits.device.type)
-    for few, target in zip(torch.split(logits, rows), torch.split(targets[:, None], rows), strict=True):
-        probabilities = torch.softmax(few, -1, dtype=torch.float32)  # (rows, vocabulary)
-        prediction = probabilities.argmax(-1, keepdim=True)  # the first of the largest
-        # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
-        behind = few.gather(1, prediction).float() - few.gather(1, target).float()
-        yield behind - probabilities.gather(1, prediction).log_(), prediction == target
-        if with_gradient:
-            few.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
+        return loops.cross_entropy(logits, targets, with_gradient)
+    target, probabilities = targets[:, None], torch.softmax(logits, -1, dtype=torch.float32)  # (rows, vocabulary)
+    prediction = probabilities.argmax(-1, keepdim=True)  # the first of the largest
+    # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
+    behind = logits.gather(1, prediction).float() - logits.gather(1, target).float()
+    nll, correct = behind - probabilities.gather(1, prediction).log_(), prediction == target
+    if with_gradient:
+        logits.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
+    return nll.flatten(), correct.flatten()
 
 
 def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

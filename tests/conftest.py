@@ -30,6 +30,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         base = tmp_path_factory.getbasetemp()
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
         patch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "of_user"))  # for compiled code
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield folder
 
@@ -72,4 +73,5 @@ def rows_file(tmp_path: Path) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the test's own."""
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of_user"))
     return tmp_path / "cache"

@@ -4,6 +4,7 @@ import json
 import shutil
 import stat
 import subprocess
+import zipfile
 
 import pytest
 import torch
@@ -157,6 +158,7 @@ def test_a_recipe_replaces_a_link_and_follows_none(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 def test_a_library_that_others_may_write_is_not_loaded(cache):
+    own = cache.parent / "of_user" / "qlora_lightning"
     program = (
         "from qlora_lightning.model.cpu.library import load_library\n"
         "import logging; logging.basicConfig()\n"
@@ -168,20 +170,29 @@ def test_a_library_that_others_may_write_is_not_loaded(cache):
         return result.stdout + result.stderr
 
     assert start() == "True\n"
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    (library,) = cache.glob("kernels/*/loops.so")
+    assert not cache.exists()  # a folder that QLORA_LIGHTNING_CACHE names may be anybody's
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    (library,) = own.glob("kernels/*/loops.so")
     library.parent.chmod(0o777)
     refused = start()
     assert refused.startswith("False")
     assert f"{library.parent} can be written to by others" in refused
 
 
-def test_a_pickle_in_a_checkpoint_is_rejected_in_our_own_words(tiny_base, rows_file, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["pickle", "compressed"])
+def test_a_checkpoint_of_code_or_a_bomb_is_rejected_in_our_own_words(name, tiny_base, rows_file, tmp_path, capsys):
     class Code:
         def __reduce__(self):
             return (tmp_path.joinpath("ran").touch, ())
 
-    torch.save({"state_dict": Code()}, tmp_path / "evil.ckpt")
+    if name == "pickle":
+        torch.save({"state_dict": Code()}, tmp_path / "evil.ckpt")
+    else:  # a few MB may stand for many GB
+        torch.save({"state_dict": {"a": torch.zeros(9)}}, tmp_path / "plain.ckpt")
+        packed = zipfile.ZipFile(tmp_path / "evil.ckpt", "w", zipfile.ZIP_DEFLATED)
+        with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, packed as evil:
+            for entry in plain.namelist():
+                evil.writestr(entry, plain.read(entry))
     line = ["fit", "--model.base", str(tiny_base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
     line += ["--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", str(tmp_path / "evil.ckpt")]
     assert main(line) == 2

@@ -33,17 +33,21 @@ _ENTRY_NAME = "[0-9a-f]" * 24
 _log = logging.getLogger(__name__)
 
 
-def cache_root() -> Path:
-    """Return the cache's folder: ``QLORA_LIGHTNING_CACHE``, else the user's ``.cache``. It may not exist yet."""
-    if chosen := os.environ.get("QLORA_LIGHTNING_CACHE"):
+def cache_root(kind: Kind | None = None) -> Path:
+    """Return the cache's folder: ``QLORA_LIGHTNING_CACHE``, else the user's ``.cache``. It may not exist yet.
+
+    Compiled code is always in the user's own: a folder that is shared, or came from elsewhere, is data.
+    """
+    chosen = os.environ.get("QLORA_LIGHTNING_CACHE")
+    if chosen and kind != "kernels":
         return Path(chosen).expanduser().absolute()
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(parent).expanduser().absolute() / "qlora_lightning"
 
 
-def make_root() -> None:
+def make_root(kind: Kind | None = None) -> None:
     """Make the cache's folder, for this user alone: what is read from it is trained on, and libraries in it run."""
-    root = cache_root()
+    root = cache_root(kind)
     root.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(mode=0o700, exist_ok=True)
 
@@ -72,16 +76,18 @@ def cached_folder(
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
-    folder = cache_root() / kind / hash_key(key)
+    folder = cache_root(kind) / kind / hash_key(key)
     if find_entry(kind, key, check_weights) is None:
         try:
-            make_root()
+            make_root(kind)
             folder.parent.mkdir(exist_ok=True)
             with _lock(folder):
                 if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            if error.errno not in (None, errno.ENOSPC, errno.EDQUOT) and str(cache_root()) not in str(error.filename):
+            if error.errno not in (None, errno.ENOSPC, errno.EDQUOT) and str(cache_root(kind)) not in str(
+                error.filename
+            ):
                 raise  # of what the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
@@ -98,7 +104,7 @@ def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) 
     The checksums of ``*.safetensors`` are left out unless ``check_weights``: an entry of which only other files are
     needed is found at once.
     """
-    folder = cache_root() / kind / hash_key(key)
+    folder = cache_root(kind) / kind / hash_key(key)
     try:
         return folder if _find_damage(folder, check_weights) is None else None
     except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
@@ -139,7 +145,7 @@ def list_entries(kind: Kind | None = None) -> list[CacheEntry]:
     entries = [
         _describe(path, each)
         for each in (get_args(Kind) if kind is None else (kind,))
-        for path in (cache_root() / each).glob(_ENTRY_NAME)
+        for path in (cache_root(each) / each).glob(_ENTRY_NAME)
         if path.is_dir() and not path.is_symlink()
     ]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)

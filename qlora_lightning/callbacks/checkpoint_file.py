@@ -104,6 +104,7 @@ def check_checkpoint(file: str | Path) -> None:
 
 def _read_whole(file: Path) -> dict[str, Any]:
     """Read a checkpoint of ours, and compare the checksums of its tensors, at which ``torch.load`` does not look."""
+    content = read_checkpoint(file, mmap=True)  # first: it rejects what is compressed
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -111,6 +112,5 @@ def _read_whole(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged or not a checkpoint: {' '.join(str(error).split())}.") from error
     if damaged:
         raise UserError(f"{file} is damaged: {damaged} in it does not fit its checksum.")
-    content = read_checkpoint(file, mmap=True)
     read_content(content, str(file))
     return content

@@ -1,6 +1,7 @@
 """What a checkpoint holds."""
 
 import contextlib
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ _OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint file; raise UserError if it is none, cut off, or holds what would run code when it is read."""
     try:
+        with zipfile.ZipFile(file) as archive:  # torch compresses nothing: a few MB may stand for many GB
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
         raise UserError(

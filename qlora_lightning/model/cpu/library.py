@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ def load_library() -> ctypes.CDLL | None:
         folder = cached_folder("kernels", key, _compile, "C++ loops for this CPU")
         if _is_private(folder) and _is_private(folder / _LIBRARY):  # what is loaded from it runs
             return ctypes.CDLL(str(folder / _LIBRARY))
-        reason = f"{folder} can be written to by others"
+        _log.warning("%s can be written to by others: the C++ loops are compiled again, for this start.", folder)
+        with tempfile.TemporaryDirectory() as private:  # a library that is loaded needs no file any more
+            _compile(Path(private))
+            return ctypes.CDLL(str(Path(private, _LIBRARY)))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip()
     except (UserError, OSError) as error:

@@ -204,7 +204,7 @@ def test_what_a_callback_hooks_at_the_start_holds_in_training(fit):
         ({"lora_options": {"use_dora": True}}, "model.lora_options ask for more than plain LoRA"),
         (
             {"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["norm"]}},
-            "model.lora_options train more than plain LoRA",
+            "their parts are hooked, replaced or trained",
         ),
         ({"precision": "bf16-mixed"}, "trainer.precision is bf16-mixed"),
     ],

@@ -14,7 +14,6 @@ and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measure
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -34,7 +33,6 @@ from qlora_lightning.model.step.loss import rows_of_logits
 
 _CONTEXT = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
-_MOST_TOKENS = 1 << 24  # of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,6 @@ class StepMemory:
     def peak(self, tokens: int, longest_row: int) -> int:
         """Return the most bytes at a time; see :meth:`parts`."""
         return sum(self.parts(tokens, longest_row).values())
-
-    def most_tokens(self, free: int, longest_row: int) -> int:
-        """Return how many tokens a micro-batch may have for a step within so many bytes; 0 if not even one."""
-        counts = range(1, _MOST_TOKENS)
-        return bisect_right(counts, free, key=lambda tokens: self.peak(tokens, min(tokens, longest_row)))
 
     def host_bytes(self, tokens: int) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""

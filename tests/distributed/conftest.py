@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning.model.cpu.library import load_library
 from tests.distributed.runs import CONFIG
 
 
@@ -21,9 +20,6 @@ def folder(tiny_base, tmp_path_factory) -> Path:
     ]
     for name, some in (("rows.jsonl", rows), ("nine.jsonl", rows[:9])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))
-    if library := load_library():  # compiled already: the rest of the cache is empty
-        (folder / "cache").mkdir()
-        (folder / "cache" / "kernels").symlink_to(Path(library._name).parents[1])
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     pairs = [
         {"prompt": row["instruction"], "chosen": row["output"], "rejected": "No. " * (n % 3 + 1)}

@@ -114,7 +114,7 @@ class Layout(_Moves):
         counts: How many are predicted of each sample.
         samples: Where samples lie.
         rows: The ids of the batch's rows.
-        origin: The batch's tensors that it was made from; see :meth:`bind`.
+        origin: The batch's tensors that it was made from, and the version of each; see :meth:`bind`.
     """
 
     input_ids: Tensor
@@ -124,19 +124,22 @@ class Layout(_Moves):
     counts: tuple[int, ...]
     samples: Samples
     rows: tuple[int, ...] = ()
-    origin: tuple[Tensor, ...] = ()
+    origin: tuple[tuple[Tensor, int], ...] = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
         """Remember the batch that this is the layout of, once it has moved."""
         return dataclasses.replace(self, origin=_origin(batch))
 
     def is_of(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a batch still has the tensors that this was made from: a subclass may have put in other labels."""
-        return bool(self.origin) and all(a is b for a, b in zip(self.origin, _origin(batch), strict=True))
+        """Whether a batch is still what this was made from: a subclass or callback may have put other labels in."""
+        pairs = zip(self.origin, _origin(batch), strict=False)
+        return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
 
 
-def _origin(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    return tuple(batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens"))
+def _origin(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
+    tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
+    # torch counts what is written in place, and has no other way to ask
+    return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
 
 
 @dataclass(frozen=True)

@@ -117,15 +117,17 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     assert_same_step(loss_and_gradients(module, batch), expected)
 
 
-def test_labels_that_a_subclass_changes_are_seen(tiny_base):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place):
     """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
     module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
     assert batch["layout"].is_of(batch)
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][0, batch["cu_seqlens"][:-1]] = IGNORED
+    labels = batch["input_ids"].clone()
+    labels[0, batch["cu_seqlens"][:-1]] = IGNORED
+    batch["labels"] = batch["labels"].copy_(labels) if in_place else labels
     assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
 
 

@@ -220,6 +220,7 @@ class AdapterCheckpoint(Checkpoint):
                     self._write_adapter(trainer, pl_module)
                 if self.save_top_k and any(kept == name for _, kept in self.best):
                     copy = folder / f"{name}.unfinished"  # no hard link, which would share any damage
+                    copy.unlink(missing_ok=True)
                     shutil.copyfile(folder / UNFINISHED, copy)
                     put_in_place(copy, folder / name)
                 for logger in trainer.loggers:

@@ -43,7 +43,8 @@ def write_checkpoint(content: dict[str, Any], file: Path) -> None:
     Lightning would copy the whole file in memory first, and take a detour through the folder for temporary files.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("wb") as handle:
+    file.unlink(missing_ok=True)  # of a save that was killed, or a link that leads elsewhere
+    with file.open("xb") as handle:
         torch.save(content, handle)
     flush(file)
 

@@ -25,7 +25,7 @@ def test_the_classifier_of_the_page_is_llamas(tiny_base, tmp_path, monkeypatch):
     own = page["classifier"].eval()
 
     card = Path("runs/classifier/adapter/README.md").read_text(encoding="utf-8")
-    assert "PeftModelForSequenceClassification onto" in card
+    assert "by PEFT's class for the task SEQ_CLS" in card
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
     with without_peft_warnings():
         plain = peft.PeftModel.from_pretrained(plain, "runs/classifier/adapter").eval()

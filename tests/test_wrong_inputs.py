@@ -180,7 +180,7 @@ DATA = [
 ]
 CHECKPOINTS = [
     Wrong("no_checkpoint", "--ckpt_path none.ckpt", ("none.ckpt", "no such file")),
-    Wrong("cut_checkpoint", "--ckpt_path wrong.ckpt", ("not a checkpoint",), cut(LAST, "wrong.ckpt", 20_000)),
+    Wrong("cut_checkpoint", "--ckpt_path wrong.ckpt", ("no checkpoint",), cut(LAST, "wrong.ckpt", 20_000)),
     Wrong(
         "foreign_checkpoint",
         "--ckpt_path wrong.ckpt",

@@ -211,7 +211,7 @@ def test_a_damaged_adapter_folder_is_rejected(folder):
         (["--device-memory", "16"], "--device-memory is '16': expected a size with its unit, such as 16GiB or 24GB."),
         (["--json", "rows.jsonl"], "--json rows.jsonl exists already."),
         (["stray"], "stray. See `qlora-lightning plan --help`."),
-        (["--model.target_modules", "[q_prj]"], "Did you mean 'q_proj'?"),
+        (["--model.target_modules", "[q_prj]"], "names 'q_prj', which the base does not have"),
         (["--model.layers", "last:9"], "the base has 2 layers"),
         (
             ["--model.base", "owner/other"],

@@ -251,7 +251,7 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
         (["--data.val", "null"], "A sweep compares trials on validation rows, and there are none"),
         (["--model.alpha=3"], "--model.alpha: the sweep sets it itself"),
         (["--model.rank", "3"], "--model.rank: the sweep sets it itself"),
-        (["--target-modules", "attention,foo"], "model.target_modules is 'foo', but the base has no such module"),
+        (["--target-modules", "attention,foo"], "model.target_modules names 'foo', which the base does not have"),
         (["--ckpt_path", "x.ckpt"], "resumes from its own folder by itself"),
         (["--model.adapter", "run/adapter"], "model.adapter brings its own rank"),
         (["--trainer.fast_dev_run", "true"], "leave it out"),

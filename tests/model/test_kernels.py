@@ -114,7 +114,7 @@ def test_loops_are_the_same_on_any_threads(dtype):
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """A cache that holds nothing yet, and a process that has not looked for the loops."""
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.load_library.cache_clear()
     yield
     library.load_library.cache_clear()

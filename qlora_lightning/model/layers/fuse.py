@@ -86,7 +86,7 @@ def _why_linear_is_plain(layer: Any) -> str | None:
 
 def _why_layer_is_plain(layer: Any, family: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
-        return "layers of this family have no fused form"
+        return "layers of this family have no fused form" if family is None else "build_model has not fused them"
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]

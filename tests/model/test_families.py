@@ -77,7 +77,7 @@ def test_a_merged_model_is_base_and_adapter(family, tmp_path, capsys):
     make_run(tmp_path / "run", family, quantization="none")
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
     assert main(merge) == 0
-    assert "Checked in fp32 on 8 validation rows" in capsys.readouterr().out
+    assert "Checked on 8 validation rows" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32)
     with torch.no_grad(), without_peft_warnings():

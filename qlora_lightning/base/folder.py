@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tensors import open_tensors
+from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object, write_whole
 
@@ -142,7 +142,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        self._files = {key: file for file in weight_files(folder, name) for key in open_tensors(file).keys()}  # noqa: SIM118
+        self._files = {key: file for file in weight_files(folder, name) for key in tensor_names(file)}
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -173,7 +173,7 @@ def fingerprint(folder: Path) -> str:
     file_of_result = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(file_of_result.read_text(encoding="utf-8"))["fingerprint"])
-    names = sorted((name, file) for file in files for name in open_tensors(file).keys())  # noqa: SIM118
+    names = sorted((name, file) for file in files for name in tensor_names(file))
     total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(_THREADS) as pool:
         for description in pool.map(_describe_tensor, names):

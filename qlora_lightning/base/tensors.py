@@ -35,6 +35,11 @@ def open_tensors(file: Path) -> Any:
         raise UserError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
 
 
+def tensor_names(file: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file."""
+    return list(open_tensors(file).keys())
+
+
 def save_model(model: Any, folder: Path, **options: Any) -> None:
     """Write a model of transformers with its configs, by ``save_pretrained`` with those options, in any process.
 

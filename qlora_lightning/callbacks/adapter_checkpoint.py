@@ -34,7 +34,7 @@ from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, put_in_place
-from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -235,7 +235,7 @@ class AdapterCheckpoint(Checkpoint):
 
     def _write_adapter(self, trainer: Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "save_adapter"):
-            data = getattr(trainer, "datamodule", None)
+            data = datamodule_of(trainer)
             tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
             pl_module.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
 

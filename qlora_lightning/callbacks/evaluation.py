@@ -20,7 +20,7 @@ from qlora_lightning.evaluation.rows import (
 from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
-from qlora_lightning.support.trainer import gather_lists, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
 
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 
@@ -86,7 +86,7 @@ class Evaluation(Callback):
             rows: Those of this process that are to be answered.
         """
         asked = gather_lists(trainer, [row for row in rows if row.prompt is not None])
-        data: Any = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         if not asked or not getattr(data, "tokenizer", None) or not getattr(data, "stop_ids", None):
             return None
         texts = data.tokenizer.batch_decode([row.expected for row in asked], skip_special_tokens=True)
@@ -140,7 +140,7 @@ class Evaluation(Callback):
         if not self.enabled or is_trial_run(trainer) or not has_adapter or not trainer.global_step:
             return
         was_evaluated = (Path(trainer.default_root_dir) / EVALUATION).exists()
-        data = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         # a run that was killed in its evaluation has nothing left to train when it is resumed
         is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
         if trainer.val_dataloaders or is_left:

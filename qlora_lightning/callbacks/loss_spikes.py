@@ -12,7 +12,7 @@ from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.console import terminal
-from qlora_lightning.support.trainer import gather_lists
+from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
 _MOST_LOSSES, _FEWEST_LOSSES = 100, 30  # of the last steps, which a loss is compared with
 _PAUSE = 10  # steps between two reports, at least
@@ -61,7 +61,7 @@ class LossSpikeMonitor(Callback):
         # every rank has come to the same result
         row_ids = gather_lists(trainer, getattr(getattr(pl_module, "window", None), "closed_row_ids", []))
         if trainer.is_global_zero:
-            rows = join_places(row_places(getattr(trainer, "datamodule", None), row_ids), most=16)
+            rows = join_places(row_places(datamodule_of(trainer), row_ids), most=16)
             found = (
                 f"train_loss {loss:.4g} at step {step}, the median of the last {len(losses)} is {median:.4g}; "
                 f"rows {rows}."

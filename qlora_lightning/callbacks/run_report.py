@@ -37,7 +37,7 @@ from qlora_lightning.report.run import read_manifest, read_metrics, write_manife
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.files import CONFIG, METRICS
-from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 _PACKAGES = (
     *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
@@ -223,7 +223,7 @@ def planned_steps(trainer: Trainer) -> int | None:
 def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what does not change during a run whose model and data are loaded."""
     module: Any = pl_module
-    data: Any = getattr(trainer, "datamodule", None)
+    data = datamodule_of(trainer)
     files = {split: value for split, value in getattr(data, "files", {}).items() if value is not None}
     hashes = identity_of_data(trainer)
     settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})

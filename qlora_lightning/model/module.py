@@ -52,6 +52,7 @@ from qlora_lightning.model.step.optimizer import (
 from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
+from qlora_lightning.support.trainer import datamodule_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -318,7 +319,7 @@ class QLoRAModule(lightning.LightningModule):
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
         trains = self._trainer is not None and self.trainer.training
-        data = getattr(self.trainer, "datamodule", None) if trains else None
+        data = datamodule_of(self.trainer) if trains else None
         check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
         return lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 

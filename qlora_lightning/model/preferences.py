@@ -19,6 +19,7 @@ from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
@@ -192,7 +193,7 @@ class PreferenceModule(QLoRAModule):
     @contextlib.contextmanager
     def _caching_references(self, split: str) -> Iterator[None]:
         """Compute the reference of each row of a split once, if its rows come again and the data module knows them."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = datamodule_of(self.trainer)
         samples = getattr(data, "samples", {}).get(split)
         streams = split == "train" and getattr(data, "streaming", False)
         if samples is not None and not streams:

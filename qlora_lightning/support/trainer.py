@@ -9,6 +9,11 @@ Item = TypeVar("Item")
 Found = TypeVar("Found", bound=Callback)
 
 
+def datamodule_of(trainer: Any) -> Any:
+    """Return the data module of a Trainer; ``None`` without one, and without a Trainer."""
+    return getattr(trainer, "datamodule", None)
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks, in the order in which they are called."""
     connected: Any = trainer

@@ -29,7 +29,7 @@ from qlora_lightning.report.facts import flatten
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CONFIG, load_yaml, read_json_object, write_whole
-from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 # They evaluate a run at its end, or tell how to use it: a sweep does that for all of its trials.
 _LEFT_OUT = (Evaluation, LoadingLines)
@@ -151,7 +151,7 @@ class TrialEvaluation(Timer):
         self.results: list[RowResult] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        samples = getattr(getattr(trainer, "datamodule", None), "samples", None)
+        samples = getattr(datamodule_of(trainer), "samples", None)
         if (isinstance(samples, dict) and "val" not in samples) or not trainer.limit_val_batches:
             raise UserError(
                 "A sweep compares trials on validation rows, and there are none: name a file in data.val, or hold "

@@ -11,6 +11,7 @@ import peft
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
 
 # What a model computes beside its tensors. Names, dtypes and versions of tools differ between copies of one base.
 _COMPUTES = (
@@ -60,7 +61,7 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
 
 def identity_of_data(trainer: Any) -> dict[str, Any]:
     """Return what the trainer's data module says of its rows, tokenizer and template, if it does."""
-    return dict(getattr(getattr(trainer, "datamodule", None), "identity", None) or {})
+    return dict(getattr(datamodule_of(trainer), "identity", None) or {})
 
 
 def check_identity(stored: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:

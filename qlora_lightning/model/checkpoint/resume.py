@@ -22,6 +22,7 @@ from qlora_lightning.model.checkpoint.setting_changes import (
 )
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
 from qlora_lightning.support.versions import FORMAT_VERSION
 
 _report = rank_zero_only(say)
@@ -68,7 +69,7 @@ class ExactResume(Callback):
             return
         changes = find_changes(content["trainer"], trainer_settings(trainer), "trainer")
         _check_position(checkpoint, content["trainer"]["accumulate_grad_batches"], changes)
-        if getattr(getattr(trainer, "datamodule", None), "streaming", False):
+        if getattr(datamodule_of(trainer), "streaming", False):
             loops.lengthen_stream(trainer, checkpoint)
         self._content, self._checkpoint = content, checkpoint
         data, own = (each.get("settings", {}) for each in (content["identity"]["data"], identity_of_data(trainer)))
@@ -120,7 +121,7 @@ def _check_data(trainer: Any, stored: Mapping[str, Any], checkpoint: Mapping[str
 
     There some training samples would come twice and others never. Another tokenizer or template is only reported.
     """
-    data = getattr(trainer, "datamodule", None)
+    data = datamodule_of(trainer)
     differences = data_differences(stored, identity_of_data(trainer))
     samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}
     if differences:

@@ -15,7 +15,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.guards.checks import check_gradients, check_held
 from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of, find_callback, gather_lists
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists
 
 OnNonfinite = Literal["stop", "skip"]
 _MOST_SKIPPED = 20  # in a row
@@ -81,7 +81,7 @@ class TrainingGuard(Callback):
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         """Stop the run, or leave the step out; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
-        data = getattr(trainer, "datamodule", None)
+        data = datamodule_of(trainer)
         rows = join_places(gather_lists(trainer, row_places(data, pl_module.window.row_ids)))
         before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         fault = (

@@ -9,14 +9,14 @@ from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.guards.checks import check_callbacks, check_trainer
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of
 
 
 def check_setup(module: Any) -> None:
     """Check the checkpoint and the data of a run, before anything is loaded."""
     if Path(module.trainer.ckpt_path or "").is_file():
         read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
-    data = getattr(module.trainer, "datamodule", None)
+    data = datamodule_of(module.trainer)
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(
             f"{type(module).__name__} cannot train on {type(data).__name__}: preferences take "
@@ -41,5 +41,5 @@ def check_start(module: Any, needed: tuple[type, ...]) -> None:
 
 def check_fit(module: Any) -> None:
     """Check what would show only at some step of a fit."""
-    data = getattr(module.trainer, "datamodule", None)
+    data = datamodule_of(module.trainer)
     check_row_length(module.causal_lm.config, getattr(data, "max_length", 0))

@@ -106,7 +106,8 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, linears: Sequence[LinearPa
 def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, bnb.nn.Params4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)
-    return weight.to(dtype)  # type: ignore[no-any-return]
+    dense: Tensor = weight.to(dtype)
+    return dense
 
 
 def _stack_A(linears: Sequence[LinearParts]) -> Tensor | None:
@@ -260,7 +261,8 @@ def base_of(layer: nn.Module) -> Any:
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
     """Return the dtype of a linear's products; ``None`` if it is that of the input."""
     base = base_of(layer)
-    return base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
+    dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
+    return dtype
 
 
 def device_of_autocast(tensor: Tensor) -> str:

@@ -99,16 +99,17 @@ def keep_freed_memory() -> None:
     A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
     element-wise operation on a few MiB takes ten times as long then (measured).
     """
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-            libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _KEPT_BYTES)
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never
 
 
 def give_back_freed_memory() -> None:
     """Return all that is free to the system; does nothing without glibc."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(name: str, *arguments: int) -> None:
     if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(*arguments)

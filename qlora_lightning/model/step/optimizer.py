@@ -13,6 +13,7 @@ from transformers import SchedulerType, get_scheduler
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -122,7 +123,7 @@ def count_optimizer_steps(
 
 def plan_steps(trainer: Any) -> int:
     """Count the optimizer steps of a Trainer's whole run; see :func:`count_optimizer_steps`."""
-    count_batches = getattr(getattr(trainer, "datamodule", None), "count_train_batches", None)
+    count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
     if count_batches is None:
         return int(trainer.estimated_stepping_batches)
     batches, limit = count_batches(), trainer.limit_train_batches

@@ -13,7 +13,7 @@ from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 
-_DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled loops, kept for the next start."
+_DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled attention, kept for the next start."
 _EPILOG = """examples:
   qlora-lightning cache list
   qlora-lightning cache clear --kind quantized --yes

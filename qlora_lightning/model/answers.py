@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
-import peft
 import psutil
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
 
 
 def generate_answers(
-    model: nn.Module,
+    causal_lm: Any,
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],
@@ -37,7 +36,7 @@ def generate_answers(
     packed ones. The model's mode is restored.
 
     Args:
-        model: A causal language model of transformers or PEFT.
+        causal_lm: A causal language model of transformers, adapters in its layers or not.
         prompts: Token ids of each prompt.
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
@@ -48,17 +47,16 @@ def generate_answers(
     Returns:
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
-    causal_lm: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     device = causal_lm.base_model.norm.weight.device  # the embedding may be sharded, and its shards on the host
     padding = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
     settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": padding, "synced_gpus": False, **options}
     settings["eos_token_id"] = list(stop_ids) or None
     is_packed = len(prompts) <= _FEW_PROMPTS and device.type == "cuda"
-    was_training = model.training
-    model.eval()
+    was_training = causal_lm.training
+    causal_lm.eval()
     try:
-        with contextlib.nullcontext() if is_packed else dense_weights(model), _gathered_head(causal_lm):
+        with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _gathered_head(causal_lm):
             for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
                 longest = max(len(prompts[row]) for row in rows)
                 ids = torch.full((len(rows), longest), padding)
@@ -71,7 +69,7 @@ def generate_answers(
                     answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
                 watch(len(rows))
     finally:
-        model.train(was_training)
+        causal_lm.train(was_training)
     return answers
 
 

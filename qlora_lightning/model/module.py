@@ -1,7 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -9,48 +8,32 @@ from typing import Any, Self, cast
 import lightning
 import peft
 import torch
-from lightning import Callback
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
+from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
-from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_content
 from qlora_lightning.model.checkpoint.restore import restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards.checks import check_token_ids, check_training_mode
-from qlora_lightning.model.guards.guard import OnNonfinite, QuietCollector, TrainingGuard
-from qlora_lightning.model.guards.start import check_fit, check_setup, check_start
-from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.guards import checks, guard, start
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
+from qlora_lightning.model.load import device as machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model
 from qlora_lightning.model.load.description import describe_fit
-from qlora_lightning.model.load.device import (
-    ComputeDtype,
-    choose_compute_dtype,
-    give_back_freed_memory,
-    keep_freed_memory,
-)
 from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
-from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
-from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.step import forward, optimization
+from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import is_flat
-from qlora_lightning.model.step.forward import compute_states, lay_out_for, leaves_out_unneeded
 from qlora_lightning.model.step.layout import Layout
-from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_loss, head_of, mean_with_gradient_of_sum
-from qlora_lightning.model.step.optimizer import (
-    ParameterGroups,
-    check_optimization,
-    configure_optimizer,
-    group_parameters,
-)
-from qlora_lightning.model.step.window import Window, leave_gradients_to_window, sum_over_ranks
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
 
@@ -117,7 +100,7 @@ class QLoRAModule(lightning.LightningModule):
         trust_remote_code: bool = False,
         quantization: Quantization = "nf4",
         double_quant: bool = True,
-        compute_dtype: ComputeDtype = "auto",
+        compute_dtype: machine.ComputeDtype = "auto",
         cache: bool = True,
         rank: int = 8,
         alpha: float | None = None,
@@ -134,16 +117,15 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
-        on_nonfinite: OnNonfinite = "stop",
+        on_nonfinite: guard.OnNonfinite = "stop",
     ) -> None:
         super().__init__()
-        check_adapter_settings(rank, alpha, dropout)  # here, and not only where they are used: after minutes of loading
+        # here, and not only where they are used: after minutes of loading
+        lora.check_adapter_settings(rank, alpha, dropout)
         check_layers(layers)
-        check_optimization(optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio)
-        if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
-            raise UserError(
-                f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null."
-            )
+        optimization.check_optimization(
+            optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio, neftune_alpha
+        )
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
         self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
@@ -166,19 +148,19 @@ class QLoRAModule(lightning.LightningModule):
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
         self._batch: Any = None  # whose backward is at work
-        self.guard = TrainingGuard(on_nonfinite)
-        self.val_statistics, self.test_statistics = TokenStatistics(), TokenStatistics()
+        self.guard = guard.TrainingGuard(on_nonfinite)
+        self.val_statistics, self.test_statistics = losses.TokenStatistics(), losses.TokenStatistics()
         self.strict_loading = True
-        self.sharded_base: ShardedBase | None = None
+        self.sharded_base: sharded.ShardedBase | None = None
 
-    def configure_callbacks(self) -> list[Callback]:
-        return [ExactResume(), self.guard, QuietCollector()]
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        return [ExactResume(), self.guard, guard.QuietCollector()]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        check_start(self, needed=(ExactResume, TrainingGuard))
+        start.check_start(self, needed=(ExactResume, guard.TrainingGuard))
         if self.model is None:
             self._make_model()
 
@@ -191,9 +173,9 @@ class QLoRAModule(lightning.LightningModule):
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
         if self._device_of_process().type == "cpu":
-            keep_freed_memory()
+            machine.keep_freed_memory()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
-        trainable = trainable_tensors(self)
+        trainable = lora.trainable_tensors(self)
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trainable]
 
@@ -205,8 +187,8 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        dtype = choose_compute_dtype(self.compute_dtype, self._device_of_process())
-        is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, ShardedDDPStrategy)
+        dtype = machine.choose_compute_dtype(self.compute_dtype, self._device_of_process())
+        is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         loaded = assemble_model(
             name=self.base,
             device=torch.device("cpu") if is_sharded else self._device_of_process(),
@@ -237,7 +219,7 @@ class QLoRAModule(lightning.LightningModule):
         return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def on_fit_end(self) -> None:
-        give_back_freed_memory()
+        machine.give_back_freed_memory()
 
     @property
     def fast(self) -> bool:
@@ -263,12 +245,11 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        self.causal_lm.set_attn_implementation(register_flat_attention(self.fast))  # whatever set another one
-        return choose_layers(self.model, self.fast)
+        return choose_layers(self.causal_lm, self.fast)
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
-        leave_gradients_to_window(self.trainer.strategy.model)
+        self.window.replace_ddp_reduction(self.trainer.strategy.model)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +262,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return head_loss(hidden, targets, head_of(self.causal_lm), fast=self.fast)
+            return losses.head_loss(hidden, targets, losses.head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
@@ -294,7 +275,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         layout = self.layout_of(batch)
         with self.autocast():
-            return compute_states(self.causal_lm, layout, self._noise_alpha, fast=self.fast), layout.targets
+            return forward.compute_states(self.causal_lm, layout, self._noise_alpha, fast=self.fast), layout.targets
 
     @property
     def _noise_alpha(self) -> float | None:
@@ -303,7 +284,7 @@ class QLoRAModule(lightning.LightningModule):
     @property
     def leaves_out_unneeded(self) -> bool:
         """Whether the loss is computed without the tokens that it does not need."""
-        return leaves_out_unneeded(self.causal_lm, self._noise_alpha, fast=self.fast)
+        return forward.leaves_out_unneeded(self.causal_lm, self._noise_alpha, fast=self.fast)
 
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
         """Return the layout that came with a batch, or make it."""
@@ -320,13 +301,11 @@ class QLoRAModule(lightning.LightningModule):
         """
         trains = self._trainer is not None and self.trainer.training
         data = datamodule_of(self.trainer) if trains else None
-        check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        return lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
+        checks.check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
+        return forward.lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
     def setup(self, stage: str) -> None:
-        check_setup(self)
-        # Lightning warns of these hooks beside a data module that has none of its own.
-        warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
+        start.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
@@ -340,13 +319,13 @@ class QLoRAModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
         if self.guard.checks_due:
-            check_training_mode(self.model)
+            checks.check_training_mode(self.model)
         with telling_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
         self.window.add(sums, self.trainer.accumulate_grad_batches, rows)
         self._batch = batch
-        return mean_with_gradient_of_sum(sums, self.loss_scale)
+        return losses.mean_with_gradient_of_sum(sums, self.loss_scale)
 
     @property
     def loss_scale(self) -> float:
@@ -371,7 +350,7 @@ class QLoRAModule(lightning.LightningModule):
         means = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
-            reduce_sum=sum_over_ranks if self.trainer.world_size > 1 else None,
+            over_ranks=self.trainer.world_size > 1,
         )
         means = self.guard.judge_step(self, optimizer, means)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
@@ -404,7 +383,7 @@ class QLoRAModule(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_statistics("test", self.test_statistics)
 
-    def _log_statistics(self, split: str, statistics: TokenStatistics) -> None:
+    def _log_statistics(self, split: str, statistics: losses.TokenStatistics) -> None:
         values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
@@ -413,15 +392,15 @@ class QLoRAModule(lightning.LightningModule):
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> ParameterGroups:
+    def parameter_groups(self) -> optimization.ParameterGroups:
         """Return the optimizer's parameter groups. Override it for other learning rates per group."""
-        return group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
+        return optimization.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return configure_optimizer(self)
+        return optimization.configure_optimizer(self)
 
     def on_fit_start(self) -> None:
-        check_fit(self)
+        start.check_fit(self)
         describe_fit(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -445,8 +424,10 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with collective_passes(self), self.autocast():
-            return generate_answers(self.model, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options)
+        with sharded.collective_passes(self), self.autocast():
+            return generate_answers(
+                self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
+            )
 
     # ---- what it saves and loads -------------------------------------------------------------------------------------
 
@@ -464,14 +445,14 @@ class QLoRAModule(lightning.LightningModule):
     ) -> dict[str, Any]:
         """Return the adapter's tensors only; the frozen base is not walked: it is loaded again by its name."""
         destination = {} if destination is None else destination
-        for name, tensor in trainable_tensors(self).items():
+        for name, tensor in lora.trainable_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
         self.configure_model()
-        copy_tensors(self, state_dict, "The checkpoint")
+        lora.copy_tensors(self, state_dict, "The checkpoint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause
@@ -493,4 +474,5 @@ class QLoRAModule(lightning.LightningModule):
         Raises:
             UserError: The file is no checkpoint or a foreign one, or belongs to another base.
         """
-        return cast(Self, restore_module(cls, checkpoint_path, map_location, overrides))
+        module: Self = restore_module(cls, checkpoint_path, map_location, overrides)
+        return module

@@ -2,12 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
@@ -26,6 +26,11 @@ _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _REFERENCE = "reference"  # name of the adapter that the reference has
 _REFERENCES = "reference_log_probs"  # key of a checkpoint
+_SPLITS: dict[RunningStage | None, str] = {
+    RunningStage.TRAINING: "train",
+    RunningStage.VALIDATING: "val",
+    RunningStage.TESTING: "test",
+}
 
 
 class PreferenceModule(QLoRAModule):
@@ -85,7 +90,6 @@ class PreferenceModule(QLoRAModule):
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
         # of each split, by the hash of its rows: the reference's log-probabilities of the two answers of a row, (2,)
         self._references: dict[str, dict[int, Tensor]] = {}
-        self._references_of_step: dict[int, Tensor] | None = None
 
     def configure_model(self) -> None:
         is_new = self.model is None
@@ -174,7 +178,7 @@ class PreferenceModule(QLoRAModule):
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""
-        known, rows = self._references_of_step, batch["layout"].rows[::2]
+        known, rows = self._known_references(), batch["layout"].rows[::2]
         if known is not None and all(row in known for row in rows):
             return torch.stack([known[row] for row in rows])
         noise, self.neftune_alpha = self.neftune_alpha, None
@@ -190,30 +194,15 @@ class PreferenceModule(QLoRAModule):
             known.update(zip(rows, log_probs, strict=True))
         return log_probs
 
-    @contextlib.contextmanager
-    def _caching_references(self, split: str) -> Iterator[None]:
-        """Compute the reference of each row of a split once, if its rows come again and the data module knows them."""
-        data = datamodule_of(self.trainer)
+    def _known_references(self) -> dict[int, Tensor] | None:
+        """Return what is kept of the split at work, by row; ``None`` if its rows do not come again."""
+        trainer = self._trainer
+        split = None if trainer is None else _SPLITS.get(trainer.state.stage)
+        data = datamodule_of(trainer)
         samples = getattr(data, "samples", {}).get(split)
-        streams = split == "train" and getattr(data, "streaming", False)
-        if samples is not None and not streams:
-            self._references_of_step = self._references.setdefault(samples.rows_hash, {})
-        try:
-            yield
-        finally:
-            self._references_of_step = None
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        with self._caching_references("train"):
-            return super().training_step(batch, batch_idx)
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with self._caching_references("val"):
-            super().validation_step(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with self._caching_references("test"):
-            super().test_step(batch, batch_idx)
+        if samples is None or (split == "train" and getattr(data, "streaming", False)):
+            return None
+        return self._references.setdefault(samples.rows_hash, {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = {

@@ -25,7 +25,7 @@ def model(tiny_base):
 
 
 def answer(model, stop_ids=(NEVER,), **options):
-    return generate_answers(model, PROMPTS, stop_ids=stop_ids, max_new_tokens=6, **options)
+    return generate_answers(model.get_base_model(), PROMPTS, stop_ids=stop_ids, max_new_tokens=6, **options)
 
 
 @pytest.fixture(scope="module")

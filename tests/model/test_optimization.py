@@ -8,7 +8,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from qlora_lightning import LossSums, QLoRAModule
-from qlora_lightning.model.step.optimizer import build_optimizer, build_schedule, count_optimizer_steps
+from qlora_lightning.model.step.optimization import build_optimizer, build_schedule, count_optimizer_steps
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_module
@@ -99,20 +99,17 @@ def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
 
 
 @pytest.mark.parametrize(
-    ("sums", "of_other_rank", "mean", "gradient"),
+    ("sums", "mean", "gradient"),
     [
-        ([(6.0, 1), (4.0, 4)], None, 2.0, 4.0),  # 10 nats over 5 tokens; 10 × 2 / 5: Lightning has divided by 2
-        ([(6.0, 1), (0.0, 0)], ([4.0, 4.0], [10.0, 10.0]), 2.0, 8.0),  # 20 × 2 / 5
-        ([(0.0, 0), (0.0, 0)], None, 0.0, 20.0),  # zeros, not NaN: nothing is labelled, and gradients are zero then
+        ([(6.0, 1), (4.0, 4)], 2.0, 4.0),  # 10 nats over 5 tokens; 10 × 2 / 5: Lightning has divided by 2
+        ([(0.0, 0), (0.0, 0)], 0.0, 20.0),  # zeros, not NaN: nothing is labelled, and gradients are zero then
     ],
 )
-def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens_of_a_window(sums, of_other_rank, mean, gradient):
+def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens_of_a_window(sums, mean, gradient):
     window, parameter, unused = Window(), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     parameter.grad = torch.full((2,), 10.0)
     for nll, tokens in sums:
         window.add(LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(0)), most=2)
-    others = iter(map(torch.tensor, of_other_rank or ()))
-    reduce_sum = None if of_other_rank is None else lambda tensor: tensor + next(others)
-    assert window.divide_gradients([parameter, unused], divided_by=2, reduce_sum=reduce_sum)["loss"] == mean
+    assert window.divide_gradients([parameter, unused], divided_by=2)["loss"] == mean
     assert parameter.grad.tolist() == [gradient, gradient]
     assert unused.grad is None

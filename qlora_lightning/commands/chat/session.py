@@ -226,7 +226,7 @@ class Session:
         try:
             with without_adapters(self.model) if peft_name is None else contextlib.nullcontext():
                 generate_answers(
-                    self.model,
+                    self.model.get_base_model(),
                     [prompt],
                     stop_ids=stop_ids,
                     max_new_tokens=min(settings["max_new_tokens"], self.context - len(prompt)),

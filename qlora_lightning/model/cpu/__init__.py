@@ -1,1 +1,1 @@
-"""C++ for a CPU: attention, and loops in place of many passes of torch."""
+"""Attention in C++ for a CPU."""

@@ -205,11 +205,16 @@ inline float sum_of(Floats numbers) {
     return reduce(numbers, [](Floats left, Floats right) { return left + right; });
 }
 
-// As exponential() of numbers.h, for x <= 0 or NaN: to add 1.5 * 2^23 rounds, and leaves the integer in the last bits.
+// e^x for x <= 0 or NaN, to 2e-7: 2^n by the exponent's bits, times the Taylor series of 2^r for |r| <= 1/2. To add
+// 1.5 * 2^23 rounds, and leaves the integer n in the last bits.
 inline Floats exponentials(Floats x) {
     const Floats power = larger(Floats{} - 126.0f, x * 1.44269504f), shifted = power + 12582912.0f;
     const Floats rest = power - (shifted - 12582912.0f);
-    return power_of_two(rest) * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
+    Floats sum = Floats{} + 1.52527338e-5f;
+    for (float factor : {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f,
+                         1.0f})
+        sum = sum * rest + factor;
+    return sum * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
 }
 
 constexpr float NEVER = -__builtin_inff();

@@ -24,13 +24,13 @@ _OPTIONS = [
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     *("-fPIC", "-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])),
 ]
-_LIBRARY = "loops.so"
+_LIBRARY = "attention.so"
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled loops, ``None`` if they cannot be had, which on Linux is reported.
+    """Return the compiled attention, ``None`` if it cannot be had, which on Linux is reported.
 
     Compiling takes some seconds, once for a CPU.
     """
@@ -39,10 +39,10 @@ def load_library() -> ctypes.CDLL | None:
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu(), "mode": "0700"}
     try:
-        folder = cached_folder("kernels", key, _compile, "C++ loops for this CPU")
+        folder = cached_folder("kernels", key, _compile, "C++ attention for this CPU")
         if _is_private(folder) and _is_private(folder / _LIBRARY):  # what is loaded from it runs
             return ctypes.CDLL(str(folder / _LIBRARY))
-        _log.warning("%s can be written to by others: the C++ loops are compiled again, for this start.", folder)
+        _log.warning("%s can be written to by others: the C++ attention is compiled again, for this start.", folder)
         with tempfile.TemporaryDirectory() as private:  # a library that is loaded needs no file any more
             _compile(Path(private))
             return ctypes.CDLL(str(Path(private, _LIBRARY)))
@@ -50,7 +50,7 @@ def load_library() -> ctypes.CDLL | None:
         reason = error.stderr.strip()
     except (UserError, OSError) as error:
         reason = str(error)
-    _log.warning("A step on the CPU takes the slower way, without the C++ loops: %s", reason)
+    _log.warning("A step on the CPU takes the slower way, without the C++ attention: %s", reason)
     return None
 
 
@@ -69,7 +69,7 @@ def _is_private(path: Path) -> bool:
 
 
 def _cpu() -> str:
-    """Describe the instructions of this CPU, for which the loops are compiled: a cache may serve several machines."""
+    """Describe the instructions of this CPU, for which it is compiled: a cache may serve several machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     described = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
     return hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()
@@ -101,7 +101,7 @@ def has_numbers(*tensors: Tensor) -> bool:
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
     """Call a function; of a tensor its address is handed over."""
-    with torch.profiler.record_function(f"loops::{name}"):
+    with torch.profiler.record_function(f"cpu::{name}"):
         _function(name, dtype)(*map(_to_c, arguments))
 
 

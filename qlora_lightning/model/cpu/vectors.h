@@ -2,13 +2,22 @@
 
 #pragma once
 
-#include "numbers.h"
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
+// A function under a name that Python finds: a pointer to it.
+#define EXPORT(NAME, ...) extern "C" { auto *NAME = __VA_ARGS__; }
+
 namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
 
 #ifdef __AVX512F__
 constexpr int64_t LANES = 16, VECTORS = 2;
@@ -35,14 +44,12 @@ inline Words load_words(const void *from) {
 
 inline void store(Floats numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
-inline void store(Floats numbers, bf16 *to) {
 #ifdef __AVX512BF16__
+inline void store(Floats numbers, bf16 *to) {
     const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(numbers));
     std::memcpy(to, &rounded, sizeof rounded);
-#else
-    for (int64_t i = 0; i < LANES; i++) write(to[i], numbers[i]);
-#endif
 }
+#endif
 
 // Products take 32 bits of each factor at a time: a float, or a pair of bfloat16 along the depth of the product.
 template <class T>

@@ -1,5 +1,6 @@
 """Checks of a module, its Trainer and its data, where a run starts."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from qlora_lightning.support.trainer import callbacks_of, datamodule_of
 
 def check_setup(module: Any) -> None:
     """Check the checkpoint and the data of a run, before anything is loaded."""
+    # Lightning warns of these hooks beside a data module that has none of its own.
+    warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
     if Path(module.trainer.ckpt_path or "").is_file():
         read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
     data = datamodule_of(module.trainer)

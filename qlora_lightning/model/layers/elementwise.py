@@ -1,7 +1,6 @@
 """RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little.
 
-Each is a region: element-wise code. On a CPU the C++ loop of its name runs it; on a GPU it is compiled into one kernel;
-elsewhere torch runs it operation by operation.
+Each is a region: element-wise code, which a GPU runs as one compiled kernel, and a CPU operation by operation.
 """
 
 import functools
@@ -15,25 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.cpu import loops
-
 _log = logging.getLogger(__name__)
 _Operations = TypeVar("_Operations", bound=Callable[..., Any])
 
 
-def _region(alike: int) -> Callable[[_Operations], _Operations]:
-    """Make a region of torch's operations, the first ``alike`` of whose arguments a C++ loop wants in one dtype."""
+def _region(operations: _Operations) -> _Operations:
+    @functools.wraps(operations)
+    def run(*arguments: Any) -> Any:
+        return run_region(operations, *arguments)
 
-    def decorate(operations: _Operations) -> _Operations:
-        @functools.wraps(operations)
-        def run(*arguments: Any) -> Any:
-            if loops.can_run(*arguments[:alike]):
-                return getattr(loops, operations.__name__)(*arguments)
-            return run_region(operations, *arguments)
-
-        return cast(_Operations, run)
-
-    return decorate
+    return cast(_Operations, run)
 
 
 def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -65,11 +55,11 @@ def has_triton() -> bool:
 # ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------
 
 
-@_region(alike=2)
+@_region
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
-    torch's way rounds before the weight, as transformers does, the loops once.
+    It rounds before the weight, as transformers does.
     """
     scaled = _precise(x)
     squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
@@ -77,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return scaled.mul_(inverse).to(x.dtype, copy=True).mul_(weight), inverse
 
 
-@_region(alike=3)
+@_region
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """Compute the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
 
@@ -97,13 +87,13 @@ def _precise(x: Tensor) -> Tensor:
 # ---- SwiGLU (Shazeer 2020, GLU variants) ----------------------------------------------------------------------------
 
 
-@_region(alike=2)
+@_region
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``h = silu(gate) · up``."""
     return F.silu(gate).mul_(up)
 
 
-@_region(alike=3)
+@_region
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute h once more, and the gradients of gate and up from that of h, which is written over."""
     active = F.silu(gate)
@@ -126,25 +116,18 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate both, ``(1, heads, n_tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
-        return _rotate_both(query, key, cos, sin, backward=False)
+        return _rotate(query, key, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_rotate_both(grad_q, grad_k, *ctx.saved_tensors, backward=True), None, None
+        cos, sin = ctx.saved_tensors
+        return *_rotate(grad_q, grad_k, cos, sin, True), None, None
 
 
-def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """Rotate, or backward, the other way: each number by the angle where forward had put it."""
-    by_token = [each.transpose(1, 2) for each in (query, key)]
-    if len(query) == len(cos) == 1 and loops.can_run(*by_token, cos, sin):
-        query, key = (loops.rotate(each[0], cos[0], sin[0], backward=backward)[None] for each in by_token)
-        return query.transpose(1, 2), key.transpose(1, 2)
-    rotated: tuple[Tensor, Tensor] = run_region(_rotate, query, key, cos, sin, backward)
-    return rotated
-
-
+@_region
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """Rotate, or backward, the other way: each number by the angle where forward had put it."""
     cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
     first, second = sin[..., :half], sin[..., half:]
     if backward:

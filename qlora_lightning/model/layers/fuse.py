@@ -15,6 +15,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_of, compute_dtype_of
 
@@ -52,13 +53,14 @@ def _modeling_of(model: Any) -> str | None:
     return f"transformers.models.{family}.modeling_{family}" if family in FUSED_TYPES else None
 
 
-def choose_layers(model: nn.Module, fast: bool = True) -> Fusion:
-    """Choose for each layer whether it runs fused; anyone may have changed or watched its parts since the last choice.
+def choose_layers(model: Any, fast: bool = True) -> Fusion:
+    """Choose attention, and for each layer whether it runs fused: anyone may have changed or watched its parts.
 
     Args:
         model: A model of PEFT or transformers.
         fast: ``False`` lets none run fused.
     """
+    model.set_attn_implementation(register_flat_attention(fast))  # whatever set another one
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):

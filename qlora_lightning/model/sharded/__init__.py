@@ -2,3 +2,8 @@
 
 Outside of this room a pass that not every process runs enters ``collective_passes``, and that is all.
 """
+
+from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
+from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+
+__all__ = ["ShardedBase", "ShardedDDPStrategy", "collective_passes"]

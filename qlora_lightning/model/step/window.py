@@ -1,6 +1,6 @@
 """The micro-batches of one optimizer step: their sums, and the gradient of their mean over all ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
+
+_REPLACED = "_reduction_is_replaced"
 
 
 class Window:
@@ -50,26 +52,37 @@ class Window:
             self.logged[name] = each.detach() + self.logged.get(name, 0.0)
         self.row_ids += row_ids
 
+    @staticmethod
+    def replace_ddp_reduction(model: nn.Module | None) -> None:
+        """Keep DDP, if it wraps a model, from adding up gradients: :meth:`divide_gradients` does, once a step.
+
+        DDP puts gradients into buckets, and orders them again after the first backward. The place of a number decides
+        in which order three or more ranks are added up, and so its last bit: a resumed run would be rounded otherwise
+        than one that was never stopped. In one flat tensor the order is always the same.
+        """
+        # once: Lightning's search for a learning rate trains the same model before the fit does
+        if isinstance(model, DistributedDataParallel) and not getattr(model, _REPLACED, False):
+            model.register_comm_hook(None, noop_hook)
+            setattr(model, _REPLACED, True)
+
     def divide_gradients(
-        self,
-        parameters: Iterable[nn.Parameter],
-        divided_by: float,
-        reduce_sum: Callable[[Tensor], Tensor] | None = None,
+        self, parameters: Iterable[nn.Parameter], divided_by: float, *, over_ranks: bool = False
     ) -> dict[str, Tensor]:
         """Turn accumulated gradients into those of the window's mean loss; return what is logged.
 
         That is ``loss``, ``grad_norm`` (before clipping), and the means of ``LossSums.logged``.
 
-        ``divided_by`` is what Lightning has divided them by already, for accumulation; ``reduce_sum`` sums a tensor
-        over all ranks, in its place, if there are several.
+        ``divided_by`` is what Lightning has divided them by already, for accumulation; ``over_ranks`` says that there
+        are several, over which all is summed up.
         """
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         sums = torch.stack([each.double() for each in (self.labelled_tokens, self.nll_sum, *self.logged.values())])
-        if reduce_sum is not None:
-            sums = reduce_sum(sums)
-            flat = reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
+            torch.distributed.all_reduce(sums)
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            torch.distributed.all_reduce(flat)
             pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
         self.labelled_tokens_of_all_ranks = sums[0]
@@ -79,25 +92,3 @@ class Window:
         means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in its place; without the barrier that Lightning's ``reduce`` has before it."""
-    torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-_LEFT = "_leaves_gradients_to_window"
-
-
-def leave_gradients_to_window(model: nn.Module | None) -> None:
-    """Keep DDP, if it wraps a model, from adding up gradients: :meth:`Window.divide_gradients` does, once a step.
-
-    DDP puts gradients into buckets, and orders them again after the first backward. The place of a number decides in
-    which order three or more ranks are added up, and so its last bit: a resumed run would be rounded otherwise than
-    one that was never stopped. In one flat tensor the order is always the same. A model takes one such hook, and
-    Lightning's search for a learning rate trains it before the fit does.
-    """
-    if isinstance(model, DistributedDataParallel) and not getattr(model, _LEFT, False):
-        model.register_comm_hook(None, noop_hook)
-        setattr(model, _LEFT, True)

@@ -25,12 +25,15 @@ def check_optimization(
     schedule: str | dict[str, Any],
     warmup_ratio: float,
     loraplus_ratio: float | None,
+    neftune_alpha: float | None,
 ) -> None:
     """Reject settings of the optimizer and its schedule, before minutes of loading."""
     check_optimizer(optimizer, learning_rate, weight_decay)
     check_schedule(schedule, warmup_ratio)
     if loraplus_ratio is not None and not 1 <= loraplus_ratio < float("inf"):
         raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
+    if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
+        raise UserError(f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null.")
 
 
 def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:

@@ -78,21 +78,13 @@ struct Head {
 
     // (head_dim / PAIR, padded): words along the head_dim, a column for each token
     void pack_columns(uint32_t *to, int64_t padded) const {
-        static const std::vector<T> nothing(MAX_HEAD_DIM);
-        for (int64_t start = 0; start < padded; start += KEY_BLOCK) {
-            for (int64_t k = 0; k < head_dim / PAIR<T>; k += LANES)
-                for (int64_t part = start; part < start + KEY_BLOCK; part += LANES) {
-                    const int64_t count = std::min(LANES, head_dim / PAIR<T> - k);
-                    Words words[LANES] = {};
-                    for (int64_t i = 0; i < LANES; i++) {
-                        const T *from = part + i < length ? row(part + i) : nothing.data();
-                        std::memcpy(&words[i], from + k * PAIR<T>, count * sizeof(uint32_t));
-                    }
-                    transpose(words);
-                    for (int64_t i = 0; i < count; i++)
-                        std::memcpy(to + (k + i) * padded + part, &words[i], sizeof(Words));
-                }
-        }
+        const int64_t words = head_dim / PAIR<T>;
+        for (int64_t k = 0; k < words; k++)
+            for (int64_t token = 0; token < padded; token++) {
+                uint32_t word = 0;
+                if (token < length) std::memcpy(&word, row(token) + k * PAIR<T>, sizeof word);
+                to[k * padded + token] = word;
+            }
     }
 
     // (padded / PAIR, head_dim): words along the tokens

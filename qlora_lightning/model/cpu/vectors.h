@@ -80,21 +80,6 @@ constexpr Words count_up() {
     return numbers;
 }
 
-// Exchange rows and columns: in turn of blocks of 1, 2, 4 and so on, the upper right with the lower left.
-template <int SIZE = 1>
-inline void transpose(Words (&rows)[LANES]) {
-    const Words lane = count_up(), is_right = Words{} - (lane & SIZE) / SIZE;
-    const Words upper = (lane & ~is_right) | ((lane - SIZE + LANES) & is_right);
-    const Words lower = ((lane + SIZE) & ~is_right) | ((lane + LANES) & is_right);
-    for (int64_t i = 0; i < LANES; i++)
-        if (!(i & SIZE)) {
-            const Words first = rows[i], second = rows[i + SIZE];
-            rows[i] = __builtin_shuffle(first, second, upper);
-            rows[i + SIZE] = __builtin_shuffle(first, second, lower);
-        }
-    if constexpr (2 * SIZE < LANES) transpose<2 * SIZE>(rows);
-}
-
 // Lay two rows into pairs; of floats there is one.
 inline void pack(const float *first, const float *, uint32_t *to, int64_t width) {
     std::memcpy(to, first, width * sizeof(float));

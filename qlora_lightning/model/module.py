@@ -29,14 +29,14 @@ from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model
-from qlora_lightning.model.load.description import describe_fit
 from qlora_lightning.model.load.device import (
     ComputeDtype,
     choose_compute_dtype,
     give_back_freed_memory,
     keep_freed_memory,
+    reporting_out_of_memory,
 )
-from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.load.summary import describe_fit
 from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import is_flat
@@ -341,7 +341,7 @@ class QLoRAModule(lightning.LightningModule):
         """Return a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
         if self.guard.checks_due:
             check_training_mode(self.model)
-        with telling_out_of_memory(self, batch):
+        with reporting_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
         self.window.add(sums, self.trainer.accumulate_grad_batches, rows)
@@ -360,11 +360,11 @@ class QLoRAModule(lightning.LightningModule):
         return 32.0 * (1 if self._trainer is None else self.trainer.accumulate_grad_batches)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with telling_out_of_memory(self, self._batch):
+        with reporting_out_of_memory(self, self._batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with telling_out_of_memory(self, None):  # its state is made at the first step
+        with reporting_out_of_memory(self, None):  # its state is made at the first step
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -385,11 +385,11 @@ class QLoRAModule(lightning.LightningModule):
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
+        with reporting_out_of_memory(self, batch):
             self.val_statistics.update(self.compute_loss(batch))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
+        with reporting_out_of_memory(self, batch):
             self.test_statistics.update(self.compute_loss(batch))
 
     def on_validation_start(self) -> None:

@@ -1,7 +1,6 @@
 """Base and adapters put together: on a device, to train, or on torch's meta device, shapes without numbers."""
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
-from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
+from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
-from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
+from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base
-from qlora_lightning.support.errors import UserError
 
 
 class LoadedModel(NamedTuple):
@@ -44,27 +42,18 @@ def assemble_model(
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    loaded = load_base(**base_options)
-    identity: dict[str, Any] = {
-        "base": base_options["name"],
-        "revision": loaded.source.revision,
-        "fingerprint": loaded.fingerprint,
-        "config_sha256": hash_config(loaded.model.config),
-        "quantization": loaded.quantization,
-        "double_quant": loaded.double_quant,
-        "compute_dtype": str(base_options["compute_dtype"]).removeprefix("torch."),
-    }
+    base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
-    model = put_adapters(loaded.model, folder, **adapter_options)
-    is_of_hub = loaded.source.kind == "hub"  # PEFT loads the base by this
-    model.peft_config[ADAPTER].base_model_name_or_path = loaded.source.name if is_of_hub else str(loaded.source.folder)
+    model = put_adapters(base, folder, **adapter_options)
+    # PEFT loads the base by this
+    model.peft_config[ADAPTER].base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
     identity["adapter"] = describe_adapter(model)
     return LoadedModel(model, identity, set_fast(model, fast))
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
-    """Put new adapters on a base, or those of an adapter folder, whose own rank and targets rule.
+    """Put new adapters on a base, or those of an adapter folder, whose own rank, alpha and targets apply.
 
     On a base on the meta device new adapters are shapes alone too; those of a folder have their numbers. ``options``
     are arguments of :func:`~qlora_lightning.model.adapters.lora.add_adapters`.
@@ -73,21 +62,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
         return add_adapters(base, **options)
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
-    if options:
-        _check_own_shape(model, options, folder)
     return model
-
-
-def _check_own_shape(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
-    """Reject options that are set, and ask for another rank, alpha, targets or layers than the folder's adapter has."""
-    own, defaults = describe_adapter(model), inspect.signature(add_adapters).parameters
-    names = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
-    asked = {**options, "target_modules": kinds, "layers": layers}
-    for name in ("rank", "alpha", "target_modules", "layers"):
-        if options[name] != defaults[name].default and asked[name] != own[name]:
-            raise UserError(f"model.{name} is {options[name]}, but {folder} has {own[name]}: leave it out.")
 
 
 def set_fast(model: peft.PeftModel, fast: bool) -> bool:
@@ -131,16 +106,17 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
 def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
     weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features, linear.bias is not None)
+    quantized: Any
     if quantization == "int8":
-        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        numbers, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        made.weight = bnb.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        quantized.weight = bnb.nn.Int8Params(rows, requires_grad=False, CB=rows, SCB=scales)
     else:
-        made = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
+        quantized = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
         packed, state = bnb.functional.quantize_4bit(weight, quant_type=quantization)
-        made.weight = bnb.nn.Params4bit(
+        quantized.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type=quantization, bnb_quantized=True
         )
     if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.detach())
-    return made  # type: ignore[no-any-return]
+        quantized.bias = nn.Parameter(linear.bias.detach())
+    return quantized  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""An adapter folder and the base that it belongs to: found, compared and opened in one place."""
+"""An adapter folder and the base that it belongs to: found, compared and opened."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ class AdapterSource:
         identity: What its ``qlora_lightning.json`` says; empty if another tool wrote the folder.
         quantization: How the linears were stored in training; ``None`` if the folder does not say.
         is_stored_quantized: Whether the base's own folder holds quantized weights.
+        tokenizer_folder: The adapter folder, or if it holds no tokenizer the base's.
     """
 
     folder: Path
@@ -32,32 +33,35 @@ class AdapterSource:
     double_quant: bool
     compute_dtype: torch.dtype
     is_stored_quantized: bool
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The adapter folder, or if it holds no tokenizer the base's."""
-        is_own = any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-        return self.folder if is_own else self.base.folder
+    tokenizer_folder: Path
 
 
-def find_adapter(folder: str | Path, base: str | None = None) -> AdapterSource:
+def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
 
     The base is looked for by ``base``, else by the name that it was trained under, and if that leads nowhere (it was a
     relative path) in the folder that it was loaded from. No model is loaded.
     """
-    path = find_adapter_folder(folder)
-    identity = read_identity(path)
-    source = _find_base(path, identity) if base is None else open_base(base)
-    own: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
+    folder = find_adapter_folder(named)
+    identity = read_identity(folder)
+    source = _find_base(folder, identity) if base is None else open_base(base)
+    current: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
     settings = read_config(source.folder, source.name).get("quantization_config")
     if settings is not None:
-        own["quantization"] = stored_quantization(settings)
-        own["double_quant"] = bool(settings.get("bnb_4bit_use_double_quant", False))
-    check_identity(identity, own, f"The adapter folder {path}")
-    held, dtype = {**identity, **own}, getattr(torch, identity.get("compute_dtype", "bfloat16"))
-    quantization, double_quant = held.get("quantization"), held.get("double_quant", True)
-    return AdapterSource(path, identity, source, quantization, double_quant, dtype, settings is not None)
+        current["quantization"], current["double_quant"] = stored_quantization(settings)
+    check_identity(identity, current, f"The adapter folder {folder}")
+    held = identity | current
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return AdapterSource(
+        folder,
+        identity,
+        source,
+        quantization=held.get("quantization"),
+        double_quant=held.get("double_quant", True),
+        compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
+        is_stored_quantized=settings is not None,
+        tokenizer_folder=folder if has_tokenizer else source.folder,
+    )
 
 
 def open_adapter(source: AdapterSource) -> LoadedModel:
@@ -71,8 +75,6 @@ def open_adapter(source: AdapterSource) -> LoadedModel:
         quantization=source.quantization or "nf4",
         double_quant=source.double_quant,
         revision=source.base.revision,
-        trust_remote_code=False,
-        cache=True,
         adapter=str(source.folder),
         adapter_options={},
         fast=True,

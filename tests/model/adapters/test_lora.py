@@ -27,7 +27,7 @@ def untied_base(tmp_path_factory):
 
 def make(folder, quantization="nf4", dtype=torch.float32, **settings):
     base = load_base(str(folder), quantization=quantization, compute_dtype=dtype).model
-    return add_adapters(base, base_name=str(folder), **settings)
+    return add_adapters(base, **settings)
 
 
 def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tiny_base):

@@ -94,25 +94,20 @@ class MergedWeights:
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
         owner, _, kind = name.rpartition(".")
-        module = self._changed.get(owner)
+        module: Any = self._changed.get(owner)
         if isinstance(module, ModulesToSaveWrapper):  # trained whole
             tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
             return tensor.detach().float()
         if module is None or kind != "weight":  # adapters leave biases alone
             return self._weights(name)
-        return _merge_layer(module, name, self._weights)
-
-
-def _merge_layer(layer: Any, name: str, weights: Weights) -> Tensor:
-    """Let a layer of PEFT, whose base layer has no numbers, merge its adapter into the weight of that name."""
-    base_layer = layer.get_base_layer()
-    meta_weight = base_layer.weight
-    base_layer.weight = nn.Parameter(weights(name).float(), requires_grad=False)
-    layer.merge(safe_merge=True, adapter_names=[ADAPTER])
-    merged: Tensor = base_layer.weight.detach()
-    base_layer.weight = meta_weight
-    layer.merged_adapters.clear()
-    return merged
+        base_layer = module.get_base_layer()
+        meta_weight = base_layer.weight
+        base_layer.weight = nn.Parameter(self._weights(name).float(), requires_grad=False)
+        module.merge(safe_merge=True, adapter_names=[ADAPTER])
+        merged: Tensor = base_layer.weight.detach()
+        base_layer.weight = meta_weight
+        module.merged_adapters.clear()
+        return merged
 
 
 def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:

@@ -17,7 +17,6 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
-from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_content
 from qlora_lightning.model.checkpoint.restore import restore_module
@@ -28,7 +27,7 @@ from qlora_lightning.model.guards.start import check_fit, check_setup, check_sta
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load.base_model import Quantization
-from qlora_lightning.model.load.build import assemble_model
+from qlora_lightning.model.load.build import assemble_model, describe_fit
 from qlora_lightning.model.load.device import (
     ComputeDtype,
     choose_compute_dtype,
@@ -36,7 +35,6 @@ from qlora_lightning.model.load.device import (
     keep_freed_memory,
     reporting_out_of_memory,
 )
-from qlora_lightning.model.load.summary import describe_fit
 from qlora_lightning.model.sharded.sharded_base import ShardedBase, collective_passes
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import is_flat
@@ -138,7 +136,6 @@ class QLoRAModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         check_adapter_settings(rank, alpha, dropout)  # here, and not only where they are used: after minutes of loading
-        check_layers(layers)
         check_optimization(optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio)
         if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
             raise UserError(

@@ -24,7 +24,7 @@ from qlora_lightning.commands.merge.modelfile import write_modelfile
 from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.evaluation.rows import steps_bar
-from qlora_lightning.model.load.opened_adapter import AdapterSource, find_adapter
+from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import (
     MergedWeights,
     MergePlan,

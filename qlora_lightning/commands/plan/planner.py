@@ -15,12 +15,12 @@ from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, tra
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.base_model import check_stored_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
 from qlora_lightning.model.load.device import choose_compute_dtype, device_memory_gib
-from qlora_lightning.model.load.summary import count_parameters
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.strategy import SHARDED_STRATEGIES, ShardedDDPStrategy

@@ -9,11 +9,11 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.base.tensors import open_tensors
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
 from qlora_lightning.model.layers.fuse import fuse_layers
@@ -44,26 +44,19 @@ this folder's path or hub id in place of the dot:
 
 
 def save_adapter_folder(
-    folder: Path,
-    model: peft.PeftModel,
-    tokenizer: Any,
-    identity: Mapping[str, Any],
-    stop_ids: Sequence[int] = (),
+    folder: Path, model: peft.PeftModel, tokenizer: Any, identity: Mapping[str, Any], stop_ids: Sequence[int] = ()
 ) -> None:
-    """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
+    """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
 
     All files are written aside. Then the old weights are removed, and the new files take their places, the weights
     last: a kill in between leaves a folder without weights, which every reader rejects, and never two adapters mixed.
 
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
-        model: The model with the adapter; of several the active one.
+        model: The model with the adapter.
         tokenizer: Saved beside, with its chat template and a ``generation_config.json``; may be ``None``.
         identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
-        stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
-
-    Raises:
-        OSError: The disk is full or fails; the adapter before is still there.
+        stop_ids: Tokens at which generation stops, beside the tokenizer's end and the base's own.
     """
     staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
@@ -104,19 +97,18 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
     PEFT takes the generation config from the base, which may lack a stop token of the adapter's chat template: the
     second line passes the folder's, or the model might never stop.
     """
-    dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
-    four_bits = (
-        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
-        f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
-    )
-    path = json.dumps(str(folder))
-    settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
-    quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
-    stops = f"generation_config=GenerationConfig.from_pretrained({path})"
+    path, dtype = json.dumps(str(folder)), identity.get("compute_dtype", "bfloat16")
+    settings = "load_in_8bit=True"
+    if identity["quantization"] in ("nf4", "fp4"):
+        settings = f'load_in_4bit=True, bnb_4bit_quant_type="{identity["quantization"]}", '
+        settings += f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
+    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained({path})'
+    if identity["quantization"] != "none":
+        options += f", quantization_config=BitsAndBytesConfig({settings})"
     return (
         "from peft import AutoPeftModelForCausalLM; "
         "from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained({path}, dtype="{dtype}"{quantize}, {stops})\n'
+        f"model = AutoPeftModelForCausalLM.from_pretrained({path}, {options})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path})"
     )
 
@@ -136,19 +128,6 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter folder, by PEFT's names; reject a file that is cut off, and NaN or infinity."""
-    file = folder / _WEIGHTS
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is cut off or damaged ({error}). Copy the adapter folder again.") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{file} is damaged, or its training has diverged: values of {name} are NaN or infinite.")
-    return tensors
-
-
 def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
@@ -159,9 +138,13 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
-    """Set an adapter of a model of PEFT to a folder's tensors, each of which must fit one of the model's."""
-    stored, tensors = read_tensors(folder), _tensors_by_key(model, name)
+    """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
+    opened, tensors = open_tensors(folder / _WEIGHTS), _tensors_by_key(model, name)
+    stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
     check_fit(tensors, stored, f"The adapter folder {folder}")
+    for key, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.")
     with torch.no_grad():
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -175,10 +158,10 @@ def add_named_adapter(
 ) -> bool:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    ``identity`` is the base's. Returns whether all linears of the adapter run fused; the others need autocast.
+    ``identity`` is the model's. Returns whether all linears of the adapter run fused; the others need autocast.
     """
-    base_identity = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
-    check_identity(read_identity(folder), base_identity, f"The adapter folder {folder}")
+    # the shape of its first adapter may be another
+    check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     with without_peft_warnings():
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)

@@ -5,13 +5,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
+from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
@@ -44,17 +45,8 @@ def add_adapters(
 ) -> peft.PeftModel:
     """Inject A ``(rank, in)`` and B ``(out, rank)`` beside each target; B starts at zero, so nothing changes yet.
 
-    PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA (``lora_options: {use_rslora: true}``)
-    ``alpha / sqrt(rank)``. The adapters are fp32 whatever the base is.
-
-    Args:
-        model: The frozen base.
-        rank: Rows of A and columns of B.
-        alpha: Multiplier of the update; ``None`` means ``2 × rank``.
-        dropout: Probability with which an input of A is dropped in training.
-        target_modules: See :func:`~qlora_lightning.model.adapters.targets.resolve_targets`, as for ``layers``.
-        layers: Which decoder layers.
-        lora_options: More arguments of ``peft.LoraConfig``.
+    PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA ``alpha / sqrt(rank)``. The adapters are fp32 whatever
+    the base is. The arguments are those of :class:`~qlora_lightning.QLoRAModule`.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
     targets = resolve_targets(model, target_modules, layers)
@@ -64,7 +56,7 @@ def add_adapters(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=compact_targets(model, targets),
+        target_modules=targets,
         **options,
     )
     return inject(model, config)
@@ -114,6 +106,14 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count trainable and all parameters; a packed 4-bit weight counts as the numbers that it stands for."""
+    sizes = {parameter: parameter.numel() for parameter in model.parameters()}
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    sizes |= {linear.weight: linear.in_features * linear.out_features for linear in linears}
+    return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
 
 
 def lora_matrices(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:

@@ -61,14 +61,15 @@ def load_base(
     source = open_base(name, revision)
     stored = read_config(source.folder, name).get("quantization_config")
     load = partial(_load, dtype=compute_dtype, device=device, trust_remote_code=trust_remote_code)
+    settings = None
     if stored is not None:
         double_quant = check_stored_quantization(stored, quantization, name)
-    is_quantized_here = stored is None and quantization != "none"
-    if is_quantized_here and cache:
+    elif quantization != "none":
+        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+    if settings is not None and cache:
         model = load(quantized_folder(source, quantization, double_quant, compute_dtype, load))
     else:
         check_entry(source.folder)  # an unpacked GGUF
-        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype) if is_quantized_here else None
         model = load(source.folder, settings)
     if stored is not None:
         _set_compute_dtype(model, compute_dtype)
@@ -93,9 +94,9 @@ def quantized_folder(
     dtype: torch.dtype,
     load: Callable[[Path, BitsAndBytesConfig], PreTrainedModel] | None = None,
 ) -> Path:
-    """Return the folder of a quantized base in the cache; if it is not there, ``load`` quantizes the base, or a CPU.
+    """Return the cache's folder of a quantized base, which ``load`` (by default a CPU) quantizes if it is not there.
 
-    A CPU and a GPU give the same layout.
+    A GPU gives the same layout.
     """
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     settings = _bitsandbytes_config(quantization, double_quant, dtype)
@@ -103,7 +104,7 @@ def quantized_folder(
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         check_entry(source.folder)  # an unpacked GGUF
-        model = _load(source.folder, settings, dtype) if load is None else load(source.folder, settings)
+        model = (load or partial(_load, dtype=dtype))(source.folder, settings)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
@@ -166,8 +167,7 @@ def _quiet_bars() -> Iterator[None]:
 def unnest_scales(model: nn.Module) -> None:
     """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the GPU's free memory.
 
-    Double quantization keeps them in 8 bits. To compute them again for each product takes two more kernels, and each
-    layer has fourteen such products a step. The numbers are the same.
+    Double quantization has them in 8 bits, and takes two more kernels for each product. The numbers are the same.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
@@ -217,11 +217,11 @@ def check_stored_quantization(settings: Mapping[str, Any], quantization: Quantiz
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze by hand: no dtype changes, and no layer's function.
+    """Freeze weights, and keep bitsandbytes from changing layers in ``eval()``.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
     that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
-    another function in ``eval()`` than in ``train()``: held in training mode, validation judges what is trained.
+    another function in ``eval()`` than in ``train()``: they stay in training mode.
     """
     model.requires_grad_(False)
     for module in model.modules():

@@ -71,12 +71,11 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
             PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
         }
-    status = Path("/proc/self/status")
+    private = peak = psutil.Process().memory_info().rss
+    status = Path("/proc/self/status")  # of Linux
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
-    else:
-        private = peak = psutil.Process().memory_info().rss
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
@@ -99,11 +98,7 @@ def device_memory_gib(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def reporting_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
-    """Report with batch, peak and remedies if memory runs out inside the block.
-
-    Args:
-        pl_module: The module whose step this is.
-        batch: The micro-batch at work; ``None`` in the optimizer's step.
+    """Report running out of memory with the micro-batch (``None`` in the optimizer's step), the peak and what helps.
 
     Raises:
         UserError: Memory ran out.

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module

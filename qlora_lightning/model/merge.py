@@ -141,8 +141,7 @@ class Agreement(NamedTuple):
 def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Run each sample of flat batches alone through a causal language model's own forward.
 
-    Returns:
-        The logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
+    Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
     """
     device = next(model.parameters()).device
     logits, labels = [], []

@@ -100,7 +100,7 @@ class QLoRAModule(lightning.LightningModule):
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
             ``set_adapter(name)`` of it choose whose losses and answers are computed.
-        identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
+        identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
         sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
         pairs: Whether rows are two answers to compare: what the objective takes.

@@ -15,12 +15,8 @@ from qlora_lightning.support.trainer import datamodule_of
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _SETTINGS = ("quantization", "double_quant", "rank", "alpha", "target_modules", "layers", "lora_options")
-_DATA = {
-    "tokenizer": "tokenizer",
-    "chat_template": "chat template",
-    "train": "training samples",
-    "val": "validation samples",
-}
+_DATA = {"tokenizer": "tokenizer", "chat_template": "chat template"}
+_DATA |= {"train": "training samples", "val": "validation samples"}
 
 
 def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:

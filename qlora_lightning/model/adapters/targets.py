@@ -66,8 +66,6 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
     else:
         chosen = layers
     if not chosen or not set(chosen) <= set(present):
-        raise UserError(
-            f"model.layers is {layers!r}: expected all, last:N, or a list of the base's {len(present)} layers, 0 … "
-            f"{len(present) - 1}."
-        )
+        expected = f"expected all, last:N, or a list of numbers from 0 to {present[-1]}"
+        raise UserError(f"model.layers is {layers!r}, but the base has {len(present)} layers: {expected}.")
     return chosen

@@ -48,15 +48,8 @@ def load_base(
 ) -> LoadedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
-    Args:
-        name: Hub id, folder, ``.gguf`` file or ``package:NAME``.
-        revision: Of a hub id.
-        trust_remote_code: Whether code that comes with the base may run.
-        quantization: ``nf4``, ``fp4`` (4 bits), ``int8`` or ``none``.
-        double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
-        compute_dtype: Dtype of the products, the embedding, the norms and the head.
-        cache: Keep the quantized base for the next start.
-        device: Where the model is put.
+    The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
+    section 3.
     """
     source = open_base(name, revision)
     stored = read_config(source.folder, name).get("quantization_config")

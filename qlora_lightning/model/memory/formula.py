@@ -117,8 +117,8 @@ def build_step_memory(
 ) -> StepMemory:
     """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
 
-    ``optimizer`` is as ``model.optimizer`` takes it. ``sharded_offload`` is ``None`` if each process holds the base as
-    a whole; else whether the shards are in host memory, or those of how many first layers.
+    ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory, or
+    those of how many first layers.
     """
     causal_lm: Any = model.get_base_model()
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)

@@ -7,8 +7,8 @@ import yaml
 from transformers import AutoTokenizer
 
 from qlora_lightning.model.adapters.folder import save_adapter_folder
-from qlora_lightning.model.adapters.identity import describe_adapter, hash_config
-from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
+from qlora_lightning.model.adapters.identity import describe_adapter
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable_tensors
 from qlora_lightning.model.load.base_model import load_base
 
 
@@ -17,21 +17,13 @@ def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, 
     torch.manual_seed(seed)  # of A
     options = {"rank": 4, **options}
     loaded = load_base(str(base), quantization=quantization, compute_dtype=compute_dtype)
-    model = add_adapters(loaded.model, base_name=str(base), **options)
+    model = add_adapters(loaded.model, **options)
+    model.peft_config[ADAPTER].base_model_name_or_path = str(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in trainable_tensors(model).items():
             tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=std) if "lora_A" not in name else None
-    identity = {
-        "base": str(base),
-        "revision": None,
-        "fingerprint": loaded.fingerprint,
-        "config_sha256": hash_config(loaded.model.config),
-        "quantization": quantization,
-        "double_quant": loaded.double_quant,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "adapter": describe_adapter(model),
-    }
+    identity = {**loaded.identity, "adapter": describe_adapter(model)}
     tokenizer = AutoTokenizer.from_pretrained(base)
     save_adapter_folder(folder, model, tokenizer, identity)
     return model.eval()

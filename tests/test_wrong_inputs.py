@@ -249,7 +249,7 @@ ADAPTERS = [
     Wrong(
         "cut_adapter",
         "--model.adapter wrong",
-        ("wrong", "damaged"),
+        ("wrong", "not a whole safetensors file"),
         change_adapter(
             lambda folder: cut("run/adapter/adapter_model.safetensors", "wrong/adapter_model.safetensors", 900)()
         ),

@@ -13,8 +13,7 @@ from qlora_lightning.data.batches.order import RankBatch
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
-from qlora_lightning.model.load.device import read_peak_gib
-from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.load.device import read_peak_gib, reporting_out_of_memory
 from qlora_lightning.model.step.batch import computed_counter
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import is_trial_run
@@ -115,7 +114,7 @@ def _run(trainer: Trainer, pl_module: Any, batch: Any) -> None:
     try:
         on_device = trainer.strategy.batch_to_device(pl_module.on_before_batch_transfer(batch, 0))
         with (
-            telling_out_of_memory(pl_module, batch),
+            reporting_out_of_memory(pl_module, batch),
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):

@@ -27,7 +27,7 @@ from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.adapters.summary import count_parameters
+from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.setting_changes import trainer_settings

@@ -41,7 +41,7 @@ def generate_answers(
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
         batch_size: Rows of a batch at most; fewer if ``TOKEN_BUDGET`` would be passed.
-        watch: Called with the number of rows that are done now.
+        watch: Called with the number of rows of each batch that is done.
         options: More arguments of ``generate``, such as ``do_sample`` and ``temperature``.
 
     Returns:
@@ -85,11 +85,8 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterat
 @contextlib.contextmanager
 def _gathered_head(causal_lm: Any) -> Iterator[None]:
     """Let the model's own forward call a sharded head so that it is gathered."""
-    head, linear = vars(causal_lm).get("sharded_head"), causal_lm.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    causal_lm.set_output_embeddings(head)
+    linear = causal_lm.get_output_embeddings()
+    causal_lm.set_output_embeddings(vars(causal_lm).get("sharded_head", linear))
     try:
         yield
     finally:
@@ -100,12 +97,14 @@ def _gathered_head(causal_lm: Any) -> Iterator[None]:
 def dense_weights(model: nn.Module) -> Iterator[None]:
     """Hold every 4-bit linear's weight in its compute dtype, as it is multiplied anyway, if there is memory for it.
 
-    Nothing is merged: adapters act as before, and every product has the same operands. Afterwards the 4-bit linears
-    are back, untouched. Weights of a sharded base stay as they are: no process has them all.
+    Nothing is merged, and every product has the same operands. Afterwards the 4-bit linears are back, untouched.
+    Weights of a sharded base stay as they are: no process has them all.
     """
-    children = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     linears: list[tuple[nn.Module, str, Any]] = [
-        each for each in children if type(each[2]) is bnb.nn.Linear4bit and not isinstance(each[2].weight, DTensor)
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is bnb.nn.Linear4bit and not isinstance(child.weight, DTensor)
     ]
     size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
     if size > _free_memory(model) / 2:

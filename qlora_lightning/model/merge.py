@@ -1,6 +1,5 @@
 """An adapter merged into its base, one tensor in memory at a time; and how far two models agree on the same rows."""
 
-import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,75 +15,48 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qlora_lightning.base.folder import BaseFolder, TensorFiles
+from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.load.base_model import Quantization, find_quantized
+from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.step.layout import IGNORED
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOKENS = 64  # compared at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
 # ---- a base's weights ------------------------------------------------------------------------------------------------
 
 
-def original_weights(base: BaseFolder) -> Weights:
-    """Return what reads the weights as they are stored."""
-    return functools.partial(_read, TensorFiles(base.folder, base.name))
-
-
 class TrainedWeights:
     """Weights as an adapter saw them in training: quantized and back, in fp32; all others in the compute dtype.
 
-    If the cache holds the quantized base, or the base is stored quantized, they are what is stored there, bit for bit,
-    whichever device quantized it. Else they are quantized again, tensor by tensor, by what quantizes at loading.
+    They are those of the quantized base in the cache, or of a base that is stored quantized, bit for bit. If the cache
+    does not hold that base, it is made.
     """
 
     def __init__(
         self, base: BaseFolder, quantization: Quantization, double_quant: bool, compute_dtype: torch.dtype
     ) -> None:
-        packed = find_quantized(base, quantization, double_quant, compute_dtype)
-        self.files = TensorFiles(packed or base.folder, base.name)
-        self.quantization, self.double_quant, self.compute_dtype = quantization, double_quant, compute_dtype
+        is_stored = "quantization_config" in read_config(base.folder, base.name)
+        is_cached = quantization != "none" and not is_stored
+        folder = quantized_folder(base, quantization, double_quant, compute_dtype) if is_cached else base.folder
+        self.files, self.compute_dtype = TensorFiles(folder, base.name), compute_dtype
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
-        stored = _read(self.files, name)
+        stored = self.files.read(name)
         if stored.dtype == torch.uint8:
             parts = [part for part in self.files if part.startswith(f"{name}.")]
-            state = {part.removeprefix(f"{name}."): self.files.read(part) for part in parts}
-            return _dequantize_4bit(stored, bnb.functional.QuantState.from_dict(state, torch.device("cpu")))
-        if stored.dtype == torch.int8:
-            return _dequantize_int8(stored, self.files.read(name.removesuffix("weight") + "SCB"))
-        weight = stored.to(self.compute_dtype)
-        if ".layers." not in name or weight.dim() < 2:
+            tensors = {part.removeprefix(f"{name}."): self.files.read(part) for part in parts}
+            state = bnb.functional.QuantState.from_dict(tensors, torch.device("cpu"))
+            state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
+            weight: Tensor = bnb.functional.dequantize_4bit(stored, state)
             return weight
-        if self.quantization == "none":
-            return weight.float()
-        if self.quantization == "int8":
-            quantized = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
-            return _dequantize_int8(quantized.CB, quantized.SCB)
-        options = {"quant_type": self.quantization, "compress_statistics": self.double_quant}
-        quantized = bnb.nn.Params4bit(weight, requires_grad=False, **options).to("cpu")
-        return _dequantize_4bit(quantized.data, quantized.quant_state)
-
-
-def _read(files: TensorFiles, name: str) -> Tensor:
-    """Read a tensor; the head of a base with tied embeddings is under the embedding's name."""
-    return files.read(EMBEDDING if name == HEAD and name not in files else name)
-
-
-def _dequantize_4bit(packed: Tensor, state: bnb.functional.QuantState) -> Tensor:
-    state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
-    weight: Tensor = bnb.functional.dequantize_4bit(packed, state)
-    return weight
-
-
-def _dequantize_int8(rows: Tensor, scales: Tensor) -> Tensor:
-    """Undo LLM.int8()'s absmax quantization by rows (Dettmers et al. 2022): 127 steps on each side of zero."""
-    return rows.float() * (scales.float().unsqueeze(1) / 127)
+        if stored.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
+            scales = self.files.read(name.removesuffix("weight") + "SCB")
+            return stored.float() * (scales.float().unsqueeze(1) / 127)
+        return stored.to(self.compute_dtype)
 
 
 # ---- merged ----------------------------------------------------------------------------------------------------------
@@ -117,33 +89,25 @@ class MergedWeights:
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
-        self._names, self._weights = plan.shapes.keys(), weights
-        self._changed = changed_modules(plan)
+        self._weights, self._changed = weights, changed_modules(plan)
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
-        if name == HEAD and name not in self._names:
-            name = EMBEDDING  # tied
         owner, _, kind = name.rpartition(".")
-        module = self._changed.get(owner)
+        module: Any = self._changed.get(owner)
         if isinstance(module, ModulesToSaveWrapper):  # trained whole
             tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
             return tensor.detach().float()
         if module is None or kind != "weight":  # adapters leave biases alone
             return self._weights(name)
-        return _merge_layer(module, name, self._weights)
-
-
-def _merge_layer(layer: Any, name: str, weights: Weights) -> Tensor:
-    """Let a layer of PEFT, whose base layer has no numbers, merge its adapter into the weight of that name."""
-    base_layer = layer.get_base_layer()
-    meta_weight = base_layer.weight
-    base_layer.weight = nn.Parameter(weights(name).float(), requires_grad=False)
-    layer.merge(safe_merge=True, adapter_names=[ADAPTER])
-    merged: Tensor = base_layer.weight.detach()
-    base_layer.weight = meta_weight
-    layer.merged_adapters.clear()
-    return merged
+        base_layer = module.get_base_layer()
+        meta_weight = base_layer.weight
+        base_layer.weight = nn.Parameter(self._weights(name).float(), requires_grad=False)
+        module.merge(safe_merge=True, adapter_names=[ADAPTER])
+        merged: Tensor = base_layer.weight.detach()
+        base_layer.weight = meta_weight
+        module.merged_adapters.clear()
+        return merged
 
 
 def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:
@@ -177,8 +141,7 @@ class Agreement(NamedTuple):
 def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Run each sample of flat batches alone through a causal language model's own forward.
 
-    Returns:
-        The logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
+    Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
     """
     device = next(model.parameters()).device
     logits, labels = [], []
@@ -196,12 +159,11 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
 def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
     """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same tokens."""
     figures = []  # (3, tokens): negative log-likelihood, KL, same first token
-    for own, other, some_labels in zip(
-        *(torch.split(each, _TOKENS) for each in (reference, logits, labels)), strict=True
-    ):
-        log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
-        nll = -log_q.gather(1, some_labels.unsqueeze(1))[:, 0]
+    pieces = (torch.split(each, _TOKENS) for each in (reference, logits, labels))
+    for p_logits, q_logits, targets in zip(*pieces, strict=True):
+        log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
+        nll = -log_q.gather(1, targets.unsqueeze(1))[:, 0]
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
-        same = own.argmax(-1) == other.argmax(-1)
+        same = p_logits.argmax(-1) == q_logits.argmax(-1)
         figures.append(torch.stack([each.double() for each in (nll, kl, same)]))
     return Agreement(*torch.cat(figures, dim=1).mean(1).tolist())

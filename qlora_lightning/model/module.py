@@ -16,7 +16,6 @@ from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
-from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import read_content
 from qlora_lightning.model.checkpoint.restore import restore_module
@@ -25,9 +24,7 @@ from qlora_lightning.model.guards import checks, guard, start
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load import device as machine
 from qlora_lightning.model.load.base_model import Quantization
-from qlora_lightning.model.load.build import assemble_model
-from qlora_lightning.model.load.description import describe_fit
-from qlora_lightning.model.memory.out_of_memory import telling_out_of_memory
+from qlora_lightning.model.load.build import assemble_model, describe_fit
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import is_flat
@@ -85,7 +82,7 @@ class QLoRAModule(lightning.LightningModule):
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
             ``set_adapter(name)`` of it choose whose losses and answers are computed.
-        identity: What the adapter belongs to: the base's name, fingerprint, config and quantization, its own shape.
+        identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
         sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
         pairs: Whether rows are two answers to compare: what the objective takes.
@@ -122,7 +119,6 @@ class QLoRAModule(lightning.LightningModule):
         super().__init__()
         # here, and not only where they are used: after minutes of loading
         lora.check_adapter_settings(rank, alpha, dropout)
-        check_layers(layers)
         optimization.check_optimization(
             optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio, neftune_alpha
         )
@@ -320,7 +316,7 @@ class QLoRAModule(lightning.LightningModule):
         """Return a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
         if self.guard.checks_due:
             checks.check_training_mode(self.model)
-        with telling_out_of_memory(self, batch):
+        with machine.reporting_out_of_memory(self, batch):
             sums = self.compute_loss(batch)
         rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
         self.window.add(sums, self.trainer.accumulate_grad_batches, rows)
@@ -339,11 +335,11 @@ class QLoRAModule(lightning.LightningModule):
         return 32.0 * (1 if self._trainer is None else self.trainer.accumulate_grad_batches)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with telling_out_of_memory(self, self._batch):
+        with machine.reporting_out_of_memory(self, self._batch):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with telling_out_of_memory(self, None):  # its state is made at the first step
+        with machine.reporting_out_of_memory(self, None):  # its state is made at the first step
             super().optimizer_step(*args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -364,11 +360,11 @@ class QLoRAModule(lightning.LightningModule):
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
+        with machine.reporting_out_of_memory(self, batch):
             self.val_statistics.update(self.compute_loss(batch))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with telling_out_of_memory(self, batch):
+        with machine.reporting_out_of_memory(self, batch):
             self.test_statistics.update(self.compute_loss(batch))
 
     def on_validation_start(self) -> None:

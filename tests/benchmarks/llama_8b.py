@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning.model.adapters.summary import bytes_by_dtype
 from qlora_lightning.model.load.base_model import load_base
 from tests.benchmarks import child
 from tests.benchmarks.one_batch import MemoryWatch
@@ -94,7 +93,7 @@ def measure(folder: str, layers: int) -> dict[str, Any]:
         loaded = load_base(folder)
         figures[f"{name}_seconds"] = time.perf_counter() - began
         figures[f"{name}_private_bytes"] = max(private for private, _ in watch.stop())
-        figures["quantized_bytes"] = sum(bytes_by_dtype(loaded.model).values())
+        figures["quantized_bytes"] = loaded.model.get_memory_footprint()
         for parameter in loaded.model.parameters():  # the next process shall find the files in memory, as after a run
             parameter.detach().view(torch.uint8).flatten()[::4096].sum()  # a byte of each page
         del loaded

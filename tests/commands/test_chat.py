@@ -12,7 +12,7 @@ from qlora_lightning.commands.chat.session import AnswerStream
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.model.load.build import find_adapter, open_adapter
 from tests.adapters import make_adapter, make_run
 from tests.help_examples import help_examples
 

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lightning.base.folder import MODEL_TYPES
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.adapters.summary import count_parameters
+from qlora_lightning.model.adapters.lora import count_parameters, trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.fuse import FUSED_TYPES
 from qlora_lightning.model.load.build import meta_base

@@ -23,7 +23,7 @@ from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
 from qlora_lightning.model.answers import dense_weights, generate_answers
-from qlora_lightning.model.load.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.console import show_controls, terminal
 from qlora_lightning.support.errors import UserError
 

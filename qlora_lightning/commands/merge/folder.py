@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from qlora_lightning.base.cache import check_entry
-from qlora_lightning.base.folder import load_tokenizer, read_config
+from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, RECORD
 from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
@@ -24,13 +24,12 @@ from qlora_lightning.commands.merge.modelfile import write_modelfile
 from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.evaluation.rows import steps_bar
-from qlora_lightning.model.load.opened_adapter import AdapterSource, find_adapter
+from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import (
     MergedWeights,
     MergePlan,
     TrainedWeights,
     Weights,
-    original_weights,
     plan_merge,
 )
 from qlora_lightning.support.console import say
@@ -50,7 +49,7 @@ def merge(options: argparse.Namespace) -> None:
             f"{source.folder} does not say how its base was quantized (no qlora_lightning.json), so the dequantized "
             "base that it was trained on is unknown. Add --onto original."
         )
-    weights: Weights = original_weights(source.base)
+    weights: Weights = TensorFiles(source.base.folder, source.base.name).read
     if options.onto == "dequantized" and source.quantization is not None:
         weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
     check_entry(source.base.folder)  # of an unpacked GGUF

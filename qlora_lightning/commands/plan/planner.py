@@ -15,7 +15,7 @@ from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, tra
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
-from qlora_lightning.model.adapters.summary import count_parameters
+from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.base_model import check_stored_quantization
@@ -76,8 +76,8 @@ def _plan(
         check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
     double_quant = module.double_quant
-    if getattr(config, "quantization_config", None) is not None:
-        double_quant = check_stored_quantization(config, module.quantization, module.base)
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        double_quant = check_stored_quantization(stored, module.quantization, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     base = meta_base(config, dtype, module.quantization)
     model = put_adapters(base, folder, **module.adapter_options).to("meta")

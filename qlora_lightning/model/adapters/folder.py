@@ -1,9 +1,7 @@
 """The adapter folder: written whole or not at all, read, and its tensors put on a base."""
 
 import copy
-import filecmp
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,22 +9,20 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.base.tensors import open_tensors
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import IDENTITY, flush, set_usual_mode, write_whole, written_in_rust
+from qlora_lightning.support.files import IDENTITY, flush, put_in_place, set_usual_mode, write_whole, written_in_rust
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
-_OWN_STOPS = "stops_only_with_its_generation_config"  # a key of qlora_lightning.json
-_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -48,37 +44,28 @@ this folder's path or hub id in place of the dot:
 
 
 def save_adapter_folder(
-    folder: Path,
-    model: peft.PeftModel,
-    tokenizer: Any,
-    identity: Mapping[str, Any],
-    stop_ids: Sequence[int] = (),
+    folder: Path, model: peft.PeftModel, tokenizer: Any, identity: Mapping[str, Any], stop_ids: Sequence[int] = ()
 ) -> None:
-    """Write weights (safetensors, fp32), PEFT config, tokenizer, chat template, identity and a card, without network.
+    """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
 
-    With the tokenizer goes a ``generation_config.json``: the base's, with every token at which generation stops.
+    All files are written aside. Then the old weights are removed, and the new files take their places, the weights
+    last: a kill in between leaves a folder without weights, which every reader rejects, and never two adapters mixed.
 
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
-        model: The model with the adapter; of several the active one.
-        tokenizer: Saved beside, with its chat template; may be ``None``.
+        model: The model with the adapter.
+        tokenizer: Saved beside, with its chat template and a ``generation_config.json``; may be ``None``.
         identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
-        stop_ids: Tokens at which generation stops, beside the tokenizer's end-of-sequence token and the base's own.
-
-    Raises:
-        OSError: The disk is full or fails; the folder is as it was.
+        stop_ids: Tokens at which generation stops, beside the tokenizer's end and the base's own.
     """
     staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    identity = {"format_version": FORMAT_VERSION, **identity}
     adapter = model.active_adapter
     if tokenizer is not None:
         with written_in_rust():
             tokenizer.save_pretrained(staging)
-        generation, base_stops_too = _generation_config(model, tokenizer, stop_ids)
-        write_whole(staging / "generation_config.json", generation)
-        identity |= {} if base_stops_too else {_OWN_STOPS: True}
+        write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
     config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
     config.save_pretrained(staging)
@@ -87,113 +74,79 @@ def save_adapter_folder(
     snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {config.task_type}"
     card = _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
     (staging / "README.md").write_text(card, encoding="utf-8")
-    write_whole(staging / IDENTITY, identity)
+    write_whole(staging / IDENTITY, {"format_version": FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
-    own = _tensors_by_key(model, adapter)
-    weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in own.items()}
+    tensors = _tensors_by_key(model, adapter).items()
+    weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors}
     with written_in_rust():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
-    _replace_files(folder, staging)
-
-
-def _replace_files(folder: Path, staging: Path) -> None:
-    """Rename the files of ``staging``, which is inside ``folder``, over those of the adapter before.
-
-    No reader finds half a file or the files of two adapters. If only weights differ, as between two saves of a run,
-    one rename replaces them. Else the old weights are removed first, and the new ones come last: a kill in between
-    leaves a folder without weights, which every reader rejects, and which the next save completes.
-    """
-    flush(staging / _WEIGHTS)
-    files = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
-    del files[staging / _WEIGHTS]
-    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in files.items()):
-        for file in files:
-            flush(file)
-        (folder / _WEIGHTS).unlink(missing_ok=True)
-        flush(folder)
-        for file, target in files.items():
-            target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
-            os.replace(file, target)
-        flush(folder)
-    os.replace(staging / _WEIGHTS, folder / _WEIGHTS)
+    files = [file for file in staging.rglob("*") if file.is_file() and file.name != _WEIGHTS]
+    (folder / _WEIGHTS).unlink(missing_ok=True)
+    for file in [*files, staging / _WEIGHTS]:
+        target = folder / file.relative_to(staging)
+        target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
+        put_in_place(file, target)
     shutil.rmtree(staging)
-    flush(folder)
     flush(folder.parent)
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
     """Return three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
 
-    PEFT takes the generation config from the base and not from the adapter folder: if the base's lacks a stop token
-    (a base model trained to chat), the second line hands over the folder's, or the model would never stop.
+    PEFT takes the generation config from the base, which may lack a stop token of the adapter's chat template: the
+    second line passes the folder's, or the model might never stop.
     """
-    dtype, quantization = identity.get("compute_dtype", "bfloat16"), identity["quantization"]
-    four_bits = (
-        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization}", '
-        f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
-    )
-    path = json.dumps(str(folder))
-    settings = {"none": "", "int8": "load_in_8bit=True"}.get(quantization, four_bits)
-    quantize = f", quantization_config=BitsAndBytesConfig({settings})" if settings else ""
-    stops = f", generation_config=GenerationConfig.from_pretrained({path})" if identity.get(_OWN_STOPS) else ""
-    names = "AutoTokenizer, BitsAndBytesConfig" + (", GenerationConfig" if stops else "")
+    path, dtype = json.dumps(str(folder)), identity.get("compute_dtype", "bfloat16")
+    settings = "load_in_8bit=True"
+    if identity["quantization"] in ("nf4", "fp4"):
+        settings = f'load_in_4bit=True, bnb_4bit_quant_type="{identity["quantization"]}", '
+        settings += f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
+    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained({path})'
+    if identity["quantization"] != "none":
+        options += f", quantization_config=BitsAndBytesConfig({settings})"
     return (
-        f"from peft import AutoPeftModelForCausalLM; from transformers import {names}\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained({path}, dtype="{dtype}"{quantize}{stops})\n'
+        "from peft import AutoPeftModelForCausalLM; "
+        "from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({path}, {options})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path})"
     )
 
 
-def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence[int]) -> tuple[dict[str, Any], bool]:
-    """Return the generation config to write, and whether the base's own knows all of its stop tokens."""
+def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the base's generation config, with every token at which generation stops."""
     base = getattr(model.get_base_model(), "generation_config", None)
     settings: dict[str, Any] = {} if base is None else json.loads(base.to_json_string(ignore_metadata=True))
     known = settings.get("eos_token_id")
-    known = known if isinstance(known, list) else [known]
     # the first is the token that ends an assistant turn, if that is the tokenizer's, as it is with a chosen template
-    stops = [number for number in dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *known]) if number is not None]
-    own = {"eos_token_id": stops, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    settings |= {name: value for name, value in own.items() if value is not None}
-    return settings, set(stops) <= set(known)
+    stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *(known if isinstance(known, list) else [known])])
+    stops.pop(None, None)
+    tokens = {"eos_token_id": [*stops], "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return settings | {name: value for name, value in tokens.items() if value is not None}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter folder, by PEFT's names; reject a file that is cut off, and NaN or infinity."""
-    file = folder / _WEIGHTS
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is cut off or damaged ({error}). Copy the adapter folder again.") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{file} is damaged, or its training has diverged: values of {name} are NaN or infinite.")
-    return tensors
 
 
 def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
-        raise UserError(
-            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
-            "weights: it belongs to a base that is not the one it names."
-        )
-    config.init_lora_weights = True  # its tensors come from the file
     config.inference_mode = False
+    config.base_model_name_or_path = None  # PEFT sets it, and would warn if another name was there
     return config
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
-    """Set an adapter of a model of PEFT to a folder's tensors, each of which must fit one of the model's own."""
-    stored, own = read_tensors(folder), _tensors_by_key(model, name)
-    check_fit(own, stored, f"The adapter folder {folder}")
+    """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
+    opened, tensors = open_tensors(folder / _WEIGHTS), _tensors_by_key(model, name)
+    stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
+    check_fit(tensors, stored, f"The adapter folder {folder}")
+    for key, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.")
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, tensor in tensors.items():
             if tensor.is_meta:
                 torch.utils.swap_tensors(tensor, nn.Parameter(stored[key].float()))  # type: ignore[no-untyped-call]
             else:
@@ -205,10 +158,10 @@ def add_named_adapter(
 ) -> bool:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    ``identity`` is the base's. Returns whether all linears of the adapter run fused; the others need autocast.
+    ``identity`` is the model's. Returns whether all linears of the adapter run fused; the others need autocast.
     """
-    of_base = {key: value for key, value in identity.items() if key != "adapter"}  # its shape may be another
-    check_identity(read_identity(folder), of_base, f"The adapter folder {folder}")
+    # the shape of its first adapter may be another
+    check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     with without_peft_warnings():
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
@@ -217,13 +170,13 @@ def add_named_adapter(
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the keys that they have in a file: PEFT's, without the adapter's name."""
-    own = {
+    state_dict = {
         name: tensor
         for name, tensor in model.named_parameters(remove_duplicate=False)
         if adapter in name.split(".")[-2:] or f".modules_to_save.{adapter}." in name
     }
     # the explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub
     tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
-        model, state_dict=own, adapter_name=adapter, save_embedding_layers=False
+        model, state_dict, adapter_name=adapter, save_embedding_layers=False
     )
     return tensors

@@ -32,19 +32,6 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     return targets
 
 
-def compact_targets(model: nn.Module, targets: list[str]) -> list[str]:
-    """Shorten full names to endings (``q_proj``) if these select the same modules: what other tools write and read."""
-    endings = sorted({name.rpartition(".")[2] for name in targets})
-    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in endings}
-    return endings if same == set(targets) else targets
-
-
-def check_layers(layers: str | list[int]) -> None:
-    """Reject what selects layers of no base; see :func:`resolve_targets`."""
-    if isinstance(layers, str) and not re.fullmatch(r"all|last:\d+", layers):
-        raise UserError(f"model.layers is {layers!r}: expected all, last:N, or a list of layer indices.")
-
-
 def layer_of(name: str) -> int | None:
     """Return the index of the decoder layer that a module is in; ``None`` for one outside."""
     match = _LAYER.search(name)
@@ -73,8 +60,12 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
     present = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
     if layers == "all":
         return present
-    count = int(layers.removeprefix("last:")) if isinstance(layers, str) else len(layers)
-    chosen = present[-count:] if isinstance(layers, str) else layers
-    if not 1 <= count <= len(present) or not set(chosen) <= set(present):
-        raise UserError(f"model.layers is {layers!r}, but the base has {len(present)} layers: 0 … {len(present) - 1}.")
+    if isinstance(layers, str):
+        last = re.fullmatch(r"last:([1-9]\d*)", layers)
+        chosen = list(range(present[-1] + 1 - int(last[1]), present[-1] + 1)) if last else []
+    else:
+        chosen = layers
+    if not chosen or not set(chosen) <= set(present):
+        expected = f"expected all, last:N, or a list of numbers from 0 to {present[-1]}"
+        raise UserError(f"model.layers is {layers!r}, but the base has {len(present)} layers: {expected}.")
     return chosen

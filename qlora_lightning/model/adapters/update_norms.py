@@ -34,12 +34,8 @@ def measure_updates(
 ) -> dict[str, dict[int | None, UpdateNorm]]:
     """Measure the update of each LoRA layer, by kind of module (``q_proj``, …) and then by decoder layer.
 
-    Args:
-        model: Base and adapter in memory, quantized or not.
-        whole_modules: Of a sharded base, see ``ShardedBase.whole_modules``.
-
-    Returns:
-        Kinds in the model's order. A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
+    A module outside of the decoder layers (``lm_head``) has ``None`` as its layer. ``whole_modules`` are those of a
+    sharded base, see ``ShardedBase.whole_modules``.
     """
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     updates: dict[nn.Module, UpdateNorm] = {}

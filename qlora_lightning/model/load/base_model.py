@@ -1,21 +1,20 @@
-"""The frozen base: loaded, quantized once, and checked."""
+"""The frozen base: loaded, and quantized once."""
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import Json, cached_folder, check_entry, find_entry
-from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base
+from qlora_lightning.base.cache import Json, cached_folder, check_entry
+from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.load.device import give_back_freed_memory
@@ -28,15 +27,12 @@ _OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class QuantizedBase:
-    """A frozen base, and what it was made from."""
+class LoadedBase(NamedTuple):
+    """A frozen base, the folder that it is from, and what adapter folders and checkpoints say of it."""
 
     model: PreTrainedModel
     source: BaseFolder
-    fingerprint: str
-    quantization: Quantization
-    double_quant: bool
+    identity: dict[str, Any]
 
 
 def load_base(
@@ -49,70 +45,64 @@ def load_base(
     compute_dtype: torch.dtype = torch.bfloat16,
     cache: bool = True,
     device: torch.device | str = "cpu",
-) -> QuantizedBase:
+) -> LoadedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
-    Args:
-        name: Hub id, folder, ``.gguf`` file or ``package:NAME``.
-        revision: Of a hub id.
-        trust_remote_code: Whether code that comes with the base may run.
-        quantization: ``nf4``, ``fp4`` (4 bits), ``int8`` or ``none``.
-        double_quant: Quantize the 4-bit scales too (Dettmers et al. 2023, section 3): 0.4 bits less per weight.
-        compute_dtype: Dtype of the products, the embedding, the norms and the head.
-        cache: Keep the quantized base for the next start.
-        device: Where the model is put.
+    The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
+    section 3.
     """
     source = open_base(name, revision)
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    stored = read_config(source.folder, name).get("quantization_config")
+    load = partial(_load, dtype=compute_dtype, device=device, trust_remote_code=trust_remote_code)
+    settings = None
+    if stored is not None:
+        double_quant = check_stored_quantization(stored, quantization, name)
+    elif quantization != "none":
+        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+    if settings is not None and cache:
+        model = load(quantized_folder(source, quantization, double_quant, compute_dtype, load))
+    else:
+        check_entry(source.folder)  # an unpacked GGUF
+        model = load(source.folder, settings)
+    if stored is not None:
+        _set_compute_dtype(model, compute_dtype)
+    give_back_freed_memory()  # copies in 16 and 32 bits that quantizing has made
+    freeze(model)
+    unnest_scales(model)
+    identity = {
+        "base": name,
+        "revision": source.revision,
+        "fingerprint": fingerprint(source.folder),
+        "quantization": quantization,
+        "double_quant": double_quant,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+    }
+    return LoadedBase(model, source, identity)
 
-    def load(folder: Path, settings: BitsAndBytesConfig | None = None) -> PreTrainedModel:
-        if folder == source.folder:
-            check_entry(folder)  # an unpacked GGUF
-        quantize: dict[str, Any] = {} if settings is None else {"quantization_config": settings}
-        with contextlib.nullcontext() if quantize else _quiet_bars():  # quantizing takes minutes; reading does not
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=compute_dtype,
-                device_map={"": torch.device(device)},
-                attn_implementation=register_flat_attention(),
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                **quantize,
-            )
+
+def quantized_folder(
+    source: BaseFolder,
+    quantization: Quantization,
+    double_quant: bool,
+    dtype: torch.dtype,
+    load: Callable[[Path, BitsAndBytesConfig], PreTrainedModel] | None = None,
+) -> Path:
+    """Return the cache's folder of a quantized base, which ``load`` (by default a CPU) quantizes if it is not there.
+
+    A GPU gives the same layout.
+    """
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    settings = _bitsandbytes_config(quantization, double_quant, dtype)
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        model = load(source.folder, settings)
+        check_entry(source.folder)  # an unpacked GGUF
+        model = (load or partial(_load, dtype=dtype))(source.folder, settings)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
-    if getattr(config, "quantization_config", None) is not None:
-        double_quant = check_stored_quantization(config, quantization, name)
-        model = load(source.folder)
-        _set_compute_dtype(model, compute_dtype)
-    elif quantization == "none":
-        model = load(source.folder)
-    else:
-        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-        if cache:
-            key = _cache_key(source, config, settings, compute_dtype)
-            model = load(cached_folder("quantized", key, build, label=f"{source.name} {quantization}"))
-        else:
-            model = load(source.folder, settings)
-    give_back_freed_memory()  # copies in 16 and 32 bits that quantizing has made
-    freeze(model)
-    _check_quantized(model, quantization)
-    unnest_scales(model)
-    return QuantizedBase(model, source, fingerprint(source.folder), quantization, double_quant)
-
-
-def _cache_key(
-    source: BaseFolder, config: PretrainedConfig, settings: BitsAndBytesConfig, dtype: torch.dtype
-) -> dict[str, Json]:
-    """Return what the bits depend on; whether a CPU or a GPU has quantized them, the layout is the same."""
-    return {
+    key: dict[str, Json] = {
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
@@ -120,17 +110,28 @@ def _cache_key(
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
     }
+    return cached_folder("quantized", key, build, label=f"{source.name} {quantization}")
 
 
-def find_quantized(
-    source: BaseFolder, quantization: Quantization, double_quant: bool, dtype: torch.dtype
-) -> Path | None:
-    """Find a quantized base in the cache."""
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    if quantization == "none" or getattr(config, "quantization_config", None) is not None:
-        return None
-    settings = _bitsandbytes_config(quantization, double_quant, dtype)
-    return find_entry("quantized", _cache_key(source, config, settings, dtype))
+def _load(
+    folder: Path,
+    settings: BitsAndBytesConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
+    with _quiet_bars() if settings is None else contextlib.nullcontext():
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
+            attn_implementation=register_flat_attention(),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **({} if settings is None else {"quantization_config": settings}),
+        )
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -159,8 +160,7 @@ def _quiet_bars() -> Iterator[None]:
 def unnest_scales(model: nn.Module) -> None:
     """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the GPU's free memory.
 
-    Double quantization keeps them in 8 bits. To compute them again for each product takes two more kernels, and each
-    layer has fourteen such products a step. The numbers are the same.
+    Double quantization has them in 8 bits, and takes two more kernels for each product. The numbers are the same.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
@@ -182,44 +182,39 @@ def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Compute in the dtype that was asked for: transformers takes that of a stored quantization."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype
-            module.weight.quant_state.dtype = dtype
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_floating_point() and tensor.dtype in (torch.float16, torch.bfloat16) and tensor.dtype != dtype:
-            tensor.data = tensor.data.to(dtype)
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
 
 
-def stored_quantization(settings: Mapping[str, Any]) -> str:
-    """Return how a base is stored, by the ``quantization_config`` of its ``config.json``: ``nf4``, or what it is."""
+def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return how a base is stored by the ``quantization_config`` of its ``config.json``, and whether scales are too."""
+    kind = settings.get("quant_method", "unknown")
     if settings.get("load_in_8bit"):
-        return "int8"
-    four_bits = settings.get("load_in_4bit")
-    return str(settings.get("bnb_4bit_quant_type") if four_bits else settings.get("quant_method", "unknown"))
+        kind = "int8"
+    elif settings.get("load_in_4bit"):
+        kind = settings.get("bnb_4bit_quant_type")
+    return str(kind), bool(settings.get("bnb_4bit_use_double_quant", False))
 
 
-def check_stored_quantization(config: PretrainedConfig, quantization: Quantization, name: str) -> bool:
+def check_stored_quantization(settings: Mapping[str, Any], quantization: Quantization, name: str) -> bool:
     """Return whether the scales of a quantized base are too; reject one stored otherwise than asked for, or in part."""
-    stored: Any = config.quantization_config
-    if not isinstance(stored, dict):
-        stored = stored.to_dict()
-    kind = stored_quantization(stored)
+    kind, double_quant = stored_quantization(settings)
     if kind != quantization:
         raise UserError(
             f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
             f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits."
         )
-    skipped = [part for part in stored.get("llm_int8_skip_modules") or [] if part != "lm_head"]
+    skipped = {*(settings.get("llm_int8_skip_modules") or [])} - {"lm_head"}
     if skipped:
         raise UserError(f"model.base {name} is stored quantized without {', '.join(skipped)}: name a base in 16 bits.")
-    return bool(stored.get("bnb_4bit_use_double_quant", False))
+    return double_quant
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze by hand: no dtype changes, and no layer's function.
+    """Freeze weights, and keep bitsandbytes from changing layers in ``eval()``.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
     that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
-    another function in ``eval()`` than in ``train()``: held in training mode, validation judges what is trained.
+    another function in ``eval()`` than in ``train()``: they stay in training mode.
     """
     model.requires_grad_(False)
     for module in model.modules():
@@ -234,14 +229,3 @@ def freeze(model: nn.Module) -> None:
 def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
     """Take the place of ``layer.train``, which ``eval()`` of the whole model calls too."""
     return layer
-
-
-def _check_quantized(model: nn.Module, quantization: Quantization) -> None:
-    """See that every linear of the decoder layers is stored as asked, and that there is one."""
-    kinds: dict[str, type[nn.Module]] = {"none": nn.Linear, "int8": bnb.nn.Linear8bitLt}
-    kind = kinds.get(quantization, bnb.nn.Linear4bit)
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
-    wrong = [name for name, linear in linears if not isinstance(linear, kind)]
-    if wrong or not linears:
-        shown = ", ".join(wrong[:3]) or "there is none"
-        raise RuntimeError(f"Linears of the base are not stored as model.quantization {quantization} wants: {shown}.")

@@ -1,34 +1,34 @@
-"""Base and adapters put together: on a device, to train, or on torch's meta device, shapes without numbers."""
+"""Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
 import copy
-import inspect
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import peft
 import torch
+from lightning.pytorch.utilities import rank_zero_only
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
+from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
-from qlora_lightning.model.adapters.identity import check_identity, describe_adapter, hash_config
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, inject, trainable_tensors
-from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
+from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
+from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.fuse import fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, load_base
+from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
+from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
+from qlora_lightning.model.load.device import ComputeDtype, choose_compute_dtype, explain_dtype
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
 
 class LoadedModel(NamedTuple):
-    """A base with adapters.
-
-    Attributes:
-        identity: What checkpoints and adapter folders say of the base and of the adapter's own shape.
-        unfused: Whether something trains in PEFT's own layers.
-    """
+    """A base with adapters; what adapter folders say of both; whether something trains in PEFT's own layers."""
 
     model: peft.PeftModel
     identity: dict[str, Any]
@@ -38,56 +38,29 @@ class LoadedModel(NamedTuple):
 def assemble_model(
     adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
 ) -> LoadedModel:
-    """Load a base by ``load_base``, and put new adapters on it or those of an adapter folder.
-
-    ``adapter_options`` are those of :func:`~qlora_lightning.model.adapters.lora.add_adapters`.
-    """
+    """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does."""
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    loaded = load_base(**base_options)
-    identity: dict[str, Any] = {
-        "base": base_options["name"],
-        "revision": loaded.source.revision,
-        "fingerprint": loaded.fingerprint,
-        "config_sha256": hash_config(loaded.model.config),
-        "quantization": loaded.quantization,
-        "double_quant": loaded.double_quant,
-        "compute_dtype": str(base_options["compute_dtype"]).removeprefix("torch."),
-    }
+    base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
-    model = put_adapters(loaded.model, folder, **adapter_options)
-    is_of_hub = loaded.source.kind == "hub"  # PEFT loads the base by this
-    model.peft_config[ADAPTER].base_model_name_or_path = loaded.source.name if is_of_hub else str(loaded.source.folder)
+    model = put_adapters(base, folder, **adapter_options)
+    # PEFT loads the base by this
+    model.peft_config[ADAPTER].base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
     identity["adapter"] = describe_adapter(model)
     return LoadedModel(model, identity, set_fast(model, fast))
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
-    """Put new adapters on a base, or those of an adapter folder, whose own rank and targets rule.
+    """Put the adapter of a folder on a base, whose own rank, alpha and targets apply, or new ones by ``add_adapters``.
 
-    On a base on the meta device new adapters are shapes alone too; those of a folder have their numbers. ``options``
-    are arguments of :func:`~qlora_lightning.model.adapters.lora.add_adapters`.
+    On a base on the meta device new adapters are shapes alone too; those of a folder have their numbers.
     """
     if folder is None:
         return add_adapters(base, **options)
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
-    if options:
-        _check_own_shape(model, options, folder)
     return model
-
-
-def _check_own_shape(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
-    """Reject options that are set, and ask for another rank, alpha, targets or layers than the folder's adapter has."""
-    own, defaults = describe_adapter(model), inspect.signature(add_adapters).parameters
-    names = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
-    asked = {**options, "target_modules": kinds, "layers": layers}
-    for name in ("rank", "alpha", "target_modules", "layers"):
-        if options[name] != defaults[name].default and asked[name] != own[name]:
-            raise UserError(f"model.{name} is {options[name]}, but {folder} has {own[name]}: leave it out.")
 
 
 def set_fast(model: peft.PeftModel, fast: bool) -> bool:
@@ -99,13 +72,111 @@ def set_fast(model: peft.PeftModel, fast: bool) -> bool:
     return any(fuse_layers(model).linears.values()) or beside
 
 
+@rank_zero_only
+def describe_fit(module: Any, fusion: Fusion) -> None:
+    """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
+    names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
+    trainable, total = count_parameters(module.model)
+    autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
+    for line in (
+        explain_dtype(module.compute_dtype, module.device),
+        f"Adapter on {len(names)} modules ({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters "
+        f"train ({trainable / total:.2%}).",
+        explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
+    ):
+        if line is not None:
+            say(line)
+
+
+# ---- an adapter folder -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter folder, and how its base was held in training.
+
+    Attributes:
+        identity: What its ``qlora_lightning.json`` says; empty if another tool wrote the folder.
+        quantization: ``None`` if the folder does not say.
+        is_stored_quantized: Whether the base's own folder holds quantized weights.
+        tokenizer_folder: The adapter folder, or if it holds no tokenizer the base's.
+    """
+
+    folder: Path
+    identity: dict[str, Any]
+    base: BaseFolder
+    quantization: Quantization | None
+    double_quant: bool
+    compute_dtype: torch.dtype
+    is_stored_quantized: bool
+    tokenizer_folder: Path
+
+
+def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
+    """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
+
+    The base is looked for by ``base``, else by the name that it was trained under, and if that leads nowhere (it was a
+    relative path) in the folder that it was loaded from. No model is loaded.
+    """
+    folder = find_adapter_folder(named)
+    identity = read_identity(folder)
+    source = _find_base(folder, identity) if base is None else open_base(base)
+    current: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
+    settings = read_config(source.folder, source.name).get("quantization_config")
+    if settings is not None:
+        current["quantization"], current["double_quant"] = stored_quantization(settings)
+    check_identity(identity, current, f"The adapter folder {folder}")
+    held = identity | current
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return AdapterSource(
+        folder,
+        identity,
+        source,
+        quantization=held.get("quantization"),
+        double_quant=held.get("double_quant", True),
+        compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
+        is_stored_quantized=settings is not None,
+        tokenizer_folder=folder if has_tokenizer else source.folder,
+    )
+
+
+def open_adapter(source: AdapterSource) -> LoadedModel:
+    """Load the base of an adapter as it was trained, on a CUDA device if there is one, and put the adapter on it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
+    return assemble_model(
+        name=source.base.name,
+        device=device,
+        compute_dtype=choose_compute_dtype(wanted, device),
+        quantization=source.quantization or "nf4",
+        double_quant=source.double_quant,
+        revision=source.base.revision,
+        adapter=str(source.folder),
+        adapter_options={},
+        fast=True,
+    )
+
+
+def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
+    loaded_from = read_adapter_config(adapter).get("base_model_name_or_path")
+    name = identity.get("base") or loaded_from
+    if not name:
+        raise UserError(f"The adapter folder {adapter} does not name its base: name it with --base.")
+    try:
+        return open_base(name, identity.get("revision"))
+    except UserError as error:
+        if loaded_from and Path(loaded_from).is_dir():
+            return open_base(loaded_from)
+        raise UserError(f"The base of {adapter} is not found. {error} Or name it with --base.") from error
+
+
+# ---- shapes without numbers ------------------------------------------------------------------------------------------
+
+
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
     """Make a frozen base of shapes alone, on the meta device; only the rotary tables are real.
 
-    Args:
-        config: transformers' config, or the folder that holds it.
-        dtype: Of all that is not quantized.
-        quantization: How the linears of the decoder layers are stored, whatever the config says.
+    ``config`` is transformers' config, or the folder that holds it; what it says of quantization is left out.
     """
     is_folder = isinstance(config, Path)
     config = AutoConfig.from_pretrained(config, local_files_only=True) if is_folder else copy.deepcopy(config)
@@ -131,16 +202,17 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
 def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
     weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features, linear.bias is not None)
+    quantized: Any
     if quantization == "int8":
-        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        numbers, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        made.weight = bnb.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        quantized.weight = bnb.nn.Int8Params(rows, requires_grad=False, CB=rows, SCB=scales)
     else:
-        made = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
+        quantized = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
         packed, state = bnb.functional.quantize_4bit(weight, quant_type=quantization)
-        made.weight = bnb.nn.Params4bit(
+        quantized.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type=quantization, bnb_quantized=True
         )
     if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.detach())
-    return made  # type: ignore[no-any-return]
+        quantized.bias = nn.Parameter(linear.bias.detach())
+    return quantized  # type: ignore[no-any-return]

@@ -1,20 +1,28 @@
-"""The machine: its dtypes, its memory and its allocator."""
+"""The machine: its dtypes, its memory and its allocator; out of memory, reported with what helps."""
 
+import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 
 from qlora_lightning.base.tensors import GIB
+from qlora_lightning.model.step.batch import is_flat
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import PEAK_NAMES
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_REMEDIES = (
+    "data.batch_size or data.tokens_per_batch halved with trainer.accumulate_grad_batches doubled (the same result); "
+    "gradient_checkpointing.enabled: true, on a GPU also its offload (the same result, slower); model.quantization: "
+    "nf4; a smaller data.max_length, model.rank or model.base"
+)
 
 
 def choose_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
@@ -63,13 +71,22 @@ def read_memory(device: torch.device) -> dict[str, float]:
             "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
             PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
         }
-    status = Path("/proc/self/status")
+    private = peak = psutil.Process().memory_info().rss
+    status = Path("/proc/self/status")  # of Linux
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
-    else:
-        private = peak = psutil.Process().memory_info().rss
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
+
+
+def read_peak_gib(device: torch.device) -> float:
+    """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
+    return read_memory(device)[name_of_peak(device)]
+
+
+def name_of_peak(device: torch.device) -> str:
+    """Return the name under which a device's peak memory is logged."""
+    return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]
 
 
 def device_memory_gib(device: torch.device) -> float:
@@ -79,14 +96,24 @@ def device_memory_gib(device: torch.device) -> float:
     return float(psutil.virtual_memory().total / GIB)
 
 
-def name_of_peak(device: torch.device) -> str:
-    """Return the name under which a device's peak memory is logged."""
-    return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]
+@contextlib.contextmanager
+def reporting_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
+    """Report running out of memory with the micro-batch (``None`` in the optimizer's step), the peak and what helps.
 
-
-def read_peak_gib(device: torch.device) -> float:
-    """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    return read_memory(device)[name_of_peak(device)]
+    Raises:
+        UserError: Memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        device, work = pl_module.device, "the optimizer's step" if batch is None else "a batch"
+        if is_flat(batch) and "longest" in batch:
+            rows, tokens = len(batch["cu_seqlens"]) - 1, batch["input_ids"].numel()
+            work = f"a batch of {rows:,} rows and {tokens:,} tokens, the longest row {int(batch['longest']):,}"
+        raise UserError(
+            f"Out of memory on {device} in {work}; the peak was {read_peak_gib(device):.2f} of "
+            f"{device_memory_gib(device):.2f} GiB. What helps: {_REMEDIES}."
+        ) from error
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

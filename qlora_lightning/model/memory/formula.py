@@ -13,6 +13,7 @@ in torch 2.11; copies of beginnings that samples share; fragments in torch's all
 and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measured, not planned.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +24,19 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from transformers import AttentionInterface
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
-from qlora_lightning.model.memory.plain_layer import count_saved
 from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
+from qlora_lightning.model.step.layout import whole_samples
 from qlora_lightning.model.step.loss import rows_of_logits
+from qlora_lightning.support.console import quiet_loggers
+from qlora_lightning.support.versions import attend_ragged
 
 _CONTEXT = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
@@ -41,14 +48,14 @@ class StepMemory:
 
     Attributes:
         fixed: Bytes by part of what does not depend on tokens.
-        state: Bytes of a token's hidden state, which is the input of each layer.
+        hidden: Bytes of a token's hidden state, which is the input of each layer.
         logits: Bytes of a token's logits.
-        number_bytes: Of a number in the dtype of the products.
+        itemsize: Of a number in the dtype of the products.
         layers: Number of decoder layers from the first that trains on; those below keep nothing.
         saved: Bytes a token that one of these keeps for backward, its input included.
         saved_per_key: And for each token of its row: attention scores, if no kernel spares them.
-        mlp: Of ``saved`` gate and up, which a fused checkpointed layer has of :data:`PIECE_TOKENS` tokens at a time.
-        grad_mlp: Bytes a token of what backward has at a time that is as wide as the MLP.
+        mlp: Bytes of a token's state inside the MLP; backward has four such at a time.
+        in_pieces: Whether a checkpointed layer has gate and up of :data:`PIECE_TOKENS` tokens at a time.
         dense: Bytes of the largest quantized weight, made dense for a product.
         gathered: Bytes of a sharded base that are whole for a moment: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
@@ -57,14 +64,14 @@ class StepMemory:
     """
 
     fixed: dict[str, int]
-    state: int
+    hidden: int
     logits: int
-    number_bytes: int
+    itemsize: int
     layers: int
     saved: float
     saved_per_key: float
     mlp: int
-    grad_mlp: int
+    in_pieces: bool
     dense: int
     gathered: tuple[int, int]
     host_base: int
@@ -78,27 +85,24 @@ class StepMemory:
 
     def parts(self, tokens: int, longest_row: int) -> dict[str, int]:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
-        inputs, saved = float(tokens * self.state), tokens * (self.saved + self.saved_per_key * longest_row)
-        # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and place
-        kept = tokens * (self.state / self.number_bytes * _FLOAT + _FLOAT + self.state + _INDEX)
-        kept += (self.layers - self.checkpointed) * saved + (0 if self.offload else self.checkpointed * inputs)
-        piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.mlp else tokens
-        in_layer = inputs + piece * self.grad_mlp + self.dense  # the first of these for the output's gradient
-        if self.checkpointed:  # makes again what it did not keep
-            in_layer += saved + (piece - tokens) * self.mlp - (0 if self.offload else inputs)
+        inputs, saved = float(tokens * self.hidden), tokens * (self.saved + self.saved_per_key * longest_row)
+        kept_inputs = 0 if self.offload else inputs  # of a checkpointed layer
+        # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
+        head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
+        activations = head + (self.layers - self.checkpointed) * saved + self.checkpointed * kept_inputs
+        piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.in_pieces else tokens
+        in_layer = inputs + 4 * piece * self.mlp + self.dense  # the first of these for the output's gradient
+        if self.checkpointed:  # computes again what it did not keep
+            in_layer += saved - 2 * (tokens - piece) * self.mlp - kept_inputs
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
-        rows = min(rows_of_logits(self.logits // self.number_bytes, self.number_bytes, "cuda"), tokens)
-        in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.number_bytes)
+        rows = min(rows_of_logits(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
+        in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
-        return {**self.fixed, "gathered": gathered, "activations": round(kept), "workspace": round(workspace)}
-
-    def peak(self, tokens: int, longest_row: int) -> int:
-        """Return the most bytes at a time; see :meth:`parts`."""
-        return sum(self.parts(tokens, longest_row).values())
+        return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}
 
     def host_bytes(self, tokens: int) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
-        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.state)
+        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.hidden)
 
 
 def build_step_memory(
@@ -113,8 +117,8 @@ def build_step_memory(
 ) -> StepMemory:
     """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
 
-    ``optimizer`` is as ``model.optimizer`` takes it. ``sharded_offload`` is ``None`` if each process holds the base as
-    a whole; else whether the shards are in host memory, or those of how many first layers.
+    ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory, or
+    those of how many first layers.
     """
     causal_lm: Any = model.get_base_model()
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
@@ -141,17 +145,16 @@ def build_step_memory(
     saved = {kind: _count_saved(causal_lm, layer, dtype) for kind, layer in kinds.items()}
     sizes = [(each.out_features, each.in_features) for each in layers[-1].modules() if isinstance(each, nn.Linear)]
     is_quantized = bool(linears) or any(isinstance(each, bnb.nn.Linear8bitLt) for each in layers[-1].modules())
-    widest = max(map(max, sizes)) * dtype.itemsize
     return StepMemory(
         fixed,
-        state=causal_lm.config.hidden_size * dtype.itemsize,
+        hidden=causal_lm.config.hidden_size * dtype.itemsize,
         logits=len(causal_lm.get_output_embeddings().weight) * dtype.itemsize,
-        number_bytes=dtype.itemsize,
+        itemsize=dtype.itemsize,
         layers=len(layers),
         saved=fmean(saved[repr(each)][0] for each in layers),
         saved_per_key=fmean(saved[repr(each)][1] for each in layers),
-        mlp=2 * widest if _is_fused(layers[-1]) else 0,
-        grad_mlp=4 * widest,  # of the MLP's hidden states, gate and up, and the hidden states themselves
+        mlp=max(map(max, sizes)) * dtype.itemsize,
+        in_pieces=_is_fused(layers[-1]),
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,
@@ -197,10 +200,11 @@ def _pinned_bytes(size: int) -> int:
 def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float, float]:
     """Return the bytes a token that a layer keeps for backward, and those more for each token of its row.
 
-    Of a fused layer it is what the functions of layers/decoder_layer.py save; any other is run without numbers.
+    Of a fused layer it is what the functions of layers/decoder_layer.py save; any other is run on the meta device.
     """
     if not _is_fused(layer):
-        return count_saved(causal_lm, layer, dtype)
+        once, twice = (_run_saving(causal_lm.config, layer, tokens, dtype) / tokens for tokens in (256, 512))
+        return 2 * once - twice, (twice - once) / 256
     attention, width = layer.self_attn, causal_lm.config.hidden_size
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
@@ -215,3 +219,35 @@ def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float,
 
 def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
+
+
+def _run_saving(config: Any, layer: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Run a layer forward on the meta device, and return the bytes that autograd keeps, but for weights."""
+    # as autocast has the adapters, whose copies are a part of their own
+    adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(layer).items()}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
+    angles = torch.empty(1, tokens, rotated, dtype=dtype, device="meta")
+    hidden = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta", requires_grad=True) + 0
+    samples, saved = whole_samples([tokens]), {hidden.untyped_storage()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
+        return tensor
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        if options.get("softcap") is not None:  # no kernel has it
+            return flat.flat_attention(module, query, key, value, mask, samples=samples, **options)
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        return attend_ragged(query, key, value, samples.cu_seqlens.to("meta"), tokens, scale=None)[None], None
+
+    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION):
+        AttentionInterface.register(name, attend)
+    try:  # int8 layers warn in each run that they round their input to float16
+        with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"), saved_tensors_hooks(keep, lambda x: x):
+            arguments = {"attention_mask": None, "position_embeddings": (angles, angles), "use_cache": False}
+            functional_call(layer, adapters, (hidden,), arguments)
+    finally:
+        flat.register_flat_attention()
+    weights = {each.untyped_storage() for each in (*layer.parameters(), *layer.buffers(), *adapters.values(), angles)}
+    return sum(each.nbytes() for each in saved - weights)

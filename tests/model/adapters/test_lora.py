@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
+from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
@@ -27,7 +27,7 @@ def untied_base(tmp_path_factory):
 
 def make(folder, quantization="nf4", dtype=torch.float32, **settings):
     base = load_base(str(folder), quantization=quantization, compute_dtype=dtype).model
-    return add_adapters(base, base_name=str(folder), **settings)
+    return add_adapters(base, **settings)
 
 
 def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tiny_base):
@@ -139,9 +139,3 @@ def test_presets_names_expressions_and_layers_select_these(llama, target_modules
 def test_what_selects_nothing_is_rejected(llama, target_modules, layers):
     with pytest.raises(UserError):
         resolve_targets(llama, target_modules, layers)
-
-
-def test_names_shorten_to_endings_only_if_these_select_the_same(llama):
-    assert compact_targets(llama, resolve_targets(llama, "attention")) == sorted(ATTENTION)
-    some = resolve_targets(llama, "attention", "last:2")
-    assert compact_targets(llama, some) == some

@@ -1,6 +1,7 @@
 """The adapter folder: written whole or not at all, read, and its tensors put on a base."""
 
 import copy
+import filecmp
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnin
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of A and B
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -48,8 +50,9 @@ def save_adapter_folder(
 ) -> None:
     """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
 
-    All files are written aside. Then the old weights are removed, and the new files take their places, the weights
-    last: a kill in between leaves a folder without weights, which every reader rejects, and never two adapters mixed.
+    All files are written aside, and then take their places, the weights last. If only these differ, as between two
+    saves of a run, a kill leaves one adapter or the other. Else the old weights go first, and a kill leaves a folder
+    without weights, which every reader rejects.
 
     Args:
         folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
@@ -81,10 +84,11 @@ def save_adapter_folder(
     with written_in_rust():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
-    files = [file for file in staging.rglob("*") if file.is_file() and file.name != _WEIGHTS]
-    (folder / _WEIGHTS).unlink(missing_ok=True)
-    for file in [*files, staging / _WEIGHTS]:
-        target = folder / file.relative_to(staging)
+    targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
+    weights_target = targets.pop(staging / _WEIGHTS)
+    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
+        weights_target.unlink(missing_ok=True)
+    for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         put_in_place(file, target)
     shutil.rmtree(staging)
@@ -132,6 +136,11 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
+    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
+        raise UserError(
+            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
+            "weights: it belongs to a base that is not the one it names."
+        )
     config.inference_mode = False
     config.base_model_name_or_path = None  # PEFT sets it, and would warn if another name was there
     return config

@@ -1,6 +1,7 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
-from qlora_lightning.model.adapters.targets import layer_of
+from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
@@ -60,7 +61,20 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
         return add_adapters(base, **options)
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
+    if options:
+        _check_contradictions(model, options, folder)
     return model
+
+
+def _check_contradictions(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
+    """Reject options that are set, and ask for another rank, alpha, targets or layers than a folder's adapter has."""
+    adapter, defaults = describe_adapter(model), inspect.signature(add_adapters).parameters
+    names = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
+    kinds = sorted({name.rpartition(".")[2] for name in names})
+    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+    for name, asked in {**options, "target_modules": kinds, "layers": layers}.items():
+        if name in adapter and options[name] != defaults[name].default and asked != adapter[name]:
+            raise UserError(f"model.{name} is {options[name]}, but {folder} has {adapter[name]}: leave it out.")
 
 
 def set_fast(model: peft.PeftModel, fast: bool) -> bool:

@@ -1,9 +1,11 @@
 """What a stranger's folder may do when our commands look at it: nothing. Nothing runs, nothing is written elsewhere."""
 
 import json
+import os
 import shutil
 import stat
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -157,6 +159,9 @@ def test_a_recipe_replaces_a_link_and_follows_none(tmp_path, monkeypatch):
 
 
 def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
+    """But for the run folder itself, which the user names."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
     names = ("checkpoints/unfinished.ckpt", "report.html", "manifest.json", "config.yaml")
     for number, name in enumerate(names):
         (tmp_path / f"victim-{number}").write_text("mine")
@@ -166,6 +171,42 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     line = f"fit --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
     assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1 --evaluation null".split()) == 0
     assert [(tmp_path / f"victim-{number}").read_text() for number in range(len(names))] == ["mine"] * len(names)
+    assert (tmp_path / "disk" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "adapter/additional_chat_templates", "gone"])
+def test_a_fit_writes_into_no_folder_behind_a_link(name, tiny_base, rows_file, tmp_path, capsys):
+    target, link = tmp_path / "elsewhere", tmp_path / "run" / name.replace("gone", "checkpoints")
+    if name != "gone":
+        target.mkdir()
+        (target / "last.ckpt.unfinished").write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    line = f"fit --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
+    assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1 --evaluation null".split()) == 2
+    assert f"{link} is a link, and a run writes into no folder behind one: remove it, or " in capsys.readouterr().err
+    assert [file.name for file in tmp_path.glob("elsewhere/*")] == ["last.ckpt.unfinished"][: name != "gone"]
+
+
+@pytest.mark.parametrize("name", ["sweep-rank", "sweep-rank/rank-2"])
+def test_a_sweep_writes_into_no_folder_behind_a_link(name, tiny_base, rows_file, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "elsewhere")
+    line = f"sweep-rank --ranks 2,4 --model.base {tiny_base} --data.train {rows_file} --data.val_fraction 0.2"
+    options = f"--trainer.default_root_dir {tmp_path / 'run'} --trainer.accelerator cpu --trainer.max_steps 1"
+    assert main(f"{line} {options}".split()) == 2
+    assert f"{link} is a link, " in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_report_waits_for_no_pipe(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    for name in ("metrics.csv", "evaluation.json"):
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+    subprocess.run([sys.executable, "-m", "qlora_lightning", "report", str(run)], check=True, timeout=120)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")

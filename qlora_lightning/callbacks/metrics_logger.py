@@ -81,7 +81,7 @@ class MetricsLogger(Logger):
 
     def _read(self) -> list[dict[str, Any]]:
         """Return the lines that are there; half a line, as a kill leaves it, is none."""
-        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -105,7 +105,7 @@ def read_metrics(file: Path) -> dict[str, Points]:
 
     Half a line at the end, which a killed or running fit leaves, is left out too. A missing file has no columns.
     """
-    if not file.exists():
+    if not file.is_file():  # a pipe would be waited for
         return {}
     whole, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")  # a spreadsheet adds a byte-order mark
     rows = csv.DictReader(whole.splitlines())
@@ -122,7 +122,7 @@ def read_metrics(file: Path) -> dict[str, Points]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return read_json_object(file, _REMEDY) if file.exists() else {}
+    return read_json_object(file, _REMEDY) if file.is_file() else {}
 
 
 def _is_training(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from rich.text import Text
 from qlora_lightning.callbacks import Evaluation, LoadingLines, StopSignals
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.callbacks.evaluation import validation_batches
+from qlora_lightning.callbacks.run_folder import refuse_links
 from qlora_lightning.commands.config import refuse_moved_run
 from qlora_lightning.commands.sweep import Sweep
 from qlora_lightning.commands.sweep.results import Trial
@@ -76,6 +77,7 @@ class TrialCLI(QLoRACLI):
         self.run_folder = Path(asked["trainer"]["default_root_dir"])
         self.folder = self.run_folder / self._sweep.folder
         own = self.folder / self._sweep.trial_folder(self._value)
+        refuse_links(self.folder, own)
         self._command = ["qlora-lightning", "fit", *args, "--trainer.default_root_dir", str(own)]
         super().parse_arguments(parser, [*args, "--trainer.default_root_dir", str(own), "--ckpt_path", "last"])
 

@@ -164,8 +164,12 @@ def _lines(stream: TextIO) -> Iterator[str]:
 
 def _check_line(line: str) -> str:
     if len(line) > MAX_LINE:
-        raise RowFault(f"a line of more than {MAX_LINE // 1_000_000} MB, the most that is read")
+        raise _too_long("line")
     return line
+
+
+def _too_long(what: str) -> RowFault:
+    return RowFault(f"a {what} of more than {MAX_LINE // 1_000_000} MB, the most that is read")
 
 
 def _check_decoded(text: str) -> None:
@@ -303,7 +307,7 @@ def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFa
 
 # Parquet, Arrow, and the hub
 
-_BATCH_ROWS = 256
+_BATCH_ROWS = 4  # the most that are unpacked together: a file of few KB may hold one value of many MB for each of them
 
 
 def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
@@ -321,7 +325,8 @@ def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
             batches: Iterable[Any]
             if kind == ".parquet":
                 # By itself it reads row groups as a whole, which may be as large as the file.
-                batches = ParquetFile(table, buffer_size=1 << 20, pre_buffer=False).iter_batches(_BATCH_ROWS)
+                parquet = ParquetFile(table, buffer_size=1 << 20, pre_buffer=False)
+                batches = parquet.iter_batches(_BATCH_ROWS, use_threads=False)  # of which few rows make no use
             elif table.read(6) == b"ARROW1":  # Arrow's file format, as Feather and polars write it
                 reader = ipc.open_file(table)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
@@ -348,7 +353,7 @@ def _read_hub(source: Source) -> Iterator[Any]:
         )
         if source.shard_seed is not None:
             rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
-        yield from rows.with_format("arrow").iter(_BATCH_ROWS)
+        yield from rows.with_format("arrow").iter(256)
 
 
 @contextmanager
@@ -366,9 +371,13 @@ def _number_rows(batches: Iterable[Any], skip: int) -> Iterator[Parsed]:
     for part in (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS)):
         passed = min(max(skip - number, 0), len(part))
         number += passed
+        is_large = part.nbytes > MAX_LINE
         for values in part.slice(passed).to_pylist():
             number += 1
-            yield number, {key: _without_fill(value) for key, value in values.items()}
+            if is_large and len(repr(values)) > MAX_LINE:
+                yield number, _too_long("row")
+            else:
+                yield number, {key: _without_fill(value) for key, value in values.items()}
 
 
 def _without_fill(value: Any) -> Any:

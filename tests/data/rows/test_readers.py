@@ -297,6 +297,37 @@ def test_memory_does_not_grow_with_the_file(name):
     assert peak < 6_000_000
 
 
+@pytest.mark.parametrize("kind", ["parquet", "parquet of Arrow's dictionaries", "arrow"])
+def test_memory_does_not_grow_with_the_uses_of_a_value(kind):
+    """A dictionary holds it once: a file of few KB may stand for many GB."""
+    value, name = "y" * 2_000_000, f"a.{kind.partition(' ')[0]}"
+    table = pa.table({"x": pa.DictionaryArray.from_arrays(pa.array([0] * 128, pa.int32()), pa.array([value]))})
+    if kind == "arrow":
+        with pa.ipc.new_stream(name, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, name, store_schema=kind != "parquet")
+    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        assert sum(found.values["x"] == value for found in RowReader(source(name))) == 128  # 256 MB
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+    assert peak + pool.max_memory() < 64_000_000
+
+
+def test_a_long_row_of_a_table_is_a_bad_row_with_its_number(monkeypatch):
+    monkeypatch.setattr(readers, "MAX_LINE", 1_000_000)
+    rows = [{"x": {"y": "z" * size}} for size in (1, 2, 3, 4, 5, 2_000_000, 6)]
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    found = list(RowReader(source("a.parquet")))
+    assert found.pop(5) == BadRow("a.parquet:6", "a row of more than 1 MB, the most that is read")
+    assert [row.values for row in found] == rows[:5] + rows[6:]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"])
 def test_a_file_that_is_cut_off_or_something_else_is_named(name):
     whole = content(".parquet") if name == "a.parquet" else compress(content(".jsonl") * 1000, Path(name).suffix)

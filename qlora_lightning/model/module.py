@@ -19,12 +19,16 @@ from qlora_lightning.model.adapters.identity import check_identity, identity_of_
 from qlora_lightning.model.adapters.lora import check_adapter_settings, copy_tensors, trainable_tensors
 from qlora_lightning.model.adapters.targets import check_layers
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import read_content
-from qlora_lightning.model.checkpoint.restore import restore_module
+from qlora_lightning.model.checkpoint.format import read_content, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards.checks import check_token_ids, check_training_mode
-from qlora_lightning.model.guards.guard import OnNonfinite, QuietCollector, TrainingGuard
-from qlora_lightning.model.guards.start import check_fit, check_setup, check_start
+from qlora_lightning.model.guards.checks import (
+    check_fit,
+    check_setup,
+    check_start,
+    check_token_ids,
+    check_training_mode,
+)
+from qlora_lightning.model.guards.guard import OnNonfinite, TrainingGuard
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load.base_model import Quantization
@@ -172,7 +176,7 @@ class QLoRAModule(lightning.LightningModule):
         self.sharded_base: ShardedBase | None = None
 
     def configure_callbacks(self) -> list[Callback]:
-        return [ExactResume(), self.guard, QuietCollector()]
+        return [ExactResume(), self.guard]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class TrainingGuard(Callback):
         loss = trainer.callback_metrics.get("val_loss")
         if self.on_nonfinite == "stop" and loss is not None and not loss.isfinite():
             raise UserError(  # before callbacks that write checkpoints, which come last
-                f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}, and nothing of it is "
+                f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
                 "saved: `--ckpt_path last` is from before. Lower model.learning_rate, look at the validation rows, or "
                 "set model.on_nonfinite: skip to continue."
             )

@@ -1,54 +1,13 @@
 """An adapter folder as files: where it is, and what it says it belongs to."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, read_json_object
+from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, read_json_object
 from qlora_lightning.support.versions import check_version
 
 _REMEDY = "Copy the adapter folder again."
-_STRINGS = ("base", "revision", "fingerprint", "config_sha256", "quantization", "compute_dtype")
-_TYPES = {**dict.fromkeys(_STRINGS, str), "format_version": int, "double_quant": bool, "adapter": dict, "data": dict}
-_DATA_TYPES = {"settings": dict, "samples": dict}
-_CHOICES = {"quantization": ("nf4", "fp4", "int8", "none"), "compute_dtype": ("bfloat16", "float16", "float32")}
-
-
-def read_identity(folder: Path) -> dict[str, Any]:
-    """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
-    read_adapter_config(folder)  # its faults are reported before a base is loaded
-    file = folder / IDENTITY
-    if not file.is_file():
-        return {}
-    identity = {name: value for name, value in read_json_object(file, _REMEDY).items() if value is not None}
-    _check_types(file, identity, _TYPES)
-    _check_types(file, identity.get("data", {}), _DATA_TYPES)
-    for name, choices in _CHOICES.items():
-        if identity.get(name, choices[0]) not in choices:
-            raise UserError(f"{file}: {name} is {identity[name]!r}, expected one of {', '.join(choices)}. {_REMEDY}")
-    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
-    return identity
-
-
-def _check_types(file: Path, content: dict[str, Any], kinds: Mapping[str, type]) -> None:
-    for name, kind in kinds.items():
-        value = content.get(name)
-        if value is not None and type(value) is not kind:
-            raise UserError(f"{file}: {name} must be {kind.__name__}, found {type(value).__name__}. {_REMEDY}")
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read the ``adapter_config.json`` of an adapter folder."""
-    config = read_json_object(folder / "adapter_config.json", _REMEDY)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
-    _check_types(folder / "adapter_config.json", config, {"base_model_name_or_path": str})
-    return config
 
 
 def find_adapter_folder(named: str | Path) -> Path:
@@ -59,7 +18,24 @@ def find_adapter_folder(named: str | Path) -> Path:
     return inner if is_run else folder
 
 
-def find_run_config(adapter: Path) -> Path | None:
-    """Return the ``config.yaml`` of the run folder around an adapter folder; None if there is none."""
-    beside = adapter.absolute().parent / CONFIG
-    return beside if beside.is_file() else None
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
+    read_adapter_config(folder)  # its faults are reported before a base is loaded
+    if not (folder / IDENTITY).is_file():
+        return {}
+    stored = read_json_object(folder / IDENTITY, _REMEDY)
+    identity = {name: value for name, value in stored.items() if value is not None}
+    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
+    return identity
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` of an adapter folder."""
+    config = read_json_object(folder / "adapter_config.json", _REMEDY)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
+    return config

@@ -61,16 +61,16 @@ def hash_key(key: Mapping[str, Json]) -> str:
 def cached_folder(
     kind: Kind, key: Mapping[str, Json], build: Callable[[Path], None], label: str, check_weights: bool = True
 ) -> Path:
-    """Return the complete folder for ``key``, building it if the cache does not hold it.
+    """Return the complete folder for ``key``, building it if the cache does not hold it, in one process of several.
 
-    Processes that ask at once build once: the others wait. An entry counts as soon as it has its ``entry.json``, which
-    is written last. What a killed build leaves has none, and is removed by the next build.
+    An entry counts as soon as it has its ``entry.json``, which is written last. What a killed build leaves has none,
+    and is removed by the next build.
 
     Args:
         kind: the part of the cache, a folder below its root.
         key: everything that the content depends on, versions of libraries included.
-        build: writes the content into the empty folder that it is given.
-        label: what the content is, for messages and ``qlora-lightning cache list``.
+        build: writes the content into an empty folder.
+        label: for messages and ``qlora-lightning cache list``.
         check_weights: see :func:`find_entry`.
 
     Raises:
@@ -85,9 +85,8 @@ def cached_folder(
                 if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            if error.errno not in (None, errno.ENOSPC, errno.EDQUOT) and str(cache_root(kind)) not in str(
-                error.filename
-            ):
+            is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see written_in_rust
+            if not is_full and str(cache_root(kind)) not in str(error.filename):
                 raise  # of what the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
@@ -99,10 +98,9 @@ def cached_folder(
 
 
 def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) -> Path | None:
-    """Return the folder for ``key`` if it is complete and matches its checksums.
+    """Return the folder for ``key`` if it is complete and matches its checksums; None otherwise.
 
-    The checksums of ``*.safetensors`` are left out unless ``check_weights``: an entry of which only other files are
-    needed is found at once.
+    Without ``check_weights`` those of ``*.safetensors`` are left out, which takes no time.
     """
     folder = cache_root(kind) / kind / hash_key(key)
     try:
@@ -115,7 +113,7 @@ def check_entry(folder: Path) -> None:
     """Compare a folder with its checksums before its weights are read, if it is an entry of the cache.
 
     Raises:
-        UserError: the entry is damaged. It no longer counts: the next start makes it again.
+        UserError: the entry is damaged; it is removed at the next start.
     """
     if not (folder / _ENTRY_FILE).is_file():
         return
@@ -213,7 +211,6 @@ def _describe(folder: Path, kind: Kind) -> CacheEntry:
     with suppress(OSError, ValueError, KeyError):
         label, changed = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["label"], folder / _ENTRY_FILE
     size = 0
-    for file in folder.rglob("*"):
-        with suppress(OSError):  # a build may be renaming its files just now
-            size += file.lstat().st_size if file.is_file() else 0
+    with suppress(OSError):  # a build may be renaming its files just now
+        size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
     return CacheEntry(kind, label, size, datetime.fromtimestamp(changed.stat().st_mtime, UTC), folder)

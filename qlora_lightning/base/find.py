@@ -47,8 +47,7 @@ def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
-    # The hub raises classes of its own, of its HTTP library, OSError and ValueError: each means "no base" here.
-    except Exception as error:
+    except Exception as error:  # of the hub, its HTTP library, OSError or ValueError: each means "no base" here
         raise UserError(
             f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`."

@@ -32,10 +32,7 @@ _THREADS = 4  # hashlib lets go of the interpreter's lock; more threads than dis
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """A checked transformers folder: ``folder`` to load from, ``name`` as the user wrote it, ``kind`` as it came.
-
-    ``revision`` is the commit of a hub snapshot, else None.
-    """
+    """A checked transformers folder; ``name`` is what the user wrote, ``revision`` the commit of a hub snapshot."""
 
     name: str
     folder: Path
@@ -102,9 +99,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return [single]
     if not index.is_file():
         raise UserError(
-            f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin) can run "
-            "code when they are opened, and are refused. Where you trust one, convert it once: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)."
+            f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
+            "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained."
         )
     weight_map = read_json_object(index, _REMEDY).get("weight_map")
     shards: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
@@ -125,8 +121,7 @@ def load_tokenizer(
     remedy = "Set data.tokenizer to a folder or hub id with a tokenizer.json."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    # transformers and tokenizers raise OSError, ValueError, KeyError, ImportError and bare Exception for bad files.
-    except Exception as error:
+    except Exception as error:  # transformers and tokenizers raise many classes for bad files
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
             f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
@@ -159,10 +154,9 @@ class TensorFiles:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes of all tensors.
+    """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes, however sharded.
 
-    It does not depend on sharding or on other files. The result is kept in the cache under the files' paths, sizes
-    and times; if the cache cannot be written, it is computed each time.
+    The cache keeps it under the files' paths, sizes and times, if it can be written.
     """
     files = weight_files(folder, str(folder))
     stats = [(file.resolve(), file.stat()) for file in files]

@@ -11,7 +11,6 @@ from qlora_lightning.base.cache import Json, cached_folder, find_entry
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import mend_gguf_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -19,17 +18,16 @@ _FORMAT = 1  # raised whenever the same GGUF would be unpacked into another fold
 
 
 def unpack_gguf(file: Path, name: str) -> Path:
-    """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF.
+    """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF, from the cache.
 
-    It is made once and kept in the cache. While it is made, the whole model is in memory in bf16. The checksums of its
-    weights are not compared: a usual start reads config and tokenizer alone. Who reads them calls ``check_entry``.
+    Weights are not compared with their checksums, since a usual start reads config and tokenizer alone: whoever reads
+    them calls ``check_entry``.
     """
     file = file.resolve()
 
     def build(folder: Path) -> None:
         size = format_bytes(file.stat().st_size)
         _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
-        # one line of ours reports the work: no notices of transformers, no bars of gguf
         with quiet_loggers(logging.ERROR, "transformers"), redirect_stderr(io.StringIO()):
             _unpack(file, folder, name)
 
@@ -59,8 +57,7 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
         model, tokenizer = _load(file, name)
     except UserError:
         raise
-    # gguf, numpy and transformers raise ValueError, KeyError, struct.error and others, wherever the file breaks off.
-    except Exception as error:
+    except Exception as error:  # each library raises classes of its own, wherever the file breaks off
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
             f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
@@ -87,7 +84,11 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     if config.model_type != "llama":
         raise UserError(f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    mend_gguf_tokens(tokenizer, config)
+    # transformers 5.17 takes the token of the beginning for that of the end, and leaves out that for padding
+    if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    if tokenizer.pad_token_id is None and config.pad_token_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     model, report = AutoModelForCausalLM.from_pretrained(
         file.parent,
         config=config,  # else the file's vocabulary is parsed once more, which takes seconds

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import written_in_rust
 
@@ -11,13 +13,7 @@ GIB = 2**30
 
 def format_bytes(count: int) -> str:
     """Format a number of bytes in decimal units, as file managers and model hubs do: ``98 MB``, ``5.6 GB``."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    digits = 1 if unit in ("GB", "TB") and size < 100 else 0
-    return f"{size:.{digits}f} {unit}"
+    return filesize.decimal(count, precision=1 if 1e9 <= count < 1e11 else 0)
 
 
 def format_gib(count: float) -> str:

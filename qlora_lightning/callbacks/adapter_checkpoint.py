@@ -29,7 +29,6 @@ from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
-from qlora_lightning.model.checkpoint.loops import ends_training, validation_follows
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
@@ -150,15 +149,11 @@ class AdapterCheckpoint(Checkpoint):
         ends_step, self._last_step = trainer.global_step != self._last_step, trainer.global_step
         self._stops_later = self._stops_later or trainer.should_stop  # as Timer asks for at any batch
         trainer.should_stop = self._stops_later and ends_step
-        if ends_step and not validation_follows(trainer, batch_idx) and self._is_due(trainer):
-            self._save(trainer, pl_module)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if _is_validating_fit(trainer) and _is_stopping(trainer) and trainer.global_step != self._saved_step:
+        if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _is_validating_fit(trainer):
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._save(trainer, pl_module, self._read_monitor(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,7 +163,9 @@ class AdapterCheckpoint(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""
         every = self.every_n_train_steps
-        asked = ends_training(trainer) or _is_stopping(trainer) or (every and trainer.global_step % every == 0)
+        stop = find_callback(trainer, StopSignals)
+        is_stopping = stop is not None and stop.stopping
+        asked = is_stopping or _ends_training(trainer) or (every and trainer.global_step % every == 0)
         return bool(asked) or self._is_time(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
@@ -281,14 +278,25 @@ class AdapterCheckpoint(Checkpoint):
         self._best_tensors = None
 
 
-def _is_validating_fit(trainer: Trainer) -> bool:
-    return trainer.state.fn == "fit" and not trainer.sanity_checking
+def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation is due after the batch that a Trainer has trained on."""
+    every, every_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every_epochs and (trainer.current_epoch + 1) % every_epochs):
+        return False
+    if every is None or every == math.inf:
+        return bool(trainer.is_last_batch)
+    batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
+    return (batches + 1) % int(every) == 0
 
 
-def _is_stopping(trainer: Trainer) -> bool:
-    """Whether a signal asked the fit to stop."""
-    stop = find_callback(trainer, StopSignals)
-    return stop is not None and stop.stopping
+def _ends_training(trainer: Trainer) -> bool:
+    """Whether training ends with the batch that a Trainer has trained on.
+
+    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not resume exactly from a
+    checkpoint that is written there.
+    """
+    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
 
 
 @contextlib.contextmanager

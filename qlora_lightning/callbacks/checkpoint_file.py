@@ -12,7 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import CHECKPOINTS, find_storage_fault, flush
+from qlora_lightning.support.files import CHECKPOINTS, flush
 
 LAST, UNFINISHED = "last.ckpt", "unfinished.ckpt"
 
@@ -55,13 +55,16 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = find_storage_fault(error)
-        if reason is None:
+        fault: BaseException | None = error
+        while fault is not None and not isinstance(fault, OSError):  # torch hides it behind a RuntimeError of its own
+            fault = fault.__cause__ or fault.__context__
+        if fault is None:
             raise
         whole = find_newest(Path(run_folder) / CHECKPOINTS)
         remedy = "Make room, or choose another folder."
         if whole is not None:
             remedy = f"{whole} is whole: when that is solved, resume from it with `--ckpt_path {whole}`."
+        reason = fault.strerror or str(fault)
         raise UserError(f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}") from error
 
 

@@ -12,7 +12,7 @@ from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.batches.order import RankBatch
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
+from qlora_lightning.model.checkpoint.resume import capture_generators, restore_generators
 from qlora_lightning.model.load.device import read_peak_gib, reporting_out_of_memory
 from qlora_lightning.model.step.batch import computed_counter
 from qlora_lightning.support.console import terminal

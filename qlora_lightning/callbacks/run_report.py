@@ -30,7 +30,7 @@ from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.checkpoint.format import plain_settings
-from qlora_lightning.model.checkpoint.setting_changes import trainer_settings
+from qlora_lightning.model.checkpoint.resume import trainer_settings
 from qlora_lightning.model.load.device import device_memory_gib, name_of_peak, read_peak_gib
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest

@@ -21,8 +21,8 @@ class StopSignals(Callback):
     """Let Ctrl-C, SIGTERM, SIGHUP and SLURM's preemption signal end training after a step, with ``last.ckpt`` saved.
 
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted. At
-    the end of the optimizer step (or of a validation's batch: a validation is not waited for) all ranks agree that one
-    was noted anywhere, and :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
+    the end of the optimizer step, or of the validation that runs, all ranks agree that one was noted anywhere, and
+    :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
     job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
     have nothing to save: SIGTERM and SIGHUP end them at once.
@@ -61,14 +61,7 @@ class StopSignals(Callback):
             self._step = trainer.global_step
             self._agree(trainer)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        # Saved at the end of the batch before. Behind the last step Lightning would not resume: a validation may end.
-        if batch_idx > 0 and trainer.global_step != trainer.max_steps:
-            self._leave_if_asked(trainer)
-
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree(trainer)
 
@@ -135,7 +128,8 @@ class StopSignals(Callback):
                 self.received = number
                 again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                _announce(trainer, f"{name}: saving at the end of this step.{again}")
+                place = "validation" if trainer.validating else "step"
+                _announce(trainer, f"{name}: saving at the end of this {place}.{again}")
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 

@@ -13,17 +13,12 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.base.adapter_folder import (
-    find_adapter_folder,
-    find_run_config,
-    read_adapter_config,
-    read_identity,
-)
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.commands.config import find_configs, read_configs
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 BASE = "base"  # the side without an adapter
 _RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share
@@ -90,8 +85,8 @@ def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool 
     if adapter is None or find_configs(arguments):
         return list(arguments)
     identity = read_identity(adapter)
-    config = find_run_config(adapter)
-    if config is not None:
+    config = adapter.absolute().parent / CONFIG  # of the run folder around it
+    if config.is_file():
         settings = _read_run_config(config)
         if not needs_rows or settings["data"].keys() & {"train", "val", "test"}:
             return ["--config", json.dumps(settings), *arguments]

@@ -17,10 +17,9 @@ from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import read_content
-from qlora_lightning.model.checkpoint.restore import restore_module
+from qlora_lightning.model.checkpoint.format import read_content, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards import checks, guard, start
+from qlora_lightning.model.guards import checks, guard
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load import device as machine
 from qlora_lightning.model.load.base_model import Quantization
@@ -150,13 +149,13 @@ class QLoRAModule(lightning.LightningModule):
         self.sharded_base: sharded.ShardedBase | None = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        return [ExactResume(), self.guard, guard.QuietCollector()]
+        return [ExactResume(), self.guard]
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        start.check_start(self, needed=(ExactResume, guard.TrainingGuard))
+        checks.check_start(self, needed=(ExactResume, guard.TrainingGuard))
         if self.model is None:
             self._make_model()
 
@@ -301,7 +300,7 @@ class QLoRAModule(lightning.LightningModule):
         return forward.lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
     def setup(self, stage: str) -> None:
-        start.check_setup(self)
+        checks.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
@@ -396,7 +395,7 @@ class QLoRAModule(lightning.LightningModule):
         return optimization.configure_optimizer(self)
 
     def on_fit_start(self) -> None:
-        start.check_fit(self)
+        checks.check_fit(self)
         describe_fit(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------

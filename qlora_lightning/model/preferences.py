@@ -13,13 +13,12 @@ from torch import Tensor
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
 from qlora_lightning.model.checkpoint.format import KEY
-from qlora_lightning.model.checkpoint.ranks import gather_states
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_of, token_losses
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
@@ -210,7 +209,7 @@ class PreferenceModule(QLoRAModule):
             for split, known in self._references.items()
             if known
         }
-        checkpoint[_REFERENCES] = gather_states(own, self.trainer.global_rank, self.trainer.world_size)
+        checkpoint[_REFERENCES] = gather_lists(self.trainer, [own])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

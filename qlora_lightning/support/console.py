@@ -1,13 +1,10 @@
-"""What is printed: lines and tables as they are, whatever paths, rows, answers and settings of others contain."""
+"""What is printed and logged: control characters of paths, rows and answers are shown, not sent to the terminal."""
 
 import contextlib
 import logging
 import os
 import select
-import sys
-import traceback
 import unicodedata
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,7 +16,7 @@ _PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\t": "⇥"
 
 
 def show_controls(text: str, keep: str = "\n") -> str:
-    """Make characters visible that would not be, or that would act on a terminal, except those to ``keep``."""
+    """Make characters visible that would not be, or that would act on a terminal, except those in ``keep``."""
     if text.isprintable():
         return text
     return "".join(
@@ -31,7 +28,7 @@ def show_controls(text: str, keep: str = "\n") -> str:
 
 
 class _VisibleConsole(Console):
-    """Shows control characters in what it prints; what rich itself sends to the terminal is not part of a text."""
+    """Shows control characters in what it prints, except those that rich itself sends to the terminal."""
 
     def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
         for segment in super().render(*args, **kwargs):
@@ -49,19 +46,13 @@ def say(what: Any) -> None:
 
 
 class _VisibleRecord(logging.LogRecord):
-    """Shows control characters in what is logged, by any library."""
-
     def getMessage(self) -> str:  # logging's own name
         return show_controls(super().getMessage())
 
 
-def show_controls_everywhere() -> None:
-    """Let whatever this process logs, warns of or fails with show its control characters."""
+def show_controls_in_logs() -> None:
+    """Show control characters in what any library logs."""
     logging.setLogRecordFactory(_VisibleRecord)
-    format_warning = warnings.formatwarning
-    if getattr(format_warning, "__module__", "") == "warnings":
-        warnings.formatwarning = lambda *args, **kwargs: show_controls(format_warning(*args, **kwargs))
-    sys.excepthook = lambda *error: print(show_controls("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -73,12 +64,12 @@ def quiet_loggers(level: int, *names: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, own in before.items():
-            logging.getLogger(name).setLevel(own)
+        for name, level_before in before.items():
+            logging.getLogger(name).setLevel(level_before)
 
 
 def drop_lost_output() -> None:
-    """Let output whose terminal or reader is gone lead nowhere: each write to it would raise an error."""
+    """Discard output whose terminal or reader is gone: each write to it would raise an error."""
     if not hasattr(select, "poll"):  # Windows
         return
     for descriptor in (1, 2):

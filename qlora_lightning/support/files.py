@@ -96,8 +96,10 @@ def flush(path: Path) -> None:
 def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
 
-    Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) knows no such locks. It raises
-    ``BlockingIOError`` if another process holds the lock.
+    Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) has no such locks.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
     """
     try:
         import fcntl
@@ -114,19 +116,9 @@ def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
     return descriptor
 
 
-def find_storage_fault(error: BaseException | None) -> str | None:
-    """Return what the disk had against a write, as "No space left on device"; None for errors of another kind.
-
-    torch hides it behind a RuntimeError of its own, safetensors and tokenizers in :func:`written_in_rust`.
-    """
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return None if error is None else error.strerror or str(error)
-
-
 @contextlib.contextmanager
 def written_in_rust() -> Iterator[None]:
-    """Raise an ``OSError`` if safetensors or tokenizers fail at writing a file, which raise classes of their own."""
+    """Raise an ``OSError`` if safetensors or tokenizers, which raise classes of their own, cannot write a file."""
     try:
         yield
     except OSError:
@@ -147,24 +139,20 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that appears twice in one mapping, which YAML forbids and PyYAML lets pass."""
+    """Rejects a key that is twice in one mapping, which YAML forbids and PyYAML lets pass."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Look at the keys as they are written: what a merge key (``<<``) brings in may stand there again."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, Any], int] = {}
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # without what a merge key (<<) brings in
+        lines: dict[str, int] = {}
         for key, _ in node.value:
-            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and name in lines:
-                raise yaml.YAMLError(
-                    f"the key {key.value!r} is in line {lines[name]} and again in line {line}, where the last would "
-                    "count: keep one"
-                )
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"the key {name!r} is in line {lines[name]} and again in line {line}: keep one")
             lines[name] = line
         return node
 
 
-# A date stays text, as it was typed: jsonargparse reads it as any other value, and it is written as such again.
+# A date stays text, as it was typed: jsonargparse reads it as any other value.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

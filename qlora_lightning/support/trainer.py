@@ -1,6 +1,6 @@
-"""What Lightning's connectors put on a Trainer, and its class does not declare."""
+"""What a Trainer has that its class does not declare, and an exchange between its processes."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed
 from lightning import Callback, Trainer
@@ -16,9 +16,7 @@ def datamodule_of(trainer: Any) -> Any:
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks, in the order in which they are called."""
-    connected: Any = trainer
-    callbacks: list[Callback] = connected.callbacks
-    return callbacks
+    return cast(Any, trainer).callbacks  # type: ignore[no-any-return]
 
 
 def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:
@@ -28,14 +26,13 @@ def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:
 
 def is_trial_run(trainer: Trainer) -> bool:
     """Whether ``fast_dev_run`` was asked for: a few batches that leave nothing behind."""
-    connected: Any = trainer
-    return bool(connected.fast_dev_run)
+    return bool(cast(Any, trainer).fast_dev_run)
 
 
-def gather_lists(trainer: Trainer, own: list[Item]) -> list[Item]:
-    """Return to every process the lists of all, one after the other in the order of their ranks."""
+def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:
+    """Return the concatenated lists of all processes, in the order of their ranks, to each of them."""
     if trainer.world_size == 1:
-        return own
-    parts: list[list[Item]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(parts, own)
-    return [item for part in parts for item in part]
+        return items
+    lists: list[list[Item]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(lists, items)
+    return [item for each in lists for item in each]

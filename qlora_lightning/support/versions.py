@@ -28,23 +28,12 @@ def check_version(version: int, source: str) -> None:
 def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draws: bool = True) -> None:
     """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
 
-    Where layers draw no numbers, the generators' states need not be read and put back: a GPU's would be waited for.
-    transformers 5.17 has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
+    If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
+    has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
-
-
-def mend_gguf_tokens(tokenizer: Any, config: Any) -> None:
-    """Let a tokenizer that was read from a GGUF know the end and the padding token which the config of that file names.
-
-    transformers 5.17 gives it the token of the beginning as that of the end, and none for padding; 5.24 does not.
-    """
-    if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    if tokenizer.pad_token_id is None and config.pad_token_id is not None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
 
 
 def attend_ragged(
@@ -56,13 +45,13 @@ def attend_ragged(
     scale: float | None,
     window: int | None = None,
 ) -> "Tensor":
-    """Let each token attend to itself and those before it in its sample, by torch's kernel for ragged samples.
+    """Return causal attention within each sample, by torch's kernel for ragged samples.
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
-    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``.
-    ``cu_seqlens`` says where samples begin and the last one ends, ``longest`` is the longest sample's length. Without
-    ``scale`` it is ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
+    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``;
+    ``longest`` is the longest sample's length, ``scale`` by default ``head_dim ** -0.5``. A token sees ``window``
+    tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 

@@ -39,8 +39,8 @@ RUNS = {
 SIGNALS = [
     ("rows", [1], [1]),  # inside a window, which ends first
     ("rows", [2], [1]),  # in the last batch of a window, with a validation due
-    ("rows", [4], [1]),  # in that validation, which is run again as a whole
-    ("rows", [6, 3, 10], [2, 3, 6]),
+    ("rows", [4], [1]),  # in that validation, which ends first
+    ("rows", [6, 0, 10], [2, 3, 6]),
     ("epochs", [7], [3]),  # in the last batch of an epoch, with a validation due
     ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
     ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it

@@ -25,7 +25,7 @@ from qlora_lightning.evaluation.rows import evaluate_rows
 from qlora_lightning.model.adapters.identity import describe_adapter, identity_of_data
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.adapters.targets import resolve_targets
-from qlora_lightning.model.checkpoint.setting_changes import describe_changes, find_changes
+from qlora_lightning.model.checkpoint.resume import describe_changes, find_changes
 from qlora_lightning.report.facts import flatten
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError

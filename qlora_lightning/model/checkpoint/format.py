@@ -1,21 +1,23 @@
-"""What a checkpoint holds."""
+"""Checkpoint files: what they hold, how they are read, and a module built from one without a Trainer."""
 
 import contextlib
+import inspect
+import json
+import os
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import check_version
 
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
-
-_OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.")
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
@@ -36,13 +38,12 @@ def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = Fa
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return our part of a checkpoint; raise UserError if it is foreign or too new."""
     content = checkpoint.get(KEY)
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(version, int):
+    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise UserError(
             f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it, which Lightning's "
             "ModelCheckpoint leaves out with save_weights_only=True."
         )
-    check_version(version, source)
+    check_version(content["format_version"], source)
     return content
 
 
@@ -50,7 +51,7 @@ def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
     """Return the optimizer among stored settings if it is neither torch's nor bitsandbytes': to use it imports code."""
     choice = settings.get("optimizer")
     path = choice.get("class_path") if isinstance(choice, Mapping) else choice
-    return None if path is None or str(path).startswith(_OPTIMIZERS) else str(path)
+    return None if path is None or str(path).startswith(("torch.optim.", "bitsandbytes.optim.")) else str(path)
 
 
 def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
@@ -65,21 +66,36 @@ def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: st
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what ``torch.load(weights_only=True)`` will read again; a subclass may take arguments of any kind."""
+    """Return the settings that ``torch.load(weights_only=True)`` can read; a subclass may take any other argument."""
     plain = {}
     for name, value in settings.items():
         with contextlib.suppress(TypeError):
-            plain[name] = _plain(value)
+            plain[name] = json.loads(json.dumps(value, default=os.fspath))
     return plain
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, bool | int | float | str | Tensor):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} is no plain value")
+def restore_module(kind: type, file: str | Path, map_location: Any, overrides: dict[str, Any]) -> Any:
+    """Build a module of a class from the settings, the base and the adapter of a checkpoint.
+
+    Raises:
+        UserError: The file is no checkpoint or a foreign one, or belongs to another base.
+    """
+    checkpoint = read_checkpoint(file, map_location)
+    content = read_content(checkpoint, str(file))
+    parameters = inspect.signature(kind).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    known = content["settings"] if takes_any else parameters
+    settings = {**usable_settings(content["settings"], known, kind.__name__), **overrides}
+    start = settings.get("adapter")
+    if start is not None and not find_adapter_folder(start).is_dir():
+        shape = {"adapter": None, **(content["identity"].get("adapter") or {})}
+        raise UserError(
+            f"{file} continues the adapter folder {start}, which is not there: pass its new place as adapter=…, or "
+            f"{', '.join(f'{name}={value!r}' for name, value in shape.items())}."
+        )
+    module: Any = kind(**settings)
+    module.to(map_location)
+    module.configure_model()
+    check_identity(content["identity"], module.identity, str(file))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module

@@ -1,37 +1,29 @@
 """Resumes exactly where a run stopped: what a checkpoint holds beside tensors, and when it is put back."""
 
-from collections.abc import Mapping
+import math
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
-from qlora_lightning.model.checkpoint import loops
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.model.checkpoint.ranks import capture_generators, gather_states, restore_generators
-from qlora_lightning.model.checkpoint.setting_changes import (
-    OF_VALIDATIONS,
-    describe_changes,
-    find_changes,
-    keep_configured,
-    optimizer_classes,
-    show_change,
-    trainer_settings,
-)
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import datamodule_of, gather_lists
 from qlora_lightning.support.versions import FORMAT_VERSION
 
+Change = tuple[str, Any, Any]
+"""A setting's name, its value in the checkpoint, and its value now."""
+
+_TRAINING = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
+_VALIDATION = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 _report = rank_zero_only(say)
-
-
-def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
-    """Whether the best adapter of a checkpoint was chosen on other validation samples than those at hand."""
-    stored = checkpoint.get(KEY, {}).get("identity", {}).get("data", {})
-    return "val" in data_differences(stored, identity_of_data(trainer))
 
 
 class ExactResume(Callback):
@@ -43,8 +35,8 @@ class ExactResume(Callback):
     """
 
     def __init__(self) -> None:
-        self._content: dict[str, Any] | None = None  # our part of the checkpoint, until all of it is put back
-        self._checkpoint: dict[str, Any] = {}  # that Lightning is restoring
+        self._checkpoint: dict[str, Any] | None = None  # that Lightning is restoring
+        self._generators: dict[str, Any] | None = None  # of this process, until the first batch
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -52,83 +44,120 @@ class ExactResume(Callback):
             "format_version": FORMAT_VERSION,
             "settings": plain_settings(checkpoint.pop("hyper_parameters", {})),
             "trainer": trainer_settings(trainer),
-            "optimizers": optimizer_classes(trainer),
+            "optimizers": _optimizer_classes(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "generators": gather_states(capture_generators(), trainer.global_rank, trainer.world_size),
+            "generators": gather_lists(trainer, [capture_generators()]),
         }
-        if trainer.state.fn == "fit" and trainer.validating:
-            loops.repeat_validation(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        module: Any = pl_module
         content = read_content(checkpoint, "The checkpoint")
-        fits = trainer.state.fn == "fit"
-        _check_data(trainer, content["identity"].get("data", {}), checkpoint if fits else None)
-        if not fits:
+        if trainer.state.fn != "fit":
             return
+        self._checkpoint = checkpoint
+        data, batches = content["identity"]["data"], checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         changes = find_changes(content["trainer"], trainer_settings(trainer), "trainer")
-        _check_position(checkpoint, content["trainer"]["accumulate_grad_batches"], changes)
-        if getattr(datamodule_of(trainer), "streaming", False):
-            loops.lengthen_stream(trainer, checkpoint)
-        self._content, self._checkpoint = content, checkpoint
-        data, own = (each.get("settings", {}) for each in (content["identity"]["data"], identity_of_data(trainer)))
-        changes = [
-            *find_changes(content["settings"], plain_settings(module.hparams), "model"),
-            *find_changes(data, own, "data"),
-            *changes,
-        ]
+        _check_position(batches, content["trainer"]["accumulate_grad_batches"], changes)
+        _check_samples(trainer, data, batches)
+        if getattr(datamodule_of(trainer), "streaming", False) and checkpoint["global_step"] < trainer.max_steps:
+            batches["is_last_batch"] = False  # a stream is one epoch, as long as max_steps, which may have grown
+        changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
+        changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
         if changes:
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:
             _report(
-                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. The adapter will be as good "
-                "if processes times batch_size stays, but not the same bit for bit: dropout and rounding differ."
+                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. If processes times "
+                "batch_size stays, the adapter will be as good, but not the same bit for bit."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._content is not None:  # Lightning restores the optimizers after this hook
-            keep_configured(trainer, self._checkpoint, self._content["optimizers"])
-        self._checkpoint = {}
+        if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
+            _keep_configured(trainer, self._checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         module.window.clear()  # a search for a learning rate, or a fit that failed, may have ended inside one
-        loops.align_validations(trainer)
-        if self._content is not None:
+        _align_validations(trainer)
+        if self._checkpoint is not None:
+            content, self._checkpoint = self._checkpoint[KEY], None
             # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
-            monitored = self._content["monitored"]
+            monitored = content["monitored"]
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._content is not None and not trainer.sanity_checking:  # stopped inside a validation, it begins with it
-            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # see repeat_validation: only once
-            self._put_back(trainer)
+            if trainer.global_rank < len(content["generators"]):
+                self._generators = content["generators"][trainer.global_rank]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        loops.count_epoch(trainer)
-        self._put_back(trainer)
+        progress: Any = trainer.fit_loop.epoch_progress
+        if progress.current.ready == progress.current.processed:
+            # After a resume at an epoch's end Lightning leaves the next one uncounted. A checkpoint from inside it
+            # would be read as one from its end, and the rest of the epoch would be lost.
+            progress.increment_ready()
+            progress.increment_started()
+        if self._generators is not None:  # last, since building loaders and iterators draws numbers too
+            restore_generators(self._generators)
+            self._generators = None
 
-    def _put_back(self, trainer: Trainer) -> None:
-        """Restore this process's generators; last, since building loaders and iterators draws numbers too."""
-        if self._content is not None and trainer.global_rank < len(self._content["generators"]):
-            restore_generators(self._content["generators"][trainer.global_rank])
-        self._content = None
+
+# ---- random generators -----------------------------------------------------------------------------------------------
 
 
-def _check_data(trainer: Any, stored: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> None:
-    """Reject to resume a checkpoint with other samples, unless that is meant; inside an epoch in any case.
+def capture_generators() -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and torch's generators, and of the one of this process's GPU."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if _computes_on_gpu() else [],
+    }
 
-    There some training samples would come twice and others never. Another tokenizer or template is only reported.
-    """
-    data = datamodule_of(trainer)
-    differences = data_differences(stored, identity_of_data(trainer))
-    samples = {name: differences.pop(name) for name in ("train", "val") if name in differences}
-    if differences:
-        _report(f"Other than in the checkpoint: {', '.join(differences.values())}.")
-    if not samples or checkpoint is None:
-        return
-    batches = loops.batches_of(checkpoint)
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Put back what :func:`capture_generators` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and _computes_on_gpu():
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def _computes_on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # to ask for a generator initializes
+
+
+# ---- where a run may resume, and where it validates ------------------------------------------------------------------
+
+
+def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequence[Change]) -> None:
+    """Reject a place, by Lightning's counters of micro-batches, from which it would not continue exactly."""
+    ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
+    if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
+        raise UserError(
+            "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
+            "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`."
+        )
+    validations = [change for change in changes if change[0].removeprefix("trainer.") in _VALIDATION]
+    if batches["is_last_batch"] and completed == ready and validations:  # behind the validation of an epoch's end
+        raise UserError(  # Lightning could take the next batch for one more of the epoch that is over
+            "The checkpoint is of an epoch's end, and its validations were others: "
+            f"{', '.join(map(_show_change, validations))}. Put that back as it was (it may change inside an epoch)."
+        )
+
+
+def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
+    """Whether the best adapter of a checkpoint was chosen on other validation samples than the current ones."""
+    stored = checkpoint.get(KEY, {}).get("identity", {}).get("data", {})
+    return "val" in data_differences(stored, identity_of_data(trainer))
+
+
+def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
+    """Reject other samples, unless they are meant; inside an epoch in any case: some would come twice, others never."""
+    data, differences = datamodule_of(trainer), data_differences(stored, identity_of_data(trainer))
+    samples = {name: differences[name] for name in ("train", "val") if name in differences}
     inside_epoch = batches["current"]["completed"] and not batches["is_last_batch"]
     if "train" in samples and (inside_epoch or getattr(data, "streaming", False)):
         raise UserError(
@@ -136,7 +165,7 @@ def _check_data(trainer: Any, stored: Mapping[str, Any], checkpoint: Mapping[str
             "there. Put data, tokenizer and chat template back as they were, or begin a new run from the adapter "
             "folder with model.adapter."
         )
-    if not getattr(data, "accept_changed_data", False):
+    if samples and not getattr(data, "accept_changed_data", False):
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}. Put them back as "
             "they were, or pass `--data.accept_changed_data true` (in Python an attribute of the data module): with "
@@ -144,18 +173,83 @@ def _check_data(trainer: Any, stored: Mapping[str, Any], checkpoint: Mapping[str
         )
 
 
-def _check_position(checkpoint: Mapping[str, Any], accumulate: int, changes: list[tuple[str, Any, Any]]) -> None:
-    """Reject a place in a run at which Lightning would not continue exactly."""
-    if not loops.is_end_of_step(checkpoint, accumulate):
+def _align_validations(trainer: Trainer) -> None:
+    """Let validations, and so checkpoints, come between optimizer steps only.
+
+    A share of an epoch is rounded down to whole windows of ``accumulate_grad_batches`` micro-batches. A number of
+    batches, or of minutes, that leads into a window is rejected.
+    """
+    every, window, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
+    if not trainer.enable_validation or window == 1 or every == math.inf:
+        return
+    if every is not None and isinstance(trainer.val_check_interval, float):
+        if every < batches:
+            trainer.val_check_batch = min(max(int(every) // window, 1) * window, int(batches))
+        return
+    if every is not None and trainer.check_val_every_n_epoch is None and batches != math.inf:
+        every = math.gcd(int(every), int(batches))  # counted on over epochs, each of which begins a new window
+    if every is None or (every % window and every < batches):
         raise UserError(
-            "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
-            "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`."
+            f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
+            f"{window} micro-batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, "
+            f"or to a multiple of {window}, with trainer.check_val_every_n_epoch: 1."
         )
-    batches = loops.batches_of(checkpoint)
-    is_validated_end = batches["is_last_batch"] and batches["current"]["completed"] == batches["current"]["ready"]
-    validations = [change for change in changes if change[0].removeprefix("trainer.") in OF_VALIDATIONS]
-    if is_validated_end and validations:  # Lightning could take the next batch for one more of the epoch that is over
+
+
+# ---- settings: the command line beats the config, which beats the checkpoint -----------------------------------------
+
+
+def trainer_settings(trainer: Any) -> dict[str, Any]:
+    """Return those of the Trainer's settings that training depends on, as plain values."""
+    values = {name: getattr(trainer, name, None) for name in (*_TRAINING, *_VALIDATION)}
+    return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
+
+
+def find_changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> list[Change]:
+    """List the settings that differ, of those that both sides know."""
+    names = sorted(stored.keys() & current.keys())
+    return [(f"{prefix}.{name}", stored[name], current[name]) for name in names if stored[name] != current[name]]
+
+
+def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
+    """Describe changes, a line for each, under what they differ from."""
+    return "\n".join([f"Settings that differ from {whose} (there → now):", *(f"  {_show_change(c)}" for c in changes)])
+
+
+def _show_change(change: Change) -> str:
+    name, *values = change
+    texts = ["null" if value is None else str(value) for value in values]
+    return f"{name}: " + " → ".join(text if len(text) <= 60 else f"{text[:57]}…" for text in texts)
+
+
+def _optimizer_classes(trainer: Any) -> list[str]:
+    return [f"{type(each).__module__}.{type(each).__qualname__}" for each in trainer.optimizers]
+
+
+def _keep_configured(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Change the states from which optimizers are about to be restored: what is configured now counts.
+
+    torch restores learning rate and weight decay together with the moments: a new ``model.learning_rate`` would change
+    nothing. The rates of a schedule other than transformers' stay the checkpoint's.
+
+    Raises:
+        UserError: An optimizer is of another class: the state means nothing to it.
+    """
+    before, now = checkpoint[KEY]["optimizers"], _optimizer_classes(trainer)
+    if before != now:
         raise UserError(
-            "The checkpoint is of an epoch's end, and its validations were others: "
-            f"{', '.join(map(show_change, validations))}. Put that back as it was (it may change inside an epoch)."
+            f"The optimizer was {', '.join(before)} and is {', '.join(now)}, which cannot continue from that state: "
+            "put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
         )
+    states = checkpoint["optimizer_states"]
+    for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            skipped = ("params", "lr", "initial_lr")  # torch reports another number of groups
+            group.update({name: value for name, value in configured.items() if name not in skipped})
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
+        schedule = config.scheduler
+        if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
+            groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
+                group.update(initial_lr=base, lr=base * factor(state["last_epoch"]))
+            state["base_lrs"] = schedule.base_lrs

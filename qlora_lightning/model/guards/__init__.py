@@ -1,1 +1,1 @@
-"""What stops a run that would continue for nothing."""
+"""What is checked so that a run does not train for nothing: its setup, and each step."""

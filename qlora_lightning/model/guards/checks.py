@@ -1,18 +1,57 @@
-"""Checks of what silently breaks training: Trainer settings, training mode, token ids, gradients."""
+"""Checks of what silently breaks training: where a run starts, and in a step."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import join_places, row_places
+from qlora_lightning.model.step.batch import check_row_length, join_places, row_places
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of
 
-# ---- before training -------------------------------------------------------------------------------------------------
+# ---- where a run starts ----------------------------------------------------------------------------------------------
+
+
+def check_setup(module: Any) -> None:
+    """Check the checkpoint and the data of a run, before anything is loaded."""
+    # Lightning warns of these hooks beside a data module that has none of its own.
+    warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
+    if Path(module.trainer.ckpt_path or "").is_file():
+        read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
+    data = datamodule_of(module.trainer)
+    if getattr(data, "pairs", module.pairs) != module.pairs:
+        raise UserError(
+            f"{type(module).__name__} cannot train on {type(data).__name__}: preferences take "
+            "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data."
+        )
+
+
+def check_start(module: Any, needed: tuple[type, ...]) -> None:
+    """Check what a module runs with, before its model is built; a fit needs some callbacks."""
+    if module.fast and module._compiler_ctx is not None:
+        raise UserError(
+            "The module is compiled by torch.compile, which breaks the backward of its fused layers: pass it as it is, "
+            "or set model.fast to false."
+        )
+    trainer = module._trainer
+    if trainer is None:
+        return
+    if trainer.state.fn == TrainerFn.FITTING:
+        _check_callbacks(callbacks_of(trainer), needed)
+    check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization, trainer.world_size)
+
+
+def check_fit(module: Any) -> None:
+    """Check what would show only at some step of a fit."""
+    check_row_length(module.causal_lm.config, getattr(datamodule_of(module.trainer), "max_length", 0))
 
 
 def check_trainer(precision: str, strategy: type[Strategy], quantization: str, processes: int = 1) -> None:
@@ -20,56 +59,48 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str, p
     if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
         raise UserError(
             f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
-            "32-true: model.compute_dtype: fp16 computes in 16 bits, and scales the loss by itself."
+            "32-true, and set model.compute_dtype: fp16."
         )
     if precision.endswith("-true") and precision != "32-true":
         raise UserError(
-            f"trainer.precision is {precision}: it would cast the adapters' float32 masters down, and small updates "
-            "would vanish. Leave it at 32-true; the products are computed in model.compute_dtype anyway."
+            f"trainer.precision is {precision}: adapters in 16 bits would lose small updates. Leave it at 32-true; the "
+            "products are computed in model.compute_dtype anyway."
         )
     kinds = " ".join(kind.__name__ for kind in strategy.__mro__)
     if any(kind in kinds for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
-            f"trainer.strategy is {strategy.__name__}, which shards parameters: with a base quantized as "
-            f"{quantization} that is silently wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no "
-            "device can hold."
+            f"trainer.strategy is {strategy.__name__}, which shards parameters: of a quantized base that is silently "
+            "wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no device can hold."
         )
     if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
-        raise UserError(
-            "trainer.strategy ddp_sharded shards bases in 4 bits or in 16, and model.quantization is int8, of which "
-            "that is untested: set nf4, or train with `ddp`."
-        )
+        raise UserError("trainer.strategy ddp_sharded is untested with model.quantization int8: set nf4, or use `ddp`.")
 
 
-def check_callbacks(callbacks: Iterable[object], *required: type) -> None:
-    """Reject a fit without the callbacks that the module brings along, or with averages of the whole model."""
-    present = list(callbacks)
-    for callback in present:
+def _check_callbacks(callbacks: list[Any], needed: tuple[type, ...]) -> None:
+    for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise UserError(
-                f"{type(callback).__name__} averages the weights of a whole model, which here are the packed bytes of "
-                "a frozen base. Average the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in "
-                "Python."
+                f"{type(callback).__name__} averages the whole model, with the packed bytes of a frozen base. Average "
+                "the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in Python."
             )
-    missing = [kind.__name__ for kind in required if not any(isinstance(callback, kind) for callback in present)]
-    if missing:
-        raise RuntimeError(
-            f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
-            "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
-        )
+    for kind in needed:
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            raise RuntimeError(
+                f"{kind.__name__} is missing, and runs would not resume, or not be watched over: return "
+                "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
+            )
 
 
 # ---- in a step -------------------------------------------------------------------------------------------------------
 
 
 def check_training_mode(model: nn.Module) -> None:
-    """Reject a model that generation, say, left in evaluation mode: dropout and checkpointing would silently be off."""
+    """Reject a model that generation, say, left in evaluation mode."""
     in_eval = [name for name, module in model.named_modules() if not module.training]
     if in_eval:
         raise RuntimeError(
-            f"The model is in evaluation mode in a training step ({len(in_eval)} modules, as {in_eval[0] or 'all'}): "
-            "dropout and activation checkpointing would be off. "
-            "A callback or hook called `model.eval()` or `generate`; call `model.train()` after it."
+            f"The model is in evaluation mode in a training step ({len(in_eval)} modules, as {in_eval[0] or 'all'}), "
+            "without dropout and activation checkpointing: call `model.train()` after `model.eval()` or `generate`."
         )
 
 
@@ -88,43 +119,37 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
     place = f" of {join_places(row_places(data, rows))}" if rows else ""
     raise UserError(
         f"A token{place} has the id {int(ids[first]):,}, and the base has embeddings only for ids below "
-        f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token that was added to it. "
-        "Use the base's own tokenizer, or a base whose embedding was resized for this one."
+        f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "
+        "tokenizer, or a base whose embedding was resized for this one."
     )
 
 
-def check_held(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Reject an optimizer that was not given every tensor that trains: it would stay as it is."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in trainable.items() if id(parameter) not in held]
-    if missing:
-        raise RuntimeError(
-            f"{len(missing)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
-            f"{', '.join(missing[:3])}: they would never learn. Let `parameter_groups` return every trainable tensor."
-        )
+def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Reject trainable tensors that the optimizer was not given, or that get no gradient.
 
-
-def check_gradients(trainable: Mapping[str, nn.Parameter]) -> bool:
-    """Reject adapters that get no gradient.
-
-    B has one from the first step. A's is exactly zero until B has moved away from zero, so A is asked only then. Of an
-    adapter a gradient of zeros counts as none; of an embedding's rows, say, all may be absent from a window.
-
-    Returns:
-        Whether all could be asked: not yet while an A waits for its B.
+    Of A and B a gradient of zeros counts as none. A's is zero until B has moved away from zero, so A is checked only
+    then: the result is whether all tensors were.
     """
-    dead, waits = [], False
+    in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    without_group, without_gradient, waits = [], [], False
     for name, parameter in trainable.items():
-        if parameter.grad is None:
-            dead.append(name)
+        if id(parameter) not in in_groups:
+            without_group.append(name)
+        elif parameter.grad is None:
+            without_gradient.append(name)
         elif ".lora_A." in name and not trainable[name.replace(".lora_A.", ".lora_B.")].detach().any():
             waits = True
         elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
-            dead.append(name)
-    if dead:
+            without_gradient.append(name)
+    if without_group:
         raise RuntimeError(
-            f"{len(dead)} of {len(trainable)} trainable tensors get no gradient, as {', '.join(dead[:3])}: they would "
-            "never learn. A frozen layer passes no gradient, compute_loss does not use them, or training has diverged "
-            "(lower model.learning_rate)."
+            f"{len(without_group)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
+            f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them."
+        )
+    if without_gradient:
+        raise RuntimeError(
+            f"{len(without_gradient)} of {len(trainable)} trainable tensors get no gradient, as "
+            f"{', '.join(without_gradient[:3])}: they would never learn. A frozen layer passes no gradient, "
+            "compute_loss does not use them, or training has diverged (lower model.learning_rate)."
         )
     return not waits

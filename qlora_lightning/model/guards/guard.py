@@ -1,6 +1,5 @@
-"""Stops a run that would continue for nothing: losses that are not finite, adapters that do not learn."""
+"""Stops a run that would train for nothing: losses that are not finite, adapters that do not learn."""
 
-import gc
 import logging
 import math
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.model.guards.checks import check_gradients, check_held
+from qlora_lightning.model.guards.checks import check_gradients
 from qlora_lightning.model.step.batch import join_places, row_places
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists
@@ -24,15 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingGuard(Callback):
-    """Judges each optimizer step before it is taken, and each validation before it is saved.
+    """Check each optimizer step before it is taken, and each validation before it is saved.
 
-    The module brings it along by ``configure_callbacks`` and asks it by :meth:`judge_step`.
+    The module brings it along by ``configure_callbacks`` and calls :meth:`judge_step`.
 
     Args:
         on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
-            A skipped step moves neither the adapters nor the optimizer's state; it counts as a step, so that the
-            schedule continues. After 20 skipped steps in a row the run stops all the same. A validation loss of that
-            kind stops the run too, or is reported.
+            A skipped step moves neither the adapters nor the optimizer's state, and counts as a step of the schedule.
+            After 20 of them in a row the run stops all the same. A validation loss of that kind stops the run too.
 
     Attributes:
         checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
@@ -51,9 +49,9 @@ class TrainingGuard(Callback):
     def judge_step(
         self, pl_module: Any, optimizer: torch.optim.Optimizer, means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Judge a window by its mean ``loss`` and ``grad_norm`` over all ranks; without gradients a step is skipped.
+        """Stop, skip or pass a step by its mean ``loss`` and ``grad_norm``; return all means on the host, for the log.
 
-        The one time in a step that the host waits for a GPU: all means are returned as it has read them, for the log.
+        They are those of all ranks, which so decide alike. The one time in a step that the host waits for a GPU.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
@@ -61,7 +59,6 @@ class TrainingGuard(Callback):
         tokens = pl_module.window.labelled_tokens_of_all_ranks
         *numbers, labelled = torch.stack([each.detach().double() for each in (*means.values(), tokens)]).cpu().unbind()
         on_host = {name: number.float() for name, number in zip(means, numbers, strict=True)}
-        # of all ranks, which decide alike
         bad_loss, bad_gradient = (not math.isfinite(on_host[name]) for name in ("loss", "grad_norm"))
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
@@ -72,17 +69,14 @@ class TrainingGuard(Callback):
         elif not bad_gradient:
             self._skipped_in_a_row = 0
             if self.checks_due and labelled:  # without labels gradients of zero are right
-                trainable = trainable_tensors(pl_module)
-                check_held(trainable, optimizer)
-                self.checks_due = not check_gradients(trainable)
+                self.checks_due = not check_gradients(trainable_tensors(pl_module), optimizer)
         self._last_loss = float(on_host["loss"])
         return on_host
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         """Stop the run, or leave the step out; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
-        data = datamodule_of(trainer)
-        rows = join_places(gather_lists(trainer, row_places(data, pl_module.window.row_ids)))
+        rows = join_places(gather_lists(trainer, row_places(datamodule_of(trainer), pl_module.window.row_ids)))
         before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         fault = (
             f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{before} "
@@ -125,9 +119,9 @@ class TrainingGuard(Callback):
         loss = trainer.callback_metrics.get("val_loss")
         if self.on_nonfinite == "stop" and loss is not None and not loss.isfinite():
             raise UserError(  # before callbacks that write checkpoints, which come last
-                f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. What gave it is not "
-                "saved: a checkpoint from before is intact (`--ckpt_path last`). Lower model.learning_rate, look at "
-                "the validation rows, or set model.on_nonfinite: skip to continue."
+                f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
+                "saved: `--ckpt_path last` is from before. Lower model.learning_rate, look at the validation rows, or "
+                "set model.on_nonfinite: skip to continue."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,20 +130,3 @@ class TrainingGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
-
-
-class QuietCollector(Callback):
-    """Let Python's garbage collector pass over the objects of imports and layers while steps are taken.
-
-    There are a million of them: to look through all takes 0.4 seconds each time (measured). The module brings this
-    along by ``configure_callbacks``.
-    """
-
-    def on_train_start(self, *args: Any) -> None:
-        gc.freeze()
-
-    def on_train_end(self, *args: Any) -> None:
-        gc.unfreeze()
-
-    def on_exception(self, *args: Any) -> None:
-        gc.unfreeze()  # else what the fit leaves behind would never be freed

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
-from qlora_lightning.model.checkpoint.ranks import capture_generators, restore_generators
+from qlora_lightning.model.checkpoint.resume import capture_generators, restore_generators
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_trainer

@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import lightning
-import peft
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -15,9 +14,9 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
-from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
+from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import read_content, restore_module
+from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import checks, guard
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
@@ -200,7 +199,8 @@ class QLoRAModule(lightning.LightningModule):
         self.identity = loaded.identity
         if loaded.unfused and dtype != torch.float32:
             self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
-        return cast(nn.Module, loaded.model)
+        model: nn.Module = loaded.model
+        return model
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -211,7 +211,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fn = fn if self.sharded_base is None else self.sharded_base.leaving_shards(fn)
-        return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return moved
 
     def on_fit_end(self) -> None:
         machine.give_back_freed_memory()
@@ -230,7 +231,7 @@ class QLoRAModule(lightning.LightningModule):
     @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
-        return self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+        return lora.causal_lm_of(self.model)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32."""
@@ -451,7 +452,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause
-        check_identity(read_content(checkpoint, "The checkpoint")["identity"], self.identity, "The checkpoint")
+        check_checkpoint(checkpoint, self.identity, "The checkpoint")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists

@@ -47,6 +47,11 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     return content
 
 
+def check_checkpoint(checkpoint: Mapping[str, Any], identity: Mapping[str, Any], source: str) -> None:
+    """Reject a checkpoint that is foreign, too new, or of another base or adapter than ``identity`` says."""
+    check_identity(read_content(checkpoint, source)["identity"], identity, source)
+
+
 def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
     """Return the optimizer among stored settings if it is neither torch's nor bitsandbytes': to use it imports code."""
     choice = settings.get("optimizer")
@@ -96,6 +101,6 @@ def restore_module(kind: type, file: str | Path, map_location: Any, overrides: d
     module: Any = kind(**settings)
     module.to(map_location)
     module.configure_model()
-    check_identity(content["identity"], module.identity, str(file))
+    check_checkpoint(checkpoint, module.identity, str(file))
     module.load_state_dict(checkpoint["state_dict"])
     return module

@@ -255,6 +255,26 @@ def test_a_checkpoint_of_code_or_a_bomb_is_rejected_in_our_own_words(name, tiny_
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("qlora_lightning.json", {"base": ["x"]}, "base must be str, found list"),
+        ("qlora_lightning.json", {"format_version": "9"}, "format_version must be int, found str"),
+        ("qlora_lightning.json", {"data": {"settings": 3}}, "settings must be dict, found int"),
+        ("qlora_lightning.json", {"compute_dtype": "load"}, "compute_dtype is 'load', expected one of bfloat16"),
+        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": 3}, "must be str, found int"),
+    ],
+)
+def test_wrong_types_in_an_adapter_folder_are_named(name, content, words, folder, tmp_path, capsys):
+    adapter = shutil.copytree(folder / "run" / "adapter", tmp_path / "adapter")
+    (adapter / name).write_text(json.dumps(content))
+    for line in (["chat", "--prompt", "x"], ["evaluate"], ["merge", "--out", str(tmp_path / "out")]):
+        assert main([*line, "--adapter", str(adapter)]) == 2
+        err = capsys.readouterr().err
+        assert words in err
+        assert name in err
+
+
 @pytest.mark.parametrize("weight_map", [{"a": "../victim.safetensors"}, {"a": 3}, None, ["x"]])
 def test_an_index_names_files_beside_it(weight_map, tiny_base, rows_file, tmp_path, capsys):
     base = shutil.copytree(tiny_base, tmp_path / "base")

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
         AdapterEMA,
-        DryBatch,
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
@@ -36,7 +35,6 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterCheckpoint",
     "AdapterEMA",
-    "DryBatch",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",

@@ -2,7 +2,6 @@
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, LoadingLines
 from qlora_lightning.callbacks.adapter_ema import AdapterEMA
-from qlora_lightning.callbacks.dry_batch import DryBatch
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
@@ -16,7 +15,6 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 __all__ = [
     "AdapterCheckpoint",
     "AdapterEMA",
-    "DryBatch",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from torch.autograd.graph import save_on_cpu
@@ -21,7 +21,7 @@ class GradientCheckpointing(Callback):
     transformers' switch alone would let the gradient run on below the adapters, down to the embedding.
 
     Args:
-        enabled: ``False`` leaves the model alone.
+        enabled: ``auto`` switches it on when memory runs out in a row alone, and then ``offload`` on a GPU.
         every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
         offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
             is the same to the last bit. A CPU has them there in any case.
@@ -31,7 +31,9 @@ class GradientCheckpointing(Callback):
         RuntimeError: No layer with an adapter can be checkpointed.
     """
 
-    def __init__(self, enabled: bool = True, every_n_layers: int = 1, offload: bool = False) -> None:
+    def __init__(
+        self, enabled: bool | Literal["auto"] = "auto", every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         if every_n_layers < 1:
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
         if offload and not enabled:
@@ -45,28 +47,43 @@ class GradientCheckpointing(Callback):
         self._model: Any = None  # of a fit
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
-            return
-        model: Any = pl_module.causal_lm
-        self._model = model
+        module: Any = pl_module
+        on_cuda = module.device.type == "cuda"
+        if self.enabled == "auto":
+            reserves = [lambda: self._switch_on(module)]
+            if on_cuda and not self.offload:
+                reserves.append(lambda: self._offload())
+            module.micro_batch_size.reserves = reserves
+        elif self.enabled:
+            self._switch_on(module)
+        if self.offload and self.enabled and not on_cuda and trainer.is_global_zero:
+            say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
+
+    def _switch_on(self, module: Any) -> str:
+        model = self._model = module.causal_lm
         enable_activation_checkpointing(model, self.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
-        # those that are switched on and have something to train: what is below all adapters never runs again
-        layers: list[Any] = [
+        if not self._layers():
+            raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
+        if self.offload and module.device.type == "cuda":
+            self._offload()
+        return "gradient checkpointing is on from now on, with the same result, by about a third slower."
+
+    def _layers(self) -> list[Any]:
+        """Return the checkpointed layers that have something to train: what is below all adapters never runs again."""
+        return [
             layer
-            for layer in pl_module.modules()
+            for layer in self._model.modules()
             if isinstance(layer, GradientCheckpointingLayer)
             and layer.gradient_checkpointing
             and trainable_tensors(layer)
         ]
-        if not layers:
-            raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
-        if self.offload and pl_module.device.type == "cuda":
-            for layer in layers:  # switching checkpointing on again undoes this
-                checkpoint = layer._gradient_checkpointing_func
-                layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
-        elif self.offload and trainer.is_global_zero:
-            say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
+
+    def _offload(self) -> str:
+        for layer in self._layers():  # switching checkpointing on again undoes this
+            checkpoint = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
+        return "the inputs of layers wait in host memory from now on, with the same result."
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._switch_off()

@@ -38,8 +38,9 @@ class ThroughputMonitor(Callback):
         # On a GPU the loss of each step has been waited for, before the optimizer took it.
         self._seconds += time.perf_counter() - self._began
         self._tokens += batch["input_ids"].numel()
-        layout = batch.get("layout")  # made on the host
-        self._labelled += int((batch["labels"] != -100).sum()) if layout is None else len(layout.targets)
+        cut = batch.get("micro_batches")  # made on the host
+        labelled = (batch["labels"] != -100).sum() if cut is None else sum(len(each.targets) for each in cut.layouts)
+        self._labelled += int(labelled)
         if trainer.global_step == self._step:
             return  # inside an accumulation window
         tokens, labelled = self._count_over_ranks()

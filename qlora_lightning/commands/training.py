@@ -111,7 +111,6 @@ class QLoRACLI(LightningCLI):
         parser.set_defaults(
             {
                 **{key: {"class_path": name} for key, name in _CLASSES.items()},
-                "gradient_checkpointing.enabled": False,
                 "ema.enabled": None,  # on where a decay is given
             }
         )
@@ -174,7 +173,6 @@ class QLoRACLI(LightningCLI):
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),
-            callbacks.DryBatch(),
             callbacks.LossSpikeMonitor(),
             callbacks.LoadingLines(),
             callbacks.PredictionWriter(),

@@ -173,15 +173,19 @@ def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
     """
     if not is_flat(batch) or module.overrides("compute_loss"):
         for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
-            yield module.compute_loss(module.transfer_batch_to_device(row, module.device, 0))
+            on_device = module.transfer_batch_to_device(row, module.device, 0)
+            yield from module.run_in_parts(on_device, module.compute_loss)
         return
-    layout = module.layout_of(batch)
-    states, targets = module.last_states({**batch, "layout": layout})
-    head = head_of(module.causal_lm)
-    for own, wanted in zip(states.split(layout.counts), targets.split(layout.counts), strict=True):
-        if len(wanted):
-            with module.autocast():
-                yield head_loss(own, wanted, head, fast=module.fast)
+    for sums in module.run_in_parts(batch, lambda part: _losses_of_samples(module, part)):
+        yield from sums
+
+
+def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
+    states, targets = module.last_states(part)
+    head, counts = head_of(module.causal_lm), part["layout"].counts
+    with module.autocast():
+        pairs = zip(states.split(counts), targets.split(counts), strict=True)
+        return [head_loss(own, wanted, head, fast=module.fast) for own, wanted in pairs if len(wanted)]
 
 
 def answer_rows(

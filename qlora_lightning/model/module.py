@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import lightning
 import torch
@@ -23,14 +23,18 @@ from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load import device as machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, describe_fit
+from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.micro_batches import MicroBatches
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
+
+_Result = TypeVar("_Result")
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -76,6 +80,9 @@ class QLoRAModule(lightning.LightningModule):
             head's loss; all tokens are computed, and no batch is filled up.
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
+        micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
+            have more. It changes memory and speed, and no result. ``auto`` begins with 8,192, and halves that whenever
+            memory runs out.
 
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
@@ -113,6 +120,7 @@ class QLoRAModule(lightning.LightningModule):
         neftune_alpha: float | None = None,
         fast: bool = True,
         on_nonfinite: guard.OnNonfinite = "stop",
+        micro_batch_tokens: MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
         # here, and not only where they are used: after minutes of loading
@@ -141,7 +149,7 @@ class QLoRAModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
-        self._batch: Any = None  # whose backward is at work
+        self.micro_batch_size = MicroBatchSize(micro_batch_tokens)
         self.guard = guard.TrainingGuard(on_nonfinite)
         self.val_statistics, self.test_statistics = losses.TokenStatistics(), losses.TokenStatistics()
         self.strict_loading = True
@@ -300,59 +308,94 @@ class QLoRAModule(lightning.LightningModule):
         checks.check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
         return forward.lay_out_for(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
+    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``."""
+        if not is_flat(batch):
+            return [batch]
+        cut: MicroBatches | None = batch.get("micro_batches")
+        if cut is None or not cut.are_of(batch, self.micro_batch_size.tokens):
+            cut = self._cut(batch).to(self.device).bind(batch)
+        return cut.parts(batch)
+
+    def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
+        pads = forward.pads_samples(self.causal_lm, self.device)
+        return MicroBatches.cut(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
+
     def setup(self, stage: str) -> None:
         checks.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return {**batch, "layout": self.lay_out(batch)} if is_flat(batch) else batch
+        return {**batch, "micro_batches": self._cut(batch)} if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        layout = batch.get("layout") if is_flat(batch) else None  # who moves a batch by hand need not have laid it out
-        return batch if layout is None else {**batch, "layout": layout.bind(batch)}
+        cut = batch.get("micro_batches") if is_flat(batch) else None  # who moves a batch by hand need not have cut it
+        return batch if cut is None else {**batch, "micro_batches": cut.bind(batch)}
 
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return a loss with the gradient of a *sum*; on_before_optimizer_step turns sums into the mean."""
+        """Compute the gradients of a batch's *sums*, part by part; on_before_optimizer_step turns them into the mean's.
+
+        If memory runs out, the whole window is computed again in smaller parts.
+        """
         if self.guard.checks_due:
             checks.check_training_mode(self.model)
-        with machine.reporting_out_of_memory(self, batch):
-            sums = self.compute_loss(batch)
-        rows = batch["layout"].rows if "layout" in batch else batch.get("row_ids", torch.empty(0)).tolist()
-        self.window.add(sums, self.trainer.accumulate_grad_batches, rows)
-        self._batch = batch
-        return losses.mean_with_gradient_of_sum(sums, self.loss_scale)
+        if not self.window.batches:
+            self.zero_grad(set_to_none=True)
+        self.window.open_batch(batch, self.trainer.accumulate_grad_batches)
+        batches, means = [batch], list[Tensor]()
+
+        def run() -> None:
+            for each in batches:
+                means.append(self._compute_gradients(each))
+
+        while not self.micro_batch_size.attempt(self, batch, run):
+            self.zero_grad(set_to_none=True)
+            self.window.clear_sums()
+            batches = self.window.batches
+        return means[-1]
+
+    def _compute_gradients(self, batch: dict[str, Any]) -> Tensor:
+        """Compute and add up the gradients of a batch; return its mean loss."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
+        nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        for part in self.micro_batches(batch):
+            sums = self.compute_loss(part)
+            rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
+            self.window.add(sums, rows)
+            loss = sums.nll_sum * self.loss_scale
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
+        return nll_sum / labelled_tokens.clamp(min=1)
 
     @property
     def loss_scale(self) -> float:
         """Factor of gradients in backward, divided out before a step: in fp16 the smallest would vanish.
 
         The gradient of a sum over tokens is large already: 32 is enough, without the search for a factor that
-        overflows. Lightning divides a micro-batch's loss by their number in a step.
+        overflows.
         """
-        if self.identity.get("compute_dtype") != "float16":
-            return 1.0
-        return 32.0 * (1 if self._trainer is None else self.trainer.accumulate_grad_batches)
+        return 32.0 if self.identity.get("compute_dtype") == "float16" else 1.0
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        with machine.reporting_out_of_memory(self, self._batch):
+        if loss.requires_grad:  # else it is the mean that training_step has returned, whose gradients are there
             super().backward(loss, *args, **kwargs)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        with machine.reporting_out_of_memory(self, None):  # its state is made at the first step
-            super().optimizer_step(*args, **kwargs)
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Leave the gradients alone, which are there when Lightning calls this: a window begins without."""
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
-            divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
+            factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
         means = self.guard.judge_step(self, optimizer, means)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})
-        self.log_dict({"grad_norm": norm, "learning_rate": rate})
+        micro_batches = torch.tensor(float(self.window.micro_batches))
+        self.log_dict({"grad_norm": norm, "learning_rate": rate, "micro_batches": micro_batches})
         if self.guard.on_nonfinite == "skip":
             self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
@@ -360,12 +403,25 @@ class QLoRAModule(lightning.LightningModule):
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with machine.reporting_out_of_memory(self, batch):
-            self.val_statistics.update(self.compute_loss(batch))
+        self._update(self.val_statistics, batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        with machine.reporting_out_of_memory(self, batch):
-            self.test_statistics.update(self.compute_loss(batch))
+        self._update(self.test_statistics, batch)
+
+    def _update(self, statistics: losses.TokenStatistics, batch: dict[str, Any]) -> None:
+        for sums in self.run_in_parts(batch, self.compute_loss):
+            statistics.update(sums)
+
+    def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
+        """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
+        results = list[_Result]()
+
+        def run() -> None:
+            results[:] = [compute(part) for part in self.micro_batches(batch)]
+
+        while not self.micro_batch_size.attempt(self, batch, run):
+            pass
+        return results
 
     def on_validation_start(self) -> None:
         self.choose_layers()

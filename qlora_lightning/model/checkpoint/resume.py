@@ -46,6 +46,7 @@ class ExactResume(Callback):
             "trainer": trainer_settings(trainer),
             "optimizers": _optimizer_classes(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
+            "micro_batch_tokens": module.micro_batch_size.tokens,
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
         }
@@ -63,6 +64,9 @@ class ExactResume(Callback):
             batches["is_last_batch"] = False  # a stream is one epoch, as long as max_steps, which may have grown
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
+        size: Any = pl_module.micro_batch_size
+        if size.setting == "auto":
+            size.tokens = content.get("micro_batch_tokens", size.tokens)
         if changes:
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:

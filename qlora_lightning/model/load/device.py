@@ -1,28 +1,20 @@
 """The machine: its dtypes, its memory and its allocator; out of memory, reported with what helps."""
 
-import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
 
 from qlora_lightning.base.tensors import GIB
-from qlora_lightning.model.step.batch import is_flat
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import PEAK_NAMES
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_REMEDIES = (
-    "data.batch_size or data.tokens_per_batch halved with trainer.accumulate_grad_batches doubled (the same result); "
-    "gradient_checkpointing.enabled: true, on a GPU also its offload (the same result, slower); model.quantization: "
-    "nf4; a smaller data.max_length, model.rank or model.base"
-)
 
 
 def choose_compute_dtype(name: ComputeDtype, device: torch.device) -> torch.dtype:
@@ -94,26 +86,6 @@ def device_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     return float(psutil.virtual_memory().total / GIB)
-
-
-@contextlib.contextmanager
-def reporting_out_of_memory(pl_module: Any, batch: Any) -> Iterator[None]:
-    """Report running out of memory with the micro-batch (``None`` in the optimizer's step), the peak and what helps.
-
-    Raises:
-        UserError: Memory ran out.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        device, work = pl_module.device, "the optimizer's step" if batch is None else "a batch"
-        if is_flat(batch) and "longest" in batch:
-            rows, tokens = len(batch["cu_seqlens"]) - 1, batch["input_ids"].numel()
-            work = f"a batch of {rows:,} rows and {tokens:,} tokens, the longest row {int(batch['longest']):,}"
-        raise UserError(
-            f"Out of memory on {device} in {work}; the peak was {read_peak_gib(device):.2f} of "
-            f"{device_memory_gib(device):.2f} GiB. What helps: {_REMEDIES}."
-        ) from error
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -1,5 +1,6 @@
 """A micro-batch: its rows, where they are from, and how many of their tokens are computed."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,26 +40,48 @@ def is_flat(batch: Any) -> bool:
 
 
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cut a flat batch into one of each row, as if it came alone; one of another kind is not cut: no rows.
-
-    A row of preferences is a pair of samples.
-    """
+    """Cut a flat batch into one of each row, as if it came alone; one of another kind is not cut: no rows."""
     if not is_flat(batch):
         return []
-    bounds, size = batch["cu_seqlens"], 2 if batch.get("pairs") else 1
-    rows = []
-    for first in range(0, len(bounds) - 1, size):
-        own = bounds[first : first + size + 1]
-        start, end = int(own[0]), int(own[-1])
-        names = [name for name in ("row_ids", "source", "weights") if name in batch]
-        row = {
-            **{name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")},
-            **{name: batch[name][first : first + size] for name in names},
-            "cu_seqlens": own - start,
-            "longest": int(own.diff().max()),
-        }
-        rows.append({**row, "pairs": True} if size == 2 else row)
-    return rows
+    cu_seqlens = batch["cu_seqlens"].tolist()
+    return [slice_samples(batch, *samples, cu_seqlens) for samples in cut_samples(batch, cu_seqlens, max_tokens=0)]
+
+
+def cut_samples(
+    batch: Mapping[str, Any], cu_seqlens: Sequence[int], max_tokens: int, *, pads: bool = False
+) -> list[tuple[int, int]]:
+    """Cut a flat batch into parts of whole rows, in their order; a row of preferences is a pair of samples.
+
+    Args:
+        batch: The batch.
+        cu_seqlens: Where its samples begin, and the last one ends.
+        max_tokens: Of a part; a row alone may have more.
+        pads: Whether each sample counts as long as the longest of its part.
+
+    Returns:
+        The first sample of each part, and the one behind its last.
+    """
+    size, parts, first, longest = 2 if batch.get("pairs") else 1, [], 0, 0
+    for row in range(0, len(cu_seqlens) - 1, size):
+        length = max(cu_seqlens[sample + 1] - cu_seqlens[sample] for sample in range(row, row + size))
+        longest = max(longest, length)
+        end = row + size
+        tokens = (end - first) * longest if pads else cu_seqlens[end] - cu_seqlens[first]
+        if tokens > max_tokens and row > first:
+            parts.append((first, row))
+            first, longest = row, length
+    return [*parts, (first, len(cu_seqlens) - 1)]
+
+
+def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: Sequence[int]) -> dict[str, Any]:
+    """Return the flat batch of samples ``first`` to ``last``, the latter excluded; tensors are views of the batch's."""
+    start, end = cu_seqlens[first], cu_seqlens[last]
+    part = dict(batch)
+    part |= {name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")}
+    part |= {name: batch[name][first:last] for name in ("row_ids", "source", "weights") if name in batch}
+    part["cu_seqlens"] = batch["cu_seqlens"][first : last + 1] - start
+    part["longest"] = max(after - before for before, after in itertools.pairwise(cu_seqlens[first : last + 1]))
+    return part
 
 
 def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]], int]:

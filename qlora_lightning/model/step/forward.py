@@ -20,6 +20,11 @@ def leaves_out_unneeded(causal_lm: Any, noise_alpha: float | None, *, fast: bool
     return fast and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
+def pads_samples(causal_lm: Any, device: torch.device) -> bool:
+    """Whether attention takes samples that are padded to the longest: on cards without a kernel for ragged ones."""
+    return not (device.type == "cpu" or has_ragged_kernel(device, causal_lm.dtype))
+
+
 def lay_out_for(
     causal_lm: Any, batch: Mapping[str, Any], device: torch.device, noise_alpha: float | None, *, fast: bool
 ) -> Layout:
@@ -36,9 +41,8 @@ def lay_out_for(
         UserError: A row is too long for the base's rotary embedding.
     """
     leaves_out = leaves_out_unneeded(causal_lm, noise_alpha, fast=fast)
-    on_cpu = device.type == "cpu"
-    pads = not (on_cpu or has_ragged_kernel(device, causal_lm.dtype))
-    layout = lay_out(batch, leaves_out=leaves_out, fills=fast and on_cpu, pads=pads)
+    pads = pads_samples(causal_lm, device)
+    layout = lay_out(batch, leaves_out=leaves_out, fills=fast and device.type == "cpu", pads=pads)
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 

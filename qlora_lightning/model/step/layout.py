@@ -38,6 +38,8 @@ _LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention l
 _ROWS = 16  # a CPU's products want whole blocks: with 1,711 rows some take a third longer than with 1,712 (measured)
 
 _Numbers = npt.NDArray[np.int64]
+Origin = tuple[tuple[Tensor, int], ...]
+"""The tensors that something was made from, and the version of each."""
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -124,19 +126,20 @@ class Layout(_Moves):
     counts: tuple[int, ...]
     samples: Samples
     rows: tuple[int, ...] = ()
-    origin: tuple[tuple[Tensor, int], ...] = ()
+    origin: Origin = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
         """Remember the batch that this is the layout of, once it has moved."""
-        return dataclasses.replace(self, origin=_origin(batch))
+        return dataclasses.replace(self, origin=origin_of(batch))
 
     def is_of(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch is still what this was made from: a subclass or callback may have put other labels in."""
-        pairs = zip(self.origin, _origin(batch), strict=False)
+        pairs = zip(self.origin, origin_of(batch), strict=False)
         return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
 
 
-def _origin(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
+def origin_of(batch: Mapping[str, Any]) -> Origin:
+    """Return the tensors of a flat batch that are laid out, and the version of each."""
     tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
     # torch counts what is written in place, and has no other way to ask
     return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)

@@ -1,15 +1,13 @@
 """The micro-batches of one optimizer step: their sums, and the gradient of their mean over all ranks."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
-
-_REPLACED = "_reduction_is_replaced"
 
 
 class Window:
@@ -19,7 +17,7 @@ class Window:
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks.
 
-    ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
+    ``batches`` and ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
     """
 
     def __init__(self) -> None:
@@ -29,20 +27,29 @@ class Window:
     def clear(self) -> None:
         """Begin a new window."""
         self.closed_row_ids = self.row_ids
+        self.batches: list[Any] = []
+        self.labelled_tokens_of_all_ranks: Tensor | None = None
+        self.clear_sums()
+
+    def clear_sums(self) -> None:
+        """Forget what was counted, to run the window's batches again."""
         self.nll_sum: Tensor | None = None
         self.labelled_tokens: Tensor | None = None
         self.logged: dict[str, Tensor] = {}  # see LossSums
         self.micro_batches = 0
         self.row_ids = []
-        self.labelled_tokens_of_all_ranks: Tensor | None = None
 
-    def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = ()) -> None:
-        """Count one micro-batch of at most ``most``."""
-        if self.micro_batches >= most:
+    def open_batch(self, batch: Any, most: int) -> None:
+        """Take a batch of the window, which has at most so many."""
+        if len(self.batches) >= most:
             raise RuntimeError(
                 "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
                 "`on_before_optimizer_step` without calling `super().on_before_optimizer_step(optimizer)`."
             )
+        self.batches.append(batch)
+
+    def add(self, sums: LossSums, row_ids: Sequence[int] = ()) -> None:
+        """Count one micro-batch."""
         self.micro_batches += 1
         nll_sum = sums.nll_sum.detach()
         self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
@@ -56,24 +63,23 @@ class Window:
     def replace_ddp_reduction(model: nn.Module | None) -> None:
         """Keep DDP, if it wraps a model, from adding up gradients: :meth:`divide_gradients` does, once a step.
 
-        DDP puts gradients into buckets, and orders them again after the first backward. The place of a number decides
-        in which order three or more ranks are added up, and so its last bit: a resumed run would be rounded otherwise
-        than one that was never stopped. In one flat tensor the order is always the same.
+        DDP adds up what one backward gives, and each process may have another number of them. It puts gradients into
+        buckets, and orders them again after the first backward. The place of a number decides in which order three or
+        more ranks are added up, and so its last bit: a resumed run would be rounded otherwise than one that was never
+        stopped. In one flat tensor the order is always the same.
         """
-        # once: Lightning's search for a learning rate trains the same model before the fit does
-        if isinstance(model, DistributedDataParallel) and not getattr(model, _REPLACED, False):
-            model.register_comm_hook(None, noop_hook)
-            setattr(model, _REPLACED, True)
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = False
 
     def divide_gradients(
-        self, parameters: Iterable[nn.Parameter], divided_by: float, *, over_ranks: bool = False
+        self, parameters: Iterable[nn.Parameter], factor: float, *, over_ranks: bool = False
     ) -> dict[str, Tensor]:
         """Turn accumulated gradients into those of the window's mean loss; return what is logged.
 
         That is ``loss``, ``grad_norm`` (before clipping), and the means of ``LossSums.logged``.
 
-        ``divided_by`` is what Lightning has divided them by already, for accumulation; ``over_ranks`` says that there
-        are several, over which all is summed up.
+        ``factor`` undoes a scale that they have; ``over_ranks`` says that there are several ranks, over
+        which all is summed up.
         """
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
@@ -88,7 +94,7 @@ class Window:
         self.labelled_tokens_of_all_ranks = sums[0]
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
-            torch._foreach_mul_(gradients, (divided_by / tokens).float())
+            torch._foreach_mul_(gradients, (factor / tokens).float())
         means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}

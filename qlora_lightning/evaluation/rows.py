@@ -17,7 +17,7 @@ from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
 from qlora_lightning.model.step.layout import IGNORED
-from qlora_lightning.model.step.loss import LossSums, head_loss, head_of
+from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of
 from qlora_lightning.support.console import terminal
 
 Watch = Callable[[int], None]
@@ -182,7 +182,7 @@ def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
 
 def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
     states, targets = module.last_states(part)
-    head, counts = head_of(module.causal_lm), part["layout"].counts
+    head, counts = lm_head_of(module.causal_lm), part["layout"].counts
     with module.autocast():
         pairs = zip(states.split(counts), targets.split(counts), strict=True)
         return [head_loss(own, wanted, head, fast=module.fast) for own, wanted in pairs if len(wanted)]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import flat_attention, register_flat_attention
-from qlora_lightning.model.step.layout import ComputedTokens, place_samples, whole_samples
+from qlora_lightning.model.step.layout import ComputedTokens, build_samples, samples_of_lengths
 from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
@@ -42,7 +42,7 @@ def by_formula(query, key, value, samples, scale=SCALE):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * scale
         later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         outputs.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
-    return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_copy]
+    return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_expanded]
 
 
 def attend_by(*, fast=True, loops=True, ragged_kernel=False):
@@ -51,7 +51,7 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     def attend(*qkv, samples, scale=SCALE):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
-                patch.setattr(attention, "has_loops", lambda value, dtype: False)
+                patch.setattr(attention, "has_cpu_kernel", lambda value, dtype: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
@@ -92,35 +92,35 @@ def errors(found, exact):
 # ---- by the formula -------------------------------------------------------------------------------------------------
 
 SAMPLES = {
-    "many": place_samples(ComputedTokens(list(LENGTHS), [0] * 5, []), pads=True),
-    "one token": whole_samples((1,)),
-    "long": whole_samples((700, 3)),
-    "a beginning that two share": place_samples(SHARED, pads=True),
+    "many": build_samples(ComputedTokens(list(LENGTHS), [0] * 5, []), pads=True),
+    "one token": samples_of_lengths((1,)),
+    "long": samples_of_lengths((700, 3)),
+    "a beginning that two share": build_samples(SHARED, pads=True),
 }
 
 
 @pytest.mark.parametrize("way", [fast, plain, padded, ragged], ids=["loops", "plain", "padded", "ragged"])
 @pytest.mark.parametrize("samples", SAMPLES.values(), ids=SAMPLES.keys())
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples):
-    qkv = draw(len(samples.expanded.first_copy))
+    qkv = draw(len(samples.expanded.first_expanded))
     found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
     assert errors(found, exact).max() <= 1e-6
 
 
 @pytest.mark.parametrize(("heads", "width"), [((4, 4, 4), 16), ((2, 1, 1), 48), ((8, 2, 2), 128), ((3, 1, 1), 256)])
 def test_heads_may_be_as_many_and_as_wide_as_those_of_any_llama(heads, width):
-    samples, qkv = whole_samples((20, 33)), draw(53, heads=heads, width=width)
+    samples, qkv = samples_of_lengths((20, 33)), draw(53, heads=heads, width=width)
     found = with_gradients(fast, qkv, samples=samples, scale=None)
     assert errors(found, with_gradients(by_formula, qkv, samples=samples, scale=width**-0.5)).max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_layout(dtype):
-    qkv, samples = draw(sum(LENGTHS), dtype), whole_samples(LENGTHS)
+    qkv, samples = draw(sum(LENGTHS), dtype), samples_of_lengths(LENGTHS)
     together = with_gradients(fast, qkv, samples=samples)
     for start, end in itertools.pairwise(samples.bounds):
         sample = [each[:, :, start:end].clone() for each in qkv]
-        assert torch.equal(together[0][:, start:end], fast(*sample, samples=whole_samples([end - start])))
+        assert torch.equal(together[0][:, start:end], fast(*sample, samples=samples_of_lengths([end - start])))
     by_token = [each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in qkv]
     before = torch.get_num_threads()
     try:

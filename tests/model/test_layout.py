@@ -7,7 +7,7 @@ import torch
 
 from qlora_lightning.model.step import forward as forward_file
 from qlora_lightning.model.step import layout
-from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, whole_samples
+from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, samples_of_lengths
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
@@ -32,25 +32,25 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     # In the order of their ids the second comes first: it computes SYSTEM. 8 is the last label: from 7 it is predicted.
     assert found.input_ids.tolist() == [[7, *SYSTEM, 5]]
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
-    assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
+    assert (found.predict_index.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
     samples = found.samples
     assert samples.expanded.gather_index.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert samples.cu_queries.tolist() == [0, 1, 5]
+    assert samples.cu_seqlens_q.tolist() == [0, 1, 5]
     assert samples.bounds == (0, 4, 8)
     assert samples.cu_seqlens.tolist() == [0, 4, 8]
-    assert samples.expanded.copies.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
-    assert samples.expanded.copy_offsets.tolist() == [0, 1, 3, 5, 7, 8]
-    assert samples.expanded.first_copy.tolist() == [3, 0, 1, 2, 7]
-    assert samples.expanded.shares
+    assert samples.expanded.expanded_index.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
+    assert samples.expanded.expanded_offsets.tolist() == [0, 1, 3, 5, 7, 8]
+    assert samples.expanded.first_expanded.tolist() == [3, 0, 1, 2, 7]
+    assert samples.expanded.has_shared
 
 
 def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
     batch = batch_of(([1, 2], 1, 0), ([3, 4, 5], 1, 0))
-    padded = lay_out(batch, leaves_out=False, pads=True).samples.padded
+    padded = lay_out(batch, skips_unlabelled=False, pads=True).samples.padded
     assert padded.gather_index.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
-    assert padded.first_copy.tolist() == padded.copies.tolist() == [0, 1, 3, 4, 5]
+    assert padded.first_expanded.tolist() == padded.expanded_index.tolist() == [0, 1, 3, 4, 5]
     assert not padded.shares
-    assert lay_out(batch, leaves_out=False).samples.padded is None
+    assert lay_out(batch, skips_unlabelled=False).samples.padded is None
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples,
     found = lay_out(batch_of(*samples))
     assert found.input_ids.tolist() == [ids]
     assert found.samples.expanded.gather_index.tolist() == gather_index
-    assert found.samples.expanded.shares == (len(ids) < len(gather_index))
+    assert found.samples.expanded.has_shared == (len(ids) < len(gather_index))
     assert found.targets.tolist() == targets
 
 
 def test_a_sample_without_labels_fills_the_last_block():
-    found = lay_out(batch_of((range(10), 1, 0), (range(9), 1, 0)), leaves_out=False, fills=True)
+    found = lay_out(batch_of((range(10), 1, 0), (range(9), 1, 0)), skips_unlabelled=False, fills=True)
     assert found.input_ids.shape == (1, 32)
     assert found.samples.bounds == (0, 10, 19, 32)
     assert found.position_ids[0, 19:].tolist() == list(range(13))
-    assert found.predicting.tolist() == [*range(9), *range(10, 18)]
+    assert found.predict_index.tolist() == [*range(9), *range(10, 18)]
     assert found.input_ids[0, 18:].unique().numel() == 1  # the last token again
-    whole = lay_out(batch_of((range(10), 1, 0), (range(6), 1, 0)), leaves_out=False, fills=True)
+    whole = lay_out(batch_of((range(10), 1, 0), (range(6), 1, 0)), skips_unlabelled=False, fills=True)
     assert whole.input_ids.shape == (1, 16)
 
 
@@ -110,7 +110,7 @@ BATCHES = {
 def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows):
     module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     batch = batch_of(*rows)
-    assert lay_out(batch).samples.expanded.shares
+    assert lay_out(batch).samples.expanded.has_shared
     expected = loss_and_gradients(plain, batch)
     assert_same_step(loss_and_gradients(module, batch), expected)
     enable_activation_checkpointing(module.causal_lm)
@@ -124,7 +124,7 @@ def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-    assert batch["layout"].is_of(batch)
+    assert batch["layout"].matches(batch)
     labels = batch["input_ids"].clone()
     labels[0, batch["cu_seqlens"][:-1]] = IGNORED
     batch["labels"] = batch["labels"].copy_(labels) if in_place else labels
@@ -150,7 +150,7 @@ def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_ba
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():
     width, lengths, alpha = 64, [4, 100], 5.0
     torch.manual_seed(0)
-    noise = add_noise(torch.zeros(1, sum(lengths), width), whole_samples(lengths), alpha)[0]
+    noise = add_noise(torch.zeros(1, sum(lengths), width), samples_of_lengths(lengths), alpha)[0]
     for length, part in zip(lengths, noise.split(lengths), strict=True):
         bound = alpha / (length * width) ** 0.5
         assert 0.95 * bound < part.abs().max() <= bound

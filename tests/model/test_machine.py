@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from qlora_lightning.model.load.device import choose_compute_dtype, explain_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from qlora_lightning.support.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -36,18 +36,18 @@ def test_dtypes_are_chosen_by_the_hardware_and_slow_ones_announced(monkeypatch, 
     assert found is None if told is None else re.search(told, found)
 
 
-# Without keep_freed_memory a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
+# Without tune_malloc a tensor of 8 MiB gets fresh pages, 2,048 of 4 KiB, each time.
 PROGRAM = """
 import resource
 import torch
-from qlora_lightning.model.load.device import keep_freed_memory
+from qlora_lightning.model.load.machine import tune_malloc
 
 def faults_of_a_tensor():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2 * 1024**2)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-keep_freed_memory()
+tune_malloc()
 first, *others = [faults_of_a_tensor() for _ in range(5)]
 assert first > 2, first
 assert max(others) <= 2, others

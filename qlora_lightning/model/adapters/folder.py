@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.tensors import open_tensors
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
+from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import IDENTITY, flush, put_in_place, set_usual_mode, write_whole, written_in_rust
+from qlora_lightning.support.files import IDENTITY, flush, put_in_place, set_usual_mode, write_whole, raising_os_errors
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
@@ -66,7 +66,7 @@ def save_adapter_folder(
     staging.mkdir(parents=True)
     adapter = model.active_adapter
     if tokenizer is not None:
-        with written_in_rust():
+        with raising_os_errors():
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
@@ -81,7 +81,7 @@ def save_adapter_folder(
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter).items()
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors}
-    with written_in_rust():
+    with raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
     targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
@@ -150,7 +150,7 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     opened, tensors = open_tensors(folder / _WEIGHTS), _tensors_by_key(model, name)
     stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
-    check_fit(tensors, stored, f"The adapter folder {folder}")
+    check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.")

@@ -164,13 +164,13 @@ def _training_as_before(model: nn.Module) -> Iterator[None]:
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Set the trainable tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
     trainable = trainable_tensors(model)
-    check_fit(trainable, tensors, source)
+    check_shapes(trainable, tensors, source)
     with torch.no_grad():
         for name, tensor in trainable.items():
             tensor.copy_(tensors[name])
 
 
-def check_fit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+def check_shapes(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Reject tensors of ``source`` that have other names or shapes than the model's."""
     expected, found = ({name: tuple(each.shape) for name, each in group.items()} for group in (tensors, stored))
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

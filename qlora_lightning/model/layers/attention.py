@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function, has_numbers
+from qlora_lightning.model.cpu.library import call, has_function, are_cpu_tensors
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
@@ -107,9 +107,9 @@ def flat_attention(
     attend: Callable[..., Tensor]
     attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
     if fast and dropout == 0.0 and softcap is None:
-        if window is None and has_loops(value, dtype):
+        if window is None and has_cpu_kernel(value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
-            if samples.expanded.shares:
+            if samples.expanded.has_shared:
                 key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
             return SampleAttention.apply(query, key, value, samples, scaling), None
         if has_ragged_kernel(query.device, query.dtype):
@@ -124,10 +124,10 @@ def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return flat_attention(*args, fast=False, **kwargs)
 
 
-def has_loops(value: Tensor, dtype: torch.dtype) -> bool:
+def has_cpu_kernel(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether the C++ loops take values ``(…, head_dim)`` in a dtype; bfloat16 takes a CPU with AVX512-BF16."""
     head_dim = value.shape[-1]
-    return has_numbers(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -140,10 +140,10 @@ def _attend_expanded(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
 ) -> Tensor:
     """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
-    if not samples.expanded.shares:
+    if not samples.expanded.has_shared:
         return attend(query, key, value, samples, scaling)
     expanded = (_Expand.apply(each, samples.expanded) for each in (query, key, value))
-    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_copy)
+    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_expanded)
 
 
 class _Expand(torch.autograd.Function):
@@ -163,8 +163,8 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         expansion: Expansion = ctx.expansion
         by_token = grad[0].transpose(0, 1)  # (expanded tokens, heads, head_dim)
-        offsets = expansion.copy_offsets
-        summed = F.embedding_bag(expansion.copies, by_token.flatten(1), offsets, mode="sum", include_last_offset=True)
+        offsets = expansion.expanded_offsets
+        summed = F.embedding_bag(expansion.expanded_index, by_token.flatten(1), offsets, mode="sum", include_last_offset=True)
         return summed.view(-1, *by_token.shape[1:]).transpose(0, 1)[None], None
 
 
@@ -187,7 +187,7 @@ def _attend_padded(
         return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
 
     attn_out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), is_causal=True, scale=scaling)
-    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_copy)[None]
+    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_expanded)[None]
 
 
 def attend_per_sample(
@@ -248,13 +248,13 @@ class SampleAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        n_queries, n_keys = len(samples.expanded.first_copy), samples.bounds[-1]
+        n_queries, n_keys = len(samples.expanded.first_expanded), samples.bounds[-1]
         assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # else loops read beyond
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.places = samples.cu_queries, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
-        call("attend", query.dtype, query, key, value, *ctx.places, ctx.scale, attn_out, lse)
+        ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out[None]
 
@@ -264,5 +264,5 @@ class SampleAttention(torch.autograd.Function):
         query, key, value, lse = ctx.saved_tensors
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         states = query, key, value, grad[0].contiguous(), lse
-        call("attend_backward", query.dtype, *states, *ctx.places, ctx.scale, *grads)
+        call("attend_backward", query.dtype, *states, *ctx.shape_args, ctx.scale, *grads)
         return *(each.transpose(0, 1)[None] for each in grads), None, None

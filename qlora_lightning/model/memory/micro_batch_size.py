@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.model.step.batch import join_places, row_places
+from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
@@ -80,7 +80,7 @@ class MicroBatchSize:
         elif self.reserves:
             _report(f"Memory ran out in a row of {tokens:,} tokens: {self.reserves.pop(0)()}")
         else:
-            place = join_places(row_places(datamodule_of(module.trainer), largest["row_ids"].tolist()))
+            place = format_locations(row_locations(datamodule_of(module.trainer), largest["row_ids"].tolist()))
             raise UserError(
                 f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: a "
                 "smaller data.max_length, model.rank or model.base, model.quantization: nf4, "

@@ -40,7 +40,7 @@ def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
     fused = not str(module.trainer.precision).endswith("-mixed")  # there Lightning clips no fused optimizer
     optimizer = build_optimizer(
-        module.parameter_groups(), module.optimizer_choice, module.learning_rate, module.weight_decay, fused
+        module.parameter_groups(), module.optimizer_config, module.learning_rate, module.weight_decay, fused
     )
     schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -17,7 +17,7 @@ class Window:
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks.
 
-    ``batches`` and ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
+    ``batches`` and ``row_ids`` are those of this process in the open window, ``last_row_ids`` in the one before it.
     """
 
     def __init__(self) -> None:
@@ -26,9 +26,9 @@ class Window:
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.closed_row_ids = self.row_ids
+        self.last_row_ids = self.row_ids
         self.batches: list[Any] = []
-        self.labelled_tokens_of_all_ranks: Tensor | None = None
+        self.global_labelled_tokens: Tensor | None = None
         self.clear_sums()
 
     def clear_sums(self) -> None:
@@ -91,7 +91,7 @@ class Window:
             torch.distributed.all_reduce(flat)
             pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-        self.labelled_tokens_of_all_ranks = sums[0]
+        self.global_labelled_tokens = sums[0]
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (factor / tokens).float())

@@ -67,7 +67,7 @@ def test_a_start_adapter_that_has_moved_may_be_named_again_or_left_out(trained, 
 def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(change, tmp_path, capsys):
     file = change(settings={"trust_remote_code": True, "optimizer": "no_such_module.Optimizer"})
     module = QLoRAModule.load_from_checkpoint(file)
-    assert (module.trust_remote_code, module.optimizer_choice) == (False, None)
+    assert (module.trust_remote_code, module.optimizer_config) == (False, None)
     assert "optimizer no_such_module.Optimizer is not taken over" in capsys.readouterr().out
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
 

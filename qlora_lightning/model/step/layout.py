@@ -184,7 +184,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
         leaves_out: Whether tokens that no label needs are left out, and shared beginnings computed once: the loss and
             its gradients are the same. Else all tokens are computed.
         fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
-            products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
+            products. Results change by rounding alone; dropout and NEFTune draw numbers for these tokens too.
         pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
     """
     bounds = batch["cu_seqlens"].tolist()

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.adapters.targets import compact_targets, resolve_targets
+from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
@@ -55,6 +55,9 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
             ({"lora_options": {"init_lora_weights": start}}, f"'{start}', which does not work on a quantized base")
             for start in ("pissa", "loftq", "eva", "olora", "corda", "lora_ga")
         ),
+        ({"target_modules": ["q_proj", "v_prj"]}, "v_prj"),  # PEFT passes over the second
+        ({"target_modules": r"model\.layers\.0\..*_proj", "layers": [1]}, "layers"),
+        *(({"layers": layers}, "layers") for layers in ([0, 4], [-1], [], "last:0")),
     ],
 )
 def test_what_would_go_wrong_without_a_word_is_rejected(tiny_base, settings, words):
@@ -126,22 +129,3 @@ def test_presets_names_expressions_and_layers_select_these(llama, target_modules
         if name in endings
     ]
     assert resolve_targets(llama, target_modules, layers) == expected
-
-
-@pytest.mark.parametrize(
-    ("target_modules", "layers"),
-    [
-        (["q_proj", "v_prj"], "all"),  # PEFT passes over the second
-        *(("all-linear", layers) for layers in ([0, 4], [-1], [], "last:0")),
-        (r"model\.layers\.0\..*_proj", [3]),
-    ],
-)
-def test_what_selects_nothing_is_rejected(llama, target_modules, layers):
-    with pytest.raises(UserError):
-        resolve_targets(llama, target_modules, layers)
-
-
-def test_names_shorten_to_endings_only_if_these_select_the_same(llama):
-    assert compact_targets(llama, resolve_targets(llama, "attention")) == sorted(ATTENTION)
-    some = resolve_targets(llama, "attention", "last:2")
-    assert compact_targets(llama, some) == some

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, make_trainer
 
@@ -105,10 +104,3 @@ def test_an_own_base_attends_within_samples(tiny_base, fast):
     with ours.model.disable_adapter(), own.model.disable_adapter():
         expected = ours.compute_loss(make_batch()).nll_sum.item()
         assert own.compute_loss(make_batch()).nll_sum.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own compiler, when it is made
-def test_a_compiled_module_is_rejected(tiny_base, rows_file, tmp_path):
-    module = torch.compile(QLoRAModule(str(tiny_base)))
-    with pytest.raises(UserError, match=r"compiled by torch\.compile, .*set model\.fast to false"):
-        make_trainer(tmp_path, max_epochs=1).fit(module, InstructionDataModule(str(rows_file)))

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from qlora_lightning.model.load.build import find_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import same

@@ -1,6 +1,5 @@
 """What a step takes by the formula: by hand, beside what real steps keep, and by a model without numbers."""
 
-from collections import Counter
 from dataclasses import replace
 
 import bitsandbytes as bnb

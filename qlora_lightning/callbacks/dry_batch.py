@@ -13,7 +13,7 @@ from qlora_lightning.data.batches.order import RankBatch
 from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.checkpoint.resume import capture_generators, restore_generators
-from qlora_lightning.model.load.device import read_peak_gib, reporting_out_of_memory
+from qlora_lightning.model.load.machine import read_peak_gib, reporting_out_of_memory
 from qlora_lightning.model.step.batch import computed_counter
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import is_trial_run
@@ -63,16 +63,16 @@ def find_largest(trainer: Trainer, module: Any) -> Batch | None:
     if ahead is None:
         return None
     plan, first, largest = ahead
-    count = computed_counter(plan.samples, leaves_out(module))
+    count = computed_counter(plan.samples, skips_unlabelled(module))
     is_worth = count(largest.rows) > _WORTH * count(first.rows)
     if getattr(module, "sharded_base", None) is not None:  # then a pass is one of all ranks
         is_worth = trainer.strategy.reduce_boolean_decision(is_worth, all=False)
     return collate_rows(plan.samples, *largest) if is_worth else None
 
 
-def leaves_out(module: Any) -> bool:
+def skips_unlabelled(module: Any) -> bool:
     """Whether a module, which may be another than ours, leaves out tokens that its loss does not need."""
-    return bool(getattr(module, "leaves_out_unneeded", False))
+    return bool(getattr(module, "skips_unlabelled", False))
 
 
 def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, RankBatch] | None:
@@ -100,7 +100,7 @@ def look_ahead(trainer: Trainer, module: Any) -> tuple[EpochPlan, RankBatch, Ran
     else:
         return None
     limit = int(min(trainer.num_training_batches, len(loader)))
-    count = computed_counter(plan.samples, leaves_out(module))
+    count = computed_counter(plan.samples, skips_unlabelled(module))
     found = first_and_largest(plan, epochs, done, limit, loader.rank, count)
     return None if found is None else (plan, *found)
 

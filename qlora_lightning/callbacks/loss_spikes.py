@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.batch import join_places, row_places
+from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
@@ -59,9 +59,9 @@ class LossSpikeMonitor(Callback):
             return
         self._reported_at = step
         # every rank has come to the same result
-        row_ids = gather_lists(trainer, getattr(getattr(pl_module, "window", None), "closed_row_ids", []))
+        row_ids = gather_lists(trainer, getattr(getattr(pl_module, "window", None), "last_row_ids", []))
         if trainer.is_global_zero:
-            rows = join_places(row_places(datamodule_of(trainer), row_ids), most=16)
+            rows = format_locations(row_locations(datamodule_of(trainer), row_ids), most=16)
             found = (
                 f"train_loss {loss:.4g} at step {step}, the median of the last {len(losses)} is {median:.4g}; "
                 f"rows {rows}."

@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.run_report import note_warning
-from qlora_lightning.model.load.device import device_memory_gib, name_of_peak, read_memory, read_peak_gib
+from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_memory, read_peak_gib
 from qlora_lightning.support.console import say, terminal
 
 _FULL = 0.95  # of the device's memory
@@ -51,7 +51,7 @@ class GPUMemoryMonitor(Callback):
             self._first = False
             self._report(trainer, pl_module, "after the first step")
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            values, shown = read_memory(pl_module.device), name_of_peak(pl_module.device)
+            values, shown = read_memory(pl_module.device), peak_metric_name(pl_module.device)
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
             capacity = device_memory_gib(pl_module.device)

@@ -31,7 +31,7 @@ from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.resume import trainer_settings
-from qlora_lightning.model.load.device import device_memory_gib, name_of_peak, read_peak_gib
+from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
 from qlora_lightning.support.console import say
@@ -304,7 +304,7 @@ def _git_state() -> dict[str, Any] | None:
 def _find_peak(trainer: Trainer) -> dict[str, float]:
     """Return the most memory in GiB that was logged in the whole run, or that this process has held."""
     device = trainer.strategy.root_device
-    name = name_of_peak(device)  # on CUDA what is read now is reset at each logging
+    name = peak_metric_name(device)  # on CUDA what is read now is reset at each logging
     logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
     return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
 

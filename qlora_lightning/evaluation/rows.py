@@ -17,7 +17,7 @@ from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded.sharded_base import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
 from qlora_lightning.model.step.layout import IGNORED
-from qlora_lightning.model.step.loss import LossSums, head_loss, head_of
+from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of
 from qlora_lightning.support.console import terminal
 
 Watch = Callable[[int], None]
@@ -177,7 +177,7 @@ def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
         return
     layout = module.layout_of(batch)
     states, targets = module.last_states({**batch, "layout": layout})
-    head = head_of(module.causal_lm)
+    head = lm_head_of(module.causal_lm)
     for own, wanted in zip(states.split(layout.counts), targets.split(layout.counts), strict=True):
         if len(wanted):
             with module.autocast():

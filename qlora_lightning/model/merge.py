@@ -148,11 +148,11 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
     for batch in batches:
         for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
             next_labels = batch["labels"][0, start + 1 : end]
-            predicting = (next_labels != IGNORED).nonzero()[:, 0]
+            predict_index = (next_labels != IGNORED).nonzero()[:, 0]
             ids = batch["input_ids"][:, start:end].to(device)
-            output = model(input_ids=ids, logits_to_keep=predicting.to(device), use_cache=False)
+            output = model(input_ids=ids, logits_to_keep=predict_index.to(device), use_cache=False)
             logits.append(output.logits[0].float().cpu())
-            labels.append(next_labels[predicting])
+            labels.append(next_labels[predict_index])
     return torch.cat(logits), torch.cat(labels)
 
 

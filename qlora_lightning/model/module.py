@@ -20,9 +20,9 @@ from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_mo
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import checks, guard
 from qlora_lightning.model.layers.fuse import Fusion, choose_layers
-from qlora_lightning.model.load import device as machine
+from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
-from qlora_lightning.model.load.build import assemble_model, describe_fit
+from qlora_lightning.model.load.build import assemble_model, report_model
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import is_flat
@@ -167,7 +167,7 @@ class QLoRAModule(lightning.LightningModule):
         self.model.train()  # Hugging Face models come in eval()
         self.choose_layers()
         if self._device_of_process().type == "cpu":
-            machine.keep_freed_memory()
+            machine.tune_malloc()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
         trainable = lora.trainable_tensors(self)
         named = [*self.named_parameters(), *self.named_buffers()]
@@ -210,12 +210,12 @@ class QLoRAModule(lightning.LightningModule):
         return self.device if self._trainer is None else self.trainer.strategy.root_device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fn = fn if self.sharded_base is None else self.sharded_base.leaving_shards(fn)
+        fn = fn if self.sharded_base is None else self.sharded_base.skipping_shards(fn)
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
     def on_fit_end(self) -> None:
-        machine.give_back_freed_memory()
+        machine.trim_malloc()
 
     @property
     def fast(self) -> bool:
@@ -258,7 +258,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return losses.head_loss(hidden, targets, losses.head_of(self.causal_lm), fast=self.fast)
+            return losses.head_loss(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
@@ -278,14 +278,14 @@ class QLoRAModule(lightning.LightningModule):
         return self.neftune_alpha if self.training else None
 
     @property
-    def leaves_out_unneeded(self) -> bool:
+    def skips_unlabelled(self) -> bool:
         """Whether the loss is computed without the tokens that it does not need."""
-        return forward.leaves_out_unneeded(self.causal_lm, self._noise_alpha, fast=self.fast)
+        return forward.skips_unlabelled(self.causal_lm, self._noise_alpha, fast=self.fast)
 
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
         """Return the layout that came with a batch, or make it."""
         layout: Layout | None = batch.get("layout")
-        if layout is None or not layout.is_of(batch):
+        if layout is None or not layout.matches(batch):
             layout = self.lay_out(batch).to(self.device).bind(batch)
         return layout
 
@@ -348,7 +348,7 @@ class QLoRAModule(lightning.LightningModule):
             divided_by=self.trainer.accumulate_grad_batches / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
-        means = self.guard.judge_step(self, optimizer, means)
+        means = self.guard.check_step(self, optimizer, means)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})
@@ -397,7 +397,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         checks.check_fit(self)
-        describe_fit(self, self.choose_layers())
+        report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.sharded_base import collective_passes
-from qlora_lightning.model.step.loss import LossSums, TokenStatistics, head_of, token_losses
+from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
@@ -164,7 +164,7 @@ class PreferenceModule(QLoRAModule):
     def _token_losses(self, batch: dict[str, Any]) -> Tensor:
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            nll, _ = token_losses(hidden, targets, head_of(self.causal_lm), fast=self.fast)
+            nll, _ = token_losses(hidden, targets, lm_head_of(self.causal_lm), fast=self.fast)
         return nll
 
     # ---- the reference -----------------------------------------------------------------------------------------------

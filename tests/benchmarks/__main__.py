@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from qlora_lightning.base import open_base
-from qlora_lightning.model.load.device import choose_compute_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype
 from tests.benchmarks.child import ROOT, run_child, write_json
 from tests.benchmarks.llama_8b import ALL_LAYERS, make_base
 from tests.benchmarks.table import BUSY, CHECKPOINTED, EVERY_2ND, PLAIN, draw_plot, make_rows, print_table

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.load.device import choose_compute_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype
 from qlora_lightning.model.step.layout import IGNORED, find_computed
 
 _TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal

@@ -163,7 +163,7 @@ def count(*, fast: bool) -> tuple[Launches, Launches]:
     """Count the launches of all layers, forward on fake CUDA tensors and backward on fake CPU ones."""
     counted = []
     for device in ("cuda", "cpu"):
-        model, layout = make_model(fast=fast), lay_out(make_batch(LENGTHS), leaves_out=False)
+        model, layout = make_model(fast=fast), lay_out(make_batch(LENGTHS), skips_unlabelled=False)
         forward, backward = Launches(), Launches()
         with FakeTensorMode(allow_non_fake_inputs=True), pretending(forward):
             make_fake(model, device)

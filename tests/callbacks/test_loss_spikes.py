@@ -14,7 +14,7 @@ def feed(monitor, losses, first_step=0):
     """Take optimizer steps with these losses; as a Trainer calls it."""
     trainer = SimpleNamespace(global_step=first_step, callback_metrics={}, world_size=1, is_global_zero=True)
     trainer.callbacks, trainer.datamodule = [], None
-    module = SimpleNamespace(window=SimpleNamespace(closed_row_ids=[7]))
+    module = SimpleNamespace(window=SimpleNamespace(last_row_ids=[7]))
     for loss in losses:
         monitor.on_train_batch_start(trainer, module, {}, 0)
         trainer.global_step += 1

@@ -10,7 +10,7 @@ from lightning import Callback
 
 from qlora_lightning import GPUMemoryMonitor, ThroughputMonitor
 from qlora_lightning.callbacks import memory
-from qlora_lightning.model.load.device import device_memory_gib
+from qlora_lightning.model.load.machine import device_memory_gib
 
 
 class Logged(Callback):

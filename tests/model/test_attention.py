@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import flat_attention
-from qlora_lightning.model.step.layout import ComputedTokens, place_samples, whole_samples
+from qlora_lightning.model.step.layout import ComputedTokens, build_samples, samples_of_lengths
 from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
@@ -38,7 +38,7 @@ def by_formula(query, key, value, samples):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * query.shape[3] ** -0.5
         later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
         outputs.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
-    return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_copy]
+    return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_expanded]
 
 
 def attend_by(*, fast=True, loops=True, ragged_kernel=False):
@@ -85,13 +85,13 @@ def errors(found, exact):
     return torch.tensor([(one - other).detach().norm() / max(other.detach().norm(), 1.0) for one, other in pairs])
 
 
-MANY = place_samples(ComputedTokens(list(LENGTHS), [0] * 5, []), pads=True)
+MANY = build_samples(ComputedTokens(list(LENGTHS), [0] * 5, []), pads=True)
 # The first 3 tokens of a sample of 4 are computed with one of 70: a stream of 71.
-SHARING = place_samples(ComputedTokens([4, 70], [3, 0], [1, 0]), pads=True)
+SHARING = build_samples(ComputedTokens([4, 70], [3, 0], [1, 0]), pads=True)
 SHAPES = [  # samples; heads of queries, keys and values; their width
     (MANY, (6, 2, 2), 16),
-    (whole_samples((1,)), (4, 4, 4), 16),
-    (whole_samples((700, 3)), (2, 1, 1), 48),
+    (samples_of_lengths((1,)), (4, 4, 4), 16),
+    (samples_of_lengths((700, 3)), (2, 1, 1), 48),
     (SHARING, (8, 2, 2), 128),
     (SHARING, (3, 1, 1), 256),
 ]
@@ -100,18 +100,18 @@ SHAPES = [  # samples; heads of queries, keys and values; their width
 @pytest.mark.parametrize("way", [fast, plain, padded, ragged], ids=["loops", "plain", "padded", "ragged"])
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width):
-    qkv = draw(len(samples.expanded.first_copy), heads=heads, width=width)
+    qkv = draw(len(samples.expanded.first_expanded), heads=heads, width=width)
     found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
     assert errors(found, exact).max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_layout(dtype):
-    qkv, samples = draw(sum(LENGTHS), dtype), whole_samples(LENGTHS)
+    qkv, samples = draw(sum(LENGTHS), dtype), samples_of_lengths(LENGTHS)
     together = with_gradients(fast, qkv, samples=samples)
     for start, end in itertools.pairwise(samples.bounds):
         sample = [each[:, :, start:end].clone() for each in qkv]
-        assert torch.equal(together[0][:, start:end], fast(*sample, samples=whole_samples([end - start])))
+        assert torch.equal(together[0][:, start:end], fast(*sample, samples=samples_of_lengths([end - start])))
     by_token = [each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in qkv]
     before = torch.get_num_threads()
     try:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, whole_samples
+from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, samples_of_lengths
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
@@ -30,7 +30,7 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     # In the order of their ids the second comes first: it computes SYSTEM. 8 is the last label: from 7 it is predicted.
     assert found.input_ids.tolist() == [[7, *SYSTEM, 5]]
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
-    assert (found.predicting.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
+    assert (found.predict_index.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
     assert found.samples.cu_seqlens.tolist() == [0, 4, 8]
 
 
@@ -52,7 +52,7 @@ def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples,
 
 @pytest.mark.parametrize(("last", "filled"), [(range(9), 32), (range(6), 16)])
 def test_a_sample_without_labels_fills_the_last_block(last, filled):
-    found = lay_out(batch_of((range(10), 1, 0), (last, 1, 0)), leaves_out=False, fills=True)
+    found = lay_out(batch_of((range(10), 1, 0), (last, 1, 0)), skips_unlabelled=False, fills=True)
     assert found.input_ids.shape == (1, filled)
     assert found.targets.tolist() == [*range(1, 10), *last[1:]]
 
@@ -77,7 +77,7 @@ BATCHES = {
 def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows):
     module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     batch = batch_of(*rows)
-    assert lay_out(batch).samples.expanded.shares
+    assert lay_out(batch).samples.expanded.has_shared
     expected = loss_and_gradients(plain, batch)
     assert_same_step(loss_and_gradients(module, batch), expected)
     enable_activation_checkpointing(module.causal_lm)
@@ -91,7 +91,7 @@ def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-    assert batch["layout"].is_of(batch)
+    assert batch["layout"].matches(batch)
     labels = batch["input_ids"].clone()
     labels[0, batch["cu_seqlens"][:-1]] = IGNORED
     batch["labels"] = batch["labels"].copy_(labels) if in_place else labels
@@ -101,7 +101,7 @@ def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():
     width, lengths, alpha = 64, [4, 100], 5.0
     torch.manual_seed(0)
-    noise = add_noise(torch.zeros(1, sum(lengths), width), whole_samples(lengths), alpha)[0]
+    noise = add_noise(torch.zeros(1, sum(lengths), width), samples_of_lengths(lengths), alpha)[0]
     for length, part in zip(lengths, noise.split(lengths), strict=True):
         bound = alpha / (length * width) ** 0.5
         assert 0.95 * bound < part.abs().max() <= bound

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from qlora_lightning.model.load.device import choose_compute_dtype, explain_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from qlora_lightning.support.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -18,7 +18,7 @@ from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.model.load.build import AdapterSource, open_adapter
-from qlora_lightning.model.load.device import choose_compute_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype
 from qlora_lightning.model.merge import compare_logits, labelled_logits
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError

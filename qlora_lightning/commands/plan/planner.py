@@ -20,7 +20,7 @@ from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.base_model import check_stored_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
-from qlora_lightning.model.load.device import choose_compute_dtype, device_memory_gib
+from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded.strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
@@ -83,7 +83,7 @@ def _plan(
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     set_fast(model, module.fast)
 
-    leaves_out = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
+    skips_unlabelled = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
     epoch: Epoch | None = None
     batch = _largest_allowed(data)
     try:
@@ -91,7 +91,7 @@ def _plan(
             raise no_tokenizer
         rows = _plan_batches(data)
         epoch = plan_epoch(rows, trainer, data.streaming)
-        batch = _largest_batch(rows, epoch, data.streaming, leaves_out)
+        batch = _largest_batch(rows, epoch, data.streaming, skips_unlabelled)
     except UserError as error:
         epoch = None
         notes.append(f"The data were not read. {error}")
@@ -185,10 +185,10 @@ def _plan_batches(data: Any) -> EpochPlan:
     return training_plan(data)
 
 
-def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, leaves_out: bool) -> dict[str, int]:
+def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, skips_unlabelled: bool) -> dict[str, int]:
     """Describe the micro-batch with the most computed tokens."""
     epochs = range(1) if streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
-    count = computed_counter(plan.samples, leaves_out)
+    count = computed_counter(plan.samples, skips_unlabelled)
     batches = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
     if batches is None:
         raise UserError("There are no training rows.")

@@ -109,10 +109,10 @@ struct Head {
 };
 
 // A sample, whose keys are from row `start` on, and a key head. The queries are of its last tokens, from `first` on: those
-// before are computed with another sample. Token t has query t + query_shift.
+// before are computed with another sample. Token t has query t + q_offset.
 struct Unit {
     Shape shape;
-    int64_t start, length, kv_head, first, query_shift;
+    int64_t start, length, kv_head, first, q_offset;
 
     int64_t padded() const { return round_up(length, KEY_BLOCK); }
 
@@ -122,13 +122,13 @@ struct Unit {
     }
 
     template <class T>
-    Head<T> queries(const T *states, int64_t member) const {
-        return head(states, query_shift, shape.heads, kv_head * shape.group() + member);
+    Head<T> queries(const T *states, int64_t group_head) const {
+        return head(states, q_offset, shape.heads, kv_head * shape.group() + group_head);
     }
 
     // Of a query head of the group, the row of (tokens, heads) that a token has.
-    int64_t row(int64_t token, int64_t member) const {
-        return (token + query_shift) * shape.heads + kv_head * shape.group() + member;
+    int64_t row(int64_t token, int64_t group_head) const {
+        return (token + q_offset) * shape.heads + kv_head * shape.group() + group_head;
     }
 
    private:
@@ -153,9 +153,9 @@ std::vector<Unit> list_units(const int32_t *cu_q, const int32_t *cu_k, int64_t c
 }
 
 // Memory of a thread, kept from call to call, and handed out piece by piece.
-class Room {
+class Arena {
    public:
-    explicit Room(int64_t words) {
+    explicit Arena(int64_t words) {
         thread_local std::vector<uint32_t> kept;
         kept.resize(std::max<size_t>(kept.size(), words + KEY_BLOCK));
         const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
@@ -163,7 +163,7 @@ class Room {
     }
 
     template <class Number>
-    Number *take(int64_t count) {
+    Number *alloc(int64_t count) {
         Number *piece = reinterpret_cast<Number *>(next_);
         next_ += round_up(count * sizeof(Number) / sizeof(uint32_t), KEY_BLOCK);
         return piece;
@@ -209,13 +209,13 @@ inline Floats exponentials(Floats x) {
     return sum * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
 }
 
-constexpr float NEVER = -__builtin_inff();
+constexpr float NEG_INF = -__builtin_inff();
 
 // Turn a row of scores into e^(score - largest), 0 from key `visible` on; return their sum and the largest.
 template <class T>
 void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
-    Floats most = Floats{} + NEVER, total{};
-    for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i), i, NEVER), most);
+    Floats most = Floats{} + NEG_INF, total{};
+    for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i), i, NEG_INF), most);
     largest = reduce(most, larger);
     for (int64_t i = 0; i < end; i += LANES) {
         const Floats prob = mask_from(visible, exponentials(load(scores + i) - largest), i, 0);
@@ -234,30 +234,30 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
     for (size_t each = 0; each < units.size(); each++) {
         const Unit &unit = units[each];
         const int64_t padded = unit.padded();
-        Room room(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
-        auto *k_columns = room.take<uint32_t>(padded * head_words);  // (head_words, padded)
-        auto *v_rows = room.take<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
-        auto *copy = room.take<uint32_t>(ROWS * head_words);
-        auto *scores = room.take<float>(ROWS * padded), *sums = room.take<float>(ROWS * head_dim);
-        auto *probs = room.take<T>(ROWS * padded);
+        Arena arena(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
+        auto *k_columns = arena.alloc<uint32_t>(padded * head_words);  // (head_words, padded)
+        auto *v_rows = arena.alloc<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
+        auto *copy = arena.alloc<uint32_t>(ROWS * head_words);
+        auto *scores = arena.alloc<float>(ROWS * padded), *sums = arena.alloc<float>(ROWS * head_dim);
+        auto *probs = arena.alloc<T>(ROWS * padded);
         unit.keys(key).pack_columns(k_columns, padded);
         unit.keys(value).pack_rows(v_rows, 0, padded);
         for (int64_t token = unit.first; token < unit.length; token += ROWS) {
             const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
-            for (int64_t member = 0; member < unit.shape.group(); member++) {
-                const Left q_strip = unit.queries(query, member).strip(token, rows, copy);
+            for (int64_t group_head = 0; group_head < unit.shape.group(); group_head++) {
+                const Left q_strip = unit.queries(query, group_head).strip(token, rows, copy);
                 multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
                 float sum[ROWS];
                 for (int64_t row = 0; row < rows; row++) {
                     float largest;
                     exponentiate(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
-                    lse[unit.row(token + row, member)] = largest + std::log(sum[row]);
+                    lse[unit.row(token + row, group_head)] = largest + std::log(sum[row]);
                 }
                 multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
                             head_dim);
                 for (int64_t row = 0; row < rows; row++)
                     write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
-                              attn_out + unit.row(token + row, member) * head_dim);
+                              attn_out + unit.row(token + row, group_head) * head_dim);
             }
         }
     }
@@ -298,19 +298,19 @@ struct Backward {
     T *probs, *grad_scores;                         // of a strip: (ROWS, padded)
 
     Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const float *lse,
-             float scale, Room &room)
+             float scale, Arena &arena)
         : unit(unit), query(query), grad(grad), lse(lse), scale(scale), head_dim(unit.shape.head_dim),
           head_words(head_dim / PAIR<T>), padded(unit.padded()) {
-        k_columns = room.take<uint32_t>(padded * head_words), v_columns = room.take<uint32_t>(padded * head_words);
-        k_rows = room.take<uint32_t>(padded * head_words);
-        grad_k = room.take<float>(padded * head_dim), grad_v = room.take<float>(padded * head_dim);
-        tile_probs = room.take<uint32_t>(TILE / PAIR<T> * padded);
-        tile_grad_scores = room.take<uint32_t>(TILE / PAIR<T> * padded);
-        tile_q = room.take<uint32_t>(TILE * head_words), tile_grad = room.take<uint32_t>(TILE * head_words);
-        copies = room.take<uint32_t>(2 * ROWS * head_words);
-        scores = room.take<float>(ROWS * padded), grad_probs = room.take<float>(ROWS * padded);
-        grad_q = room.take<float>(ROWS * head_dim);
-        probs = room.take<T>(ROWS * padded), grad_scores = room.take<T>(ROWS * padded);
+        k_columns = arena.alloc<uint32_t>(padded * head_words), v_columns = arena.alloc<uint32_t>(padded * head_words);
+        k_rows = arena.alloc<uint32_t>(padded * head_words);
+        grad_k = arena.alloc<float>(padded * head_dim), grad_v = arena.alloc<float>(padded * head_dim);
+        tile_probs = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
+        tile_grad_scores = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
+        tile_q = arena.alloc<uint32_t>(TILE * head_words), tile_grad = arena.alloc<uint32_t>(TILE * head_words);
+        copies = arena.alloc<uint32_t>(2 * ROWS * head_words);
+        scores = arena.alloc<float>(ROWS * padded), grad_probs = arena.alloc<float>(ROWS * padded);
+        grad_q = arena.alloc<float>(ROWS * head_dim);
+        probs = arena.alloc<T>(ROWS * padded), grad_scores = arena.alloc<T>(ROWS * padded);
         unit.keys(key).pack_columns(k_columns, padded);
         unit.keys(value).pack_columns(v_columns, padded);
         unit.keys(key).pack_rows(k_rows, 0, padded);
@@ -326,7 +326,7 @@ struct Backward {
 
     void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
         for (int64_t start = unit.first; start < unit.length; start += TILE)
-            for (int64_t member = 0; member < unit.shape.group(); member++) do_tile(start, member, to_grad_q);
+            for (int64_t group_head = 0; group_head < unit.shape.group(); group_head++) do_tile(start, group_head, to_grad_q);
         for (int64_t token = 0; token < unit.length; token++) {
             const int64_t at = ((unit.start + token) * unit.shape.kv_heads + unit.kv_head) * head_dim;
             write_row(grad_k + token * head_dim, 1.0f, head_dim, to_grad_k + at);
@@ -335,27 +335,27 @@ struct Backward {
     }
 
    private:
-    void do_tile(int64_t start, int64_t member, T *to_grad_q) {
+    void do_tile(int64_t start, int64_t group_head, T *to_grad_q) {
         const int64_t tile = std::min(TILE, unit.length - start), end = round_up(start + tile, KEY_BLOCK);
         const int64_t rows = round_up(tile, ROWS), depth = rows / PAIR<T>;
-        unit.queries(query, member).pack_rows(tile_q, start, rows);
-        unit.queries(grad, member).pack_rows(tile_grad, start, rows);
+        unit.queries(query, group_head).pack_rows(tile_q, start, rows);
+        unit.queries(grad, group_head).pack_rows(tile_grad, start, rows);
         for (int64_t first = 0; first < tile; first += ROWS)
-            do_strip(start + first, std::min(ROWS, tile - first), first, end, member, to_grad_q);
+            do_strip(start + first, std::min(ROWS, tile - first), first, end, group_head, to_grad_q);
         multiply<T>({tile_grad_scores, 1, padded}, end, tile_q, head_dim, depth, head_dim, scale, grad_k, head_dim,
                     true);
         multiply<T>({tile_probs, 1, padded}, end, tile_grad, head_dim, depth, head_dim, 1.0f, grad_v, head_dim, true);
     }
 
-    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t member, T *to_grad_q) {
+    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t group_head, T *to_grad_q) {
         const int64_t end = round_up(token + rows, KEY_BLOCK);
-        const Left q_strip = unit.queries(query, member).strip(token, rows, copies);
-        const Left grad_strip = unit.queries(grad, member).strip(token, rows, copies + ROWS * head_words);
+        const Left q_strip = unit.queries(query, group_head).strip(token, rows, copies);
+        const Left grad_strip = unit.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
         multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
         multiply<T>(grad_strip, ROWS, v_columns, padded, head_words, end, 1.0f, grad_probs, padded);
         for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
             const int64_t visible = row < rows ? token + row + 1 : 0;
-            const int64_t at = unit.row(token + std::min(row, rows - 1), member);
+            const int64_t at = unit.row(token + std::min(row, rows - 1), group_head);
             differentiate(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
                           probs + row * padded, grad_scores + row * padded);
         }
@@ -367,7 +367,7 @@ struct Backward {
         multiply<T>(left_of(grad_scores, padded), ROWS, k_rows, head_dim, end / PAIR<T>, head_dim, scale, grad_q,
                     head_dim);
         for (int64_t row = 0; row < rows; row++)
-            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + unit.row(token + row, member) * head_dim);
+            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + unit.row(token + row, group_head) * head_dim);
     }
 
     void keep_pair(const T *rows, uint32_t *to, int64_t end, int64_t tile_end) {
@@ -383,8 +383,8 @@ void attend_backward(const T *query, const T *key, const T *value, const T *grad
     const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < units.size(); each++) {
-        Room room(Backward<T>::words(units[each]));
-        Backward<T>(units[each], query, key, value, grad, lse, scale, room).run(grad_q, grad_k, grad_v);
+        Arena arena(Backward<T>::words(units[each]));
+        Backward<T>(units[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
     }
 }
 

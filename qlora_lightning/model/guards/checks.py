@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import check_row_length, join_places, row_places
+from qlora_lightning.model.step.batch import check_row_length, format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of
 
@@ -116,7 +116,7 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
         return
     sample = int(torch.searchsorted(batch["cu_seqlens"].to(first), first, right=True)) - 1
     rows = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
-    place = f" of {join_places(row_places(data, rows))}" if rows else ""
+    place = f" of {format_locations(row_locations(data, rows))}" if rows else ""
     raise UserError(
         f"A token{place} has the id {int(ids[first]):,}, and the base has embeddings only for ids below "
         f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.guards.checks import check_gradients
-from qlora_lightning.model.step.batch import join_places, row_places
+from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 class TrainingGuard(Callback):
     """Check each optimizer step before it is taken, and each validation before it is saved.
 
-    The module brings it along by ``configure_callbacks`` and calls :meth:`judge_step`.
+    The module brings it along by ``configure_callbacks`` and calls :meth:`check_step`.
 
     Args:
         on_nonfinite: What to do when a loss or a gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step.
@@ -46,7 +46,7 @@ class TrainingGuard(Callback):
 
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
-    def judge_step(
+    def check_step(
         self, pl_module: Any, optimizer: torch.optim.Optimizer, means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Stop, skip or pass a step by its mean ``loss`` and ``grad_norm``; return all means on the host, for the log.
@@ -56,7 +56,7 @@ class TrainingGuard(Callback):
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        tokens = pl_module.window.labelled_tokens_of_all_ranks
+        tokens = pl_module.window.global_labelled_tokens
         *numbers, labelled = torch.stack([each.detach().double() for each in (*means.values(), tokens)]).cpu().unbind()
         on_host = {name: number.float() for name, number in zip(means, numbers, strict=True)}
         bad_loss, bad_gradient = (not math.isfinite(on_host[name]) for name in ("loss", "grad_norm"))
@@ -76,7 +76,7 @@ class TrainingGuard(Callback):
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         """Stop the run, or leave the step out; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
-        rows = join_places(gather_lists(trainer, row_places(datamodule_of(trainer), pl_module.window.row_ids)))
+        rows = format_locations(gather_lists(trainer, row_locations(datamodule_of(trainer), pl_module.window.row_ids)))
         before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         fault = (
             f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{before} "

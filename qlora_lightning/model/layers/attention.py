@@ -109,7 +109,7 @@ def flat_attention(
     if fast and dropout == 0.0 and softcap is None:
         if window is None and has_loops(value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
-            if samples.expanded.shares:
+            if samples.expanded.has_shared:
                 key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
             return SampleAttention.apply(query, key, value, samples, scaling), None
         if has_ragged_kernel(query.device, query.dtype):
@@ -140,10 +140,10 @@ def _attend_expanded(
     attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
 ) -> Tensor:
     """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
-    if not samples.expanded.shares:
+    if not samples.expanded.has_shared:
         return attend(query, key, value, samples, scaling)
     expanded = (_Expand.apply(each, samples.expanded) for each in (query, key, value))
-    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_copy)
+    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_expanded)
 
 
 class _Expand(torch.autograd.Function):
@@ -163,8 +163,10 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         expansion: Expansion = ctx.expansion
         by_token = grad[0].transpose(0, 1)  # (expanded tokens, heads, head_dim)
-        offsets = expansion.copy_offsets
-        summed = F.embedding_bag(expansion.copies, by_token.flatten(1), offsets, mode="sum", include_last_offset=True)
+        offsets = expansion.expanded_offsets
+        summed = F.embedding_bag(
+            expansion.expanded_index, by_token.flatten(1), offsets, mode="sum", include_last_offset=True
+        )
         return summed.view(-1, *by_token.shape[1:]).transpose(0, 1)[None], None
 
 
@@ -187,7 +189,7 @@ def _attend_padded(
         return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
 
     attn_out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), is_causal=True, scale=scaling)
-    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_copy)[None]
+    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_expanded)[None]
 
 
 def attend_per_sample(
@@ -248,13 +250,13 @@ class SampleAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
         query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-        n_queries, n_keys = len(samples.expanded.first_copy), samples.bounds[-1]
+        n_queries, n_keys = len(samples.expanded.first_expanded), samples.bounds[-1]
         assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # else loops read beyond
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.places = samples.cu_queries, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
-        call("attend", query.dtype, query, key, value, *ctx.places, ctx.scale, attn_out, lse)
+        ctx.shape_args = samples.cu_queries, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out[None]
 
@@ -264,5 +266,5 @@ class SampleAttention(torch.autograd.Function):
         query, key, value, lse = ctx.saved_tensors
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         states = query, key, value, grad[0].contiguous(), lse
-        call("attend_backward", query.dtype, *states, *ctx.places, ctx.scale, *grads)
+        call("attend_backward", query.dtype, *states, *ctx.shape_args, ctx.scale, *grads)
         return *(each.transpose(0, 1)[None] for each in grads), None, None

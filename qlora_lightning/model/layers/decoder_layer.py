@@ -29,14 +29,14 @@ from qlora_lightning.model.layers.lora import (
     FusedLoRA,
     LinearParts,
     LoRALinearFunction,
-    adapter_of,
+    active_lora,
     apply_A,
     apply_linear,
     device_of_autocast,
     gradients_of_A,
     gradients_of_B,
     input_gradient,
-    split_linear,
+    linear_parts,
 )
 
 PIECE_TOKENS = 8192  # that the MLP of a checkpointed layer takes at a time
@@ -219,7 +219,7 @@ def _split(
     linears: Sequence[nn.Module], dtype: torch.dtype, casts: Casts | None
 ) -> tuple[list[Tensor | None], tuple[LinearParts, ...]]:
     """Return A and B of each linear in turn, and what each computes with."""
-    parts = [split_linear(linear, dtype, casts) for linear in linears]
+    parts = [linear_parts(linear, dtype, casts) for linear in linears]
     return [matrix for *adapter, _ in parts for matrix in adapter], tuple(frozen for *_, frozen in parts)
 
 
@@ -234,7 +234,7 @@ def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
     casts: dict[Tensor, Tensor] = {}
     for layer in model.modules():
         if isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None:
-            adapters = itertools.chain(*map(adapter_of, layer.linears()))
+            adapters = itertools.chain(*map(active_lora, layer.linears()))
             casts |= {each: torch.empty_like(each, dtype=layer.compute_dtype) for each in adapters if each is not None}
     if casts:
         torch._foreach_copy_(list(casts.values()), [each.detach() for each in casts])

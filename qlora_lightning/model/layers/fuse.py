@@ -17,11 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_of, compute_dtype_of
+from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
-_UNUSUAL = "their parts are hooked, replaced or trained"
+_NONSTANDARD = "their parts are hooked, replaced or trained"
 
 
 class Fusion(NamedTuple):
@@ -64,16 +64,16 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            reason = fusion.linears[name] = _why_linear_is_plain(module) if fast else "model.fast is false"
+            reason = fusion.linears[name] = _plain_reason_of_linear(module) if fast else "model.fast is false"
         elif isinstance(module, GradientCheckpointingLayer):
-            reason = fusion.layers[name] = _why_layer_is_plain(module, family) if fast else "model.fast is false"
+            reason = fusion.layers[name] = _plain_reason_of_layer(module, family) if fast else "model.fast is false"
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
 
 
-def _why_linear_is_plain(layer: Any) -> str | None:
-    base, is_usual = base_of(layer), True
+def _plain_reason_of_linear(layer: Any) -> str | None:
+    base, is_standard = base_linear(layer), True
     if isinstance(base, bnb.nn.Linear8bitLt):
         return "model.quantization is int8"
     if isinstance(layer, LoraLayer):
@@ -81,24 +81,24 @@ def _why_linear_is_plain(layer: Any) -> str | None:
             return "model.lora_options ask for more than plain LoRA"
         if any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values()):
             return "model.dropout is not 0"
-        is_usual = isinstance(layer, FusedLoRA)
-    is_usual = is_usual and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not _trains(base)
-    return None if is_usual and not any(map(is_watched, layer.children())) else _UNUSUAL
+        is_standard = isinstance(layer, FusedLoRA)
+    is_standard = is_standard and type(base) in (nn.Linear, bnb.nn.Linear4bit) and not _trains(base)
+    return None if is_standard and not any(map(has_hooks, layer.children())) else _NONSTANDARD
 
 
-def _why_layer_is_plain(layer: Any, family: str | None) -> str | None:
+def _plain_reason_of_layer(layer: Any, family: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
         return "layers of this family have no fused form" if family is None else "build_model has not fused them"
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     parts = {type(part).__module__ for part in (attention, mlp, *norms)}
-    if parts != {family} or any(map(is_watched, layer.children())) or any(map(_trains, norms)):
-        return _UNUSUAL
+    if parts != {family} or any(map(has_hooks, layer.children())) or any(map(_trains, norms)):
+        return _NONSTANDARD
     if attention.attention_dropout or type(mlp.act_fn) not in _ACTIVATIONS:
         return "the base has attention_dropout, or a hidden_act other than silu"
     linears = layer.linears()
-    for reason in filter(None, map(_why_linear_is_plain, linears)):
+    for reason in filter(None, map(_plain_reason_of_linear, linears)):
         return reason
     layer.compute_dtype = layer.input_layernorm.weight.dtype
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
@@ -110,12 +110,12 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a module, or one inside it, has hooks or a forward of its own."""
-    return any(map(_has_hooks, module.modules()))
+    return any(map(_has_own_hooks, module.modules()))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _has_own_hooks(module: nn.Module) -> bool:
     own = module.__dict__  # torch has no public way to ask
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own

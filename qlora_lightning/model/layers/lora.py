@@ -225,27 +225,27 @@ class FusedLoRA(Fused):
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
-            output = LoRALinearFunction.apply(x.to(dtype), *split_linear(self, dtype), None)
+            output = LoRALinearFunction.apply(x.to(dtype), *linear_parts(self, dtype), None)
         return output if autocasts else output.to(x.dtype)
 
 
-def split_linear(
+def linear_parts(
     layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None
 ) -> tuple[Tensor | None, Tensor | None, LinearParts]:
     """Return A and B of a linear, which may train, and all that it computes with in ``dtype``.
 
     ``casts`` may have A and B in that dtype. Where no adapter acts, they are ``None``.
     """
-    base = base_of(layer)
+    base = base_linear(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
-    lora_A, lora_B = adapter_of(layer)
+    lora_A, lora_B = active_lora(layer)
     if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
         return None, None, LinearParts(base.weight, bias)
     cast_A, cast_B = (each.detach().to(dtype) if casts is None else casts[each] for each in (lora_A, lora_B))
     return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
 
 
-def adapter_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def active_lora(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear's active adapter, if it has one."""
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
         return None, None
@@ -253,14 +253,14 @@ def adapter_of(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
-def base_of(layer: nn.Module) -> Any:
+def base_linear(layer: nn.Module) -> Any:
     """Return the frozen linear inside a LoRA linear, or one without an adapter itself."""
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
 def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
     """Return the dtype of a linear's products; ``None`` if it is that of the input."""
-    base = base_of(layer)
+    base = base_linear(layer)
     dtype: torch.dtype | None = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
     return dtype
 

@@ -17,7 +17,7 @@ from qlora_lightning.base.cache import Json, cached_folder, check_entry
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.load.device import give_back_freed_memory
+from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -66,7 +66,7 @@ def load_base(
         model = load(source.folder, settings)
     if stored is not None:
         _set_compute_dtype(model, compute_dtype)
-    give_back_freed_memory()  # copies in 16 and 32 bits that quantizing has made
+    trim_malloc()  # copies in 16 and 32 bits that quantizing has made
     freeze(model)
     unnest_scales(model)
     identity = {

@@ -23,7 +23,7 @@ from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
-from qlora_lightning.model.load.device import ComputeDtype, choose_compute_dtype, explain_dtype
+from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -87,7 +87,7 @@ def set_fast(model: peft.PeftModel, fast: bool) -> bool:
 
 
 @rank_zero_only
-def describe_fit(module: Any, fusion: Fusion) -> None:
+def report_model(module: Any, fusion: Fusion) -> None:
     """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)

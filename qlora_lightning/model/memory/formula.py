@@ -33,7 +33,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
-from qlora_lightning.model.step.layout import whole_samples
+from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import rows_of_logits
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.versions import attend_ragged
@@ -229,7 +229,7 @@ def _run_saving(config: Any, layer: Any, tokens: int, dtype: torch.dtype) -> int
     rotated = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
     angles = torch.empty(1, tokens, rotated, dtype=dtype, device="meta")
     hidden = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta", requires_grad=True) + 0
-    samples, saved = whole_samples([tokens]), {hidden.untyped_storage()}
+    samples, saved = samples_of_lengths([tokens]), {hidden.untyped_storage()}
 
     def keep(tensor: Tensor) -> Tensor:
         saved.add(tensor.untyped_storage())  # once, whatever views of it are kept

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK
-from qlora_lightning.model.step.layout import whole_samples
-from qlora_lightning.model.step.loss import head_of, is_frozen_linear, token_losses
+from qlora_lightning.model.step.layout import samples_of_lengths
+from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
@@ -65,7 +65,7 @@ class ShardedBase:
             settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": trainable}
             return fully_shard(module, offload_policy=on_host if offloads else on_device, **settings)
 
-        self._body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), head_of(causal_lm)
+        self._body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), lm_head_of(causal_lm)
         self._parts_of_body: list[FSDPModule] = []
         self._head: Any = None
         for number, layer in enumerate(self._body.layers):
@@ -77,15 +77,15 @@ class ShardedBase:
             self._parts_of_body.insert(0, shard(embedding, offload is True))
             self._parts_of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head), offload is True)
-            self._head.register_forward_pre_hook(lambda *_: self._announce(_HEAD), prepend=True)
+            self._head.register_forward_pre_hook(lambda *_: self._sync_pass(_HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
         for before, layer in pairwise([self._body.layers[0], *self._body.layers]):
             layer.set_modules_to_backward_prefetch([before])
-        self._body.register_forward_pre_hook(lambda *_: self._announce(_BODY), prepend=True)
+        self._body.register_forward_pre_hook(lambda *_: self._sync_pass(_BODY), prepend=True)
         for root in filter(None, (self._body, self._head)):
-            root.register_forward_hook(_forget_pass)
+            root.register_forward_hook(_reset_pass_order)
 
     def start(self) -> None:
         """Run one token, so that the processes meet.
@@ -93,7 +93,7 @@ class ShardedBase:
         FSDP2 takes the module that runs first for the root, and NEFTune calls the embedding before the body.
         """
         token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        samples = whole_samples([1]).to(self._device)
+        samples = samples_of_lengths([1]).to(self._device)
         with torch.no_grad(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             options = {"attention_mask": NO_MASK, "samples": samples, "use_cache": False}
             hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
@@ -101,7 +101,7 @@ class ShardedBase:
                 self._head(hidden)
 
     @staticmethod
-    def leaving_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def skipping_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
@@ -122,11 +122,11 @@ class ShardedBase:
         self._announces = True
         try:
             yield
-            self._announce(_DONE)
+            self._sync_pass(_DONE)
         finally:
             self._announces = False
 
-    def _announce(self, wanted: int) -> None:
+    def _sync_pass(self, wanted: int) -> None:
         """Return when it is this process's turn: the smallest number comes first, and who wants another gathers along.
 
         When all want ``_DONE``, all have run what they had to run.
@@ -146,7 +146,7 @@ class ShardedBase:
         return int(smallest)
 
 
-def _forget_pass(root: Any, *_: Any) -> None:
+def _reset_pass_order(root: Any, *_: Any) -> None:
     """Clear the order of a pass without backward, which FSDP2 would keep until the next one with it."""
     if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):  # torch 2.11 and 2.12 have nothing public
         root.reset_iter_state()

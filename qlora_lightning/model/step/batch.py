@@ -9,33 +9,33 @@ from qlora_lightning.model.step.layout import find_computed
 from qlora_lightning.support.errors import UserError
 
 
-def row_places(data: Any, row_ids: Iterable[int]) -> list[str]:
+def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
     """Return where training rows are from: ``train.jsonl:17``, or ``row 16`` if the data do not know.
 
     Args:
-        data: The Trainer's data module, or ``None``; one of ours knows the places.
+        data: The Trainer's data module, or ``None``; one of ours knows the locations.
         row_ids: Numbers of the rows among the training rows; negative ones are fillers and left out.
     """
     samples: Any = getattr(data, "samples", {}).get("train")
-    places = []
+    locations = []
     for row_id in dict.fromkeys(row_ids):
         if row_id < 0:
             continue
         found = [] if samples is None else np.flatnonzero(samples.row_ids == row_id)[:1].tolist()
-        places.append(samples.where(found[0]) if found else f"row {row_id}")
-    return places
+        locations.append(samples.where(found[0]) if found else f"row {row_id}")
+    return locations
 
 
-def join_places(places: Sequence[str], most: int = 8) -> str:
-    """Join places for a message, the first few of them."""
-    more = f" and {len(places) - most} more" if len(places) > most else ""
-    return (", ".join(places[:most]) or "unknown") + more
+def format_locations(locations: Sequence[str], most: int = 8) -> str:
+    """Join locations for a message, the first few of them."""
+    more = f" and {len(locations) - most} more" if len(locations) > most else ""
+    return (", ".join(locations[:most]) or "unknown") + more
 
 
 def is_flat(batch: Any) -> bool:
     """Whether a batch is one flat stream whose rows are known."""
-    needed = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source"}
-    return isinstance(batch, Mapping) and needed <= batch.keys()
+    required = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source"}
+    return isinstance(batch, Mapping) and required <= batch.keys()
 
 
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -61,16 +61,16 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def computed_counter(samples: Any, leaves_out: bool) -> Callable[[Sequence[int]], int]:
+def computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence[int]], int]:
     """Return what counts the computed tokens of a batch of rows of a :class:`~qlora_lightning.data.samples.SampleSet`.
 
     Args:
         samples: The rows.
-        leaves_out: Whether tokens that no loss needs are not computed, and shared beginnings once.
+        skips_unlabelled: Whether tokens that no loss needs are not computed, and shared beginnings once.
     """
 
     def count(rows: Sequence[int]) -> int:
-        if not leaves_out:
+        if not skips_unlabelled:
             return int(samples.lengths[rows].sum())
         spans = samples.spans(rows)
         predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted

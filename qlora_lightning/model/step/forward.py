@@ -12,7 +12,7 @@ from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
 
 
-def leaves_out_unneeded(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
+def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
     """Whether the loss is computed without the tokens that it does not need, and shared ones once.
 
     Not where each token is to draw numbers of its own: for NEFTune's noise, or for dropout.
@@ -35,10 +35,10 @@ def lay_out_for(
     Raises:
         UserError: A row is too long for the base's rotary embedding.
     """
-    leaves_out = leaves_out_unneeded(causal_lm, noise_alpha, fast=fast)
+    skips = skips_unlabelled(causal_lm, noise_alpha, fast=fast)
     on_cpu = device.type == "cpu"
     pads = not (on_cpu or has_ragged_kernel(device, causal_lm.dtype))
-    layout = lay_out(batch, leaves_out=leaves_out, fills=fast and on_cpu, pads=pads)
+    layout = lay_out(batch, skips_unlabelled=skips, fills=fast and on_cpu, pads=pads)
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 
@@ -64,4 +64,4 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         casts=cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None,
         use_cache=False,
     ).last_hidden_state  # (1, n_tokens, width)
-    return hidden[0].index_select(0, layout.predicting)
+    return hidden[0].index_select(0, layout.predict_index)

@@ -8,17 +8,17 @@ Nothing in forward or backward reads a number from the device: whatever Python m
 
 An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last token has a label::
 
-    input_ids      7 1 2 3 5            1 2 3 are computed with the second sample; 8 and 6 are only predicted
-    position_ids   3 0 1 2 3
-    predicting     0 4                  places in the stream; targets 8 6
-    bounds         0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
-    cu_queries     0 1 5                of the first sample only 7 has a query
-    gather_index   1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
-    copies         3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
-    copy_offsets   0 1 3 5 7 8          where in copies those of each place begin, and the end of the last
-    first_copy     3 0 1 2 7            the first of those of each place
+    input_ids        7 1 2 3 5            1 2 3 are computed with the second sample; 8 and 6 are only predicted
+    position_ids     3 0 1 2 3
+    predict_index    0 4                  places in the stream; targets 8 6
+    bounds           0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
+    cu_queries       0 1 5                of the first sample only 7 has a query
+    gather_index     1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
+    expanded_index   3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
+    expanded_offsets 0 1 3 5 7 8          where in expanded_index those of each place begin, and the end of the last
+    first_expanded   3 0 1 2 7            the first of those of each place
 
-Attention takes its states by ``gather_index``; their gradients are added up over ``copies``.
+Attention takes its states by ``gather_index``; their gradients are added up over ``expanded_index``.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ IGNORED = -100  # as a label: nothing is to be predicted
 _LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention looks them up
 _ROWS = 16  # a CPU's products want whole blocks: with 1,711 rows some take a third longer than with 1,712 (measured)
 
-_Numbers = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -65,17 +65,17 @@ class Expansion(_Moves):
 
     Attributes:
         gather_index: Where in the stream each expanded token comes from, int64.
-        copies: The expanded tokens that are no padding, by their place in the stream.
-        copy_offsets: Where in ``copies`` those of each place begin, and the end of the last: ``(tokens + 1,)``.
-        first_copy: The first of those of each place, ``(tokens,)``.
-        shares: Whether a place has more than one.
+        expanded_index: The expanded tokens that are no padding, by their place in the stream.
+        expanded_offsets: Where in ``expanded_index`` those of each place begin, and the last ends: ``(tokens + 1,)``.
+        first_expanded: The first of those of each place, ``(tokens,)``.
+        has_shared: Whether a place has more than one.
     """
 
     gather_index: Tensor
-    copies: Tensor
-    copy_offsets: Tensor
-    first_copy: Tensor
-    shares: bool
+    expanded_index: Tensor
+    expanded_offsets: Tensor
+    first_expanded: Tensor
+    has_shared: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class Layout(_Moves):
     Attributes:
         input_ids: ``(1, tokens)``.
         position_ids: ``(1, tokens)``.
-        predicting: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
+        predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
         targets: What is predicted from each, ``(K,)``.
         counts: How many are predicted of each sample.
         samples: Where samples lie.
@@ -119,7 +119,7 @@ class Layout(_Moves):
 
     input_ids: Tensor
     position_ids: Tensor
-    predicting: Tensor
+    predict_index: Tensor
     targets: Tensor
     counts: tuple[int, ...]
     samples: Samples
@@ -130,7 +130,7 @@ class Layout(_Moves):
         """Remember the batch that this is the layout of, once it has moved."""
         return dataclasses.replace(self, origin=_origin(batch))
 
-    def is_of(self, batch: Mapping[str, Any]) -> bool:
+    def matches(self, batch: Mapping[str, Any]) -> bool:
         """Whether a batch is still what this was made from: a subclass or callback may have put other labels in."""
         pairs = zip(self.origin, _origin(batch), strict=False)
         return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
@@ -161,12 +161,12 @@ class ComputedTokens:
         """Number of computed tokens."""
         return sum(self.lengths) - sum(self.shared)
 
-    def places(self, starts: Sequence[int]) -> _Numbers:
+    def places(self, starts: Sequence[int]) -> IntArray:
         """Return which tokens of the batch are computed, ``(count,)``; ``starts`` is where its samples begin."""
         spans = zip(starts, self.shared, self.lengths, strict=True)
         return np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
 
-    def gather_index(self) -> _Numbers:
+    def gather_index(self) -> IntArray:
         """Return where among the computed tokens each one of a sample is, sample after sample."""
         ends = np.cumsum(np.subtract(self.lengths, self.shared)).tolist()
         places = [np.arange(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
@@ -175,14 +175,16 @@ class ComputedTokens:
         return np.concatenate(places)
 
 
-def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = False, pads: bool = False) -> Layout:
+def lay_out(
+    batch: Mapping[str, Any], *, skips_unlabelled: bool = True, fills: bool = False, pads: bool = False
+) -> Layout:
     """Lay a flat batch out for the model.
 
     Args:
         batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``. On a
             GPU already, it is read from there, which makes the host wait.
-        leaves_out: Whether tokens that no label needs are left out, and shared beginnings computed once: the loss and
-            its gradients are the same. Else all tokens are computed.
+        skips_unlabelled: Whether tokens that no label needs are left out, and shared beginnings computed once: the
+            loss and its gradients are the same. Else all tokens are computed.
         fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
             products. Results change by rounding alone; dropout and NEFTune draw numbers for these tokens too.
         pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
@@ -193,7 +195,7 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
     targets = next_labels(torch.from_numpy(labels)).numpy()
     counts = np.add.reduceat(targets != IGNORED, starts, dtype=np.int64).tolist()
     computed = ComputedTokens(np.diff(bounds).tolist(), [0] * len(starts), [])
-    if leaves_out:
+    if skips_unlabelled:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
         computed = find_computed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
         places = computed.places(starts)
@@ -203,19 +205,19 @@ def lay_out(batch: Mapping[str, Any], *, leaves_out: bool = True, fills: bool = 
         ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
         positions = np.append(positions, np.arange(filler))
         computed = ComputedTokens([*computed.lengths, filler], [*computed.shared, 0], computed.order)
-    (predicting,) = (targets != IGNORED).nonzero()
+    (predict_index,) = (targets != IGNORED).nonzero()
     return Layout(
         torch.from_numpy(ids)[None],
         torch.from_numpy(positions)[None],
-        torch.from_numpy(predicting),
-        torch.from_numpy(targets[predicting]),
+        torch.from_numpy(predict_index),
+        torch.from_numpy(targets[predict_index]),
         tuple(counts),
-        place_samples(computed, pads=pads),
+        build_samples(computed, pads=pads),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 
 
-def place_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
+def build_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
     """Find where samples are in the stream of their computed tokens; with ``pads`` also where they are padded."""
     gather_index, bounds = computed.gather_index(), [0, *np.cumsum(computed.lengths).tolist()]
     longest, lengths = max(computed.lengths), np.array(computed.lengths)[:, None]
@@ -231,12 +233,12 @@ def place_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
     return Samples(tuple(bounds), cu_seqlens, cu_queries, expanded, padded)
 
 
-def whole_samples(lengths: Sequence[int]) -> Samples:
+def samples_of_lengths(lengths: Sequence[int]) -> Samples:
     """Find where samples are that are computed whole, one behind the other."""
-    return place_samples(ComputedTokens(list(lengths), [0] * len(lengths), []))
+    return build_samples(ComputedTokens(list(lengths), [0] * len(lengths), []))
 
 
-def _expand(gather_index: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) -> Expansion:
+def _expand(gather_index: IntArray, counts: npt.NDArray[np.bool_], tokens: int) -> Expansion:
     """Make the arrays of some expanded tokens, of which those count that are no padding."""
     (copies,) = counts.nonzero()
     copies = copies[np.argsort(gather_index[copies], kind="stable")]
@@ -246,7 +248,7 @@ def _expand(gather_index: _Numbers, counts: npt.NDArray[np.bool_], tokens: int) 
         torch.from_numpy(copies),
         torch.from_numpy(offsets),
         torch.from_numpy(copies[offsets[:-1]]),
-        shares=len(copies) != tokens,
+        has_shared=len(copies) != tokens,
     )
 
 
@@ -259,9 +261,9 @@ def find_computed(
         tokens: Of each sample, a number for each token; where they are the same, so are the states.
         predicts: From which of them something is predicted.
     """
-    predicting = [np.flatnonzero(each).tolist() for each in predicts]
-    lengths = [places[-1] + 1 if places else 1 for places in predicting]
-    shareable = [places[0] if places else 0 for places in predicting]
+    predict_index = [np.flatnonzero(each).tolist() for each in predicts]
+    lengths = [places[-1] + 1 if places else 1 for places in predict_index]
+    shareable = [places[0] if places else 0 for places in predict_index]
     # Whatever order sorts by the first token that differs: neighbours have most in common.
     order = sorted(range(len(tokens)), key=lambda sample: tokens[sample].tobytes())
     shared = [0] * len(tokens)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from qlora_lightning.model.layers.fuse import is_watched
+from qlora_lightning.model.layers.fuse import has_hooks
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
@@ -98,7 +98,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
     Args:
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
         targets: The tokens, ``(K,)``.
-        head: Maps hidden states to logits; see :func:`head_of`.
+        head: Maps hidden states to logits; see :func:`lm_head_of`.
         fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
     """
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
@@ -121,7 +121,7 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
     return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
 
 
-def head_of(causal_lm: Any) -> nn.Module:
+def lm_head_of(causal_lm: Any) -> nn.Module:
     """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)
@@ -149,7 +149,7 @@ class _ScaledHead(nn.Module):
 
 def is_frozen_linear(head: Any) -> bool:
     """Whether a head is a plain linear without a bias that is not trained, and nobody watches."""
-    is_plain = type(head) is nn.Linear and not is_watched(head)
+    is_plain = type(head) is nn.Linear and not has_hooks(head)
     return is_plain and head.bias is None and not head.weight.requires_grad
 
 

@@ -19,7 +19,7 @@ class Window:
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks.
 
-    ``row_ids`` are those of this process in the open window, ``closed_row_ids`` in the one before it.
+    ``row_ids`` are those of this process in the open window, ``last_row_ids`` in the one before it.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Window:
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.closed_row_ids = self.row_ids
+        self.last_row_ids = self.row_ids
         self.nll_sum: Tensor | None = None
         self.labelled_tokens: Tensor | None = None
         self.logged: dict[str, Tensor] = {}  # see LossSums
         self.micro_batches = 0
         self.row_ids = []
-        self.labelled_tokens_of_all_ranks: Tensor | None = None
+        self.global_labelled_tokens: Tensor | None = None
 
     def add(self, sums: LossSums, most: int, row_ids: Sequence[int] = ()) -> None:
         """Count one micro-batch of at most ``most``."""
@@ -85,7 +85,7 @@ class Window:
             torch.distributed.all_reduce(flat)
             pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-        self.labelled_tokens_of_all_ranks = sums[0]
+        self.global_labelled_tokens = sums[0]
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (divided_by / tokens).float())

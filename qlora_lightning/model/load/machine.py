@@ -81,10 +81,10 @@ def read_memory(device: torch.device) -> dict[str, float]:
 
 def read_peak_gib(device: torch.device) -> float:
     """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    return read_memory(device)[name_of_peak(device)]
+    return read_memory(device)[peak_metric_name(device)]
 
 
-def name_of_peak(device: torch.device) -> str:
+def peak_metric_name(device: torch.device) -> str:
     """Return the name under which a device's peak memory is logged."""
     return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]
 
@@ -120,7 +120,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Keep freed blocks for the next ones of their size; does nothing without glibc.
 
     A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
@@ -130,7 +130,7 @@ def keep_freed_memory() -> None:
     _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never
 
 
-def give_back_freed_memory() -> None:
+def trim_malloc() -> None:
     """Return all that is free to the system; does nothing without glibc."""
     _call_glibc("malloc_trim", 0)
 

@@ -85,7 +85,7 @@ def cached_folder(
                 if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see written_in_rust
+            is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see raising_os_errors
             if not is_full and str(cache_root(kind)) not in str(error.filename):
                 raise  # of what the build reads
             raise UserError(

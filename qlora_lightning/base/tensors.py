@@ -6,7 +6,7 @@ from typing import Any
 from rich import filesize
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import written_in_rust
+from qlora_lightning.support.files import raising_os_errors
 
 GIB = 2**30
 
@@ -44,7 +44,7 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
     """
     model.should_save_on_this_rank = lambda is_main_process: True  # transformers' own method asks torch for the rank
     try:
-        with written_in_rust():
+        with raising_os_errors():
             model.save_pretrained(folder, **options)
     finally:
         del model.should_save_on_this_rank

@@ -117,7 +117,7 @@ def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
 
 
 @contextlib.contextmanager
-def written_in_rust() -> Iterator[None]:
+def raising_os_errors() -> Iterator[None]:
     """Raise an ``OSError`` if safetensors or tokenizers, which raise classes of their own, cannot write a file."""
     try:
         yield

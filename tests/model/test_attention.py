@@ -47,7 +47,7 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     def attend(*qkv, samples):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
-                patch.setattr(attention, "has_loops", lambda value, dtype: False)
+                patch.setattr(attention, "has_cpu_kernel", lambda value, dtype: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)

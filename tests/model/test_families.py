@@ -1,6 +1,8 @@
 """Each family that is trained computes what plain transformers and PEFT compute, row by row."""
 
 import itertools
+import json
+import shutil
 
 import peft
 import pytest
@@ -62,6 +64,16 @@ def test_losses_gradients_and_answers_are_those_of_plain_transformers(family, tm
         for prompt, answer in zip(prompts, module.answer(prompts, [], max_new_tokens=12), strict=True):
             logits = plain(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
             assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_a_llama_ignores_a_window_that_its_config_switches_off(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"sliding_window": 4, "use_sliding_window": False}
+    (base / "config.json").write_text(json.dumps(config))
+    module = make_module(base, quantization="none")
+    _, gradients = loss_and_gradients(module, make_batch(LENGTHS))
+    module.fast = False
+    assert distance(gradients, loss_and_gradients(module, make_batch(LENGTHS))[1]) <= 2e-6
 
 
 @pytest.mark.slow

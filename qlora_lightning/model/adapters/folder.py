@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.tensors import open_tensors
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import ADAPTER, check_fit
+from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import IDENTITY, flush, put_in_place, set_usual_mode, write_whole, written_in_rust
+from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
@@ -66,7 +66,7 @@ def save_adapter_folder(
     staging.mkdir(parents=True)
     adapter = model.active_adapter
     if tokenizer is not None:
-        with written_in_rust():
+        with raising_os_errors():
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
@@ -81,13 +81,16 @@ def save_adapter_folder(
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter).items()
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors}
-    with written_in_rust():
+    with raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
     targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
     weights_target = targets.pop(staging / _WEIGHTS)
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
         weights_target.unlink(missing_ok=True)
+    stale = folder / "chat_template.jinja"  # of an adapter whose tokenizer had one
+    if stale not in targets.values():
+        stale.unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         put_in_place(file, target)
@@ -150,7 +153,7 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     opened, tensors = open_tensors(folder / _WEIGHTS), _tensors_by_key(model, name)
     stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
-    check_fit(tensors, stored, f"The adapter folder {folder}")
+    check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
             raise UserError(f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.")
@@ -164,17 +167,17 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
 
 def add_named_adapter(
     model: peft.PeftModel, name: str, folder: Path, identity: Mapping[str, Any], fast: bool = True
-) -> bool:
+) -> None:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    ``identity`` is the model's. Returns whether all linears of the adapter run fused; the others need autocast.
+    ``identity`` is the model's.
     """
     # the shape of its first adapter may be another
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     with without_peft_warnings():
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
-    return fast and not any(fuse_layers(model).linears.values())
+    fuse_layers(model, fast)
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -80,6 +81,9 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     for ending in trained:
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(f"model.lora_options.modules_to_save names {ending}, which the base does not have.")
+    for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+            raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
     if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in alone}:
         raise UserError(
@@ -164,13 +168,13 @@ def _training_as_before(model: nn.Module) -> Iterator[None]:
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Set the trainable tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
     trainable = trainable_tensors(model)
-    check_fit(trainable, tensors, source)
+    check_shapes(trainable, tensors, source)
     with torch.no_grad():
         for name, tensor in trainable.items():
             tensor.copy_(tensors[name])
 
 
-def check_fit(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+def check_shapes(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Reject tensors of ``source`` that have other names or shapes than the model's."""
     expected, found = ({name: tuple(each.shape) for name, each in group.items()} for group in (tensors, stored))
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

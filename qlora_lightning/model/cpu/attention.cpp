@@ -17,48 +17,48 @@ constexpr int64_t TILE = 64;           // queries whose gradients of keys and va
 constexpr int64_t MAX_HEAD_DIM = 256;  // numbers of a head
 constexpr int64_t KEY_BLOCK = 16;      // keys are padded with zeros to a multiple of it
 
-// The left factor of a product: word (row, depth) is at row * by_row + depth * by_depth.
-struct Left {
+// The left factor of a product: word (row, depth) is at row * row_stride + depth * depth_stride.
+struct LeftOperand {
     const uint32_t *words;
-    int64_t by_row, by_depth;
+    int64_t row_stride, depth_stride;
 };
 
 template <class T, int64_t COUNT>
-inline void multiply_block(Left left, const uint32_t *right, int64_t by_depth, int64_t depth, float factor, float *to,
-                           int64_t by_row, bool add) {
+inline void multiply_block(LeftOperand left, const uint32_t *right, int64_t depth_stride, int64_t depth, float factor, float *to,
+                           int64_t row_stride, bool add) {
     Floats sums[ROWS][COUNT] = {};
     for (int64_t k = 0; k < depth; k++) {
         Words part[COUNT];
-        for (int64_t i = 0; i < COUNT; i++) part[i] = load_words(right + k * by_depth + i * LANES);
+        for (int64_t i = 0; i < COUNT; i++) part[i] = load_words(right + k * depth_stride + i * LANES);
         for (int64_t row = 0; row < ROWS; row++) {
-            const uint32_t word = left.words[row * left.by_row + k * left.by_depth];
+            const uint32_t word = left.words[row * left.row_stride + k * left.depth_stride];
             for (int64_t i = 0; i < COUNT; i++) sums[row][i] = multiply_add<T>(word, part[i], sums[row][i]);
         }
     }
     for (int64_t row = 0; row < ROWS; row++)
         for (int64_t i = 0; i < COUNT; i++) {
-            float *place = to + row * by_row + i * LANES;
+            float *place = to + row * row_stride + i * LANES;
             store(add ? load(place) + sums[row][i] * factor : sums[row][i] * factor, place);
         }
 }
 
 template <class T>
-Left left_of(const T *rows, int64_t by_row) {
-    return {reinterpret_cast<const uint32_t *>(rows), by_row / PAIR<T>, 1};
+LeftOperand left_of(const T *rows, int64_t row_stride) {
+    return {reinterpret_cast<const uint32_t *>(rows), row_stride / PAIR<T>, 1};
 }
 
 // to = factor * left * right, or to += that; right is (depth, columns) in words, columns a multiple of KEY_BLOCK.
 template <class T>
-void multiply(Left left, int64_t rows, const uint32_t *right, int64_t by_depth, int64_t depth, int64_t columns,
-              float factor, float *to, int64_t by_row, bool add = false) {
+void multiply(LeftOperand left, int64_t rows, const uint32_t *right, int64_t depth_stride, int64_t depth, int64_t columns,
+              float factor, float *to, int64_t row_stride, bool add = false) {
     for (int64_t row = 0; row < rows; row += ROWS) {
-        const Left strip{left.words + row * left.by_row, left.by_row, left.by_depth};
-        float *place = to + row * by_row;
+        const LeftOperand strip{left.words + row * left.row_stride, left.row_stride, left.depth_stride};
+        float *place = to + row * row_stride;
         int64_t column = 0;
         for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
-            multiply_block<T, VECTORS>(strip, right + column, by_depth, depth, factor, place + column, by_row, add);
+            multiply_block<T, VECTORS>(strip, right + column, depth_stride, depth, factor, place + column, row_stride, add);
         for (; column < columns; column += LANES)
-            multiply_block<T, 1>(strip, right + column, by_depth, depth, factor, place + column, by_row, add);
+            multiply_block<T, 1>(strip, right + column, depth_stride, depth, factor, place + column, row_stride, add);
     }
 }
 
@@ -99,7 +99,7 @@ struct Head {
     }
 
     // A strip of rows as the left factor; a strip that is not full is copied.
-    Left strip(int64_t token, int64_t rows, uint32_t *copy) const {
+    LeftOperand strip(int64_t token, int64_t rows, uint32_t *copy) const {
         const int64_t words = head_dim / PAIR<T>;
         if (rows == ROWS) return left_of(row(token), by_token);
         std::memset(copy, 0, ROWS * words * sizeof(uint32_t));
@@ -213,7 +213,7 @@ constexpr float NEG_INF = -__builtin_inff();
 
 // Turn a row of scores into e^(score - largest), 0 from key `visible` on; return their sum and the largest.
 template <class T>
-void exponentiate(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
+void softmax_row(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
     Floats most = Floats{} + NEG_INF, total{};
     for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i), i, NEG_INF), most);
     largest = reduce(most, larger);
@@ -245,12 +245,12 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
         for (int64_t token = unit.first; token < unit.length; token += ROWS) {
             const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
             for (int64_t group_head = 0; group_head < unit.shape.group(); group_head++) {
-                const Left q_strip = unit.queries(query, group_head).strip(token, rows, copy);
+                const LeftOperand q_strip = unit.queries(query, group_head).strip(token, rows, copy);
                 multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
                 float sum[ROWS];
                 for (int64_t row = 0; row < rows; row++) {
                     float largest;
-                    exponentiate(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
+                    softmax_row(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
                     lse[unit.row(token + row, group_head)] = largest + std::log(sum[row]);
                 }
                 multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
@@ -265,7 +265,7 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
 
 // Of one row: compute the probabilities again, in the place of scores, and from their gradient that of scale * scores.
 template <class T>
-void differentiate(float *scores, const float *grad_probs, int64_t visible, int64_t end, float lse, T *probs,
+void softmax_backward_row(float *scores, const float *grad_probs, int64_t visible, int64_t end, float lse, T *probs,
                    T *grad_scores) {
     Floats total{};
     for (int64_t i = 0; i < end; i += LANES) {
@@ -349,14 +349,14 @@ struct Backward {
 
     void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t group_head, T *to_grad_q) {
         const int64_t end = round_up(token + rows, KEY_BLOCK);
-        const Left q_strip = unit.queries(query, group_head).strip(token, rows, copies);
-        const Left grad_strip = unit.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
+        const LeftOperand q_strip = unit.queries(query, group_head).strip(token, rows, copies);
+        const LeftOperand grad_strip = unit.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
         multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
         multiply<T>(grad_strip, ROWS, v_columns, padded, head_words, end, 1.0f, grad_probs, padded);
         for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
             const int64_t visible = row < rows ? token + row + 1 : 0;
             const int64_t at = unit.row(token + std::min(row, rows - 1), group_head);
-            differentiate(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
+            softmax_backward_row(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
                           probs + row * padded, grad_scores + row * padded);
         }
         for (int64_t row = 0; row < ROWS; row += PAIR<T>) {

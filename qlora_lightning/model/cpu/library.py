@@ -94,7 +94,7 @@ def has_function(name: str, dtype: torch.dtype) -> bool:
     return _function(name, dtype) is not None
 
 
-def has_numbers(*tensors: Tensor) -> bool:
+def are_cpu_tensors(*tensors: Tensor) -> bool:
     """Whether tensors lie in this machine's memory; those of torch's tracers do not."""
     return all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in tensors)
 

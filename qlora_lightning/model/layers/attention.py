@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function, has_numbers
+from qlora_lightning.model.cpu.library import are_cpu_tensors, call, has_function
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
@@ -107,7 +107,7 @@ def flat_attention(
     attend: Callable[..., Tensor]
     attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
     if fast and dropout == 0.0 and softcap is None:
-        if window is None and has_loops(value, dtype):
+        if window is None and has_cpu_kernel(value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
             if samples.expanded.has_shared:
                 key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
@@ -124,10 +124,10 @@ def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return flat_attention(*args, fast=False, **kwargs)
 
 
-def has_loops(value: Tensor, dtype: torch.dtype) -> bool:
+def has_cpu_kernel(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether the C++ loops take values ``(…, head_dim)`` in a dtype; bfloat16 takes a CPU with AVX512-BF16."""
     head_dim = value.shape[-1]
-    return has_numbers(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -255,7 +255,8 @@ class SampleAttention(torch.autograd.Function):
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.shape_args = samples.cu_queries, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        sizes = len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out[None]

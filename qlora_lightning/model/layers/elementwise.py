@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     It rounds before the weight, as transformers does.
     """
-    scaled = _precise(x)
+    scaled = _to_float32(x)
     squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
     inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
     return scaled.mul_(inverse).to(x.dtype, copy=True).mul_(weight), inverse
@@ -73,13 +73,13 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) 
 
     What is given as g may be written over.
     """
-    scaled = _precise(x).mul_(inverse)
-    precise = _precise(grad).mul_(weight.to(scaled.dtype))
+    scaled = _to_float32(x).mul_(inverse)
+    precise = _to_float32(grad).mul_(weight.to(scaled.dtype))
     mean = (scaled * precise).mean(-1, keepdim=True)
     return precise.addcmul_(scaled, mean, value=-1).mul_(inverse).to(x.dtype)
 
 
-def _precise(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor) -> Tensor:
     """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 

@@ -34,7 +34,7 @@ from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
 from qlora_lightning.model.step.layout import samples_of_lengths
-from qlora_lightning.model.step.loss import rows_of_logits
+from qlora_lightning.model.step.loss import logits_chunk_size
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.versions import attend_ragged
 
@@ -95,7 +95,7 @@ class StepMemory:
         if self.checkpointed:  # computes again what it did not keep
             in_layer += saved - 2 * (tokens - piece) * self.mlp - kept_inputs
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
-        rows = min(rows_of_logits(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
+        rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
         in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
         return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}

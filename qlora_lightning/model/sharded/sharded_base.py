@@ -133,14 +133,14 @@ class ShardedBase:
         """
         if not self._announces:
             return
-        now = self._smallest(wanted)
+        now = self._all_reduce_min(wanted)
         while now != wanted:
             for module in self._parts_of_body if now == _BODY else [self._head]:
                 module.unshard()
                 module.reshard()
-            now = self._smallest(wanted)
+            now = self._all_reduce_min(wanted)
 
-    def _smallest(self, number: int) -> int:
+    def _all_reduce_min(self, number: int) -> int:
         smallest = torch.tensor(number, device=self._device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group)
         return int(smallest)

@@ -20,7 +20,7 @@ def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -
     return fast and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
-def lay_out_for(
+def build_layout(
     causal_lm: Any, batch: Mapping[str, Any], device: torch.device, noise_alpha: float | None, *, fast: bool
 ) -> Layout:
     """Lay a flat batch out as a model computes it, on the host.

@@ -12,7 +12,7 @@ An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last 
     position_ids     3 0 1 2 3
     predict_index    0 4                  places in the stream; targets 8 6
     bounds           0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
-    cu_queries       0 1 5                of the first sample only 7 has a query
+    cu_seqlens_q       0 1 5                of the first sample only 7 has a query
     gather_index     1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
     expanded_index   3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
     expanded_offsets 0 1 3 5 7 8          where in expanded_index those of each place begin, and the end of the last
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # as a label: nothing is to be predicted
-_LEAST_SHARED = 32  # one token in so many: fewer are not worth that attention looks them up
+_MIN_SHARED_RATIO = 32  # one token in so many: fewer are not worth that attention looks them up
 _ROWS = 16  # a CPU's products want whole blocks: with 1,711 rows some take a third longer than with 1,712 (measured)
 
 IntArray = npt.NDArray[np.int64]
@@ -85,14 +85,14 @@ class Samples(_Moves):
     Attributes:
         bounds: Where the tokens of each sample begin among those of all samples, and the end of the last.
         cu_seqlens: The same for a kernel, int32.
-        cu_queries: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
+        cu_seqlens_q: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
         expanded: Every token of each sample, sample after sample.
         padded: Every sample with as many tokens as the longest, ``(samples · longest,)``; only where it was asked for.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
-    cu_queries: Tensor
+    cu_seqlens_q: Tensor
     expanded: Expansion
     padded: Expansion | None = None
 
@@ -229,8 +229,8 @@ def build_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
         padded = _expand(gather_index[within.reshape(-1)], is_token, computed.count)
     expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), computed.count)
     own = np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()
-    cu_seqlens, cu_queries = (torch.tensor(each, dtype=torch.int32) for each in (bounds, [0, *own]))
-    return Samples(tuple(bounds), cu_seqlens, cu_queries, expanded, padded)
+    cu_seqlens, cu_seqlens_q = (torch.tensor(each, dtype=torch.int32) for each in (bounds, [0, *own]))
+    return Samples(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded, padded)
 
 
 def samples_of_lengths(lengths: Sequence[int]) -> Samples:
@@ -271,7 +271,7 @@ def find_computed(
         most = min(shareable[sample], lengths[before])
         differ = np.flatnonzero(tokens[before][:most] != tokens[sample][:most])
         shared[sample] = int(differ[0]) if len(differ) else most
-    if _LEAST_SHARED * sum(shared) < sum(lengths):
+    if _MIN_SHARED_RATIO * sum(shared) < sum(lengths):
         shared = [0] * len(tokens)
     return ComputedTokens(lengths, shared, order)
 

@@ -76,7 +76,7 @@ class TokenStatistics(Metric):
         return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.labelled_tokens}
 
 
-def rows_of_logits(vocabulary: int, number_bytes: int, device: str) -> int:
+def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
     """Return how many labelled tokens' logits exist at a time."""
     if device != "cpu":
         return max(1, _LOGIT_BYTES_OF_GPU // (vocabulary * number_bytes))
@@ -93,7 +93,7 @@ def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) 
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
-    The logits of some tokens exist at a time: see :func:`rows_of_logits`.
+    The logits of some tokens exist at a time: see :func:`logits_chunk_size`.
 
     Args:
         hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
@@ -104,7 +104,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
         losses: tuple[Tensor, Tensor] = head.token_losses(hidden, targets, fast)
         return losses
-    chunk = rows_of_logits(len(head.weight), head.weight.element_size(), hidden.device.type)
+    chunk = logits_chunk_size(len(head.weight), head.weight.element_size(), hidden.device.type)
     if fast and is_frozen_linear(head):
         nll, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
         return nll, correct

@@ -9,8 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
 from qlora_lightning.model.adapters.lora import add_adapters, count_parameters
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import load_base
-from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
+from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
@@ -18,7 +19,7 @@ from tests import steps
 
 def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
     model = put_adapters(meta_base(config, dtype, quantization), None, **{"rank": 4, **options}).to("meta")
-    set_fast(model, True)
+    fuse_layers(model)
     return model
 
 

@@ -1,11 +1,11 @@
-"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients; and a quiet Trainer."""
+"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients; and a fit in quiet."""
 
 import itertools
 
 import lightning
 import torch
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
 
 LENGTHS = (9, 1, 30, 17, 64, 5)
@@ -32,6 +32,15 @@ def make_trainer(folder, **options):
     quiet = ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar")
     usual = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0} | dict.fromkeys(quiet, False)
     return lightning.Trainer(**(usual | options), default_root_dir=folder)
+
+
+def fit(module, folder, rows, *, val=False, batch_size=2, ckpt_path=None, **options):
+    """Train a module on a file of rows, and validate it on them if asked; give the Trainer."""
+    split = {"train": str(rows), "val": str(rows) if val else None}
+    trainer = make_trainer(folder, **options)
+    data = InstructionDataModule(**split, tokenizer=module.base, batch_size=batch_size)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
 
 
 def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):

@@ -16,7 +16,8 @@ TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135
 _FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
 _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
     **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
-    **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None},
+    **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None, "use_cache": True},
+    **dict.fromkeys(("min_new_tokens", "suppress_tokens", "bad_words_ids", "stop_strings")),
 }
 
 

@@ -173,7 +173,7 @@ class QLoRAModule(lightning.LightningModule):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
-        self.choose_layers()
+        self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -191,7 +191,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         dtype = machine.choose_compute_dtype(self.compute_dtype, self._device_of_process())
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
-        loaded = assemble_model(
+        model, self.identity = assemble_model(
             name=self.base,
             device=torch.device("cpu") if is_sharded else self._device_of_process(),
             compute_dtype=dtype,
@@ -204,11 +204,8 @@ class QLoRAModule(lightning.LightningModule):
             adapter_options=self.adapter_options,
             fast=self.fast,
         )
-        self.identity = loaded.identity
-        if loaded.unfused and dtype != torch.float32:
-            self.autocast_dtype = dtype  # PEFT's own layers would compute the fp32 adapters in fp32
-        model: nn.Module = loaded.model
-        return model
+        built: nn.Module = model
+        return built
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -227,14 +224,14 @@ class QLoRAModule(lightning.LightningModule):
 
     @property
     def fast(self) -> bool:
-        """Whether layers, attention and loss are ours; may be set at any time."""
+        """Whether layers, attention and loss are ours; of a model that is built so it may be changed at any time."""
         return self._fast
 
     @fast.setter
     def fast(self, fast: bool) -> None:
         self._fast = fast
         if self.model is not None:
-            self.choose_layers()
+            self._choose_autocast()
 
     @property
     def causal_lm(self) -> Any:
@@ -246,6 +243,13 @@ class QLoRAModule(lightning.LightningModule):
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def _choose_autocast(self) -> None:
+        """Let PEFT's own layers compute in the compute dtype: their adapters are in float32."""
+        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
+        trains_beside = any(".lora_" not in name for name in lora.trainable_tensors(self.model))
+        is_plain = trains_beside or any(self.choose_layers().linears.values())
+        self.autocast_dtype = dtype if is_plain and dtype != torch.float32 else None
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
@@ -425,9 +429,11 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self.choose_layers()
+        self.val_statistics.reset()  # a validation before may have ended by an error
 
     def on_test_start(self) -> None:
         self.choose_layers()
+        self.test_statistics.reset()
 
     def on_validation_epoch_end(self) -> None:
         self._log_statistics("val", self.val_statistics)
@@ -459,10 +465,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
-        fused = adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
-        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        if not fused and dtype != torch.float32:
-            self.autocast_dtype = dtype
+        adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
+        self._choose_autocast()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily; return token ids."""

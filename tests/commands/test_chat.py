@@ -58,7 +58,7 @@ def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat):
     answer = turns[0]["answers"]["a"]
     renderer = ChatRenderer(choose_chat_template(load_tokenizer(CALM), None))
     prompt = renderer.render_prompt([{"role": "user", "content": "Count to 3."}])
-    model = open_adapter(find_adapter(CALM)).model.eval().get_base_model()
+    model = open_adapter(find_adapter(CALM))[0].eval().get_base_model()
     expected = generate_answers(model, [prompt], stop_ids=sorted(renderer.stop_ids), max_new_tokens=4)[0]
     assert answer["text"] == renderer.tokenizer.decode(expected)
     assert out.startswith(answer["text"])

@@ -220,7 +220,7 @@ def test_a_damaged_adapter_folder_is_rejected(folder):
         (["--adapter", "tiny"], "tiny is not an adapter folder"),
         (["--trainer.accelerator", "tpu"], "plan knows cpu, gpu and auto"),
         (["--trainer.accelerator", "gpu"], "add --device-memory"),
-        (["--trainer.strategy", "ddp_sharded", "--model.quantization", "int8"], "model.quantization is int8"),
+        (["--trainer.strategy", "ddp_sharded", "--model.quantization", "int8"], "with model.quantization int8"),
         (["--trainer.strategy", "ddp_shraded"], "trainer.strategy is ddp_shraded, which is no strategy"),
         (["--trainer.strategy", OFFLOAD.replace("offload", "ofload")], "has arguments that it lacks"),
         (["--trainer.devices", "0", "--trainer.strategy", "ddp"], "trainer.devices is 0"),

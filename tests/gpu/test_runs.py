@@ -1,4 +1,4 @@
-"""A run on a card: exact resumes, the adapters that a seed draws, memory as planned, answers, and plain PEFT."""
+"""A run on a card: exact resumes, from the host too, a seed's adapters, memory as planned, answers, and plain PEFT."""
 
 import json
 
@@ -8,34 +8,33 @@ import torch
 from lightning import seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.report.run import read_metrics
 from tests.dying import MachineFailed, Stop
 from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module
-from tests.steps import make_batch, make_trainer
+from tests.steps import fit, make_batch
 
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
 
 
-def fit(folder, base, rows, *callbacks, ckpt_path=None, batch_size=2, accumulate=3, dtype="bf16", dropout=0.1):
+def train(folder, base, rows, *callbacks, ckpt_path=None, strategy="auto"):
     """Train six steps; give what the last checkpoint holds."""
     seed_everything(7, verbose=False)
-    data = InstructionDataModule(train=str(rows), batch_size=batch_size, tokenizer=str(base))
-    options = {"max_steps": 6, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+    options = {"accelerator": ACCELERATOR, "deterministic": True, "enable_checkpointing": True, "strategy": strategy}
+    options |= {"max_steps": 6, "accumulate_grad_batches": 3, "val": True, "ckpt_path": ckpt_path}
     callbacks = [*callbacks, AdapterCheckpoint(every_n_train_steps=1)]
-    trainer = make_trainer(folder, accelerator=ACCELERATOR, deterministic=True, callbacks=callbacks, **options)
-    trainer.fit(QLoRAModule(str(base), rank=4, compute_dtype=dtype, dropout=dropout), data, ckpt_path=ckpt_path)
+    fit(QLoRAModule(str(base), rank=4, compute_dtype="bf16", dropout=0.1), folder, rows, callbacks=callbacks, **options)
     return read_checkpoint(folder)
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows_file, tmp_path):
-    whole = fit(tmp_path / "whole", base, rows_file)
+    whole = train(tmp_path / "whole", base, rows_file)
     with pytest.raises(MachineFailed):
-        fit(tmp_path / "parts", base, rows_file, Stop(after=11))
-    parts = fit(tmp_path / "parts", base, rows_file, ckpt_path=tmp_path / "parts" / "checkpoints" / "last.ckpt")
+        train(tmp_path / "parts", base, rows_file, Stop(after=11))
+    parts = train(tmp_path / "parts", base, rows_file, ckpt_path=tmp_path / "parts" / "checkpoints" / "last.ckpt")
     assert whole["global_step"] == parts["global_step"] == 6
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert same(whole[part], parts[part])
@@ -43,8 +42,18 @@ def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows
 
 def test_inputs_of_layers_in_host_memory_give_the_same_bits(base, rows_file, tmp_path):
     callbacks = GradientCheckpointing(), GradientCheckpointing(offload=True)
-    ends = [fit(tmp_path / f"{each.offload}", base, rows_file, each) for each in callbacks]
+    ends = [train(tmp_path / f"{each.offload}", base, rows_file, each) for each in callbacks]
     assert same(ends[0]["state_dict"], ends[1]["state_dict"])
+
+
+@pytest.mark.parametrize("offload", [False, True, 2])
+def test_a_sharded_base_of_one_process_trains_the_same_from_the_host(rows_file, tmp_path, offload):
+    (tmp_path / "untied").mkdir()
+    base = make_base(tmp_path / "untied", tie_word_embeddings=False, num_hidden_layers=4)
+    whole = train(tmp_path / "whole", base, rows_file)
+    sharded = train(tmp_path / "sharded", base, rows_file, strategy=ShardedDDPStrategy(offload=offload))
+    torch.distributed.destroy_process_group()
+    assert same(whole["state_dict"], sharded["state_dict"])
 
 
 def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):

@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model.step import forward as forward_file
-from qlora_lightning.model.step import layout
 from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, samples_of_lengths
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
@@ -33,61 +31,30 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found.input_ids.tolist() == [[7, *SYSTEM, 5]]
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
     assert (found.predict_index.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
-    samples = found.samples
-    assert samples.expanded.gather_index.tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
-    assert samples.cu_seqlens_q.tolist() == [0, 1, 5]
-    assert samples.bounds == (0, 4, 8)
-    assert samples.cu_seqlens.tolist() == [0, 4, 8]
-    assert samples.expanded.expanded_index.tolist() == [3, 0, 4, 1, 5, 2, 6, 7]  # by place, those of one place in their order
-    assert samples.expanded.expanded_offsets.tolist() == [0, 1, 3, 5, 7, 8]
-    assert samples.expanded.first_expanded.tolist() == [3, 0, 1, 2, 7]
-    assert samples.expanded.has_shared
-
-
-def test_padded_samples_are_as_long_as_the_longest_and_count_their_own_tokens():
-    batch = batch_of(([1, 2], 1, 0), ([3, 4, 5], 1, 0))
-    padded = lay_out(batch, skips_unlabelled=False, pads=True).samples.padded
-    assert padded.gather_index.tolist() == [0, 1, 1, 2, 3, 4]  # the first is filled up with its last token
-    assert padded.first_expanded.tolist() == padded.expanded_index.tolist() == [0, 1, 3, 4, 5]
-    assert not padded.shares
-    assert lay_out(batch, skips_unlabelled=False).samples.padded is None
+    assert found.samples.cu_seqlens.tolist() == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
-    ("samples", "ids", "gather_index", "targets"),
+    ("samples", "ids", "targets"),
     [
-        (  # from 3 and 7 something is predicted
-            [([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)],
-            [*SYSTEM, 7, 3, 7],
-            [0, 1, 2, 3, 0, 1, 4, 5],
-            [7, 8, 7, 9],
-        ),
-        (  # in a chain: (1 2 3 4), (1 2 3 5), (1 2); the third computes no more than 5, the first no more than its 2
-            [([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)],
-            [2, 1, 2, 3, 4, 5],
-            [1, 0, 1, 2, 3, 4, 1, 2, 3, 5],
-            [9, 9, 9],
-        ),
-        ([([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)], [4, 4], [0, 1], []),  # without labels: one token each
+        # from 3 and 7 something is predicted
+        ([([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)], [*SYSTEM, 7, 3, 7], [7, 8, 7, 9]),
+        # in a chain: (1 2 3 4), (1 2 3 5), (1 2); the third computes no more than 5, the first no more than its 2
+        ([([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)], [2, 1, 2, 3, 4, 5], [9, 9, 9]),
+        ([([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)], [4, 4], []),  # without labels: one token each
     ],
 )
-def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples, ids, gather_index, targets):
+def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples, ids, targets):
     found = lay_out(batch_of(*samples))
     assert found.input_ids.tolist() == [ids]
-    assert found.samples.expanded.gather_index.tolist() == gather_index
-    assert found.samples.expanded.has_shared == (len(ids) < len(gather_index))
     assert found.targets.tolist() == targets
 
 
-def test_a_sample_without_labels_fills_the_last_block():
-    found = lay_out(batch_of((range(10), 1, 0), (range(9), 1, 0)), skips_unlabelled=False, fills=True)
-    assert found.input_ids.shape == (1, 32)
-    assert found.samples.bounds == (0, 10, 19, 32)
-    assert found.position_ids[0, 19:].tolist() == list(range(13))
-    assert found.predict_index.tolist() == [*range(9), *range(10, 18)]
-    assert found.input_ids[0, 18:].unique().numel() == 1  # the last token again
-    whole = lay_out(batch_of((range(10), 1, 0), (range(6), 1, 0)), skips_unlabelled=False, fills=True)
-    assert whole.input_ids.shape == (1, 16)
+@pytest.mark.parametrize(("last", "filled"), [(range(9), 32), (range(6), 16)])
+def test_a_sample_without_labels_fills_the_last_block(last, filled):
+    found = lay_out(batch_of((range(10), 1, 0), (last, 1, 0)), skips_unlabelled=False, fills=True)
+    assert found.input_ids.shape == (1, filled)
+    assert found.targets.tolist() == [*range(1, 10), *last[1:]]
 
 
 def rows_beginning_alike(count, shared, own, seed=0):
@@ -129,22 +96,6 @@ def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place
     labels[0, batch["cu_seqlens"][:-1]] = IGNORED
     batch["labels"] = batch["labels"].copy_(labels) if in_place else labels
     assert_same_step(loss_and_gradients(module, batch), loss_and_gradients(plain, batch))
-
-
-@pytest.mark.parametrize("options", [{}, {"fast": False}, {"neftune_alpha": 5.0}], ids=str)
-def test_loss_and_gradients_are_those_of_the_batch_that_is_not_filled_up(tiny_base, options, monkeypatch):
-    def train():
-        torch.manual_seed(0)
-        module = make_module(tiny_base, quantization="none", **options)
-        return loss_and_gradients(module, batch_of(*rows_beginning_alike(2, 1, 21)))
-
-    filled = train()
-    plain = layout.lay_out
-    monkeypatch.setattr(forward_file, "lay_out", lambda batch, *, fills, **options: plain(batch, **options))
-    assert_same_step(filled, train())
-
-
-# ---- noise on embeddings (NEFTune) ----------------------------------------------------------------------------------
 
 
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():

@@ -32,7 +32,7 @@ def full_cross_entropy(hidden, labels, head):
     return F.cross_entropy(head(hidden)[:-1], labels[1:], ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize("labelled", [12, 512, 513, 1100])  # the logits of 512 exist at a time
+@pytest.mark.parametrize("labelled", [512, 513, 1100])  # the logits of 512 exist at a time
 @pytest.mark.parametrize(("trainable_head", "bias"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("fast", [True, False])
 def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(labelled, trainable_head, bias, fast):
@@ -45,6 +45,7 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(labelled, trai
     gradients = torch.autograd.grad(3 * sums.nll_sum, inputs)
 
     assert sums.labelled_tokens == labelled
+    assert sums.correct == (head(hidden)[:-1].argmax(-1) == labels[1:]).sum() > 0
     torch.testing.assert_close(sums.nll_sum, expected, rtol=1e-6, atol=0)
     with torch.no_grad():
         evaluated = head_loss(hidden, labels, head, fast=fast)
@@ -53,24 +54,12 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(labelled, trai
         assert (gradient / 3 - reference).norm() <= 1e-6 * reference.norm()
 
 
-@pytest.mark.parametrize("trainable_head", [False, True])
-def test_without_labelled_tokens_loss_and_gradient_are_zero(trainable_head):
-    hidden, labels, head = draw(trainable_head)
+def test_without_labelled_tokens_loss_and_gradient_are_zero():
+    hidden, labels, head = draw()
     sums = head_loss(hidden, torch.full_like(labels, -100), head)
     sums.nll_sum.backward()
     assert [value.item() for value in sums[:3]] == [0, 0, 0]
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
-
-
-def test_each_token_is_predicted_from_the_one_before_it():
-    # the head is the identity, so that token t predicts the index of its largest number
-    head = nn.Linear(4, 4, bias=False).requires_grad_(False)
-    head.weight.copy_(torch.eye(4))
-    hidden = 10 * F.one_hot(torch.tensor([1, 2, 3, 0])).float()
-    sums = head_loss(hidden, torch.tensor([-100, 1, 2, 0]), head)
-    assert sums.correct == 2  # 1 and 2 are right, 3 is not 0
-    right = torch.tensor(3.0).add(torch.tensor(10.0).exp()).log() - 10  # -log softmax of the largest
-    torch.testing.assert_close(sums.nll_sum, 3 * right + 10)
 
 
 def test_in_bfloat16_the_sum_is_float32_and_a_factor_on_it_is_not_rounded():

@@ -75,7 +75,7 @@ def test_parts_and_memory_that_runs_out_change_no_result(tiny_base, tmp_path, wh
 def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base, tmp_path, whole, capsys):
     file, adapter, _ = whole
     options = {"micro_batch_tokens": 1, "where": "forward"}
-    module, same_adapter, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[3], **options)
+    _, same_adapter, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[3], **options)
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     out = capsys.readouterr().out
     assert re.search(r"Memory ran out in a row of \d+ tokens: gradient checkpointing is on from now on", out)

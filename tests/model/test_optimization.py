@@ -1,4 +1,4 @@
-"""The optimizer, LoRA+, the schedule, and windows whose gradients are sums divided once."""
+"""The optimizer, LoRA+ and the schedule."""
 
 import math
 
@@ -7,9 +7,8 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from qlora_lightning import LossSums, QLoRAModule
+from qlora_lightning import QLoRAModule
 from qlora_lightning.model.step.optimization import build_optimizer, build_schedule, count_optimizer_steps
-from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_module
 
@@ -50,7 +49,6 @@ def test_the_optimizer_is_built_as_chosen(arguments, cls, group):
     [
         (lambda: optimizer_of({**SGD, "init_args": {"lr": 1.0}}), "sets lr.*set model.learning_rate"),
         (lambda: optimizer_of("torch.optim.LBFGS", 0.5), "weight_decay is 0.5, but torch.optim.LBFGS has none"),
-        (lambda: rates_of("reduce_lr_on_plateau"), "expected a name among"),
         (lambda: QLoRAModule("base", loraplus_ratio=0.5), "model.loraplus_ratio is .*: expected .*, such as 16"),
         (lambda: QLoRAModule("base", neftune_alpha=-1.0), "model.neftune_alpha is .*: expected .*, such as 5"),
     ],
@@ -60,7 +58,7 @@ def test_what_cannot_be_built_is_refused(build, sentence):
         build()
 
 
-@pytest.mark.parametrize("lora_options", [{}, {"use_dora": True}, {"trainable_token_indices": [3]}], ids=str)
+@pytest.mark.parametrize("lora_options", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=str)
 def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora_options):
     options = {"loraplus_ratio": 16.0, "learning_rate": 1e-4, "weight_decay": 0.1, "quantization": "none"}
     module = make_module(tiny_base, lora_options=lora_options, **options)
@@ -96,20 +94,3 @@ def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps,
 )
 def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
     assert rates_of(choice, warmup_ratio) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("sums", "mean", "gradient"),
-    [
-        ([(6.0, 1), (4.0, 4)], 2.0, 4.0),  # 10 nats over 5 tokens; 10 × 2 / 5: Lightning has divided by 2
-        ([(0.0, 0), (0.0, 0)], 0.0, 20.0),  # zeros, not NaN: nothing is labelled, and gradients are zero then
-    ],
-)
-def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens_of_a_window(sums, mean, gradient):
-    window, parameter, unused = Window(), nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.full((2,), 10.0)
-    for nll, tokens in sums:
-        window.add(LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(0)), most=2)
-    assert window.divide_gradients([parameter, unused], divided_by=2)["loss"] == mean
-    assert parameter.grad.tolist() == [gradient, gradient]
-    assert unused.grad is None

@@ -1,4 +1,4 @@
-"""The frozen base: stored as asked, the same bits from the cache and again, one function in eval and in train."""
+"""The frozen base: stored as asked, the same bits from the cache and again."""
 
 import json
 import shutil
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.activations import GELUActivation
 
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
-from tests.equality import same
+from tests.equality import base_tensors, same
 
 QUANTIZED = ["nf4", "fp4", "int8"]
 
@@ -22,25 +23,6 @@ def load(folder, quantization, **settings):
 
 def linears(model):
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
-
-
-def tensors(model):
-    """Every weight as it is stored, and the scales beside it."""
-    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            found[f"{name}.absmax"] = state.absmax.clone()
-            found[f"{name}.dense"] = bnb.functional.dequantize_4bit(module.weight.data, state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-            found[f"{name}.scales"] = scales.clone()
-    return found
-
-
-def forward(model):
-    ids = torch.randint(5, 40_000, (1, 12), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids).logits
 
 
 @pytest.mark.parametrize(
@@ -78,18 +60,18 @@ def test_with_and_without_cache_and_at_a_second_start_the_bits_are_the_same(tiny
     assert caplog.text.count("Quantizing") == 1
     load(tiny_base, quantization, compute_dtype=torch.float32)
     assert caplog.text.count("Quantizing") == 2
-    assert same(tensors(direct), tensors(first))
-    assert same(tensors(first), tensors(second))
+    assert same(base_tensors(direct), base_tensors(first))
+    assert same(base_tensors(first), base_tensors(second))
 
 
 def test_a_base_whose_config_was_edited_computes_what_it_says_now(tiny_base, tmp_path, cache):
     shutil.copytree(tiny_base, base := tmp_path / "base")
-    before = forward(load(base, "nf4"))
+    assert load(base, "nf4").config.hidden_act == "silu"
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "attention_dropout": 0.5}))
     edited = load(base, "nf4")
-    assert edited.config.attention_dropout == 0.5
-    assert not torch.equal(forward(edited.eval()), before)
+    assert edited.config.attention_dropout == edited.model.layers[0].self_attn.attention_dropout == 0.5
+    assert isinstance(edited.model.layers[0].mlp.act_fn, GELUActivation)
 
 
 def store_quantized(folder, place, **settings):
@@ -106,7 +88,7 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
     model, other = (load(tmp_path / "stored", "nf4", compute_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {linear.compute_dtype for linear in linears(other)} == {torch.float32}
     assert not (cache / "quantized").exists()
-    assert same(tensors(model), tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
+    assert same(base_tensors(model), base_tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +102,3 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
     store_quantized(tiny_base, tmp_path / "stored", **NF4, llm_int8_skip_modules=left_out)
     with pytest.raises(UserError, match=words):
         load(tmp_path / "stored", quantization)
-
-
-def test_a_whole_validation_leaves_frozen_layers_as_they_are(tiny_base):
-    """bitsandbytes 0.50 would repack 4-bit weights in place, and int8 layers would compute another function."""
-    ids = {"input_ids": torch.arange(3, 11)[None]}
-    for quantization in ("nf4", "int8"):
-        model = load(tiny_base, quantization, compute_dtype=torch.bfloat16)
-        before, trained = tensors(model), model.train()(**ids).logits
-        with torch.no_grad():
-            assert torch.equal(model.eval()(**ids).logits, trained)
-        assert same(tensors(model.train()), before)

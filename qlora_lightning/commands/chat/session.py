@@ -118,12 +118,12 @@ class Session:
     def __init__(self, options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
         sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
         self.speaker, first = next(iter(sources.items()))
-        opened = open_adapter(first)
-        self.model: Any = opened.model
+        opened, identity = open_adapter(first)
+        self.model: Any = opened
         self.peft_names: dict[str, str | None] = {self.speaker: ADAPTER}
         for name in [*sources][1:]:  # a user's name may hold what PEFT does not take
             peft_name = self.peft_names[name] = f"adapter_{len(self.peft_names)}"
-            add_named_adapter(self.model, peft_name, sources[name].folder, opened.identity)
+            add_named_adapter(self.model, peft_name, sources[name].folder, identity)
         self.model.eval()
         self.renderers = {
             name: ChatRenderer(choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None))

@@ -41,7 +41,7 @@ def check_written(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained_on = dataclasses.replace(source, quantization=source.quantization or "none")
-    reference, labels = labelled_logits(open_adapter(trained_on).model.eval(), batches)
+    reference, labels = labelled_logits(open_adapter(trained_on)[0].eval(), batches)
     rows = sum(len(set(batch["row_ids"].tolist())) for batch in batches)
     loss = compare_logits(reference, reference, labels).loss
     say(f"Checked on {rows} validation rows, {len(labels):,} labelled tokens:")

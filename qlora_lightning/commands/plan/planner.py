@@ -18,8 +18,9 @@ from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import has_dropout
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import check_stored_quantization
-from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
+from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
@@ -81,7 +82,7 @@ def _plan(
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     base = meta_base(config, dtype, module.quantization)
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
-    set_fast(model, module.fast)
+    fuse_layers(model, module.fast)
 
     skips_unlabelled = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
     epoch: Epoch | None = None

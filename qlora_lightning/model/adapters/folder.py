@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import IDENTITY, flush, put_in_place, set_usual_mode, write_whole, raising_os_errors
+from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
@@ -88,6 +88,9 @@ def save_adapter_folder(
     weights_target = targets.pop(staging / _WEIGHTS)
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
         weights_target.unlink(missing_ok=True)
+    stale = folder / "chat_template.jinja"  # of an adapter whose tokenizer had one
+    if stale not in targets.values():
+        stale.unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         put_in_place(file, target)
@@ -164,17 +167,17 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
 
 def add_named_adapter(
     model: peft.PeftModel, name: str, folder: Path, identity: Mapping[str, Any], fast: bool = True
-) -> bool:
+) -> None:
     """Put the adapter of a folder beside those that a model has; ``model.set_adapter(name)`` then switches to it.
 
-    ``identity`` is the model's. Returns whether all linears of the adapter run fused; the others need autocast.
+    ``identity`` is the model's.
     """
     # the shape of its first adapter may be another
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     with without_peft_warnings():
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
-    return fast and not any(fuse_layers(model).linears.values())
+    fuse_layers(model, fast)
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

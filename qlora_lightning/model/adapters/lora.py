@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -80,6 +81,9 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     for ending in trained:
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(f"model.lora_options.modules_to_save names {ending}, which the base does not have.")
+    for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
+            raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
     if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in alone}:
         raise UserError(

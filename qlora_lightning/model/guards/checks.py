@@ -124,6 +124,10 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
     )
 
 
+def _is_zero(lora_B: nn.Parameter | None) -> bool:
+    return lora_B is not None and not lora_B.detach().any()
+
+
 def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
     """Reject trainable tensors that the optimizer was not given, or that get no gradient.
 
@@ -137,7 +141,7 @@ def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.opti
             without_group.append(name)
         elif parameter.grad is None:
             without_gradient.append(name)
-        elif ".lora_A." in name and not trainable[name.replace(".lora_A.", ".lora_B.")].detach().any():
+        elif ".lora_A." in name and _is_zero(trainable.get(name.replace(".lora_A.", ".lora_B."))):
             waits = True
         elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
             without_gradient.append(name)

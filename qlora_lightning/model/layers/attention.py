@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function, are_cpu_tensors
+from qlora_lightning.model.cpu.library import are_cpu_tensors, call, has_function
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
@@ -164,7 +164,9 @@ class _Expand(torch.autograd.Function):
         expansion: Expansion = ctx.expansion
         by_token = grad[0].transpose(0, 1)  # (expanded tokens, heads, head_dim)
         offsets = expansion.expanded_offsets
-        summed = F.embedding_bag(expansion.expanded_index, by_token.flatten(1), offsets, mode="sum", include_last_offset=True)
+        summed = F.embedding_bag(
+            expansion.expanded_index, by_token.flatten(1), offsets, mode="sum", include_last_offset=True
+        )
         return summed.view(-1, *by_token.shape[1:]).transpose(0, 1)[None], None
 
 
@@ -253,7 +255,8 @@ class SampleAttention(torch.autograd.Function):
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        sizes = len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
+        ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out[None]

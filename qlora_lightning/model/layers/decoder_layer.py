@@ -199,8 +199,9 @@ class FusedDecoderLayer(Fused):
             key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
         query, key = Rotary.apply(query, key, *position_embeddings)
-        config_window = getattr(attention.config, "sliding_window", None)  # Mistral's attention has none of its own
-        window = getattr(attention, "sliding_window", config_window)
+        config, window = attention.config, getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":  # whose attention has none of its own; LLaMA's ignores the config's
+            window = config.sliding_window
         options |= {"scaling": attention.scaling, "sliding_window": window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)

@@ -36,15 +36,15 @@ class Fusion(NamedTuple):
     linears: dict[str, str | None]
 
 
-def fuse_layers(model: nn.Module) -> Fusion:
+def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
     """Put fused decoder layers and LoRA linears in the place of those of transformers and PEFT; choose which run so."""
     family = _modeling_of(model)
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules()) if fast else []:
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == family:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
-    return choose_layers(model)
+    return choose_layers(model, fast)
 
 
 def _modeling_of(model: Any) -> str | None:

@@ -1,10 +1,9 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
 import copy
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -18,8 +17,8 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapte
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
-from qlora_lightning.model.adapters.targets import layer_of, resolve_targets
+from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
+from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
@@ -28,28 +27,26 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
 
-class LoadedModel(NamedTuple):
-    """A base with adapters; what adapter folders say of both; whether something trains in PEFT's own layers."""
-
-    model: peft.PeftModel
-    identity: dict[str, Any]
-    unfused: bool
-
-
 def assemble_model(
     adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
-) -> LoadedModel:
-    """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does."""
+) -> tuple[peft.PeftModel, dict[str, Any]]:
+    """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
+
+    Returns:
+        The model, and what adapter folders say of base and adapter.
+    """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
     base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
     model = put_adapters(base, folder, **adapter_options)
-    # PEFT loads the base by this
-    model.peft_config[ADAPTER].base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
+    config = model.peft_config[ADAPTER]  # PEFT loads the base by it
+    config.base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
+    config.revision = source.revision
     identity["adapter"] = describe_adapter(model)
-    return LoadedModel(model, identity, set_fast(model, fast))
+    fuse_layers(model, fast)
+    return model, identity
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
@@ -61,29 +58,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
         return add_adapters(base, **options)
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
-    if options:
-        _check_contradictions(model, options, folder)
     return model
-
-
-def _check_contradictions(model: peft.PeftModel, options: dict[str, Any], folder: Path) -> None:
-    """Reject options that are set, and ask for another rank, alpha, targets or layers than a folder's adapter has."""
-    adapter, defaults = describe_adapter(model), inspect.signature(add_adapters).parameters
-    names = resolve_targets(model.get_base_model(), options["target_modules"], options["layers"])
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
-    for name, asked in {**options, "target_modules": kinds, "layers": layers}.items():
-        if name in adapter and options[name] != defaults[name].default and asked != adapter[name]:
-            raise UserError(f"model.{name} is {options[name]}, but {folder} has {adapter[name]}: leave it out.")
-
-
-def set_fast(model: peft.PeftModel, fast: bool) -> bool:
-    """Let layers run fused if they can and ``fast`` is set; return whether something trains in PEFT's own layers."""
-    if not fast:
-        model.get_base_model().set_attn_implementation(register_flat_attention(fast=False))
-        return True
-    beside = any(".lora_" not in name for name in trainable_tensors(model))
-    return any(fuse_layers(model).linears.values()) or beside
 
 
 @rank_zero_only
@@ -94,8 +69,8 @@ def report_model(module: Any, fusion: Fusion) -> None:
     autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
     for line in (
         explain_dtype(module.compute_dtype, module.device),
-        f"Adapter on {len(names)} modules ({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters "
-        f"train ({trainable / total:.2%}).",
+        f"Adapter of rank {module.model.peft_config[ADAPTER].r} on {len(names)} modules "
+        f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
     ):
         if line is not None:
@@ -154,9 +129,14 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     )
 
 
-def open_adapter(source: AdapterSource) -> LoadedModel:
-    """Load the base of an adapter as it was trained, on a CUDA device if there is one, and put the adapter on it."""
+def open_adapter(source: AdapterSource) -> tuple[peft.PeftModel, dict[str, Any]]:
+    """Load the base of an adapter, on a CUDA device if there is one, and put the adapter on it: a model, its identity.
+
+    The base is held as in training; products are in bf16 where they were in 16 bits and the hardware has it.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if source.quantization is None:
+        say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
     wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
     return assemble_model(
         name=source.base.name,

@@ -98,7 +98,8 @@ def tune_malloc() -> None:
     A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
     element-wise operation on a few MiB takes ten times as long then (measured).
     """
-    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _KEPT_BYTES)
+    if not _call_glibc("mallopt", _M_MMAP_THRESHOLD, _KEPT_BYTES):
+        _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 25)  # the most that an older glibc takes
     _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never
 
 
@@ -107,8 +108,6 @@ def trim_malloc() -> None:
     _call_glibc("malloc_trim", 0)
 
 
-def _call_glibc(name: str, *arguments: int) -> None:
-    if sys.platform.startswith("linux"):
-        function = getattr(ctypes.CDLL(None), name, None)
-        if function is not None:
-            function(*arguments)
+def _call_glibc(name: str, *arguments: int) -> int:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+    return 0 if function is None else int(function(*arguments))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK
 from qlora_lightning.model.step.layout import samples_of_lengths
-from qlora_lightning.model.step.loss import lm_head_of, is_frozen_linear, token_losses
+from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come

@@ -17,7 +17,8 @@ def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
         data: The Trainer's data module, or ``None``; one of ours knows the locations.
         row_ids: Numbers of the rows among the training rows; negative ones are fillers and left out.
     """
-    samples: Any = getattr(data, "samples", {}).get("train")
+    splits = getattr(data, "samples", None)  # of a data module of one's own it may be anything
+    samples: Any = splits.get("train") if isinstance(splits, dict) else None
     locations = []
     for row_id in dict.fromkeys(row_ids):
         if row_id < 0:

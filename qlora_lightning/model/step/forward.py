@@ -40,9 +40,9 @@ def build_layout(
     Raises:
         UserError: A row is too long for the base's rotary embedding.
     """
-    skips_unlabelled = skips_unlabelled(causal_lm, noise_alpha, fast=fast)
+    skips = skips_unlabelled(causal_lm, noise_alpha, fast=fast)
     pads = pads_samples(causal_lm, device)
-    layout = lay_out(batch, skips_unlabelled=skips_unlabelled, fills=fast and device.type == "cpu", pads=pads)
+    layout = lay_out(batch, skips_unlabelled=skips, fills=fast and device.type == "cpu", pads=pads)
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 

@@ -8,15 +8,15 @@ Nothing in forward or backward reads a number from the device: whatever Python m
 
 An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last token has a label::
 
-    input_ids      7 1 2 3 5            1 2 3 are computed with the second sample; 8 and 6 are only predicted
-    position_ids   3 0 1 2 3
-    predict_index     0 4                  places in the stream; targets 8 6
-    bounds         0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
-    cu_seqlens_q     0 1 5                of the first sample only 7 has a query
-    gather_index   1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
-    copies         3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
-    expanded_offsets   0 1 3 5 7 8          where in expanded_index those of each place begin, and the end of the last
-    first_expanded     3 0 1 2 7            the first of those of each place
+    input_ids        7 1 2 3 5            1 2 3 are computed with the second sample; 8 and 6 are only predicted
+    position_ids     3 0 1 2 3
+    predict_index    0 4                  places in the stream; targets 8 6
+    bounds           0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
+    cu_seqlens_q       0 1 5                of the first sample only 7 has a query
+    gather_index     1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
+    expanded_index   3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
+    expanded_offsets 0 1 3 5 7 8          where in expanded_index those of each place begin, and the end of the last
+    first_expanded   3 0 1 2 7            the first of those of each place
 
 Attention takes its states by ``gather_index``; their gradients are added up over ``expanded_index``.
 """
@@ -68,7 +68,7 @@ class Expansion(_Moves):
     Attributes:
         gather_index: Where in the stream each expanded token comes from, int64.
         expanded_index: The expanded tokens that are no padding, by their place in the stream.
-        expanded_offsets: Where in ``expanded_index`` those of each place begin, and the end of the last: ``(tokens + 1,)``.
+        expanded_offsets: Where in ``expanded_index`` those of each place begin, and the last ends: ``(tokens + 1,)``.
         first_expanded: The first of those of each place, ``(tokens,)``.
         has_shared: Whether a place has more than one.
     """
@@ -178,16 +178,18 @@ class ComputedTokens:
         return np.concatenate(places)
 
 
-def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True, fills: bool = False, pads: bool = False) -> Layout:
+def lay_out(
+    batch: Mapping[str, Any], *, skips_unlabelled: bool = True, fills: bool = False, pads: bool = False
+) -> Layout:
     """Lay a flat batch out for the model.
 
     Args:
         batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``. On a
             GPU already, it is read from there, which makes the host wait.
-        skips_unlabelled: Whether tokens that no label needs are left out, and shared beginnings computed once: the loss and
-            its gradients are the same. Else all tokens are computed.
+        skips_unlabelled: Whether tokens that no label needs are left out, and shared beginnings computed once: the
+            loss and its gradients are the same. Else all tokens are computed.
         fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
-            products. No result changes, but that dropout and NEFTune draw numbers for these tokens too.
+            products. Results change by rounding alone; dropout and NEFTune draw numbers for these tokens too.
         pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
     """
     bounds = batch["cu_seqlens"].tolist()

@@ -63,8 +63,10 @@ def check_optimizer(
     choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return class and arguments of an optimizer; see :func:`build_optimizer`."""
-    if learning_rate <= 0:
+    if not 0 < learning_rate < math.inf:
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"model.weight_decay is {weight_decay}: expected 0 or more.")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
     named: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
@@ -144,6 +146,8 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
     known = sorted({kind.value for kind in SchedulerType} - needs_metrics)
     if name not in known:
         raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
+    if name == "constant" and warmup_ratio:  # which alone has no warmup
+        name = "constant_with_warmup"
     return name, arguments
 
 

@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from qlora_lightning.model.load.build import find_adapter, open_adapter
+from qlora_lightning.model.load.build import find_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_module
@@ -21,31 +20,15 @@ def made(tiny_base, tmp_path_factory):
     return module, folder
 
 
-@pytest.fixture
-def folder(made, tmp_path):
-    return shutil.copytree(made[1], tmp_path / "run" / "adapter")
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def change(folder, file="qlora_lightning.json", **values):
-    content = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**content, **values}))
-
-
-def test_by_its_own_or_its_run_folder_it_is_found_and_computes_what_was_saved(made, folder, tiny_base):
-    for place in (folder, folder.parent):
-        source = find_adapter(str(place))
-        assert (source.folder, source.base.folder) == (folder, tiny_base)
-        assert (source.quantization, source.double_quant, source.compute_dtype) == ("nf4", True, torch.float32)
-    ids, opened = torch.tensor([[5, 6, 7, 8]]), open_adapter(source).model.eval().cpu()
-    with torch.no_grad():
-        expected = made[0].model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(opened(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(folder, tiny_base, tmp_path):
-    change(folder, base="./models/gone")
-    assert find_adapter(folder).base.folder == tiny_base
-    change(folder, "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(made, tiny_base, tmp_path):
+    folder = shutil.copytree(made[1], tmp_path / "run" / "adapter")
+    change(folder / "qlora_lightning.json", base="./models/gone")
+    assert find_adapter(folder.parent).base.folder == tiny_base
+    change(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"The base of .* is not found\. Base './models/gone'.*name it with --base"):
         find_adapter(folder)
     assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
@@ -61,15 +44,6 @@ def test_training_continues_with_the_shape_of_the_folder(tiny_base, made):
     assert same(dict(again.state_dict()), dict(module.state_dict()))
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"rank": 16}, "model.rank is 16, but .* has 4"),
-        ({"target_modules": "mlp"}, "model.target_modules is mlp, but .* has .*'q_proj'"),
-        ({"layers": "last:1"}, r"model.layers is last:1, but .* has \[0, 1\]"),
-        ({"quantization": "int8"}, "with model.quantization nf4, but here it is int8"),
-    ],
-)
-def test_what_contradicts_the_folder_is_rejected(tiny_base, made, options, words):
-    with pytest.raises(UserError, match=words):
-        make_module(tiny_base, adapter=str(made[1]), **options)
+def test_another_quantization_than_the_folders_is_rejected(tiny_base, made):
+    with pytest.raises(UserError, match=r"with model\.quantization nf4, but here it is int8"):
+        make_module(tiny_base, adapter=str(made[1]), quantization="int8")

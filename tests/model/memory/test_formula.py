@@ -1,8 +1,6 @@
 """What a step takes by the formula: by hand, beside what real steps keep, and by a model without numbers."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -11,21 +9,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
 from qlora_lightning.model.adapters.lora import add_adapters, count_parameters
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import load_base
-from qlora_lightning.model.load.build import meta_base, put_adapters, set_fast
+from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 
-ROOT = Path(__file__).parents[3]
-GIB = 2**30
 
-
-def build(config, quantization="nf4", folder=None, fast=True, dtype=torch.bfloat16, **options):
-    base = meta_base(config, dtype, quantization)
-    options = options if folder else {"rank": 4, **options}
-    model = put_adapters(base, folder, **options).to("meta")
-    set_fast(model, fast)
+def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
+    model = put_adapters(meta_base(config, dtype, quantization), None, **{"rank": 4, **options}).to("meta")
+    fuse_layers(model)
     return model
 
 
@@ -53,11 +47,9 @@ def count_kept(module, batch):
     [
         ({}, 0, 0.03),
         ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
-        ({"layers": "last:1"}, 0, 0.05),
         ({}, 1, 0.1),
         ({"dropout": 0.1}, 0, 0.15),  # from here on PEFT's layers; masks of a CPU are wider
         ({"lora_options": {"use_dora": True}}, 0, 0.1),
-        ({"fast": False}, 0, 0.2),  # attention copies each sample
     ],
     ids=str,
 )
@@ -107,35 +99,6 @@ def test_every_part_is_counted_as_on_paper(small):
         "workspace": tokens * (2 * 64 + 4 * 2 * 128) + 2 * 64 * 128,
         "context": 600_000_000,
     }
-
-
-def test_checkpointed_layers_keep_their_inputs_and_offloaded_ones_not_even_these(small):
-    tokens, state = 20_000, 20_000 * 2 * 64
-    usual, checkpointed = small.parts(tokens, 100), replace(small, every_n_layers=1)
-    parts = checkpointed.parts(tokens, 100)
-    assert usual["activations"] - parts["activations"] == 2 * (tokens * SAVED - state)
-    # its MLP takes 8,192 tokens at a time
-    again = tokens * (SAVED - 2 * 2 * 128) + 8192 * 2 * 2 * 128 - state
-    assert parts["workspace"] == again + state + 8192 * 4 * 2 * 128 + 2 * 64 * 128
-    offloaded = replace(checkpointed, offload=True)
-    assert parts["activations"] - offloaded.parts(tokens, 100)["activations"] == 2 * state
-    assert offloaded.parts(tokens, 100)["workspace"] - parts["workspace"] == state  # of one, which comes back
-    assert (offloaded.host_bytes(tokens), checkpointed.host_bytes(tokens)) == (
-        2 * 2**22,
-        0,
-    )  # pinned memory is in powers of two
-
-
-def test_llama_8b_has_its_known_sizes_and_plain_scales_if_a_card_has_room():
-    config = json.loads((ROOT / "configs/shapes/llama-3.1-8b/config.json").read_text())
-    model = build(LlamaConfig(**config), rank=16)
-    assert count_parameters(model) == (41_943_040, 8_030_261_248 + 41_943_040)  # by PEFT, and by its model card
-
-    def base(memory):
-        fixed = build_step_memory(model, torch.bfloat16, device_bytes=memory).fixed
-        return round(sum(fixed[part] for part in ("base", "scales", "vocabulary")) / 1e9, 2)
-
-    assert (base(8 * GIB), base(24 * GIB)) == (5.70, 6.03)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def measure(base: str, lengths: Sequence[int], dtype: Any, ceilings: int = 0) ->
     steps = 2  # the optimizer has its state from the second on
     lightning.seed_everything(child.SEED)
     meter, memory = Meter(steps, checkpointing=True), StepMemory(steps)
-    trainer = make_trainer("cpu", GradientCheckpointing(), meter, memory, max_epochs=1)
+    trainer = make_trainer("cpu", GradientCheckpointing(True), meter, memory, max_epochs=1)
     batches: Any = [make_batch(lengths)] * (steps + ceilings)
     trainer.fit(make_module(base, dtype), DataLoader(batches, batch_size=None))
     tokens, seconds = sum(lengths), min(meter.step_seconds)

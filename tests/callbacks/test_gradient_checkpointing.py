@@ -26,17 +26,26 @@ class Watch(Callback):
     def _count(self, number):
         self.runs[number] += 1
 
-    def on_train_batch_start(self, *_):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
+    def setup(self, trainer, pl_module, stage):
+        compute_loss = pl_module.compute_loss
+
+        def watched(batch):
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
+                sums = compute_loss(batch)
+            self._collect(sums.nll_sum.grad_fn)
+            return sums
+
+        pl_module.compute_loss = watched
+
+    def teardown(self, trainer, pl_module, stage):
+        del pl_module.compute_loss
 
     def _pack(self, tensor):
         self.kept_bytes += tensor.nbytes
         return tensor
 
-    def on_before_backward(self, trainer, pl_module, loss):
-        self.hooks.__exit__()
-        nodes = {loss.grad_fn}
+    def _collect(self, node):
+        nodes = {node}
         for node in (ahead := list(nodes)):
             function = getattr(node, "_forward_cls", None)
             if function is not None and function.__module__.startswith("qlora_lightning"):
@@ -55,7 +64,7 @@ ONE_BATCH = {"limit_train_batches": 1, "limit_val_batches": 0}
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"fast": False}])
 def test_backward_runs_every_layer_again_keeps_less_and_gives_the_same_bits(fit, make_module, options):
     fit(plain := Watch(), module=make_module(**options), **ONE_BATCH)
-    fit(GradientCheckpointing(), checkpointed := Watch(), module=make_module(**options), **ONE_BATCH)
+    fit(GradientCheckpointing(True), checkpointed := Watch(), module=make_module(**options), **ONE_BATCH)
     assert (plain.runs, checkpointed.runs) == ([1, 1], [2, 2])
     assert checkpointed.kept_bytes < plain.kept_bytes / 2
     assert any(gradient.any() for gradient in plain.gradients.values())
@@ -76,21 +85,23 @@ class WatchFused(Watch):
 def test_long_rows_take_the_mlp_in_pieces_and_give_the_same_numbers(fit, make_module, monkeypatch, options):
     fit(plain := WatchFused(), module=make_module(**options), **ONE_BATCH)
     monkeypatch.setattr(decoder_layer, "PIECE_TOKENS", 16)
-    fit(GradientCheckpointing(), pieces := WatchFused(), module=make_module(**options), **ONE_BATCH)
+    fit(GradientCheckpointing(True), pieces := WatchFused(), module=make_module(**options), **ONE_BATCH)
     assert any(gradient.any() for gradient in plain.gradients.values())
     for name, gradient in plain.gradients.items():  # sums of pieces are rounded otherwise
         assert (pieces.gradients[name] - gradient).norm() <= 0.01 * gradient.norm()
 
 
 def test_offload_does_nothing_on_a_cpu_and_says_so(fit, capsys):
-    fit(GradientCheckpointing(), usual := Watch(), **ONE_BATCH)
-    fit(GradientCheckpointing(offload=True), offloaded := Watch(), **ONE_BATCH)
+    fit(GradientCheckpointing(True), usual := Watch(), **ONE_BATCH)
+    fit(GradientCheckpointing(True, offload=True), offloaded := Watch(), **ONE_BATCH)
     assert capsys.readouterr().out.count("gradient_checkpointing.offload does nothing here") == 1
     assert offloaded.kept_bytes == usual.kept_bytes
     assert same(offloaded.gradients, usual.gradients)
 
 
-@pytest.mark.parametrize(("options", "runs"), [({"every_n_layers": 2}, [2, 1]), ({"enabled": False}, [1, 1])])
+@pytest.mark.parametrize(
+    ("options", "runs"), [({"enabled": True, "every_n_layers": 2}, [2, 1]), ({"enabled": False}, [1, 1])]
+)
 def test_every_nth_layer_runs_again_or_none(fit, options, runs):
     fit(GradientCheckpointing(**options), watch := Watch(), **ONE_BATCH)
     assert watch.runs == runs
@@ -100,7 +111,7 @@ def test_every_nth_layer_runs_again_or_none(fit, options, runs):
 def test_a_whole_run_is_bit_for_bit_that_without_it(fit, make_module, adapter_of, assert_same, dropout):
     options = {"accumulate_grad_batches": 2, "val_check_interval": 4, "limit_val_batches": 1}
     _, plain = fit(module=make_module(dropout=dropout), **options)
-    _, checkpointed = fit(GradientCheckpointing(), module=make_module(dropout=dropout), **options)
+    _, checkpointed = fit(GradientCheckpointing(True), module=make_module(dropout=dropout), **options)
     assert_same(adapter_of(checkpointed), adapter_of(plain))
 
 
@@ -111,9 +122,9 @@ class Fails(Callback):
 
 def test_it_is_off_again_after_a_fit_also_after_one_that_fails(fit, make_module):
     module = make_module()
-    fit(GradientCheckpointing(every_n_layers=2), module=module, **ONE_BATCH)
+    fit(GradientCheckpointing(True, every_n_layers=2), module=module, **ONE_BATCH)
     with pytest.raises(KeyError):
-        fit(GradientCheckpointing(), Fails(), module=module, **ONE_BATCH)
+        fit(GradientCheckpointing(True), Fails(), module=module, **ONE_BATCH)
     assert not any(getattr(part, "gradient_checkpointing", False) for part in module.causal_lm.modules())
     assert not module.causal_lm.get_input_embeddings()._forward_hooks
     fit(watch := Watch(), module=module, **ONE_BATCH)

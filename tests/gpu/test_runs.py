@@ -41,7 +41,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows
 
 
 def test_inputs_of_layers_in_host_memory_give_the_same_bits(base, rows_file, tmp_path):
-    callbacks = GradientCheckpointing(), GradientCheckpointing(offload=True)
+    callbacks = GradientCheckpointing(True), GradientCheckpointing(True, offload=True)
     ends = [train(tmp_path / f"{each.offload}", base, rows_file, each) for each in callbacks]
     assert same(ends[0]["state_dict"], ends[1]["state_dict"])
 

@@ -67,8 +67,8 @@ def test_parts_and_memory_that_runs_out_change_no_result(tiny_base, tmp_path, wh
     file, adapter, metrics = whole
     module, same_adapter, same_metrics = train(tiny_base, file, tmp_path, **options)
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
-    assert metrics["val_loss"] == pytest.approx(same_metrics["val_loss"], rel=1e-5)
-    assert metrics["train_loss"] == pytest.approx(same_metrics["train_loss"], rel=1e-5)
+    assert float(metrics["val_loss"]) == pytest.approx(float(same_metrics["val_loss"]), rel=1e-5)
+    assert float(metrics["train_loss"]) == pytest.approx(float(same_metrics["train_loss"]), rel=1e-5)
     assert module.passes > 2 * len(module.fails) + 4
 
 

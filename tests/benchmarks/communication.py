@@ -107,8 +107,8 @@ def table() -> list[str]:
 
 def measure(folder: Path, strategy: str) -> dict[str, Any]:
     """Train SmolLM2 for three steps on two processes; return what ``Traffic`` has found in the last."""
-    traffic = {"class_path": "traffic.Traffic", "init_args": {"file": "traffic.json"}}
-    trainer = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 4, "callbacks": [traffic]}
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 4, "default_root_dir": "run"}
+    trainer["callbacks"] = [{"class_path": "hooks.Traffic"}]
     rows = str(ROOT / "configs" / "quickstart" / "train.jsonl")
     model = {"base": BASE, "compute_dtype": "bf16"}
     config = {"model": model, "data": {"train": rows, "batch_size": 1}, "trainer": trainer, "evaluation": None}
@@ -117,7 +117,7 @@ def measure(folder: Path, strategy: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "distributed"), str(ROOT)])}
     command = [*torchrun, "-m", "qlora_lightning", "fit", "--config", "traffic.yaml"]
     subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads((folder / "traffic.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "run" / "traffic.json").read_text())
     return found
 
 

@@ -35,29 +35,25 @@ RUNS = {
     },
     "two": {"data": {**ROWS, "batch_size": 1}, "trainer": {**TRAINER, "devices": 2, "strategy": "ddp"}},
 }
-# the run, the batches at whose beginning a signal comes in its first life and those after it, and the steps saved then
-SIGNALS = [
-    ("rows", [1], [1]),  # inside a window, which ends first
-    ("rows", [2], [1]),  # in the last batch of a window, with a validation due
-    ("rows", [4], [1]),  # in that validation, which is run again as a whole
-    ("rows", [6, 3, 10], [2, 3, 6]),
-    ("epochs", [7], [3]),  # in the last batch of an epoch, with a validation due
-    ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
-    ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
-    ("packed", [13], [4]),
-    ("stream", [5], [2]),
-    ("stream", [3, 4], [1, 2]),
-    ("pairs", [1, 3], [1, 2]),
-]
-KILLS = [
-    ("rows", 6, 1),  # inside a window
-    ("rows", 8, 1),  # before the first batch of a validation: its step is not saved
-    ("epochs", 17, 5),
+CRASH, SIGTERM = 0, 15
+# the run, how its lives end, the batches of each life at whose beginning that is, and the steps saved then
+STOPS = [
+    # inside a window, which ends first; in a validation, which is run again as a whole; in the last batch of a window
+    # with a validation due; in the last batch of an epoch; in the last window of the run
+    ("rows", SIGTERM, [1, 0, 4, 3, 10], [1, 1, 2, 3, 6]),
+    # in the last batch of an epoch, with a validation due; in that validation; in the last batch of the run
+    ("epochs", SIGTERM, [7, 0, 9], [3, 3, 6]),
+    ("no-validation", SIGTERM, [7], [3]),  # in the last batch of an epoch, with nothing behind it
+    ("packed", SIGTERM, [13], [4]),
+    ("stream", SIGTERM, [3, 4], [1, 2]),
+    ("pairs", SIGTERM, [1, 3], [1, 2]),
+    ("rows", CRASH, [6, 3], [1, 1]),  # inside a window; before the first batch of a validation: its step is not saved
+    ("epochs", CRASH, [17], [5]),
 ]
 
 
-def fit(kind, run, at=None, number=15, rank=0):
-    """The command of one life of a run, which a signal ends if a batch is named."""
+def fit(kind, run, at=None, number=SIGTERM, rank=0):
+    """The command of one life of a run, which ends early if a batch is named."""
     command = ["fit", "--config", f"resume-{kind}.yaml", "--ckpt_path", "last"]
     command += ["--trainer.default_root_dir", f"resume/{run}"]
     ask = {"class_path": "tests.distributed.hooks.Ask", "init_args": {"at": at, "number": number, "rank": rank}}
@@ -102,22 +98,17 @@ def assert_same_end(whole, run):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("kind", "stops", "steps"), SIGNALS)
-def test_a_run_that_a_signal_stops_resumes_to_the_same_end(runs, whole, kind, stops, steps):
-    run = runs / "resume" / f"{kind}-{stops}"
+@pytest.mark.parametrize(("kind", "number", "stops", "steps"), STOPS)
+def test_a_run_that_is_stopped_resumes_to_the_same_end(runs, whole, kind, number, stops, steps):
+    run = runs / "resume" / f"{kind}-{number}"
     for at, step in zip(stops, steps, strict=True):
-        assert main(fit(kind, run.name, at)) == 128 + 15
+        command = fit(kind, run.name, at, number)
+        if number == CRASH:
+            with pytest.raises(MachineFailed):
+                main([*command, "--adapter_checkpoint.every_n_train_steps", "1"])
+        else:
+            assert main(command) == 128 + number
         assert step_of(run) == step
-    assert main(fit(kind, run.name)) == 0
-    assert_same_end(whole(kind), run)
-
-
-@pytest.mark.parametrize(("kind", "at", "step"), KILLS)
-def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, step):
-    run = runs / "resume" / f"{kind}-killed-{at}"
-    with pytest.raises(MachineFailed):
-        main([*fit(kind, run.name, at, number=0), "--adapter_checkpoint.every_n_train_steps", "1"])
-    assert step_of(run) == step
     assert main(fit(kind, run.name)) == 0
     assert_same_end(whole(kind), run)
 

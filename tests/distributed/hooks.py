@@ -2,10 +2,7 @@
 
 import json
 import os
-import resource
 import signal
-import socket
-import struct
 import subprocess
 import time
 from pathlib import Path
@@ -87,33 +84,6 @@ class Weigh(Callback):
                 held["layers" if ".layers." in name else "others"] += part.nbytes
         folder = Path(trainer.default_root_dir)
         (folder / f"held-{trainer.global_rank}.json").write_text(json.dumps(held))
-
-
-class Traffic(Callback):
-    """Write the bytes that rank 0 sends in its third batch, the seconds of the one before, and the peak memory."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
-            self.began = time.perf_counter()
-        elif batch_idx == 2:
-            self.seconds, self.before = time.perf_counter() - self.began, bytes_sent()
-        elif batch_idx == 3 and trainer.global_rank == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            facts = {"sent": bytes_sent() - self.before, "seconds": self.seconds, "peak_bytes": peak}
-            (Path(trainer.default_root_dir) / "traffic.json").write_text(json.dumps(facts))
-
-
-def bytes_sent() -> int:
-    """Return how many bytes the open TCP sockets of this process have sent and seen acknowledged, by Linux's count."""
-    total = 0
-    for file in Path("/proc/self/fd").iterdir():
-        if not file.is_socket():
-            continue
-        with socket.socket(fileno=os.dup(int(file.name))) as each:
-            if each.type == socket.SOCK_STREAM and each.family in (socket.AF_INET, socket.AF_INET6):
-                information = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
-                total += struct.unpack_from("Q", information, 120)[0]  # tcpi_bytes_acked
-    return total
 
 
 class DieOnce(Callback):

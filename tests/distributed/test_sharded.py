@@ -28,10 +28,8 @@ ALIKE = {  # what slow runs differ in
     "plain": ["--model.fast", "false", *CHECKPOINTING],
     "accumulated": [*ACCUMULATED, "--trainer.max_steps", "2"],
     "filler": ["--data.train", "nine.jsonl", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
-    "none": ["--model.quantization", "none"],
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false", "--model.neftune_alpha", "5"],
     "tied": ["--model.base", "tiny"],
-    "rows": ["--model.lora_options", '{"trainable_token_indices": [1, 2, 3]}'],
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 TWO_LAYERS = json.dumps({"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}})
@@ -59,7 +57,7 @@ def runs(folder):
     save_tokenizer(folder / "untied", (folder / "rows.jsonl").read_text().splitlines(), size=512)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_random_llama(folder / "untied", torch.float32, **sizes, tie_word_embeddings=False)
-    callbacks = [{"class_path": "hooks.Weigh"}, {"class_path": "hooks.Traffic"}]
+    callbacks = [{"class_path": "hooks.Weigh"}, {"class_path": "tests.benchmarks.communication.Traffic"}]
     model, trainer = {**CONFIG["model"], "base": "untied"}, {**CONFIG["trainer"], "callbacks": callbacks}
     (folder / "sharded.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "trainer": trainer}))
     return folder

@@ -7,7 +7,7 @@ import time
 import pytest
 from filelock import FileLock
 
-from qlora_lightning.base.cache import cached_folder, check_entry, clear_entries, find_entry, hash_key, list_entries
+from qlora_lightning.base.cache import cached_folder, clear_entries, find_entry, hash_key, list_entries
 from qlora_lightning.support.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -52,17 +52,6 @@ def test_a_damaged_entry_is_built_again_with_a_notice(damage, caplog):
     assert cached_folder("unpacked", {}, build, "thing") == folder
     assert (folder / "text").read_bytes() == b"abc"
     assert caplog.text.count("thing is damaged or unfinished") == 1
-
-
-def test_weights_that_were_left_unread_are_checked_before_they_are_used(tmp_path):
-    folder = cached_folder("unpacked", {}, build, "thing")
-    for sound in (folder, tmp_path):  # which is no entry
-        check_entry(sound)
-    flip(folder / "sub" / "x.safetensors")
-    assert cached_folder("unpacked", {}, build_no_more, "thing", check_weights=False) == folder
-    with pytest.raises(UserError, match=r"x\.safetensors is damaged"):
-        check_entry(folder)
-    assert find_entry("unpacked", {}, check_weights=False) is None  # the next start makes it again
 
 
 @pytest.mark.parametrize(

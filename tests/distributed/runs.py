@@ -1,4 +1,8 @@
-"""Runs commands on several processes of this machine's CPU, by gloo, and on one process to compare with."""
+"""Runs commands on several processes of this machine's CPU, by gloo, and on one process to compare with.
+
+As a script it is what each process of a launch runs: several commands one after another, so that starting is paid for
+once. Its argument is a file, a JSON list of argument lists.
+"""
 
 import csv
 import json
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qlora_lightning.cli import main
 from tests.equality import read_adapter
 
 HERE = Path(__file__).parent
@@ -33,15 +38,13 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": path}
 
 
-def launch(
-    folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0, script: str = "run_commands.py"
-) -> str:
+def launch(folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0) -> str:
     """Run commands one after another on processes that torchrun starts at the same moment; gives what they printed."""
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*torchrun, HERE / script, file],
+        [*torchrun, __file__, file],
         cwd=folder,
         env=environment(folder),
         timeout=timeout,
@@ -50,6 +53,7 @@ def launch(
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout
+    assert "code 2: " not in done.stdout, done.stdout
     return done.stdout
 
 
@@ -63,3 +67,8 @@ def distance(one: Path, other: Path) -> float:
     a, b = (read_adapter(run) for run in (one, other))
     moved = sum(tensor.square().sum() for name, tensor in a.items() if "lora_B" in name)
     return float(torch.sqrt(sum((a[name] - b[name]).square().sum() for name in a) / moved))
+
+
+if __name__ == "__main__":
+    for argv in json.loads(Path(sys.argv[1]).read_text()):
+        print(f"\ncode {main(argv)}: {argv[-1]}", flush=True)

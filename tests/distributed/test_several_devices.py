@@ -4,9 +4,11 @@ Each ends in the same bytes: by Lightning's launcher, sharded, by two of torchru
 by Ray after a worker was killed.
 """
 
+import contextlib
 import importlib.util
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -103,3 +106,36 @@ def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_r
         assert "Usage reporting is disabled" in "".join(file.read_text() for file in Path(logs).rglob("dashboard.log"))
     assert (folder / "died").exists()
     assert adapter_bytes(folder / "ray") == whole
+
+
+# ---- a process that dies takes the others with it --------------------------------------------------------------------
+
+KILLED, FAILED = " without a word: killed", ": ValueError: no rows left"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "rank", "error", "others_sleep", "code", "words"),
+    [
+        ("ddp", 2, 0, None, 100.0, -signal.SIGKILL, KILLED),  # asleep: as over NCCL, which does not notice
+        ("ddp", 3, 1, "no rows left", 100.0, 1, FAILED),
+        ("ddp_sharded", 2, 1, None, 0.0, 1, KILLED),
+    ],
+)
+def test_a_process_that_dies_ends_the_others_which_say_who_and_why(
+    folder, strategy, processes, rank, error, others_sleep, code, words
+):
+    name = f"die-{strategy}-{processes}"
+    die = {"class_path": "hooks.Die", "init_args": {"rank": rank, "error": error, "others_sleep": others_sleep}}
+    trainer = {**CONFIG["trainer"], "devices": processes, "strategy": strategy, "callbacks": [die]}
+    config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}, "trainer": trainer}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
+    ended = start(folder, [*command, "--trainer.default_root_dir", name], f"{name}.log").wait(120)
+    for other in range(processes):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int((folder / f"pid-{other}").read_text())).wait(timeout=30)
+    said = (folder / f"{name}.log").read_text()
+    assert ended == code, said
+    sentence = f"process {rank} of {processes} (counted from 0) on {socket.gethostname()} ended{words}"
+    assert said.count(sentence) == processes - 1, said
+    assert ("Traceback" in said) is (error is not None)

@@ -9,6 +9,7 @@ import yaml
 from qlora_lightning import ShardedDDPStrategy
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.support.errors import UserError
+from tests.benchmarks.communication import sent
 from tests.distributed.runs import CONFIG, launch, metrics
 from tests.equality import adapter_bytes
 from tests.random_base import save_random_llama, save_tokenizer
@@ -27,10 +28,8 @@ ALIKE = {  # what slow runs differ in
     "plain": ["--model.fast", "false", *CHECKPOINTING],
     "accumulated": [*ACCUMULATED, "--trainer.max_steps", "2"],
     "filler": ["--data.train", "nine.jsonl", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
-    "none": ["--model.quantization", "none"],
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false", "--model.neftune_alpha", "5"],
     "tied": ["--model.base", "tiny"],
-    "rows": ["--model.lora_options", '{"trainable_token_indices": [1, 2, 3]}'],
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 TWO_LAYERS = json.dumps({"class_path": "qlora_lightning.ShardedDDPStrategy", "init_args": {"offload": 2}})
@@ -45,20 +44,22 @@ def both(name, *arguments, **config):
     return [fit(name, *arguments, *WHOLE, **config), fit(f"{name}-sharded", *arguments, *SHARDED, **config)]
 
 
+def stopped(name, first, then, *arguments):
+    """The commands of a run that ends after its second step, and of its third; others are run in between."""
+    run = fit(name, *ACCUMULATED, *arguments)
+    return [[*run, *first, "--trainer.max_steps", "2"], [*run, *then, "--ckpt_path", "last"]]
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The folder of the runs, with a base of four layers that ties nothing, and its configs."""
+    """The folder of the runs, with a base of four layers that ties nothing, and their config."""
     (folder / "untied").mkdir()
     save_tokenizer(folder / "untied", (folder / "rows.jsonl").read_text().splitlines(), size=512)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
     save_random_llama(folder / "untied", torch.float32, **sizes, tie_word_embeddings=False)
-    hooks = {
-        "sharded": {"class_path": "hooks.Weigh"},
-        "saves": {"class_path": "hooks.SaveAt", "init_args": {"batches": [4], "folder": "saved"}},
-    }
-    for name, hook in hooks.items():
-        model, trainer = {**CONFIG["model"], "base": "untied"}, {**CONFIG["trainer"], "callbacks": [hook]}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "trainer": trainer}))
+    callbacks = [{"class_path": "hooks.Weigh"}, {"class_path": "tests.benchmarks.communication.Traffic"}]
+    model, trainer = {**CONFIG["model"], "base": "untied"}, {**CONFIG["trainer"], "callbacks": callbacks}
+    (folder / "sharded.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model, "trainer": trainer}))
     return folder
 
 
@@ -68,8 +69,8 @@ def usual(runs):
     predict = ["predict", "--config", "usual-sharded/config.yaml", "--data.predict", "nine.jsonl"]
     commands = [*both("usual", *EVALUATED), [*predict, "--trainer.default_root_dir", "usual", *WHOLE]]
     commands += [[*predict, "--trainer.default_root_dir", "usual-sharded"]]
-    commands += [fit("saves", *ACCUMULATED, *SHARDED, config="saves.yaml")]
-    commands += [fit("resumed", *ACCUMULATED, *WHOLE, "--ckpt_path", "saved/4.ckpt")]
+    begun, resumed = stopped("stopped", SHARDED, WHOLE)
+    commands += [begun, *both("traffic", "--trainer.max_steps", "4"), fit("in-peace", *ACCUMULATED, *SHARDED), resumed]
     launch(runs, commands)
 
 
@@ -106,7 +107,16 @@ def test_each_process_holds_half_of_layers_and_of_embedding_and_head(runs, rank)
 
 @pytest.mark.usefixtures("usual")
 def test_a_checkpoint_of_it_goes_on_with_a_whole_one(runs):
-    assert adapter_bytes(runs / "saves") == adapter_bytes(runs / "resumed")
+    assert adapter_bytes(runs / "in-peace") == adapter_bytes(runs / "stopped")
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize(("name", "micro_batches"), [("traffic", 0), ("traffic-sharded", 1)])
+def test_a_step_sends_gradients_once_and_a_sharded_layer_once_in_each_direction(runs, name, micro_batches):
+    shape = json.loads((runs / "untied" / "config.json").read_text())
+    expected = sent(shape, CONFIG["model"]["rank"], 2, micro_batches, dtype_size=4)
+    found = json.loads((runs / name / "traffic.json").read_text())["sent"]
+    assert expected <= found < 1.1 * expected + 10_000  # messages have heads
 
 
 @pytest.mark.slow
@@ -124,11 +134,11 @@ def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
 @pytest.mark.slow
 def test_three_processes_train_and_resume_as_a_whole_one(runs):
     """From three on shards are of unlike sizes, and a sum depends on its order."""
-    three = [*ACCUMULATED, "--trainer.devices", "3"]
-    commands = [fit("three", *three, *WHOLE, config="saves.yaml"), fit("three-sharded", *three, *SHARDED)]
-    launch(runs, [*commands, fit("three-resumed", *three, *SHARDED, "--ckpt_path", "saved/4.ckpt")], processes=3)
+    three = ["--trainer.devices", "3"]
+    begun, resumed = stopped("three-stopped", WHOLE, SHARDED, *three)
+    launch(runs, [begun, *both("three", *ACCUMULATED, *three), resumed], processes=3)
     assert_same(runs, "three")
-    assert adapter_bytes(runs / "three") == adapter_bytes(runs / "three-resumed")
+    assert adapter_bytes(runs / "three") == adapter_bytes(runs / "three-stopped")
 
 
 @pytest.mark.slow

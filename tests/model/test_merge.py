@@ -30,7 +30,6 @@ def dense(module):
     ("quantization", "double_quant", "dtype", "cache"),
     [
         ("fp4", False, torch.float32, False),  # quantized again
-        ("int8", True, torch.bfloat16, True),
         ("int8", True, torch.bfloat16, False),
     ],
 )

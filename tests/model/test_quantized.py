@@ -1,6 +1,7 @@
-"""The frozen base: stored as asked, the same bits from the cache and again."""
+"""The frozen base: stored as asked, the same bits from the cache and again, in a dtype that the machine has."""
 
 import json
+import re
 import shutil
 
 import bitsandbytes as bnb
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.activations import GELUActivation
 
 from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from qlora_lightning.support.errors import UserError
 from tests.equality import base_tensors, same
 
@@ -102,3 +104,27 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
     store_quantized(tiny_base, tmp_path / "stored", **NF4, llm_int8_skip_modules=left_out)
     with pytest.raises(UserError, match=words):
         load(tmp_path / "stored", quantization)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "hardware", "dtype", "words"),
+    [
+        ("auto", "cpu", {}, torch.bfloat16, None),
+        ("auto", "cpu", {"capabilities": {"avx512_bf16": False}}, torch.float32, "no bf16 .* computed in fp32"),
+        ("bf16", "cpu", {"capabilities": {}}, torch.bfloat16, "no bf16: products take up to a hundred times as long"),
+        ("auto", "cuda", {}, torch.bfloat16, None),
+        ("auto", "cuda", {"capability": (7, 5)}, torch.float16, "products are computed in fp16"),
+        ("bf16", "cuda", {"capability": (7, 5)}, UserError, "only emulates: set it to fp16, or to auto"),
+    ],
+)
+def test_dtypes_are_chosen_by_the_hardware_and_slow_ones_announced(monkeypatch, name, device, hardware, dtype, words):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hardware.get("capabilities", {"avx512_bf16": True}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hardware.get("capability", (8, 0)))
+    device = torch.device(device)
+    if dtype is UserError:
+        with pytest.raises(UserError, match=words):
+            choose_compute_dtype(name, device)
+        return
+    assert choose_compute_dtype(name, device) == dtype
+    found = explain_dtype(name, device)
+    assert found is None if words is None else re.search(words, found)

@@ -1,11 +1,10 @@
-"""A file is whole or as it was, whatever the disk does; JSON that is cut off is rejected."""
+"""A file is whole or as it was, whatever the disk does."""
 
 import errno
 
 import pytest
 
-from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object, write_whole
+from qlora_lightning.support.files import write_whole
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -28,18 +27,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "a.txt", "new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"a.txt": "old"}
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b'{"name": ', "a.json is not JSON, or it is cut off (Expecting value: line 1 column 10 (char 9))."),
-        (b"[]", "a.json: expected a JSON object, found list."),
-    ],
-)
-def test_a_json_object_is_refused_with_what_to_do(tmp_path, content, words):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_json_object(tmp_path / "a.json", "Make it again.")
-    assert words in str(caught.value)
-    assert str(caught.value).endswith(" Make it again.")

@@ -1,4 +1,4 @@
-"""The adapter folder: what plain PEFT loads, whole or not at all, and rejected if it is damaged."""
+"""The adapter folder: what plain PEFT loads, whole or not at all; rejected if its tensors, base or shape do not fit."""
 
 import json
 import os
@@ -14,9 +14,11 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
+from qlora_lightning.model.load.build import find_adapter
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_adapter
 from tests.dying import MachineFailed
+from tests.equality import same
 from tests.steps import make_module
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -153,3 +155,44 @@ def test_tensors_that_do_not_fit_are_rejected(tiny_base, tmp_path, change, sente
     save_file(tensors, tmp_path / "adapter" / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=sentence):
         make_module(tiny_base, adapter=str(tmp_path / "adapter"))
+
+
+# ---- its base and shape ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, tmp_path_factory):
+    """A module of rank 4 whose B is not zero, and its adapter folder."""
+    module = make_module(tiny_base, target_modules="attention")
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    module.save_adapter(folder)
+    return module, folder
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(made, tiny_base, tmp_path):
+    folder = shutil.copytree(made[1], tmp_path / "run" / "adapter")
+    change(folder / "qlora_lightning.json", base="./models/gone")
+    assert find_adapter(folder.parent).base.folder == tiny_base
+    change(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"The base of .* is not found\. Base './models/gone'.*name it with --base"):
+        find_adapter(folder)
+    assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
+
+
+def test_training_continues_with_the_shape_of_the_folder(tiny_base, made):
+    module, folder = made
+    again = make_module(tiny_base, adapter=str(folder), rank=8)  # the default: not asked for
+    assert again.identity["adapter"] == module.identity["adapter"]
+    again = make_module(
+        tiny_base, adapter=str(folder), alpha=8.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+def test_another_quantization_than_the_folders_is_rejected(tiny_base, made):
+    with pytest.raises(UserError, match=r"with model\.quantization nf4, but here it is int8"):
+        make_module(tiny_base, adapter=str(made[1]), quantization="int8")

@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
-from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
@@ -103,30 +102,18 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module")
-def llama():
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes))
-
-
 @pytest.mark.parametrize(
-    ("target_modules", "layers", "endings", "of_layers"),
+    ("settings", "endings", "layers"),
     [
-        ("all-linear", "all", ATTENTION + MLP, [0, 1, 2, 3]),
-        ("attention", "all", ATTENTION, [0, 1, 2, 3]),
-        ("mlp", "last:2", MLP, [2, 3]),
-        (["self_attn.q_proj", "v_proj"], [1, 0], ["q_proj", "v_proj"], [0, 1]),
-        (r"model\.layers\.1\.mlp\.(up|down).*", "all", ["up_proj", "down_proj"], [1]),
+        ({}, ATTENTION + MLP, [0, 1]),
+        ({"target_modules": "attention"}, ATTENTION, [0, 1]),
+        ({"target_modules": "mlp", "layers": "last:1"}, MLP, [1]),
+        ({"target_modules": ["self_attn.q_proj", "v_proj"], "layers": [1, 0]}, ["q_proj", "v_proj"], [0, 1]),
+        ({"target_modules": r"model\.layers\.1\.mlp\.(up|down).*"}, ["up_proj", "down_proj"], [1]),
     ],
 )
-def test_presets_names_expressions_and_layers_select_these(llama, target_modules, layers, endings, of_layers):
+def test_presets_names_expressions_and_layers_select_these(tiny_base, settings, endings, layers):
+    found = make(tiny_base, **settings).base_model.targeted_module_names
     parts = {"self_attn": ATTENTION, "mlp": MLP}
-    expected = [
-        f"model.layers.{layer}.{part}.{name}"
-        for layer in of_layers
-        for part, names in parts.items()
-        for name in names
-        if name in endings
-    ]
-    assert resolve_targets(llama, target_modules, layers) == expected
+    names = [f"{part}.{name}" for part, all_names in parts.items() for name in all_names if name in endings]
+    assert sorted(found) == sorted(f"model.layers.{layer}.{name}" for layer in layers for name in names)

@@ -1,9 +1,10 @@
-"""A run that would train on for nothing is stopped: by losses, gradients, settings, token ids. The base stays."""
+"""A run that would train on for nothing is stopped: by losses, gradients, token ids, memory. The base stays."""
 
 import contextlib
 import copy
 import logging
 import math
+import re
 
 import lightning
 import pytest
@@ -176,22 +177,51 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
             module.compute_loss(batch)
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Hungry(QLoRAModule):
+    """Runs out of memory in backward, or in the optimizer's step."""
+
+    when = "backward"
+
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        if self.when == "backward":
+            sums.nll_sum.register_hook(self.run_out)
+        return sums
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.run_out()
+
+    def run_out(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("when", ["backward", "optimizer"])
+def test_out_of_memory_is_one_sentence_with_the_batch_the_peak_and_what_helps(train, monkeypatch, when):
+    monkeypatch.setattr(Hungry, "when", when)
+    with pytest.raises(UserError) as reported:
+        train(Hungry)
+    batch = r"a batch of 2 rows and \d+ tokens, the longest row \d+"
+    place = "the optimizer's step" if when == "optimizer" else batch
+    helps = r"data\.batch_size .* gradient_checkpointing\.enabled: true.*"
+    pattern = rf"Out of memory on cpu in {place}; the peak was \d+\.\d\d of \d+\.\d\d GiB\. What helps: {helps}"
+    assert re.fullmatch(pattern, str(reported.value))
+
+
 # ---- the base --------------------------------------------------------------------------------------------------------
-
-
-class Before(Callback):
-    """Copies the base before the first step."""
-
-    def on_fit_start(self, trainer, pl_module):
-        self.base = base_tensors(pl_module)
 
 
 @pytest.mark.parametrize(
     ("quantization", "scales"), [("nf4", {"absmax", "nested_absmax", "offset"}), ("int8", {"SCB"}), ("none", set())]
 )
-def test_training_validating_and_saving_change_no_bit_of_the_base(train, quantization, scales):
-    often = {"enable_checkpointing": True, "val_check_interval": 4, "limit_val_batches": 1}
-    before = Before()
-    train(QLoRAModule, before, AdapterCheckpoint(), val=True, trainer_options=often, quantization=quantization)
-    assert {name.rpartition(".")[2] for name in before.base} == scales | {"weight"}
-    assert same(base_tensors(train.module), before.base)
+def test_training_validating_and_saving_change_no_bit_of_the_base(tiny_base, rows_file, tmp_path, quantization, scales):
+    module = QLoRAModule(str(tiny_base), quantization=quantization)
+    module.configure_model()
+    before = base_tensors(module)
+    assert {name.rpartition(".")[2] for name in before} == scales | {"weight"}
+    options = {"max_epochs": 1, "val": True, "val_check_interval": 4, "enable_checkpointing": True}
+    fit(module, tmp_path, rows_file, callbacks=[AdapterCheckpoint()], **options)
+    assert same(base_tensors(module), before)

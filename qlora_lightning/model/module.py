@@ -26,7 +26,7 @@ from qlora_lightning.model.load.build import assemble_model, report_model
 from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import is_flat
+from qlora_lightning.model.step.batch import filler_of, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.micro_batches import MicroBatches
@@ -321,6 +321,14 @@ class QLoRAModule(lightning.LightningModule):
             cut = self._cut(batch).to(self.device).bind(batch)
         return cut.parts(batch)
 
+    def _parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Cut a batch; under a sharded base, where a pass is one of all processes, each has as many parts."""
+        parts = self.micro_batches(batch)
+        if self.sharded_base is not None:
+            missing = self.sharded_base.largest(len(parts)) - len(parts)
+            parts += [self.micro_batches(filler_of(batch))[0] for _ in range(missing)]
+        return parts
+
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
         pads = forward.pads_samples(self.causal_lm, self.device)
         return MicroBatches.cut(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
@@ -363,7 +371,7 @@ class QLoRAModule(lightning.LightningModule):
         """Compute and add up the gradients of a batch; return its mean loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in self.micro_batches(batch):
+        for part in self._parts_of_step(batch):
             sums = self.compute_loss(part)
             rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
             self.window.add(sums, rows)
@@ -413,15 +421,20 @@ class QLoRAModule(lightning.LightningModule):
         self._update(self.test_statistics, batch)
 
     def _update(self, statistics: losses.TokenStatistics, batch: dict[str, Any]) -> None:
-        for sums in self.run_in_parts(batch, self.compute_loss):
+        for sums in self.run_in_parts(batch, self.compute_loss, self._parts_of_step):
             statistics.update(sums)
 
-    def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
+    def run_in_parts(
+        self,
+        batch: dict[str, Any],
+        compute: Callable[[dict[str, Any]], _Result],
+        cut: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
+    ) -> list[_Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
         results = list[_Result]()
 
         def run() -> None:
-            results[:] = [compute(part) for part in self.micro_batches(batch)]
+            results[:] = [compute(part) for part in (cut or self.micro_batches)(batch)]
 
         while not self.micro_batch_size.attempt(self, batch, run):
             pass

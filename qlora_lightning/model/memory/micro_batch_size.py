@@ -62,6 +62,11 @@ class MicroBatchSize:
             if not is_out_of_memory(error):
                 raise
             words = str(error).partition("\n")[0]
+        if module.sharded_base is not None:  # the other processes wait in their passes
+            raise UserError(
+                f"Out of memory on {module.device} under a sharded base: {words} Set model.micro_batch_tokens "
+                f"to less than {self.tokens:,}, or gradient_checkpointing.enabled to true."
+            )
         self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
         return False
 

@@ -140,6 +140,10 @@ class ShardedBase:
                 module.reshard()
             now = self._all_reduce_min(wanted)
 
+    def largest(self, number: int) -> int:
+        """Return the largest number that a process has."""
+        return -self._all_reduce_min(-number)
+
     def _all_reduce_min(self, number: int) -> int:
         smallest = torch.tensor(number, device=self._device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from qlora_lightning.model.step.layout import find_computed
+from qlora_lightning.model.step.layout import IGNORED, find_computed
 from qlora_lightning.support.errors import UserError
 
 
@@ -83,6 +84,17 @@ def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: S
     part["cu_seqlens"] = batch["cu_seqlens"][first : last + 1] - start
     part["longest"] = max(after - before for before, after in itertools.pairwise(cu_seqlens[first : last + 1]))
     return part
+
+
+def filler_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of the first row, without labels and of no row's number: it takes a pass, and changes nothing."""
+    cu_seqlens = batch["cu_seqlens"].tolist()
+    first = slice_samples(batch, 0, 2 if batch.get("pairs") else 1, cu_seqlens)
+    labels, row_ids = torch.full_like(first["labels"], IGNORED), torch.full_like(first["row_ids"], -1)
+    return {name: each for name, each in first.items() if name != "micro_batches"} | {
+        "labels": labels,
+        "row_ids": row_ids,
+    }
 
 
 def computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence[int]], int]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_lightning.data.preferences import PreferenceDataModule
     from qlora_lightning.model.module import QLoRAModule
     from qlora_lightning.model.preferences import PreferenceModule
-    from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+    from qlora_lightning.model.sharded import ShardedDDPStrategy
     from qlora_lightning.model.step.loss import LossSums
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ _HOMES = {
     "PreferenceDataModule": "qlora_lightning.data.preferences",
     "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
-    "ShardedDDPStrategy": "qlora_lightning.model.sharded.strategy",
+    "ShardedDDPStrategy": "qlora_lightning.model.sharded",
 }
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
-from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_in_logs
+from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_everywhere
 from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -161,7 +161,7 @@ def _says_something(record: logging.LogRecord) -> bool:
 
 def _prepare_process() -> None:
     """Set what must be set before libraries are imported, and keep away what they say that helps nobody."""
-    show_controls_in_logs()
+    show_controls_everywhere()
     # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -13,7 +13,7 @@ import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import LostProcess, TrainingStopped
 from qlora_lightning.support.trainer import callbacks_of

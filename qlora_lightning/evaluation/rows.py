@@ -14,7 +14,7 @@ from qlora_lightning.evaluation.comparison import BASE, Answer, RowResult
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.lora import without_adapters
 from qlora_lightning.model.answers import dense_weights
-from qlora_lightning.model.sharded.sharded_base import collective_passes
+from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of

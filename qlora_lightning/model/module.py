@@ -236,7 +236,7 @@ class QLoRAModule(lightning.LightningModule):
     @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
-        return lora.causal_lm_of(self.model)
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32."""

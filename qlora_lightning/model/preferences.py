@@ -15,7 +15,7 @@ from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
 from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded.sharded_base import collective_passes
+from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists

@@ -4,7 +4,10 @@ import contextlib
 import logging
 import os
 import select
+import sys
+import traceback
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -50,9 +53,13 @@ class _VisibleRecord(logging.LogRecord):
         return show_controls(super().getMessage())
 
 
-def show_controls_in_logs() -> None:
-    """Show control characters in what any library logs."""
+def show_controls_everywhere() -> None:
+    """Show control characters in what any library logs or warns of, and in a traceback."""
     logging.setLogRecordFactory(_VisibleRecord)
+    format_warning = warnings.formatwarning
+    if getattr(format_warning, "__module__", "") == "warnings":  # not yet ours
+        warnings.formatwarning = lambda *args, **kwargs: show_controls(format_warning(*args, **kwargs))
+    sys.excepthook = lambda *error: print(show_controls("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 @contextlib.contextmanager

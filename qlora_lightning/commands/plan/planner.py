@@ -24,7 +24,7 @@ from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded.strategy import SHARDED_STRATEGIES, ShardedDDPStrategy
+from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length, computed_counter
 from qlora_lightning.support.errors import UserError
 

@@ -107,11 +107,6 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     return adapted
 
 
-def causal_lm_of(model: Any) -> Any:
-    """Return the model of transformers inside PEFT's wrapper, or one without a wrapper itself."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

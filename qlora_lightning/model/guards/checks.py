@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint
-from qlora_lightning.model.sharded.strategy import ShardedDDPStrategy
+from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length, format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of
@@ -124,10 +124,6 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
     )
 
 
-def _is_zero(lora_B: nn.Parameter | None) -> bool:
-    return lora_B is not None and not lora_B.detach().any()
-
-
 def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
     """Reject trainable tensors that the optimizer was not given, or that get no gradient.
 
@@ -137,11 +133,12 @@ def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.opti
     in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     without_group, without_gradient, waits = [], [], False
     for name, parameter in trainable.items():
+        lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."), parameter)
         if id(parameter) not in in_groups:
             without_group.append(name)
         elif parameter.grad is None:
             without_gradient.append(name)
-        elif ".lora_A." in name and _is_zero(trainable.get(name.replace(".lora_A.", ".lora_B."))):
+        elif ".lora_A." in name and not lora_B.detach().any():
             waits = True
         elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
             without_gradient.append(name)

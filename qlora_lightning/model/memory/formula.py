@@ -32,7 +32,7 @@ from transformers import AttentionInterface
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
-from qlora_lightning.model.sharded.sharded_base import shards_vocabulary
+from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import logits_chunk_size
 from qlora_lightning.support.console import quiet_loggers

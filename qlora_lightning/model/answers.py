@@ -2,14 +2,17 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from qlora_lightning.model.memory.micro_batch_size import is_out_of_memory
+from qlora_lightning.support.errors import UserError
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
@@ -58,20 +61,39 @@ def generate_answers(
     causal_lm.eval()
     try:
         with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _gathered_head(causal_lm):
-            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
-                longest = max(len(prompts[row]) for row in rows)
-                ids = torch.full((len(rows), longest), padding)
-                mask = torch.zeros_like(ids)
-                for each, row in enumerate(rows):  # padded on the left
-                    start = longest - len(prompts[row])
-                    ids[each, start:], mask[each, start:] = torch.tensor(prompts[row]), 1
-                output: Tensor = causal_lm.generate(ids.to(device), attention_mask=mask.to(device), **settings)
-                for row, answer in zip(rows, output[:, longest:].tolist(), strict=True):
+            pending = list(_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size))
+            while pending:
+                rows = pending.pop(0)
+                found = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
+                if found is None:
+                    if len(rows) == 1:
+                        raise UserError(f"Out of memory on {device} in the answer to one prompt: lower max_new_tokens.")
+                    pending[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+                    continue
+                for row, answer in zip(rows, found, strict=True):
                     answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
                 watch(len(rows))
     finally:
         causal_lm.train(was_training)
     return answers
+
+
+def _answer_batch(
+    causal_lm: Any, prompts: Sequence[Sequence[int]], device: torch.device, settings: Mapping[str, Any]
+) -> list[list[int]] | None:
+    """Continue prompts that are padded on the left; ``None`` if memory runs out."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), int(settings["pad_token_id"]))
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
+    try:
+        output: Tensor = causal_lm.generate(ids.to(device), attention_mask=mask.to(device), **settings)
+        return cast(list[list[int]], output[:, longest:].tolist())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:

@@ -472,6 +472,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         checks.check_fit(self)
+        self.micro_batch_size.plan(self)
         report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class ExactResume(Callback):
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
         size: Any = pl_module.micro_batch_size
-        if size.setting == "auto":
-            size.tokens = content.get("micro_batch_tokens", size.tokens)
+        if size.setting == "auto" and "micro_batch_tokens" in content:
+            size.setting = size.tokens = content["micro_batch_tokens"]  # and is not planned again
         if changes:
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:

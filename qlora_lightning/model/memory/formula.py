@@ -105,6 +105,18 @@ class StepMemory:
         return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.hidden)
 
 
+def tokens_that_fit(step: StepMemory, free_bytes: int, longest_row: int) -> int:
+    """Return the most tokens of a micro-batch that fit into what is free beside base and adapters; 0 if none does."""
+    later = sum(step.fixed[part] for part in ("gradients", "optimizer", "copies"))
+    fits, too_many = 0, 1 << 20
+    while too_many - fits > 1:
+        tokens = (fits + too_many) // 2
+        parts = step.parts(tokens, min(tokens, longest_row))
+        needed = later + sum(parts[part] for part in ("gathered", "activations", "workspace"))
+        fits, too_many = (tokens, too_many) if needed <= free_bytes else (fits, tokens)
+    return fits
+
+
 def build_step_memory(
     model: peft.PeftModel,
     dtype: torch.dtype,

@@ -1,11 +1,15 @@
 """How many tokens go through the model at a time: as many as fit, found anew whenever memory runs out."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lightning.model.layers.lora import Fused
+from qlora_lightning.model.memory.formula import build_step_memory, tokens_that_fit
 from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -40,6 +44,23 @@ class MicroBatchSize:
         self.setting = setting
         self.tokens = _DEFAULT_TOKENS if setting == "auto" else setting
         self.reserves: list[Callable[[], str]] = []
+
+    def plan(self, module: Any) -> None:
+        """Begin with what the formula says for a GPU's free memory, a tenth kept back, if all layers run fused."""
+        layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
+        fused = all(isinstance(each, Fused) and each.plain_reason is None for each in layers)
+        if self.setting != "auto" or module.device.type != "cuda" or not fused or module.sharded_base is not None:
+            return
+        step = build_step_memory(module.model, layers[0].compute_dtype, optimizer=module.optimizer_config)
+        cached = torch.cuda.memory_reserved(module.device) - torch.cuda.memory_allocated(module.device)
+        free = int(0.9 * (torch.cuda.mem_get_info(module.device)[0] + cached))
+        longest = getattr(datamodule_of(module.trainer), "max_length", _DEFAULT_TOKENS)
+        is_checkpointed = any(each.gradient_checkpointing for each in layers)
+        if not is_checkpointed and self.reserves and tokens_that_fit(step, free, longest) < longest:
+            _report(f"A row of {longest:,} tokens would not fit: {self.reserves.pop(0)()}")
+            is_checkpointed = True
+        step = dataclasses.replace(step, every_n_layers=int(is_checkpointed))
+        self.tokens = max(1, tokens_that_fit(step, free, longest))
 
     def attempt(self, module: Any, batch: Any, run: Callable[[], None]) -> bool:
         """Run what takes memory; if that runs out, let less of it go through the model the next time.

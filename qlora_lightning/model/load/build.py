@@ -131,10 +131,7 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
 
 
 def open_adapter(source: AdapterSource) -> tuple[peft.PeftModel, dict[str, Any]]:
-    """Load the base of an adapter, on a CUDA device if there is one, and put the adapter on it: a model, its identity.
-
-    The base is held as in training; products are in bf16 where they were in 16 bits and the hardware has it.
-    """
+    """Load the base of an adapter as it was held in training, on a CUDA device if there is one, and put that on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")

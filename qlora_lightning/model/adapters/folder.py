@@ -70,6 +70,8 @@ def save_adapter_folder(
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
+    if isinstance(config.target_modules, set):  # whose order is another one each time
+        config.target_modules = sorted(config.target_modules)
     config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
     config.save_pretrained(staging)
     is_causal = config.task_type in (None, peft.TaskType.CAUSAL_LM)

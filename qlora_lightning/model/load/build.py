@@ -66,10 +66,11 @@ def report_model(module: Any, fusion: Fusion) -> None:
     """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
+    rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
     autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
     for line in (
         explain_dtype(module.compute_dtype, module.device),
-        f"Adapter of rank {module.model.peft_config[ADAPTER].r} on {len(names)} modules "
+        f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
     ):
@@ -130,10 +131,7 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
 
 
 def open_adapter(source: AdapterSource) -> tuple[peft.PeftModel, dict[str, Any]]:
-    """Load the base of an adapter, on a CUDA device if there is one, and put the adapter on it: a model, its identity.
-
-    The base is held as in training; products are in bf16 where they were in 16 bits and the hardware has it.
-    """
+    """Load the base of an adapter as it was held in training, on a CUDA device if there is one, and put that on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")

@@ -1,1 +1,1 @@
-"""The memory of a training step, planned from shapes alone, and what helps when it does not suffice."""
+"""The memory of a training step, planned from shapes alone."""

@@ -129,7 +129,7 @@ class StopSignals(Callback):
                 again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
                 place = "validation" if trainer.validating else "step"
-                _sync_pass(trainer, f"{name}: saving at the end of this {place}.{again}")
+                _announce(trainer, f"{name}: saving at the end of this {place}.{again}")
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
@@ -140,7 +140,7 @@ def _end_at_signals(trainer: Trainer) -> None:
     """Let SIGTERM and SIGHUP end the process where it is."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        _sync_pass(trainer, f"{signal.Signals(number).name}: the command ends here, unfinished.")
+        _announce(trainer, f"{signal.Signals(number).name}: the command ends here, unfinished.")
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)  # the processes that this one has started
         raise TrainingStopped(128 + number)
@@ -156,7 +156,7 @@ def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
                 signal.signal(number, handler)
 
 
-def _sync_pass(trainer: Trainer, text: str) -> None:
+def _announce(trainer: Trainer, text: str) -> None:
     """Print a line from inside a handler; not by print, in which the signal may have come."""
     drop_lost_output()
     if trainer.is_global_zero:

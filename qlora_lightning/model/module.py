@@ -204,8 +204,7 @@ class QLoRAModule(lightning.LightningModule):
             adapter_options=self.adapter_options,
             fast=self.fast,
         )
-        built: nn.Module = model
-        return built
+        return model
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""

@@ -16,6 +16,7 @@ from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import collective_passes
+from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists
@@ -198,7 +199,7 @@ class PreferenceModule(QLoRAModule):
         trainer = self._trainer
         split = None if trainer is None else _SPLITS.get(trainer.state.stage)
         data = datamodule_of(trainer)
-        samples = getattr(data, "samples", {}).get(split)
+        samples = samples_of(data, split)
         if samples is None or (split == "train" and getattr(data, "streaming", False)):
             return None
         return self._references.setdefault(samples.rows_hash, {})

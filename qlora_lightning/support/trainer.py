@@ -16,7 +16,8 @@ def datamodule_of(trainer: Any) -> Any:
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks, in the order in which they are called."""
-    return cast(Any, trainer).callbacks  # type: ignore[no-any-return]
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    return callbacks
 
 
 def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:

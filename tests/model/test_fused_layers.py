@@ -1,7 +1,9 @@
 """Fused layers compute what those of PEFT and transformers do, and only where nobody would miss these."""
 
 import logging
+import shutil
 import subprocess
+import sys
 
 import lightning
 import peft
@@ -82,7 +84,7 @@ def fresh(tmp_path, monkeypatch):
     library.load_library.cache_clear()
 
 
-@pytest.mark.skipif(library.load_library() is None, reason="takes Linux and g++")
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="takes Linux and g++")
 @pytest.mark.usefixtures("fresh")
 def test_the_attention_is_compiled_once_for_a_cpu_and_kept(monkeypatch, tmp_path):
     (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')  # the whole of it takes some seconds

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.base.tensors import open_tensors
+from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
@@ -153,8 +153,9 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
-    opened, tensors = open_tensors(folder / _WEIGHTS), _tensors_by_key(model, name)
-    stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # no dict
+    file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
+    opened = open_tensors(file)
+    stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in tensor_names(file)}
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():

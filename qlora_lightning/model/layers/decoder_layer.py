@@ -157,8 +157,8 @@ class FusedDecoderLayer(Fused):
     def linears(self) -> list[nn.Module]:
         """Return all of its linears."""
         attention, mlp = self.self_attn, self.mlp
-        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""

@@ -29,7 +29,7 @@ from qlora_lightning.support.errors import UserError
 
 def assemble_model(
     adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
-) -> tuple[peft.PeftModel, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
 
     Returns:
@@ -130,7 +130,7 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     )
 
 
-def open_adapter(source: AdapterSource) -> tuple[peft.PeftModel, dict[str, Any]]:
+def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
     """Load the base of an adapter as it was held in training, on a CUDA device if there is one, and put that on it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if source.quantization is None:
@@ -191,7 +191,7 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     return model
 
 
-def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> nn.Module:
+def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> Any:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
     weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features, linear.bias is not None)
     quantized: Any
@@ -207,4 +207,4 @@ def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torc
         )
     if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.detach())
-    return quantized  # type: ignore[no-any-return]
+    return quantized

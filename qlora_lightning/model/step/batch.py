@@ -11,6 +11,12 @@ from qlora_lightning.model.step.layout import IGNORED, find_computed
 from qlora_lightning.support.errors import UserError
 
 
+def samples_of(data: Any, split: str | None) -> Any:
+    """Return the samples of a split, if a data module is one of ours; ``samples`` of another may be anything."""
+    splits = getattr(data, "samples", None)
+    return splits.get(split) if isinstance(splits, dict) else None
+
+
 def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
     """Return where training rows are from: ``train.jsonl:17``, or ``row 16`` if the data do not know.
 
@@ -18,8 +24,7 @@ def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
         data: The Trainer's data module, or ``None``; one of ours knows the locations.
         row_ids: Numbers of the rows among the training rows; negative ones are fillers and left out.
     """
-    splits = getattr(data, "samples", None)  # of a data module of one's own it may be anything
-    samples: Any = splits.get("train") if isinstance(splits, dict) else None
+    samples = samples_of(data, "train")
     locations = []
     for row_id in dict.fromkeys(row_ids):
         if row_id < 0:

@@ -12,7 +12,7 @@ An example: the samples ``1 2 3 7 8`` and ``1 2 3 5 6``, in which only the last 
     position_ids     3 0 1 2 3
     predict_index    0 4                  places in the stream; targets 8 6
     bounds           0 4 8                of the expanded samples, 1 2 3 7 and 1 2 3 5
-    cu_seqlens_q       0 1 5                of the first sample only 7 has a query
+    cu_seqlens_q     0 1 5                of the first sample only 7 has a query
     gather_index     1 2 3 0  1 2 3 4     where in the stream each expanded token comes from
     expanded_index   3  0 4  1 5  2 6  7  expanded tokens by place in the stream: 7 is the fourth, 1 the first and fifth
     expanded_offsets 0 1 3 5 7 8          where in expanded_index those of each place begin, and the end of the last
@@ -291,7 +291,7 @@ def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:
         alpha: Strength.
     """
     lengths = samples.cu_seqlens.diff()
-    of_token = lengths.repeat_interleave(lengths, output_size=embeddings.shape[1])  # (tokens,)
-    scale = alpha / (of_token * embeddings.shape[2]).float().sqrt()
+    token_lengths = lengths.repeat_interleave(lengths, output_size=embeddings.shape[1])  # (tokens,)
+    scale = alpha / (token_lengths * embeddings.shape[2]).float().sqrt()
     noise = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1).mul_(scale[:, None])
     return embeddings + noise.to(embeddings.dtype)

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -21,7 +22,8 @@ class GradientCheckpointing(Callback):
     transformers' switch alone would let the gradient run on below the adapters, down to the embedding.
 
     Args:
-        enabled: ``auto`` switches it on when memory runs out in a row alone, and then ``offload`` on a GPU.
+        enabled: ``auto`` switches it on if a row alone would not fit without, or memory runs out in one; then
+            ``offload`` on a GPU.
         every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
         offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
             is the same to the last bit. A CPU has them there in any case.
@@ -46,28 +48,41 @@ class GradientCheckpointing(Callback):
         self.offload = offload
         self._model: Any = None  # of a fit
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def choices(self, on_cuda: bool) -> list[Checkpointing]:
+        """Return what may be done about memory, in the order in which it is."""
+        every_n_layers, offload = self.every_n_layers, self.offload and on_cuda
+        if not self.enabled:
+            return [Checkpointing()]
+        if self.enabled != "auto":
+            return [Checkpointing(every_n_layers, offload)]
+        found = [Checkpointing(), Checkpointing(every_n_layers, offload), Checkpointing(every_n_layers, on_cuda)]
+        return list(dict.fromkeys(found))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module: Any = pl_module
-        on_cuda = module.device.type == "cuda"
-        if self.enabled == "auto":
-            reserves = [lambda: self._switch_on(module)]
-            if on_cuda and not self.offload:
-                reserves.append(lambda: self._offload())
-            module.micro_batch_size.reserves = reserves
-        elif self.enabled:
-            self._switch_on(module)
+        if stage != "fit":
+            return
+        on_cuda = trainer.strategy.root_device.type == "cuda"
+        module.micro_batch_size.choices = self.choices(on_cuda)
+        module.micro_batch_size.apply = functools.partial(self._apply, module)
         if self.offload and self.enabled and not on_cuda and trainer.is_global_zero:
             say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
 
-    def _switch_on(self, module: Any) -> str:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        self._apply(module, module.micro_batch_size.choices[0])
+
+    def _apply(self, module: Any, choice: Checkpointing) -> None:
+        if not choice.every_n_layers:
+            return
         model = self._model = module.causal_lm
-        enable_activation_checkpointing(model, self.every_n_layers, draws=has_dropout(model))
+        enable_activation_checkpointing(model, choice.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
-        if not self._layers():
+        if not (layers := self._layers()):
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
-        if self.offload and module.device.type == "cuda":
-            self._offload()
-        return "gradient checkpointing is on from now on, with the same result, by about a third slower."
+        for layer in layers if choice.offload else ():
+            checkpoint = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
 
     def _layers(self) -> list[Any]:
         """Return the checkpointed layers that have something to train: what is below all adapters never runs again."""
@@ -78,12 +93,6 @@ class GradientCheckpointing(Callback):
             and layer.gradient_checkpointing
             and trainable_tensors(layer)
         ]
-
-    def _offload(self) -> str:
-        for layer in self._layers():  # switching checkpointing on again undoes this
-            checkpoint = layer._gradient_checkpointing_func
-            layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
-        return "the inputs of layers wait in host memory from now on, with the same result."
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._switch_off()

@@ -14,10 +14,6 @@ from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_na
 from qlora_lightning.support.console import say, terminal
 
 _FULL = 0.95  # of the device's memory
-_REMEDIES = (
-    "The cheapest remedies: gradient_checkpointing.enabled: true; half the data.batch_size with twice the "
-    "trainer.accumulate_grad_batches (the result stays the same); a smaller data.max_length."
-)
 
 
 class GPUMemoryMonitor(Callback):
@@ -27,7 +23,7 @@ class GPUMemoryMonitor(Callback):
     the last logging; the peak is reset then). Elsewhere ``private_memory_gib`` (memory of this process alone, without
     a base mapped from a file) and ``peak_rss_gib`` (the most that was resident since the process began).
 
-    It warns once, with the cheapest remedies, when the peak passes 95 % of the device's memory.
+    On a CPU it warns once when the peak passes 95 % of the machine's memory, before which no allocation fails.
 
     Args:
         enabled: ``False`` logs nothing.
@@ -54,14 +50,17 @@ class GPUMemoryMonitor(Callback):
             values, shown = read_memory(pl_module.device), peak_metric_name(pl_module.device)
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
-            capacity = device_memory_gib(pl_module.device)
-            if values[shown] > _FULL * capacity and not self._warned:
-                self._warned = True
-                found = f"Peak memory {values[shown]:.2f} GiB is over 95 % of {capacity:.2f} GiB."
-                terminal().print(f"[yellow]{found}[/yellow] {_REMEDIES}")
-                note_warning(trainer, found)
+            self._warn_of_full_ram(trainer, pl_module, values[shown])
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def _warn_of_full_ram(self, trainer: Trainer, pl_module: LightningModule, gib: float) -> None:
+        capacity = device_memory_gib(pl_module.device)
+        if pl_module.device.type == "cpu" and gib > _FULL * capacity and not self._warned:
+            self._warned = True
+            found = f"Peak memory {gib:.2f} GiB is over 95 % of {capacity:.2f} GiB."
+            terminal().print(f"[yellow]{found}[/yellow] A smaller model.micro_batch_tokens takes less.")
+            note_warning(trainer, found)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
         if self.enabled and trainer.is_global_zero:

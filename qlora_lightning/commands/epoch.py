@@ -1,4 +1,4 @@
-"""What an epoch of a config takes, for ``inspect`` and ``plan``: micro-batches, optimizer steps and tokens."""
+"""What an epoch of a config takes, for ``inspect`` and ``plan``: batches, optimizer steps and tokens."""
 
 import math
 from collections.abc import Mapping
@@ -18,12 +18,13 @@ class Epoch:
     """One epoch of the training rows, and what the whole run makes of it.
 
     Attributes:
-        batches: Micro-batches on each device.
-        mean_tokens: Tokens per micro-batch, on average.
-        most_tokens: Tokens of the largest micro-batch.
+        batches: On each device.
+        mean_tokens: Tokens per batch, on average.
+        mean_rows: Rows per batch, likewise.
+        most_tokens: Tokens of the largest batch.
         tokens: Tokens of all rows.
-        devices: Devices of all nodes, on which micro-batches run side by side.
-        accumulate: Micro-batches per optimizer step.
+        devices: Devices of all nodes, on which batches run side by side.
+        accumulate: Batches per optimizer step.
         steps: Optimizer steps per epoch.
         epochs: Epochs of the run at most; None if only steps end it.
         all_steps: Optimizer steps of the run; None if nothing ends it.
@@ -32,6 +33,7 @@ class Epoch:
 
     batches: int
     mean_tokens: float
+    mean_rows: float
     most_tokens: int
     tokens: int
     devices: int
@@ -43,7 +45,7 @@ class Epoch:
 
 
 def training_plan(data: Any) -> EpochPlan:
-    """Return the micro-batches of a data module that is set up; of a stream those of its first rows."""
+    """Return the batches of a data module that is set up; of a stream those of its first rows."""
     if data.streaming:
         return EpochPlan(data.samples["train"], data.batch_size, data.tokens_per_batch, shuffle=True)
     plan: EpochPlan = data.train_dataloader().plan
@@ -54,7 +56,7 @@ def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any], streaming: bool = Fa
     """Count what the Trainer's settings make of the first epoch.
 
     Args:
-        plan: Micro-batches for one device.
+        plan: Batches for one device.
         trainer: The trainer section of the config, with its defaults.
         streaming: Whether these are only the first rows of a stream, which has no epochs.
     """
@@ -86,6 +88,7 @@ def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any], streaming: bool = Fa
     return Epoch(
         batches=batches,
         mean_tokens=mean_tokens,
+        mean_rows=len(lengths) / max(1, len(batch_tokens)),
         most_tokens=max(batch_tokens, default=0),
         tokens=sum(batch_tokens),
         devices=devices,

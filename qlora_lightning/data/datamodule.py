@@ -74,9 +74,9 @@ class InstructionDataModule(LightningDataModule):
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest message (and of a
             long system message), then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        batch_size: rows per micro-batch on each device; 8 by default.
-        tokens_per_batch: tokens per micro-batch instead, a budget that rows are packed into.
-        group_by_length: put rows of like length into a micro-batch.
+        batch_size: rows of a step on each device; 8 by default.
+        tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
+        group_by_length: put rows of like length into a batch.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
         deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.
         val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
@@ -163,7 +163,7 @@ class InstructionDataModule(LightningDataModule):
         values = {**self.files, **vars(self), "shuffle: false": not self.shuffle, "load_rows": self._has_own_rows()}
         for one, other, reason in (
             ("val", "val_fraction", "both name the rows to validate on"),
-            ("batch_size", "tokens_per_batch", "both say how large a micro-batch is"),
+            ("batch_size", "tokens_per_batch", "both say how large a batch is"),
             ("group_by_length", "tokens_per_batch", "packed batches are of like size already"),
             ("shuffle: false", "group_by_length", "the first keeps the order of the files"),
             ("shuffle: false", "tokens_per_batch", "packing does not keep the order of the files"),
@@ -233,7 +233,7 @@ class InstructionDataModule(LightningDataModule):
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def count_train_batches(self) -> int:
-        """Count the micro-batches of one epoch on each rank: what a schedule is planned with."""
+        """Count the batches of one epoch on each rank: what a schedule is planned with."""
         return len(self.train_dataloader())
 
     @override
@@ -412,7 +412,7 @@ class InstructionDataModule(LightningDataModule):
         rank_zero_info(f"streaming, its first rows are checked; {self.reports['train'].describe()}")
 
     def _stream_length(self) -> int:
-        """Return the micro-batches of the run on each rank."""
+        """Return the batches of the run on each rank."""
         trainer: Any = self.trainer
         if trainer is None or trainer.max_steps < 1:
             raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")

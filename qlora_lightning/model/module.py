@@ -81,8 +81,8 @@ class QLoRAModule(lightning.LightningModule):
         on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
             which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
         micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
-            have more. It changes memory and speed, and no result. ``auto`` begins with 8,192, and halves that whenever
-            memory runs out.
+            have more. It changes memory and speed, and the result by rounding alone. ``auto`` begins with as many as
+            the free memory holds by the formula, on a CPU with 8,192, and halves them whenever memory runs out.
 
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
@@ -203,8 +203,12 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
+            before_load=self._plan_memory if self._trainer is not None and self.trainer.state.fn == "fit" else None,
         )
         return model
+
+    def _plan_memory(self, model: nn.Module, dtype: torch.dtype, double_quant: bool) -> None:
+        self.micro_batch_size.plan(self, model, dtype, double_quant)
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
@@ -401,6 +405,8 @@ class QLoRAModule(lightning.LightningModule):
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
+        if self.device.type == "cuda":
+            self.micro_batch_size.correct(self, self.window.micro_batches > len(self.window.batches))
         means = self.guard.check_step(self, optimizer, means)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
@@ -471,7 +477,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         checks.check_fit(self)
-        self.micro_batch_size.plan(self)
+        self.micro_batch_size.announce()
         report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------

@@ -38,9 +38,7 @@ def test_on_a_cpu_private_memory_and_the_peak_are_logged_and_a_nearly_full_one_i
     assert 0.1 < logged.lines[0]["private_memory_gib"] < logged.lines[0]["peak_rss_gib"]
     text = " ".join(capsys.readouterr().out.split())
     assert re.findall(r"Memory ([a-z ]+): \d+\.\d\d GiB at its peak", text) == ["after loading", "after the first step"]
-    assert text.count("GiB is over 95 % of 0.01 GiB.") == 1
-    for remedy in ("gradient_checkpointing.enabled: true", "data.batch_size", "accumulate_grad_batches", "max_length"):
-        assert remedy in text
+    assert text.count("GiB is over 95 % of 0.01 GiB. A smaller model.micro_batch_tokens takes less.") == 1
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def test_rows_samples_tokens_and_steps_are_counted(report):
     counts = {
         **{"formats": ["alpaca", "alpaca"], "rows read": ["13", "3"], "bad rows": ["1", "0"]},
         **{"samples": ["12", "3"], "with a stop token": ["12", "3"], "duplicates": ["1", "0"]},
-        **{"also in train": ["0", "1"], "micro-batches": ["3", "of", "4", "rows"]},
+        **{"also in train": ["0", "1"], "batches": ["3", "of", "4", "rows"]},
     }
     text = "".join(Reader(page).text.split())
     for name, expected in counts.items():

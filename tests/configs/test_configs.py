@@ -13,13 +13,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_the_recipes_that_the_readme_promises_are_here():
     assert [config.stem for config in CONFIGS] == [
         "llama-3.1-70b-2x24gb",
-        "llama-3.1-8b-16gb",
-        "llama-3.1-8b-24gb",
+        "llama-3.1-8b",
         "llama-3.1-8b-multi-gpu",
         "llama-3.2-1b",
-        "mistral-7b-24gb",
+        "mistral-7b",
         "quickstart",
-        "qwen3-4b-16gb",
+        "qwen3-4b",
         "smollm2-gsm8k",
         "smollm2-preferences",
     ]

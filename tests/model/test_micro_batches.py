@@ -1,12 +1,21 @@
 """A step fits by itself: whatever goes through the model at a time, the adapter is the same."""
 
+import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning.model.load.build import meta_model
+from qlora_lightning.model.memory import micro_batch_size
+from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing, corrected_tokens, find_fit
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -78,8 +87,98 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
     _, same_adapter, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[3], **options)
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     out = capsys.readouterr().out
-    assert re.search(r"Memory ran out in a row of \d+ tokens: gradient checkpointing is on from now on", out)
+    assert re.search(
+        r"Memory ran out in a row of \d+ tokens: training goes on with gradient checkpointing, with the same", out
+    )
     with pytest.raises(UserError) as reported:
         train(tiny_base, file, tmp_path, GradientCheckpointing(False), fails=[3], **options)
     words = r"Out of memory on cpu in one row of \d+ tokens \(rows\.jsonl:\d+\): CUDA out of memory\."
     assert re.match(words, str(reported.value).replace(f"{file.parent}/", ""))
+
+
+# ---- what is planned -------------------------------------------------------------------------------------------------
+
+CHOICES = GradientCheckpointing().choices(on_cuda=True)
+
+
+def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
+    model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
+    step = build_step_memory(model, torch.bfloat16)
+    least, most = (sum(replace(step, **each._asdict()).parts(1000, 1000).values()) for each in CHOICES[::-2])
+    assert [Checkpointing(), Checkpointing(1, False), Checkpointing(1, True)] == CHOICES
+
+    def needed(fit, tokens):
+        return sum(fit.step.parts(tokens, min(tokens, 1000)).values())
+
+    found = []
+    for memory in range(least - 100_000, most + 100_000, 10_000):
+        fit = find_fit(step, memory, 1000, CHOICES)
+        assert fit.tokens == 0 or needed(fit, fit.tokens) <= memory < needed(fit, fit.tokens + 1)
+        assert fit.tokens == 0 or fit.tokens >= 1000
+        found.append((fit.tokens > 0, -fit.step.every_n_layers, -fit.step.offload))
+    assert found == sorted(found)  # with more memory never less fits, nor by dearer means
+    assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
+
+
+def test_a_plan_is_corrected_by_the_peak_that_was_measured():
+    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=14e9) == 2000  # half of the room was used
+    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=6.5e9) == 500
+    assert corrected_tokens(1000, held=4e9, peak=4e9, usable=14e9) == 2000  # never more than twice as many
+
+
+@pytest.mark.parametrize(("free", "words"), [(1 << 40, "8,192 tokens"), (22_000_000, r"\d\d\d? tokens")])
+def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole, monkeypatch, capsys, free, words):
+    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: free)
+    train(tiny_base, whole[0], tmp_path, GradientCheckpointing())
+    found = re.search(r"At most (.*) go through the model at a time, (.*)\.", capsys.readouterr().out)
+    assert re.fullmatch(words, found[1])
+
+
+def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):
+    file, _, _ = whole
+    module, _, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[2])
+    state = module.micro_batch_size.state_dict()
+    assert 0 < state["tokens"] < 8192
+    resumed = QLoRAModule(str(tiny_base)).micro_batch_size
+    resumed.choices = CHOICES
+    resumed.load_state_dict(state | {"checkpointing": [1, False]})
+    assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])
+
+
+LIMITED = """
+import resource, sys
+import lightning, torch
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
+
+class Limit(lightning.Callback):
+    def on_train_start(self, trainer, pl_module):
+        with open("/proc/self/status") as status:
+            taken = next(int(line.split()[1]) for line in status if line.startswith("VmSize")) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (taken + int(sys.argv[3]), resource.RLIM_INFINITY))
+
+lightning.seed_everything(7, verbose=False)
+module = QLoRAModule(sys.argv[1], micro_batch_tokens=1 << 20, compute_dtype="fp32", learning_rate=1e-2)
+data = InstructionDataModule(sys.argv[2], tokenizer=sys.argv[1], batch_size=32, max_length=4096)
+trainer = lightning.Trainer(
+    accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    callbacks=[GradientCheckpointing(), Limit()],
+)
+trainer.fit(module, data)
+torch.save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}, sys.argv[4])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_a_cpus_memory_that_really_runs_out_changes_no_result(tiny_base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"{n} " + "some words of a long text " * 150, "output": "No."} for n in range(32)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    adapters = []
+    for name, room in (("ample", 1 << 40), ("scarce", 130_000_000)):
+        script = [sys.executable, "-c", LIMITED, tiny_base, file, str(room), tmp_path / f"{name}.pt"]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("Memory ran out in a micro-batch of" in done.stdout) == (name == "scarce"), done.stdout
+        tensors = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        adapters.append(torch.cat([each.flatten() for each in tensors.values()]))
+    assert float((adapters[1] - adapters[0]).norm() / adapters[0].norm()) < 1e-5

@@ -189,8 +189,8 @@ def _describe_epoch(epoch: Epoch, data: Any) -> list[tuple[str, str]]:
     else:
         run = f"{epoch.all_steps:,} in all ({_plural(epoch.epochs, 'epoch')})"
     return [
-        ("micro-batches", f"{epoch.batches:,} of {size}{devices}"),
-        ("tokens per micro-batch", f"{epoch.mean_tokens:,.0f} on average, {epoch.most_tokens:,} at most{filled}"),
+        ("batches", f"{epoch.batches:,} of {size}{devices}"),
+        ("tokens per batch", f"{epoch.mean_tokens:,.0f} on average, {epoch.most_tokens:,} at most{filled}"),
         ("tokens", f"{epoch.tokens:,}, no padding"),
         ("optimizer steps", f"{epoch.steps:,}{every}; {run}"),
     ]

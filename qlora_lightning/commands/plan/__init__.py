@@ -24,11 +24,13 @@ is read and nothing is fetched; the data are read if they are on this machine. N
 --json names. With --adapter, the plan is to train that adapter further, by the config of its run."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
-  qlora-lightning plan --config configs/llama-3.1-8b-16gb.yaml --device-memory 16GiB --json plan.json
+  qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
   qlora-lightning plan --adapter runs/quickstart/adapter
 
-GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there is one or if
---device-memory is given. Of a CPU only what a step finds in memory is planned; all else is measured in training."""
+It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
+is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
+is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned; all else is measured in
+training."""
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         print_plan(figures, model, terminal())
     if file is not None:
         write_output(file, figures)
-    return 0
+    return 0 if figures["memory"]["fits"] else 1
 
 
 def read_size(text: str) -> int:

@@ -1,7 +1,8 @@
 """Plans a config: its model without numbers, its batches, and the memory of a step."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pydoc import locate
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.tensors import GIB, format_gib
+from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
@@ -18,11 +20,10 @@ from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.layers.fuse import fuse_layers
-from qlora_lightning.model.load.base_model import check_stored_quantization
-from qlora_lightning.model.load.build import meta_base, put_adapters
+from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing, find_fit, usable_bytes
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length, computed_counter
@@ -64,7 +65,7 @@ def _plan(
 ) -> tuple[dict[str, Any], peft.PeftModel]:
     if not isinstance(module, QLoRAModule):
         raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
-    trainer, checkpointing = settings["trainer"], settings["gradient_checkpointing"]
+    trainer, checkpointing = settings["trainer"], GradientCheckpointing(**settings["gradient_checkpointing"])
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
     is_cuda = device["kind"] == "cuda"
@@ -76,13 +77,9 @@ def _plan(
     if sharded_offload is not None:
         check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
-    double_quant = module.double_quant
-    if (stored := getattr(config, "quantization_config", None)) is not None:
-        double_quant = check_stored_quantization(stored, module.quantization, module.base)
+    double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
-    base = meta_base(config, dtype, module.quantization)
-    model = put_adapters(base, folder, **module.adapter_options).to("meta")
-    fuse_layers(model, module.fast)
+    model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
 
     skips_unlabelled = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
     epoch: Epoch | None = None
@@ -99,8 +96,9 @@ def _plan(
     check_row_length(config, data.max_length)
     known = getattr(config, "max_position_embeddings", None)
     if known is not None and batch["longest"] > known:
-        longest = f"{batch['longest']:,} tokens"
-        notes.append(f"Rows of up to {longest}: the base was made for {known:,} (max_position_embeddings).")
+        notes.append(
+            f"Rows of up to {batch['longest']:,} tokens: the base was made for {known:,} (max_position_embeddings)."
+        )
     for name in ("build_model", "compute_loss"):
         if module.overrides(name):
             notes.append(f"{type(module).__name__} has a {name} of its own: the plan is for the usual one.")
@@ -114,14 +112,16 @@ def _plan(
         processes=(processes := count_devices(trainer)),
         sharded_offload=sharded_offload if is_cuda or sharded_offload is None else False,
     )
-    if checkpointing["enabled"]:
-        step = replace(step, every_n_layers=checkpointing["every_n_layers"], offload=checkpointing["offload"])
-    parts = step.parts(batch["computed"], batch["longest"])
+    size, choices = module.micro_batch_size, checkpointing.choices(is_cuda)
+    longest = batch["longest"] if size.is_auto else max(batch["longest"], min(size.tokens, batch["computed"]))
+    fit = find_fit(step, usable_bytes(device["memory"]), longest, choices)
+    tokens = min(batch["computed"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
+    parts = fit.step.parts(max(tokens, batch["longest"]), batch["longest"])
     if not is_cuda:
         parts = {part: parts[part] for part in _ON_A_CPU}
-    elif step.offload:
-        kept = format_gib(step.host_bytes(batch["computed"]) - step.host_base)
-        notes.append(f"gradient_checkpointing.offload keeps {kept} in pinned host memory.")
+    elif fit.step.offload:
+        kept = format_gib(fit.step.host_bytes(max(tokens, batch["longest"])) - fit.step.host_base)
+        notes.append(f"The inputs of checkpointed layers keep {kept} in pinned host memory.")
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
     trained, parameters = count_parameters(model)
@@ -138,7 +138,12 @@ def _plan(
         "memory": {
             "parts": parts,
             "peak_bytes": sum(parts.values()) if is_cuda else None,
-            "fits": sum(parts.values()) <= device["memory"],
+            "usable_bytes": round(usable_bytes(device["memory"])),
+            "fits": fit.tokens > 0 if is_cuda else sum(parts.values()) <= device["memory"],
+            "micro_batch_tokens": tokens,  # of the largest batch
+            "most_tokens": fit.tokens if size.is_auto and is_cuda else size.tokens,
+            "micro_batches": math.ceil(batch["computed"] / tokens),
+            "gradient_checkpointing": Checkpointing(fit.step.every_n_layers, fit.step.offload)._asdict(),
             "host_bytes": step.host_base,
             "sharding": None if sharded_offload is None else {"processes": processes, "offload": sharded_offload},
         },
@@ -178,7 +183,7 @@ def _read_sharding(trainer: Any) -> bool | int | None:
 
 
 def _plan_batches(data: Any) -> EpochPlan:
-    """Read the training data, unless they are not on this machine; return their micro-batches."""
+    """Read the training data, unless they are not on this machine; return their batches."""
     for source in [*data.sources("train"), *data.sources("val")]:
         if source.is_remote:
             raise UserError(f"{source.path} is not on this machine, and plan fetches nothing.")
@@ -187,7 +192,7 @@ def _plan_batches(data: Any) -> EpochPlan:
 
 
 def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, skips_unlabelled: bool) -> dict[str, int]:
-    """Describe the micro-batch with the most computed tokens."""
+    """Describe the batch with the most computed tokens."""
     epochs = range(1) if streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
     count = computed_counter(plan.samples, skips_unlabelled)
     batches = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
@@ -199,7 +204,7 @@ def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, skips_unlabel
 
 
 def _largest_allowed(data: Any) -> dict[str, int]:
-    """Describe the largest micro-batch that the settings allow: rows of ``max_length``."""
+    """Describe the largest batch that the settings allow: rows of ``max_length``."""
     if data.tokens_per_batch is None:
         lengths = [data.max_length] * data.batch_size
     else:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing
 
 _BAR = 16  # characters
 _PARTS = {
@@ -39,7 +40,7 @@ def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     console.print(_describe_fit(plan))
     if host := plan["memory"]["host_bytes"]:
         console.print(f"Each process keeps {format_bytes(host)} of the base in host memory, pinned.")
-    console.print(_run_table(plan["run"], plan["largest_batch"]))
+    console.print(_run_table(plan))
     for note in plan["notes"]:
         console.print(Text(note))
 
@@ -70,27 +71,35 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     total = sum(memory["parts"].values())
     machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
     numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
-    rest = format_gib(abs(device["memory"] - total))
-    if not memory["fits"]:
-        return Text.assemble(("It does not fit", "bold red"), f": {numbers}, {rest} too much.")
     if memory["peak_bytes"] is None:
+        if not memory["fits"]:
+            return Text.assemble(("It does not fit", "bold red"), f": {numbers}.")
         return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
-    longest = " for the longest possible batch, since the data were not read" if plan["run"] is None else ""
-    return Text.assemble(("It fits", "bold green"), f": {numbers}{longest}, {rest} to spare.")
+    if not memory["fits"]:
+        return Text.assemble(
+            ("It does not fit", "bold red"), f": {numbers}, of which a tenth is kept back. What is left: {REMEDIES}."
+        )
+    how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
+    longest = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
+    return Text.assemble(("It fits", "bold green"), f"{how}: {numbers}{longest}.")
 
 
-def _run_table(run: Mapping[str, Any] | None, batch: Mapping[str, Any]) -> Table:
+def _run_table(plan: Mapping[str, Any]) -> Table:
+    run, batch, memory = plan["run"], plan["largest_batch"], plan["memory"]
     table = Table(title="The run", title_justify="left", show_header=False)
     which = "at most, as the settings allow" if run is None else "the largest"
     rows = f"{batch['rows']:,} row{'s' * (batch['rows'] != 1)}"
-    table.add_row("micro-batch", f"{batch['tokens']:,} tokens in {rows}, {which}")
+    table.add_row("batch", f"{batch['tokens']:,} tokens in {rows}, {which}")
+    parts = f", about {memory['micro_batches']:,} a batch" if memory["micro_batches"] > 1 else ": the whole batch"
+    table.add_row("micro-batch", f"{memory['micro_batch_tokens']:,} tokens{parts}")
     if run is None:
         table.add_row("steps, tokens", "unknown: the data were not read")
         return table
     epoch, steps = run["epoch"], run["steps"]
     table.add_row("optimizer steps", "no end: set trainer.max_steps" if steps is None else f"{steps:,}")
-    mean = epoch["accumulate"] * epoch["devices"] * epoch["mean_tokens"]
-    table.add_row("tokens of a step", f"{mean:,.0f} on average")
+    batches = epoch["accumulate"] * epoch["devices"]
+    mean, rows = batches * epoch["mean_tokens"], batches * epoch["mean_rows"]
+    table.add_row("a step", f"{mean:,.0f} tokens in {rows:,.1f} rows on average")
     if steps is not None:
         table.add_row("tokens of the run", f"{run['tokens']:,}")
     return table

@@ -1,4 +1,4 @@
-"""Which rows make up each micro-batch of an epoch, and which micro-batch is the largest."""
+"""Which rows make up each batch of an epoch, and which batch is the largest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from qlora_lightning.support.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """Cuts epochs into micro-batches: a pure function of the settings and the epoch, the same on every rank.
+    """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
     Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
     first. Every epoch has the same number of batches. Under ``shares`` the number of bins may come out
@@ -35,8 +35,8 @@ class EpochPlan:
     """
 
     samples: SampleSet
-    batch_size: int | None = None  # rows per micro-batch on each rank; or
-    tokens_per_batch: int | None = None  # tokens per micro-batch on each rank, which best-fit bins stay within
+    batch_size: int | None = None  # rows per batch on each rank; or
+    tokens_per_batch: int | None = None  # tokens per batch on each rank, which best-fit bins stay within
     shuffle: bool = False
     group_by_length: bool = False  # only with ``batch_size``
     shares: Sequence[float] | None = None  # of an epoch, by source; without, each row is taken once an epoch
@@ -73,7 +73,7 @@ class EpochPlan:
         return order
 
     def batches(self, epoch: int, rank: int = 0) -> list[RankBatch]:
-        """Return one rank's micro-batches of an epoch."""
+        """Return one rank's batches of an epoch."""
         if self.batch_size is not None:
             return rank_batches(self.order(epoch).tolist(), self.batch_size, rank, self.world_size)
         bins = make_count(self._pack(epoch), self.samples.lengths, self._bins)
@@ -82,7 +82,7 @@ class EpochPlan:
         return rank_bins(bins, rank, self.world_size)
 
     def __len__(self) -> int:
-        """Micro-batches of each rank in any epoch."""
+        """Batches of each rank in any epoch."""
         if self.batch_size is not None:
             return count_batches(len(self.samples), self.batch_size, self.world_size)
         return count_batches(self._bins, 1, self.world_size)
@@ -119,15 +119,15 @@ def first_and_largest(
     rank: int = 0,
     count: Callable[[Sequence[int]], int] | None = None,
 ) -> tuple[RankBatch, RankBatch] | None:
-    """Return the first micro-batch to come and the largest; None if none is to come.
+    """Return the first batch to come and the largest; None if none is to come.
 
     The largest has the most tokens that are computed; the longest row decides between equals.
 
     Args:
         plan: of all epochs.
         epochs: those that are looked at.
-        done: micro-batches of the first of them that are done.
-        limit: micro-batches of each epoch; None for all.
+        done: batches of the first of them that are done.
+        limit: batches of each epoch; None for all.
         rank: whose.
         count: counts the tokens that are computed of a batch of rows; None: all of them are.
     """

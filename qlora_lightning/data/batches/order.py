@@ -10,7 +10,7 @@ import torch
 
 
 class RankBatch(NamedTuple):
-    """The rows of one micro-batch on one rank; a filler's row is only there to be run, its labels count nothing."""
+    """The rows of one batch on one rank; a filler's row is only there to be run, its labels count nothing."""
 
     rows: list[int]
     filler: bool
@@ -29,16 +29,16 @@ def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
 
 
 def count_batches(n: int, batch_size: int, world_size: int) -> int:
-    """Return how many micro-batches every rank has in an epoch of ``n`` rows."""
+    """Return how many batches every rank has in an epoch of ``n`` rows."""
     return -(-n // (batch_size * world_size))
 
 
 def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[RankBatch]:
-    """Cut an order into micro-batches and return those of one rank.
+    """Cut an order into batches and return those of one rank.
 
-    Micro-batch i of all ranks together is rows ``[i*b*w, (i+1)*b*w)``, so a window of the optimizer holds the same rows
+    Batch i of all ranks together is rows ``[i*b*w, (i+1)*b*w)``, so a window of the optimizer holds the same rows
     however many ranks share them. In a short last one the ranks share what is left, the first ones taking a row more; a
-    rank that gets none runs a filler, so that every rank has the same number of micro-batches.
+    rank that gets none runs a filler, so that every rank has the same number of batches.
     """
     stride = batch_size * world_size
     batches = []
@@ -52,7 +52,7 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
 
 
 def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[RankBatch]:
-    """Return the bins of one rank, each a micro-batch: bin ``i*w + rank`` is its i-th.
+    """Return the bins of one rank, each a batch: bin ``i*w + rank`` is its i-th.
 
     Where the last bins do not reach to all ranks, those without one run a filler.
     """
@@ -119,7 +119,7 @@ def group_by_length(
     Args:
         order: the rows of the epoch, shuffled, ``(n,)``.
         lengths: tokens of every row.
-        stride: rows in a micro-batch of all ranks together.
+        stride: rows in a batch of all ranks together.
         seed: of the order of the batches, as ``epoch`` is.
         epoch: from 0.
 

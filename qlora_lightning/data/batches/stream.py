@@ -96,13 +96,13 @@ class StreamLoader:
     small and exact: where the block begins in the files, and how many of its batches are done. Memory does not grow
     with the data.
 
-    The length is that of the run, counted in micro-batches: when the data end, they begin again.
+    The length is that of the run, counted in batches: when the data end, they begin again.
 
     Attributes:
         sources: what to read.
-        length: micro-batches of the whole run on each rank.
-        batch_size: rows per micro-batch on each rank; or
-        tokens_per_batch: tokens per micro-batch, a budget that a rank's rows of a block are packed into by best fit.
+        length: batches of the whole run on each rank.
+        batch_size: rows per batch on each rank; or
+        tokens_per_batch: tokens per batch, a budget that a rank's rows of a block are packed into by best fit.
         shuffle: the rows of a block, and in each pass the files of a source; else all are in their own order.
         shuffle_buffer: rows of a block, rounded up to whole batches of all ranks.
         gather: returns what each rank calls it with: its number of batches, or None if it cannot continue.

@@ -46,7 +46,7 @@ class ExactResume(Callback):
             "trainer": trainer_settings(trainer),
             "optimizers": _optimizer_classes(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
-            "micro_batch_tokens": module.micro_batch_size.tokens,
+            "micro_batch_size": module.micro_batch_size.state_dict(),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
         }
@@ -64,9 +64,9 @@ class ExactResume(Callback):
             batches["is_last_batch"] = False  # a stream is one epoch, as long as max_steps, which may have grown
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
-        size: Any = pl_module.micro_batch_size
-        if size.setting == "auto" and "micro_batch_tokens" in content:
-            size.setting = size.tokens = content["micro_batch_tokens"]  # and is not planned again
+        if "micro_batch_size" in content:
+            micro_batch_size: Any = pl_module.micro_batch_size
+            micro_batch_size.load_state_dict(content["micro_batch_size"])
         if changes:
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:
@@ -137,7 +137,7 @@ def _computes_on_gpu() -> bool:
 
 
 def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequence[Change]) -> None:
-    """Reject a place, by Lightning's counters of micro-batches, from which it would not continue exactly."""
+    """Reject a place, by Lightning's counters of batches, from which it would not continue exactly."""
     ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
     if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
         raise UserError(
@@ -180,7 +180,7 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
 def _align_validations(trainer: Trainer) -> None:
     """Let validations, and so checkpoints, come between optimizer steps only.
 
-    A share of an epoch is rounded down to whole windows of ``accumulate_grad_batches`` micro-batches. A number of
+    A share of an epoch is rounded down to whole windows of ``accumulate_grad_batches`` batches. A number of
     batches, or of minutes, that leads into a window is rejected.
     """
     every, window, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
@@ -195,7 +195,7 @@ def _align_validations(trainer: Trainer) -> None:
     if every is None or (every % window and every < batches):
         raise UserError(
             f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
-            f"{window} micro-batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, "
+            f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, "
             f"or to a multiple of {window}, with trainer.check_val_every_n_epoch: 1."
         )
 

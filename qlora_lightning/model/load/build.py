@@ -1,6 +1,7 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,47 @@ from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_par
 from qlora_lightning.model.adapters.targets import layer_of
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
+from qlora_lightning.model.load.base_model import (
+    Quantization,
+    check_stored_quantization,
+    load_base,
+    stored_quantization,
+)
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
+BeforeLoad = Callable[[peft.PeftModel, torch.dtype, bool], None]
+
 
 def assemble_model(
-    adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
+    adapter: str | None,
+    adapter_options: dict[str, Any],
+    fast: bool,
+    before_load: BeforeLoad | None = None,
+    **base_options: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
+
+    Args:
+        adapter: Folder of an adapter.
+        adapter_options: Of new ones.
+        fast: Whether layers run fused.
+        before_load: Called before any weight is downloaded or loaded: with the model on the meta device, the dtype of
+            the products, and whether its scales are quantized.
+        base_options: Arguments of ``load_base``.
 
     Returns:
         The model, and what adapter folders say of base and adapter.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
+    if before_load is not None:
+        source = open_base(base_options["name"], base_options["revision"], weights=False)
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        dtype, quantization = base_options["compute_dtype"], base_options["quantization"]
+        double_quant = check_quantization(config, quantization, base_options["double_quant"], source.name)
+        before_load(meta_model(config, dtype, quantization, folder, adapter_options, fast), dtype, double_quant)
     base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
@@ -59,6 +85,16 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
     return model
+
+
+def check_quantization(config: Any, quantization: Quantization, double_quant: bool, name: str) -> bool:
+    """Return whether the scales are quantized; of a base that is stored quantized, that is said by its config.
+
+    Raises:
+        UserError: The base is stored otherwise than asked for.
+    """
+    stored = getattr(config, "quantization_config", None)
+    return double_quant if stored is None else check_stored_quantization(stored, quantization, name)
 
 
 @rank_zero_only
@@ -188,6 +224,20 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     if hasattr(embedding, "scalar_embed_scale"):  # Gemma 3's, a number in a buffer
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     model.requires_grad_(False)
+    return model
+
+
+def meta_model(
+    config: Any,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    adapter: Path | None,
+    adapter_options: dict[str, Any],
+    fast: bool = True,
+) -> peft.PeftModel:
+    """Make a base with its adapters as :func:`assemble_model` does, of shapes alone; arguments are as there."""
+    model = put_adapters(meta_base(config, dtype, quantization), adapter, **adapter_options).to("meta")
+    fuse_layers(model, fast)
     return model
 
 

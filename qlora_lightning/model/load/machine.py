@@ -88,6 +88,18 @@ def device_memory_gib(device: torch.device) -> float:
     return float(psutil.virtual_memory().total / GIB)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Read how much memory this process can still take: of the CUDA device, or of this machine within its limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = psutil.virtual_memory().available
+    if sys.platform.startswith("linux"):
+        process = psutil.Process()
+        limit, _ = process.rlimit(psutil.RLIMIT_AS)
+        free = free if limit == psutil.RLIM_INFINITY else min(free, limit - process.memory_info().vms)
+    return int(free)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 

@@ -38,7 +38,7 @@ from qlora_lightning.model.step.loss import logits_chunk_size
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.versions import attend_ragged
 
-_CONTEXT = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
+CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
@@ -105,18 +105,6 @@ class StepMemory:
         return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.hidden)
 
 
-def tokens_that_fit(step: StepMemory, free_bytes: int, longest_row: int) -> int:
-    """Return the most tokens of a micro-batch that fit into what is free beside base and adapters; 0 if none does."""
-    later = sum(step.fixed[part] for part in ("gradients", "optimizer", "copies"))
-    fits, too_many = 0, 1 << 20
-    while too_many - fits > 1:
-        tokens = (fits + too_many) // 2
-        parts = step.parts(tokens, min(tokens, longest_row))
-        needed = later + sum(parts[part] for part in ("gathered", "activations", "workspace"))
-        fits, too_many = (tokens, too_many) if needed <= free_bytes else (fits, tokens)
-    return fits
-
-
 def build_step_memory(
     model: peft.PeftModel,
     dtype: torch.dtype,
@@ -139,7 +127,7 @@ def build_step_memory(
     fixed["scales"] = scales * _FLOAT
     # double quantized they are bytes, and a float32 for 256 of these; unnest_scales of load/base_model.py makes them
     # plain if a twentieth of a GPU's free memory holds what that takes
-    free = device_bytes - _CONTEXT - sum(fixed.values()) + 3 * scales  # as the base is loaded
+    free = device_bytes - CONTEXT_BYTES - sum(fixed.values()) + 3 * scales  # as the base is loaded
     if double_quant and (sharded_offload is not None or 20 * 3 * scales > free):
         fixed["scales"] = scales + scales // 256 * _FLOAT
     numbers = sum(each.numel() for each in trainable_tensors(model).values())
@@ -147,7 +135,7 @@ def build_step_memory(
     fixed["gradients"] = _FLOAT * numbers * (2 if processes > 1 else 1)  # DDP has a copy
     fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * _FLOAT) * numbers
     fixed["copies"] = dtype.itemsize * numbers if dtype.itemsize < _FLOAT else 0
-    fixed["context"] = _CONTEXT
+    fixed["context"] = CONTEXT_BYTES
 
     layers = list(causal_lm.model.layers)
     if not trainable_tensors(causal_lm.get_input_embeddings()):

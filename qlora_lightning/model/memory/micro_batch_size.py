@@ -1,23 +1,99 @@
-"""How many tokens go through the model at a time: as many as fit, found anew whenever memory runs out."""
+"""How many tokens go through the model at a time: as many as fit by the formula, and fewer whenever memory runs out."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
+import peft
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.layers.lora import Fused
-from qlora_lightning.model.memory.formula import build_step_memory, tokens_that_fit
-from qlora_lightning.model.step.batch import format_locations, row_locations
+from qlora_lightning.base.tensors import GIB, format_gib
+from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
+from qlora_lightning.model.sharded import ShardedDDPStrategy
+from qlora_lightning.model.step.batch import format_locations, row_locations, samples_of
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
 MicroBatchTokens = int | Literal["auto"]
-_DEFAULT_TOKENS = 8192
+_TOKENS_OF_A_CPU = 8192  # more make its products no quicker
+_USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
+_MOST_TOKENS = 1 << 20
+REMEDIES = (
+    "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
+    "auto, or trainer.strategy: ddp_sharded_offload"
+)
 _report = rank_zero_only(say)
+
+
+class Checkpointing(NamedTuple):
+    """Every how many layers one is checkpointed, 0: none; and whether the inputs of these wait in host memory."""
+
+    every_n_layers: int = 0
+    offload: bool = False
+
+    def __str__(self) -> str:
+        if not self.every_n_layers:
+            return "without gradient checkpointing"
+        return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
+
+
+class Fit(NamedTuple):
+    """How a step fits.
+
+    Attributes:
+        tokens: The most of a micro-batch; 0 if the longest row does not fit.
+        step: The formula, with the checkpointing that it takes.
+    """
+
+    tokens: int
+    step: StepMemory
+
+
+def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> Fit:
+    """Find the first of the choices of checkpointing with which the longest row fits alone.
+
+    Args:
+        step: The formula.
+        usable: Bytes that a step may take in all.
+        longest: Tokens of the longest row.
+        choices: In the order in which they are tried; each takes less memory than the one before.
+    """
+    for choice in choices:
+        step = dataclasses.replace(step, **choice._asdict())
+        tokens = _tokens_that_fit(step, usable, longest)
+        if tokens >= longest:
+            return Fit(tokens, step)
+    return Fit(0, step)
+
+
+def _tokens_that_fit(step: StepMemory, usable: float, longest: int) -> int:
+    fits, too_many = 0, _MOST_TOKENS
+    while too_many - fits > 1:
+        tokens = (fits + too_many) // 2
+        needed = sum(step.parts(tokens, min(tokens, longest)).values())
+        fits, too_many = (tokens, too_many) if needed <= usable else (fits, tokens)
+    return fits
+
+
+def usable_bytes(memory: float) -> float:
+    """Return how much of a device's memory a step is planned for."""
+    return _USABLE * memory
+
+
+def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
+    """Correct the planned tokens of a micro-batch by the peak of one that had them: what is beside ``held`` grows so.
+
+    Args:
+        tokens: Of that micro-batch.
+        held: Bytes of base, adapters, gradients and the optimizer's state.
+        peak: The most bytes that were in use.
+        usable: As in :func:`find_fit`.
+    """
+    factor = (usable - held) / max(peak - held, 1.0)
+    return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,37 +106,93 @@ class MicroBatchSize:
     """The tokens that go through the model at a time.
 
     Args:
-        setting: Their number; ``auto`` begins with 8,192.
+        setting: Their number; ``auto`` finds it.
 
     Attributes:
         tokens: Their number now.
-        reserves: What can be done when a row alone does not fit, in the order in which it is done: each does it, and
-            returns a sentence about it. :class:`~qlora_lightning.callbacks.GradientCheckpointing` has some.
+        choices: Of checkpointing: the one in use, and those that help when a row alone does not fit, in their order.
+        apply: Switches checkpointing as a choice has it; :class:`~qlora_lightning.callbacks.GradientCheckpointing`
+            sets both.
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
         if setting != "auto" and setting < 1:
             raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
-        self.setting = setting
-        self.tokens = _DEFAULT_TOKENS if setting == "auto" else setting
-        self.reserves: list[Callable[[], str]] = []
+        self.is_auto = setting == "auto"
+        self.tokens: int = _TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.choices = [Checkpointing()]
+        self.apply: Callable[[Checkpointing], None] = lambda choice: None
+        self._planned = ""
+        self._steps_to_measure = 0
 
-    def plan(self, module: Any) -> None:
-        """Begin with what the formula says for a GPU's free memory, a tenth kept back, if all layers run fused."""
-        layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
-        fused = all(isinstance(each, Fused) and each.plain_reason is None for each in layers)
-        if self.setting != "auto" or module.device.type != "cuda" or not fused or module.sharded_base is not None:
+    # ---- before a base is loaded -------------------------------------------------------------------------------------
+
+    def plan(self, module: Any, model: peft.PeftModel, dtype: torch.dtype, double_quant: bool) -> None:
+        """Plan a fit by the formula.
+
+        Args:
+            module: The module of the fit.
+            model: Its model on the meta device.
+            dtype: Of the products.
+            double_quant: Whether the base's scales are quantized.
+
+        Raises:
+            UserError: The longest row does not fit on the GPU, whatever is done.
+        """
+        if not self.is_auto:
             return
-        step = build_step_memory(module.model, layers[0].compute_dtype, optimizer=module.optimizer_config)
-        cached = torch.cuda.memory_reserved(module.device) - torch.cuda.memory_allocated(module.device)
-        free = int(0.9 * (torch.cuda.mem_get_info(module.device)[0] + cached))
-        longest = getattr(datamodule_of(module.trainer), "max_length", _DEFAULT_TOKENS)
-        is_checkpointed = any(each.gradient_checkpointing for each in layers)
-        if not is_checkpointed and self.reserves and tokens_that_fit(step, free, longest) < longest:
-            _report(f"A row of {longest:,} tokens would not fit: {self.reserves.pop(0)()}")
-            is_checkpointed = True
-        step = dataclasses.replace(step, every_n_layers=int(is_checkpointed))
-        self.tokens = max(1, tokens_that_fit(step, free, longest))
+        strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
+        memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
+        longest = _longest_row(module)
+        step = build_step_memory(
+            model,
+            dtype,
+            double_quant=double_quant,
+            optimizer=module.optimizer_config,
+            device_bytes=memory,
+            processes=module.trainer.world_size,
+            sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
+        )
+        fit = find_fit(step, usable_bytes(memory), longest, self.choices)
+        choice = Checkpointing(fit.step.every_n_layers, fit.step.offload)
+        self.choices = self.choices[self.choices.index(choice) :]
+        if device.type != "cuda":  # of which the formula tells only whether memory is short
+            self.tokens = min(fit.tokens or longest, _TOKENS_OF_A_CPU)
+            return
+        if not fit.tokens:
+            needed = sum(fit.step.parts(longest, longest).values())
+            fixed = sum(fit.step.fixed.values())
+            raise UserError(
+                f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
+                f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "
+                f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
+                "model.micro_batch_tokens tries it without a plan."
+            )
+        self.tokens, self._steps_to_measure = fit.tokens, 2
+        self._planned = f", planned for {format_gib(usable_bytes(memory))}"
+
+    def announce(self) -> None:
+        """Print what was chosen."""
+        _report(f"At most {self.tokens:,} tokens go through the model at a time{self._planned}, {self.choices[0]}.")
+
+    # ---- while it runs -----------------------------------------------------------------------------------------------
+
+    def correct(self, module: Any, was_cut: bool) -> None:
+        """Correct the plan once, by the peak of the second step: then the optimizer's state is there too.
+
+        Args:
+            module: On a GPU; its gradients of a step are there.
+            was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
+        """
+        self._steps_to_measure -= self._steps_to_measure > 0
+        if self._steps_to_measure != 1 or not was_cut or not self.is_auto:
+            return
+        self._steps_to_measure = 0
+        held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
+        usable = usable_bytes(torch.cuda.mem_get_info(module.device)[0] + torch.cuda.memory_reserved(module.device))
+        tokens = corrected_tokens(self.tokens, held, peak, usable)
+        _report(f"Measured: {peak / GIB:.2f} GiB at the peak. At most {tokens:,} tokens go through at a time from now.")
+        self.tokens = tokens
 
     def attempt(self, module: Any, batch: Any, run: Callable[[], None]) -> bool:
         """Run what takes memory; if that runs out, let less of it go through the model the next time.
@@ -103,12 +235,39 @@ class MicroBatchSize:
                 f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
-        elif self.reserves:
-            _report(f"Memory ran out in a row of {tokens:,} tokens: {self.reserves.pop(0)()}")
-        else:
-            place = format_locations(row_locations(datamodule_of(module.trainer), largest["row_ids"].tolist()))
-            raise UserError(
-                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: a "
-                "smaller data.max_length, model.rank or model.base, model.quantization: nf4, "
-                "gradient_checkpointing.enabled: auto, or trainer.strategy: ddp_sharded_offload."
+        elif len(self.choices) > 1 and torch.is_grad_enabled():
+            del self.choices[0]
+            self.apply(self.choices[0])
+            _report(
+                f"Memory ran out in a row of {tokens:,} tokens: training goes on {self.choices[0]}, with the same "
+                "result, by about a third slower."
             )
+        else:
+            place = format_locations(row_locations(datamodule_of(module._trainer), largest["row_ids"].tolist()))
+            raise UserError(
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: "
+                f"{REMEDIES}."
+            )
+
+    # ---- in checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on with."""
+        return {"tokens": self.tokens, "checkpointing": list(self.choices[0])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what a run had found, unless a number is set."""
+        if not self.is_auto:
+            return
+        self.tokens, self._steps_to_measure, self._planned = state["tokens"], 0, ""
+        saved = Checkpointing(*state["checkpointing"])
+        if saved in self.choices:
+            self.choices = self.choices[self.choices.index(saved) :]
+
+
+def _longest_row(module: Any) -> int:
+    """Return the tokens of the longest training row; of a pair both answers count."""
+    data = datamodule_of(module.trainer)
+    samples = samples_of(data, "train")
+    longest = getattr(data, "max_length", _TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
+    return min(longest, _MOST_TOKENS - 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qlora_lightning.model.anatomy import decoder_layers, runs_flat
 from qlora_lightning.model.memory.micro_batch_size import is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
@@ -51,7 +52,9 @@ def generate_answers(
     Returns:
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
-    device = causal_lm.base_model.norm.weight.device  # the embedding may be sharded, and its shards on the host
+    # an embedding may be sharded, and its shards on the host
+    device = next(each for each in decoder_layers(causal_lm)[0].parameters() if not isinstance(each, DTensor)).device
+    batch_size = batch_size if runs_flat(causal_lm.config) else 1  # types that padding may change
     padding = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
     settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": padding, "synced_gpus": False, **options}

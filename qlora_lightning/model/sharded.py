@@ -22,9 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.layers.attention import NO_MASK
+from qlora_lightning.model.anatomy import decoder_layers, runs_flat
+from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
 from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
+from qlora_lightning.support.errors import UserError
 
 _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
@@ -56,6 +58,11 @@ class ShardedBase:
     def __init__(
         self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
     ) -> None:
+        if not runs_flat(causal_lm.config):
+            raise UserError(
+                f"trainer.strategy ddp_sharded takes types that run in flat batches, and {causal_lm.config.model_type} "
+                "runs a row at a time: set trainer.strategy to ddp."
+            )
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self._group, self._device, self._announces = group, device, False
@@ -70,7 +77,8 @@ class ShardedBase:
         self._body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), lm_head_of(causal_lm)
         self._parts_of_body: list[FSDPModule] = []
         self._head: Any = None
-        for number, layer in enumerate(self._body.layers):
+        layers = decoder_layers(causal_lm)
+        for number, layer in enumerate(layers):
             for linear in _quantized_linears(layer):
                 _hold_as_bytes(linear, device)
             self._parts_of_body.append(shard(layer, offload is True or number < offload))
@@ -83,7 +91,7 @@ class ShardedBase:
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
-        for before, layer in pairwise([self._body.layers[0], *self._body.layers]):
+        for before, layer in pairwise([layers[0], *layers]):
             layer.set_modules_to_backward_prefetch([before])
         self._body.register_forward_pre_hook(lambda *_: self._sync_pass(_BODY), prepend=True)
         for root in filter(None, (self._body, self._head)):
@@ -96,8 +104,9 @@ class ShardedBase:
         """
         token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         samples = samples_of_lengths([1]).to(self._device)
-        with torch.no_grad(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            options = {"attention_mask": NO_MASK, "samples": samples, "use_cache": False}
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), flat_batch(FlatBatch(samples)):
+            options = {"attention_mask": NO_MASK, "use_cache": False}
             hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
             if self._head is not None:
                 self._head(hidden)

@@ -31,9 +31,12 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
     has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
+    from qlora_lightning.model.layers.attention import again_in_backward
+
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False, "preserve_rng_state": draws}, every_n_layers=every_n_layers)
+    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": again_in_backward}
+    enable(options, every_n_layers=every_n_layers)
 
 
 def attend_ragged(

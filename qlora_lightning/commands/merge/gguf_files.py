@@ -14,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.folder import BaseFolder
@@ -217,7 +218,7 @@ def _rope_factors(plan: MergePlan) -> Array | None:
         return None
     if rope["rope_type"] != "llama3":
         raise UserError(f"--gguf writes no rotary embeddings of the kind {rope['rope_type']}. {_CONVERT}")
-    scaled = plan.model.get_base_model().model.rotary_emb.inv_freq.float()
+    scaled = LlamaRotaryEmbedding(plan.config).inv_freq.float()
     factors: Tensor = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled)) / scaled
     return factors.numpy().astype(np.float32)
 

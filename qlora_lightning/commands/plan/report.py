@@ -7,10 +7,10 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes
 from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing
 
 _BAR = 16  # characters
@@ -111,31 +111,32 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
 def _model_table(model: Any) -> Table:
     """List embedding, the modules of a decoder layer, norm and head, with the adapter on each."""
     causal_lm = model.get_base_model()
-    config, inner, layers = causal_lm.config, causal_lm.model, causal_lm.model.layers
-    heads = f"{config.num_attention_heads} heads over {config.num_key_value_heads} of width {config.head_dim}"
-    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-    title = f"LLaMA, {config.hidden_size:,} wide, {heads}, rotary θ {theta:,.0f}"
+    config, layers = causal_lm.config, decoder_layers(causal_lm)
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in causal_lm.named_modules() if module in ends}
+    title = f"{config.model_type}, {config.hidden_size:,} wide, {config.num_attention_heads} heads"
+    if getattr(config, "num_key_value_heads", None) is not None:
+        title += f" over {config.num_key_value_heads}"
     table = Table("module", "shape", "adapter", title=title, title_justify="left")
 
     def add(name: str, modules: Sequence[Any], shape: str | None = None) -> None:
         table.add_row(name, shape or _describe_shape(modules[0]), Text(_describe_adapter(modules), "green"))
 
-    add("embed_tokens", [inner.embed_tokens])
+    add(names[ends[0]], [ends[0]])
     table.add_section()
     table.add_row(Text(f"{len(layers)} × decoder layer", "bold"))
     for name, module in layers[0].named_modules():
         if hasattr(module, "weight") and "base_layer" not in name and ".lora_" not in name:
             add(f"  {name}", [layer.get_submodule(name) for layer in layers])
     table.add_section()
-    add("norm", [inner.norm])
-    add("lm_head", [causal_lm.lm_head], "tied to embed_tokens" if config.tie_word_embeddings else None)
+    add(names[ends[1]], [ends[1]], f"tied to {names[ends[0]]}" if ends[0].weight is ends[1].weight else None)
     return table
 
 
 def _describe_shape(module: Any) -> str:
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if isinstance(base, nn.Linear):  # whose weight may be packed
-        return f"{base.in_features:,} → {base.out_features:,}"
+    if isinstance(base, LINEARS):  # whose weight may be packed
+        return " → ".join(f"{size:,}" for size in linear_sizes(base))
     return " × ".join(f"{size:,}" for size in base.weight.shape)
 
 

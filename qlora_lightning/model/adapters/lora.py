@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.targets import resolve_targets
+from qlora_lightning.model.anatomy import names_of_ends
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import without_peft_warnings
 
@@ -60,7 +61,16 @@ def add_adapters(
         target_modules=targets,
         **options,
     )
-    return inject(model, config)
+    adapted = inject(model, config)
+    names = {
+        name.removeprefix("base_model.model.") for name, each in adapted.named_modules() if isinstance(each, LoraLayer)
+    }
+    if missing := [name for name in targets if name not in names]:  # PEFT moves some to fused experts
+        raise UserError(
+            f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
+            "expected other modules, such as attention."
+        )
+    return adapted
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
@@ -85,10 +95,12 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
             raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
-    if model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {name.rpartition(".")[2] for name in alone}:
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    ties = getattr(model.config, "tie_word_embeddings", False)
+    if ties and names_of_ends(model) & {name.rpartition(".")[2] for name in alone}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            "{modules_to_save: [embed_tokens], ensure_weight_tying: true}."
+            f"{{modules_to_save: [{embedding.rpartition('.')[2]}], ensure_weight_tying: true}}."
         )
 
 

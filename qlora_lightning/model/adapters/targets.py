@@ -4,10 +4,11 @@ import re
 
 from torch import nn
 
+from qlora_lightning.model.anatomy import LINEARS, layer_of
 from qlora_lightning.support.errors import UserError
 
-_PRESETS = {"all-linear": ".", "attention": ".self_attn.", "mlp": ".mlp."}  # what full names of their modules contain
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear that belongs to it, in whatever type
+_PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 
 
 def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
@@ -22,7 +23,7 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     candidates = [
         name.removesuffix(".base_layer")
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and ".lora_" not in name
+        if isinstance(module, (*LINEARS, nn.Embedding)) and ".lora_" not in name
     ]
     selected = _select_by_name(candidates, target_modules)
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
@@ -32,15 +33,11 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     return targets
 
 
-def layer_of(name: str) -> int | None:
-    """Return the index of the decoder layer that a module is in; ``None`` for one outside."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else None
-
-
 def _select_by_name(candidates: list[str], target_modules: str | list[str]) -> set[str]:
     if isinstance(target_modules, str) and target_modules in _PRESETS:
-        return {name for name in candidates if layer_of(name) is not None and _PRESETS[target_modules] in name}
+        in_layers = {name for name in candidates if layer_of(name) is not None}
+        attention = {name for name in in_layers if _ATTENTION.search(name)}
+        return {"all-linear": in_layers, "attention": attention, "mlp": in_layers - attention}[target_modules]
     selected: set[str] = set()
     for ending in [target_modules] if isinstance(target_modules, str) else target_modules:
         matches = {name for name in candidates if f".{name}".endswith(f".{ending}")}

@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
-from qlora_lightning.model.adapters.targets import layer_of
+from qlora_lightning.model.anatomy import layer_of
 
 
 class UpdateNorm(NamedTuple):

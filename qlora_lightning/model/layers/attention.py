@@ -1,7 +1,7 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone.
 
-The keyword ``samples``, which transformers hands on to here, describes a batch's samples
-(:class:`~qlora_lightning.model.step.layout.Samples`). Four ways lead to the same numbers within rounding:
+:func:`flat_batch` says where the samples are: some models do not hand keywords on to their attention. Four ways lead to
+the same numbers within rounding:
 
 * on a CPU the C++ loops, which take all samples at once;
 * on a card from compute capability 8.0 on, torch's kernel for ragged samples;
@@ -12,15 +12,17 @@ The keyword ``samples``, which transformers hands on to here, describes a batch'
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
 with a mask; a soft cap on the scores (Gemma 2) takes the last way, by transformers' own code.
 
-Without ``samples``, as when transformers generates, this is torch's attention with transformers' mask.
+Outside of it, as when transformers generates, this is torch's attention with transformers' mask.
 """
 # mypy: allow-untyped-calls
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,46 @@ from qlora_lightning.support.versions import attend_ragged
 FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+# What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
+_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
+_HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep"}
+_WINDOW_OF_CONFIG = ("mistral", "qwen2_moe", "phimoe")  # whose layers have a window in their mask alone
+
+
+class FlatBatch(NamedTuple):
+    """What the layers of a model know of the flat batch that they compute.
+
+    Attributes:
+        samples: Where its samples are.
+        casts: A and B of adapters in the dtype of the products, by the float32 ones; see
+            :func:`~qlora_lightning.model.layers.decoder_layer.cast_adapters`.
+    """
+
+    samples: Samples
+    casts: Mapping[Tensor, Tensor] | None = None
+
+
+_flat_batch: ContextVar[FlatBatch | None] = ContextVar("flat_batch", default=None)
+
+
+def current_batch() -> FlatBatch | None:
+    """Return the flat batch that is being computed, if one is."""
+    return _flat_batch.get()
+
+
+@contextlib.contextmanager
+def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
+    """Compute a flat batch inside this context."""
+    token = _flat_batch.set(batch)
+    try:
+        yield
+    finally:
+        _flat_batch.reset(token)
+
+
+def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
+    return contextlib.nullcontext(), flat_batch(current_batch())
 
 
 def register_flat_attention(fast: bool = True) -> str:
@@ -67,7 +109,6 @@ def flat_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    samples: Samples | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     *,
@@ -81,20 +122,27 @@ def flat_attention(
         query: Queries, ``(1, heads, tokens, head_dim)``.
         key: Keys, ``(1, kv_heads, tokens, head_dim)``.
         value: Values, ``(1, kv_heads, tokens, head_dim)``.
-        attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Only read
-            without ``samples``.
+        attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Not read in a
+            flat batch.
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
         dropout: Probability with which attention weights are dropped.
-        samples: Where the samples are.
-        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Without
-            ``samples`` the mask has it.
+        sliding_window: How many tokens each sees, itself and those right before it; ``None``: the module's window, or
+            all before it. Outside of a flat batch the mask has it.
         softcap: Scores become ``softcap · tanh(score / softcap)``.
         fast: ``False`` takes torch's attention, one sample after the other.
-        kwargs: Handed on to transformers' SDPA.
+        kwargs: More that transformers hands on.
 
     Returns:
         attn_out ``(1, tokens, heads, head_dim)``, and no weights.
+
+    Raises:
+        RuntimeError: The model hands on what is not computed here, as attention sinks.
     """
+    unknown = [name for name, each in kwargs.items() if each is not None and name not in _HARMLESS]
+    if unknown:
+        raise RuntimeError(f"{type(module).__name__} hands {unknown[0]} on to attention, which flat batches lack.")
+    batch = current_batch()
+    samples = None if batch is None else batch.samples
     if samples is None and softcap is not None:
         return _attend_capped(query, key, value, attention_mask, scaling, dropout, softcap), None
     if samples is None:
@@ -103,11 +151,12 @@ def flat_attention(
         return attn_out, None
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
+    window = window_of(module) if sliding_window is None else sliding_window
+    window = window if window is not None and window < samples.longest else None
     attend: Callable[..., Tensor]
     attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
     if fast and dropout == 0.0 and softcap is None:
-        if window is None and has_cpu_kernel(value, dtype):
+        if window is None and has_cpu_kernel(query, key, value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
             if samples.expanded.has_shared:
                 key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
@@ -124,9 +173,19 @@ def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     return flat_attention(*args, fast=False, **kwargs)
 
 
-def has_cpu_kernel(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the C++ loops take values ``(…, head_dim)`` in a dtype; bfloat16 takes a CPU with AVX512-BF16."""
+def window_of(attention: Any) -> int | None:
+    """Return how many tokens an attention module lets each see, by itself or by its config; ``None``: all before it."""
+    config: Any = getattr(attention, "config", None)
+    of_config = config.sliding_window if getattr(config, "model_type", None) in _WINDOW_OF_CONFIG else None
+    window: int | None = getattr(attention, "sliding_window", None) or of_config
+    return window
+
+
+def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the C++ loops take states ``(…, head_dim)`` in a dtype; bfloat16 takes a CPU with AVX512-BF16."""
     head_dim = value.shape[-1]
+    if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read beyond
+        return False
     return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import flat_attention
+from qlora_lightning.model.layers.attention import current_batch, flat_attention, window_of
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
@@ -162,9 +162,10 @@ class FusedDecoderLayer(Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        if args or not self._computes_fused(hidden_states, kwargs):
+        batch = current_batch()
+        if batch is None or args or not self._computes_fused(hidden_states):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        casts = kwargs.pop("casts", None)
+        casts = batch.casts
         hidden_states = self._attend(hidden_states, casts, **kwargs)
         if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):
             return self._apply_mlp(hidden_states, casts)
@@ -172,9 +173,9 @@ class FusedDecoderLayer(Fused):
         run = functools.partial(checkpoint, self._apply_mlp, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([run(piece, casts) for piece in pieces], dim=1)
 
-    def _computes_fused(self, hidden_states: Tensor, options: Mapping[str, Any]) -> bool:
+    def _computes_fused(self, hidden_states: Tensor) -> bool:
         """Whether a call takes the fused forward: what may change between two passes is looked at here."""
-        if self.plain_reason is not None or options.get("samples") is None:
+        if self.plain_reason is not None:
             return False
         if torch.is_autocast_enabled(device_of_autocast(hidden_states)) or hidden_states.dtype != self.compute_dtype:
             return False
@@ -199,10 +200,7 @@ class FusedDecoderLayer(Fused):
             key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
         query, key = Rotary.apply(query, key, *position_embeddings)
-        config, window = attention.config, getattr(attention, "sliding_window", None)
-        if config.model_type == "mistral":  # whose attention has none of its own; LLaMA's ignores the config's
-            window = config.sliding_window
-        options |= {"scaling": attention.scaling, "sliding_window": window}
+        options |= {"scaling": attention.scaling, "sliding_window": window_of(attention)}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)
         return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))
@@ -230,7 +228,7 @@ def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
     They train in float32, and a layer has fourteen of them.
 
     Returns:
-        Each A and B in the dtype of the products; the model takes it as ``casts``.
+        Each A and B in the dtype of the products.
     """
     casts: dict[Tensor, Tensor] = {}
     for layer in model.modules():

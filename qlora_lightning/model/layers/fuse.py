@@ -15,6 +15,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
@@ -60,7 +61,9 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
         model: A model of PEFT or transformers.
         fast: ``False`` lets none run fused.
     """
-    model.set_attn_implementation(register_flat_attention(fast))  # whatever set another one
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (name := attention_of(causal_lm.config, fast)) is not None:
+        model.set_attn_implementation(name)  # whatever set another one
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -70,6 +73,11 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
+
+
+def attention_of(config: Any, fast: bool = True) -> str | None:
+    """Return the attention of a type in flat batches, for ``attn_implementation``; ``None`` leaves it transformers'."""
+    return register_flat_attention(fast) if runs_flat(config) else None
 
 
 def _plain_reason_of_linear(layer: Any) -> str | None:

@@ -158,7 +158,7 @@ class LoRALinearFunction(torch.autograd.Function):
         # A and B, so that autograd notices if they change before backward
         ctx.save_for_backward(None if xa is None else flat, xa, lora_A, lora_B)
         ctx.linear, ctx.shape = linear, x.shape
-        return output.view(*x.shape[:-1], output.shape[-1])
+        return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -225,7 +225,9 @@ class FusedLoRA(Fused):
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
-            output = LoRALinearFunction.apply(x.to(dtype), *linear_parts(self, dtype), None)
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            output = LoRALinearFunction.apply(flat, *linear_parts(self, dtype), None)
+        output = output.view(*x.shape[:-1], output.shape[-1])  # here, since a model may write into what it gets
         return output if autocasts else output.to(x.dtype)
 
 

@@ -16,13 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from qlora_lightning.base.cache import Json, cached_folder, check_entry
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
-from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.anatomy import check_type
+from qlora_lightning.model.layers.fuse import attention_of
 from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
-_OF_THE_COPY = ("_name_or_path", "transformers_version", "dtype")  # of a config: nothing that the model computes
+_OF_THE_COPY = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+)  # of a config: nothing that the model computes
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +58,9 @@ def load_base(
     section 3.
     """
     source = open_base(name, revision)
-    stored = read_config(source.folder, name).get("quantization_config")
+    settings_of_base = read_config(source.folder, name)
+    check_type(settings_of_base.get("model_type"), name, trust_remote_code and "auto_map" in settings_of_base)
+    stored = settings_of_base.get("quantization_config")
     load = partial(_load, dtype=compute_dtype, device=device, trust_remote_code=trust_remote_code)
     settings = None
     if stored is not None:
@@ -91,7 +99,7 @@ def quantized_folder(
 
     A GPU gives the same layout.
     """
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    config = read_config(source.folder, source.name)
     settings = _bitsandbytes_config(quantization, double_quant, dtype)
 
     def build(folder: Path) -> None:
@@ -104,7 +112,7 @@ def quantized_folder(
 
     key: dict[str, Json] = {
         "source": fingerprint(source.folder),
-        "config": {name: value for name, value in config.to_diff_dict().items() if name not in _OF_THE_COPY},
+        "config": {name: value for name, value in config.items() if name not in _OF_THE_COPY},
         "settings": settings.to_diff_dict(),
         "dtype": str(dtype),
         "bitsandbytes": bnb.__version__,
@@ -121,15 +129,16 @@ def _load(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    attention = attention_of(AutoConfig.from_pretrained(folder, **options))
     with _quiet_bars() if settings is None else contextlib.nullcontext():
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": torch.device(device)},
-            attn_implementation=register_flat_attention(),
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
             use_safetensors=True,
+            **options,
             **({} if settings is None else {"quantization_config": settings}),
         )
 

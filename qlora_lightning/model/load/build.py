@@ -19,9 +19,8 @@ from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
-from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.layers.attention import register_flat_attention
-from qlora_lightning.model.layers.fuse import Fusion, explain_plain_layers, fuse_layers
+from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, dense_weight, layer_of, linear_sizes
+from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import (
     Quantization,
     check_stored_quantization,
@@ -202,7 +201,7 @@ def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
 
 
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
-    """Make a frozen base of shapes alone, on the meta device; only the rotary tables are real.
+    """Make a frozen base of shapes alone, on the meta device.
 
     ``config`` is transformers' config, or the folder that holds it; what it says of quantization is left out.
     """
@@ -210,19 +209,15 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     config = AutoConfig.from_pretrained(config, local_files_only=True) if is_folder else copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    check_type(config.model_type, config.name_or_path)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=register_flat_attention()
-        )
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
         if quantization != "none":
+            check_experts(model, config.name_or_path or config.model_type)
             for name, linear in list(model.named_modules()):
-                if isinstance(linear, nn.Linear) and layer_of(name) is not None:
+                if isinstance(linear, LINEARS) and layer_of(name) is not None:
                     model.set_submodule(name, _quantized_linear(linear, quantization, dtype))
             model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    embedding = model.get_input_embeddings()
-    if hasattr(embedding, "scalar_embed_scale"):  # Gemma 3's, a number in a buffer
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
     model.requires_grad_(False)
     return model
 
@@ -241,9 +236,9 @@ def meta_model(
     return model
 
 
-def _quantized_linear(linear: nn.Linear, quantization: Quantization, dtype: torch.dtype) -> Any:
+def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
-    weight, sizes = linear.weight.detach(), (linear.in_features, linear.out_features, linear.bias is not None)
+    weight, sizes = dense_weight(linear), (*linear_sizes(linear), linear.bias is not None)
     quantized: Any
     if quantization == "int8":
         quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)

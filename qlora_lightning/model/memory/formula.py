@@ -30,6 +30,7 @@ from torch.func import functional_call
 from transformers import AttentionInterface
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.sharded import shards_vocabulary
@@ -137,13 +138,12 @@ def build_step_memory(
     fixed["copies"] = dtype.itemsize * numbers if dtype.itemsize < _FLOAT else 0
     fixed["context"] = CONTEXT_BYTES
 
-    layers = list(causal_lm.model.layers)
+    layers = decoder_layers(causal_lm)
     if not trainable_tensors(causal_lm.get_input_embeddings()):
         first = next((number for number, each in enumerate(layers) if trainable_tensors(each)), len(layers) - 1)
         layers = layers[first:]
-    kinds = {repr(each): each for each in layers}  # a layer's text names parts, shapes, ranks and dropout
-    saved = {kind: _count_saved(causal_lm, layer, dtype) for kind, layer in kinds.items()}
-    sizes = [(each.out_features, each.in_features) for each in layers[-1].modules() if isinstance(each, nn.Linear)]
+    saved, saved_per_key = _count_saved(causal_lm, layers, dtype)
+    sizes = [linear_sizes(each) for each in layers[-1].modules() if isinstance(each, LINEARS)]
     is_quantized = bool(linears) or any(isinstance(each, bnb.nn.Linear8bitLt) for each in layers[-1].modules())
     return StepMemory(
         fixed,
@@ -151,8 +151,8 @@ def build_step_memory(
         logits=len(causal_lm.get_output_embeddings().weight) * dtype.itemsize,
         itemsize=dtype.itemsize,
         layers=len(layers),
-        saved=fmean(saved[repr(each)][0] for each in layers),
-        saved_per_key=fmean(saved[repr(each)][1] for each in layers),
+        saved=saved,
+        saved_per_key=saved_per_key,
         mlp=max(map(max, sizes)) * dtype.itemsize,
         in_pieces=_is_fused(layers[-1]),
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
@@ -168,7 +168,7 @@ def _count_base(
 
     FSDP2 gathers a layer into a buffer, and copies that to its parameters while the next one is on its way.
     """
-    layers, ends = list(causal_lm.model.layers), [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    layers, ends = decoder_layers(causal_lm), [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
     base, vocabulary = _frozen_bytes([causal_lm]) - _frozen_bytes(ends), _frozen_bytes(ends)
     if sharded_offload is None:
         return {"base": base, "vocabulary": vocabulary}, (0, 0), 0
@@ -197,14 +197,19 @@ def _pinned_bytes(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the bytes a token that a layer keeps for backward, and those more for each token of its row.
+def _count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> tuple[float, float]:
+    """Return the bytes a token that a layer keeps for backward, on average, and those more for each token of its row.
 
-    Of a fused layer it is what the functions of layers/decoder_layer.py save; any other is run on the meta device.
+    Of fused layers it is what the functions of layers/decoder_layer.py save; a model with any other is run on the meta
+    device.
     """
-    if not _is_fused(layer):
-        once, twice = (_run_saving(causal_lm.config, layer, tokens, dtype) / tokens for tokens in (256, 512))
+    if not all(map(_is_fused, layers)):
+        once, twice = (_run_saving(causal_lm, tokens, dtype) / tokens / len(layers) for tokens in (256, 512))
         return 2 * once - twice, (twice - once) / 256
+    return fmean(_count_saved_by_hand(causal_lm, layer, dtype) for layer in layers), 0.0
+
+
+def _count_saved_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
     attention, width = layer.self_attn, causal_lm.config.hidden_size
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
@@ -214,40 +219,45 @@ def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> tuple[float,
     floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         numbers, floats = numbers + queries + keys, floats + (queries + keys) // attention.head_dim
-    return numbers * dtype.itemsize + floats * _FLOAT, 0.0
+    return float(numbers * dtype.itemsize + floats * _FLOAT)
 
 
 def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
 
 
-def _run_saving(config: Any, layer: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Run a layer forward on the meta device, and return the bytes that autograd keeps, but for weights."""
+def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
+    """Run a model forward up to its head on the meta device, and return the bytes that autograd keeps, but for weights.
+
+    Types that run in flat batches attend as on a GPU with a kernel for ragged samples.
+    """
+    body = causal_lm.base_model
     # as autocast has the adapters, whose copies are a part of their own
-    adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(layer).items()}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
-    angles = torch.empty(1, tokens, rotated, dtype=dtype, device="meta")
-    hidden = torch.empty(1, tokens, config.hidden_size, dtype=dtype, device="meta", requires_grad=True) + 0
-    samples, saved = samples_of_lengths([tokens]), {hidden.untyped_storage()}
+    adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(body).items()}
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    samples, saved = samples_of_lengths([tokens]).to(ids.device), set[Any]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
         return tensor
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if options.get("softcap") is not None:  # no kernel has it
-            return flat.flat_attention(module, query, key, value, mask, samples=samples, **options)
+        if options.get("softcap") is not None or query.shape[-1] != value.shape[-1]:  # no kernel has it
+            return flat.flat_attention(module, query, key, value, mask, **options)
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        return attend_ragged(query, key, value, samples.cu_seqlens.to("meta"), tokens, scale=None)[None], None
+        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
 
     for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION):
         AttentionInterface.register(name, attend)
+    mask = flat.NO_MASK if runs_flat(causal_lm.config) else None
     try:  # int8 layers warn in each run that they round their input to float16
-        with quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"), saved_tensors_hooks(keep, lambda x: x):
-            arguments = {"attention_mask": None, "position_embeddings": (angles, angles), "use_cache": False}
-            functional_call(layer, adapters, (hidden,), arguments)
+        with (
+            quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
+            saved_tensors_hooks(keep, lambda x: x),
+            flat.flat_batch(flat.FlatBatch(samples)),
+        ):
+            functional_call(body, adapters, (ids,), {"attention_mask": mask, "use_cache": False})
     finally:
         flat.register_flat_attention()
-    weights = {each.untyped_storage() for each in (*layer.parameters(), *layer.buffers(), *adapters.values(), angles)}
+    weights = {each.untyped_storage() for each in (*body.parameters(), *body.buffers(), *adapters.values())}
     return sum(each.nbytes() for each in saved - weights)

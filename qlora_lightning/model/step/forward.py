@@ -1,12 +1,15 @@
 """A flat batch through the model, up to the states from which its labels are predicted."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.layers.attention import NO_MASK, has_dropout, has_ragged_kernel
+from qlora_lightning.model.anatomy import runs_flat
+from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, has_dropout, has_ragged_kernel
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
@@ -17,7 +20,8 @@ def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -
 
     Not where each token is to draw numbers of its own: for NEFTune's noise, or for dropout.
     """
-    return fast and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
+    is_flat = fast and runs_flat(causal_lm.config)
+    return is_flat and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
 def pads_samples(causal_lm: Any, device: torch.device) -> bool:
@@ -41,14 +45,17 @@ def build_layout(
         UserError: A row is too long for the base's rotary embedding.
     """
     skips = skips_unlabelled(causal_lm, noise_alpha, fast=fast)
-    pads = pads_samples(causal_lm, device)
-    layout = lay_out(batch, skips_unlabelled=skips, fills=fast and device.type == "cpu", pads=pads)
+    pads, fills = pads_samples(causal_lm, device), fast and device.type == "cpu" and runs_flat(causal_lm.config)
+    layout = lay_out(batch, skips_unlabelled=skips, fills=fills, pads=pads)
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 
 
 def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *, fast: bool) -> Tensor:
     """Compute the last hidden states from which labels are predicted, ``(K, width)``, samples in the batch's order.
+
+    Of a type that runs a row at a time it is their logits, ``(K, vocabulary)``, which
+    :func:`~qlora_lightning.model.step.loss.lm_head_of` knows.
 
     Args:
         causal_lm: The model of transformers, its adapters in it.
@@ -60,12 +67,21 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
     if noise_alpha is not None:
         embeddings = causal_lm.get_input_embeddings()(layout.input_ids)
         tokens = {"inputs_embeds": add_noise(embeddings, layout.samples, noise_alpha)}
-    hidden: Tensor = causal_lm.base_model(
-        **tokens,
-        position_ids=layout.position_ids,
-        attention_mask=NO_MASK,
-        samples=layout.samples,
-        casts=cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None,
-        use_cache=False,
-    ).last_hidden_state  # (1, n_tokens, width)
+    if not runs_flat(causal_lm.config):
+        return torch.cat(list(_compute_rows(causal_lm, layout, tokens)))
+    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None
+    with flat_batch(FlatBatch(layout.samples, casts)):
+        hidden: Tensor = causal_lm.base_model(
+            **tokens, position_ids=layout.position_ids, attention_mask=NO_MASK, use_cache=False
+        ).last_hidden_state  # (1, n_tokens, width)
     return hidden[0].index_select(0, layout.predict_index)
+
+
+def _compute_rows(causal_lm: Any, layout: Layout, tokens: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the logits of each row's predictions, ``(k, vocabulary)``, by the model's own forward for it alone."""
+    keeps = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
+    indices = torch.split(layout.predict_index, list(layout.counts))
+    for (start, end), index in zip(pairwise(layout.samples.bounds), indices, strict=True):
+        row, index = {name: each[:, start:end] for name, each in tokens.items()}, index - start
+        logits: Tensor = causal_lm(**row, use_cache=False, **({"logits_to_keep": index} if keeps else {})).logits[0]
+        yield logits if keeps else logits.index_select(0, index)

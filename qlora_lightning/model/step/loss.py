@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.fuse import has_hooks
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
@@ -122,20 +123,46 @@ def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
 
 
 def lm_head_of(causal_lm: Any) -> nn.Module:
-    """Return what maps last hidden states to logits as the model's own forward: Granite scales them, Gemma 2 caps."""
+    """Return what maps last hidden states to logits as the model's own forward.
+
+    Granite divides them by a scale, Cohere multiplies, HyperCLOVA X too, Gemma 2 caps them.
+    """
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
-    scaling, softcap = (getattr(config, name, None) for name in ("logits_scaling", "final_logit_softcapping"))
-    return linear if scaling is None and softcap is None else _ScaledHead(linear, scaling or 1.0, softcap)
+    if not runs_flat(config):
+        return _LogitsAlready(linear)
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    scaling, factor, softcap = (getattr(config, name, None) for name in names)
+    if config.model_type == "hyperclovax":  # whose scaling is a factor
+        scaling, factor = None, scaling
+    if scaling is None and factor is None and softcap is None:
+        return cast(nn.Module, linear)
+    return _ScaledHead(linear, scaling or 1.0, factor or 1.0, softcap)
+
+
+class _LogitsAlready(nn.Module):
+    """Hands on the logits of a model that runs a row at a time, by its own forward."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear, ``(vocabulary, width)``."""
+        return cast(Tensor, self.linear.weight)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 class _ScaledHead(nn.Module):
-    """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling``."""
+    """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling · factor``."""
 
-    def __init__(self, linear: nn.Module, scaling: float, softcap: float | None) -> None:
+    def __init__(self, linear: nn.Module, scaling: float, factor: float, softcap: float | None) -> None:
         super().__init__()
-        self.linear, self.scaling, self.softcap = linear, scaling, softcap
+        self.linear, self.scaling, self.factor, self.softcap = linear, scaling, factor, softcap
 
     @property
     def weight(self) -> Tensor:
@@ -143,7 +170,7 @@ class _ScaledHead(nn.Module):
         return cast(Tensor, self.linear.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.linear(hidden) / self.scaling
+        logits: Tensor = self.linear(hidden) / self.scaling * self.factor
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

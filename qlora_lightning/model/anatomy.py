@@ -1,0 +1,88 @@
+"""The parts of a decoder, found by its structure; and which of transformers' types run in flat batches."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from qlora_lightning.support.errors import UserError
+
+# Proven by `python -m tests.families` with transformers 5.24: states, losses, gradients, answers, folders and merges of
+# flat batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
+FLAT_TYPES: tuple[str, ...] = (
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
+    *("smollm3", "glm4", "exaone4", "ernie4_5", "seed_oss"),
+)
+# Found there too: a token's state depends on those behind it, in types that are made for something else.
+NOT_CAUSAL_TYPES: tuple[str, ...] = ()
+LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name of a linear whose weight is transposed
+_MOST_EXPERTS = 0.1  # of the layers' weights
+
+
+def runs_flat(config: Any) -> bool:
+    """Whether a model computes a flat batch, its samples in one stream, as it would compute each alone."""
+    return config.model_type in FLAT_TYPES
+
+
+def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:
+    """Reject what is no causal language model of transformers; ``has_code`` says that a base brings its own code."""
+    if model_type in NOT_CAUSAL_TYPES:
+        raise UserError(f"Base {name}: a {model_type} sees what comes behind a token: expected a decoder.")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
+        raise UserError(
+            f"Base {name}: its model_type is {model_type!r}, which is no causal language model of this version of "
+            "transformers. Update transformers, or choose another base."
+        )
+
+
+def decoder_layers(causal_lm: Any) -> list[Any]:
+    """Return the decoder layers, the first that runs first."""
+    stacks = [cast(Any, each) for each in causal_lm.modules() if isinstance(each, nn.ModuleList) and _are_layers(each)]
+    if not stacks:
+        raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
+    largest = max(stacks, key=lambda stack: len(list(stack.parameters())))
+    return list(largest)
+
+
+def _are_layers(modules: nn.ModuleList) -> bool:
+    layers = list(modules)
+    return bool(layers) and all(isinstance(each, GradientCheckpointingLayer) for each in layers)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the index of the decoder layer that a module is in, by its full name; ``None`` for one outside."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def names_of_ends(causal_lm: Any) -> set[str]:
+    """Return the names of embedding and head, without what they are in: ``embed_tokens`` and ``lm_head``."""
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    return {name.rpartition(".")[2] for name, module in causal_lm.named_modules() if module in ends}
+
+
+def check_experts(causal_lm: Any, name: str) -> None:
+    """Reject a mixture of experts whose fused weights, of three dimensions, would stay in 16 bits."""
+    weights = {parameter: parameter.dim() for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
+    experts = sum(each.numel() for each, dims in weights.items() if dims == 3)
+    share = experts / max(1, sum(each.numel() for each in weights))
+    if share > _MOST_EXPERTS:
+        raise UserError(
+            f"Base {name}: {share:.0%} of its layers' weights are fused experts, which bitsandbytes does not quantize. "
+            "Set model.quantization to none, which trains them in 16 bits, or choose a dense base."
+        )
+
+
+def linear_sizes(linear: nn.Module) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a linear, or of GPT-2's Conv1D."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return cast(Any, linear).in_features, cast(Any, linear).out_features
+
+
+def dense_weight(linear: Any) -> torch.Tensor:
+    """Return the weight of a dense linear, ``(out, in)``."""
+    weight: torch.Tensor = linear.weight.detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight

@@ -138,8 +138,16 @@ VALUES = [
     Wrong("strategy", "--trainer.strategy dpp", ("trainer", "dpp")),
     Wrong("every_n", "--adapter_checkpoint.every_n_train_steps 0", ("every_n_train_steps is 0",)),
     Wrong("mode", "--adapter_checkpoint.monitor val_token_accuracy", ("val_token_accuracy", "adapter_checkpoint.mode")),
-    Wrong("offload", "--gradient_checkpointing.offload true", ("offload is true, but enabled is false",)),
-    Wrong("plan", "plan --config c.yaml --gradient_checkpointing.offload true", ("offload is true, but enabled",)),
+    Wrong(
+        "offload",
+        "--gradient_checkpointing {offload:true,enabled:false}",
+        ("offload is true, but enabled is false",),
+    ),
+    Wrong(
+        "plan",
+        "plan --config c.yaml --gradient_checkpointing {offload:true,enabled:false}",
+        ("offload is true, but enabled",),
+    ),
 ]
 BASES = [
     Wrong("base_typo", "--model.base tiyn", ("'tiyn'", "no such file or folder")),

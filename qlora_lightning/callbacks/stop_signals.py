@@ -56,10 +56,13 @@ class StopSignals(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._leave_if_asked(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        pl_module.window.counts["stops"] = float(self._was_asked())  # added up over all ranks with the gradients
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step != self._step:  # else it is inside an accumulation window, which ends first
             self._step = trainer.global_step
-            self._agree(trainer)
+            self.stopping = self.stopping or pl_module.window.totals["stops"] > 0
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -108,11 +111,14 @@ class StopSignals(Callback):
                 subprocess.run(["scontrol", "requeue", name], check=False)
         raise TrainingStopped(128 + number)
 
-    def _agree(self, trainer: Trainer) -> None:
+    def _was_asked(self) -> bool:
         asked = self.received is not None
         if asked:  # again: the same signal may have ended what read a pipe, such as tee, after it came here
             drop_lost_output()
-        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(asked, all=False)
+        return asked
+
+    def _agree(self, trainer: Trainer) -> None:
+        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(self._was_asked(), all=False)
 
     def _listen(self, trainer: Trainer) -> None:
         """Take the signals over from Lightning."""

@@ -20,11 +20,7 @@ class ThroughputMonitor(Callback):
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.tokens_seen = self.labelled_seen = 0
-        self._trainer: Trainer | None = None
-        self._seconds, self._tokens, self._labelled = 0.0, 0, 0  # of the open accumulation window
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._trainer = trainer
+        self._seconds = 0.0  # of the open accumulation window
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step
@@ -37,29 +33,17 @@ class ThroughputMonitor(Callback):
             return
         # On a GPU the loss of each step has been waited for, before the optimizer took it.
         self._seconds += time.perf_counter() - self._began
-        self._tokens += batch["input_ids"].numel()
-        cut = batch.get("micro_batches")  # made on the host
-        labelled = (batch["labels"] != -100).sum() if cut is None else sum(len(each.targets) for each in cut.layouts)
-        self._labelled += int(labelled)
         if trainer.global_step == self._step:
             return  # inside an accumulation window
-        tokens, labelled = self._count_over_ranks()
+        module: Any = pl_module
+        tokens, labelled = (int(module.window.totals[name]) for name in ("tokens", "labelled_tokens"))
         self.tokens_seen += tokens
         self.labelled_seen += labelled
         # as tensors on the host: Lightning would put numbers on the GPU, and who reads them would wait for it
         pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
         pl_module.log("labelled_tokens_per_second", torch.tensor(labelled / self._seconds))
         pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
-        self._seconds, self._tokens, self._labelled = 0.0, 0, 0
-
-    def _count_over_ranks(self) -> tuple[int, int]:
-        """Add up tokens and labelled tokens of the open window; every rank must call it."""
-        if self._trainer is None or self._trainer.world_size == 1:
-            return self._tokens, self._labelled
-        strategy = self._trainer.strategy
-        counts = torch.tensor([self._tokens, self._labelled], dtype=torch.float64, device=strategy.root_device)
-        tokens, labelled = strategy.reduce(counts, reduce_op="sum").tolist()
-        return int(tokens), int(labelled)
+        self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tokens seen so far."""

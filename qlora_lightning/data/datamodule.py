@@ -23,7 +23,7 @@ from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prep
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.readers import Row, RowReader
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.samples import SampleSet, hold_out
 from qlora_lightning.support.errors import UserError
 
@@ -296,9 +296,19 @@ class InstructionDataModule(LightningDataModule):
             self._divide()
             return
         self.samples[split], self.reports[split] = samples, report
-        if split in ("val", "test") and "train" in self.samples:
+        if split in ("val", "test") and self._has_training_rows(split):
             report.count_overlap(samples, self.samples["train"])
         rank_zero_info(report.describe())
+
+    def _has_training_rows(self, split: str) -> bool:
+        """Whether training rows are there to compare with; if nothing has read them yet, they are read."""
+        if "train" not in self.samples and not self.streaming and not self._has_own_rows():
+            try:
+                if not any(source.is_remote for source in self.sources("train")):
+                    self._prepare("train")
+            except UserError as error:
+                rank_zero_info(f"{split} rows are not compared with the training rows: {error}")
+        return "train" in self.samples
 
     def _read(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
@@ -339,7 +349,10 @@ class InstructionDataModule(LightningDataModule):
 
     def sources(self, split: str) -> list[Source]:
         """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
-        value = self.files[split]
+        value, folder = self.files[split], self.files["train"]
+        in_folder = split in ("val", "test") and not (split == "val" and self.val_fraction is not None)
+        if value is None and in_folder and isinstance(folder, str | os.PathLike) and has_split(folder, split):
+            value = folder
         if value is None:
             return []
         streaming = self.streaming and split == "train"

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.base import open_base
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
@@ -189,11 +190,15 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        dtype = machine.choose_compute_dtype(self.compute_dtype, self._device_of_process())
+        device = self._device_of_process()
+        model_type = None
+        if self.compute_dtype == "auto" and device.type == "cuda":
+            model_type = open_base(self.base, self.revision, weights=False).model_type
+        dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
             name=self.base,
-            device=torch.device("cpu") if is_sharded else self._device_of_process(),
+            device=torch.device("cpu") if is_sharded else device,
             compute_dtype=dtype,
             quantization=self.quantization,
             double_quant=self.double_quant,
@@ -250,7 +255,12 @@ class QLoRAModule(lightning.LightningModule):
     def _choose_autocast(self) -> None:
         """Let PEFT's own layers compute in the compute dtype: their adapters are in float32."""
         dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        trains_beside = any(".lora_" not in name for name in lora.trainable_tensors(self.model))
+        ends = [end for end in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()) if end]
+        beside = {parameter for end in ends for parameter in end.parameters()}  # which are cast where they are used
+        trains_beside = any(
+            ".lora_" not in name and parameter not in beside
+            for name, parameter in lora.trainable_tensors(self.model).items()
+        )
         is_plain = trains_beside or any(self.choose_layers().linears.values())
         self.autocast_dtype = dtype if is_plain and dtype != torch.float32 else None
 
@@ -340,7 +350,12 @@ class QLoRAModule(lightning.LightningModule):
         checks.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return {**batch, "micro_batches": self._cut(batch)} if is_flat(batch) else batch
+        if not is_flat(batch):
+            return batch
+        cut = self._cut(batch)
+        if self.device.type == "cuda":  # from pinned memory alone it is copied in the background
+            batch = {name: each.pin_memory() if isinstance(each, Tensor) else each for name, each in batch.items()}
+        return {**batch, "micro_batches": cut}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         cut = batch.get("micro_batches") if is_flat(batch) else None  # who moves a batch by hand need not have cut it
@@ -399,6 +414,12 @@ class QLoRAModule(lightning.LightningModule):
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Leave the gradients alone, which are there when Lightning calls this: a window begins without."""
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().optimizer_step(*args, **kwargs)
+        except Exception as error:
+            raise self.micro_batch_size.explain(error, f"{self.device} in the optimizer's step") from None
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
@@ -408,6 +429,8 @@ class QLoRAModule(lightning.LightningModule):
         if self.device.type == "cuda":
             self.micro_batch_size.correct(self, self.window.micro_batches > len(self.window.batches))
         means = self.guard.check_step(self, optimizer, means)
+        for name in [name for name in means if name.startswith("total_")]:
+            self.window.totals[name.removeprefix("total_")] = float(means.pop(name))
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})

@@ -23,7 +23,7 @@ _KINDS = {
 _LOSSES = ("train_loss", "val_loss")
 _NOISY = ("train_loss", "grad_norm", "tokens_per_second")
 _UNDRAWN = (
-    *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps"),
+    *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps", "micro_batches"),
     *("memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
 )
 _LOG_FROM = 20.0  # times the lowest value: from there on a linear axis would flatten what matters

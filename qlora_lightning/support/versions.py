@@ -80,6 +80,10 @@ def without_peft_warnings() -> Iterator[None]:
     its old name.
     """
     with warnings.catch_warnings():
+        # of targets that PEFT moves to fused experts, which add_adapters rejects
+        warnings.filterwarnings(
+            "ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning
+        )
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

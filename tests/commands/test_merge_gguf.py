@@ -20,7 +20,8 @@ from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_run
 from tests.data import conftest as data
-from tests.random_base import WINDOW, save_family, save_random_llama, save_tokenizer
+from tests.families import WINDOW
+from tests.random_base import save_family, save_random_llama, save_tokenizer
 
 families = data.families  # tokenizers in the style of known models
 

@@ -13,8 +13,8 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_the_recipes_that_the_readme_promises_are_here():
     assert [config.stem for config in CONFIGS] == [
         "llama-3.1-70b-2x24gb",
-        "llama-3.1-8b",
         "llama-3.1-8b-multi-gpu",
+        "llama-3.1-8b",
         "llama-3.2-1b",
         "mistral-7b",
         "quickstart",

@@ -1,11 +1,13 @@
 """A run on a card: exact resumes, from the host too, a seed's adapters, memory as planned, answers, and plain PEFT."""
 
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
@@ -118,3 +120,49 @@ def test_plain_peft_computes_what_the_module_computes(base, tmp_path, dtype):
     with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         expected, found = plain(input_ids=ids).logits, module.model(input_ids=ids).logits
     torch.testing.assert_close(found, expected.to(found), rtol=1e-4 if name == "fp32" else 0.1, atol=1e-2)
+
+
+@pytest.mark.parametrize("scarce", ["plan", "run"])
+def test_a_step_fits_by_itself_on_a_card(base, rows_file, tmp_path, scarce):
+    """With memory that others hold, whether that is there at the start or comes in the run, the adapter is the same."""
+    whole = train(tmp_path / "whole", base, rows_file)
+    hog = Hog(at_start=scarce == "plan")
+    parts = train(tmp_path / "parts", base, rows_file, GradientCheckpointing(), hog)
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], tensor, rtol=0.05, atol=1e-3)  # bf16 and dropout
+
+
+class Hog(Callback):
+    """Leaves a card so little memory that a batch does not fit: from the start, or from the first batch on."""
+
+    def __init__(self, at_start):
+        self.at_start, self.held = at_start, None
+
+    def setup(self, trainer, pl_module, stage):
+        if self.at_start:
+            self._hold(400_000_000)
+
+    def on_train_batch_start(self, *_):
+        if not self.at_start and self.held is None:
+            self._hold(20_000_000)
+
+    def _hold(self, left):
+        if DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+            self.held = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device=DEVICE)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two cards")
+@pytest.mark.parametrize("strategy", ["ddp_sharded", "ddp_sharded_offload"])
+def test_two_cards_with_a_sharded_base_take_the_same_steps_as_with_whole_ones(rows_file, tmp_path, strategy):
+    """The adapters' sums and the gathering of layers are two communicators, in one order on both cards."""
+    (tmp_path / "untied").mkdir()
+    base = make_base(tmp_path / "untied", tie_word_embeddings=False, num_hidden_layers=4)
+    options = [f"--model.base={base}", f"--data.train={rows_file}", "--trainer.accelerator=gpu", "--trainer.devices=2"]
+    options += ["--trainer.max_steps=6", "--data.batch_size=2", "--evaluation=null", "--model.micro_batch_tokens=64"]
+    ends = []
+    for name in ("ddp", strategy):
+        run = [f"--trainer.strategy={name}", f"--trainer.default_root_dir={tmp_path / name}"]
+        subprocess.run([sys.executable, "-m", "qlora_lightning", "fit", *options, *run], check=True, timeout=500)
+        ends.append(read_checkpoint(tmp_path / name)["state_dict"])
+    assert same(*ends)

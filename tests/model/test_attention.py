@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
-from qlora_lightning.model.layers.attention import flat_attention
+from qlora_lightning.model.layers.attention import FlatBatch, flat_attention, flat_batch
 from qlora_lightning.model.step.layout import ComputedTokens, build_samples, samples_of_lengths
 from qlora_lightning.support.versions import attend_ragged
 
@@ -47,11 +47,12 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     def attend(*qkv, samples):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
-                patch.setattr(attention, "has_cpu_kernel", lambda value, dtype: False)
+                patch.setattr(attention, "has_cpu_kernel", lambda *_: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda device, dtype: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
-            return flat_attention(None, *qkv, None, samples=samples, fast=fast)[0]
+            with flat_batch(FlatBatch(samples)):
+                return flat_attention(None, *qkv, None, fast=fast)[0]
 
     return attend
 
@@ -128,3 +129,12 @@ def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_giv
     output = attend_ragged(*qkv, bounds, 20, None)
     assert output.shape == (25, 4, 64)
     assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
+
+
+def test_what_flat_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
+    qkv, samples = draw(20), samples_of_lengths([20])
+    with flat_batch(FlatBatch(samples)), pytest.raises(RuntimeError, match="NoneType hands s_aux on to attention, whi"):
+        flat_attention(None, *qkv, None, s_aux=torch.zeros(6))
+    query, key, _ = draw(20, width=32)
+    found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))
+    assert errors(found, exact).max() <= 1e-6

@@ -1,69 +1,100 @@
-"""Each family that is trained computes what plain transformers and PEFT compute, row by row."""
+"""Types of transformers, in flat batches or a row at a time, compute what plain transformers and PEFT compute."""
 
-import itertools
 import json
 import shutil
 
-import peft
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
-from qlora_lightning.base.folder import MODEL_TYPES
+from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.lora import count_parameters, trainable_tensors
+from qlora_lightning.model.anatomy import FLAT_TYPES, NOT_CAUSAL_TYPES, decoder_layers
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.fuse import FUSED_TYPES
-from qlora_lightning.model.load.build import meta_base
-from qlora_lightning.support.versions import without_peft_warnings
+from qlora_lightning.model.load.build import meta_model
+from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.support.errors import UserError
+from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family
 from tests.steps import distance, loss_and_gradients, make_batch, make_module
 
-LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
+# Each has something of its own: windows, caps, scales, biases, Conv1D, learned positions, layers of another name …
+FLAT = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "gemma4_text",
+    "granite",
+    "olmo",
+    "smollm3",
+)
+FLAT += ("cohere2", "deepseek_v2", "gpt2", "gpt_neox", "hyperclovax", "nemotron", "opt", "starcoder2")
+ROW_BY_ROW = ("qwen3_5_text", "gpt_oss", "bloom", "mamba")
 
 
-@pytest.fixture(scope="session", params=MODEL_TYPES)
-def family(request, tmp_path_factory, tiny_base):
-    return save_family(tmp_path_factory.mktemp(request.param), request.param, tiny_base)
+@pytest.mark.parametrize("model_type", FLAT)
+def test_a_flat_batch_is_rows_alone_by_plain_transformers_and_peft(model_type):
+    assert model_type in FLAT_TYPES
+    found = families.study(model_type)
+    assert not families.differs(found), found
 
 
-def plain_step(model):
-    """Compute the mean loss of rows that come alone, and its gradients, by transformers and PEFT alone."""
-    batch, loss = make_batch(LENGTHS), 0.0
-    for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
-        ids = batch["input_ids"][:, start:end]
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        loss = loss + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
-    gradients = torch.autograd.grad(loss, list(trainable_tensors(model).values()))
-    labelled = sum(LENGTHS) - len(LENGTHS)
-    return float(loss.detach() / labelled), torch.cat([each.flatten() for each in gradients])
+@pytest.mark.parametrize("model_type", ROW_BY_ROW)
+def test_another_type_runs_a_row_at_a_time_and_is_the_same(model_type):
+    assert model_type not in FLAT_TYPES
+    found = families.study(model_type)
+    assert not families.differs(found), found
 
 
-def test_losses_gradients_and_answers_are_those_of_plain_transformers(family, tmp_path):
-    module = make_module(family, quantization="none")
-    module.save_adapter(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32, attn_implementation="eager")
-    assert count_parameters(meta_base(family, quantization="nf4")) == (0, base.num_parameters())  # what is planned
-    with without_peft_warnings():
-        plain = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True).eval()
-    expected = plain_step(plain)
-    for fast in (True, False):
-        module.fast = fast
-        found = loss_and_gradients(module, make_batch(LENGTHS))
-        assert abs(found[0] - expected[0]) <= 2e-6 * expected[0]
-        assert distance(found[1], expected[1]) <= 2e-6
-    module.fast = True
-    for layer in module.causal_lm.model.layers:
-        fuses = isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
-        assert fuses == (base.config.model_type in FUSED_TYPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(set(FLAT_TYPES) - set(FLAT)))
+def test_all_types_in_flat_batches_are_proven(model_type):
+    found = families.study(model_type)
+    assert not families.differs(found), found
 
-    prompts = [list(range(5, 5 + length)) for length in (3, 20, 7)]
-    with torch.no_grad():
-        for prompt, answer in zip(prompts, module.answer(prompts, [], max_new_tokens=12), strict=True):
-            logits = plain(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
-            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+@pytest.mark.parametrize("model_type", [*FLAT[:8], "gpt2", "opt", "qwen3_5_text"])
+def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path):
+    config = AutoConfig.from_pretrained(families.save_random(tmp_path, model_type))
+    model = meta_model(config, torch.bfloat16, "nf4", None, {"rank": 2})
+    layers = decoder_layers(model.get_base_model())
+    assert len(layers) == 4
+    fused = [isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None for layer in layers]
+    assert set(fused) == {model_type in FUSED_TYPES}
+    step = build_step_memory(model, torch.bfloat16)
+    assert step.layers == 4
+    assert 64 * 2 * 4 < step.saved < 64 * 2 * 200  # a few dozen numbers as wide as the hidden state
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "words"),
+    [
+        ("bert", {}, "sees what comes behind a token"),
+        ("mixtral", {}, r"\d\d% of its layers' weights are fused experts.* Set model.quantization to none"),
+        ("deepseek_v3", {"quantization": "none"}, "on which PEFT puts no adapter in a deepseek_v3: expected other mod"),
+    ],
+)
+def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options, words, tmp_path):
+    assert (model_type in NOT_CAUSAL_TYPES) == (model_type == "bert")
+    families.save_random(tmp_path, model_type)
+    with pytest.raises(UserError, match=words):
+        QLoRAModule(str(tmp_path), **options).configure_model()
+
+
+def test_a_type_that_transformers_does_not_have_is_rejected(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "llama9"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="its model_type is 'llama9', which is no causal language model of this version"
+    ):
+        QLoRAModule(str(base)).configure_model()
 
 
 def test_a_llama_ignores_a_window_that_its_config_switches_off(tiny_base, tmp_path):
@@ -71,20 +102,16 @@ def test_a_llama_ignores_a_window_that_its_config_switches_off(tiny_base, tmp_pa
     config = json.loads((base / "config.json").read_text()) | {"sliding_window": 4, "use_sliding_window": False}
     (base / "config.json").write_text(json.dumps(config))
     module = make_module(base, quantization="none")
-    _, gradients = loss_and_gradients(module, make_batch(LENGTHS))
+    _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
     module.fast = False
-    assert distance(gradients, loss_and_gradients(module, make_batch(LENGTHS))[1]) <= 2e-6
+    assert distance(gradients, loss_and_gradients(module, make_batch(families.LENGTHS))[1]) <= 2e-6
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_base_and_adapter(family, tmp_path, capsys):
-    make_run(tmp_path / "run", family, quantization="none")
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "qwen3", "qwen3_5_text"])
+def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, tmp_path, tiny_base, capsys):
+    base = save_family(tmp_path / "base", model_type, tiny_base)
+    make_run(tmp_path / "run", base, quantization="none")
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
     assert main(merge) == 0
     assert "Checked on 8 validation rows" in capsys.readouterr().out
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32)
-    with torch.no_grad(), without_peft_warnings():
-        ids = make_batch(LENGTHS)["input_ids"]
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
-        assert distance(merged(input_ids=ids).logits, adapted(input_ids=ids).logits) <= 1e-5

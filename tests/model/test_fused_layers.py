@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from qlora_lightning import QLoRAModule
 from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.cpu import library
+from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.random_base import save_random_llama
@@ -200,3 +201,23 @@ def test_a_fit_reports_why_layers_are_plain_if_they_are(
     printed = " ".join(capsys.readouterr().out.split())
     assert (sentence in printed) == (reason is not None)
     assert reason is None or sentence + reason in printed
+
+
+def test_regions_are_compiled_once_a_width_for_any_number_of_tokens():
+    shapes = []
+
+    def watch(graph, inputs):
+        names = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        shapes.append(
+            [tuple(map(str, node.meta["example_value"].shape)) for node in names if "example_value" in node.meta]
+        )
+        return graph.forward
+
+    compiled = elementwise.compile_region(elementwise.rms_norm.__wrapped__, watch)
+    for tokens, width in ((100, 64), (37, 64), (90, 128), (11, 128), (50, 64)):
+        arguments = torch.randn(tokens, width), torch.rand(width), 1e-5
+        elementwise.mark_tokens(arguments)
+        compiled(*arguments)
+    widths = [next(shape for shape in each if len(shape) == 2) for each in shapes]
+    assert [width for _, width in widths] == ["64", "128"]
+    assert not any(tokens.isdecimal() for tokens, _ in widths)

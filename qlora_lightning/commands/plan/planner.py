@@ -71,12 +71,11 @@ def _plan(
     is_cuda = device["kind"] == "cuda"
     # a card that is not here is taken for one of this decade
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
-    dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device))
-
     sharded_offload = _read_sharding(trainer)
     if sharded_offload is not None:
         check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
     config, origin = find_config(module.base, module.revision, module.trust_remote_code)
+    dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)

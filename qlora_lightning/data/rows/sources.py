@@ -3,6 +3,7 @@
 import difflib
 import glob
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +16,9 @@ KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
-_SPLITS = {"train": "train", "val": "validation"}  # else: test
+# of the hub's data sets, by what a key, a file or a folder is named
+_SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "validation")}
+_SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?:[-_.\d]|$)")
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
@@ -129,11 +132,36 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         file, hub = file / str(source.split), [key for key in hub if key != "split"]
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")
-    files = _list_urls(path) if "://" in path else _list_files(file)
+    files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
+    if "://" in path or file.is_dir():
+        files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
     if not files:
         kinds = f"{', '.join(KINDS)}, each also compressed ({', '.join(COMPRESSIONS)})"
-        raise UserError(f"no data files in {path}: expected {kinds}.")
+        raise UserError(f"no {split} files in {path}: expected {kinds}, none named after another split.")
     return replace(source, files=tuple(files), streaming=False)
+
+
+def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
+    """Return the files of a split, if a folder names splits: training takes those of no name too."""
+    named = {file: _split_of(str(file).removeprefix(folder)) for file in files}
+    if not any(named.values()):
+        return files
+    return [file for file, name in named.items() if name == split or (split == "train" and name is None)]
+
+
+def _split_of(path: str) -> str | None:
+    """Return the split that a file, or a folder that it is in, is named after: ``dev-00000.parquet`` is validation."""
+    for part in reversed(Path(path).parts):
+        if found := _SPLIT_NAME.match(part.lower()):
+            return _SPLITS[found[1]]
+    return None
+
+
+def has_split(path: str | os.PathLike[str], split: str) -> bool:
+    """Whether a path is a folder on this machine in which files, or folders, are named after a split."""
+    folder = Path(path).expanduser()
+    files = list_folder(folder) if folder.is_dir() else []
+    return any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files)
 
 
 def _list_urls(path: str) -> list[str]:

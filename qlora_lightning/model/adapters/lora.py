@@ -113,7 +113,10 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     with torch.random.fork_rng(devices=[]), without_peft_warnings():
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         with torch.device("meta") if on_meta else contextlib.nullcontext():
-            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+            try:
+                adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+            except ValueError as error:  # as for Mamba's out_proj
+                raise UserError(f"PEFT cannot put this adapter on the base: {error}") from error
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
     return adapted

@@ -49,16 +49,16 @@ class TrainingGuard(Callback):
     def check_step(
         self, pl_module: Any, optimizer: torch.optim.Optimizer, means: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Stop, skip or pass a step by its mean ``loss`` and ``grad_norm``; return all means on the host, for the log.
+        """Stop, skip or pass a step by its mean ``loss`` and ``grad_norm``; return all on the host, for the log.
 
         They are those of all ranks, which so decide alike. The one time in a step that the host waits for a GPU.
         """
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        tokens = pl_module.window.global_labelled_tokens
-        *numbers, labelled = torch.stack([each.detach().double() for each in (*means.values(), tokens)]).cpu().unbind()
+        numbers = torch.stack([each.detach().double() for each in means.values()]).cpu().unbind()
         on_host = {name: number.float() for name, number in zip(means, numbers, strict=True)}
+        labelled = on_host["total_labelled_tokens"]
         bad_loss, bad_gradient = (not math.isfinite(on_host[name]) for name in ("loss", "grad_norm"))
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.

@@ -6,7 +6,7 @@ Each is a region: element-wise code, which a GPU runs as one compiled kernel, an
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 _log = logging.getLogger(__name__)
 _Operations = TypeVar("_Operations", bound=Callable[..., Any])
+# Which dimension is the tokens', by how many a tensor has: (tokens, width), (1, tokens, head_dim), (1, heads, tokens, …)
+_TOKENS = {2: 0, 3: 1, 4: 2}
 
 
 def _region(operations: _Operations) -> _Operations:
@@ -29,13 +31,22 @@ def _region(operations: _Operations) -> _Operations:
 def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run element-wise code: on a GPU, if Triton can, compiled into one kernel for any number of rows."""
     if arguments[0].is_cuda and has_triton():
-        function = _compile(function)
+        mark_tokens(arguments)
+        function = compile_region(function)
     return function(*arguments)
 
 
 @functools.cache
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def compile_region(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """Compile a region for any number of tokens, and for each width anew: a kernel is quicker if it knows that."""
+    return torch.compile(function, dynamic=False, backend=backend)
+
+
+def mark_tokens(arguments: Iterable[Any]) -> None:
+    """Tell the compiler which dimension of each tensor is the tokens'; see :data:`_TOKENS`."""
+    for each in arguments:
+        if isinstance(each, Tensor) and each.dim() in _TOKENS:
+            torch._dynamo.maybe_mark_dynamic(each, _TOKENS[each.dim()])
 
 
 @functools.cache

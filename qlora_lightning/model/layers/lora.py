@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_FEW_ROWS = 16  # on a GPU bitsandbytes reads the packed weight itself, if that is quicker for so few on this card
+_FEW_ROWS = 64  # on a GPU bitsandbytes chooses for so few: to read the packed weight itself, or to make it dense
 
 
 class LinearParts(NamedTuple):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from qlora_lightning.base.cache import Json, cached_folder, check_entry
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
-from qlora_lightning.model.anatomy import check_type
+from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of
 from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.support.errors import UserError
@@ -130,13 +130,16 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    attention = attention_of(AutoConfig.from_pretrained(folder, **options))
+    config = AutoConfig.from_pretrained(folder, **options)
+    if settings is not None:
+        with torch.device("meta"):
+            check_experts(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), str(folder))
     with _quiet_bars() if settings is None else contextlib.nullcontext():
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": torch.device(device)},
-            attn_implementation=attention,
+            attn_implementation=attention_of(config),
             use_safetensors=True,
             **options,
             **({} if settings is None else {"quantization_config": settings}),

@@ -104,7 +104,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
     autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
     for line in (
-        explain_dtype(module.compute_dtype, module.device),
+        explain_dtype(module.compute_dtype, module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,

@@ -25,9 +25,11 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
@@ -229,13 +231,13 @@ def _is_fused(layer: nn.Module) -> bool:
 def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
     """Run a model forward up to its head on the meta device, and return the bytes that autograd keeps, but for weights.
 
-    Types that run in flat batches attend as on a GPU with a kernel for ragged samples.
+    Attention keeps what a GPU's kernel keeps.
     """
-    body = causal_lm.base_model
+    body, mode = causal_lm.base_model, FakeTensorMode(allow_non_fake_inputs=True)  # transformers reads no fake number
     # as autocast has the adapters, whose copies are a part of their own
     adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(body).items()}
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    samples, saved = samples_of_lengths([tokens]).to(ids.device), set[Any]()
+    ids = mode.from_tensor(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+    samples, saved = samples_of_lengths([tokens]).to(torch.device("meta")), set[Any]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
@@ -247,7 +249,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
         return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
 
-    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION):
+    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
     mask = flat.NO_MASK if runs_flat(causal_lm.config) else None
     try:  # int8 layers warn in each run that they round their input to float16
@@ -255,9 +257,12 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
             quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
             saved_tensors_hooks(keep, lambda x: x),
             flat.flat_batch(flat.FlatBatch(samples)),
+            mode,
         ):
             functional_call(body, adapters, (ids,), {"attention_mask": mask, "use_cache": False})
     finally:
         flat.register_flat_attention()
-    weights = {each.untyped_storage() for each in (*body.parameters(), *body.buffers(), *adapters.values())}
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+    held = (*body.parameters(), *body.buffers(), *adapters.values())
+    weights = {fake.untyped_storage() for each in held for fake in (each, mode.from_tensor(each))}
     return sum(each.nbytes() for each in saved - weights)

@@ -244,10 +244,12 @@ class MicroBatchSize:
             )
         else:
             place = format_locations(row_locations(datamodule_of(module._trainer), largest["row_ids"].tolist()))
-            raise UserError(
-                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: "
-                f"{REMEDIES}."
-            )
+            raise _out_of_memory(f"{module.device} in one row of {tokens:,} tokens ({place})", words)
+
+    @staticmethod
+    def explain(error: Exception, place: str) -> Exception:
+        """Return an error of memory that ran out in one sentence, and any other as it is."""
+        return _out_of_memory(place, str(error).partition("\n")[0]) if is_out_of_memory(error) else error
 
     # ---- in checkpoints ----------------------------------------------------------------------------------------------
 
@@ -263,6 +265,10 @@ class MicroBatchSize:
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]
+
+
+def _out_of_memory(place: str, words: str) -> UserError:
+    return UserError(f"Out of memory on {place}: {words} What is left: {REMEDIES}.")
 
 
 def _longest_row(module: Any) -> int:

@@ -10,6 +10,8 @@ import torch
 from qlora_lightning.model.step.layout import IGNORED, find_computed
 from qlora_lightning.support.errors import UserError
 
+_MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
+
 
 def samples_of(data: Any, split: str | None) -> Any:
     """Return the samples of a split, if a data module is one of ours; ``samples`` of another may be anything."""
@@ -121,11 +123,16 @@ def computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence
 
 
 def check_row_length(config: Any, longest: int) -> None:
-    """Refuse rows whose angles would depend on the longest row of their batch: they would be trained otherwise in each.
+    """Refuse rows that are too long: for scores that are held, or since their angles would depend on the longest one.
 
     The rotary types ``dynamic`` (NTK) and ``longrope`` scale all angles by a row that is beyond the length of the
     base's pre-training.
     """
+    if getattr(config, "attn_logit_softcapping", None) is not None and longest > _MOST_CAPPED:
+        raise UserError(
+            f"A {config.model_type} caps attention's scores, which no kernel does: they are held for all pairs of a "
+            f"row's tokens, and rows here may have {longest:,}. Set data.max_length to {_MOST_CAPPED} or less."
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *rope.values()):  # some have parameters for each type of layer
         kind = each.get("rope_type") if isinstance(each, Mapping) else None

@@ -64,9 +64,11 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         fast: Whether a GPU's adapters are cast all at once.
     """
     tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
+    embedding = causal_lm.get_input_embeddings()
     if noise_alpha is not None:
-        embeddings = causal_lm.get_input_embeddings()(layout.input_ids)
-        tokens = {"inputs_embeds": add_noise(embeddings, layout.samples, noise_alpha)}
+        tokens = {"inputs_embeds": add_noise(embedding(layout.input_ids), layout.samples, noise_alpha)}
+    elif any(parameter.requires_grad for parameter in embedding.parameters()):  # which is in float32
+        tokens = {"inputs_embeds": embedding(layout.input_ids).to(causal_lm.dtype)}
     if not runs_flat(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, layout, tokens)))
     casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None

@@ -56,9 +56,18 @@ class _Moves:
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         moved = {
-            name: each.to(device, non_blocking=non_blocking) for name, each in fields.items() if hasattr(each, "to")
+            name: move(each, device) if isinstance(each, Tensor) else each.to(device, non_blocking)
+            for name, each in fields.items()
+            if hasattr(each, "to")
         }
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting for it: to a GPU from pinned memory, which alone is copied in the background."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.fuse import has_hooks
+from qlora_lightning.model.layers.lora import device_of_autocast
 
 _MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
 _LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
@@ -229,7 +230,9 @@ def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, ch
     """Compute the same by autograd, logits again in backward: for a head that trains, and as the plain path."""
 
     def losses(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float()
+        # a head that trains is in float32, and multiplied in the dtype of the states
+        with torch.autocast(device_of_autocast(hidden), hidden.dtype, enabled=hidden.dtype.itemsize == 2):
+            logits = head(hidden).float()
         return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
     parts = [

@@ -17,18 +17,24 @@ class Window:
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks.
 
-    ``batches`` and ``row_ids`` are those of this process in the open window, ``last_row_ids`` in the one before it.
+    Attributes:
+        batches: Of this process in the open window.
+        row_ids: Their rows; ``last_row_ids`` are those of the window before it.
+        counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
+            window's ``tokens``, and what callbacks put in before a step.
+        totals: Of the last step, over all ranks: ``counts``, and ``labelled_tokens``.
     """
 
     def __init__(self) -> None:
         self.row_ids: list[int] = []
+        self.totals: dict[str, float] = {}
         self.clear()
 
     def clear(self) -> None:
         """Begin a new window."""
         self.last_row_ids = self.row_ids
         self.batches: list[Any] = []
-        self.global_labelled_tokens: Tensor | None = None
+        self.counts: dict[str, float] = {"tokens": 0}
         self.clear_sums()
 
     def clear_sums(self) -> None:
@@ -47,6 +53,8 @@ class Window:
                 "`on_before_optimizer_step` without calling `super().on_before_optimizer_step(optimizer)`."
             )
         self.batches.append(batch)
+        if "input_ids" in batch:
+            self.counts["tokens"] += batch["input_ids"].numel()
 
     def add(self, sums: LossSums, row_ids: Sequence[int] = ()) -> None:
         """Count one micro-batch."""
@@ -76,7 +84,8 @@ class Window:
     ) -> dict[str, Tensor]:
         """Turn accumulated gradients into those of the window's mean loss; return what is logged.
 
-        That is ``loss``, ``grad_norm`` (before clipping), and the means of ``LossSums.logged``.
+        That is ``loss``, ``grad_norm`` (before clipping), the means of ``LossSums.logged``, and each of ``totals`` with
+        ``total_`` in front of its name.
 
         ``factor`` undoes a scale that they have; ``over_ranks`` says that there are several ranks, over
         which all is summed up.
@@ -84,17 +93,20 @@ class Window:
         if self.nll_sum is None or self.labelled_tokens is None:
             raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64).to(self.nll_sum.device)
         sums = torch.stack([each.double() for each in (self.labelled_tokens, self.nll_sum, *self.logged.values())])
+        sums = torch.cat([sums, counts])
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
             torch.distributed.all_reduce(sums)
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             torch.distributed.all_reduce(flat)
             pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-        self.global_labelled_tokens = sums[0]
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (factor / tokens).float())
-        means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=True))
+        means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=False))
+        totals = {"total_labelled_tokens": sums[0]}
+        totals |= dict(zip((f"total_{name}" for name in self.counts), sums[-len(counts) :], strict=True))
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
-        return {**means, "grad_norm": norm}
+        return {**means, **totals, "grad_norm": norm}

@@ -66,7 +66,8 @@ def loss_and_gradients(module, batch=None):
     """The mean loss, and all gradients of what trains in one vector on the CPU."""
     sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
     trainable = [tensor for tensor in trainable_tensors(module).values() if tensor.requires_grad]
-    gradients = torch.autograd.grad(sums.nll_sum * module.loss_scale, trainable)
+    options = {"allow_unused": True, "materialize_grads": True}
+    gradients = torch.autograd.grad(sums.nll_sum * module.loss_scale, trainable, **options)
     flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.loss_scale
     return float(sums.nll_sum.detach() / sums.labelled_tokens), flat
 

@@ -140,12 +140,12 @@ VALUES = [
     Wrong("mode", "--adapter_checkpoint.monitor val_token_accuracy", ("val_token_accuracy", "adapter_checkpoint.mode")),
     Wrong(
         "offload",
-        "--gradient_checkpointing {offload:true,enabled:false}",
+        "--gradient_checkpointing.enabled false --gradient_checkpointing.offload true",
         ("offload is true, but enabled is false",),
     ),
     Wrong(
         "plan",
-        "plan --config c.yaml --gradient_checkpointing {offload:true,enabled:false}",
+        "plan --config c.yaml --gradient_checkpointing.enabled false --gradient_checkpointing.offload true",
         ("offload is true, but enabled",),
     ),
 ]

@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -13,11 +12,29 @@ from qlora_lightning.support.errors import UserError
 # Proven by `python -m tests.families` with transformers 5.24: states, losses, gradients, answers, folders and merges of
 # flat batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
 FLAT_TYPES: tuple[str, ...] = (
-    *("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "granite"),
-    *("smollm3", "glm4", "exaone4", "ernie4_5", "seed_oss"),
+    *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
+    *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
+    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4"),
+    *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
+    *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax"),
+    *("internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "llama", "mellum", "minicpm3"),
+    *("minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"),
+    *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phi4_multimodal", "qwen2", "qwen3", "qwen3_moe"),
+    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma"),
+    *("youtu",),
 )
-# Found there too: a token's state depends on those behind it, in types that are made for something else.
-NOT_CAUSAL_TYPES: tuple[str, ...] = ()
+# Found there too, and rejected.
+_NOT_CAUSAL = (
+    *("bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xlnet"),
+)
+REJECTED_TYPES = {
+    **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
+    "laguna": "has adapters of which plain PEFT would lose some",
+}
+# And: by torch's attention transformers computes something else than by its own code, which these take.
+EAGER_TYPES: tuple[str, ...] = ("falcon",)
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name of a linear whose weight is transposed
 _MOST_EXPERTS = 0.1  # of the layers' weights
 
@@ -29,8 +46,8 @@ def runs_flat(config: Any) -> bool:
 
 def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:
     """Reject what is no causal language model of transformers; ``has_code`` says that a base brings its own code."""
-    if model_type in NOT_CAUSAL_TYPES:
-        raise UserError(f"Base {name}: a {model_type} sees what comes behind a token: expected a decoder.")
+    if model_type in REJECTED_TYPES:
+        raise UserError(f"Base {name}: a {model_type} {REJECTED_TYPES[model_type]}. Choose another base.")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
         raise UserError(
             f"Base {name}: its model_type is {model_type!r}, which is no causal language model of this version of "
@@ -39,17 +56,12 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
 
 
 def decoder_layers(causal_lm: Any) -> list[Any]:
-    """Return the decoder layers, the first that runs first."""
-    stacks = [cast(Any, each) for each in causal_lm.modules() if isinstance(each, nn.ModuleList) and _are_layers(each)]
+    """Return the decoder layers, the first that runs first: the list of modules that holds most."""
+    stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
     largest = max(stacks, key=lambda stack: len(list(stack.parameters())))
     return list(largest)
-
-
-def _are_layers(modules: nn.ModuleList) -> bool:
-    layers = list(modules)
-    return bool(layers) and all(isinstance(each, GradientCheckpointingLayer) for each in layers)
 
 
 def layer_of(name: str) -> int | None:

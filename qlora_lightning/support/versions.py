@@ -81,9 +81,10 @@ def without_peft_warnings() -> Iterator[None]:
     """
     with warnings.catch_warnings():
         # of targets that PEFT moves to fused experts, which add_adapters rejects
-        warnings.filterwarnings(
-            "ignore", message="The following rank_pattern keys did not match", category=RuntimeWarning
-        )
+        for kind in ("rank", "alpha"):
+            words = f"The following {kind}_pattern keys did not match"
+            warnings.filterwarnings("ignore", message=words, category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but", category=UserWarning)
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield

@@ -24,12 +24,13 @@ from qlora_lightning.base import open_base
 from qlora_lightning.model.load.machine import choose_compute_dtype
 from tests.benchmarks.child import ROOT, run_child, write_json
 from tests.benchmarks.llama_8b import ALL_LAYERS, make_base
-from tests.benchmarks.table import BUSY, CHECKPOINTED, EVERY_2ND, PLAIN, draw_plot, make_rows, print_table
+from tests.benchmarks.table import BUSY, CHECKPOINTED, EVERY_2ND, PLAIN, SCARCE, draw_plot, make_rows, print_table
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BUSY_LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1_000_000))"
 _SCALING = (1024, 2048, 4096, 8192, 16_384)  # tokens of a batch
 _SHORT_ROW = 200  # tokens
+_ROOM = 400_000_000  # bytes of a step where memory is scarce: a third of what it takes
 
 
 class Benchmarks:
@@ -75,6 +76,10 @@ class Benchmarks:
 
             def measure(side: str, setting: str, checkpoint_every: int, **options: Any) -> None:
                 figures = run_child(side, threads, **sides[side], checkpoint_every=checkpoint_every, **options)
+                if setting == SCARCE:
+                    plain = next(run for run in reversed(self.runs) if (run["side"], run["setting"]) == ("ours", PLAIN))
+                    pairs = zip(figures["losses"], plain["losses"], strict=True)
+                    figures["loss_difference"] = max(abs(one / other - 1) for one, other in pairs)
                 self.add(side, setting, figures)
 
             for side, options in sides.items():
@@ -85,6 +90,7 @@ class Benchmarks:
                     if with_peer:
                         measure("peer", setting, checkpoint_every)
                 if on_cpu:
+                    measure("ours", SCARCE, 0, room=_ROOM)
                     with _busy_loops(threads):
                         measure("ours", BUSY, 0)
                 measure("ours", EVERY_2ND, 2)

@@ -30,7 +30,7 @@ from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.layers import attention, elementwise, lora
-from qlora_lightning.model.layers.attention import NO_MASK, register_flat_attention
+from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
 from qlora_lightning.model.load.base_model import freeze, unnest
@@ -168,10 +168,14 @@ def count(*, fast: bool) -> tuple[Launches, Launches]:
         with FakeTensorMode(allow_non_fake_inputs=True), pretending(forward):
             make_fake(model, device)
             moved = move(layout, device)
-            options: dict[str, Any] = {"attention_mask": NO_MASK, "samples": moved.samples} if fast else {}
-            with forward, contextlib.nullcontext() if device == "cpu" else torch.no_grad():
+            options: dict[str, Any] = {"attention_mask": NO_MASK} if fast else {}
+            with (
+                forward,
+                contextlib.nullcontext() if device == "cpu" else torch.no_grad(),
+                contextlib.ExitStack() as stack,
+            ):
                 if fast:
-                    options["casts"] = cast_adapters(model)
+                    stack.enter_context(flat_batch(FlatBatch(moved.samples, cast_adapters(model))))
                 tokens = {"input_ids": moved.input_ids, "position_ids": moved.position_ids}
                 hidden = model.get_base_model().base_model(**tokens, use_cache=False, **options).last_hidden_state
             if device == "cuda":
@@ -187,6 +191,8 @@ def move(value: Any, device: str) -> Any:
     """Give fake tensors on a device for what of a batch, or of its layout, is a tensor."""
     if torch.is_tensor(value):
         return torch.empty(tuple(value.shape), dtype=value.dtype, device=device)
+    if isinstance(value, tuple):
+        return tuple(move(each, device) for each in value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -236,11 +242,14 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
             log(*item)
 
     logs = mock.patch.multiple(module, log=log, log_dict=log_dict)
+    # no driver is here, and under no_grad there is no graph
+    without = mock.patch.multiple(torch.Tensor, pin_memory=lambda tensor: tensor, backward=lambda tensor: None)
     launches = Launches()
-    batch = module.on_before_batch_transfer(batch, 0)
+    with without:
+        batch = module.on_before_batch_transfer(batch, 0)
     with FakeTensorMode(allow_non_fake_inputs=True), pretending(launches):
         make_fake(module.model, "cuda:0")
-        with HostReads() as reads, logs:
+        with HostReads() as reads, logs, without:
             moved = {name: move(each, "cuda:0") for name, each in batch.items()}
             moved = module.on_after_batch_transfer(moved, 0)
             for callback in callbacks:

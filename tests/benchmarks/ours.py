@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import lightning
+import psutil
 from lightning import Callback, LightningModule, Trainer
 
 from tests.benchmarks import child
@@ -87,6 +88,17 @@ class Meter(Callback):
             self._paused += time.perf_counter() - began
 
 
+class Room(Callback):
+    """Lets the process take only so many more bytes, from the first step on; Linux alone has such a limit."""
+
+    def __init__(self, more: int) -> None:
+        self._more = more
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        process = psutil.Process()
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + self._more, psutil.RLIM_INFINITY))
+
+
 def measure(
     base: str,
     source: dict[str, Any],
@@ -95,6 +107,7 @@ def measure(
     checkpoint_every: int,
     ceilings: bool = False,
     steps: int = -1,
+    room: int | None = None,
 ) -> dict[str, Any]:
     """Train one epoch, and with ``ceilings`` another beside its own; without checkpointing validate beside them too.
 
@@ -108,14 +121,15 @@ def measure(
         checkpoint_every: Gradient checkpointing of every so many layers; 0: none.
         ceilings: Whether to measure them.
         steps: Of the epoch, at the most; -1: all.
+        room: Bytes that the steps may take beside what is there; checkpointing then goes on by itself.
     """
     lightning.seed_everything(child.SEED)
     module = make_module(base, dtype)
-    checkpointing = GradientCheckpointing(checkpoint_every > 0, max(checkpoint_every, 1))
+    checkpointing = GradientCheckpointing("auto" if room else checkpoint_every > 0, max(checkpoint_every, 1))
     limits = {"max_epochs": 1, "max_steps": steps}
 
     def train(meter: Meter) -> None:
-        trainer = make_trainer(accelerator, checkpointing, meter, **limits)
+        trainer = make_trainer(accelerator, checkpointing, meter, *([Room(room)] if room else []), **limits)
         trainer.fit(module, make_data(base, train=source))
 
     train(meter := Meter())

@@ -13,10 +13,10 @@ from rich.table import Table
 from tests.benchmarks.child import write_whole
 
 PLAIN, CHECKPOINTED, EVERY_2ND = "plain", "checkpointed", "every 2nd layer checkpointed"
-BUSY = "beside busy loops"
+BUSY, SCARCE = "beside busy loops", "memory scarce"
 _UNITS = (
     *("tokens/s", "share of idle speed", "share of ceiling", "ceiling, tokens/s", "ceiling, GFLOP/s"),
-    *("peak memory, GB", "kB a token", "seconds"),
+    *("difference of losses", "peak memory, GB", "kB a token", "seconds"),
 )
 
 
@@ -69,6 +69,8 @@ def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
             figures["share of ceiling", name] = timed["ceiling_seconds"] / timed["seconds"]
             figures["ceiling, tokens/s", name] = timed["tokens"] / timed["ceiling_seconds"]
             figures["ceiling, GFLOP/s", name] = timed["ceiling_flop"] / timed["ceiling_seconds"] / 1e9
+    if setting == SCARCE:
+        figures["difference of losses", setting] = run["loss_difference"]
     if "peak_bytes" in run:
         figures["peak memory, GB", setting] = run["peak_bytes"] / 1e9
     if setting == PLAIN:

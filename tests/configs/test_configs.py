@@ -7,18 +7,23 @@ from qlora_lightning.cli import main
 from tests.random_base import save_family
 
 ROOT = Path(__file__).parents[2]
+FAMILIES = {"gemma-4-e2b": "gemma4_text", "mistral-7b": "mistral", "phi-4": "phi3", "qwen3-4b": "qwen3"}
+FAMILIES["qwen3.5-9b"] = "qwen3_5_text"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def test_the_recipes_that_the_readme_promises_are_here():
     assert [config.stem for config in CONFIGS] == [
+        "gemma-4-e2b",
         "llama-3.1-70b-2x24gb",
         "llama-3.1-8b-multi-gpu",
         "llama-3.1-8b",
         "llama-3.2-1b",
         "mistral-7b",
+        "phi-4",
         "quickstart",
         "qwen3-4b",
+        "qwen3.5-9b",
         "smollm2-gsm8k",
         "smollm2-preferences",
     ]
@@ -31,7 +36,7 @@ def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_bas
     settings = yaml.safe_load(config.read_text())
     assert settings["data"]["train"].startswith(("data/", f"configs/{config.stem}/"))
 
-    family = next((each for each in ("qwen3", "mistral") if config.stem.startswith(each)), None)
+    family = FAMILIES.get(config.stem)
     base = save_family(tmp_path / family, family, tiny_base) if family else tiny_base
     own = config.with_suffix("") / "train.jsonl"  # of another task than the usual rows
     rows = own if "preferences" in config.stem else rows_file

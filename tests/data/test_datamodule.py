@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import jsonargparse
@@ -310,3 +311,17 @@ def test_weights_give_each_source_its_share_of_an_epoch(make, write):
     data.setup("fit")
     assert sorted(row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()) == list(range(30))
     assert data.count_train_batches() == len(data.train_dataloader())
+
+
+def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_trained_on(write, characters):
+    rows = [{"prompt": f"q{number}", "completion": "k"} for number in range(8)]
+    Path("d").mkdir()
+    for name, part in (("train", rows), ("val", rows[6:]), ("test", rows[5:6])):
+        write(f"d/{name}.jsonl", part)
+    data = InstructionDataModule("d", tokenizer=characters, batch_size=2)
+    for stage, split, overlap in (("fit", "val", 2), ("test", "test", 1)):
+        data.setup(stage)
+        assert (len(data.samples["train"]), data.reports[split].overlap) == (8, overlap)
+    judge = InstructionDataModule("gone.jsonl", test="d/test.jsonl", tokenizer=characters, batch_size=2)
+    judge.setup("test")
+    assert judge.reports["test"].overlap == 0

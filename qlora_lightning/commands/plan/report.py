@@ -1,6 +1,6 @@
 """A plan as tables: the model with what is adapted, bytes by part, and the run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -119,17 +119,23 @@ def _model_table(model: Any) -> Table:
         title += f" over {config.num_key_value_heads}"
     table = Table("module", "shape", "adapter", title=title, title_justify="left")
 
-    def add(name: str, modules: Sequence[Any], shape: str | None = None) -> None:
-        table.add_row(name, shape or _describe_shape(modules[0]), Text(_describe_adapter(modules), "green"))
+    def add(name: str, modules: Mapping[int, Any], shape: str | None = None) -> None:
+        first = next(iter(modules.values()))
+        table.add_row(name, shape or _describe_shape(first), Text(_describe_adapter(modules), "green"))
 
-    add(names[ends[0]], [ends[0]])
+    add(names[ends[0]], {0: ends[0]})
     table.add_section()
     table.add_row(Text(f"{len(layers)} × decoder layer", "bold"))
-    for name, module in layers[0].named_modules():
-        if hasattr(module, "weight") and "base_layer" not in name and ".lora_" not in name:
-            add(f"  {name}", [layer.get_submodule(name) for layer in layers])
+    parts: dict[str, dict[int, Any]] = {}
+    for number, layer in enumerate(layers):  # which may be of several kinds
+        for name, module in layer.named_modules():
+            if hasattr(module, "weight") and "base_layer" not in name and ".lora_" not in name:
+                parts.setdefault(name, {})[number] = module
+    for name, modules in parts.items():
+        few = "" if len(modules) == len(layers) else f" ({len(modules)} layers)"
+        add(f"  {name}{few}", modules)
     table.add_section()
-    add(names[ends[1]], [ends[1]], f"tied to {names[ends[0]]}" if ends[0].weight is ends[1].weight else None)
+    add(names[ends[1]], {0: ends[1]}, f"tied to {names[ends[0]]}" if ends[0].weight is ends[1].weight else None)
     return table
 
 
@@ -140,11 +146,11 @@ def _describe_shape(module: Any) -> str:
     return " × ".join(f"{size:,}" for size in base.weight.shape)
 
 
-def _describe_adapter(modules: Sequence[Any]) -> str:
+def _describe_adapter(modules: Mapping[int, Any]) -> str:
     """Describe what trains of one module of each layer: shapes of A and B, and which layers if not all."""
-    adapted = [number for number, module in enumerate(modules) if isinstance(module, LoraLayer)]
+    adapted = [number for number, module in modules.items() if isinstance(module, LoraLayer)]
     if not adapted:
-        trains = any(parameter.requires_grad for parameter in modules[0].parameters())
+        trains = any(each.requires_grad for module in modules.values() for each in module.parameters())
         return "trains itself" if trains else ""
     first = modules[adapted[0]]
     rank = ", ".join(str(rank) for rank in sorted({modules[number].r[ADAPTER] for number in adapted}))

@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from qlora_lightning.model.anatomy import LINEARS, layer_of
+from qlora_lightning.model.anatomy import LINEARS, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError
 
 _ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear that belongs to it, in whatever type
@@ -25,7 +25,9 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
         for name, module in model.named_modules()
         if isinstance(module, (*LINEARS, nn.Embedding)) and ".lora_" not in name
     ]
-    selected = _select_by_name(candidates, target_modules)
+    in_layers = {each for layer in decoder_layers(model) for each in layer.modules()}
+    names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
+    selected = _select_by_name(candidates, names_in_layers, target_modules)
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
     if not targets:
@@ -33,9 +35,8 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     return targets
 
 
-def _select_by_name(candidates: list[str], target_modules: str | list[str]) -> set[str]:
+def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: str | list[str]) -> set[str]:
     if isinstance(target_modules, str) and target_modules in _PRESETS:
-        in_layers = {name for name in candidates if layer_of(name) is not None}
         attention = {name for name in in_layers if _ATTENTION.search(name)}
         return {"all-linear": in_layers, "attention": attention, "mlp": in_layers - attention}[target_modules]
     selected: set[str] = set()

@@ -41,8 +41,8 @@ FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
-_HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep"}
-_WINDOW_OF_CONFIG = ("mistral", "qwen2_moe", "phimoe")  # whose layers have a window in their mask alone
+_HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
+_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types whose attention is not told its window, which the mask alone has
 
 
 class FlatBatch(NamedTuple):
@@ -126,8 +126,8 @@ def flat_attention(
             flat batch.
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
         dropout: Probability with which attention weights are dropped.
-        sliding_window: How many tokens each sees, itself and those right before it; ``None``: the module's window, or
-            all before it. Outside of a flat batch the mask has it.
+        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
+            a flat batch the mask has it.
         softcap: Scores become ``softcap · tanh(score / softcap)``.
         fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: More that transformers hands on.
@@ -151,7 +151,8 @@ def flat_attention(
         return attn_out, None
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    window = window_of(module) if sliding_window is None else sliding_window
+    config: Any = getattr(module, "config", None)
+    window = config.sliding_window if getattr(config, "model_type", None) in _WINDOW_IN_MASK else sliding_window
     window = window if window is not None and window < samples.longest else None
     attend: Callable[..., Tensor]
     attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
@@ -171,14 +172,6 @@ def flat_attention(
 def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
     return flat_attention(*args, fast=False, **kwargs)
-
-
-def window_of(attention: Any) -> int | None:
-    """Return how many tokens an attention module lets each see, by itself or by its config; ``None``: all before it."""
-    config: Any = getattr(attention, "config", None)
-    of_config = config.sliding_window if getattr(config, "model_type", None) in _WINDOW_OF_CONFIG else None
-    window: int | None = getattr(attention, "sliding_window", None) or of_config
-    return window
 
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import current_batch, flat_attention, window_of
+from qlora_lightning.model.layers.attention import current_batch, flat_attention
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
@@ -200,7 +200,10 @@ class FusedDecoderLayer(Fused):
             key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
         query, key = Rotary.apply(query, key, *position_embeddings)
-        options |= {"scaling": attention.scaling, "sliding_window": window_of(attention)}
+        config, window = attention.config, getattr(attention, "sliding_window", None)
+        if config.model_type == "mistral":  # whose attention has none of its own; LLaMA's ignores the config's
+            window = config.sliding_window
+        options |= {"scaling": attention.scaling, "sliding_window": window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)
         return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))

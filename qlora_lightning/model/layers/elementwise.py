@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 _log = logging.getLogger(__name__)
 _Operations = TypeVar("_Operations", bound=Callable[..., Any])
-# Which dimension is the tokens', by how many a tensor has: (tokens, width), (1, tokens, head_dim), (1, heads, tokens, …)
+# Which dimension is the tokens', by how many a tensor has: (tokens, width), (1, tokens, …), (1, heads, tokens, …)
 _TOKENS = {2: 0, 3: 1, 4: 2}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.anatomy import runs_flat
+from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
 from qlora_lightning.model.layers.attention import register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
@@ -76,8 +76,10 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
 
 
 def attention_of(config: Any, fast: bool = True) -> str | None:
-    """Return the attention of a type in flat batches, for ``attn_implementation``; ``None`` leaves it transformers'."""
-    return register_flat_attention(fast) if runs_flat(config) else None
+    """Return ``attn_implementation`` of a type: ours in flat batches; ``None`` leaves it to transformers."""
+    if runs_flat(config):
+        return register_flat_attention(fast)
+    return "eager" if config.model_type in EAGER_TYPES else None
 
 
 def _plain_reason_of_linear(layer: Any) -> str | None:

@@ -19,7 +19,15 @@ from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
-from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, dense_weight, layer_of, linear_sizes
+from qlora_lightning.model.anatomy import (
+    LINEARS,
+    check_experts,
+    check_type,
+    dense_weight,
+    layer_of,
+    linear_sizes,
+    runs_flat,
+)
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import (
     Quantization,
@@ -103,11 +111,13 @@ def report_model(module: Any, fusion: Fusion) -> None:
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
     autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
+    config = module.causal_lm.config
     for line in (
         explain_dtype(module.compute_dtype, module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
+        None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:
             say(line)

@@ -251,7 +251,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
 
     for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
-    mask = flat.NO_MASK if runs_flat(causal_lm.config) else None
+    options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
     try:  # int8 layers warn in each run that they round their input to float16
         with (
             quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
@@ -259,7 +259,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
             flat.flat_batch(flat.FlatBatch(samples)),
             mode,
         ):
-            functional_call(body, adapters, (ids,), {"attention_mask": mask, "use_cache": False})
+            functional_call(body, adapters, (ids,), {**options, "use_cache": False})
     finally:
         flat.register_flat_attention()
         AttentionInterface.register("sdpa", sdpa_attention_forward)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.support.errors import UserError
 
 
@@ -114,3 +114,19 @@ def test_columns_that_no_row_of_a_source_has_are_refused(characters, streaming):
     data = InstructionDataModule("a.jsonl", columns={"lable": None}, tokenizer=characters, streaming=streaming)
     with pytest.raises(UserError, match="columns: no row has 'lable', found question, answer, label"):
         data.setup("fit")
+
+
+def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
+    touch("d/train.jsonl", "d/train-00001.parquet", "d/more.jsonl", "d/val.jsonl", "d/dev/a.json", "d/test/b.csv")
+
+    def names(split):
+        return sorted(str(file) for source in find_sources("d", split) for file in source.files)
+
+    assert names("train") == ["d/more.jsonl", "d/train-00001.parquet", "d/train.jsonl"]
+    assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
+    assert names("test") == ["d/test/b.csv"]
+    assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
+    touch("e/testimony.jsonl", "e/training.jsonl", "f/train.jsonl")
+    assert [str(file) for file in find_sources("e", "val")[0].files] == ["e/testimony.jsonl", "e/training.jsonl"]
+    with pytest.raises(UserError, match=r"data\.test: no test files in f: .* none named after another split"):
+        find_sources("f", "test")

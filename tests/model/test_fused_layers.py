@@ -16,7 +16,9 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.cpu import library
 from qlora_lightning.model.layers import elementwise
+from qlora_lightning.model.layers.attention import FlatBatch
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, cast_adapters
+from qlora_lightning.model.step import forward
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.random_base import save_random_llama
 from tests.steps import assert_same_step, distance, fit, loss_and_gradients, make_batch, make_module
@@ -111,14 +113,12 @@ def test_if_it_cannot_be_compiled_it_is_reported_once_and_torch_computes(
     assert "takes the slower way, without the C++ attention: no such option" in record.getMessage()
 
 
-def test_checkpointed_layers_and_adapters_that_are_cast_at_once_give_the_same_numbers(tiny_base):
+def test_checkpointed_layers_and_adapters_that_are_cast_at_once_give_the_same_numbers(tiny_base, monkeypatch):
     module = make_module(tiny_base, compute_dtype="bf16")
     loss, gradients = loss_and_gradients(module)
     enable_activation_checkpointing(module.causal_lm)
-    options = {"casts": cast_adapters(module.model)}  # as on a GPU, where each cast of its own would be a launch
-    module.causal_lm.base_model.register_forward_pre_hook(
-        lambda _, args, usual: (args, usual | options), with_kwargs=True
-    )
+    casts = cast_adapters(module.model)  # as on a GPU, where each cast of its own would be a launch
+    monkeypatch.setattr(forward, "FlatBatch", lambda samples, _: FlatBatch(samples, casts))
     second = loss_and_gradients(module)
     assert second[0] == loss
     assert torch.equal(second[1], gradients)
@@ -178,6 +178,10 @@ def test_what_a_callback_hooks_at_the_start_is_called_in_training(tiny_base, row
     assert hooks.calls == 1
 
 
+TRAINED_EMBEDDING = {
+    "compute_dtype": "bf16",
+    "lora_options": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
 TRAINED_NORMS = {"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["norm"]}}
 
 
@@ -188,6 +192,7 @@ TRAINED_NORMS = {"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["
         ({"dropout": 0.1}, "32-true", "model.dropout is not 0"),
         ({"lora_options": {"use_dora": True}}, "32-true", "model.lora_options ask for more than plain LoRA"),
         (TRAINED_NORMS, "32-true", "their parts are hooked, replaced or trained"),
+        (TRAINED_EMBEDDING, "32-true", None),
         ({}, "bf16-mixed", "trainer.precision is bf16-mixed"),
     ],
 )

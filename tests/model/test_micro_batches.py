@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -15,7 +17,7 @@ from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAM
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import micro_batch_size
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, corrected_tokens, find_fit
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, corrected_tokens, find_fit
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -132,6 +134,27 @@ def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole
     train(tiny_base, whole[0], tmp_path, GradientCheckpointing())
     found = re.search(r"At most (.*) go through the model at a time, (.*)\.", capsys.readouterr().out)
     assert re.fullmatch(words, found[1])
+
+
+def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
+    strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
+    trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
+    size = MicroBatchSize("auto")
+    size.choices = CHOICES
+    module = SimpleNamespace(trainer=trainer, optimizer_config=None, base="tiny")
+    model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
+    words = "tiny does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
+    with pytest.raises(UserError, match=words):
+        size.plan(module, model, torch.bfloat16, True)
+
+    def refuse(*_):
+        raise UserError("It does not fit.")
+
+    monkeypatch.setattr(MicroBatchSize, "plan", refuse)
+    unloaded = shutil.copytree(tiny_base, tmp_path / "unloaded", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(UserError, match="It does not fit"):
+        train(unloaded, whole[0], tmp_path)
 
 
 def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):

@@ -113,18 +113,25 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
         ("auto", "cpu", {"capabilities": {"avx512_bf16": False}}, torch.float32, "no bf16 .* computed in fp32"),
         ("bf16", "cpu", {"capabilities": {}}, torch.bfloat16, "no bf16: products take up to a hundred times as long"),
         ("auto", "cuda", {}, torch.bfloat16, None),
-        ("auto", "cuda", {"capability": (7, 5)}, torch.float16, "products are computed in fp16"),
+        ("auto", "cuda", {"capability": (7, 5)}, torch.float16, "products are computed in float16"),
+        (
+            "auto of gemma2",
+            "cuda",
+            {"capability": (7, 5)},
+            torch.float32,
+            "in float32, in which this family does",
+        ),
         ("bf16", "cuda", {"capability": (7, 5)}, UserError, "only emulates: set it to fp16, or to auto"),
     ],
 )
 def test_dtypes_are_chosen_by_the_hardware_and_slow_ones_announced(monkeypatch, name, device, hardware, dtype, words):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: hardware.get("capabilities", {"avx512_bf16": True}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hardware.get("capability", (8, 0)))
-    device = torch.device(device)
+    device, (name, _, model_type) = torch.device(device), name.partition(" of ")
     if dtype is UserError:
         with pytest.raises(UserError, match=words):
             choose_compute_dtype(name, device)
         return
-    assert choose_compute_dtype(name, device) == dtype
-    found = explain_dtype(name, device)
+    assert choose_compute_dtype(name, device, model_type) == dtype
+    found = explain_dtype(name, device, str(dtype).removeprefix("torch."))
     assert found is None if words is None else re.search(words, found)

@@ -35,13 +35,14 @@ REJECTED_TYPES = {
 }
 # And: by torch's attention transformers computes something else than by its own code, which these take.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
+_FLAT_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name of a linear whose weight is transposed
 _MOST_EXPERTS = 0.1  # of the layers' weights
 
 
 def runs_flat(config: Any) -> bool:
     """Whether a model computes a flat batch, its samples in one stream, as it would compute each alone."""
-    return config.model_type in FLAT_TYPES
+    return config.model_type in FLAT_TYPES and set(getattr(config, "layer_types", None) or ()) <= _FLAT_LAYERS
 
 
 def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:

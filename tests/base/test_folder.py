@@ -73,8 +73,7 @@ CONFIG_FAULTS = [
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
         r"found no config\.json .*It is an adapter folder: give it as model\.adapter",
     ),
-    (set_config(model_type="gpt2"), r"Base tiny: its model_type is 'gpt2' .*expected one of llama, mistral, "),
-    (set_config(model_type="qwen2", layer_types=["chunked_attention"]), r"sets layer_types: \['chunked_attention'\]"),
+    (set_config(layer_types=["chunked_attention"]), r"sets layer_types: \['chunked_attention'\]"),
     (set_config(model_type="gemma3_text", use_bidirectional_attention=True), "sets use_bidirectional_attention: True"),
     (set_config(sliding_window=4096), "Base tiny: .*sets sliding_window: 4096, which"),
 ]

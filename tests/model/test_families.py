@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoConfig
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.model.anatomy import FLAT_TYPES, decoder_layers
+from qlora_lightning.model.anatomy import FLAT_TYPES, decoder_layers, runs_flat
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.fuse import FUSED_TYPES
 from qlora_lightning.model.load.build import meta_model
@@ -84,6 +85,11 @@ def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options
     families.save_random(tmp_path, model_type)
     with pytest.raises(UserError, match=words):
         QLoRAModule(str(tmp_path), **options).configure_model()
+
+
+def test_layers_of_a_kind_that_flat_attention_does_not_compute_run_a_row_at_a_time():
+    assert runs_flat(families.make_config("qwen2"))
+    assert not runs_flat(SimpleNamespace(model_type="qwen2", layer_types=["full_attention", "chunked_attention"]))
 
 
 def test_a_type_that_transformers_does_not_have_is_rejected(tiny_base, tmp_path):

@@ -70,6 +70,8 @@ class GradientCheckpointing(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        if not module.causal_lm.supports_gradient_checkpointing and self.enabled == "auto":
+            module.micro_batch_size.choices = [Checkpointing()]
         self._apply(module, module.micro_batch_size.choices[0])
 
     def _apply(self, module: Any, choice: Checkpointing) -> None:

@@ -349,10 +349,14 @@ class InstructionDataModule(LightningDataModule):
 
     def sources(self, split: str) -> list[Source]:
         """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
-        value, folder = self.files[split], self.files["train"]
+        value, given = self.files[split], self.files["train"]
         in_folder = split in ("val", "test") and not (split == "val" and self.val_fraction is not None)
-        if value is None and in_folder and isinstance(folder, str | os.PathLike) and has_split(folder, split):
-            value = folder
+        if value is None and in_folder:
+            entries: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+            found: list[Any] = [
+                each for each in entries if isinstance(each, str | os.PathLike) and has_split(each, split)
+            ]
+            value = found or None
         if value is None:
             return []
         streaming = self.streaming and split == "train"

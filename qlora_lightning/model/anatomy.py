@@ -42,6 +42,8 @@ _MOST_EXPERTS = 0.1  # of the layers' weights
 
 def runs_flat(config: Any) -> bool:
     """Whether a model computes a flat batch, its samples in one stream, as it would compute each alone."""
+    if getattr(config, "has_own_code", False):  # set where a base is loaded
+        return False
     return config.model_type in FLAT_TYPES and set(getattr(config, "layer_types", None) or ()) <= _FLAT_LAYERS
 
 
@@ -57,12 +59,12 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
 
 
 def decoder_layers(causal_lm: Any) -> list[Any]:
-    """Return the decoder layers, the first that runs first: the list of modules that holds most."""
+    """Return the decoder layers: those of the list of modules that holds most, and of others of the same class."""
     stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
     if not stacks:
         raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
     largest = max(stacks, key=lambda stack: len(list(stack.parameters())))
-    return list(largest)
+    return [layer for stack in stacks if len(stack) and type(stack[0]) is type(largest[0]) for layer in stack]
 
 
 def layer_of(name: str) -> int | None:

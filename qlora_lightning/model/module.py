@@ -16,6 +16,7 @@ from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import identity_of_data
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
@@ -24,7 +25,12 @@ from qlora_lightning.model.layers.fuse import Fusion, choose_layers
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
-from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
+from qlora_lightning.model.memory.micro_batch_size import (
+    MicroBatchSize,
+    MicroBatchTokens,
+    is_out_of_memory,
+    out_of_memory,
+)
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import filler_of, is_flat
@@ -195,6 +201,7 @@ class QLoRAModule(lightning.LightningModule):
         if self.compute_dtype == "auto" and device.type == "cuda":
             model_type = open_base(self.base, self.revision, weights=False).model_type
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
             name=self.base,
@@ -208,7 +215,7 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
-            before_load=self._plan_memory if self._trainer is not None and self.trainer.state.fn == "fit" else None,
+            before_load=self._plan_memory if fits and self.micro_batch_size.is_auto else None,
         )
         return model
 
@@ -252,6 +259,11 @@ class QLoRAModule(lightning.LightningModule):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
+    def _autocast_answers(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute likewise, embedding and head included, which transformers calls itself."""
+        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
+        return torch.autocast(self.device.type, dtype, enabled=self._trains_ends and dtype != torch.float32)
+
     def _choose_autocast(self) -> None:
         """Let PEFT's own layers compute in the compute dtype: their adapters are in float32."""
         dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
@@ -261,6 +273,8 @@ class QLoRAModule(lightning.LightningModule):
             ".lora_" not in name and parameter not in beside
             for name, parameter in lora.trainable_tensors(self.model).items()
         )
+        self._trains_ends = any(parameter.requires_grad for parameter in beside)
+        trains_beside |= self._trains_ends and not runs_flat(self.causal_lm.config)
         is_plain = trains_beside or any(self.choose_layers().linears.values())
         self.autocast_dtype = dtype if is_plain and dtype != torch.float32 else None
 
@@ -418,7 +432,9 @@ class QLoRAModule(lightning.LightningModule):
         try:
             super().optimizer_step(*args, **kwargs)
         except Exception as error:
-            raise self.micro_batch_size.explain(error, f"{self.device} in the optimizer's step") from None
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(f"{self.device} in the optimizer's step", error) from None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means = self.window.divide_gradients(
@@ -522,7 +538,7 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with sharded.collective_passes(self), self.autocast():
+        with sharded.collective_passes(self), self._autocast_answers(), self.autocast():
             return generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )

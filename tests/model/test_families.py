@@ -11,15 +11,17 @@ from transformers import AutoConfig
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.anatomy import FLAT_TYPES, decoder_layers, runs_flat
+from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.fuse import FUSED_TYPES
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family
-from tests.steps import distance, loss_and_gradients, make_batch, make_module
+from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
 
 # Each has something of its own: windows, caps, scales, biases, Conv1D, learned positions, layers of another name …
 FLAT = (
@@ -120,3 +122,54 @@ def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, tmp_path, tiny_
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
     assert main(merge) == 0
     assert "Checked on 8 validation rows" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "opt"])
+def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, reentrant, tmp_path):
+    dropout = {"dropout": 0.1} if model_type == "opt" else {}  # which OPT calls as a function
+    module = make_module(families.save_random(tmp_path, model_type, **dropout), quantization="none")
+    assert module.skips_unlabelled == (not dropout)
+    torch.manual_seed(1)
+    _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
+    if reentrant is None:
+        enable_activation_checkpointing(module.causal_lm, draws=has_dropout(module.causal_lm))
+    else:
+        module.causal_lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    module.choose_layers()
+    torch.manual_seed(1)
+    assert distance(loss_and_gradients(module, make_batch(families.LENGTHS))[1], gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_ends_that_train_in_sixteen_bits_answer_too(end, tmp_path):
+    options = {"lora_options": {"modules_to_save": [end]}, "compute_dtype": "bf16"}
+    base = families.save_random(tmp_path, "llama", tie_word_embeddings=False)
+    module = make_module(base, **options)
+    assert all(layer.plain_reason is None for layer in decoder_layers(module.causal_lm))
+    loss_and_gradients(module)
+    assert len(module.answer([[5, 6, 7]], [], max_new_tokens=4)[0]) == 4
+
+
+def test_rows_beyond_a_table_of_positions_and_noise_beside_tables_of_layers_are_rejected(tmp_path):
+    module = make_module(families.save_random(tmp_path / "gpt2", "gpt2"))
+    with pytest.raises(UserError, match=r"A gpt2 has positions for 256 tokens, and rows here may have 300\."):
+        module.compute_loss(make_batch((300,)))
+    module = make_module(families.save_random(tmp_path / "gemma", "gemma4_text"), neftune_alpha=5)
+    with pytest.raises(UserError, match="looks tokens up in each layer"):
+        module.compute_loss(make_batch((30,)))
+
+
+class OwnStep(QLoRAModule):
+    def training_step(self, batch, batch_idx):
+        return 0.0 * super().training_step(batch, batch_idx)
+
+
+def test_a_training_step_of_ones_own_is_rejected_and_own_tensors_are_not_cut(tiny_base, rows_file, tmp_path):
+    with pytest.raises(UserError, match="OwnStep overrides training_step, which computes the gradients itself"):
+        fit(OwnStep(str(tiny_base)), tmp_path, rows_file, max_steps=1)
+    batch = make_batch() | {"row_ids": torch.arange(6), "source": torch.zeros(6)}
+    module = make_module(tiny_base, micro_batch_tokens=1)
+    assert len(module.micro_batches(batch)) == 6
+    assert len(module.micro_batches(batch | {"scores": torch.rand(6)})) == 1

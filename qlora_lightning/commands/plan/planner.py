@@ -19,13 +19,13 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
-from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.memory.micro_batch_size import Checkpointing, find_fit, usable_bytes
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
+from qlora_lightning.model.step import forward
 from qlora_lightning.model.step.batch import check_row_length, computed_counter
 from qlora_lightning.support.errors import UserError
 
@@ -80,7 +80,7 @@ def _plan(
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
 
-    skips_unlabelled = module.fast and module.neftune_alpha is None and not has_dropout(model.get_base_model())
+    skips_unlabelled = forward.skips_unlabelled(model.get_base_model(), module.neftune_alpha, fast=module.fast)
     epoch: Epoch | None = None
     batch = _largest_allowed(data)
     try:

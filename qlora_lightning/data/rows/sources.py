@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
 # of the hub's data sets, by what a key, a file or a folder is named
 _SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "validation")}
-_SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?:[-_.\d]|$)")
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.]?\d[\w-]*)?")  # with the number of a part
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
@@ -124,8 +124,9 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         return replace(source, split=source.split or split)
     saved = file / "dataset_dict.json"
     if saved.is_file():
-        source = replace(source, split=source.split or split)
         splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+        own = next((name for name in splits if _SPLITS.get(name) == split), split)
+        source = replace(source, split=source.split or own)
         if source.split not in splits:
             hint = nearest(str(source.split), splits)
             raise UserError(f"{path} has no split {source.split!r}, expected one of {', '.join(splits)}.{hint}")
@@ -133,7 +134,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")
     files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
-    if "://" in path or file.is_dir():
+    if "*" not in path and not kind_of_file(path)[0] and ("://" in path or file.is_dir()):
         files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
     if not files:
         kinds = f"{', '.join(KINDS)}, each also compressed ({', '.join(COMPRESSIONS)})"
@@ -142,17 +143,17 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
 
 
 def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
-    """Return the files of a split, if a folder names splits: training takes those of no name too."""
+    """Return the files of a split, if a folder names it: training leaves out what is named after another."""
     named = {file: _split_of(str(file).removeprefix(folder)) for file in files}
-    if not any(named.values()):
-        return files
-    return [file for file, name in named.items() if name == split or (split == "train" and name is None)]
+    if split == "train":
+        return [file for file, name in named.items() if name in ("train", None)]
+    return [file for file, name in named.items() if name == split] or files
 
 
 def _split_of(path: str) -> str | None:
     """Return the split that a file, or a folder that it is in, is named after: ``dev-00000.parquet`` is validation."""
     for part in reversed(Path(path).parts):
-        if found := _SPLIT_NAME.match(part.lower()):
+        if found := _SPLIT_NAME.fullmatch(part.partition(".")[0].lower()):
             return _SPLITS[found[1]]
     return None
 

@@ -19,8 +19,8 @@ Outside of it, as when transformers generates, this is torch's attention with tr
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -66,17 +66,21 @@ def current_batch() -> FlatBatch | None:
     return _flat_batch.get()
 
 
-@contextlib.contextmanager
-def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
+class flat_batch:  # a context that may be entered again: backward may run twice
     """Compute a flat batch inside this context."""
-    token = _flat_batch.set(batch)
-    try:
-        yield
-    finally:
-        _flat_batch.reset(token)
+
+    def __init__(self, batch: FlatBatch | None) -> None:
+        self._batch = batch
+        self._tokens: list[Token[FlatBatch | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_flat_batch.set(self._batch))
+
+    def __exit__(self, *_: object) -> None:
+        _flat_batch.reset(self._tokens.pop())
 
 
-def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], flat_batch]:
     """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
     return contextlib.nullcontext(), flat_batch(current_batch())
 
@@ -97,8 +101,11 @@ def register_flat_attention(fast: bool = True) -> str:
 
 def has_dropout(causal_lm: Any) -> bool:
     """Whether a model of transformers drops anything in training."""
-    dropouts = any(each.p for each in causal_lm.modules() if isinstance(each, nn.Dropout))
-    return dropouts or bool(getattr(causal_lm.config, "attention_dropout", 0))
+    if any(each.p for each in causal_lm.modules() if isinstance(each, nn.Dropout)):
+        return True
+    settings = causal_lm.config.to_dict()  # some types call torch's function, with what their config says
+    named = (each for name, each in settings.items() if "drop" in name and isinstance(each, float))
+    return any(named)
 
 
 def flat_attention(

@@ -16,9 +16,10 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
-from qlora_lightning.model.layers.attention import register_flat_attention
+from qlora_lightning.model.layers.attention import has_dropout, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
@@ -64,6 +65,7 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (name := attention_of(causal_lm.config, fast)) is not None:
         model.set_attn_implementation(name)  # whatever set another one
+    _checkpoint_in_our_way(causal_lm)
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -73,6 +75,22 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
+
+
+def _checkpoint_in_our_way(causal_lm: Any) -> None:
+    """Let layers that others checkpoint know their flat batch in backward too, and be checkpointed non-reentrant."""
+    functions = [
+        module._gradient_checkpointing_func
+        for module in causal_lm.modules()
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+    ]
+    if not all(map(_knows_flat_batch, functions)):
+        enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm))
+
+
+def _knows_flat_batch(function: Any) -> bool:
+    parts = (*getattr(function, "args", ()), function)
+    return any("context_fn" in getattr(part, "keywords", {}) for part in parts)
 
 
 def attention_of(config: Any, fast: bool = True) -> str | None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import bitsandbytes as bnb
 import torch
@@ -135,7 +135,7 @@ def _load(
         with torch.device("meta"):
             check_experts(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), str(folder))
     with _quiet_bars() if settings is None else contextlib.nullcontext():
-        return AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": torch.device(device)},
@@ -144,6 +144,10 @@ def _load(
             **options,
             **({} if settings is None else {"quantization_config": settings}),
         )
+    if trust_remote_code and not type(model).__module__.startswith("transformers."):
+        model.config.has_own_code = True
+        model.set_attn_implementation("sdpa")
+    return cast(PreTrainedModel, model)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

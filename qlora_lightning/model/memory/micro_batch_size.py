@@ -123,7 +123,7 @@ class MicroBatchSize:
         self.choices = [Checkpointing()]
         self.apply: Callable[[Checkpointing], None] = lambda choice: None
         self._planned = ""
-        self._steps_to_measure = 0
+        self._steps, self._is_measured = 0, True
 
     # ---- before a base is loaded -------------------------------------------------------------------------------------
 
@@ -144,15 +144,19 @@ class MicroBatchSize:
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
         memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
         longest = _longest_row(module)
-        step = build_step_memory(
-            model,
-            dtype,
-            double_quant=double_quant,
-            optimizer=module.optimizer_config,
-            device_bytes=memory,
-            processes=module.trainer.world_size,
-            sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
-        )
+        try:
+            step = build_step_memory(
+                model,
+                dtype,
+                double_quant=double_quant,
+                optimizer=module.optimizer_config,
+                device_bytes=memory,
+                processes=module.trainer.world_size,
+                sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
+            )
+        except Exception as error:  # of a type's own code, which need not run without numbers
+            _report(f"Memory is not planned: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return
         fit = find_fit(step, usable_bytes(memory), longest, self.choices)
         choice = Checkpointing(fit.step.every_n_layers, fit.step.offload)
         self.choices = self.choices[self.choices.index(choice) :]
@@ -168,7 +172,7 @@ class MicroBatchSize:
                 f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
                 "model.micro_batch_tokens tries it without a plan."
             )
-        self.tokens, self._steps_to_measure = fit.tokens, 2
+        self.tokens, self._steps, self._is_measured = fit.tokens, 0, False
         self._planned = f", planned for {format_gib(usable_bytes(memory))}"
 
     def announce(self) -> None:
@@ -178,16 +182,16 @@ class MicroBatchSize:
     # ---- while it runs -----------------------------------------------------------------------------------------------
 
     def correct(self, module: Any, was_cut: bool) -> None:
-        """Correct the plan once, by the peak of the second step: then the optimizer's state is there too.
+        """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
 
         Args:
             module: On a GPU; its gradients of a step are there.
             was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
         """
-        self._steps_to_measure -= self._steps_to_measure > 0
-        if self._steps_to_measure != 1 or not was_cut or not self.is_auto:
+        self._steps += 1
+        if self._is_measured or self._steps < 2 or not was_cut:
             return
-        self._steps_to_measure = 0
+        self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
         usable = usable_bytes(torch.cuda.mem_get_info(module.device)[0] + torch.cuda.memory_reserved(module.device))
         tokens = corrected_tokens(self.tokens, held, peak, usable)
@@ -228,14 +232,14 @@ class MicroBatchSize:
             torch.cuda.empty_cache()
         parts = module.micro_batches(batch)
         tokens, largest = max(((each["input_ids"].numel(), each) for each in parts), key=lambda item: item[0])
-        rows = (len(largest["cu_seqlens"]) - 1) // (2 if largest.get("pairs") else 1)
+        rows = (len(largest.get("cu_seqlens", (0, 1))) - 1) // (2 if largest.get("pairs") else 1)
         if rows > 1:
             self.tokens = tokens // 2
             _report(
                 f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
-        elif len(self.choices) > 1 and torch.is_grad_enabled():
+        elif len(self.choices) > 1 and torch.is_grad_enabled() and module.causal_lm.supports_gradient_checkpointing:
             del self.choices[0]
             self.apply(self.choices[0])
             _report(
@@ -243,13 +247,9 @@ class MicroBatchSize:
                 "result, by about a third slower."
             )
         else:
-            place = format_locations(row_locations(datamodule_of(module._trainer), largest["row_ids"].tolist()))
-            raise _out_of_memory(f"{module.device} in one row of {tokens:,} tokens ({place})", words)
-
-    @staticmethod
-    def explain(error: Exception, place: str) -> Exception:
-        """Return an error of memory that ran out in one sentence, and any other as it is."""
-        return _out_of_memory(place, str(error).partition("\n")[0]) if is_out_of_memory(error) else error
+            row_ids = largest["row_ids"].tolist() if "row_ids" in largest else []
+            place = format_locations(row_locations(datamodule_of(module._trainer), row_ids))
+            raise out_of_memory(f"{module.device} in one row of {tokens:,} tokens ({place})", words)
 
     # ---- in checkpoints ----------------------------------------------------------------------------------------------
 
@@ -261,13 +261,15 @@ class MicroBatchSize:
         """Go on with what a run had found, unless a number is set."""
         if not self.is_auto:
             return
-        self.tokens, self._steps_to_measure, self._planned = state["tokens"], 0, ""
+        self.tokens, self._is_measured, self._planned = state["tokens"], True, ""
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]
 
 
-def _out_of_memory(place: str, words: str) -> UserError:
+def out_of_memory(place: str, error: object) -> UserError:
+    """Return what to report if nothing is left that would help."""
+    words = str(error).partition("\n")[0]
     return UserError(f"Out of memory on {place}: {words} What is left: {REMEDIES}.")
 
 

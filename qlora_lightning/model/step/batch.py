@@ -10,6 +10,19 @@ import torch
 from qlora_lightning.model.step.layout import IGNORED, find_computed
 from qlora_lightning.support.errors import UserError
 
+_KNOWN = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source", "weights"}
+_LEARNED_POSITIONS = (
+    "gpt2",
+    "gpt_bigcode",
+    "gpt-sw3",
+    "gpt_neo",
+    "opt",
+    "biogpt",
+    "ctrl",
+    "openai-gpt",
+    "codegen",
+    "gptj",
+)
 _MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
 
 
@@ -70,6 +83,9 @@ def cut_samples(
     Returns:
         The first sample of each part, and the one behind its last.
     """
+    unknown = [name for name, each in batch.items() if isinstance(each, torch.Tensor) and name not in _KNOWN]
+    if unknown:  # a collate function's own, of which nobody says how it is cut
+        return [(0, len(cu_seqlens) - 1)]
     size, parts, first, longest = 2 if batch.get("pairs") else 1, [], 0, 0
     for row in range(0, len(cu_seqlens) - 1, size):
         length = max(cu_seqlens[sample + 1] - cu_seqlens[sample] for sample in range(row, row + size))
@@ -132,6 +148,11 @@ def check_row_length(config: Any, longest: int) -> None:
         raise UserError(
             f"A {config.model_type} caps attention's scores, which no kernel does: they are held for all pairs of a "
             f"row's tokens, and rows here may have {longest:,}. Set data.max_length to {_MOST_CAPPED} or less."
+        )
+    if config.model_type in _LEARNED_POSITIONS and longest > config.max_position_embeddings:
+        raise UserError(
+            f"A {config.model_type} has positions for {config.max_position_embeddings:,} tokens, and rows here may "
+            f"have {longest:,}. Set data.max_length to {config.max_position_embeddings} or less."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *rope.values()):  # some have parameters for each type of layer

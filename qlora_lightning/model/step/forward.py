@@ -13,6 +13,7 @@ from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batc
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
+from qlora_lightning.support.errors import UserError
 
 
 def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
@@ -69,6 +70,11 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         tokens = {"inputs_embeds": add_noise(embedding(layout.input_ids), layout.samples, noise_alpha)}
     elif any(parameter.requires_grad for parameter in embedding.parameters()):  # which is in float32
         tokens = {"inputs_embeds": embedding(layout.input_ids).to(causal_lm.dtype)}
+    if "input_ids" not in tokens and getattr(causal_lm.config, "hidden_size_per_layer_input", None):
+        raise UserError(
+            f"A {causal_lm.config.model_type} looks tokens up in each layer: model.neftune_alpha, and embeddings that "
+            "train, do not work with it."
+        )
     if not runs_flat(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, layout, tokens)))
     casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None

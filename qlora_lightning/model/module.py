@@ -437,16 +437,14 @@ class QLoRAModule(lightning.LightningModule):
             raise out_of_memory(f"{self.device} in the optimizer's step", error) from None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        means = self.window.divide_gradients(
+        means, totals = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
         if self.device.type == "cuda":
             self.micro_batch_size.correct(self, self.window.micro_batches > len(self.window.batches))
-        means = self.guard.check_step(self, optimizer, means)
-        for name in [name for name in means if name.startswith("total_")]:
-            self.window.totals[name.removeprefix("total_")] = float(means.pop(name))
+        means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})

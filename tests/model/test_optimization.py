@@ -97,6 +97,6 @@ def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens_of_a_window(
     parameter.grad = torch.full((2,), 10.0)
     for nll, tokens in sums:
         window.add(LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(0)))
-    found = window.divide_gradients([parameter], factor=0.5)
-    assert (found["loss"], found["total_labelled_tokens"]) == (mean, sum(tokens for _, tokens in sums))
+    found, totals = window.divide_gradients([parameter], factor=0.5)
+    assert (found["loss"], totals["labelled_tokens"]) == (mean, sum(tokens for _, tokens in sums))
     assert parameter.grad.tolist() == [gradient, gradient]

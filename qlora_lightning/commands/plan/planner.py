@@ -1,7 +1,7 @@
 """Plans a config: its model without numbers, its batches, and the memory of a step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pydoc import locate
 from typing import Any, cast
@@ -26,7 +26,8 @@ from qlora_lightning.model.memory.micro_batch_size import Checkpointing, find_fi
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step import forward
-from qlora_lightning.model.step.batch import check_row_length, computed_counter
+from qlora_lightning.model.step.batch import check_row_length
+from qlora_lightning.model.step.layout import find_computed
 from qlora_lightning.support.errors import UserError
 
 _ON_A_CPU = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # parts; all else is measured there
@@ -193,7 +194,7 @@ def _plan_batches(data: Any) -> EpochPlan:
 def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, skips_unlabelled: bool) -> dict[str, int]:
     """Describe the batch with the most computed tokens."""
     epochs = range(1) if streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
-    count = computed_counter(plan.samples, skips_unlabelled)
+    count = _computed_counter(plan.samples, skips_unlabelled)
     batches = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
     if batches is None:
         raise UserError("There are no training rows.")
@@ -214,3 +215,21 @@ def _largest_allowed(data: Any) -> dict[str, int]:
 
 def _describe_batch(lengths: Sequence[int], computed: int) -> dict[str, int]:
     return {"rows": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "computed": computed}
+
+
+def _computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence[int]], int]:
+    """Return what counts the computed tokens of a batch of rows of a :class:`~qlora_lightning.data.samples.SampleSet`.
+
+    Args:
+        samples: The rows.
+        skips_unlabelled: Whether tokens that no loss needs are not computed, and shared beginnings once.
+    """
+
+    def count(rows: Sequence[int]) -> int:
+        if not skips_unlabelled:
+            return int(samples.lengths[rows].sum())
+        spans = samples.spans(rows)
+        predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
+        return find_computed([samples.ids[span] for span in spans], predicts).count
+
+    return count

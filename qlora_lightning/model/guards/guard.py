@@ -47,8 +47,12 @@ class TrainingGuard(Callback):
     # ---- before each optimizer step --------------------------------------------------------------------------------
 
     def check_step(
-        self, pl_module: Any, optimizer: torch.optim.Optimizer, means: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+        self,
+        pl_module: Any,
+        optimizer: torch.optim.Optimizer,
+        means: Mapping[str, Tensor],
+        totals: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Stop, skip or pass a step by its mean ``loss`` and ``grad_norm``; return all on the host, for the log.
 
         They are those of all ranks, which so decide alike. The one time in a step that the host waits for a GPU.
@@ -56,22 +60,22 @@ class TrainingGuard(Callback):
         trainer = pl_module.trainer
         # Under 16-mixed the scaler itself skips steps with infinite gradients: they are how it finds its scale.
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        numbers = torch.stack([each.detach().double() for each in means.values()]).cpu().unbind()
-        on_host = {name: number.float() for name, number in zip(means, numbers, strict=True)}
-        labelled = on_host["total_labelled_tokens"]
+        numbers = torch.stack([each.detach().double() for each in (*means.values(), *totals.values())]).cpu()
+        on_host = {name: number.float() for name, number in zip(means, numbers, strict=False)}
+        counted = dict(zip(totals, numbers[len(means) :].tolist(), strict=True))
         bad_loss, bad_gradient = (not math.isfinite(on_host[name]) for name in ("loss", "grad_norm"))
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bad_loss or bad_gradient
-            return on_host
+            return on_host, counted
         if bad_loss or (bad_gradient and not scales):
             self._handle_nonfinite(pl_module, optimizer, "loss" if bad_loss else "gradient")
         elif not bad_gradient:
             self._skipped_in_a_row = 0
-            if self.checks_due and labelled:  # without labels gradients of zero are right
+            if self.checks_due and counted["labelled_tokens"]:  # without labels gradients of zero are right
                 self.checks_due = not check_gradients(trainable_tensors(pl_module), optimizer)
         self._last_loss = float(on_host["loss"])
-        return on_host
+        return on_host, counted
 
     def _handle_nonfinite(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
         """Stop the run, or leave the step out; every rank must call it."""

@@ -1,6 +1,7 @@
 """How many tokens go through the model at a time: as many as fit by the formula, and fewer whenever memory runs out."""
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -70,12 +71,10 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
 
 
 def _tokens_that_fit(step: StepMemory, usable: float, longest: int) -> int:
-    fits, too_many = 0, _MOST_TOKENS
-    while too_many - fits > 1:
-        tokens = (fits + too_many) // 2
-        needed = sum(step.parts(tokens, min(tokens, longest)).values())
-        fits, too_many = (tokens, too_many) if needed <= usable else (fits, tokens)
-    return fits
+    def needed(tokens: int) -> int:
+        return sum(step.parts(tokens, min(tokens, longest)).values())
+
+    return max(0, bisect_right(range(_MOST_TOKENS), usable, key=needed) - 1)
 
 
 def usable_bytes(memory: float) -> float:

@@ -1,13 +1,13 @@
 """A micro-batch: its rows, where they are from, and how many of their tokens are computed."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from qlora_lightning.model.step.layout import IGNORED, find_computed
+from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.support.errors import UserError
 
 _KNOWN = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source", "weights"}
@@ -118,24 +118,6 @@ def filler_of(batch: Mapping[str, Any]) -> dict[str, Any]:
         "labels": labels,
         "row_ids": row_ids,
     }
-
-
-def computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence[int]], int]:
-    """Return what counts the computed tokens of a batch of rows of a :class:`~qlora_lightning.data.samples.SampleSet`.
-
-    Args:
-        samples: The rows.
-        skips_unlabelled: Whether tokens that no loss needs are not computed, and shared beginnings once.
-    """
-
-    def count(rows: Sequence[int]) -> int:
-        if not skips_unlabelled:
-            return int(samples.lengths[rows].sum())
-        spans = samples.spans(rows)
-        predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
-        return find_computed([samples.ids[span] for span in spans], predicts).count
-
-    return count
 
 
 def check_row_length(config: Any, longest: int) -> None:

@@ -113,16 +113,6 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
     return _checkpointed_head_loss(hidden, head, targets, chunk)
 
 
-def mean_with_gradient_of_sum(sums: LossSums, scale: float = 1.0) -> Tensor:
-    """Return a scalar with the value of the mean per labelled token, and ``scale`` times the gradient of the sum.
-
-    A :class:`qlora_lightning.model.step.window.Window` wants sums; who watches the loss (Lightning's
-    learning-rate finder, callbacks) compares batches of different size.
-    """
-    value = sums.nll_sum.detach()
-    return value / sums.labelled_tokens.clamp(min=1) + scale * (sums.nll_sum - value)
-
-
 def lm_head_of(causal_lm: Any) -> nn.Module:
     """Return what maps last hidden states to logits as the model's own forward.
 

@@ -81,11 +81,10 @@ class Window:
 
     def divide_gradients(
         self, parameters: Iterable[nn.Parameter], factor: float, *, over_ranks: bool = False
-    ) -> dict[str, Tensor]:
-        """Turn accumulated gradients into those of the window's mean loss; return what is logged.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Turn accumulated gradients into those of the window's mean loss; return what is logged, and ``totals``.
 
-        That is ``loss``, ``grad_norm`` (before clipping), the means of ``LossSums.logged``, and each of ``totals`` with
-        ``total_`` in front of its name.
+        Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.logged``.
 
         ``factor`` undoes a scale that they have; ``over_ranks`` says that there are several ranks, over
         which all is summed up.
@@ -106,7 +105,6 @@ class Window:
         if gradients:
             torch._foreach_mul_(gradients, (factor / tokens).float())
         means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=False))
-        totals = {"total_labelled_tokens": sums[0]}
-        totals |= dict(zip((f"total_{name}" for name in self.counts), sums[-len(counts) :], strict=True))
+        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[-len(counts) :], strict=True))}
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
-        return {**means, **totals, "grad_norm": norm}
+        return {**means, "grad_norm": norm}, totals

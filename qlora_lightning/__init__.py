@@ -11,12 +11,10 @@ from qlora_lightning.support.imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
-        AdapterEMA,
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
         LoadingLines,
-        LossSpikeMonitor,
         PredictionWriter,
         ProcessWatch,
         RunReport,
@@ -34,13 +32,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
-    "AdapterEMA",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
     "LoadingLines",
-    "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",
     "PreferenceDataModule",

@@ -45,7 +45,7 @@ def warn(trainer):
     logger.warning("%d rows", "no number")  # which logging itself reports
     logger.info("nothing to see")
     for number in range(100):
-        note_warning(trainer, f"Loss spike: {number}")
+        note_warning(trainer, f"Odd loss: {number}")
 
 
 def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
     )
 
     counts = {warning["text"]: warning["count"] for warning in found["warnings"]}
-    assert [counts[text] for text in ("UserWarning: slow", "3 rows", "Loss spike: 9")] == [2, 2, 2]
+    assert [counts[text] for text in ("UserWarning: slow", "3 rows", "Odd loss: 9")] == [2, 2, 2]
     assert "nothing to see" not in counts
     assert len(counts) == 100  # a person is to read them
     assert shown.count("slow") == 2  # as ever
@@ -108,7 +108,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
     checkpoint = read_checkpoint(run)
     assert "RunReport" not in checkpoint["callbacks"]
     page = (run / "report.html").read_text()
-    assert all(words in page for words in ("Loss spike: 9", "token accuracy", "Count to"))
+    assert all(words in page for words in ("Odd loss: 9", "token accuracy", "Count to"))
     assert page.count("<figure") == 5
     assert f"Report: {run / 'report.html'}" in capsys.readouterr().out
 

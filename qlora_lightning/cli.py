@@ -20,7 +20,7 @@ from types import FrameType
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
 from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_everywhere
-from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
+from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
 COMMANDS = {
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = message if known is None else str(known)
         shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
         print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
-        return 2 if isinstance(known, UserError) else 1
+        return 1 if known is None else 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -105,14 +105,14 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _find_known_error(error: BaseException, command: str) -> UserError | LostProcess | None:
+def _find_known_error(error: BaseException, command: str) -> UserError | None:
     """Return the error to report in its own words, which a library may have wrapped; None for any other."""
     if isinstance(error, argparse.ArgumentError):
         return UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.")
     if isinstance(error, PermissionError) and error.filename is not None:
         return UserError(f"{error.filename}: permission denied. Choose another path.")
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError | LostProcess):
+    while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return cause
 

@@ -4,7 +4,6 @@ from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, Load
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.memory import GPUMemoryMonitor
-from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
@@ -17,7 +16,6 @@ __all__ = [
     "GradientCheckpointing",
     "LoadingLines",
     "PredictionWriter",
-    "ProcessWatch",
     "RunReport",
     "StopSignals",
     "ThroughputMonitor",

@@ -164,7 +164,6 @@ class QLoRACLI(LightningCLI):
         named = named if isinstance(named, list) else [named]
         config = self._short_config()
         usual = [
-            callbacks.ProcessWatch(),  # before those that have something to write when a run fails
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),

@@ -19,7 +19,7 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
-from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_everywhere
+from qlora_lightning.support.console import show_controls, show_controls_everywhere
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -124,9 +124,6 @@ def _ending_at_signals() -> Iterator[None]:
     taken = [number for number in ENDING_SIGNALS if main and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGTERM:  # a shell and the system both send SIGHUP: a second one may not stop the cleaning
-            signal.signal(number, signal.SIG_IGN)
-        drop_lost_output()
         with contextlib.suppress(OSError):  # not print: the signal may have come inside one
             os.write(2, f"\nqlora-lightning: ended by {signal.Signals(number).name}.\n".encode())
         raise TrainingStopped(128 + number)

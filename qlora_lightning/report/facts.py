@@ -149,44 +149,24 @@ def data_table(run: Run) -> Table:
         "samples cut to max_length": [report["shortened"] for report in reports],
         "labelled tokens cut away": [report["lost_labels"] for report in reports],
         "rows equal to an earlier one": [report["duplicates"] for report in reports],
-        "rows that are trained on too": [report["overlap"] for report in reports],
+        "rows that are trained on too, so that the loss is too good": [report["overlap"] for report in reports],
     }
     rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
     return ["", *splits], rows
 
 
-def data_warnings(run: Run) -> list[str]:
-    """Return a sentence for each thing in the data that makes results doubtful."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    sentences = {
-        "bad_rows": "{:,} bad rows of {} were left out.",
-        "overlap": "{:,} rows of {} are trained on too: its loss is too good.",
-        "lost_labels": "max_length cut {:,} labelled tokens away from {}.",
-    }
-    return [
-        sentence.format(report[name], split)
-        for split, report in splits.items()
-        for name, sentence in sentences.items()
-        if report[name]
-    ]
-
-
 def machine_facts(run: Run) -> Facts:
-    """Return the machine, how its processes worked together, and their memory."""
-    device, facts = run.manifest.get("device") or {}, list[tuple[str, str]]()
-    holder = "process" if device.get("kind", "cpu") == "cpu" else "GPU"
-    if device:
-        several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
-        processor = f" beside {device['processor']}" if holder == "GPU" else ""
-        facts = [
-            ("device", f"{device['name']}, {device['memory_gib']:.0f} GiB{processor}"),
-            ("threads", f"{device['threads']} on {device['cores']} cores"),
-            ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
-        ]
-    peak = find_figures(run).get("peak_memory_gib")
-    if peak is not None:
-        facts.append(("peak memory", f"{peak}: the most that the {holder} held"))
-    return facts
+    """Return the machine, and how its processes worked together."""
+    device = run.manifest.get("device")
+    if not device:
+        return []
+    several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
+    processor = "" if device["kind"] == "cpu" else f" beside {device['processor']}"
+    return [
+        ("device", f"{device['name']}, {device['memory_gib']:.0f} GiB{processor}"),
+        ("threads", f"{device['threads']} on {device['cores']} cores"),
+        ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
+    ]
 
 
 def version_facts(run: Run) -> Facts:

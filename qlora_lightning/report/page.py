@@ -43,8 +43,7 @@ def render_report(runs: Sequence[Run]) -> str:
 def _sections_of_one(run: Run) -> list[tuple[str, str, Any]]:
     """Return the heading of each section, the kind that the template shows it as, and its content."""
     manifest, attempts, verdict = run.manifest, facts.attempt_table(run), judge(run)
-    warnings = [(line, 1) for line in facts.data_warnings(run)]
-    warnings += [(warning["text"], warning["count"]) for warning in manifest.get("warnings") or []]
+    warnings = [(warning["text"], warning["count"]) for warning in manifest.get("warnings") or []]
     again = {"from the same working folder": manifest.get("reproduce"), "it was started by": manifest.get("command")}
     config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else ""
     return [

@@ -9,7 +9,7 @@ from qlora_lightning.report.results import Evaluation, read_evaluation
 from qlora_lightning.report.run import Run
 
 _FEWEST_STEPS = 10
-_NOISE = 1.02  # times a validation loss: what is closer is as good
+_NOISE = 0.02  # of a validation loss: what is closer is as good
 _BLOWN_UP = 3.0  # times the training loss at the start
 
 
@@ -44,7 +44,7 @@ def _divergence(run: Run, base: float) -> str:
     """Return how a run diverged; empty if it did not."""
     validation = [value for _, value in run.metrics.get("val_loss", [])]
     for start, words in ((validation[0] if validation else math.nan, "its first"), (base, "that of the base")):
-        if validation and validation[-1] > _NOISE * start:
+        if validation and _is_above(validation[-1], start):
             return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     training = [value for _, value in run.metrics.get("train_loss", [])]
     some = max(3, len(training) // 10)
@@ -65,14 +65,18 @@ def _learned(run: Run, base: float) -> tuple[str, list[str]]:
             f"It did not learn: the validation loss never fell below {first:.3f}{origin or ', its first'}."
         ]
     said = [f"It learned: the validation loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."]
-    if last > _NOISE * best:
+    if _is_above(last, best):
         said.append(
             f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
             "rate or more rows may do better. The adapter folder holds the best."
         )
-    elif len(points) > 1 and points[-2][1] > _NOISE * last:
+    elif len(points) > 1 and _is_above(points[-2][1], last):
         said.append("The validation loss was still falling at the end: more steps may do better.")
     return "learned", said
+
+
+def _is_above(loss: float, other: float) -> bool:
+    return loss > other + _NOISE * abs(other)
 
 
 def _against_base(evaluation: Evaluation) -> tuple[str, list[str]]:

@@ -11,14 +11,11 @@ from qlora_lightning.support.imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
-        AdapterEMA,
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
         LoadingLines,
-        LossSpikeMonitor,
         PredictionWriter,
-        ProcessWatch,
         RunReport,
         StopSignals,
         ThroughputMonitor,
@@ -34,18 +31,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
-    "AdapterEMA",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
     "LoadingLines",
-    "LossSpikeMonitor",
     "LossSums",
     "PredictionWriter",
     "PreferenceDataModule",
     "PreferenceModule",
-    "ProcessWatch",
     "QLoRAModule",
     "RunReport",
     "ShardedDDPStrategy",

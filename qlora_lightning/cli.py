@@ -19,8 +19,8 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import describe_parse_error, read_configs
-from qlora_lightning.support.console import drop_lost_output, show_controls, show_controls_everywhere
-from qlora_lightning.support.errors import ENDING_SIGNALS, LostProcess, TrainingStopped, UserError, nearest
+from qlora_lightning.support.console import show_controls, show_controls_everywhere
+from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
 COMMANDS = {
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = message if known is None else str(known)
         shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
         print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
-        return 2 if isinstance(known, UserError) else 1
+        return 1 if known is None else 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -105,14 +105,14 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _find_known_error(error: BaseException, command: str) -> UserError | LostProcess | None:
+def _find_known_error(error: BaseException, command: str) -> UserError | None:
     """Return the error to report in its own words, which a library may have wrapped; None for any other."""
     if isinstance(error, argparse.ArgumentError):
         return UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.")
     if isinstance(error, PermissionError) and error.filename is not None:
         return UserError(f"{error.filename}: permission denied. Choose another path.")
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError | LostProcess):
+    while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return cause
 
@@ -124,9 +124,6 @@ def _ending_at_signals() -> Iterator[None]:
     taken = [number for number in ENDING_SIGNALS if main and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGTERM:  # a shell and the system both send SIGHUP: a second one may not stop the cleaning
-            signal.signal(number, signal.SIG_IGN)
-        drop_lost_output()
         with contextlib.suppress(OSError):  # not print: the signal may have come inside one
             os.write(2, f"\nqlora-lightning: ended by {signal.Signals(number).name}.\n".encode())
         raise TrainingStopped(128 + number)

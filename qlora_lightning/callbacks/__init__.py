@@ -1,12 +1,9 @@
 """What happens around the loop: Lightning callbacks; those that take settings have a key of their own in the YAML."""
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, LoadingLines
-from qlora_lightning.callbacks.adapter_ema import AdapterEMA
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.memory import GPUMemoryMonitor
-from qlora_lightning.callbacks.process_watch import ProcessWatch
 from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
@@ -14,14 +11,11 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",
-    "AdapterEMA",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "LoadingLines",
-    "LossSpikeMonitor",
     "PredictionWriter",
-    "ProcessWatch",
     "RunReport",
     "StopSignals",
     "ThroughputMonitor",

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from rich.markup import escape
 from torch import Tensor
 
-from qlora_lightning.callbacks.adapter_ema import holding_average
 from qlora_lightning.callbacks.checkpoint_file import (
     LAST,
     UNFINISHED,
@@ -196,13 +195,10 @@ class AdapterCheckpoint(Checkpoint):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
         dropped = [] if math.isnan(value) else self._rank(name, value)
-        with holding_average(trainer, pl_module):
-            if self._is_best(name):
-                self._best_tensors = {
-                    key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()
-                }
-            content = collect_checkpoint(trainer)
-            refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name, dropped))
+        if self._is_best(name):
+            self._best_tensors = {key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()}
+        content = collect_checkpoint(trainer)
+        refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name, dropped))
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         stop = find_callback(trainer, StopSignals)
         if stop is not None:

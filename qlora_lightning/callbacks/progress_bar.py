@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
 from qlora_lightning.callbacks.run_report import planned_steps
-from qlora_lightning.support.console import drop_lost_output, terminal
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.versions import PEAK_NAMES
 
 # the most important metric first, for a narrow terminal cuts the last ones
@@ -111,10 +111,7 @@ class ProgressLines(ProgressBar):
 
     def _print(self, line: str) -> None:
         if self._enabled:
-            try:
-                print(line, flush=True)
-            except OSError:  # who read the pipe has gone: no reason to end a run
-                drop_lost_output()
+            print(line, flush=True)
         self._printed_at = time.monotonic()
 
     def _is_due(self) -> bool:

@@ -33,7 +33,8 @@ from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.resume import trainer_settings
 from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import read_manifest, read_metrics, write_manifest
+from qlora_lightning.report.run import read_manifest, read_metrics, read_run, write_manifest
+from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped, UserError
 from qlora_lightning.support.files import CONFIG, METRICS
@@ -86,8 +87,10 @@ class RunReport(Callback):
                 earlier = read_manifest(Path(trainer.default_root_dir))
             except UserError as fault:
                 say(f"{fault} The report will not have what the run did before.")
+        judged = (earlier.get("verdict") or {}).get("sentences", [])  # which may not hold of the longer run
         for warning in earlier.get("warnings", []):
-            self._warnings.setdefault(warning["text"], warning["count"])
+            if warning["text"] not in judged:
+                self._warnings.setdefault(warning["text"], warning["count"])
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
         self._attempts = [*earlier.get("lives", []), attempt]
@@ -138,6 +141,12 @@ class RunReport(Callback):
             content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
             if status != "running":
+                verdict = judge(read_run(folder))
+                if verdict.kind == "diverged":
+                    content["warnings"].append({"text": verdict.sentences[0], "count": 1})
+                write_manifest(folder, content | {"verdict": asdict(verdict)})
+                if status == "finished":
+                    say(" ".join(verdict.sentences))
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 say(f"Report: {write_run_page(folder)}")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from qlora_lightning.support.console import drop_lost_output, say
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
 
 
@@ -57,7 +57,9 @@ class StopSignals(Callback):
         self._leave_if_asked(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        pl_module.window.counts["stops"] = float(self._was_asked())  # added up over all ranks with the gradients
+        pl_module.window.counts["stops"] = float(
+            self.received is not None
+        )  # added up over all ranks with the gradients
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step != self._step:  # else it is inside an accumulation window, which ends first
@@ -111,14 +113,8 @@ class StopSignals(Callback):
                 subprocess.run(["scontrol", "requeue", name], check=False)
         raise TrainingStopped(128 + number)
 
-    def _was_asked(self) -> bool:
-        asked = self.received is not None
-        if asked:  # again: the same signal may have ended what read a pipe, such as tee, after it came here
-            drop_lost_output()
-        return asked
-
     def _agree(self, trainer: Trainer) -> None:
-        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(self._was_asked(), all=False)
+        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def _listen(self, trainer: Trainer) -> None:
         """Take the signals over from Lightning."""
@@ -164,7 +160,6 @@ def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
 
 def _announce(trainer: Trainer, text: str) -> None:
     """Print a line from inside a handler; not by print, in which the signal may have come."""
-    drop_lost_output()
     if trainer.is_global_zero:
         with contextlib.suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

@@ -20,7 +20,6 @@ CALLBACKS = {
     "gpu_memory": "GPUMemoryMonitor",
     "throughput": "ThroughputMonitor",
     "evaluation": "Evaluation",
-    "ema": "AdapterEMA",
 }
 """Callbacks with a key of their own, by the names of their classes: ``inspect`` imports none of them."""
 METHOD_KEYS = ("ckpt_path", "weights_only", "verbose", "return_predictions")

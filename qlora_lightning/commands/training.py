@@ -108,12 +108,7 @@ class QLoRACLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
         for name in METHOD_KEYS[1:]:  # of Trainer.fit, validate, test and predict
             parser.add_argument(f"--{name}", type=bool | None, help=argparse.SUPPRESS)
-        parser.set_defaults(
-            {
-                **{key: {"class_path": name} for key, name in _CLASSES.items()},
-                "ema.enabled": None,  # on where a decay is given
-            }
-        )
+        parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
         parser.link_arguments(
             (*(f"model.init_args.{name}" for name in _BASE_KEYS), "data.init_args.tokenizer"),
             "data.init_args.tokenizer",
@@ -169,11 +164,9 @@ class QLoRACLI(LightningCLI):
         named = named if isinstance(named, list) else [named]
         config = self._short_config()
         usual = [
-            callbacks.ProcessWatch(),  # before those that have something to write when a run fails
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),
-            callbacks.LossSpikeMonitor(),
             callbacks.LoadingLines(),
             callbacks.PredictionWriter(),
         ]

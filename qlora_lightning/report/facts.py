@@ -1,18 +1,17 @@
-"""What a run was, in words for a person: figures, findings, what to do next, and facts with their headings."""
+"""What a run was, in words for a person: figures, what to do next, and facts with their headings."""
 
-import math
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import yaml
 
 from qlora_lightning.evaluation.scores import describe_metric
-from qlora_lightning.report.charts import running_mean
-from qlora_lightning.report.results import Evaluation, Table, find_figures, read_evaluation
+from qlora_lightning.report.results import Table, find_figures, read_evaluation
 from qlora_lightning.report.run import Run
+from qlora_lightning.report.verdict import Verdict
 
 Facts = list[tuple[str, str]]
 STATUS = {
@@ -24,11 +23,9 @@ STATUS = {
 }
 _HASH = 16  # digits shown of one; manifest.json has all
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
-_LITTLE, _MUCH = 1e-3, 0.5  # median ‖ΔW‖/‖W‖
-_SPARSE, _FULL = 0.5, 0.85  # share of the rank that is used; a random update uses about 0.9
 _SETTINGS = (
     *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
-    *("model.neftune_alpha", "model.loraplus_ratio", "ema.decay", "trainer.gradient_clip_val"),
+    *("model.neftune_alpha", "model.loraplus_ratio", "trainer.gradient_clip_val"),
     *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch", "data.group_by_length"),
     *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
 )
@@ -66,83 +63,14 @@ def headline(run: Run) -> Facts:
     return shown
 
 
-def findings(run: Run) -> list[str]:
-    """Report in a few sentences whether the run learned, whether it is better than the base, and what its ranks did."""
-    evaluation = read_evaluation(run)
-    return [*_learned(run, evaluation), *_against_base(evaluation), *_updated(run)]
-
-
-def _learned(run: Run, evaluation: Evaluation) -> Iterator[str]:
-    points = run.metrics.get("val_loss", [])
-    kind = "validation" if points else "training"
-    points = points or running_mean(run.metrics.get("train_loss", []))
-    base = evaluation.metrics["loss"].base.value if kind == evaluation.split and "loss" in evaluation.metrics else None
-    if len(points) < (2 if base is None else 1):
-        return
-    first, origin = (points[0][1], "") if base is None else (base, " of the base")
-    last_step, last = points[-1]
-    best_step, best = min(points, key=lambda point: point[1])
-    if best >= first:
-        yield f"It did not learn: the {kind} loss never fell below {first:.3f}{origin or ', its first'}."
-        return
-    yield f"It learned: the {kind} loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
-    if kind == "validation" and last > 1.02 * best:
-        yield (
-            f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
-            "rate or more rows may do better. The adapter folder holds the best."
-        )
-    elif kind == "validation" and len(points) > 1 and points[-2][1] > 1.02 * last:
-        yield "The validation loss was still falling at the end: more steps may do better."
-
-
-def _against_base(evaluation: Evaluation) -> Iterator[str]:
-    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in evaluation.metrics.items()}
-    metric = next(iter(evaluation.scores), "loss")
-    if not clear.get(metric) and clear.get("loss"):  # answers may be as before, and their likelihood not
-        metric = "loss"
-    if metric not in evaluation.metrics or math.isnan(evaluation.metrics[metric].difference.value):
-        return
-    difference = evaluation.metrics[metric].difference
-    digits, factor, unit = (3, 1, "") if metric == "loss" else (1, 100, " points")
-    factor = -factor if difference.value < 0 else factor
-    amount, *reach = (f"{factor * value:.{digits}f}".replace("-", "−") for value in difference)
-    low, high = reach if factor > 0 else reversed(reach)
-    interval = "" if math.isnan(difference.low) else f" (95 % interval {low} to {high})"
-    direction = "lower" if factor < 0 else "higher"
-    better = "better" if (direction == "lower") == (metric == "loss") else "worse"
-    verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
-    yield (
-        f"It is {verdict} than the base: {describe_metric(metric)} {amount}{unit} {direction}{interval} on "
-        f"{evaluation.rows}."
-    )
-
-
-def _updated(run: Run) -> Iterator[str]:
-    """Report what the size of the updates and the directions they use mean for the settings."""
-    updates = [update for own in (run.manifest.get("adapter_updates") or {}).values() for update in own]
-    nonzero = [update for update in updates if update["ratio"]]
-    if not nonzero:
-        yield from ["The adapter changes nothing: every update is zero."] if updates else []
-        return
-    ratio = statistics.median(update["ratio"] for update in nonzero)
-    used = statistics.median(update["effective_rank"] / update["rank"] for update in nonzero)
-    rank = statistics.median_high(update["rank"] for update in nonzero)
-    if ratio < _LITTLE:
-        yield f"It hardly changed the base (median ‖ΔW‖/‖W‖ {ratio:.2%}): more steps or a higher learning rate may do."
-    elif ratio > _MUCH:
-        yield (
-            f"It changed the base very far (median ‖ΔW‖/‖W‖ {ratio:.0%}), which may have lost what the base knew: "
-            "compare both on other tasks."
-        )
-    if rank > 1 and used > _FULL:
-        yield f"It uses its rank to the full ({used:.0%} of {rank}): twice the rank may learn more."
-    elif rank > 1 and used < _SPARSE:
-        yield f"It uses {used:.0%} of its rank of {rank}: half the rank may learn as much."
-
-
-def next_steps(run: Run) -> Facts:
-    """Return the commands that usually follow, each with what it is for."""
+def next_steps(run: Run, verdict: Verdict) -> Facts:
+    """Return the commands that follow from a verdict, each with what it is for."""
     folder, command = shlex.quote(str(run.folder)), run.manifest.get("command")
+    if verdict.kind == "diverged":
+        rate, again = flatten(run.config).get("model.learning_rate"), run.manifest.get("reproduce")
+        if not again or not rate:
+            return []
+        return [("start again with a lower learning rate", f"{again} --model.learning_rate {rate / 3:.1g}")]
     if run.status in ("stopped", "failed", "killed") and str(command).startswith("qlora-lightning fit"):
         words = shlex.split(str(command))
         for number in reversed(range(len(words))):
@@ -157,8 +85,10 @@ def next_steps(run: Run) -> Facts:
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"
         steps.append(("evaluate it, with its hardest rows", evaluate))
-    merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged"
-    return [*steps, ("merge it, to serve it", merge)]
+    if verdict.kind in ("learned", "unknown"):
+        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged"
+        steps.append(("merge it, to serve it", merge))
+    return steps
 
 
 def training_facts(run: Run) -> Facts:
@@ -219,44 +149,24 @@ def data_table(run: Run) -> Table:
         "samples cut to max_length": [report["shortened"] for report in reports],
         "labelled tokens cut away": [report["lost_labels"] for report in reports],
         "rows equal to an earlier one": [report["duplicates"] for report in reports],
-        "rows that are trained on too": [report["overlap"] for report in reports],
+        "rows that are trained on too, so that the loss is too good": [report["overlap"] for report in reports],
     }
     rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
     return ["", *splits], rows
 
 
-def data_warnings(run: Run) -> list[str]:
-    """Return a sentence for each thing in the data that makes results doubtful."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    sentences = {
-        "bad_rows": "{:,} bad rows of {} were left out.",
-        "overlap": "{:,} rows of {} are trained on too: its loss is too good.",
-        "lost_labels": "max_length cut {:,} labelled tokens away from {}.",
-    }
-    return [
-        sentence.format(report[name], split)
-        for split, report in splits.items()
-        for name, sentence in sentences.items()
-        if report[name]
-    ]
-
-
 def machine_facts(run: Run) -> Facts:
-    """Return the machine, how its processes worked together, and their memory."""
-    device, facts = run.manifest.get("device") or {}, list[tuple[str, str]]()
-    holder = "process" if device.get("kind", "cpu") == "cpu" else "GPU"
-    if device:
-        several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
-        processor = f" beside {device['processor']}" if holder == "GPU" else ""
-        facts = [
-            ("device", f"{device['name']}, {device['memory_gib']:.0f} GiB{processor}"),
-            ("threads", f"{device['threads']} on {device['cores']} cores"),
-            ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
-        ]
-    peak = find_figures(run).get("peak_memory_gib")
-    if peak is not None:
-        facts.append(("peak memory", f"{peak}: the most that the {holder} held"))
-    return facts
+    """Return the machine, and how its processes worked together."""
+    device = run.manifest.get("device")
+    if not device:
+        return []
+    several = f", strategy {device['strategy']}" if device["processes"] > 1 else ""
+    processor = "" if device["kind"] == "cpu" else f" beside {device['processor']}"
+    return [
+        ("device", f"{device['name']}, {device['memory_gib']:.0f} GiB{processor}"),
+        ("threads", f"{device['threads']} on {device['cores']} cores"),
+        ("processes", f"{device['processes']} on {device['nodes']} machine(s){several}"),
+    ]
 
 
 def version_facts(run: Run) -> Facts:

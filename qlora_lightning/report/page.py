@@ -12,6 +12,7 @@ from qlora_lightning.report import facts
 from qlora_lightning.report.charts import charts_of, draw_charts
 from qlora_lightning.report.results import evaluation_table, figure_table, find_samples
 from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.files import PAGE, write_whole
 
 
@@ -41,15 +42,14 @@ def render_report(runs: Sequence[Run]) -> str:
 
 def _sections_of_one(run: Run) -> list[tuple[str, str, Any]]:
     """Return the heading of each section, the kind that the template shows it as, and its content."""
-    manifest, attempts = run.manifest, facts.attempt_table(run)
-    warnings = [(line, 1) for line in facts.data_warnings(run)]
-    warnings += [(warning["text"], warning["count"]) for warning in manifest.get("warnings") or []]
+    manifest, attempts, verdict = run.manifest, facts.attempt_table(run), judge(run)
+    warnings = [(warning["text"], warning["count"]) for warning in manifest.get("warnings") or []]
     again = {"from the same working folder": manifest.get("reproduce"), "it was started by": manifest.get("command")}
     config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else ""
     return [
         ("What ended it", "fault grave", [(manifest["error"], 1)] if manifest.get("error") else []),
-        ("In short", "sentences", facts.findings(run)),
-        ("What to do next", "commands", facts.next_steps(run)),
+        ("In short", "sentences", verdict.sentences),
+        ("What to do next", "commands", facts.next_steps(run, verdict)),
         ("Curves", "charts", draw_charts(charts_of([run]))),
         ("Before and after", "table", evaluation_table(run)),
         ("Samples", "samples", find_samples(run)[:20]),

@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import select
 import sys
 import traceback
 import unicodedata
@@ -73,16 +71,3 @@ def quiet_loggers(level: int, *names: str) -> Iterator[None]:
     finally:
         for name, level_before in before.items():
             logging.getLogger(name).setLevel(level_before)
-
-
-def drop_lost_output() -> None:
-    """Discard output whose terminal or reader is gone: each write to it would raise an error."""
-    if not hasattr(select, "poll"):  # Windows
-        return
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if poll.poll(0):  # an error or a hangup: nothing else was asked for
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

@@ -28,7 +28,3 @@ class TrainingStopped(SystemExit):
     A ``SystemExit``, so that a script that trains ends with the code that a shell or a scheduler expects of the signal:
     130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
-
-
-class LostProcess(RuntimeError):
-    """Another process of the run is gone, so this one ends. The command line exits with code 1."""

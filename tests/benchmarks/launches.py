@@ -26,7 +26,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_lightning.callbacks.loss_spikes import LossSpikeMonitor
 from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.lora import add_adapters
 from qlora_lightning.model.layers import attention, elementwise, lora
@@ -231,7 +230,7 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
     module.trainer = trainer  # type: ignore[assignment]
     trainer.training, trainer.global_step, trainer.lightning_module = True, 5, module
     module.guard.checks_due = False  # later steps, between validations
-    callbacks: list[Callback] = [ThroughputMonitor(), LossSpikeMonitor()]
+    callbacks: list[Callback] = [ThroughputMonitor()]
     trainer.callback_metrics = {}
 
     def log(name: str, value: Any, **_: Any) -> None:

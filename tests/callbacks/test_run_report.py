@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, Evaluation, RunReport, StopSignals, ThroughputMonitor
+from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.support.errors import TrainingStopped
@@ -45,7 +45,7 @@ def warn(trainer):
     logger.warning("%d rows", "no number")  # which logging itself reports
     logger.info("nothing to see")
     for number in range(100):
-        note_warning(trainer, f"Loss spike: {number}")
+        note_warning(trainer, f"Odd loss: {number}")
 
 
 def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeypatch):
@@ -98,8 +98,12 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
     )
 
     counts = {warning["text"]: warning["count"] for warning in found["warnings"]}
-    assert [counts[text] for text in ("UserWarning: slow", "3 rows", "Loss spike: 9")] == [2, 2, 2]
+    assert [counts[text] for text in ("UserWarning: slow", "3 rows", "Odd loss: 9")] == [2, 2, 2]
     assert "nothing to see" not in counts
+    assert found["verdict"] == {
+        "kind": "unknown",
+        "sentences": ["Too short to judge: 2 optimizer steps, of at least 10."],
+    }
     assert len(counts) == 100  # a person is to read them
     assert shown.count("slow") == 2  # as ever
     assert logging.getLogRecordFactory() is make
@@ -108,9 +112,28 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
     checkpoint = read_checkpoint(run)
     assert "RunReport" not in checkpoint["callbacks"]
     page = (run / "report.html").read_text()
-    assert all(words in page for words in ("Loss spike: 9", "token accuracy", "Count to"))
+    assert all(words in page for words in ("Odd loss: 9", "token accuracy", "Count to"))
     assert page.count("<figure") == 5
     assert f"Report: {run / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_says_so_everywhere(fit, manifest, make_module, tmp_path, capsys):
+    class Rises(QLoRAModule):
+        def log(self, name, value, **options):
+            super().log(name, value * self.global_step if name == "val_loss" else value, **options)
+
+    logs = [MetricsLogger(tmp_path / "run")]
+    report = RunReport({"model": {"learning_rate": 0.1}})
+    fit(report, module=make_module(Rises), logger=logs, max_epochs=2)
+    found = manifest()
+    (sentence,) = found["verdict"]["sentences"]
+    assert found["verdict"]["kind"] == "diverged"
+    assert sentence in [warning["text"] for warning in found["warnings"]]
+    assert sentence in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert sentence in page
+    assert "--model.learning_rate 0.03" in page
+    assert "qlora-lightning merge" not in page
 
 
 def test_an_error_is_reported_and_stays_the_error(fit, manifest, tmp_path):

@@ -5,12 +5,7 @@ That it ends as a run that never stopped, wherever it was stopped: ``tests/distr
 
 import csv
 import json
-import os
-import pty
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,29 +16,12 @@ from tests import equality
 from tests.commands.conftest import CONFIG
 
 HOOKS = """
-import os
-import time
 import lightning
 
 
 class Interrupt(lightning.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         raise KeyboardInterrupt
-
-
-class Hangup(lightning.Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 3:
-            print("CLOSE ME", flush=True)
-            while os.isatty(1):
-                time.sleep(0.01)
-"""
-IN_TERMINAL = """
-import os, sys
-from qlora_lightning.cli import main
-
-os.open(os.ttyname(0), os.O_RDWR)  # the first that a new session opens is its terminal
-sys.exit(main(sys.argv[1:]))
 """
 NEW = ("--trainer.default_root_dir", "new")
 LAST = ("--ckpt_path", "last")
@@ -129,25 +107,6 @@ def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command
 def test_an_evaluation_is_not_kept_of_an_adapter_that_was_trained_further(command, tmp_path):
     command("fit", *LONGER, "--evaluation", "null")
     assert not (tmp_path / "run" / "evaluation.json").exists()
-
-
-def test_a_fit_whose_terminal_is_closed_saves_and_one_command_continues_to_the_same_end(
-    command, hooks, write_config, read_checkpoint, assert_same_end
-):
-    callbacks = {"callbacks": [{"class_path": "hooks.Hangup"}], "enable_progress_bar": True}
-    config = write_config(trainer=callbacks)
-    terminal, end = pty.openpty()
-    arguments = [sys.executable, "-c", IN_TERMINAL, "fit", "--config", config, *NEW]
-    process = subprocess.Popen(arguments, start_new_session=True, stdin=end, stdout=end, stderr=end)
-    os.close(end)
-    seen = b""
-    while b"CLOSE ME" not in seen:
-        seen += os.read(terminal, 1000)
-    os.close(terminal)
-    assert process.wait(timeout=300) == 128 + signal.SIGHUP
-    assert read_checkpoint("new")["global_step"] == 2
-    command("fit", *NEW, *LAST)
-    assert_same_end("new", "run")
 
 
 def test_an_interrupted_run_ends_with_code_130(command, hooks, write_config):

@@ -27,21 +27,17 @@ class SaveAt(Checkpoint):  # which Lightning calls after all other callbacks
 
 
 class Die(Callback):
-    """End one rank after its second batch; the others wait, or go on, which leads them into the next exchange."""
+    """Kill one rank after its second batch; the other goes on, which leads it into the next exchange."""
 
-    def __init__(self, rank: int, error: str | None = None, others_sleep: float = 0.0):
-        self.rank, self.error, self.others_sleep = rank, error, others_sleep
+    def __init__(self, rank: int):
+        self.rank = rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx == 1:
             Path(f"pid-{trainer.global_rank}").write_text(str(os.getpid()))
             trainer.strategy.barrier()
-            if trainer.global_rank != self.rank:
-                time.sleep(self.others_sleep)
-            elif self.error is None:
+            if trainer.global_rank == self.rank:
                 os.kill(os.getpid(), signal.SIGKILL)
-            else:
-                raise ValueError(self.error)
 
 
 class Ask(Callback):

@@ -6,9 +6,9 @@ by Ray after a worker was killed.
 
 import contextlib
 import importlib.util
+import json
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -88,8 +88,6 @@ def test_two_machines_of_which_one_is_lost_and_comes_back(folder, whole):
         assert first.wait(60) == 0
     finally:
         first.kill()
-    host = socket.gethostname()
-    assert f"of 2 (counted from 0) on {host} ended without a word: killed" in (folder / "first.log").read_text()
     assert adapter_bytes(folder / "two") == whole
 
 
@@ -110,32 +108,20 @@ def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_r
 
 # ---- a process that dies takes the others with it --------------------------------------------------------------------
 
-KILLED, FAILED = " without a word: killed", ": ValueError: no rows left"
 
-
-@pytest.mark.parametrize(
-    ("strategy", "processes", "rank", "error", "others_sleep", "code", "words"),
-    [
-        ("ddp", 2, 0, None, 100.0, -signal.SIGKILL, KILLED),  # asleep: as over NCCL, which does not notice
-        ("ddp", 3, 1, "no rows left", 100.0, 1, FAILED),
-        ("ddp_sharded", 2, 1, None, 0.0, 1, KILLED),
-    ],
-)
-def test_a_process_that_dies_ends_the_others_which_say_who_and_why(
-    folder, strategy, processes, rank, error, others_sleep, code, words
-):
-    name = f"die-{strategy}-{processes}"
-    die = {"class_path": "hooks.Die", "init_args": {"rank": rank, "error": error, "others_sleep": others_sleep}}
-    trainer = {**CONFIG["trainer"], "devices": processes, "strategy": strategy, "callbacks": [die]}
-    config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 1}, "trainer": trainer}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"{name}.yaml"]
-    ended = start(folder, [*command, "--trainer.default_root_dir", name], f"{name}.log").wait(120)
-    for other in range(processes):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            psutil.Process(int((folder / f"pid-{other}").read_text())).wait(timeout=30)
-    said = (folder / f"{name}.log").read_text()
-    assert ended == code, said
-    sentence = f"process {rank} of {processes} (counted from 0) on {socket.gethostname()} ended{words}"
-    assert said.count(sentence) == processes - 1, said
-    assert ("Traceback" in said) is (error is not None)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_of_which_a_process_is_killed_fails_and_the_next_start_resumes(folder, rank):
+    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", f"die-{rank}.yaml", "--ckpt_path", "last"]
+    config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 2}, "evaluation": None}
+    config["adapter_checkpoint"] = {"every_n_train_steps": 1}
+    die = {"class_path": "hooks.Die", "init_args": {"rank": rank}}
+    for callbacks, fails in (([die], True), ([], False)):
+        trainer = {**CONFIG["trainer"], "callbacks": callbacks, "default_root_dir": f"die-{rank}"}
+        (folder / f"die-{rank}.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))
+        assert (start(folder, command, f"die-{rank}.log").wait(200) != 0) is fails
+        if fails:
+            for other in range(2):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    psutil.Process(int((folder / f"pid-{other}").read_text())).wait(timeout=30)
+    lives = json.loads((folder / f"die-{rank}" / "manifest.json").read_text())["lives"]
+    assert lives[-1]["from_step"] in (1, 2)

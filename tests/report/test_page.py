@@ -44,21 +44,14 @@ def test_a_run_has_every_section_and_its_facts(pages):
             "20 optimizer steps, 2,000 tokens, 500 labelled tokens",
             "learning_rate 0.001, gradient_clip_val 1.0, batch_size 4",
         ),
-        *("step-000020.ckpt, val_loss 0.5000", "1 bad rows of train were left out.", "empty answer", "seed"),
-        *("max_length cut 5 labelled tokens away from train.", "A CPU, 16 GiB", "ab" * 8, "torch 2.13.0"),
+        *("step-000020.ckpt, val_loss 0.5000", "− bad rows", "empty answer", "seed"),
+        *("labelled tokens cut away", "A CPU, 16 GiB", "ab" * 8, "torch 2.13.0"),
         *("4.00% in layer 1", "2.5 of 8", "2026-11-25 11:00:00 UTC", "8 to 20", "0:01:00"),
     ):
         assert words in page.text
     assert [cell["title"] for cell in page.of("td") if cell.get("title")] == [
         *["q_proj of layer 0: 2.00%", "q_proj of layer 1: 4.00%"],
     ]
-
-
-def test_memory_is_one_number_with_its_part(pages):
-    page = Reader(pages["one"])
-    assert page.texts("b").count("1.50\u00a0GiB") == 1
-    assert "1.50\u00a0GiB: the most that the process held" in page.text
-    assert len(re.findall(r"\sGiB", page.text)) == 3  # and the machine's own
 
 
 def test_runs_are_compared_by_tokens(runs, pages):

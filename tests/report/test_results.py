@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.report.facts import findings, headline, next_steps, subject
+from qlora_lightning.report.facts import headline, next_steps, subject
 from qlora_lightning.report.results import evaluation_table, figure_table, find_figures, find_samples
 from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.report.verdict import Verdict, judge
 from tests.report.conftest import CONFIG, EVALUATION, MANIFEST
 
 
@@ -33,14 +34,15 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         ("60", "tokens/s, median"),
         ("1.50\u00a0GiB", "peak memory"),
     ]
-    assert findings(run) == [
+    verdict = judge(run)
+    assert verdict.kind == "learned"
+    assert verdict.sentences == [
         "It learned: the validation loss fell from 2.000 of the base to 0.550 at step 20.",
         "The validation loss was still falling at the end: more steps may do better.",
-        "It is better than the base: numeric match 23.0 points higher (95 % interval 20.0 to 30.0) on 7 "
-        "validation rows.",
-        "It uses 31% of its rank of 8: half the rank may learn as much.",
+        "The adapter that was kept is better than the base: numeric match 23.0 points higher (95 % interval 20.0 to "
+        "30.0) on 7 validation rows.",
     ]
-    assert [command for _, command in next_steps(run)] == [
+    assert [command for _, command in next_steps(run, verdict)] == [
         f"qlora-lightning chat --adapter {folder}/adapter",
         f"qlora-lightning evaluate --adapter {folder}/adapter --split test --out {folder}-evaluated",
         f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged",
@@ -53,30 +55,52 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
                 command=f"qlora-lightning fit --config a.yaml{command}",
             )
         )
-        assert next_steps(stopped)[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
-    assert next_steps(read_run(make_run("c", status="stopped", command="python train.py"))) == []
+        assert next_steps(stopped, judge(stopped))[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
+    assert next_steps(read_run(make_run("c", status="stopped", command="python train.py")), verdict) == []
 
 
 @pytest.mark.parametrize(
-    ("losses", "measured", "words"),
+    ("losses", "measured", "kind", "words"),
     [
-        ([1.0, 0.5, 0.8], sides(2.0, 1.8, -0.3, 0.1), ["rose again, to 0.800", "not clearly better"]),
-        ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), ["It did not learn", "worse than the base: loss 0.400 higher"]),
-        ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), ["(95 % interval 0.300 to 0.500)"]),
-        ([], sides(2.0, 1.5), ["better than the base: loss 0.500 lower on 5 validation rows."]),
-        ([], sides(2.0, 1.9, -0.3, 0.1), ["loss 0.100 lower (95 % interval −0.100 to 0.300) on 5"]),
+        ([1.0, 0.5, 0.8], sides(2.0, 1.8, -0.3, 0.1), "learned", ["rose again, to 0.800", "not clearly better"]),
+        ([2.5, 2.4], sides(2.4, 2.5, 0.05, 0.2), "worse", ["It did not learn", "base: loss 0.100 higher"]),
+        ([2.5, 2.5], sides(2.5, 2.5, -0.1, 0.1), "not learned", ["never fell below 2.500 of the base"]),
+        ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), "diverged", ["ended at 2.400, above 2.000, that of the base"]),
+        ([1.0, 0.5, 1.8], sides(2.0, 0.5, -1.6, -1.4), "diverged", ["ended at 1.800, above 1.000", "kept is better"]),
+        ([], sides(2.0, 1.5, -0.6, -0.4), "unknown", ["not known", "loss 0.500 lower (95 % interval 0.400 to 0.600)"]),
+        ([0.4], None, "unknown", ["not known"]),
     ],
 )
-def test_what_went_wrong_is_found(losses, measured, words):
-    points = [(step, value) for step, value in enumerate(losses, start=1)]
-    found = " ".join(
-        findings(make(metrics={"val_loss": points}, evaluation={"metrics": {"loss": measured}, "rows": 5}))
-    )
-    assert all(each in found for each in words)
+def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(losses, measured, kind, words):
+    points = [(10 * step, value) for step, value in enumerate(losses, start=1)]
+    evaluation = {"metrics": {"loss": measured}, "rows": 5} if measured else {}
+    verdict = judge(make(metrics={"val_loss": points, "train_loss": [(10, 1.0)]}, evaluation=evaluation))
+    assert verdict.kind == kind
+    assert all(each in " ".join(verdict.sentences) for each in words)
 
 
-def test_one_validation_alone_says_nothing_of_what_was_learned():
-    assert list(findings(make(metrics={"val_loss": [(10, 0.4)]}))) == []
+def test_a_training_loss_that_explodes_is_told_without_validation():
+    losses = [(step, 1.0 if step < 20 else 9.0) for step in range(1, 31)]
+    assert judge(make(metrics={"train_loss": losses})).sentences == [
+        "It diverged: the training loss rose from 1.000 to 9.000. A lower learning rate may do."
+    ]
+
+
+def test_nothing_is_said_of_a_few_steps():
+    evaluation = {"metrics": {"loss": sides(2.0, 0.5, -1.6, -1.4)}, "rows": 5}
+    verdict = judge(make(metrics={"val_loss": [(2, 2.0), (9, 0.5)]}, evaluation=evaluation))
+    assert verdict == Verdict("unknown", ["Too short to judge: 9 optimizer steps, of at least 10."])
+
+
+def test_what_follows_is_of_the_verdict_and_a_diverged_run_is_never_merged(make_run):
+    run = read_run(make_run())
+    for kind, headings in {
+        "diverged": ["start again with a lower learning rate"],
+        "worse": ["talk to it", "evaluate it, with its hardest rows"],
+    }.items():
+        assert [heading for heading, _ in next_steps(run, Verdict(kind, []))] == headings
+    ((_, command),) = next_steps(run, Verdict("diverged", []))
+    assert command == "qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"
 
 
 def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():
@@ -136,7 +160,7 @@ def test_what_evaluate_measured_is_the_runs_only_if_its_adapter_was_asked(make_r
     assert quality == pytest.approx(figures)
     is_own = len(figures) > 1
     assert bool(find_samples(run)) == bool(evaluation_table(run)[1]) == is_own
-    assert any("than the base" in sentence for sentence in findings(run)) == is_own
+    assert any("than the base" in sentence for sentence in judge(run).sentences) == is_own
 
 
 def test_a_best_is_marked_only_among_runs_measured_on_the_same_rows(make_run):

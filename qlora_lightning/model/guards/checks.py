@@ -85,8 +85,8 @@ def _check_callbacks(callbacks: list[Any], needed: tuple[type, ...]) -> None:
     for callback in callbacks:
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise UserError(
-                f"{type(callback).__name__} averages the whole model, with the packed bytes of a frozen base. Average "
-                "the adapter instead: `ema: {decay: 0.999}` in the config, AdapterEMA() in Python."
+                f"{type(callback).__name__} averages the whole model, with the packed bytes of a frozen base: leave it "
+                "out."
             )
     for kind in needed:
         if not any(isinstance(callback, kind) for callback in callbacks):

@@ -24,6 +24,7 @@ _LEARNED_POSITIONS = (
     "gptj",
 )
 _MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
+_NAMED = 8  # rows in a message
 
 
 def samples_of(data: Any, split: str | None) -> Any:
@@ -49,10 +50,10 @@ def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
     return locations
 
 
-def format_locations(locations: Sequence[str], most: int = 8) -> str:
+def format_locations(locations: Sequence[str]) -> str:
     """Join locations for a message, the first few of them."""
-    more = f" and {len(locations) - most} more" if len(locations) > most else ""
-    return (", ".join(locations[:most]) or "unknown") + more
+    more = f" and {len(locations) - _NAMED} more" if len(locations) > _NAMED else ""
+    return (", ".join(locations[:_NAMED]) or "unknown") + more
 
 
 def is_flat(batch: Any) -> bool:

@@ -19,20 +19,18 @@ class Window:
 
     Attributes:
         batches: Of this process in the open window.
-        row_ids: Their rows; ``last_row_ids`` are those of the window before it.
+        row_ids: Their rows.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
             window's ``tokens``, and what callbacks put in before a step.
         totals: Of the last step, over all ranks: ``counts``, and ``labelled_tokens``.
     """
 
     def __init__(self) -> None:
-        self.row_ids: list[int] = []
         self.totals: dict[str, float] = {}
         self.clear()
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.last_row_ids = self.row_ids
         self.batches: list[Any] = []
         self.counts: dict[str, float] = {"tokens": 0}
         self.clear_sums()
@@ -43,7 +41,7 @@ class Window:
         self.labelled_tokens: Tensor | None = None
         self.logged: dict[str, Tensor] = {}  # see LossSums
         self.micro_batches = 0
-        self.row_ids = []
+        self.row_ids: list[int] = []
 
     def open_batch(self, batch: Any, most: int) -> None:
         """Take a batch of the window, which has at most so many."""

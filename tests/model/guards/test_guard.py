@@ -206,3 +206,9 @@ def test_training_validating_and_saving_change_no_bit_of_the_base(tiny_base, row
     options = {"max_epochs": 1, "val": True, "val_check_interval": 4, "enable_checkpointing": True}
     fit(module, tmp_path, rows_file, callbacks=[AdapterCheckpoint()], **options)
     assert same(base_tensors(module), before)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_an_average_of_the_whole_model_is_rejected(train):
+    with pytest.raises(UserError, match="EMAWeightAveraging averages the whole model"):
+        train(QLoRAModule, lightning.pytorch.callbacks.EMAWeightAveraging())

@@ -1,0 +1,102 @@
+"""Whether a run learned, and whether it is better than its base: one judgement for terminal, manifest and page."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.report.results import Evaluation, read_evaluation
+from qlora_lightning.report.run import Run
+
+_FEWEST_STEPS = 10
+_NOISE = 0.02  # of a validation loss: what is closer is as good
+_BLOWN_UP = 3.0  # times the training loss at the start
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of a run."""
+
+    kind: str  # unknown, learned, not learned, diverged, worse (than the base)
+    sentences: list[str]
+
+
+def judge(run: Run) -> Verdict:
+    """Judge a run by its losses and its evaluation; too few steps, or no validation, say nothing."""
+    last_steps = [points[-1][0] for points in run.metrics.values() if points]
+    steps = max([*last_steps, (run.manifest.get("progress") or {}).get("steps") or 0])
+    if not steps:
+        return Verdict("unknown", [])
+    if steps < _FEWEST_STEPS:
+        return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_FEWEST_STEPS}."])
+    evaluation = read_evaluation(run)
+    has_base = evaluation.split == "validation" and "loss" in evaluation.metrics
+    base = evaluation.metrics["loss"].base.value if has_base else math.nan
+    against, compared = _against_base(evaluation)
+    why = _divergence(run, base)
+    if why:
+        return Verdict("diverged", [f"It diverged: {why}. A lower learning rate may do.", *compared])
+    kind, sentences = _learned(run, base)
+    return Verdict("worse" if against == "worse" else kind, [*sentences, *compared])
+
+
+def _divergence(run: Run, base: float) -> str:
+    """Return how a run diverged; empty if it did not."""
+    validation = [value for _, value in run.metrics.get("val_loss", [])]
+    for start, words in ((validation[0] if validation else math.nan, "its first"), (base, "that of the base")):
+        if validation and _is_above(validation[-1], start):
+            return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
+    training = [value for _, value in run.metrics.get("train_loss", [])]
+    some = max(3, len(training) // 10)
+    first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
+    if first > 0 and last > _BLOWN_UP * first:
+        return f"the training loss rose from {first:.3f} to {last:.3f}"
+    return ""
+
+
+def _learned(run: Run, base: float) -> tuple[str, list[str]]:
+    points = run.metrics.get("val_loss", [])
+    if not points or (len(points) == 1 and math.isnan(base)):
+        return "unknown", ["Whether it learned is not known: no validation losses to compare."]
+    first, origin = (points[0][1], "") if math.isnan(base) else (base, " of the base")
+    (last_step, last), (best_step, best) = points[-1], min(points, key=lambda point: point[1])
+    if best >= first:
+        return "not learned", [
+            f"It did not learn: the validation loss never fell below {first:.3f}{origin or ', its first'}."
+        ]
+    said = [f"It learned: the validation loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."]
+    if _is_above(last, best):
+        said.append(
+            f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
+            "rate or more rows may do better. The adapter folder holds the best."
+        )
+    elif len(points) > 1 and _is_above(points[-2][1], last):
+        said.append("The validation loss was still falling at the end: more steps may do better.")
+    return "learned", said
+
+
+def _is_above(loss: float, other: float) -> bool:
+    return loss > other + _NOISE * abs(other)
+
+
+def _against_base(evaluation: Evaluation) -> tuple[str, list[str]]:
+    """Return whether the adapter that was kept is better than the base, in a word and in a sentence."""
+    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in evaluation.metrics.items()}
+    metric = next(iter(evaluation.scores), "loss")
+    if not clear.get(metric) and clear.get("loss"):  # answers may be as before, and their likelihood not
+        metric = "loss"
+    if metric not in evaluation.metrics or math.isnan(evaluation.metrics[metric].difference.value):
+        return "", []
+    difference = evaluation.metrics[metric].difference
+    digits, factor, unit = (3, 1, "") if metric == "loss" else (1, 100, " points")
+    factor = -factor if difference.value < 0 else factor
+    amount, *reach = (f"{factor * value:.{digits}f}".replace("-", "−") for value in difference)
+    low, high = reach if factor > 0 else reversed(reach)
+    interval = "" if math.isnan(difference.low) else f" (95 % interval {low} to {high})"
+    direction = "lower" if factor < 0 else "higher"
+    better = "better" if (direction == "lower") == (metric == "loss") else "worse"
+    verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
+    return verdict, [
+        f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {amount}{unit} "
+        f"{direction}{interval} on {evaluation.rows}."
+    ]

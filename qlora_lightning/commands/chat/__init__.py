@@ -9,7 +9,7 @@ from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
-Answers stream as they are made, and end at the stop token. Greedy unless a temperature is given."""
+Answers stream word by word, and end at the stop token. Greedy unless a temperature is given."""
 _EPILOG = """examples:
   qlora-lightning chat --adapter runs/quickstart/adapter --prompt "Lunch with Zoe on Friday at 12:30 at Blue Room."
   qlora-lightning chat --adapter runs/quickstart/adapter --compare --prompt "Book a call with Ana, Monday 9:00."

@@ -5,12 +5,12 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList, StopStringCriteria, TextStreamer
 
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.commands.adapter_config import BASE
@@ -26,7 +26,7 @@ from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes half a character to
+_DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 _HELP = "/system TEXT sets the system prompt and starts again, /reset starts again, /quit or Ctrl-D ends."
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "stop", "seed")
 
@@ -53,47 +53,21 @@ def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
             write_output(options.json, {"adapters": folders, "sampling": sampling, "turns": session.turns})
 
 
-class AnswerStream(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types
-    """Shows an answer token by token, and ends it at a stop; transformers' own streamers wait for the end of a word.
+class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no types
+    """Shows an answer word by word, and keeps its tokens."""
 
-    Args:
-        tokenizer: decodes.
-        start: number of tokens of the prompt.
-        stop_ids: tokens that end an answer, and are not shown.
-        stops: texts that do.
-        write: is called with each new piece of text.
-    """
-
-    def __init__(
-        self, tokenizer: Any, start: int, stop_ids: Sequence[int], stops: Sequence[str], write: Callable[[str], object]
-    ) -> None:
-        self._tokenizer, self._start, self._stop_ids, self._write = tokenizer, start, stop_ids, write
-        self._stops = [stop for stop in stops if stop]
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **_DECODING)
+        self._write = write
         self.ids: list[int] = []
-        self.text = ""
-        self.has_stopped = False
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.ids = input_ids[0, self._start :].tolist()
-        self.show()
-        return torch.full((len(input_ids),), self.has_stopped, device=input_ids.device)
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.ids += value.tolist()
+        super().put(value)
 
-    def show(self, is_whole: bool = False) -> None:
-        """Write what is new, but for half a character or what may become a stop, unless the answer is whole."""
-        ids = [token for token in self.ids if token not in self._stop_ids]
-        # without control tokens, which a base may answer with: as text, they could not be sent with the next message
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
-        self.has_stopped = bool(ends) or len(ids) < len(self.ids)
-        if ends:
-            text = text[: min(ends)]
-        elif not is_whole:
-            if text.endswith(_UNFINISHED):
-                return
-            sizes = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-            text = text[: len(text) - max(sizes, default=0)]
-        new, self.text = text[len(self.text) :], text
-        self._write(new)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
 
 
 class Session:
@@ -181,32 +155,40 @@ class Session:
     def _answer(self, name: str, prompt: list[int]) -> dict[str, Any]:
         """Continue a prompt until a stop token; Ctrl-C keeps what was answered until then."""
         renderer, options = self.renderers[name], self.options
-        stop_ids = sorted(renderer.stop_ids)
-        stream = AnswerStream(renderer.tokenizer, len(prompt), stop_ids, options.stop, self._write)
+        stop_ids, tokenizer = sorted(renderer.stop_ids), renderer.tokenizer
+        stream, stops = AnswerStream(tokenizer, self._write), [stop for stop in options.stop if stop]
         sampling: dict[str, Any] = {"repetition_penalty": options.repetition_penalty}
         if options.temperature != 0:
             sampling |= {"do_sample": True, **{key: getattr(options, key) for key in _SETTINGS[:4]}}
+        if stops:
+            sampling["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, stops)])
         if name != BASE:
             self.model.set_adapter(self.peft_names[name], inference_mode=True)
-        began, interrupted = time.monotonic(), False
+        began, ended = time.monotonic(), "stop"
+        most = min(options.max_new_tokens, self.context - len(prompt))
         try:
             with without_adapters(self.model) if name == BASE else contextlib.nullcontext():
                 generate_answers(
                     self.model.get_base_model(),
                     [prompt],
                     stop_ids=stop_ids,
-                    max_new_tokens=min(options.max_new_tokens, self.context - len(prompt)),
-                    stopping_criteria=StoppingCriteriaList([stream]),
+                    max_new_tokens=most,
+                    streamer=stream,
                     **sampling,
                 )
         except KeyboardInterrupt:
-            interrupted = True
+            stream.end()
+            ended = "interrupted"
         except ValueError as error:  # transformers' own, of a setting that cannot be
             raise UserError(str(error)) from error
-        stream.show(is_whole=True)
-        ended = "interrupted" if interrupted else "stop" if stream.has_stopped else "length"
-        seconds = time.monotonic() - began
-        return {"text": stream.text, "tokens": len(stream.ids), "ended": ended, "seconds": seconds}
+        said = [token for token in stream.ids if token not in stop_ids]
+        # without control tokens, which a base may answer with: as text, they could not be sent with the next message
+        text = whole = str(tokenizer.decode(said, **_DECODING))
+        for stop in stops:
+            text = text.partition(stop)[0]
+        if len(said) == most and text == whole:
+            ended = "length"
+        return {"text": text, "tokens": len(stream.ids), "ended": ended, "seconds": time.monotonic() - began}
 
     def _write(self, text: str) -> None:
         self.console.file.write(show_controls(text, keep="\n\t"))

@@ -77,7 +77,7 @@ class Session:
         sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
         self.first, first = next(iter(sources.items()))
         opened, identity = open_adapter(first)
-        self.model: Any = opened.eval()
+        self.model: Any = opened
         # a user's name may hold what PEFT does not take
         self.peft_names = {name: f"adapter_{number}" if number else ADAPTER for number, name in enumerate(sources)}
         for name in [*sources][1:]:

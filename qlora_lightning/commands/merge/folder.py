@@ -99,6 +99,8 @@ def merge(options: argparse.Namespace) -> None:
             say(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
         say(_how_to_run(options.out / "gguf" / gguf_file.name, options.gguf))
+        if ((source.identity.get("data") or {}).get("settings") or {}).get("system"):
+            say("It was trained with a system prompt, which the Modelfile does not hold: add it there as SYSTEM.")
 
 
 def write_modelfile(file: Path, tokenizer: Any) -> None:

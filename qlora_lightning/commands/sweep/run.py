@@ -195,17 +195,18 @@ class _TrialCLI(QLoRACLI):
     def run_trial(self) -> Trial:
         """Read the trial if it is done, else train and evaluate it."""
         folder = Path(self.trainer.default_root_dir)
-        file = folder / "trial.json"
-        stored = read_json_object(file, "Remove it, and the trial is evaluated again.") if file.exists() else {}
-        if stored.keys() == Trial.__annotations__.keys():
-            before = flatten(load_yaml((folder / CONFIG).read_text(encoding="utf-8")))
+        if (folder / CONFIG).exists():
+            before = flatten(load_yaml((folder / CONFIG).read_text(encoding="utf-8")) or {})
             now = flatten(load_yaml(yaml.safe_dump(self._short_config())))
-            changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_DIFFER]
+            changed = [key for key in now if key not in _MAY_DIFFER and before.get(key, now[key]) != now[key]]
             if changed:
                 raise UserError(
                     f"{folder} holds a trial with another {', '.join(changed)}, which would be compared with these. "
                     "Put it back, or choose another folder by `--trainer.default_root_dir runs/NAME`."
                 )
+        file = folder / "trial.json"
+        stored = read_json_object(file, "Remove it, and the trial is evaluated again.") if file.exists() else {}
+        if stored.keys() == Trial.__annotations__.keys():
             say(f"{folder}: done before")
             return Trial(**stored)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)

@@ -36,9 +36,9 @@ class _VisibleConsole(Console):
             yield segment if segment.control else Segment(show_controls(segment.text), segment.style)
 
 
-def terminal(stderr: bool = False) -> Console:
+def terminal(stderr: bool = False, record: bool = False) -> Console:
     """Return the console for all that is printed; strings in square brackets are markup unless they are escaped."""
-    return _VisibleConsole(stderr=stderr, highlight=False)
+    return _VisibleConsole(stderr=stderr, highlight=False, record=record)
 
 
 def say(what: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.cli import main
-from qlora_lightning.commands.chat.session import AnswerStream
+from qlora_lightning.commands.chat import session
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.model.answers import generate_answers
@@ -67,40 +67,26 @@ def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat):
 
 
 def test_a_conversation_continues_and_commands_change_it(chat):
-    lines = ["Hello.", "And now?", "/adapter bold", "Hi.", "/adapter base", "Hi.", "/reset", "Hi.", "/system Be brief."]
-    lines += ["Hi.", "/compare", "Hi.", "/set max-new-tokens 2", "/compare", "Hi.", "/set stop"]
-    lines += ["/zzz", "/adapter none", "/set heat 3", "/set top-k 1.5", "/help", "/quit", "never"]
-    out, turns = chat("--adapter", f"calm={CALM}", "--adapter", f"bold={BOLD}", *SHORT, lines=lines)
-    assert [turn["prompt"] for turn in turns] == ["Hello.", "And now?", *6 * ["Hi."]]
-    assert [turn["adapter"] for turn in turns] == ["calm", "calm", "bold", *5 * ["base"]]
-    assert [turn["system"] for turn in turns] == [None] * 5 + ["Be brief."] * 3
-    compared = {name: answer["text"] for name, answer in turns[6]["answers"].items()}
-    assert list(compared) == ["base", "calm", "bold"]
-    assert len(set(compared.values())) == 3
-    assert turns[7]["answers"]["base"]["tokens"] == 2
-    for words in (
-        "> And now?",
-        "[bold]\n",
-        "max-new-tokens 2.",
-        "There is no command /zzz. See /help.",
-        "There is no adapter 'none'; there are calm, bold, base.",
-        "unrecognized arguments: --heat=3",
-        "argument --top-k: invalid int value: '1.5'",
-        "/reset         start again",
-    ):
+    lines = ["Hi.", "Hi.", "/reset", "Hi.", "/system Be brief.", "Hi.", "/system", "Hi.", "/zzz", "/quit", "never"]
+    out, turns = chat("--adapter", CALM, *SHORT, lines=lines)
+    assert [turn["system"] for turn in turns] == [None, None, None, "Be brief.", None]
+    first, second, third, fourth, fifth = (turn["answers"]["a"]["text"] for turn in turns)
+    assert first == third == fifth
+    assert len({first, second, fourth}) == 3
+    for words in ("> /zzz\n/system TEXT sets", "System prompt: Be brief.", "System prompt: none"):
         assert words in out, words
     assert "never" not in out
 
 
 def test_a_conversation_goes_on_after_an_answer_with_control_tokens(chat, monkeypatch):
     begin = load_tokenizer(CALM).convert_tokens_to_ids("<|im_start|>")
-    count = AnswerStream.__call__
 
-    def stream_a_control_token(stream, input_ids, scores, **kwargs):
-        input_ids[:, -1] = begin
-        return count(stream, input_ids, scores, **kwargs)
+    def answer(model, prompts, *, streamer, max_new_tokens, **options):
+        for value in (prompts, *([begin] for _ in range(max_new_tokens))):
+            streamer.put(torch.tensor(value))
+        streamer.end()
 
-    monkeypatch.setattr(AnswerStream, "__call__", stream_a_control_token)
+    monkeypatch.setattr(session, "generate_answers", answer)
     _, turns = chat("--adapter", CALM, *SHORT, lines=["Hi.", "And now?"])
     assert [turn["answers"]["a"]["text"] for turn in turns] == ["", ""]
     assert turns[1]["answers"]["a"]["tokens"] == 4
@@ -109,12 +95,16 @@ def test_a_conversation_goes_on_after_an_answer_with_control_tokens(chat, monkey
 def test_base_and_adapters_answer_beside_others_as_alone(chat):
     def answers(*adapters, compare=()):
         named = [part for name in adapters for part in ("--adapter", name)]
-        _, turns = chat(*named, *SHORT, *compare, lines=[f"/adapter {adapters[-1][5]}", "Hi."])
+        out, turns = chat(*named, *SHORT, *compare, lines=["Hi."])
+        assert ("[b]\n" in out) == (len(turns[0]["answers"]) > 1)
         return {name: answer["text"] for name, answer in turns[0]["answers"].items()}
 
-    both = answers(CALM, BOLD, compare=["--compare"])
-    assert both["b"] == answers(BOLD)["b"] == answers(CALM, BOLD)["b"]
-    assert both["base"] == answers(BOLD, compare=["--compare"])["base"] != both["b"]
+    every = answers(CALM, BOLD, compare=["--compare"])
+    assert list(every) == ["base", "a", "b"]
+    assert len(set(every.values())) == 3
+    assert answers(CALM, BOLD) == {"a": every["a"], "b": every["b"]}
+    assert answers(BOLD) == {"b": every["b"]}
+    assert answers(BOLD, compare=["--compare"])["base"] == every["base"]
 
 
 def test_a_seed_repeats_samples_and_the_likeliest_token_alone_is_greedy(chat):
@@ -131,7 +121,7 @@ def test_a_seed_repeats_samples_and_the_likeliest_token_alone_is_greedy(chat):
     assert text(*hot, "1") != greedy
 
 
-def test_an_answer_ends_at_a_stop_text_which_is_not_shown(chat):
+def test_an_answer_ends_before_a_stop_text(chat):
     told = ("--adapter", CALM, "--prompt", "Hi.", "--max-new-tokens", "8")
     whole = chat(*told)[1][0]["answers"]["a"]
     stop = whole["text"][4:7]
@@ -139,29 +129,28 @@ def test_an_answer_ends_at_a_stop_text_which_is_not_shown(chat):
     cut = turns[0]["answers"]["a"]
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]
     assert (cut["ended"], cut["tokens"] < whole["tokens"]) == ("stop", True)
-    assert out == f"{cut['text']}\n"
+    assert out.startswith(cut["text"])
 
 
 def test_what_cannot_be_sent_is_reported_and_the_conversation_continues(chat):
-    lines = ["Bad <|im_end|> token", "word " * 600, "/set temperature -1", "Hi.", "/set temperature 0", "Hi."]
+    lines = ["Bad <|im_end|> token", "word " * 600, "Hi."]
     out, turns = chat("--adapter", CALM, *SHORT, lines=lines)
     assert "Not sent: message 1 (user) contains the control token '<|im_end|>'" in out
     assert "the context of the base 512" in out
-    assert "Not answered: `temperature` (=-1.0) has to be a strictly positive float" in out
     assert [turn["prompt"] for turn in turns] == ["Hi."]
     assert "--prompt was not answered" in chat("--adapter", CALM, "--prompt", "<|im_end|>", code=2)[0]
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "Hi."), ()])
 def test_ctrl_c_ends_what_nobody_types_and_keeps_the_conversation(arguments, chat, monkeypatch):
-    show = AnswerStream.show
+    put = session.AnswerStream.put
 
-    def interrupt(stream, is_whole=False):
-        show(stream, is_whole)
-        if len(stream.ids) == 2 and not is_whole:
+    def interrupt(stream, value):
+        put(stream, value)
+        if len(stream.ids) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(AnswerStream, "show", interrupt)
+    monkeypatch.setattr(session.AnswerStream, "put", interrupt)
     _, turns = chat("--adapter", CALM, *arguments, lines=["Hi.", "And?"], code=130)
     assert len(turns) == 1
     assert turns[0]["answers"]["a"]["ended"] == "interrupted"
@@ -174,7 +163,14 @@ WRONG = {
     ("--adapter", CALM, "--adapter", CALM): "'a' is taken",
     ("--adapter", CALM, "--adapter", "unquantized"): "was trained with model.quantization none, but here it is nf4",
     ("--adapter", CALM, "--temperature", "warm"): "invalid float value: 'warm'",
-    ("--adapter", CALM, "--temperature", "-1", "--prompt", "Hi."): "--prompt was not answered",
+    (
+        "--adapter",
+        CALM,
+        "--temperature",
+        "-1",
+        "--prompt",
+        "Hi.",
+    ): "has to be a strictly positive float",
     ("--adapter", CALM, "--prompt", " "): "--prompt is empty",
     ("--adapter", CALM, "--nothing"): "unrecognized arguments: --nothing",
 }
@@ -183,34 +179,3 @@ WRONG = {
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_what_is_wrong_is_reported(arguments, chat):
     assert WRONG[arguments] in chat(*arguments, code=2)[0]
-
-
-# ---- one answer ------------------------------------------------------------------------------------------------------
-
-
-class Characters:
-    """A tokenizer of bytes."""
-
-    def decode(self, ids, **options):
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize(
-    ("data", "stops", "pieces"),
-    [
-        ("né🙂\0".encode(), (), ["n", "é", "🙂"]),  # whole characters only
-        (b"\xc3", (), ["\N{REPLACEMENT CHARACTER}"]),  # half a one at the end
-        (b"1ab2abxabc", ("abc", "xy"), ["1", "ab2", "ab", "x"]),  # what may become a stop is held back
-        (b"1ab", ("abc",), ["1", "ab"]),
-    ],
-)
-def test_text_streams_token_by_token(data, stops, pieces):
-    written = []
-    stream = AnswerStream(Characters(), 2, [0], stops, written.append)
-    for count in range(1, len(data) + 1):
-        assert not stream.has_stopped
-        stream(torch.tensor([[65, 66, *data[:count]]]), None)
-    stream.show(is_whole=True)
-    assert [piece for piece in written if piece] == pieces
-    assert stream.text == "".join(pieces)
-    assert stream.has_stopped == data.endswith((b"abc", b"\0"))

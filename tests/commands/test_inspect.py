@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.inspection.facts import count_ends, histogram, percentiles
+from qlora_lightning.commands.inspection.report import count_ends, histogram, percentiles
 from qlora_lightning.data.samples import SampleSetBuilder
 from tests.markup import Reader
 
@@ -78,10 +78,10 @@ def test_rows_samples_tokens_and_steps_are_counted(report):
         **{"samples": ["12", "3"], "with a stop token": ["12", "3"], "duplicates": ["1", "0"]},
         **{"also in train": ["0", "1"], "batches": ["3", "of", "4", "rows"]},
     }
-    text = "".join(Reader(page).text.split())
+    text = Reader(page).text
     for name, expected in counts.items():
         assert cells(out, name) == expected
-        assert "".join([*name.split(), *expected]) in text
+        assert cells(text, name) == expected
     assert "2, a step every 2; 4 in all (2 epochs)" in out
     assert "stop token <|im_end|> (2) · max_length 2048" in " ".join(out.split())
 
@@ -106,9 +106,8 @@ def test_rows_are_shown_token_by_token_with_what_is_trained(report):
     assert "⟦0│<|im_end|>■⟧↵" in joined(out)
     assert "train.jsonl:12  bad row: not JSON" in out
     assert "train 99  no row begins in this line" in out
-    spans = [(text, own["class"]) for tag, own, text in Reader(page).data if tag == "span" and "title" in own]
-    assert {("Count", "token"), ("<|im_end|>", "token control"), ("0", "token labelled")} <= set(spans)
-    assert ("<|im_end|>", "token labelled control stop") in spans
+    assert "⟦0│<|im_end|>■⟧↵" in joined(Reader(page).text)
+    assert {"<|im_end|>", "0"} <= set(Reader(page).texts("span"))
 
 
 def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(report):
@@ -116,8 +115,8 @@ def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(rep
     found = Reader(page)
     assert not {"script", "img", "a", "iframe"} & {tag for tag, _ in found.elements}
     assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
-    assert HOSTILE in found.text
-    assert "␛[2J" in found.text
+    assert "<script>" in found.text.replace("│", "")
+    assert "␛[2J" in found.text.replace("│", "")
     assert "\x1b" not in page
     for reference in ("http:", "https:", "src=", "href=", "url(", "@import", "@font-face"):
         assert reference not in page
@@ -206,9 +205,9 @@ def test_percentiles_are_lengths_that_occur():
     assert percentiles(np.arange(1, 101)) == [1, 5, 25, 50, 75, 95, 99, 100]
 
 
-def test_ranges_have_one_round_width_and_one_long_sample_does_not_flatten_the_others():
-    assert histogram([72, 79, 80, 80, 99], most_bars=4) == {"70 to 79": 2, "80 to 89": 2, "90 to 99": 1}
+def test_ranges_have_one_width_and_one_long_sample_does_not_flatten_the_others():
     assert histogram([7, 7, 9]) == {"7": 2, "8": 0, "9": 1}
+    assert histogram([70, *range(70, 90)]) == {f"{low} to {low + 1}": 2 + (low == 70) for low in range(70, 90, 2)}
     bars = histogram([*range(100, 200), *range(100, 200), 30_000])
     assert bars.pop("200 and more") == 1
     assert set(bars.values()) == {20}
@@ -220,7 +219,7 @@ def test_ranges_are_complete_for_any_lengths():
         lengths = generator.integers(1, scale + 1, 300) ** 2
         bars = histogram(lengths)
         assert sum(bars.values()) == 300
-        assert len(bars) <= 13
+        assert len(bars) <= 11
         for name, count in bars.items():
             low, _, high = name.replace(",", "").replace(" and more", " to inf").partition(" to ")
             assert count == np.count_nonzero((lengths >= float(low)) & (lengths <= float(high or low)))

@@ -8,9 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.base.folder import load_tokenizer
-from qlora_lightning.commands.inspection.facts import Inspection
+from qlora_lightning.commands.inspection.report import print_row
 from qlora_lightning.commands.inspection.rows import ShownRow, cut_into_pieces
-from qlora_lightning.commands.inspection.views import print_inspection
 
 STOP = 2  # <|im_end|>
 
@@ -92,8 +91,7 @@ def test_reasoning_and_tool_calls_are_parts_of_a_turn(cut, text, parts):
 def printed(cut):
     def printed(prompt, answer="", width=80, **options):
         console = Console(file=io.StringIO(), width=width, highlight=False, **options)
-        row = ShownRow("train.jsonl:1", "", cut(prompt, answer))
-        print_inspection(Inspection("", [], [], {}, {}, "train", [row]), console)
+        print_row(ShownRow("train.jsonl:1", "", cut(prompt, answer)), console)
         return console.file.getvalue().partition("train.jsonl:1")[2].partition("\n")[2]
 
     return printed
@@ -108,7 +106,7 @@ def printed(cut):
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "color_system": "standard", "no_color": True}])
-def test_without_colour_tokens_are_parted_and_labelled_ones_in_brackets(printed, prompt, answer, lines, options):
+def test_tokens_are_parted_and_labelled_ones_in_brackets(printed, prompt, answer, lines, options):
     printed = printed(prompt, answer, **options)
     for code in ("\x1b[0m", "\x1b[1m", "\x1b[2m"):
         printed = printed.replace(code, "")
@@ -125,9 +123,5 @@ def test_with_colour_labelled_is_green_and_parts_have_their_own(printed):
     text = printed(
         "<|im_start|><think>hm</think>", "a<tool_call>b<|im_end|>", force_terminal=True, color_system="standard"
     )
-    assert "35m<|im_start|>" in text
-    assert "1;7;32m<|im_end|>" in text
-    assert "32ma" in text
-    assert "33mb" in text
-    assert "36mhm" in text
-    assert "⟦" not in text
+    for coloured in ("35m<|im_start|>", "1;35m<|im_end|>", "32ma", "33mb", "36mhm"):
+        assert coloured in text

@@ -157,6 +157,19 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tin
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
+@pytest.mark.parametrize("val", ["gone.jsonl", None])
+def test_without_rows_a_merge_is_written_only_unchecked(val, folder, tiny_base, capsys):
+    """As in a folder that was moved: the base is there, the data are not."""
+    config = {"model": {"base": str(tiny_base)}, "data": {"train": "gone.jsonl", "val": val}}
+    (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
+    merge("--out", "merged", code=2)
+    err = capsys.readouterr().err
+    assert "No rows to check the merge on." in err
+    assert "Or add --rows 0: it is written unchecked." in err
+    merge("--out", "merged", "--rows", "0")
+    assert json.loads((folder / "merged" / "merge.json").read_text())["check"] is None
+
+
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,7 @@
 
 import json
 import os
-import re
-import sys
+import shutil
 
 import gguf
 import pytest
@@ -13,11 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.merge.modelfile import write_modelfile
-from qlora_lightning.commands.merge.quantizer import K_QUANTS, find_quantizer
-from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.commands.merge import K_QUANTS
 from tests.adapters import make_run
 from tests.data import conftest as data
 from tests.families import WINDOW
@@ -141,7 +136,7 @@ def test_llama_cpp_splits_text_as_llama_2_does(prefix, folder, families):
     model.close()
 
 
-# ---- llama.cpp's quantizer -------------------------------------------------------------------------------------------
+# ---- llama.cpp's quantizer, Ollama -----------------------------------------------------------------------------------
 
 
 def put_quantizer(folder, monkeypatch, script):
@@ -151,18 +146,17 @@ def put_quantizer(folder, monkeypatch, script):
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    return program
 
 
 def test_the_program_quantizes(with_run, monkeypatch, capsys):
-    program = put_quantizer(with_run, monkeypatch, 'echo "$3" > asked; cp "$1" "$2"')
+    put_quantizer(with_run, monkeypatch, 'echo "$3" > asked; cp "$1" "$2"')
     merge("--gguf", "q4_k_m", "--dtype", "fp32")
     out = capsys.readouterr().out
-    assert f"Quantized to q4_k_m by {program}" in out
     assert "written: model-q4_k_m.gguf: loss" in out
     assert (with_run / "asked").read_text() == "Q4_K_M\n"
     assert sorted(file.name for file in (with_run / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
-    assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-q4_k_m.gguf\nTEMPLATE ")
+    modelfile = (with_run / "merged" / "gguf" / "Modelfile").read_text()
+    assert modelfile == 'FROM ./model-q4_k_m.gguf\nPARAMETER stop "<|im_end|>"\n'
     card = (with_run / "merged" / "README.md").read_text()
     for command in ("ollama create my-model -f %sgguf/Modelfile", "llama-cli -m %sgguf/model-q4_k_m.gguf"):
         assert command % "merged/" in out
@@ -172,28 +166,20 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
 def test_a_quantizer_that_fails_leaves_nothing(with_run, monkeypatch, capsys):
     put_quantizer(with_run, monkeypatch, "echo broken tensor >&2; exit 3")
     merge("--gguf", "q6_k", "--rows", "0", code=2)
-    assert "failed with code 3: broken tensor" in capsys.readouterr().err
+    assert "llama-quantize failed:\nbroken tensor" in capsys.readouterr().err
     assert not (with_run / "merged").exists()
 
 
-def test_without_a_quantizer_the_way_to_get_it_is_said_before_the_work(with_run, monkeypatch, capsys):
+def test_without_the_program_f16_is_written_and_the_command_is_printed(with_run, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(with_run))
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    merge("--gguf", "q5_k_m", code=2)
-    err = capsys.readouterr().err
-    assert "pip install llama-cpp-python" in err
-    assert err.count("\n") == 1
-
-
-def _has_quantizer():
-    try:
-        return bool(find_quantizer("q6_k"))
-    except UserError:
-        return False
+    merge("--gguf", "q5_k_m", "--rows", "0")
+    command = "llama-quantize merged/gguf/model-f16.gguf merged/gguf/model-q5_k_m.gguf Q5_K_M"
+    assert f"\n    {command}\n" in capsys.readouterr().out
+    assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not _has_quantizer(), reason="neither llama-quantize nor llama-cpp-python is installed")
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not installed")
 @pytest.mark.parametrize("kind", K_QUANTS)
 def test_llama_cpp_quantizes(kind, folder, tiny_base):
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder / "base")
@@ -221,94 +207,3 @@ def test_llama_cpp_computes_the_same(model_type, folder, tiny_base):
         expected = AutoModelForCausalLM.from_pretrained("merged")(torch.tensor([ids])).logits[0].log_softmax(-1)
     found = torch.from_numpy(model.scores[: len(ids)]).log_softmax(-1)
     assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
-
-
-# ---- Ollama ----------------------------------------------------------------------------------------------------------
-
-CONVERSATIONS = [
-    ["user", "What is two and two?"],
-    ["system", "Be brief.", "user", 'Name {{ .Content }} and <b>"it"</b>.'],
-    ["user", "Hi", "assistant", "Hello!\n\nWhat is it?", "user", "Grüße 🙂"],
-    ["system", "You count.\nOnly that.", "user", "1", "assistant", "2", "user", "3"],
-    ["user", "a", "assistant", "b", "user", "c", "assistant", "d", "user", "e"],
-]
-MARKS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "[INST]", "[/INST]")
-
-
-def with_template(base, choice):
-    """A tokenizer with the tokens of every template here, that renders with one of them."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(list(MARKS), special_tokens=True)
-    if "llama" in choice:
-        tokenizer.bos_token = "<|begin_of_text|>"
-    options = {"enable_thinking": False} if "qwen3" in choice else None  # as the recipe for Qwen3 has it
-    return choose_chat_template(tokenizer, None if choice == "SmolLM2's own" else choice, options)
-
-
-def run_go(template, messages):
-    """Evaluate what the templates use of Go's text/template: texts, range, if, else if, else, end and conditions."""
-    parts = re.split(r"\{\{ (.*?) \}\}", template)  # texts and actions in turns
-    conditions = {'eq .Role "system"': lambda at: messages[at]["role"] == "system"}
-    conditions |= {'eq .Role "user"': lambda at: messages[at]["role"] == "user", "eq $i 0": lambda at: at == 0}
-    conditions['eq .Role "assistant"'] = lambda at: messages[at]["role"] == "assistant"
-    conditions["eq (len (slice $.Messages $i)) 1"] = lambda at: at == len(messages) - 1
-    assert parts[:2] == ["", "range $i, $_ := .Messages"]
-    assert parts[-2:] == ["end", ""]
-    out = ""
-    for at in range(len(messages)):
-        active = []  # of each open if: whether this branch is taken, and whether one has been
-        for number, part in enumerate(parts[2:-2]):
-            if number % 2 == 0:
-                out += part if all(taken for taken, _ in active) else ""
-            elif part.startswith("if "):
-                taken = conditions[part[3:]](at)
-                active.append((taken, taken))
-            elif part.startswith("else if "):
-                _, done = active.pop()
-                taken = not done and conditions[part[8:]](at)
-                active.append((taken, done or taken))
-            elif part == "else":
-                active.append((not active.pop()[1], True))
-            elif part == "end":
-                active.pop()
-            else:
-                text = messages[at]["content"] if part == ".Content" else json.loads(part)
-                out += text if all(taken for taken, _ in active) else ""
-    return out
-
-
-@pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize(
-    ("choice", "different"),
-    [
-        *((choice, []) for choice in ("SmolLM2's own", "chatml", "alpaca", "qwen25.jinja")),
-        *((choice, ["questions", "answers with white space"]) for choice in ("llama3", "llama31.jinja")),
-        *((choice, ["answers with reasoning"]) for choice in ("qwen3.jinja", "qwen3_agent.jinja", "deepseek_r1.jinja")),
-    ],
-)
-def test_a_modelfile_writes_our_prompts_or_the_difference_is_named(
-    choice, different, adds_bos, tmp_path, tiny_base, pytestconfig
-):
-    name = str(pytestconfig.rootpath / "tests/data/model_templates" / choice) if "jinja" in choice else choice
-    tokenizer = with_template(tiny_base, name)
-    note = write_modelfile(tmp_path / "model.gguf", tokenizer, adds_bos, {"system": "Be brief."})
-    assert [each for each in ("questions", "answers with white space", "answers with reasoning") if each in note] == (
-        different
-    )
-    written = (tmp_path / "Modelfile").read_text(encoding="utf-8")
-    start, template, end = written.split('"""', 2)
-    assert start == "FROM ./model.gguf\nTEMPLATE "
-    assert end.startswith('\nSYSTEM """Be brief."""\n')
-    assert f'\nPARAMETER stop "{tokenizer.eos_token}"\n' in end
-    for turns in CONVERSATIONS:
-        messages = [{"role": role, "content": said} for role, said in zip(turns[::2], turns[1::2], strict=True)]
-        expected = tokenizer.decode(ChatRenderer(tokenizer).render_prompt(messages))
-        expected = expected.removeprefix(tokenizer.bos_token) if adds_bos else expected
-        assert run_go(template, messages) == expected
-
-
-def test_a_template_without_a_known_form_is_left_out(tmp_path, tiny_base, pytestconfig):
-    choice = str(pytestconfig.rootpath / "tests/data/model_templates" / "mistral.jinja")
-    note = write_modelfile(tmp_path / "model.gguf", with_template(tiny_base, choice), False, {})
-    assert "no TEMPLATE" in note
-    assert (tmp_path / "Modelfile").read_text() == 'FROM ./model.gguf\nPARAMETER stop "<|im_end|>"\n'

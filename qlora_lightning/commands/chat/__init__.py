@@ -9,14 +9,15 @@ from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
-Answers stream as they are made, and end at the stop token. Greedy unless a temperature is given."""
+Answers stream word by word, and end at the stop token. Greedy unless a temperature is given."""
 _EPILOG = """examples:
   qlora-lightning chat --adapter runs/quickstart/adapter --prompt "Lunch with Zoe on Friday at 12:30 at Blue Room."
   qlora-lightning chat --adapter runs/quickstart/adapter --compare --prompt "Book a call with Ana, Monday 9:00."
   qlora-lightning chat --adapter runs/quickstart/adapter
   qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
 
-While talking: /adapter NAME, /compare, /system TEXT, /set NAME VALUE, /reset, /help, /quit. Ctrl-C stops an answer.
+Several adapters, and with --compare the base, answer one below the other; the conversation continues with the answer
+of the first adapter. While talking: /system TEXT, /reset, /quit. Ctrl-C stops an answer.
 Lines that come through a pipe are turns of one conversation."""
 
 
@@ -39,19 +40,17 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> OptionParser:
     parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
     add = parser.add_argument
-    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add(
+        "--adapter",
+        required=True,
+        action="append",
+        metavar="[NAME=]DIR",
+        help="adapter folder; of several, each answers",
+    )
     add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
     add("--prompt", metavar="TEXT", help="answer this one message, and end")
     add("--compare", action="store_true", help="let the base answer beside the adapters")
     add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
-    add_settings(parser)
-    add_json_option(parser)
-    return parser
-
-
-def add_settings(parser: OptionParser) -> OptionParser:
-    """Add how an answer's tokens are chosen: options, and what ``/set`` changes."""
-    add = parser.add_argument
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, from all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
@@ -61,4 +60,5 @@ def add_settings(parser: OptionParser) -> OptionParser:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
     add("--seed", type=int, metavar="N", help="of sampling")
+    add_json_option(parser)
     return parser

@@ -10,6 +10,13 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
 _SPLITS = ("train", "val", "test", "predict")
+# nothing is fetched and nothing runs, whatever the rows hold
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Data</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{stylesheet}</style></head>
+<body><pre>{code}</pre></body></html>
+"""
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
 
 The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
@@ -27,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.inspection.facts import inspect_data
-        from qlora_lightning.commands.inspection.views import print_inspection, render_inspection
+        from qlora_lightning.commands.inspection.report import print_inspection
         from qlora_lightning.commands.training import QLoRACLI
 
     with quiet_lightning():
@@ -39,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
         splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]
         if not splits:
             raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
-        found = inspect_data(data, splits, run.config, options)
-    print_inspection(found, terminal())
+    console = terminal(record=page is not None)
+    print_inspection(data, splits, run.config, options, console)
     if page is not None:
-        write_output(page, render_inspection(found))
+        write_output(page, console.export_html(code_format=_PAGE))
         say(f"\nPage: {page}")
     sys.stdout.flush()
     reports = [data.reports[split] for split in splits]
@@ -70,6 +76,6 @@ def _parser() -> OptionParser:
     add("--longest", action="store_true", help="show the longest row")
     add("--shortest", action="store_true", help="show the shortest row")
     add("--search", metavar="TEXT", help="count the rows that contain TEXT, in upper or lower case, and show the first")
-    add("--html", metavar="FILE", help="write the report as a self-contained page, too")
+    add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
     add("--force", action="store_true", help="overwrite a file that is there already")
     return parser

@@ -6,13 +6,13 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
-from qlora_lightning.commands.merge.quantizer import K_QUANTS, find_quantizer
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
 RECORD = "merge.json"  # in every folder that this command has written
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")  # made of f16 by llama.cpp's own program
 GGUF_TYPES = (*K_QUANTS, "q8_0", "f16")  # of matrices, as llama.cpp names them
 _DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
 
@@ -25,8 +25,8 @@ _EPILOG = """examples:
   qlora-lightning merge --adapter runs/quickstart/adapter --adapter-gguf runs/quickstart/adapter.gguf
 
 The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
-as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize, or by
-the Python package llama-cpp-python."""
+as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize; where
+it is not on the PATH, f16 is written, and the command that quantizes it is printed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,8 +42,6 @@ def main(argv: Sequence[str]) -> int:
     options.adapter_gguf = check_output("--adapter-gguf", options.adapter_gguf, options.force)
     if options.out is not None:
         _check_folder(options.out, options.force)
-    if options.gguf in K_QUANTS:
-        find_quantizer(options.gguf)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once

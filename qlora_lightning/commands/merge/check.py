@@ -52,7 +52,8 @@ def check_written(
     max_kl = usual_kl if options.max_kl is None else options.max_kl
     written: list[tuple[str, float, Path | None]] = [(f"onto {options.onto}, {options.dtype}", max_kl, None)]
     if gguf_file is not None:
-        written.append((gguf_file.name, max(max_kl, _MAX_KL.get(options.gguf, _MAX_KL["rounded"])), gguf_file))
+        usual_kl = _MAX_KL.get(gguf_file.stem.removeprefix("model-"), _MAX_KL["rounded"])
+        written.append((gguf_file.name, max(max_kl, usual_kl), gguf_file))
     figures: dict[str, Any] = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     faults = []
     for name, limit, file in written:
@@ -94,16 +95,23 @@ def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabular
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
     """
-    arguments = add_config(adapter, options.fit)
-    if options.base is not None:
-        arguments += ["--model.base", options.base]
-    with quiet_lightning():
-        data: Any = QLoRACLI(arguments, with_trainer=False).datamodule
-        data.setup("validate")
-        samples = data.samples["val"]
+    try:
+        arguments = add_config(adapter, options.fit)
+        if options.base is not None:
+            arguments += ["--model.base", options.base]
+        with quiet_lightning():
+            data: Any = QLoRACLI(arguments, with_trainer=False).datamodule
+            data.setup("validate")
+        if "val" not in data.samples:
+            raise UserError("data.val names no file.")
+    except UserError as error:
+        raise UserError(f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked.") from error
+    samples = data.samples["val"]
     rows = np.unique(np.linspace(0, len(samples) - 1, min(options.rows, len(samples)), dtype=int))
     compared = np.cumsum(samples.labelled_counts[rows])
     rows = rows[: max(1, np.searchsorted(compared, _LOGIT_BYTES // (4 * vocabulary), side="right"))]
     if not samples.labelled_counts[rows].any():
-        raise UserError("The validation rows have no labelled token to check the merged model on. Add --rows 0.")
+        raise UserError(
+            "The validation rows have no labelled token to check the merge on. Add --rows 0: it is written unchecked."
+        )
     return [collate_rows(samples, [row]) for row in rows.tolist()]

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,12 +18,11 @@ from safetensors.torch import save_file
 from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.merge import DTYPES, RECORD
+from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
 from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
-from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, adds_bos, architecture_of, write_adapter
-from qlora_lightning.commands.merge.modelfile import write_modelfile
-from qlora_lightning.commands.merge.quantizer import K_QUANTS, quantize
+from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of, write_adapter
 from qlora_lightning.commands.options import write_output
+from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import (
@@ -82,11 +82,9 @@ def merge(options: argparse.Namespace) -> None:
     with _whole_folder(options.out) as folder:
         _write_companions(source, folder, options)
         gguf_file = _write_weights(source, plan, weights, folder, options)
-        note = ""
         if gguf_file is not None:
-            settings = (source.identity.get("data") or {}).get("settings") or {}
-            note = write_modelfile(gguf_file, load_tokenizer(str(folder)), adds_bos(folder), settings)
-            how = _how_to_run(gguf_file.relative_to(folder), note)
+            write_modelfile(gguf_file, load_tokenizer(str(folder)))
+            how = _how_to_run(gguf_file.relative_to(folder), options.gguf)
             card = f"# {options.out.name}\n\n{figures['base']} with an adapter merged into it.\n\n{how}\n"
             (folder / "README.md").write_text(card, encoding="utf-8")
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -100,20 +98,33 @@ def merge(options: argparse.Namespace) -> None:
         if name.endswith((".safetensors", ".gguf")):
             say(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
-        say(_how_to_run(options.out / "gguf" / gguf_file.name, note))
+        say(_how_to_run(options.out / "gguf" / gguf_file.name, options.gguf))
+        if ((source.identity.get("data") or {}).get("settings") or {}).get("system"):
+            say("It was trained with a system prompt, which the Modelfile does not hold: add it there as SYSTEM.")
 
 
-def _how_to_run(file: Path, note: str) -> str:
+def write_modelfile(file: Path, tokenizer: Any) -> None:
+    """Write a ``Modelfile`` for Ollama beside a GGUF file; the chat template it finds in the file, if it knows it."""
+    stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
+    lines = (f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop and stop.isprintable())
+    (file.parent / "Modelfile").write_text("\n".join([f"FROM ./{file.name}", *lines]) + "\n", encoding="utf-8")
+
+
+def _how_to_run(file: Path, kind: str) -> str:
     """Return the commands that run a GGUF file, for the terminal and as Markdown."""
     lines = [
-        "Run it with Ollama:\n",
-        f"    ollama create my-model -f {file.parent / 'Modelfile'}",
-        "    ollama run my-model\n",
-        "or with llama.cpp:\n",
-        f"    llama-cli -m {file}",
-        f"\n{note}" if note else "",
+        f"Run it with llama.cpp:\n\n    llama-cli -m {file}\n",
+        f"or with Ollama:\n\n    ollama create my-model -f {file.parent / 'Modelfile'}\n    ollama run my-model\n",
+        "Ollama has templates of its own, and chooses the one that resembles the file's chat template. If "
+        "`ollama show --template my-model` shows only {{ .Prompt }}, it has found none: use llama.cpp.",
     ]
-    return "\n".join(lines).rstrip()
+    wanted = file.with_name(f"model-{kind}.gguf")
+    if file != wanted:
+        command = f"llama-quantize {file} {wanted} {kind.upper()}"
+        lines.insert(
+            0, f"llama-quantize is not on the PATH. It comes with llama.cpp, and quantizes:\n\n    {command}\n"
+        )
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -173,7 +184,18 @@ def _write_weights(
     if writer is None:
         return None
     file = writer.finish()
-    return quantize(file, options.gguf) if options.gguf in K_QUANTS else file
+    return _quantize(file, options.gguf) if options.gguf in K_QUANTS and shutil.which("llama-quantize") else file
+
+
+def _quantize(file: Path, kind: str) -> Path:
+    """Quantize a GGUF file of 16 bits, and return the file that takes its place."""
+    target = file.with_name(f"model-{kind}.gguf")
+    command = ["llama-quantize", str(file), str(target), kind.upper()]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise UserError(f"--gguf {kind}: llama-quantize failed:\n{done.stderr or done.stdout}")
+    file.unlink()
+    return target
 
 
 def _write_companions(source: AdapterSource, folder: Path, options: argparse.Namespace) -> None:

@@ -280,11 +280,6 @@ def _add_pieces(writer: gguf.GGUFWriter, content: dict[str, Any], pieces: list[s
     writer.add_token_scores([-float(ranks.get(piece, len(ranks))) for piece in pieces])
 
 
-def adds_bos(folder: Path) -> bool:
-    """Whether a file with a folder's tokenizer lets llama.cpp put a BOS before every prompt."""
-    return bool(gguf.SpecialVocab(folder).add_special_token.get("bos"))
-
-
 def _read_split(base: BaseFolder) -> str | None:
     """Return llama.cpp's name of how the base's own GGUF file splits text; None if it is no GGUF."""
     if base.kind != "gguf":

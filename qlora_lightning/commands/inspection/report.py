@@ -1,106 +1,104 @@
-"""What `inspect` shows: tables of counts, lengths and an epoch, histograms, what to look at, and rows."""
+"""What `inspect` prints: counts, sources, an epoch, lengths, what to look at, and rows token by token."""
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from qlora_lightning.commands.epoch import Epoch, plan_epoch, training_plan
-from qlora_lightning.commands.inspection.rows import ShownRow, choose_rows
+from qlora_lightning.commands.inspection.rows import REASONING, TOOL_CALL, Piece, ShownRow, choose_rows
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.support.console import show_controls
 
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
 _WITHOUT_TEMPLATE = {"text", "segments", "tokens"}  # formats
 _SHOWN_IF_ZERO = ("bad rows", "dropped", "duplicates")
+_BORDER, _OPEN, _CLOSE, _STOP = "│", "⟦", "⟧", "■"
+_COLOURS = {REASONING: "cyan", TOOL_CALL: "yellow"}
 
 
-class Table(NamedTuple):
-    """A table: the first cell of each line is its name; without headings there are two columns of text."""
-
-    title: str
-    headings: Sequence[str]
-    lines: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """All that terminal and page show.
-
-    Attributes:
-        config: The config files as they were typed.
-        notes: Settings that the data were prepared with, and what else there is to say; a line each.
-        tables: All figures.
-        histograms: Of each split, how many samples have so many tokens: a range in words and a count.
-        findings: What to look at: a title and the lines below it.
-        split: Whose rows are shown.
-        rows: Rows to show.
-    """
-
-    config: str
-    notes: list[str]
-    tables: list[Table]
-    histograms: dict[str, dict[str, int]]
-    findings: dict[str, list[str]]
-    split: str
-    rows: list[ShownRow]
-
-
-def inspect_data(data: Any, splits: Sequence[str], config: Any, options: argparse.Namespace) -> Inspection:
-    """Gather what is to be shown.
+def print_inspection(
+    data: Any, splits: Sequence[str], config: Any, options: argparse.Namespace, console: Console
+) -> None:
+    """Print the whole report.
 
     Args:
         data: An ``InstructionDataModule`` that is set up.
         splits: Names of those to report on.
         config: The parsed settings.
         options: Which rows to show.
+        console: Where to.
     """
-    tokenizer, stop_ids = data.tokenizer, data.stop_ids
+    tokenizer, stop_ids, first = data.tokenizer, data.stop_ids, splits[0]
+    rows = list(choose_rows(first, data.samples[first], data.reports[first], tokenizer, stop_ids, options))
+    console.print(Text(", ".join(str(file) for file in config["config"] or ()) or "Data", "bold"))
     stops = " or ".join(f"{tokenizer.decode([number])} ({number})" for number in stop_ids)
     name = config["data"]["init_args"]["tokenizer"]
     settings = {"tokenizer": name["name"] if isinstance(name, dict) else name, "stop token": stops}
     settings |= {key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}
-    notes = [" · ".join(f"{key} {value}" for key, value in settings.items())]
+    console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
     if data.streaming and "train" in splits:
-        rows = data.reports["train"].rows
-        notes.append(f"Streaming: of train only the first {rows:,} rows were read; its figures are theirs.")
+        read = data.reports["train"].rows
+        console.print(Text(f"Streaming: of train only the first {read:,} rows were read; its figures are theirs."))
 
-    counts: list[dict[str, str]] = []
-    tables: list[Table] = []
-    findings: dict[str, list[str]] = {}
-    for split in splits:
-        samples, report = data.samples[split], data.reports[split]
-        ends = Ends(0, 0, 0) if split == "predict" else count_ends(samples, stop_ids, tokenizer.bos_token_id)
-        counts.append(_count(report, ends))
-        findings.update(find_faults(report, ends))
-        held_out = split == "val" and data.val_fraction is not None
-        sources = data.sources("train" if held_out else split)
-        if len(sources) > 1:
-            tables.append(source_table(f"{split}: sources", samples, sources))
+    def heading(text: str) -> None:
+        console.print()
+        console.print(Text(text, "bold"))
+
+    heading("Rows, samples and tokens")
+    bos = tokenizer.bos_token_id
+    ends = {split: count_ends(data.samples[split], stop_ids, bos) for split in splits if split != "predict"}
+    ends.setdefault("predict", Ends(0, 0, 0))
+    counts = [_count(data.reports[split], ends[split]) for split in splits]
     lines = [[heading, *(column[heading] for column in counts)] for heading in counts[0]]
     lines = [line for line in lines if line[0] in _SHOWN_IF_ZERO or set(line[1:]) != {"0"}]
-    tables.insert(0, Table("Rows, samples and tokens", ["", *splits], lines))
+    console.print(_table(["", *splits], lines))
+    for split in splits:
+        sources = data.sources("train" if split == "val" and data.val_fraction is not None else split)
+        if len(sources) > 1:
+            heading(f"{split}: sources")
+            console.print(_source_table(data.samples[split], sources))
     if "train" in splits and not data.streaming:
-        epoch = plan_epoch(training_plan(data), config["trainer"])
-        tables.append(Table("An epoch of train", [], _describe_epoch(epoch, data)))
-    tables.append(_length_table({split: data.samples[split] for split in splits}))
-    first = splits[0]
-    shown = choose_rows(first, data.samples[first], data.reports[first], tokenizer, stop_ids, options)
-    return Inspection(
-        config=", ".join(str(file) for file in config["config"] or ()) or "Data",
-        notes=notes,
-        tables=tables,
-        histograms={split: histogram(data.samples[split].lengths) for split in splits},
-        findings=findings,
-        split=first,
-        rows=list(shown),
-    )
+        heading("An epoch of train")
+        for name, sentence in _describe_epoch(plan_epoch(training_plan(data), config["trainer"]), data):
+            console.print(Text(f"{name:17} {sentence}"))
+    heading("Tokens per sample")
+    console.print(_length_table({split: data.samples[split] for split in splits}))
+    for split in splits:
+        heading(f"{split}: tokens per sample")
+        bars = histogram(data.samples[split].lengths)
+        for name, samples in bars.items():
+            bar = "█" * math.ceil(40 * samples / max(bars.values()))
+            console.print(Text.assemble(f"{name:>19}  ", (bar, "blue"), f"  {samples:,}"))
+    for split in splits:
+        for title, places in find_faults(data.reports[split], ends[split]):
+            heading(title)
+            for place in places:
+                _print_indented(Text(place), console)
+    heading(f"Rows of {first} as the model sees them")
+    marks = f"{_OPEN}labelled tokens{_CLOSE} · {_STOP} stop token · {_BORDER} between tokens · ↵ newline · "
+    console.print(Text.assemble(marks, *((f"{part} ", colour) for part, colour in _COLOURS.items())))
+    for row in rows:
+        print_row(row, console)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        drawn.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for line in lines:
+        drawn.add_row(*map(Text, line))
+    return drawn
 
 
 def _count(report: Report, ends: "Ends") -> dict[str, str]:
@@ -126,8 +124,7 @@ def _count(report: Report, ends: "Ends") -> dict[str, str]:
     return {heading: count if isinstance(count, str) else f"{count:,}" for heading, count in counts.items()}
 
 
-def source_table(title: str, samples: SampleSet, sources: Sequence[Source]) -> Table:
-    """Return a line for each source."""
+def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
     weights = sum(source.weight or 0.0 for source in sources)
     lines = []
     for number, source in enumerate(sources):
@@ -137,7 +134,7 @@ def source_table(title: str, samples: SampleSet, sources: Sequence[Source]) -> T
         line.append(_share(labelled, tokens))
         lines.append(line + ([_share(source.weight or 0.0, weights)] if weights else []))
     headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if weights else [])]
-    return Table(title, headings, lines)
+    return _table(headings, lines)
 
 
 def _length_table(samples: Mapping[str, SampleSet]) -> Table:
@@ -146,7 +143,7 @@ def _length_table(samples: Mapping[str, SampleSet]) -> Table:
         for kind, values in (("tokens", own.lengths), ("labelled", own.labelled_counts)):
             if values.any():
                 lines.append([f"{split} {kind}", *(f"{value:,}" for value in percentiles(values))])
-    return Table("Tokens per sample", ["", *_PERCENTILES], lines)
+    return _table(["", *_PERCENTILES], lines)
 
 
 def percentiles(values: Any) -> list[int]:
@@ -155,24 +152,15 @@ def percentiles(values: Any) -> list[int]:
     return found
 
 
-def histogram(values: Any, most_bars: int = 12) -> dict[str, int]:
-    """Count ``(N,)`` whole numbers in ranges of one round width; N is not 0.
-
-    Args:
-        values: Lengths in tokens.
-        most_bars: About how many ranges at most. What is far beyond the 99th percentile is in one open range at the
-            end: a single long row must not flatten the others.
-    """
-    low, bulk, high = int(min(values)), percentiles(values)[-2], int(max(values))
-    least = (bulk - low + 1) / (most_bars - 1)
-    width = next(factor * 10**power for power in range(20) for factor in (1, 2, 5) if factor * 10**power >= least)
-    first = low // width * width
-    is_open = (high - first) // width >= most_bars
-    starts = range(first, (bulk if is_open else high) + 1, width)
-    beyond = starts[-1] + width
-    counts = np.bincount((np.minimum(values, beyond) - first) // width, minlength=len(starts)).tolist()
-    names = [f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}" for start in starts]
-    return dict(zip([*names, f"{beyond:,} and more"], counts, strict=False))
+def histogram(values: Any, bars: int = 10) -> dict[str, int]:
+    """Count ``(N,)`` whole numbers in ranges of one width up to the 99th percentile, and what is beyond; N is not 0."""
+    low, bulk = int(min(values)), percentiles(values)[-2]
+    width = math.ceil((bulk - low + 1) / bars)
+    counts = np.bincount(np.minimum((np.asarray(values) - low) // width, bars), minlength=bars + 1).tolist()
+    starts = [low + width * number for number in range(bars + 1)]
+    names = [f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}" for start in starts[:-1]]
+    found = dict(zip([*names, f"{starts[-1]:,} and more"], counts, strict=True))
+    return {name: count for name, count in found.items() if count or name in names[: bulk - low + 1]}
 
 
 def _describe_epoch(epoch: Epoch, data: Any) -> list[tuple[str, str]]:
@@ -261,3 +249,36 @@ def _share(part: float, whole: float) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def print_row(row: ShownRow, console: Console) -> None:
+    """Print a row with its tokens set apart by marks, and by colours where there are some."""
+    console.print()
+    console.print(Text.assemble((row.where, "bold"), f"  {row.about}"))
+    text, is_labelled = Text(), False
+    for number, piece in enumerate(row.pieces):
+        mark = _BORDER if number else ""
+        if piece.labelled != is_labelled:
+            mark, is_labelled = (_OPEN if piece.labelled else _CLOSE), piece.labelled
+        text.append(mark, "dim")
+        text.append(show_controls(piece.text).replace("\n", "↵\n"), _style(piece))
+        text.append(_STOP if piece.stop else "")
+    text.append(_CLOSE if is_labelled else "")
+    if text.plain.endswith("\n"):
+        text.right_crop()
+    if row.pieces:
+        _print_indented(text, console)
+
+
+def _style(piece: Piece) -> str:
+    if piece.special:
+        return "bold magenta" if piece.labelled else "magenta"
+    return _COLOURS.get(piece.part) or ("green" if piece.labelled else "")
+
+
+def _print_indented(text: Text, console: Console) -> None:
+    for line in text.wrap(console, console.width - 2, overflow="fold"):
+        console.print(Text("  ") + line)

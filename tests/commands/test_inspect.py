@@ -169,15 +169,6 @@ def test_rows_to_predict_are_shown_as_generation_begins(folder):
     assert "without a stop token" not in out
 
 
-def test_a_stream_is_judged_by_its_first_rows(folder):
-    rows = [{"instruction": "Say it.", "output": str(n)} for n in range(1_500)]
-    write(folder / "stream.jsonl", [*rows, "{not JSON"])
-    settings = ("--data.train", "stream.jsonl", "--data.streaming", "true", "--trainer.max_steps", "9")
-    _, out, _ = inspect(*settings, "--split", "train")
-    assert "Streaming: of train only the first 1,000 rows were read" in " ".join(out.split())
-    assert cells(out, "rows read") == ["1,000"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -72,16 +72,15 @@ def bad_lines(tmp_path, monkeypatch):
     return [11 * number for number in range(1, 1 + len(BAD))]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out(characters, bad_lines, streaming):
+def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out(characters, bad_lines):
     with pytest.raises(UserError) as error:
-        InstructionDataModule("train.jsonl", tokenizer=characters, streaming=streaming).setup("fit")
+        InstructionDataModule("train.jsonl", tokenizer=characters).setup("fit")
     first, *named, last = str(error.value).splitlines()
     assert first == f"{len(BAD)} rows cannot be used:"
     assert last == "Correct them, or leave them out with `on_bad_row: skip`."
     for line, found, (_, reason) in zip(bad_lines, named, BAD, strict=True):
         assert found.startswith(f"  train.jsonl:{line}: {reason}")
-    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip", streaming=streaming)
+    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip")
     data.setup("fit")
     report = data.reports["train"]
     assert (report.rows, report.bad_rows, report.samples) == (11 * len(BAD), len(BAD), 10 * len(BAD))

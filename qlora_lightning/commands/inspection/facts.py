@@ -64,9 +64,6 @@ def inspect_data(data: Any, splits: Sequence[str], config: Any, options: argpars
     settings = {"tokenizer": name["name"] if isinstance(name, dict) else name, "stop token": stops}
     settings |= {key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}
     notes = [" · ".join(f"{key} {value}" for key, value in settings.items())]
-    if data.streaming and "train" in splits:
-        rows = data.reports["train"].rows
-        notes.append(f"Streaming: of train only the first {rows:,} rows were read; its figures are theirs.")
 
     counts: list[dict[str, str]] = []
     tables: list[Table] = []
@@ -83,7 +80,7 @@ def inspect_data(data: Any, splits: Sequence[str], config: Any, options: argpars
     lines = [[heading, *(column[heading] for column in counts)] for heading in counts[0]]
     lines = [line for line in lines if line[0] in _SHOWN_IF_ZERO or set(line[1:]) != {"0"}]
     tables.insert(0, Table("Rows, samples and tokens", ["", *splits], lines))
-    if "train" in splits and not data.streaming:
+    if "train" in splits:
         epoch = plan_epoch(training_plan(data), config["trainer"])
         tables.append(Table("An epoch of train", [], _describe_epoch(epoch, data)))
     tables.append(_length_table({split: data.samples[split] for split in splits}))

@@ -1,4 +1,4 @@
-"""The rows of a source, in order, each with its place, from any position."""
+"""The rows of a source, in order, each with its place."""
 
 import csv
 import hashlib
@@ -8,7 +8,7 @@ import json
 import lzma
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TextIO
 
@@ -37,62 +37,39 @@ class Row(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-class RowReader:
-    """Reads the rows of a source as a stream: memory grows with none but JSON arrays, which are read as a whole.
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """Yield the rows of a source, and in their places those that are none.
 
-    Each loop over it continues behind the row last read, so that it can be left and resumed.
+    Memory grows with none but JSON arrays, which are read as a whole.
 
-    Args:
-        source: what to read.
-        position: where to begin, as ``position()`` gave it.
-
-    Example:
-        >>> reader = RowReader(source)
-        >>> first = next(iter(reader))
-        >>> rest = list(RowReader(source, reader.position()))
+    Raises:
+        UserError: a file cannot be read or is damaged, or the source holds no rows at all.
     """
+    rows = itertools.islice(_read_files(source), source.rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{source.path} is empty: it holds no rows.")
+    yield first
+    yield from rows
 
-    def __init__(self, source: Source, position: Mapping[str, int] | None = None) -> None:
-        self.source = source
-        self._position = {"file": 0, "count": 0, "total": 0, **(position or {})}
 
-    def __iter__(self) -> Iterator[Row | BadRow]:
-        """Yield rows, and in their places those that are none.
+def _read_files(source: Source) -> Iterator[Row | BadRow]:
+    for file in source.files or (None,):
+        name = source.path if file is None else str(file)
+        for line, values in _parse(source, file):
+            yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
 
-        Raises:
-            UserError: a file cannot be read or is damaged, or the source holds no rows at all.
-        """
-        source, position = self.source, self._position
-        files = source.files or (None,)
-        while position["file"] < len(files):
-            file = files[position["file"]]
-            name = source.path if file is None else str(file)
-            for line, values in self._parse(file, skip=position["count"]):
-                if position["total"] == source.rows:
-                    return
-                position["count"] += 1
-                position["total"] += 1
-                yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
-            position.update(file=position["file"] + 1, count=0)
-        if not position["total"]:
-            raise UserError(f"{source.path} is empty: it holds no rows.")
 
-    def position(self) -> dict[str, int]:
-        """Return where the next row begins: the file's index, and the rows read of that file and of all files."""
-        return dict(self._position)
-
-    def _parse(self, file: DataFile | None, skip: int) -> Iterator["Parsed"]:
-        """Return the rows of a file, or of a data set of the hub, behind the first ``skip``."""
-        source = self.source
-        if file is None:
-            return _number_rows(_read_hub(source), skip)
-        kind, _ = kind_of_file(file)
-        if kind in (".parquet", ".arrow"):
-            return _read_table(file, skip)
-        if kind in (".csv", ".tsv"):
-            delimiter = source.delimiter or ("\t" if kind == ".tsv" else None)
-            return itertools.islice(_read_csv(file, source.encoding, delimiter), skip, None)
-        return _read_json(file, source.encoding, skip)
+def _parse(source: Source, file: DataFile | None) -> Iterator["Parsed"]:
+    """Return the rows of a file, or of a data set of the hub."""
+    if file is None:
+        return _number_rows(_read_hub(source))
+    kind, _ = kind_of_file(file)
+    if kind in (".parquet", ".arrow"):
+        return _read_table(file)
+    if kind in (".csv", ".tsv"):
+        return _read_csv(file, source.encoding, source.delimiter or ("\t" if kind == ".tsv" else None))
+    return _read_json(file, source.encoding)
 
 
 def hash_source(source: Source) -> str:
@@ -182,29 +159,28 @@ def _check_decoded(text: str) -> None:
 # JSON
 
 
-def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
+def _read_json(file: DataFile, encoding: str) -> Iterator[Parsed]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    rows = 0
+    is_first = True
     with _open_text(file, encoding, newline="\n") as stream:
         for number, line in enumerate(_lines(stream), start=1):
             # Windows editors write the mark at the beginning of a file, and files are put end to end.
             line = line.removeprefix("\ufeff")
             text = line.strip(" \t\r\n")
-            if not rows and text.startswith("["):
+            if is_first and text.startswith("["):
                 most = MAX_LINE if kind_of_file(file)[1] else MAX_WHOLE  # parsed into several times as much memory
                 for place, element in enumerate(_parse_array(file, line + stream.read(most), most), start=1):
-                    if place > skip:
-                        yield place, _check_object(element)
+                    yield place, _check_object(element)
                 return
-            rows += bool(text)
-            if text and rows > skip:
+            if text:
                 values: dict[str, Any] | RowFault
                 try:
                     values = _check_object(_parse_json(_check_line(text)))
                 except RowFault as fault:
                     values = fault
-                if rows == 1:
+                if is_first:
                     _refuse_table(file, text, values)
+                is_first = False
                 yield number, values
 
 
@@ -310,8 +286,8 @@ def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFa
 _BATCH_ROWS = 4  # the most that are unpacked together: a file of few KB may hold one value of many MB for each of them
 
 
-def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
-    """Yield the rows of a parquet or Arrow file behind the first ``skip``."""
+def _read_table(file: DataFile) -> Iterator[Parsed]:
+    """Yield the rows of a parquet or Arrow file."""
     from pyarrow import ArrowException, ipc
     from pyarrow.parquet import ParquetFile
 
@@ -333,13 +309,13 @@ def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
             else:  # its stream format, which ``datasets`` writes
                 table.seek(0)
                 batches = ipc.open_stream(table)
-            yield from _number_rows(batches, skip)
+            yield from _number_rows(batches)
         except ArrowException as error:
             raise UserError(f"{file} cannot be read as {kind}: {error}") from error
 
 
 def _read_hub(source: Source) -> Iterator[Any]:
-    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory or streamed from the network."""
+    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory."""
     with _hub_errors(source):
         from datasets import load_dataset
 
@@ -349,10 +325,7 @@ def _read_hub(source: Source) -> Iterator[Any]:
             data_files=source.data_files,
             split=source.split,
             revision=source.revision,
-            streaming=source.streaming,
         )
-        if source.shard_seed is not None:
-            rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
         yield from rows.with_format("arrow").iter(256)
 
 
@@ -365,14 +338,12 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise UserError(f"data set {source.path} cannot be read from the Hugging Face hub: {said}") from error
 
 
-def _number_rows(batches: Iterable[Any], skip: int) -> Iterator[Parsed]:
-    """Yield the rows of Arrow batches or tables behind the first ``skip``, by number."""
+def _number_rows(batches: Iterable[Any]) -> Iterator[Parsed]:
+    """Yield the rows of Arrow batches or tables, by number."""
     number = 0
     for part in (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS)):
-        passed = min(max(skip - number, 0), len(part))
-        number += passed
         is_large = part.nbytes > MAX_LINE
-        for values in part.slice(passed).to_pylist():
+        for values in part.to_pylist():
             number += 1
             if is_large and len(repr(values)) > MAX_LINE:
                 yield number, _too_long("row")

@@ -126,7 +126,6 @@ def outcomes(converter, some):
 
 
 def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
-    """Streaming, a resumed stream and a whole read see the same rows after other ones."""
     all_rows = rows(*MIXED)
     whole = RowConverter(RowSettings())
     whole.check(all_rows)

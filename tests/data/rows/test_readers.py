@@ -1,8 +1,7 @@
-"""Files as they come: every kind, compression and encoding, from any position, each row with its place."""
+"""Files as they come: every kind, compression and encoding, each row with its place."""
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import tracemalloc
@@ -15,7 +14,7 @@ import pytest
 
 from qlora_lightning.data.rows import readers
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import Row, RowReader, hash_source
+from qlora_lightning.data.rows.readers import Row, hash_source, read_rows
 from qlora_lightning.data.rows.sources import Source, find_sources
 from qlora_lightning.support.errors import UserError
 
@@ -36,12 +35,12 @@ def source(value, **entry):
 def read(content, name="a.jsonl", **entry):
     """Write a file and return (line, values or reason) of each row."""
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    rows = RowReader(source(name, **entry))
+    rows = read_rows(source(name, **entry))
     return [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows]
 
 
 def values(value, **entry):
-    return [row.values for row in RowReader(source(value, **entry))]
+    return [row.values for row in read_rows(source(value, **entry))]
 
 
 def refusal(content, name="a.jsonl", **entry):
@@ -81,49 +80,37 @@ def content(kind):
     return sink.getvalue().to_pybytes()
 
 
-def check_every_position(found):
-    """Whatever the number of rows read, a second reader goes on where the first one stood; return all rows."""
-    everything = list(RowReader(found))
-    for count in range(len(everything) + 1):
-        reader = RowReader(found)
-        begin = list(itertools.islice(reader, count))
-        position = json.loads(json.dumps(reader.position()))
-        assert begin + list(RowReader(found, position)) == everything
-        assert begin + list(reader) == everything
-    return everything
-
-
 @pytest.mark.parametrize(
     ("kind", "suffix"), [(kind, "") for kind in KINDS] + [(".jsonl", each) for each in (".gz", ".bz2", ".xz", ".zst")]
 )
-def test_every_kind_is_read_and_taken_up_again_at_every_row(kind, suffix):
+def test_every_kind_is_read(kind, suffix):
     Path(f"a{kind}{suffix}").write_bytes(compress(content(kind), suffix))
-    rows = check_every_position(source(f"a{kind}{suffix}"))
+    rows = list(read_rows(source(f"a{kind}{suffix}")))
     assert [row.values for row in rows if isinstance(row, Row)] == ROWS
     assert isinstance(rows[3], BadRow) == (kind not in (".parquet", ".arrow"))
 
 
-def test_a_folder_is_taken_up_again_at_every_row_and_by_rows_of_all_files():
+def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
     for kind in KINDS:
         Path("d", f"a{kind}").write_bytes(content(kind))
     Path("d/b.json").write_bytes(content(".jsonl"))  # lines under the other name
-    rows = check_every_position(source("d"))
+    rows = list(read_rows(source("d")))
     first = ["d/a.arrow:1", "d/a.csv:2", "d/a.json:1", "d/a.jsonl:1", "d/a.parquet:1", "d/a.tsv:2", "d/b.json:1"]
     assert [row.where for row in rows if isinstance(row, Row) and row.values["x"] == "0"] == first
-    assert check_every_position(source("d", rows=17)) == rows[:17]
-    assert check_every_position(source("d", rows=7)) == rows[:7]
-    assert check_every_position(source("d", rows=1000)) == rows
+    assert list(read_rows(source("d", rows=17))) == rows[:17]
+    assert list(read_rows(source("d", rows=7))) == rows[:7]
+    assert list(read_rows(source("d", rows=1000))) == rows
 
 
 def test_a_url_is_read_as_a_file_is():
     for kind in (".jsonl", ".csv", ".parquet"):
         with fsspec.open(f"memory://files/a{kind}.gz", "wb") as file:
             file.write(gzip.compress(content(kind)))
-        rows = check_every_position(source(f"memory://files/a{kind}.gz"))
+        rows = list(read_rows(source(f"memory://files/a{kind}.gz")))
         assert [row.values for row in rows if isinstance(row, Row)] == ROWS
-        assert len(list(RowReader(source(f"memory://files/*{kind}.gz")))) == len(rows)
-    assert len(list(RowReader(source("memory://files")))) == 3 * 7 + 2
+        assert len(list(read_rows(source(f"memory://files/*{kind}.gz")))) == len(rows)
+    assert len(list(read_rows(source("memory://files")))) == 3 * 7 + 2
     with pytest.raises(UserError, match=r"memory://nowhere/a.jsonl cannot be read"):
         values("memory://nowhere/a.jsonl")
 
@@ -135,7 +122,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     saved = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
     saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
     Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
-    assert [row.values for row in check_every_position(source("both"))] == ROWS
+    assert [row.values for row in read_rows(source("both"))] == ROWS
     assert values("both", split="test") == ROWS[:2]
     assert values("both/train") == ROWS
     with pytest.raises(UserError, match=r"^data.val: both has no split 'validation', expected one of train, test\.$"):
@@ -267,7 +254,7 @@ def test_an_encoding_can_be_named(name, encoding):
     records = "\n".join(["x,y", *(f'{row["x"]},"{row["y"]}"' for row in rows)])
     text = {"a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]", "a.csv": records}[name]
     Path(name).write_bytes(text.encode(encoding))
-    assert [row.values for row in check_every_position(source(name, encoding=encoding))] == rows
+    assert [row.values for row in read_rows(source(name, encoding=encoding))] == rows
     assert "encoding: latin-1" in refusal(b"x\0y", name, encoding="utf-16")
 
 
@@ -278,7 +265,7 @@ def test_keys_that_arrow_fills_in_are_left_out():
     assert values("a.parquet") == rows
     with pa.ipc.new_file("a.arrow", pa.Table.from_pylist(rows).schema) as writer:  # as Feather and polars write it
         writer.write_table(pa.Table.from_pylist(rows))
-    assert [row.values for row in check_every_position(source("a.arrow"))] == rows
+    assert [row.values for row in read_rows(source("a.arrow"))] == rows
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv", "a.parquet"])
@@ -291,7 +278,7 @@ def test_memory_does_not_grow_with_the_file(name):
         Path(name).write_bytes(compress(text.encode(), ".gz" if name.endswith(".gz") else ""))
     del text
     tracemalloc.start()
-    assert sum(found.values["x"] == row["x"] for found in RowReader(source(name))) == 1000  # 10 MB
+    assert sum(found.values["x"] == row["x"] for found in read_rows(source(name))) == 1000  # 10 MB
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6_000_000
@@ -311,7 +298,7 @@ def test_memory_does_not_grow_with_the_uses_of_a_value(kind):
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:
-        assert sum(found.values["x"] == value for found in RowReader(source(name))) == 128  # 256 MB
+        assert sum(found.values["x"] == value for found in read_rows(source(name))) == 128  # 256 MB
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -323,7 +310,7 @@ def test_a_long_row_of_a_table_is_a_bad_row_with_its_number(monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 1_000_000)
     rows = [{"x": {"y": "z" * size}} for size in (1, 2, 3, 4, 5, 2_000_000, 6)]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    found = list(RowReader(source("a.parquet")))
+    found = list(read_rows(source("a.parquet")))
     assert found.pop(5) == BadRow("a.parquet:6", "a row of more than 1 MB, the most that is read")
     assert [row.values for row in found] == rows[:5] + rows[6:]
 
@@ -368,24 +355,18 @@ def hub(tmp_path, monkeypatch):
     datasets.enable_progress_bars()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_the_hub_are_numbered_and_taken_up_again(hub, streaming):
-    found = Source("org/data", split="train", streaming=streaming)
-    rows = list(RowReader(found))
+def test_rows_of_the_hub_are_numbered(hub):
+    rows = list(read_rows(Source("org/data", split="train")))
     assert [row.values for row in rows] == hub
     assert rows[16].where == "org/data:17"
-    for count in (0, 1, 255, 256, 257, 300):
-        reader = RowReader(found)
-        begin = list(itertools.islice(reader, count))
-        assert begin + list(RowReader(found, reader.position())) == rows
 
 
 def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(hub):
-    assert len(list(RowReader(Source("org/data", split="train[:10%]")))) == 30
-    assert len(list(RowReader(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
-    assert len(list(RowReader(Source("org/data", split="train", rows=270)))) == 270
+    assert len(list(read_rows(Source("org/data", split="train[:10%]")))) == 30
+    assert len(list(read_rows(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
+    assert len(list(read_rows(Source("org/data", split="train", rows=270)))) == 270
     with pytest.raises(UserError, match=r"^data set org/data cannot be read from the Hugging Face hub: Unknown split"):
-        list(RowReader(Source("org/data", split="validation")))
+        list(read_rows(Source("org/data", split="validation")))
     before = hash_source(Source("org/data", split="train"))
     assert before == hash_source(Source("org/data", split="train")) != hash_source(Source("org/data", split="test"))
     pq.write_table(pa.Table.from_pylist(hub[:100]), "org/data/train-0.parquet")

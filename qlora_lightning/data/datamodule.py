@@ -30,13 +30,13 @@ _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pr
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
 _CHOICES = {
     "train_on": ("assistant", "last", "all"),
-    "reasoning": ("template", "keep", "drop"),
+    "reasoning": ("template", "drop"),
     "too_long": ("truncate", "drop", "split"),
 }
 # Settings that a checkpoint remembers; one that it lacks had its default.
 _REMEMBERED = (
     *("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS),
-    *("batch_size", "tokens_per_batch", "group_by_length", "shuffle"),
+    *("batch_size", "tokens_per_batch", "shuffle"),
 )
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
@@ -56,7 +56,7 @@ class InstructionDataModule(LightningDataModule):
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``glaive``, ``text``, ``segments``, ``tokens``, or the dotted path of a function
+            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function
             ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
@@ -67,7 +67,7 @@ class InstructionDataModule(LightningDataModule):
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
             unless ``strftime_now: 2026-11-27`` or a variable of its own names another.
-        reasoning: of earlier turns: ``template`` (as the chat template has it at inference), ``keep`` or ``drop``.
+        reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest message (and of a
@@ -75,7 +75,6 @@ class InstructionDataModule(LightningDataModule):
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
-        group_by_length: put rows of like length into a batch.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
         deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.
         val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
@@ -100,14 +99,13 @@ class InstructionDataModule(LightningDataModule):
         encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
-        reasoning: Literal["template", "keep", "drop"] = "template",
+        reasoning: Literal["template", "drop"] = "template",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
-        group_by_length: bool = False,
         shuffle: bool = True,
         deduplicate: bool = False,
         val_fraction: float | None = None,
@@ -122,7 +120,7 @@ class InstructionDataModule(LightningDataModule):
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.group_by_length, self.shuffle, self.deduplicate = group_by_length, shuffle, deduplicate
+        self.shuffle, self.deduplicate = shuffle, deduplicate
         self.val_fraction = val_fraction
         self.accept_changed_data = accept_changed_data
         self._check_settings()
@@ -153,8 +151,6 @@ class InstructionDataModule(LightningDataModule):
         for one, other, reason in (
             ("val", "val_fraction", "both name the rows to validate on"),
             ("batch_size", "tokens_per_batch", "both say how large a batch is"),
-            ("group_by_length", "tokens_per_batch", "packed batches are of like size already"),
-            ("shuffle: false", "group_by_length", "the first keeps the order of the files"),
             ("shuffle: false", "tokens_per_batch", "packing does not keep the order of the files"),
         ):
             if all(values[name] is not None and values[name] is not False for name in (one, other)):
@@ -225,7 +221,7 @@ class InstructionDataModule(LightningDataModule):
     def train_dataloader(self) -> FlatLoader:
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle=shuffle, group_by_length=self.group_by_length, shares=self._shares)
+        return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
     @override
     def val_dataloader(self) -> FlatLoader:
@@ -356,9 +352,12 @@ class InstructionDataModule(LightningDataModule):
     def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
         """Return everything that samples depend on; None if nobody can tell."""
         tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
-        # a function of the user's may depend on anything
-        if not sources or tokenizer is None or any("." in source.settings.format for source in sources):
+        if not sources or tokenizer is None:
             return None
+        for source in sources:
+            # a function of the user's may depend on anything, and only a download tells what is behind a URL
+            if "." in source.settings.format or any(isinstance(file, str) for file in source.files):
+                return None
         return {
             "sources": describe_sources(sources),
             "tokenizer": tokenizer,

@@ -139,9 +139,6 @@ class _Preparation:
 
     def _add_samples(self, converted: _Converted, parts: list[list[Rendered]]) -> None:
         (number, source, row, content), recipe, report = converted, self._recipe, self.report
-        if not content.weight:
-            report.drop("their weight is 0")
-            return
         fitted = [
             [sample for sample in _fit(recipe, part, samples, report) if _count(sample)]
             for part, samples in zip(converted.parts, parts, strict=True)
@@ -159,11 +156,11 @@ class _Preparation:
                     report.drop("their prompt is too long for the two answers to share what is left of it")
                     return
                 ids, labels = one.ids + other.ids, one.labels + other.labels
-                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight, len(one.ids))
+                self._builder.add(ids, labels, number, source, row.file, row.line, len(one.ids))
                 return
         elif fitted[0]:
             for ids, labels in fitted[0]:
-                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight)
+                self._builder.add(ids, labels, number, source, row.file, row.line)
             return
         if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
             report.drop(TOO_LONG)
@@ -247,7 +244,7 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
     most = recipe.max_length
     if all(len(sample.ids) <= most for sample in rendered):
         return rendered
-    document = isinstance(content, Text) and content.whole  # every piece of it is trained
+    document = isinstance(content, Text)  # every piece of it is trained
     if document or recipe.too_long == "split":
         context = 1 if document else None
         return [piece for sample in rendered for piece in split_up(sample, most, context)]

@@ -29,7 +29,7 @@ _SPARSE, _FULL = 0.5, 0.85  # share of the rank that is used; a random update us
 _SETTINGS = (
     *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
     *("model.neftune_alpha", "model.loraplus_ratio", "ema.decay", "trainer.gradient_clip_val"),
-    *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch", "data.group_by_length"),
+    *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch"),
     *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
 )
 

@@ -137,7 +137,7 @@ def test_rows_of_another_split_by_place_length_and_text(folder):
 
 
 def test_each_source_is_counted_with_its_share_and_cut_answers_are_reported(folder):
-    rows = [{"question": f"{n}?", "answer": str(n), "weight": 2 - n % 2} for n in range(4)]
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(4)]
     write(folder / "more.jsonl", [*rows, rows[0]])
     write(folder / "texts.jsonl", [{"text": "A long story. " * 40}])
     sources = [{"path": "more.jsonl", "weight": 3}, {"path": "texts.jsonl", "weight": 1, "format": "text"}]
@@ -147,9 +147,7 @@ def test_each_source_is_counted_with_its_share_and_cut_answers_are_reported(fold
     assert cells(out, "more.jsonl")[:2] == ["4", "4"]
     assert cells(out, "more.jsonl")[-1] == "75.0%"
     assert cells(out, "texts.jsonl")[:2] == ["1", "3"]
-    assert cells(out, "with a weight") == ["2"]
     assert "1: equal to an earlier row (deduplicate: true)" in out
-    assert "labelled, weight 2" in out
     assert "texts.jsonl:1" not in out
     assert "of up to 128 tokens on each of 2 devices" in out
 

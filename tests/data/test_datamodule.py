@@ -128,9 +128,7 @@ SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
     ({"max_length": 1}, "max_length: expected at least 2, found 1"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
-    ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
-    ({"shuffle": False, "group_by_length": True}, "shuffle: false and group_by_length"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
 ]
 
@@ -254,13 +252,13 @@ def test_rows_of_other_tasks_may_be_answered(make, write):
 def test_rows_from_elsewhere(characters):
     class Mine(InstructionDataModule):
         def load_rows(self, split):
-            return [{"prompt": "q", "completion": "k" if split == "train" else "", "weight": 0.5}]
+            return [{"prompt": "q", "completion": "k" if split == "train" else ""}]
 
     data = Mine(tokenizer=characters)
     with pytest.raises(UserError, match="val:1: the answer"):
         data.setup("fit")
     (batch,) = data.train_dataloader()
-    assert batch["weights"].tolist() == [0.5]
+    assert batch["row_ids"].tolist() == [0]
 
 
 def test_rows_to_predict(make, write):

@@ -14,7 +14,7 @@ from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
-_WITHOUT_TEMPLATE = {"text", "segments", "tokens"}  # formats
+_WITHOUT_TEMPLATE = {"text", "tokens"}  # formats
 _SHOWN_IF_ZERO = ("bad rows", "dropped", "duplicates")
 
 
@@ -109,7 +109,6 @@ def _count(report: Report, ends: "Ends") -> dict[str, str]:
         "samples": report.samples,
         "with a stop token": ends.stopping,
         "with a BOS": ends.begun,
-        "with a weight": report.weighted,
         "turn by turn": report.turn_by_turn,
         "shortened": report.shortened,
         "tokens": report.tokens,

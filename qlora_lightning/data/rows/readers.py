@@ -10,6 +10,7 @@ import reprlib
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
@@ -73,7 +74,7 @@ def _parse(source: Source, file: DataFile | None) -> Iterator["Parsed"]:
 
 
 def hash_source(source: Source) -> str:
-    """Return a hash of what a source's rows are: the bytes and kinds of its files in order, and how they are read.
+    """Return a hash of what a source's rows are: bytes and kinds of its local files in order, and how they are read.
 
     Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.
     """
@@ -85,7 +86,7 @@ def hash_source(source: Source) -> str:
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
         total.update(f"{builder.hash} {builder.config_id} {source.split}".encode())
     for file in source.files:
-        with _open(file, decompress=False) as stream:
+        with Path(file).open("rb") as stream:
             digest = hashlib.file_digest(stream, "blake2b").hexdigest()
         total.update(f"{kind_of_file(file)} {digest}\n".encode())
     return total.hexdigest()
@@ -101,11 +102,11 @@ _NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, or name its encoding, as in
 
 
 @contextmanager
-def _open(file: DataFile, decompress: bool = True) -> Iterator[Any]:
+def _open(file: DataFile) -> Iterator[Any]:
     """Open a file, local or behind a URL, for reading bytes; what cannot be read is a UserError, also later on."""
     import fsspec  # a fifth of a second, as pyarrow takes
 
-    compression = kind_of_file(file)[1] if decompress else ""
+    compression = kind_of_file(file)[1]
     try:
         with fsspec.open(str(file), "rb", compression=_CODECS.get(compression)) as stream:
             if compression == ".zst":  # which fsspec knows with Python 3.14 only

@@ -24,8 +24,8 @@ class Row(NamedTuple):
     Attributes:
         values: the row's own keys and values.
         file: the file, as the user wrote it or below the folder he wrote; for a data set of the hub its id.
-        line: the line on which the row begins, counted from 1; in a JSON array, in parquet and arrow files and on the
-            hub the number of the row.
+        line: the line on which the row begins, counted from 1; in a JSON array, in parquet
+            and arrow files and on the hub the number of the row.
     """
 
     values: dict[str, Any]
@@ -69,7 +69,7 @@ def _parse(source: Source, file: DataFile | None) -> Iterator["Parsed"]:
     if kind in (".parquet", ".arrow"):
         return _read_table(file)
     if kind in (".csv", ".tsv"):
-        return _read_csv(file, source.encoding, source.delimiter or ("\t" if kind == ".tsv" else None))
+        return _read_csv(file, source.encoding, source.delimiter or ("\t" if kind == ".tsv" else ","))
     return _read_json(file, source.encoding)
 
 
@@ -129,7 +129,7 @@ def _open_text(file: DataFile, encoding: str, newline: str) -> Iterator[TextIO]:
 
 
 MAX_LINE = 64_000_000  # characters: a few MB of a compressed file may be one line of many GB
-MAX_WHOLE = 1_000_000_000  # characters of a JSON array, bytes of a compressed table: what is read as a whole
+MAX_WHOLE = 1_000_000_000  # characters of a JSON array, which is read as a whole
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
@@ -233,53 +233,41 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # CSV
 
-_DELIMITERS = ",;\t|"
 
-
-def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[Parsed]:
-    """Yield the rows of a CSV file, each with its first line; all values are strings.
-
-    Without a ``delimiter`` it is the one that divides the header into most names.
-    """
+def _read_csv(file: DataFile, encoding: str, delimiter: str) -> Iterator[Parsed]:
+    """Yield the rows of a CSV file, each with its first line; all values are strings."""
     # The module's limit on a field, 128 KiB, is one for the whole process: it is raised here, never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     with _open_text(file, encoding, newline="") as stream:
-        header: list[str] = []
         begin = 1
         try:
             lines = map(_check_line, _lines(stream))
             first = next(lines, "").removeprefix("\ufeff")
-            names = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in _DELIMITERS}
-            delimiter = delimiter or max(names, key=lambda mark: names[mark])
-            records = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-            for fields in records:
-                is_blank = len(fields) < 2 and not "".join(fields).strip()
-                if header and not is_blank:
-                    yield begin, _name_fields(header, fields)
-                elif not is_blank:
-                    header = [name if name.strip() else "" for name in fields]
-                    _check_decoded("".join(header))
-                    twice = [name for name in header if name and header.count(name) > 1]
-                    if twice:
-                        raise UserError(f"the header names {twice[0]!r} twice: rename one column")
-                begin = records.line_num + 1
+            _check_decoded(first)
+            rows: Any = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names) or "" in map(str.strip, names[1:]):
+                raise UserError(f"the header names a column twice, or one has no name: {', '.join(names)}")
+            begin = rows.line_num + 1
+            for values in rows:
+                yield begin, _check_fields(values)
+                begin = rows.line_num + 1
         except (csv.Error, UserError) as error:
             said = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
             raise UserError(f"{file}:{begin}: {said}.") from error
 
 
-def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFault:
+def _check_fields(values: dict[Any, Any]) -> dict[str, Any] | RowFault:
+    # what csv makes of a field without a column, and of a column without a field
+    if None in values or None in values.values():
+        names = ", ".join(name for name in values if name is not None)
+        return RowFault(f"more or fewer fields than the header ({names}): quote a delimiter inside a field")
     try:
-        _check_decoded("".join(fields))
+        _check_decoded("".join(values.values()))
     except RowFault as fault:
         return fault
-    if len(fields) != len(header):
-        names = ", ".join(header)
-        return RowFault(f"{len(fields)} fields, expected {len(header)} ({names}): quote a delimiter inside a field")
-    for number, (name, field) in enumerate(zip(header, fields, strict=True), start=1):
-        if number > 1 and not name and field.strip():  # the index that pandas' to_csv() writes is the first column
-            return RowFault(f"column {number} has no name in the header: name it, or remove the column")
-    return {name: field for name, field in zip(header, fields, strict=True) if name}
+    values.pop("", None)  # the index that pandas' to_csv() writes is the first column
+    return values
 
 
 # Parquet, Arrow, and the hub
@@ -293,12 +281,10 @@ def _read_table(file: DataFile) -> Iterator[Parsed]:
     from pyarrow.parquet import ParquetFile
 
     kind, compression = kind_of_file(file)
-    with _open(file) as stream:
+    if compression:
+        raise UserError(f"{file}: a table is read from any place: decompress it, and name the file that comes out.")
+    with _open(file) as table:
         try:
-            table = io.BytesIO(stream.read(MAX_WHOLE + 1)) if compression else stream  # both are read from any place
-            if compression and table.getbuffer().nbytes > MAX_WHOLE:
-                size = f"{MAX_WHOLE // 1_000_000:,} MB"
-                raise UserError(f"{file} holds more than {size}: decompress it, and name the file that comes out.")
             batches: Iterable[Any]
             if kind == ".parquet":
                 # By itself it reads row groups as a whole, which may be as large as the file.

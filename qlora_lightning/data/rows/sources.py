@@ -47,7 +47,7 @@ class Source:
     data_files: Any = None
     rows: int | None = None  # at most so many are read, from the first
     encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: whichever the header uses
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
     settings: RowSettings = RowSettings()
 
     @property

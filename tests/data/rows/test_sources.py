@@ -95,7 +95,7 @@ def test_sources_of_one_run_may_differ_whichever_split_comes_first(characters, s
     Path("chat.jsonl").write_text('{"conversations": [{"from": "me", "value": "q"}, {"from": "bing", "value": "a"}]}\n')
     Path("test.json").write_text('[{"query": "q", "answer": "a"}]')
     columns = {"context": "input", "response": "output"}
-    dolly = {"path": "dolly.csv", "rows": 2, "columns": columns, "system": "Be brief."}
+    dolly = {"path": "dolly.csv", "delimiter": ";", "rows": 2, "columns": columns, "system": "Be brief."}
     chat = {"path": "chat.jsonl", "roles": {"me": "user"}}
     data = InstructionDataModule(
         [dolly, chat], val=chat, test="test.json", columns={"query": "question"}, tokenizer=characters

@@ -70,8 +70,8 @@ class InstructionDataModule(LightningDataModule):
         reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
-        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest message (and of a
-            long system message), then the end of an answer; ``drop``; or ``split`` into pieces.
+        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
+            is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.

@@ -46,6 +46,7 @@ class ChatRenderer:
         self.train_on = train_on
         self.stop_ids = find_stop_ids(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
+        self.control_ids = self._controls.known
         self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -131,17 +132,6 @@ class ChatRenderer:
         """Return a conversation without what ``reasoning: drop`` leaves out of it."""
         return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
 
-    def count_tokens(self, messages: Conversation, tools: Tools = None, generation: bool = False) -> int:
-        """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
-        ids = self.encode([self._text.write(messages, tools, generation)])[0].ids
-        stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
-        return max(stops, default=len(ids))
-
-    def find_control(self, text: str) -> str | None:
-        """Return the first control token that a text would be encoded to."""
-        found = self._controls.pattern.search(text)
-        return found[0] if found else None
-
     def _write_document(self, text: str) -> RenderedText:
         self._refuse_control(text, "the text contains")
         begin = self.tokenizer.bos_token if self._writes_bos else ""
@@ -169,9 +159,9 @@ class ChatRenderer:
             self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
     def _refuse_control(self, text: str, place: str) -> None:
-        found = self.find_control(text)
+        found = self._controls.pattern.search(text)
         if found:
-            raise RowFault(f"{place} the control token {found!r} as text, which would end or begin a turn there")
+            raise RowFault(f"{place} the control token {found[0]!r} as text, which would end or begin a turn there")
 
     def _label(self, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token."""

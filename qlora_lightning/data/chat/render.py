@@ -80,7 +80,7 @@ class ChatText:
         messages = self.drop_earlier_reasoning(messages)
         text, places = self._write(messages, tools, wanted)
         _check_messages(messages, text)
-        if tools and self.write(messages, None) == text:
+        if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
@@ -105,10 +105,6 @@ class ChatText:
         _check_messages(messages, text)
         found = [(number, place) for number, place in places.items() if place and place.text == text]
         return RenderedText(text, [AnswerSpan(number, place.start, place.end) for number, place in found])
-
-    def write(self, messages: Conversation, tools: Tools, generation: bool = False) -> str:
-        """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
-        return self._write(messages, tools, (), generation)[0]
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
         """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""

@@ -9,10 +9,10 @@ from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
 
 def gather(*rows: tuple[Any, ...]) -> SampleSet:
-    """Make a set of samples: of each its ids, labels and the row's number, and perhaps its source and its weight."""
+    """Make a set of samples: of each its ids, labels and the row's number, and perhaps its source."""
     builder = SampleSetBuilder()
-    for ids, labels, number, source, weight in (row + (0, 1.0)[len(row) - 3 :] for row in rows):
-        builder.add(ids, labels, number, source, weight=weight)
+    for row in rows:
+        builder.add(*row)
     return builder.build()
 
 

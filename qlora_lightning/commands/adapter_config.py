@@ -31,7 +31,7 @@ _KEYS = {
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
         *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
-        *("deduplicate", "batch_size", "tokens_per_batch", "group_by_length", "shuffle", "streaming", "tokenizer"),
+        *("deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
     ),
     "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples"),
     "gradient_checkpointing": ("enabled", "every_n_layers", "offload"),

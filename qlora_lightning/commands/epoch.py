@@ -45,27 +45,24 @@ class Epoch:
 
 
 def training_plan(data: Any) -> EpochPlan:
-    """Return the batches of a data module that is set up; of a stream those of its first rows."""
-    if data.streaming:
-        return EpochPlan(data.samples["train"], data.batch_size, data.tokens_per_batch, shuffle=True)
+    """Return the batches of a data module that is set up."""
     plan: EpochPlan = data.train_dataloader().plan
     return plan
 
 
-def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any], streaming: bool = False) -> Epoch:
+def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
     """Count what the Trainer's settings make of the first epoch.
 
     Args:
         plan: Batches for one device.
         trainer: The trainer section of the config, with its defaults.
-        streaming: Whether these are only the first rows of a stream, which has no epochs.
     """
     accumulate, max_steps, max_epochs = (
         trainer[name] for name in ("accumulate_grad_batches", "max_steps", "max_epochs")
     )
     if max_epochs is None:
         max_epochs = _USUAL_EPOCHS if max_steps == -1 else -1
-    epochs = None if streaming or max_epochs == -1 else max_epochs
+    epochs = None if max_epochs == -1 else max_epochs
     devices = count_devices(trainer)
     batches, limit = len(replace(plan, world_size=devices)), trainer["limit_train_batches"]
     if isinstance(limit, float):

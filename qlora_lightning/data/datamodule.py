@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
-from qlora_lightning.data.batches.stream import StreamLoader
 from qlora_lightning.data.cache import cached_samples, describe_sources, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
@@ -22,7 +21,7 @@ from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_toke
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import Row, RowReader
+from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.samples import SampleSet, hold_out
 from qlora_lightning.support.errors import UserError
@@ -31,13 +30,13 @@ _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pr
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
 _CHOICES = {
     "train_on": ("assistant", "last", "all"),
-    "reasoning": ("template", "keep", "drop"),
+    "reasoning": ("template", "drop"),
     "too_long": ("truncate", "drop", "split"),
 }
 # Settings that a checkpoint remembers; one that it lacks had its default.
 _REMEMBERED = (
     *("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS),
-    *("batch_size", "tokens_per_batch", "group_by_length", "shuffle", "streaming", "shuffle_buffer"),
+    *("batch_size", "tokens_per_batch", "shuffle"),
 )
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
@@ -57,7 +56,7 @@ class InstructionDataModule(LightningDataModule):
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``glaive``, ``text``, ``segments``, ``tokens``, or the dotted path of a function
+            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function
             ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
@@ -68,20 +67,17 @@ class InstructionDataModule(LightningDataModule):
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
             unless ``strftime_now: 2026-11-27`` or a variable of its own names another.
-        reasoning: of earlier turns: ``template`` (as the chat template has it at inference), ``keep`` or ``drop``.
+        reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
-        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest message (and of a
-            long system message), then the end of an answer; ``drop``; or ``split`` into pieces.
+        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
+            is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
-        group_by_length: put rows of like length into a batch.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
         deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.
         val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
-        streaming: read the training rows while training, without end: for data larger than memory or disk.
-        shuffle_buffer: rows of a stream that are shuffled together.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
         accept_changed_data: resume from a checkpoint although training or validation samples differ now. It is not
@@ -103,19 +99,16 @@ class InstructionDataModule(LightningDataModule):
         encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
-        reasoning: Literal["template", "keep", "drop"] = "template",
+        reasoning: Literal["template", "drop"] = "template",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
-        group_by_length: bool = False,
         shuffle: bool = True,
         deduplicate: bool = False,
         val_fraction: float | None = None,
-        streaming: bool = False,
-        shuffle_buffer: int = 1_000,
         tokenizer: str | dict[str, Any] | Any | None = None,
         accept_changed_data: bool = False,
     ) -> None:
@@ -127,9 +120,8 @@ class InstructionDataModule(LightningDataModule):
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.group_by_length, self.shuffle, self.deduplicate = group_by_length, shuffle, deduplicate
+        self.shuffle, self.deduplicate = shuffle, deduplicate
         self.val_fraction = val_fraction
-        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.accept_changed_data = accept_changed_data
         self._check_settings()
         if batch_size is None and tokens_per_batch is None:
@@ -149,28 +141,17 @@ class InstructionDataModule(LightningDataModule):
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}: expected {', '.join(known)}, found {getattr(self, name)!r}.")
-        for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("shuffle_buffer", 1), ("max_length", 2)):
+        for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, found {value}.")
-        if self.streaming and self.max_length > (self.tokens_per_batch or self.max_length):
-            raise UserError(
-                f"tokens_per_batch: expected at least max_length, {self.max_length:,}, in a stream, found "
-                f"{self.tokens_per_batch:,}: the first longer sample would stop the run."
-            )
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
-        values = {**self.files, **vars(self), "shuffle: false": not self.shuffle, "load_rows": self._has_own_rows()}
+        values = {**self.files, **vars(self), "shuffle: false": not self.shuffle}
         for one, other, reason in (
             ("val", "val_fraction", "both name the rows to validate on"),
             ("batch_size", "tokens_per_batch", "both say how large a batch is"),
-            ("group_by_length", "tokens_per_batch", "packed batches are of like size already"),
-            ("shuffle: false", "group_by_length", "the first keeps the order of the files"),
             ("shuffle: false", "tokens_per_batch", "packing does not keep the order of the files"),
-            ("streaming", "val_fraction", "a stream never has all rows"),
-            ("streaming", "group_by_length", "a stream never has all rows"),
-            ("streaming", "deduplicate", "a stream never has all rows"),
-            ("streaming", "load_rows", "a stream reads the files of data.train itself"),
         ):
             if all(values[name] is not None and values[name] is not False for name in (one, other)):
                 raise UserError(f"{one} and {other} are both given, but {reason}: leave one of them out.")
@@ -211,7 +192,7 @@ class InstructionDataModule(LightningDataModule):
 
         Override it to take rows from elsewhere: plain dicts work.
         """
-        return (row for source in self.sources(split) for row in RowReader(source))
+        return (row for source in self.sources(split) for row in read_rows(source))
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -237,12 +218,10 @@ class InstructionDataModule(LightningDataModule):
         return len(self.train_dataloader())
 
     @override
-    def train_dataloader(self) -> FlatLoader | StreamLoader:
-        if self.streaming:
-            return self._make_stream(self._stream_length())
+    def train_dataloader(self) -> FlatLoader:
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle=shuffle, group_by_length=self.group_by_length, shares=self._shares)
+        return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
     @override
     def val_dataloader(self) -> FlatLoader:
@@ -282,9 +261,6 @@ class InstructionDataModule(LightningDataModule):
         if split == "val" and self.val_fraction is not None:
             self._prepare("train")  # which holds the validation rows out
             return
-        if split == "train" and self.streaming:
-            self._check_stream()
-            return
         found = self._read(split)
         if found is None or not found[1].rows:
             return
@@ -302,7 +278,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _has_training_rows(self, split: str) -> bool:
         """Whether training rows are there to compare with; if nothing has read them yet, they are read."""
-        if "train" not in self.samples and not self.streaming and not self._has_own_rows():
+        if "train" not in self.samples and not self._has_own_rows():
             try:
                 if not any(source.is_remote for source in self.sources("train")):
                     self._prepare("train")
@@ -313,7 +289,7 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
         sources = [] if self._has_own_rows() else self.sources(split)
-        rows: Sources = [(source.settings, RowReader(source)) for source in sources]
+        rows: Sources = [(source.settings, read_rows(source)) for source in sources]
         if self._has_own_rows():
             rows = [(self._row_settings(), self._own_rows(split))]
         if not rows:
@@ -359,9 +335,7 @@ class InstructionDataModule(LightningDataModule):
             value = found or None
         if value is None:
             return []
-        streaming = self.streaming and split == "train"
-        settings = self._row_settings()
-        sources = find_sources(value, split, streaming=streaming, settings=settings, encoding=self.encoding)
+        sources = find_sources(value, split, settings=self._row_settings(), encoding=self.encoding)
         if split == "train" and not self.shuffle and sources[0].weight is not None:
             raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
         return sources
@@ -382,9 +356,12 @@ class InstructionDataModule(LightningDataModule):
     def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
         """Return everything that samples depend on; None if nobody can tell."""
         tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
-        # a function of the user's may depend on anything
-        if not sources or tokenizer is None or any("." in source.settings.format for source in sources):
+        if not sources or tokenizer is None:
             return None
+        for source in sources:
+            # a function of the user's may depend on anything, and only a download tells what is behind a URL
+            if "." in source.settings.format or any(isinstance(file, str) for file in source.files):
+                return None
         return {
             "sources": describe_sources(sources),
             "tokenizer": tokenizer,
@@ -419,44 +396,3 @@ class InstructionDataModule(LightningDataModule):
         settings |= {"seed": self._seed or 0, "world_size": world_size}
         plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
         return (FlatLoader if self.trainer is not None else FabricLoader)(plan, rank)
-
-    def _check_stream(self) -> None:
-        """Read the first rows of the stream; there may be no length yet, without a Trainer."""
-        if self.files["train"] is None:
-            return
-        stream = self._make_stream(1 if self.trainer is None else self._stream_length())
-        self.samples["train"], self.reports["train"] = stream.first_block()
-        rank_zero_info(f"streaming, its first rows are checked; {self.reports['train'].describe()}")
-
-    def _stream_length(self) -> int:
-        """Return the batches of the run on each rank."""
-        trainer: Any = self.trainer
-        if trainer is None or trainer.max_steps < 1:
-            raise UserError("data.streaming: a stream has no end, so trainer.max_steps must say where to stop.")
-        if trainer.overfit_batches:
-            raise UserError("data.streaming: trainer.overfit_batches wants the same batches again: leave one out.")
-        return int(trainer.max_steps * trainer.accumulate_grad_batches)
-
-    def _make_stream(self, length: int) -> StreamLoader:
-        rank, world_size = self._rank_and_world_size()
-        return StreamLoader(
-            self.sources("train"),
-            self._recipe(),
-            length,
-            self.batch_size,
-            self.tokens_per_batch,
-            self._seed or 0,
-            self.on_bad_row == "skip",
-            rank,
-            world_size,
-            self.shuffle,
-            self.shuffle_buffer,
-            self._gather,
-        )
-
-    def _gather(self, count: int | None) -> list[int | None]:
-        """Return what each rank calls this with."""
-        counts = [count] * self._rank_and_world_size()[1]
-        if len(counts) > 1:
-            torch.distributed.all_gather_object(counts, count)
-        return counts

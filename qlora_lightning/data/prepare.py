@@ -48,14 +48,6 @@ class Recipe:
     pairs: bool = False
 
 
-class NumberedRow(NamedTuple):
-    """A row, its number in the split, and that of its source."""
-
-    number: int
-    source: int
-    row: Row | BadRow
-
-
 class _Converted(NamedTuple):
     """What a good row says, with its number in the split and that of its source."""
 
@@ -79,7 +71,7 @@ class Prompt(NamedTuple):
     values: dict[str, Any]
 
 
-class Preparation:
+class _Preparation:
     """Turns rows into samples; what becomes of a row depends on nothing but the row and the settings of its source.
 
     Args:
@@ -90,21 +82,21 @@ class Preparation:
     """
 
     def __init__(self, recipe: Recipe, split: str, settings: Iterable[RowSettings], for_prompts: bool = False) -> None:
-        self._recipe, self._split, self._for_prompts = recipe, split, for_prompts
+        self._recipe, self._for_prompts = recipe, for_prompts
         pairs = recipe.pairs and not for_prompts
         self._converters = [RowConverter(each, not for_prompts, pairs) for each in settings]
         self.report, self._builder = Report(split), SampleSetBuilder()
         self.prompts: list[Prompt] = []
 
-    def check(self, source: int, rows: Rows) -> None:
+    def check(self, source: int, rows: Sequence[Row | BadRow]) -> None:
         """Check the settings of a source against its first rows."""
-        self._converters[source].check([row for row in islice(rows, CHUNK) if isinstance(row, Row)])
+        self._converters[source].check([row for row in rows if isinstance(row, Row)])
 
-    def add(self, rows: Sequence[NumberedRow]) -> None:
-        """Add rows; bad ones are reported and left out."""
+    def add(self, source: int, rows: Sequence[Row | BadRow]) -> None:
+        """Add rows of a source; bad ones are reported and left out."""
         renderer, bad = self._recipe.renderer, dict[int, BadRow]()
         good: list[_Converted] = []
-        for number, source, row in rows:
+        for number, row in enumerate(rows, start=self.report.rows):
             if isinstance(row, BadRow):
                 bad[number] = row
                 continue
@@ -129,11 +121,10 @@ class Preparation:
             self.report.count_bad_row(bad[number])
 
     def take(self) -> Prepared:
-        """Return the samples and the report of the rows that were added since the last time."""
+        """Return the samples of all rows, and the report on them."""
         samples, report = self._builder.build(), self.report
         report.count_samples(samples)
         report.note_columns(self._converters)
-        self.report, self._builder = Report(self._split), SampleSetBuilder()
         return samples, report
 
     def _add_prompt(self, converted: _Converted) -> None:
@@ -148,9 +139,6 @@ class Preparation:
 
     def _add_samples(self, converted: _Converted, parts: list[list[Rendered]]) -> None:
         (number, source, row, content), recipe, report = converted, self._recipe, self.report
-        if not content.weight:
-            report.drop("their weight is 0")
-            return
         fitted = [
             [sample for sample in _fit(recipe, part, samples, report) if _count(sample)]
             for part, samples in zip(converted.parts, parts, strict=True)
@@ -168,11 +156,11 @@ class Preparation:
                     report.drop("their prompt is too long for the two answers to share what is left of it")
                     return
                 ids, labels = one.ids + other.ids, one.labels + other.labels
-                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight, len(one.ids))
+                self._builder.add(ids, labels, number, source, row.file, row.line, len(one.ids))
                 return
         elif fitted[0]:
             for ids, labels in fitted[0]:
-                self._builder.add(ids, labels, number, source, row.file, row.line, content.weight)
+                self._builder.add(ids, labels, number, source, row.file, row.line)
             return
         if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
             report.drop(TOO_LONG)
@@ -218,25 +206,25 @@ def prepare(
         for_prompts: whether the rows are to be answered; they may lack answers.
         show: show how many rows are done: by a bar on a terminal, else in the log every 10 seconds.
     """
-    preparation, done = Preparation(recipe, split, [settings for settings, _ in sources], for_prompts), 0
+    preparation = _Preparation(recipe, split, [settings for settings, _ in sources], for_prompts)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
     console = terminal(stderr=True)
     began = logged = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(split, total=None)  # how many there are is known when they have been read
         for source, (_, rows) in enumerate(sources):
-            stream = iter(rows)
-            chunk = list(islice(stream, CHUNK))
+            left = iter(rows)
+            chunk = list(islice(left, CHUNK))
             preparation.check(source, chunk)
             while chunk:
-                preparation.add([NumberedRow(number, source, row) for number, row in enumerate(chunk, start=done)])
-                done += len(chunk)
+                preparation.add(source, chunk)
+                done = preparation.report.rows
                 progress.update(task, completed=done)
                 now = time.monotonic()
                 if show and not console.is_terminal and now - logged > _PAUSE:
                     _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{done:,}", done / (now - began))
                     logged = now
-                chunk = list(islice(stream, CHUNK))
+                chunk = list(islice(left, CHUNK))
     samples, report = preparation.take()
     if for_prompts:
         return samples, report, preparation.prompts
@@ -256,7 +244,7 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
     most = recipe.max_length
     if all(len(sample.ids) <= most for sample in rendered):
         return rendered
-    document = isinstance(content, Text) and content.whole  # every piece of it is trained
+    document = isinstance(content, Text)  # every piece of it is trained
     if document or recipe.too_long == "split":
         context = 1 if document else None
         return [piece for sample in rendered for piece in split_up(sample, most, context)]

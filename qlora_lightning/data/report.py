@@ -28,7 +28,6 @@ class Report:
     lost_tokens: int = 0  # that max_length cut off or, with too_long: drop, left out with their rows
     lost_labels: int = 0  # of these
     turn_by_turn: int = 0  # rows that became a sample per turn, since the template renders earlier answers otherwise
-    weighted: int = 0  # samples whose row has another weight than 1
     dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
     unusable: int = 0  # of these, rows that leave nothing to train on
     bad_rows: int = 0
@@ -67,7 +66,6 @@ class Report:
     def count_samples(self, samples: SampleSet) -> None:
         """Count samples that take the place of those counted so far."""
         self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
-        self.weighted = 0 if samples.weights is None else int((samples.weights != 1).sum())
 
     def describe(self) -> str:
         """Return what is printed for the split: one line, and one more for each thing to look at."""
@@ -85,11 +83,6 @@ class Report:
         if self.unread_columns:
             more = ", …" if len(self.unread_columns) > _SHOWN else ""
             lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")
-        if self.weighted:
-            lines.append(
-                f"  {self.weighted:,} samples have a weight, in batch['weights'] for a compute_loss of your own: the "
-                "loss of QLoRAModule does not read it"
-            )
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
             lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])

@@ -27,7 +27,6 @@ class Sample(NamedTuple):
     labels: torch.Tensor  # aligned with ids, -100 where nothing is trained, as the first always; (length,) int32
     row_id: int
     source: int
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,7 +41,6 @@ class SampleSet(Sequence[Sample]):
     file: npt.NDArray[np.int32]  # (N,): which of ``files`` it is in; -1 for none
     line: npt.NDArray[np.int64]  # (N,)
     files: tuple[str, ...]
-    weights: npt.NDArray[np.float32] | None = None  # (N,), of the rows; None if each weighs 1
     # (N,): tokens of the first of two answers to compare, which a sample of preferences holds one behind the other
     first: npt.NDArray[np.int64] | None = None
 
@@ -64,9 +62,9 @@ class SampleSet(Sequence[Sample]):
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of tokens, labels, weights and order of the samples, and of which source each comes from."""
+        """Hash of tokens, labels and order of the samples, and of which source each comes from."""
         total = hashlib.sha256()
-        for values in (self.starts, self.ids, self.labelled, self.source, self.weights, self.first):
+        for values in (self.starts, self.ids, self.labelled, self.source, self.first):
             if values is not None:
                 total.update(values.data)
         return total.hexdigest()
@@ -108,7 +106,6 @@ class SampleSet(Sequence[Sample]):
             self.file[chosen],
             self.line[chosen],
             self.files,
-            None if self.weights is None else self.weights[chosen],
             None if self.first is None else self.first[chosen],
         )
 
@@ -138,9 +135,8 @@ class SampleSet(Sequence[Sample]):
         span = slice(self.starts[at], self.starts[at + 1])
         ids = self.ids[span].copy()  # torch warns of an array that cannot be written to
         labels = np.where(self.labelled[span], ids, np.int32(IGNORED))
-        weight = 1.0 if self.weights is None else float(self.weights[at])
         row_id, source = int(self.row_ids[at]), int(self.source[at])
-        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), row_id, source, weight)
+        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), row_id, source)
 
 
 class SampleSetBuilder:
@@ -149,7 +145,7 @@ class SampleSetBuilder:
     def __init__(self) -> None:
         self._ids, self._labelled = array("i"), bytearray()
         self._starts, self._row_ids, self._source = array("q", [0]), array("q"), array("i")
-        self._file, self._line, self._weights, self._first = array("i"), array("q"), array("f"), array("q")
+        self._file, self._line, self._first = array("i"), array("q"), array("q")
         self._files: dict[str, int] = {}
 
     def add(
@@ -160,7 +156,6 @@ class SampleSetBuilder:
         source: int = 0,
         file: str | None = None,
         line: int = 0,
-        weight: float = 1.0,
         first: int = 0,
     ) -> None:
         """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
@@ -177,12 +172,11 @@ class SampleSetBuilder:
         self._source.append(source)
         self._file.append(-1 if file is None else self._files.setdefault(file, len(self._files)))
         self._line.append(line)
-        self._weights.append(weight)
         self._first.append(first)
 
     def build(self) -> SampleSet:
         """Return all that was added, without copying it; the builder is used up."""
-        weights, first = np.frombuffer(self._weights, np.float32), np.frombuffer(self._first, np.int64)
+        first = np.frombuffer(self._first, np.int64)
         return SampleSet(
             np.frombuffer(self._ids, dtype=np.int32),
             np.frombuffer(self._labelled, dtype=np.bool_),
@@ -192,7 +186,6 @@ class SampleSetBuilder:
             np.frombuffer(self._file, dtype=np.int32),
             np.frombuffer(self._line, dtype=np.int64),
             tuple(self._files),
-            None if (weights == 1).all() else weights,
             first if first.any() else None,
         )
 

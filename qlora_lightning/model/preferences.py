@@ -198,9 +198,8 @@ class PreferenceModule(QLoRAModule):
         """Return what is kept of the split at work, by row; ``None`` if its rows do not come again."""
         trainer = self._trainer
         split = None if trainer is None else _SPLITS.get(trainer.state.stage)
-        data = datamodule_of(trainer)
-        samples = samples_of(data, split)
-        if samples is None or (split == "train" and getattr(data, "streaming", False)):
+        samples = samples_of(datamodule_of(trainer), split)
+        if samples is None:
             return None
         return self._references.setdefault(samples.rows_hash, {})
 

@@ -115,10 +115,3 @@ def test_other_validations_are_rejected_at_an_epochs_end_and_reported_inside_it(
         val_check_interval=4,
     )
     assert "trainer.val_check_interval: 1.0 → 4" in capsys.readouterr().out
-
-
-def test_a_stream_continues_to_more_steps(fit, make_data, last, adapter_of, assert_same):
-    _, expected = fit(AdapterCheckpoint(), data=make_data(streaming=True), folder="whole", max_steps=5)
-    fit(AdapterCheckpoint(), data=make_data(streaming=True), max_steps=3)
-    _, module = fit(AdapterCheckpoint(), data=make_data(streaming=True), ckpt_path=last, max_steps=5)
-    assert_same(adapter_of(module), adapter_of(expected))

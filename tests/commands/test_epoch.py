@@ -66,8 +66,6 @@ def test_what_ends_no_run_ends_no_plan(samples):
     plan = EpochPlan(samples, batch_size=1)
     assert plan_epoch(plan, {**USUAL, "max_epochs": -1}).all_steps is None
     assert plan_epoch(plan, {**USUAL, "max_epochs": None}).all_steps == 10 * 1000  # Lightning's 1,000 epochs
-    assert plan_epoch(plan, {**USUAL, "max_epochs": 3}, streaming=True).all_steps is None
-    assert plan_epoch(plan, {**USUAL, "max_steps": 70}, streaming=True).all_steps == 70
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_rows_of_another_split_by_place_length_and_text(folder):
 
 
 def test_each_source_is_counted_with_its_share_and_cut_answers_are_reported(folder):
-    rows = [{"question": f"{n}?", "answer": str(n), "weight": 2 - n % 2} for n in range(4)]
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(4)]
     write(folder / "more.jsonl", [*rows, rows[0]])
     write(folder / "texts.jsonl", [{"text": "A long story. " * 40}])
     sources = [{"path": "more.jsonl", "weight": 3}, {"path": "texts.jsonl", "weight": 1, "format": "text"}]
@@ -146,9 +146,7 @@ def test_each_source_is_counted_with_its_share_and_cut_answers_are_reported(fold
     assert cells(out, "more.jsonl")[:2] == ["4", "4"]
     assert cells(out, "more.jsonl")[-1] == "75.0%"
     assert cells(out, "texts.jsonl")[:2] == ["1", "3"]
-    assert cells(out, "with a weight") == ["2"]
     assert "1: equal to an earlier row (deduplicate: true)" in out
-    assert "labelled, weight 2" in out
     assert "texts.jsonl:1" not in out
     assert "of up to 128 tokens on each of 2 devices" in out
 
@@ -166,15 +164,6 @@ def test_rows_to_predict_are_shown_as_generation_begins(folder):
     assert "│<|im_start|>│ass│istant│↵" in joined(out)
     assert "So" not in out.partition("Rows of predict")[2]
     assert "without a stop token" not in out
-
-
-def test_a_stream_is_judged_by_its_first_rows(folder):
-    rows = [{"instruction": "Say it.", "output": str(n)} for n in range(1_500)]
-    write(folder / "stream.jsonl", [*rows, "{not JSON"])
-    settings = ("--data.train", "stream.jsonl", "--data.streaming", "true", "--trainer.max_steps", "9")
-    _, out, _ = inspect(*settings, "--split", "train")
-    assert "Streaming: of train only the first 1,000 rows were read" in " ".join(out.split())
-    assert cells(out, "rows read") == ["1,000"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -88,7 +89,7 @@ def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
 def test_another_setting_is_prepared_again_and_each_is_kept(setup, prepared):
     settings = [{}, {"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
     settings += [{"format": "prompt_completion"}, {"columns": {"prompt": "prompt"}}, {"chat_template": "own.jinja"}]
-    settings += [{"deduplicate": True}, {"reasoning": "keep"}]
+    settings += [{"deduplicate": True}, {"reasoning": "drop"}]
     for _ in range(2):
         for each in settings:
             setup(**each)
@@ -127,6 +128,9 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
     for _ in range(2):
         setup(format="converting.convert")
         assert prepared[-2:] == ["train", "val"]
+    with fsspec.open("memory://rows.jsonl", "wb") as file:
+        file.write(Path("train.jsonl").read_bytes())
+    assert len(setup(train="memory://rows.jsonl", val=None).samples["train"]) == 8
     assert not cache.exists()
 
 

@@ -86,7 +86,6 @@ def train(make, callbacks=(), ckpt_path=None, data=None, **kwargs):
 
 
 STEPS = {"max_epochs": -1, "max_steps": 5}
-STREAM = {**STEPS, "data": {"streaming": True, "shuffle_buffer": 12}}
 PACKED = {"batch_size": None, "tokens_per_batch": 40}
 
 
@@ -97,9 +96,6 @@ PACKED = {"batch_size": None, "tokens_per_batch": 40}
         STEPS,
         {"limit_train_batches": 11},
         {"data": PACKED},
-        STREAM,
-        {**STREAM, "limit_train_batches": 13},
-        {**STREAM, "data": {**STREAM["data"], **PACKED, "max_length": 40}},
     ],
 )
 def test_a_run_resumes_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
@@ -126,25 +122,14 @@ def test_without_shuffling_every_epoch_is_in_file_order(make, write):
     weighted = [{"path": "train.jsonl", "weight": 1}, {"path": "val.jsonl", "weight": 2}]
     with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
         make(train=weighted, shuffle=False).setup("fit")
-    with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
-        make(train=weighted, shuffle=False, streaming=True).setup("fit")
 
 
 SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
     ({"max_length": 1}, "max_length: expected at least 2, found 1"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
-    (
-        {"batch_size": None, "tokens_per_batch": 512, "streaming": True},
-        "tokens_per_batch: expected at least max_length, 2,048, in a stream, found 512",
-    ),
-    ({"batch_size": None, "tokens_per_batch": 9, "group_by_length": True}, "group_by_length and tokens_per_batch are"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
-    ({"shuffle": False, "group_by_length": True}, "shuffle: false and group_by_length"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
-    ({"streaming": True, "val": None, "val_fraction": 0.1}, "a stream never has all rows"),
-    ({"streaming": True, "group_by_length": True}, "a stream never has all rows"),
-    ({"streaming": True, "deduplicate": True}, "a stream never has all rows"),
 ]
 
 
@@ -219,9 +204,9 @@ OTHER_TASKS = [
 @pytest.mark.parametrize(("row", "advice"), OTHER_TASKS)
 def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write, row, advice):
     write("other.jsonl", [PAIR, {"prompt": "q"}, row])
-    for split, settings in (("train", {}), ("train", {"streaming": True}), ("val", {})):
+    for split, stage in (("train", "fit"), ("val", "validate")):
         with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
-            make(**{split: "other.jsonl"}, on_bad_row="skip", **settings).setup({"val": "validate"}.get(split, "fit"))
+            make(**{split: "other.jsonl"}, on_bad_row="skip").setup(stage)
         assert advice in str(error.value)
 
 
@@ -267,15 +252,13 @@ def test_rows_of_other_tasks_may_be_answered(make, write):
 def test_rows_from_elsewhere(characters):
     class Mine(InstructionDataModule):
         def load_rows(self, split):
-            return [{"prompt": "q", "completion": "k" if split == "train" else "", "weight": 0.5}]
+            return [{"prompt": "q", "completion": "k" if split == "train" else ""}]
 
-    with pytest.raises(UserError, match="streaming and load_rows are both given"):
-        Mine(streaming=True)
     data = Mine(tokenizer=characters)
     with pytest.raises(UserError, match="val:1: the answer"):
         data.setup("fit")
     (batch,) = data.train_dataloader()
-    assert batch["weights"].tolist() == [0.5]
+    assert batch["row_ids"].tolist() == [0]
 
 
 def test_rows_to_predict(make, write):

@@ -72,16 +72,15 @@ def bad_lines(tmp_path, monkeypatch):
     return [11 * number for number in range(1, 1 + len(BAD))]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out(characters, bad_lines, streaming):
+def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out(characters, bad_lines):
     with pytest.raises(UserError) as error:
-        InstructionDataModule("train.jsonl", tokenizer=characters, streaming=streaming).setup("fit")
+        InstructionDataModule("train.jsonl", tokenizer=characters).setup("fit")
     first, *named, last = str(error.value).splitlines()
     assert first == f"{len(BAD)} rows cannot be used:"
     assert last == "Correct them, or leave them out with `on_bad_row: skip`."
     for line, found, (_, reason) in zip(bad_lines, named, BAD, strict=True):
         assert found.startswith(f"  train.jsonl:{line}: {reason}")
-    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip", streaming=streaming)
+    data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip")
     data.setup("fit")
     report = data.reports["train"]
     assert (report.rows, report.bad_rows, report.samples) == (11 * len(BAD), len(BAD), 10 * len(BAD))
@@ -117,10 +116,10 @@ def test_a_row_split_into_pieces_keeps_its_number(recipe):
 
 
 @pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
-def test_a_document_is_cut_into_pieces_and_other_text_as_its_settings_say(recipe, too_long, cut):
-    segments = [{"text": "x" * 19, "train": True}]
-    for name, value, lengths in (("text", "x" * 19, [8, 8, 6]), ("segments", segments, cut)):
-        rows = source({name: value}, format=name)
+def test_a_document_is_cut_into_pieces_and_tokens_as_their_settings_say(recipe, too_long, cut):
+    tokens = {"input_ids": [120] * 19, "labels": [120] * 19}
+    for name, row, lengths in (("text", {"text": "x" * 19}, [8, 8, 6]), ("tokens", tokens, cut)):
+        rows = source(row, format=name)
         samples, report = prepared(rows, recipe=recipe(max_length=8, too_long=too_long))
         assert samples.lengths.tolist() == lengths
         assert report.shortened == (lengths == [8])
@@ -206,7 +205,6 @@ FULL = Report(
     shortened=3,
     lost_labels=12,
     turn_by_turn=4,
-    weighted=9,
     dropped={TOO_LONG: 8},
     bad_rows=2,
     bad=EMPTY,
@@ -223,7 +221,7 @@ def test_a_split_without_surprises_is_one_line_and_each_thing_to_look_at_has_one
     assert report.describe() == "train: 2 rows (alpaca), 40 tokens, 25% labelled"
     first, *lines = FULL.describe().splitlines()
     assert first.endswith("7,465 samples, 3 shortened (12 labelled tokens lost), 4 rendered turn by turn")
-    begins = ["columns not read: id", "9 samples have a weight", "8 rows dropped: longer than max_length"]
+    begins = ["columns not read: id", "8 rows dropped: longer than max_length"]
     begins += ["2 bad rows skipped: a.jsonl:3 (empty), a.jsonl:9", "6 rows equal an earlier one: a.jsonl:2 = a.jsonl:1"]
     begins += ["1 rows are trained on too, so val_loss is too good: a.jsonl:5 = t.jsonl:7"]
     assert len(lines) == len(begins)

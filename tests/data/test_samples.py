@@ -17,11 +17,11 @@ from tests.flat import gather
 
 
 def build(*rows, file="train.jsonl", source=0):
-    """One row a line: (ids, labels) and perhaps a weight, or a list of such pieces."""
+    """One row a line: (ids, labels), or a list of such pieces."""
     builder = SampleSetBuilder()
     for number, row in enumerate(rows):
-        for ids, labels, *weight in row if isinstance(row, list) else [row]:
-            builder.add(ids, labels, number, source, file, number + 1, *weight)
+        for ids, labels in row if isinstance(row, list) else [row]:
+            builder.add(ids, labels, number, source, file, number + 1)
     return builder.build()
 
 
@@ -33,11 +33,10 @@ def contents(samples):
 
 THREE = build(([5, 6, 7], [-100, 6, 7]), ([8, 9], [8, 9]), ([3], [3]))
 CONTENTS = [
-    ([5, 6, 7], [-100, 6, 7], 0, 0, 1.0, "train.jsonl:1"),
-    ([8, 9], [-100, 9], 1, 0, 1.0, "train.jsonl:2"),  # nothing predicts a first token, so it is never labelled
-    ([3], [-100], 2, 0, 1.0, "train.jsonl:3"),
+    ([5, 6, 7], [-100, 6, 7], 0, 0, "train.jsonl:1"),
+    ([8, 9], [-100, 9], 1, 0, "train.jsonl:2"),  # nothing predicts a first token, so it is never labelled
+    ([3], [-100], 2, 0, "train.jsonl:3"),
 ]
-WEIGHTED = build(([5, 6], [5, 6], 0.5), ([8, 9], [8, 9], 1.0), ([3], [3], 2.0))
 
 
 def test_flat_arrays_and_the_samples_in_them():
@@ -45,7 +44,6 @@ def test_flat_arrays_and_the_samples_in_them():
     assert THREE.labelled.tolist() == [False, True, True, False, True, False]
     assert THREE.starts.tolist() == [0, 3, 5, 6]
     assert (THREE.lengths.tolist(), THREE.labelled_counts.tolist()) == ([3, 2, 1], [2, 1, 0])
-    assert THREE.weights is None
     assert contents(THREE) == CONTENTS
     assert contents(THREE.take([2, 0, 2])) == [CONTENTS[2], CONTENTS[0], CONTENTS[2]]
     assert (THREE[-1].row_id, contents(THREE[1:])[0][:2]) == (2, CONTENTS[1][:2])
@@ -55,7 +53,7 @@ def test_flat_arrays_and_the_samples_in_them():
     assert gather(([5, 6], [-100, 6], 7)).where(0) == "row 7"
 
 
-@pytest.mark.parametrize("samples", [THREE, WEIGHTED, THREE.take([])], ids=["plain", "weighted", "empty"])
+@pytest.mark.parametrize("samples", [THREE, THREE.take([])], ids=["plain", "empty"])
 def test_what_is_saved_is_loaded_mapped(tmp_path, samples):
     samples.save(tmp_path)
     loaded = SampleSet.load(tmp_path)
@@ -124,9 +122,8 @@ def test_rows_that_differ_in_labels_only_and_the_pieces_of_a_row_stay_together()
     assert len(set(validation)) == 5
 
 
-def test_each_side_has_a_row_and_its_weights_or_the_split_is_rejected():
+def test_each_side_has_a_row_or_the_split_is_rejected():
     assert [list(map(len, held(SIXTY[:2], fraction))) for fraction in (0.01, 0.99)] == [[1, 1], [1, 1]]
-    assert sorted(weight for side in hold_out(WEIGHTED, 0.3, 1) for weight in side.weights.tolist()) == [0.5, 1, 2]
     with pytest.raises(UserError, match="at least 2 different rows"):
         held(SIXTY[:1], 0.5)
 
@@ -142,9 +139,8 @@ def test_each_side_has_a_row_and_its_weights_or_the_split_is_rejected():
         build(B, A),
         build(([1, 2], [-100, 2]), ([3, 1, 2, 4], [-100, -100, 2, 4])),
         build(A, B, source=1),
-        build((*A, 0.5), B),
     ],
-    ids=["token", "label", "order", "boundary", "source", "weight"],
+    ids=["token", "label", "order", "boundary", "source"],
 )
 def test_whatever_is_trained_on_counts(other):
     # the hash is that of checkpoints that exist

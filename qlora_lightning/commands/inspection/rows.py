@@ -70,8 +70,6 @@ def choose_rows(
         span = slice(*samples.starts[number : number + 2])
         ids, labelled = samples.ids[span].tolist(), samples.labelled[span].tolist()
         about = [f"{len(ids):,} tokens", f"{sum(labelled):,} labelled"]
-        if samples.weights is not None:
-            about.append(f"weight {samples.weights[number]:g}")
         pieces = cut_into_pieces(ids, labelled, tokenizer, stop_ids)
         return ShownRow(samples.where(number), ", ".join([*about, why] if why else about), pieces)
 

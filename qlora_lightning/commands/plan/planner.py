@@ -88,8 +88,8 @@ def _plan(
         if no_tokenizer is not None:
             raise no_tokenizer
         rows = _plan_batches(data)
-        epoch = plan_epoch(rows, trainer, data.streaming)
-        batch = _largest_batch(rows, epoch, data.streaming, skips_unlabelled)
+        epoch = plan_epoch(rows, trainer)
+        batch = _largest_batch(rows, epoch, skips_unlabelled)
     except UserError as error:
         epoch = None
         notes.append(f"The data were not read. {error}")
@@ -191,9 +191,9 @@ def _plan_batches(data: Any) -> EpochPlan:
     return training_plan(data)
 
 
-def _largest_batch(plan: EpochPlan, epoch: Epoch, streaming: bool, skips_unlabelled: bool) -> dict[str, int]:
+def _largest_batch(plan: EpochPlan, epoch: Epoch, skips_unlabelled: bool) -> dict[str, int]:
     """Describe the batch with the most computed tokens."""
-    epochs = range(1) if streaming else epochs_to_look_at(plan, max_epochs=epoch.epochs)
+    epochs = epochs_to_look_at(plan, max_epochs=epoch.epochs)
     count = _computed_counter(plan.samples, skips_unlabelled)
     batches = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
     if batches is None:

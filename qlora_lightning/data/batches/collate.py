@@ -22,7 +22,6 @@ class Batch(TypedDict):
     longest: int  # tokens of the longest sample
     row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
     source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
-    weights: torch.Tensor  # (B,) float32, of each row; 1 by default, and for a filler
     pairs: NotRequired[bool]  # whether rows are two samples each: answers to compare
 
 
@@ -38,7 +37,6 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
     else:
         labelled = np.concatenate([samples.labelled[span] for span in spans])
         labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
-    weights = None if filler else samples.weights
     batch: Batch = {
         "input_ids": torch.from_numpy(ids).unsqueeze(0),
         "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
@@ -47,6 +45,5 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         "longest": int(lengths.max()),
         "row_ids": torch.from_numpy(row_ids),
         "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
-        "weights": torch.ones(len(rows)) if weights is None else torch.from_numpy(weights[rows]),
     }
     return batch if samples.first is None else {**batch, "pairs": True}

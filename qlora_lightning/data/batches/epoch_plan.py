@@ -11,7 +11,6 @@ from qlora_lightning.data.batches.order import (
     RankBatch,
     best_fit,
     count_batches,
-    group_by_length,
     make_count,
     mix_sources,
     permute,
@@ -38,7 +37,6 @@ class EpochPlan:
     batch_size: int | None = None  # rows per batch on each rank; or
     tokens_per_batch: int | None = None  # tokens per batch on each rank, which best-fit bins stay within
     shuffle: bool = False
-    group_by_length: bool = False  # only with ``batch_size``
     shares: Sequence[float] | None = None  # of an epoch, by source; without, each row is taken once an epoch
     seed: int = 0
     world_size: int = 1
@@ -64,13 +62,8 @@ class EpochPlan:
         n = len(self.samples)
         epoch = epoch if self.shuffle else 0
         if self.shares is not None:
-            order = mix_sources(self.samples.source, self.shares, self.seed, epoch)
-        else:
-            order = permute(n, self.seed, epoch) if self.shuffle else np.arange(n)
-        if self.group_by_length and self.batch_size is not None:
-            stride = self.batch_size * self.world_size
-            order = group_by_length(order, self.samples.lengths, stride, self.seed, epoch)
-        return order
+            return mix_sources(self.samples.source, self.shares, self.seed, epoch)
+        return permute(n, self.seed, epoch) if self.shuffle else np.arange(n)
 
     def batches(self, epoch: int, rank: int = 0) -> list[RankBatch]:
         """Return one rank's batches of an epoch."""

@@ -86,7 +86,7 @@ class FlatLoader:
                 raise UserError(
                     f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
                     f"= {mine}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
-                    "times processes (tokens_per_batch and processes), group_by_length, shuffle and weights as they "
+                    "times processes (tokens_per_batch and processes), shuffle and weights as they "
                     "were."
                 )
         self._epoch, self._position, self._restored = epoch, position, True
@@ -103,7 +103,6 @@ class FlatLoader:
             "tokens_per_batch": plan.tokens_per_batch or 0,
             # two ranks of 2,048 pack other bins than one of 4,096
             "bins_per_batch": plan.world_size if plan.tokens_per_batch else 0,
-            "group_by_length": plan.group_by_length,
             "shuffle": plan.shuffle,
             "weights": None if plan.shares is None else [float(share) for share in plan.shares],
         }

@@ -1,4 +1,4 @@
-"""The order of an epoch's rows, mixed by weight, grouped by length or packed, and which of them each rank takes."""
+"""The order of an epoch's rows, mixed by weight or packed, and which of them each rank takes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -103,42 +103,6 @@ def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number
     line = [rows[permute(len(rows), seed, "source", number, turn)] for turn in rounds]
     start = begin % len(rows)
     return np.concatenate([rows[:0], *line])[start : start + count]
-
-
-_BATCHES_SORTED_TOGETHER = 50  # more: lengths more alike; fewer: an order more random
-
-
-def group_by_length(
-    order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], stride: int, seed: int, epoch: int
-) -> npt.NDArray[np.int64]:
-    """Reorder an epoch so that each ``stride`` rows, from the first on, are of like length.
-
-    A shuffled order is sorted by length in stretches of about 50 batches, then the batches are shuffled. The batch with
-    the longest row comes first, so that memory runs out in the first step or never; a short batch stays last.
-
-    Args:
-        order: the rows of the epoch, shuffled, ``(n,)``.
-        lengths: tokens of every row.
-        stride: rows in a batch of all ranks together.
-        seed: of the order of the batches, as ``epoch`` is.
-        epoch: from 0.
-
-    Returns:
-        The same rows, ``(n,)``.
-    """
-    full = len(order) // stride
-    stretch = _BATCHES_SORTED_TOGETHER * stride
-    # The last stretch takes what is left over, so that its short batch never stands alone and never holds the longest.
-    borders = np.arange(1, full // _BATCHES_SORTED_TOGETHER) * stretch
-    parts = np.split(order, borders)
-    falling = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
-    batches, rest = falling[: full * stride].reshape(full, stride), falling[full * stride :]
-    if not full:
-        return rest
-    batches = batches[permute(full, seed, epoch, "groups")]
-    first = int(np.argmax(lengths[batches].max(axis=1)))
-    batches[[0, first]] = batches[[first, 0]]
-    return np.concatenate([batches.ravel(), rest])
 
 
 _Numbers = Sequence[int] | npt.NDArray[Any]

@@ -4,16 +4,14 @@ import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.data.chat.render import AnswerSpan, ChatText, RenderedText, find_places
+from qlora_lightning.data.chat.render import ChatText, RenderedText, find_places
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat, Content, Conversation, Message, Text, Tokens, Tools
+from qlora_lightning.data.rows.conversation import Content, Conversation, Message, Text, Tokens, Tools
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
@@ -33,15 +31,14 @@ class ChatRenderer:
 
     A text is encoded as a whole, and the characters that each token stands for say which tokens are an answer. Every
     row is checked: the ids before an answer are those that generation would begin with, and the labelled ids decode to
-    the answer and its stop token. A token with any character of an untrained stretch of an answer is not labelled.
+    the answer and its stop token.
 
     Args:
         tokenizer: a tokenizer of transformers; for conversations with a chat template.
         train_on: ``assistant``: every answer and its stop token; ``last``: only the last one; ``all``: every token.
             An answer with ``train: false`` is never trained.
         reasoning: of the answers before the last: ``template``: each answer is trained as the template renders it at
-            inference, whether it keeps earlier reasoning or not; ``keep``: earlier answers keep their reasoning, as a
-            client sees them that sends everything back; ``drop``: it is left out.
+            inference, whether it keeps earlier reasoning or not; ``drop``: it is left out.
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
@@ -49,6 +46,7 @@ class ChatRenderer:
         self.train_on = train_on
         self.stop_ids = find_stop_ids(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
+        self.control_ids = self._controls.known
         self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -76,11 +74,10 @@ class ChatRenderer:
         if isinstance(content, Tokens):
             return []
         if isinstance(content, Text):
-            return [self._write_document(content) if content.whole else _write_segments(content)]
+            return [self._write_document(content.text)]
         messages = content.messages[: _count_used(content.messages)]
         self._check_messages(messages, content.tools)
-        marked = [one for one in messages if not one.get("train", True) or one.get("untrained")]
-        if self.train_on == "all" and marked:
+        if self.train_on == "all" and not all(one.get("train", True) for one in messages):
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
 
@@ -99,7 +96,9 @@ class ChatRenderer:
         """
         if isinstance(content, Tokens):
             return [self._check_tokens(content)]
-        return [self._label(content, *pair) for pair in zip(texts, encoded, strict=True)]
+        if isinstance(content, Text):
+            return [_label_all(one.ids) for one in encoded]
+        return [self._label(*pair) for pair in zip(texts, encoded, strict=True)]
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Return the ids that generation starts from: the conversation so far and the header of the answer to come.
@@ -127,25 +126,13 @@ class ChatRenderer:
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
         """Render messages as one sample that trains the answers at these places, the last message among them."""
         rendered = self._text.render(messages, tools, answers)[-1]
-        return self._label(Chat(messages), rendered, self.encode([rendered.text])[0])
+        return self._label(rendered, self.encode([rendered.text])[0])
 
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation without what ``reasoning: drop`` leaves out of it."""
         return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
 
-    def count_tokens(self, messages: Conversation, tools: Tools = None, generation: bool = False) -> int:
-        """Count the tokens of messages to the stop token that ends them, or of a prompt for generation."""
-        ids = self.encode([self._text.write(messages, tools, generation)])[0].ids
-        stops = () if generation else (at for at, number in enumerate(ids, start=1) if number in self.stop_ids)
-        return max(stops, default=len(ids))
-
-    def find_control(self, text: str) -> str | None:
-        """Return the first control token that a text would be encoded to."""
-        found = self._controls.pattern.search(text)
-        return found[0] if found else None
-
-    def _write_document(self, content: Text) -> RenderedText:
-        text = "".join(segment for segment, _ in content.segments)
+    def _write_document(self, text: str) -> RenderedText:
         self._refuse_control(text, "the text contains")
         begin = self.tokenizer.bos_token if self._writes_bos else ""
         return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
@@ -172,39 +159,28 @@ class ChatRenderer:
             self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
     def _refuse_control(self, text: str, place: str) -> None:
-        found = self.find_control(text)
+        found = self._controls.pattern.search(text)
         if found:
-            raise RowFault(f"{place} the control token {found!r} as text, which would end or begin a turn there")
+            raise RowFault(f"{place} the control token {found[0]!r} as text, which would end or begin a turn there")
 
-    def _label(self, content: Chat | Text, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
-        """Label the answers of a conversation, each to its stop token, or the trained segments of a text."""
+    def _label(self, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
+        """Label the answers of a conversation, each to its stop token."""
         text, answers = rendered
         ids = encoded.ids
         starts, before = list[int](), 0
         for answer in answers:
             starts.append(self._find_start(text, encoded, answer.start, before))
             before = answer.start
-        if isinstance(content, Chat):
-            self._check_bos(ids)
+        self._check_bos(ids)
         labels = [IGNORED] * len(ids)
         for first, answer in zip(starts, answers, strict=True):
             after = encoded.find(answer.end)
-            if isinstance(content, Chat):
-                said, wanted = (
-                    str(self._backend.decode(ids[first:after], skip_special_tokens=False)),
-                    text[answer.start : answer.end],
-                )
-                if not _is_same_text(said, wanted):
-                    raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
+            said = str(self._backend.decode(ids[first:after], skip_special_tokens=False))
+            wanted = text[answer.start : answer.end]
+            if not _is_same_text(said, wanted):
+                raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
             labels[first:after] = ids[first:after]
-            for token in range(first, after) if answer.untrained else ():
-                begin, end = encoded.span(token)
-                if any(begin < behind and start < end for start, behind in answer.untrained):
-                    labels[token] = IGNORED
-        whole = content.whole if isinstance(content, Text) else self.train_on == "all"
-        if whole:
-            labels = list(ids)
-        return Rendered(ids, [IGNORED, *labels[1:]])  # nothing predicts the first one
+        return _label_all(ids) if self.train_on == "all" else Rendered(ids, [IGNORED, *labels[1:]])
 
     def _check_tokens(self, content: Tokens) -> Rendered:
         ids, labels = list(content.ids), list(content.labels)
@@ -273,15 +249,8 @@ class ChatRenderer:
         )
 
 
-def _write_segments(content: Text) -> RenderedText:
-    """Return the trained segments as answers, behind each of which nothing is trained."""
-    text, answers = "", list[AnswerSpan]()
-    for is_trained, group in groupby(filter(itemgetter(0), content.segments), key=itemgetter(1)):
-        start = len(text)
-        text += "".join(segment for segment, _ in group)
-        if is_trained:
-            answers.append(AnswerSpan(0, start, len(text), ((len(text), len(text) + 1),)))
-    return RenderedText(text, answers)
+def _label_all(ids: list[int]) -> Rendered:
+    return Rendered(ids, [IGNORED, *ids[1:]])  # nothing predicts the first one
 
 
 def _count_used(conversation: Conversation) -> int:

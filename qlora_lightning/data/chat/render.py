@@ -12,7 +12,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
 
-_OURS = ("train", "untrained", "reasoning_content")
+_OURS = ("train", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
 _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
 _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
@@ -30,7 +30,6 @@ class AnswerSpan(NamedTuple):
     message: int  # its place in the conversation, from 0
     start: int
     end: int  # the character behind its stop token
-    untrained: tuple[tuple[int, int], ...] = ()  # stretches of characters in it
 
 
 class RenderedText(NamedTuple):
@@ -58,8 +57,7 @@ class ChatText:
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
         controls: its control tokens.
-        reasoning: of earlier answers: ``template``: as the template renders them; ``keep``: as they were generated;
-            ``drop``: left out.
+        reasoning: of earlier answers: ``template``: as the template renders them; ``drop``: left out.
     """
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
@@ -82,7 +80,7 @@ class ChatText:
         messages = self.drop_earlier_reasoning(messages)
         text, places = self._write(messages, tools, wanted)
         _check_messages(messages, text)
-        if tools and self.write(messages, None) == text:
+        if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
@@ -107,10 +105,6 @@ class ChatText:
         _check_messages(messages, text)
         found = [(number, place) for number, place in places.items() if place and place.text == text]
         return RenderedText(text, [AnswerSpan(number, place.start, place.end) for number, place in found])
-
-    def write(self, messages: Conversation, tools: Tools, generation: bool = False) -> str:
-        """Return the text of messages, or of a prompt, with the earlier answers as ``render`` and it have them."""
-        return self._write(messages, tools, (), generation)[0]
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
         """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
@@ -149,8 +143,6 @@ class ChatText:
         To render all that is before each of many answers would cost the square of their number. If the turns as they
         are generated, one behind the other, are the text, then each is where it was put.
         """
-        if self.reasoning == "keep":
-            return self._write_as_generated(messages, tools, generation)
         text = self._apply(messages, tools, generation)
         if len(wanted) > _FEW:
             with suppress(RowFault):  # the template may refuse the short conversations that turns are rendered in
@@ -215,12 +207,7 @@ class ChatText:
         calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
         if not all(part in said for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {said!r}")
-        spans = message.get("untrained", ())
-        at = text.rfind(message["content"].strip(), start, stop.start()) if spans else 0  # it may have been stripped
-        if at < 0:
-            raise RowFault(f"parts of message {number + 1} are not trained, but the chat template changes the message")
-        at -= len(message["content"]) - len(message["content"].lstrip())
-        return AnswerSpan(number, start, stop.end(), tuple((at + first, at + behind) for first, behind in spans))
+        return AnswerSpan(number, start, stop.end())
 
 
 def find_places(messages: Sequence[Message]) -> list[int]:
@@ -277,11 +264,8 @@ def _without_reasoning(message: Message) -> Message:
     thought, content = _split_reasoning(message)
     if thought is None:
         return message
-    shift = len(message["content"]) - len(content)
     plain: Message = {**message, "content": content}
     plain.pop("reasoning_content", None)
-    if "untrained" in plain:
-        plain["untrained"] = [(max(a - shift, 0), b - shift) for a, b in plain["untrained"] if b > shift]
     return plain
 
 

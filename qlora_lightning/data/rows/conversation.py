@@ -1,7 +1,5 @@
 """What a row becomes: a checked conversation, a text or tokens; and the checks of messages and tools."""
 
-import json
-import re
 import reprlib
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,8 +11,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_
 class Message(TypedDict):
     """One turn: who speaks (system, user, assistant or tool), the text, and what else a chat template may need.
 
-    ``train`` is only ever False, on an answer that is not to be trained; ``untrained`` holds the stretches of an
-    answer's content, in characters, that are not. Templates see neither.
+    ``train`` is only ever False, on an answer that is not to be trained. Templates do not see it.
     """
 
     role: str
@@ -24,7 +21,6 @@ class Message(TypedDict):
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
     train: NotRequired[bool]
-    untrained: NotRequired[list[tuple[int, int]]]
 
 
 Conversation = list[Message]
@@ -36,15 +32,12 @@ class Chat(NamedTuple):
 
     messages: Conversation
     tools: Tools = None
-    weight: float = 1.0  # of the row in the loss, as below
 
 
 class Text(NamedTuple):
-    """Text that is trained without a chat template."""
+    """A document, trained as a whole, with the tokenizer's own beginning and end, without a chat template."""
 
-    segments: tuple[tuple[str, bool], ...]  # each with whether it is trained
-    whole: bool  # a document, with the tokenizer's own beginning and end, cut into pieces; else as it is written
-    weight: float = 1.0
+    text: str
 
 
 class Tokens(NamedTuple):
@@ -52,7 +45,6 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    weight: float = 1.0
 
 
 Content = Chat | Text | Tokens
@@ -63,11 +55,6 @@ class Pair(NamedTuple):
 
     chosen: Chat
     rejected: Chat
-
-    @property
-    def weight(self) -> float:
-        """Of the row in the loss."""
-        return self.chosen.weight
 
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -113,10 +100,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     if role != "assistant" and (calls or reasoning):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
-    text, untrained = _read_content("" if content is None and calls else content, where, role)
+    text = _read_content("" if content is None and calls else content, where, role)
     read: Message = {"role": role, "content": text}
-    if untrained:
-        read["untrained"] = untrained
     if calls:
         read["tool_calls"] = read_calls([calls] if isinstance(calls, dict) else calls, where)
     elif role == "assistant" and not text.strip():
@@ -131,38 +116,31 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
             read[key] = read_string(message[key], f"{key!r} of {where}")
-    is_trained = _read_marks(message, role, where)
-    if untrained and sum(end - begin for begin, end in untrained) == len(text):
-        is_trained = False
-    if role == "assistant" and not is_trained:
+    if not _read_marks(message, role, where) and role == "assistant":
         read["train"] = False
     return read
 
 
-def _read_content(content: Any, where: str, role: str) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a message, or of its parts joined, and the stretches that are not trained."""
+def _read_content(content: Any, where: str, role: str) -> str:
+    """Return the text of a message, or of its parts joined."""
     if not isinstance(content, list) or not content:
-        return read_string(content, f"the {role} content of {where}"), []
-    text, untrained = "", []
+        return read_string(content, f"the {role} content of {where}")
+    text = ""
     for number, part in enumerate(content, start=1):
         place = f"part {number} of {where}"
         if not isinstance(part, dict) or part.get("type") != "text":
             raise RowFault(f"{place} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
-        begin = len(text)
+        _refuse_unread(part, _UNREAD | {"train", "weight"}, place)
         text += read_string(part.get("text", part.get("value")), f"the text of {place}")
-        if not _read_marks(part, role, place) and role == "assistant" and len(text) > begin:
-            untrained.append((begin, len(text)))
     check_characters(text, where)  # half a character in each of two parts
-    return text, untrained
+    return text
 
 
 def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
-    """Return whether a message, or a part of one, is trained: what its ``train``, or OpenAI's ``weight``, says."""
-    if len(message) == 2:  # role and content alone, as most messages have, or the type and text of a part
+    """Return whether a message is trained: what its ``train``, or OpenAI's ``weight``, says."""
+    if len(message) == 2:  # role and content alone, as most messages have
         return True
-    for key in sorted(_UNREAD & message.keys()):
-        if message[key] not in (None, "", []):
-            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false`")
+    _refuse_unread(message, _UNREAD, where)
     marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1) or (key == "train") != isinstance(value, bool):
@@ -173,6 +151,12 @@ def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
     if len(set(map(bool, marks.values()))) > 1:
         raise RowFault(f"'train' and 'weight' of {where} contradict each other")
     return all(marks.values())
+
+
+def _refuse_unread(values: dict[str, Any], keys: set[str], where: str) -> None:
+    for key in sorted(keys & values.keys()):
+        if values[key] not in (None, "", []):
+            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
 
 
 def _speaker_of(message: Mapping[str, Any]) -> str:
@@ -238,37 +222,3 @@ def _read_function(value: Any, where: str) -> dict[str, Any]:
             check_characters(function, where)
             return function
     raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")
-
-
-_GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
-_GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-_GLAIVE_CALL = re.compile(r"""\{\s*"name": *("[^"]*"), *"arguments": *'(.*)'\s*\}""", re.DOTALL)
-
-
-def read_glaive(system: str, chat: str) -> tuple[list[Any], list[Any]]:
-    """Return messages and tools of a row of glaive-function-calling, in which both are text."""
-    text = system.strip().removeprefix("SYSTEM:").strip()
-    prompt, brace, functions = text.partition("{")
-    messages: list[dict[str, Any]] = []
-    if prompt:
-        # "… with access to the following functions. Use them if required -": the chat template says it
-        begin, announced, _ = prompt.partition(" with access to the following functions")
-        messages.append({"role": "system", "content": f"{begin.rstrip(',')}." if announced else prompt})
-    _, *turns = _GLAIVE_TURN.split(chat)
-    for speaker, said in zip(turns[::2], turns[1::2], strict=True):
-        content, call, function = said.replace("<|endoftext|>", "").partition("<functioncall>")
-        message: dict[str, Any] = {"role": _GLAIVE_ROLES[speaker], "content": content.strip()}
-        if call:
-            message["tool_calls"] = [_read_glaive_call(function.strip())]
-        messages.append(message)
-    # one function after the other, each on lines of its own: a line does not end inside a JSON string
-    array = re.sub(r"\}\s*\n\s*\{", "},{", f"[{brace}{functions}]")
-    return messages, parse_json(array, "the functions in 'system'")
-
-
-def _read_glaive_call(text: str) -> Any:
-    quoted = _GLAIVE_CALL.fullmatch(text)  # arguments in single quotes
-    if quoted:
-        return {"name": json.loads(quoted[1]), "arguments": quoted[2].replace("\\'", "'")}
-    call = parse_json(text, "a <functioncall>")
-    return {"arguments": {}, **call} if isinstance(call, dict) else call

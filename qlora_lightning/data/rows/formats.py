@@ -1,7 +1,6 @@
 """Row formats: from the columns of a row to a conversation, a text, tokens, or two answers to compare."""
 
 import inspect
-import math
 import pkgutil
 import reprlib
 import sys
@@ -23,7 +22,6 @@ from qlora_lightning.data.rows.conversation import (
     check_order,
     find_tools,
     is_answer,
-    read_glaive,
     read_message,
 )
 from qlora_lightning.data.rows.readers import Row
@@ -164,33 +162,12 @@ def _answer(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def from_glaive(values: dict[str, Any]) -> Chat:
-    """Read ``system`` and ``chat`` of glaive-function-calling, in which functions, calls and results are text."""
-    messages, tools = read_glaive(read_string(values["system"], "'system'"), read_string(values["chat"], "'chat'"))
-    if tools and values.get("tools"):
-        raise RowFault("has functions in 'system' and the key 'tools' as well: keep one")
-    return Chat(messages, tools or values.get("tools"))
-
-
 def from_text(values: dict[str, Any]) -> Text:
     """Read ``text``, a document, every token of which is trained."""
     text = read_string(values["text"], "'text'")
     if not text.strip():
         raise RowFault("'text' is empty")
-    return Text(((text, True),), whole=True)
-
-
-def from_segments(values: dict[str, Any]) -> Text:
-    """Read ``segments``: ``[{text, train}]``, or Axolotl's ``[{text, label}]``; taken as written."""
-    read = []
-    for segment in parse_json(values["segments"], "'segments'"):
-        train = segment.get("train", segment.get("label"))
-        if not isinstance(train, bool):
-            raise RowFault(f"a segment must be {{text, train: true or false}}, found {reprlib.repr(segment)}")
-        read.append((read_string(segment.get("text"), "the text of a segment"), train))
-    if not read:
-        raise RowFault("'segments' is empty")
-    return Text(tuple(read), whole=False)
+    return Text(text)
 
 
 def from_tokens(values: dict[str, Any]) -> Tokens:
@@ -291,7 +268,7 @@ class Format(NamedTuple):
     @property
     def read_keys(self) -> tuple[str, ...]:
         """All keys of a row that are read."""
-        return (*self.keys(True), *self.other_keys, *(("system", "tools") if self.is_chat else ()), "weight")
+        return (*self.keys(True), *self.other_keys, *(("system", "tools") if self.is_chat else ()))
 
     def keys(self, needs_answer: bool) -> tuple[str, ...]:
         """Return the keys that a row must have."""
@@ -306,9 +283,7 @@ FORMATS = {
         Format("sharegpt", ("conversations",), (), from_list("conversations"), ("functions",)),
         Format("prompt_completion", ("prompt",), ("completion",), from_prompt_completion),
         Format("question_answer", ("question",), ("answer",), from_question_answer),
-        Format("glaive", ("system", "chat"), (), from_glaive),
         Format("text", ("text",), (), from_text, is_chat=False),
-        Format("segments", ("segments",), (), from_segments, is_chat=False),
         Format("tokens", ("input_ids", "labels"), (), from_tokens, ("attention_mask",), is_chat=False),
     )
 }
@@ -437,25 +412,22 @@ def _to_content(
     except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
         said = " ".join(str(error).split())[:300]  # an error may repeat the whole row
         raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {said}") from error
-    weight = _read_weight(values.get("weight")) if form.is_ours else getattr(content, "weight", 1.0)
     if isinstance(content, Text | Tokens) and not pairs:
-        return content._replace(weight=weight)
+        return content
     if pairs:
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
-        chosen, rejected = (_to_chat(each, values, form, settings, needs_answer, weight) for each in content)
+        chosen, rejected = (_to_chat(each, values, form, settings, needs_answer) for each in content)
         if not form.is_ours:
             shared = _count_shared(chosen.messages, rejected.messages, {})
             for message in (*chosen.messages[:shared], *rejected.messages[:shared]):
                 if message["role"] == "assistant":
                     message["train"] = False
         return Pair(chosen, rejected)
-    return _to_chat(content, values, form, settings, needs_answer, weight)
+    return _to_chat(content, values, form, settings, needs_answer)
 
 
-def _to_chat(
-    content: Any, values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool, weight: float
-) -> Chat:
+def _to_chat(content: Any, values: dict[str, Any], form: Format, settings: RowSettings, needs_answer: bool) -> Chat:
     """Check a conversation, and put system prompt and tools beside it."""
     messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
     if isinstance(content, Chat):
@@ -475,20 +447,4 @@ def _to_chat(
         if schemas and functions and schemas != functions:
             raise RowFault("the row has 'tools' and 'functions', which differ: keep one")
         schemas = schemas or functions
-    return Chat(conversation, schemas, weight)
-
-
-def _read_weight(value: Any) -> float:
-    """Return the weight of a row in the loss: 1 if it has none, 0 if it is to be left out."""
-    if value is None or value == "":
-        return 1.0
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise RowFault(
-            f"'weight' must be a number, at least 0, found {reprlib.repr(value)}; if it means something else, leave it "
-            "out by `columns: {weight: null}`"
-        )
-    return weight
+    return Chat(conversation, schemas)

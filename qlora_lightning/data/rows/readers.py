@@ -1,4 +1,4 @@
-"""The rows of a source, in order, each with its place, from any position."""
+"""The rows of a source, in order, each with its place."""
 
 import csv
 import hashlib
@@ -8,8 +8,9 @@ import json
 import lzma
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
@@ -23,8 +24,8 @@ class Row(NamedTuple):
     Attributes:
         values: the row's own keys and values.
         file: the file, as the user wrote it or below the folder he wrote; for a data set of the hub its id.
-        line: the line on which the row begins, counted from 1; in a JSON array, in parquet and arrow files and on the
-            hub the number of the row.
+        line: the line on which the row begins, counted from 1; in a JSON array, in parquet
+            and arrow files and on the hub the number of the row.
     """
 
     values: dict[str, Any]
@@ -37,66 +38,43 @@ class Row(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-class RowReader:
-    """Reads the rows of a source as a stream: memory grows with none but JSON arrays, which are read as a whole.
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """Yield the rows of a source, and in their places those that are none.
 
-    Each loop over it continues behind the row last read, so that it can be left and resumed.
+    Memory grows with none but JSON arrays, which are read as a whole.
 
-    Args:
-        source: what to read.
-        position: where to begin, as ``position()`` gave it.
-
-    Example:
-        >>> reader = RowReader(source)
-        >>> first = next(iter(reader))
-        >>> rest = list(RowReader(source, reader.position()))
+    Raises:
+        UserError: a file cannot be read or is damaged, or the source holds no rows at all.
     """
+    rows = itertools.islice(_read_files(source), source.rows)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{source.path} is empty: it holds no rows.")
+    yield first
+    yield from rows
 
-    def __init__(self, source: Source, position: Mapping[str, int] | None = None) -> None:
-        self.source = source
-        self._position = {"file": 0, "count": 0, "total": 0, **(position or {})}
 
-    def __iter__(self) -> Iterator[Row | BadRow]:
-        """Yield rows, and in their places those that are none.
+def _read_files(source: Source) -> Iterator[Row | BadRow]:
+    for file in source.files or (None,):
+        name = source.path if file is None else str(file)
+        for line, values in _parse(source, file):
+            yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
 
-        Raises:
-            UserError: a file cannot be read or is damaged, or the source holds no rows at all.
-        """
-        source, position = self.source, self._position
-        files = source.files or (None,)
-        while position["file"] < len(files):
-            file = files[position["file"]]
-            name = source.path if file is None else str(file)
-            for line, values in self._parse(file, skip=position["count"]):
-                if position["total"] == source.rows:
-                    return
-                position["count"] += 1
-                position["total"] += 1
-                yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
-            position.update(file=position["file"] + 1, count=0)
-        if not position["total"]:
-            raise UserError(f"{source.path} is empty: it holds no rows.")
 
-    def position(self) -> dict[str, int]:
-        """Return where the next row begins: the file's index, and the rows read of that file and of all files."""
-        return dict(self._position)
-
-    def _parse(self, file: DataFile | None, skip: int) -> Iterator["Parsed"]:
-        """Return the rows of a file, or of a data set of the hub, behind the first ``skip``."""
-        source = self.source
-        if file is None:
-            return _number_rows(_read_hub(source), skip)
-        kind, _ = kind_of_file(file)
-        if kind in (".parquet", ".arrow"):
-            return _read_table(file, skip)
-        if kind in (".csv", ".tsv"):
-            delimiter = source.delimiter or ("\t" if kind == ".tsv" else None)
-            return itertools.islice(_read_csv(file, source.encoding, delimiter), skip, None)
-        return _read_json(file, source.encoding, skip)
+def _parse(source: Source, file: DataFile | None) -> Iterator["Parsed"]:
+    """Return the rows of a file, or of a data set of the hub."""
+    if file is None:
+        return _number_rows(_read_hub(source))
+    kind, _ = kind_of_file(file)
+    if kind in (".parquet", ".arrow"):
+        return _read_table(file)
+    if kind in (".csv", ".tsv"):
+        return _read_csv(file, source.encoding, source.delimiter or ("\t" if kind == ".tsv" else ","))
+    return _read_json(file, source.encoding)
 
 
 def hash_source(source: Source) -> str:
-    """Return a hash of what a source's rows are: the bytes and kinds of its files in order, and how they are read.
+    """Return a hash of what a source's rows are: bytes and kinds of its local files in order, and how they are read.
 
     Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.
     """
@@ -108,7 +86,7 @@ def hash_source(source: Source) -> str:
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
         total.update(f"{builder.hash} {builder.config_id} {source.split}".encode())
     for file in source.files:
-        with _open(file, decompress=False) as stream:
+        with Path(file).open("rb") as stream:
             digest = hashlib.file_digest(stream, "blake2b").hexdigest()
         total.update(f"{kind_of_file(file)} {digest}\n".encode())
     return total.hexdigest()
@@ -124,11 +102,11 @@ _NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, or name its encoding, as in
 
 
 @contextmanager
-def _open(file: DataFile, decompress: bool = True) -> Iterator[Any]:
+def _open(file: DataFile) -> Iterator[Any]:
     """Open a file, local or behind a URL, for reading bytes; what cannot be read is a UserError, also later on."""
     import fsspec  # a fifth of a second, as pyarrow takes
 
-    compression = kind_of_file(file)[1] if decompress else ""
+    compression = kind_of_file(file)[1]
     try:
         with fsspec.open(str(file), "rb", compression=_CODECS.get(compression)) as stream:
             if compression == ".zst":  # which fsspec knows with Python 3.14 only
@@ -151,7 +129,7 @@ def _open_text(file: DataFile, encoding: str, newline: str) -> Iterator[TextIO]:
 
 
 MAX_LINE = 64_000_000  # characters: a few MB of a compressed file may be one line of many GB
-MAX_WHOLE = 1_000_000_000  # characters of a JSON array, bytes of a compressed table: what is read as a whole
+MAX_WHOLE = 1_000_000_000  # characters of a JSON array, which is read as a whole
 
 
 def _lines(stream: TextIO) -> Iterator[str]:
@@ -182,29 +160,28 @@ def _check_decoded(text: str) -> None:
 # JSON
 
 
-def _read_json(file: DataFile, encoding: str, skip: int) -> Iterator[Parsed]:
+def _read_json(file: DataFile, encoding: str) -> Iterator[Parsed]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    rows = 0
+    is_first = True
     with _open_text(file, encoding, newline="\n") as stream:
         for number, line in enumerate(_lines(stream), start=1):
             # Windows editors write the mark at the beginning of a file, and files are put end to end.
             line = line.removeprefix("\ufeff")
             text = line.strip(" \t\r\n")
-            if not rows and text.startswith("["):
+            if is_first and text.startswith("["):
                 most = MAX_LINE if kind_of_file(file)[1] else MAX_WHOLE  # parsed into several times as much memory
                 for place, element in enumerate(_parse_array(file, line + stream.read(most), most), start=1):
-                    if place > skip:
-                        yield place, _check_object(element)
+                    yield place, _check_object(element)
                 return
-            rows += bool(text)
-            if text and rows > skip:
+            if text:
                 values: dict[str, Any] | RowFault
                 try:
                     values = _check_object(_parse_json(_check_line(text)))
                 except RowFault as fault:
                     values = fault
-                if rows == 1:
+                if is_first:
                     _refuse_table(file, text, values)
+                is_first = False
                 yield number, values
 
 
@@ -256,53 +233,41 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # CSV
 
-_DELIMITERS = ",;\t|"
 
-
-def _read_csv(file: DataFile, encoding: str, delimiter: str | None) -> Iterator[Parsed]:
-    """Yield the rows of a CSV file, each with its first line; all values are strings.
-
-    Without a ``delimiter`` it is the one that divides the header into most names.
-    """
+def _read_csv(file: DataFile, encoding: str, delimiter: str) -> Iterator[Parsed]:
+    """Yield the rows of a CSV file, each with its first line; all values are strings."""
     # The module's limit on a field, 128 KiB, is one for the whole process: it is raised here, never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     with _open_text(file, encoding, newline="") as stream:
-        header: list[str] = []
         begin = 1
         try:
             lines = map(_check_line, _lines(stream))
             first = next(lines, "").removeprefix("\ufeff")
-            names = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in _DELIMITERS}
-            delimiter = delimiter or max(names, key=lambda mark: names[mark])
-            records = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-            for fields in records:
-                is_blank = len(fields) < 2 and not "".join(fields).strip()
-                if header and not is_blank:
-                    yield begin, _name_fields(header, fields)
-                elif not is_blank:
-                    header = [name if name.strip() else "" for name in fields]
-                    _check_decoded("".join(header))
-                    twice = [name for name in header if name and header.count(name) > 1]
-                    if twice:
-                        raise UserError(f"the header names {twice[0]!r} twice: rename one column")
-                begin = records.line_num + 1
+            _check_decoded(first)
+            rows: Any = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            names = rows.fieldnames or []
+            if len(set(names)) < len(names) or "" in map(str.strip, names[1:]):
+                raise UserError(f"the header names a column twice, or one has no name: {', '.join(names)}")
+            begin = rows.line_num + 1
+            for values in rows:
+                yield begin, _check_fields(values)
+                begin = rows.line_num + 1
         except (csv.Error, UserError) as error:
             said = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
             raise UserError(f"{file}:{begin}: {said}.") from error
 
 
-def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFault:
+def _check_fields(values: dict[Any, Any]) -> dict[str, Any] | RowFault:
+    # what csv makes of a field without a column, and of a column without a field
+    if None in values or None in values.values():
+        names = ", ".join(name for name in values if name is not None)
+        return RowFault(f"more or fewer fields than the header ({names}): quote a delimiter inside a field")
     try:
-        _check_decoded("".join(fields))
+        _check_decoded("".join(values.values()))
     except RowFault as fault:
         return fault
-    if len(fields) != len(header):
-        names = ", ".join(header)
-        return RowFault(f"{len(fields)} fields, expected {len(header)} ({names}): quote a delimiter inside a field")
-    for number, (name, field) in enumerate(zip(header, fields, strict=True), start=1):
-        if number > 1 and not name and field.strip():  # the index that pandas' to_csv() writes is the first column
-            return RowFault(f"column {number} has no name in the header: name it, or remove the column")
-    return {name: field for name, field in zip(header, fields, strict=True) if name}
+    values.pop("", None)  # the index that pandas' to_csv() writes is the first column
+    return values
 
 
 # Parquet, Arrow, and the hub
@@ -310,18 +275,16 @@ def _name_fields(header: list[str], fields: list[str]) -> dict[str, Any] | RowFa
 _BATCH_ROWS = 4  # the most that are unpacked together: a file of few KB may hold one value of many MB for each of them
 
 
-def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
-    """Yield the rows of a parquet or Arrow file behind the first ``skip``."""
+def _read_table(file: DataFile) -> Iterator[Parsed]:
+    """Yield the rows of a parquet or Arrow file."""
     from pyarrow import ArrowException, ipc
     from pyarrow.parquet import ParquetFile
 
     kind, compression = kind_of_file(file)
-    with _open(file) as stream:
+    if compression:
+        raise UserError(f"{file}: a table is read from any place: decompress it, and name the file that comes out.")
+    with _open(file) as table:
         try:
-            table = io.BytesIO(stream.read(MAX_WHOLE + 1)) if compression else stream  # both are read from any place
-            if compression and table.getbuffer().nbytes > MAX_WHOLE:
-                size = f"{MAX_WHOLE // 1_000_000:,} MB"
-                raise UserError(f"{file} holds more than {size}: decompress it, and name the file that comes out.")
             batches: Iterable[Any]
             if kind == ".parquet":
                 # By itself it reads row groups as a whole, which may be as large as the file.
@@ -333,13 +296,13 @@ def _read_table(file: DataFile, skip: int) -> Iterator[Parsed]:
             else:  # its stream format, which ``datasets`` writes
                 table.seek(0)
                 batches = ipc.open_stream(table)
-            yield from _number_rows(batches, skip)
+            yield from _number_rows(batches)
         except ArrowException as error:
             raise UserError(f"{file} cannot be read as {kind}: {error}") from error
 
 
 def _read_hub(source: Source) -> Iterator[Any]:
-    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory or streamed from the network."""
+    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory."""
     with _hub_errors(source):
         from datasets import load_dataset
 
@@ -349,10 +312,7 @@ def _read_hub(source: Source) -> Iterator[Any]:
             data_files=source.data_files,
             split=source.split,
             revision=source.revision,
-            streaming=source.streaming,
         )
-        if source.shard_seed is not None:
-            rows = rows.shuffle(seed=source.shard_seed, buffer_size=1)  # of the shards; we shuffle rows ourselves
         yield from rows.with_format("arrow").iter(256)
 
 
@@ -365,14 +325,12 @@ def _hub_errors(source: Source) -> Iterator[None]:
         raise UserError(f"data set {source.path} cannot be read from the Hugging Face hub: {said}") from error
 
 
-def _number_rows(batches: Iterable[Any], skip: int) -> Iterator[Parsed]:
-    """Yield the rows of Arrow batches or tables behind the first ``skip``, by number."""
+def _number_rows(batches: Iterable[Any]) -> Iterator[Parsed]:
+    """Yield the rows of Arrow batches or tables, by number."""
     number = 0
     for part in (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS)):
-        passed = min(max(skip - number, 0), len(part))
-        number += passed
         is_large = part.nbytes > MAX_LINE
-        for values in part.slice(passed).to_pylist():
+        for values in part.to_pylist():
             number += 1
             if is_large and len(repr(values)) > MAX_LINE:
                 yield number, _too_long("row")

@@ -47,10 +47,8 @@ class Source:
     data_files: Any = None
     rows: int | None = None  # at most so many are read, from the first
     encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: whichever the header uses
-    streaming: bool = False  # read a hub data set from the network, row by row, rather than download it first
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
     settings: RowSettings = RowSettings()
-    shard_seed: int | None = None  # of the order of the shards of a streamed hub data set; None for their own
 
     @property
     def is_remote(self) -> bool:
@@ -65,7 +63,6 @@ _KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KE
 def find_sources(
     value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
     split: str,
-    streaming: bool = False,
     settings: RowSettings | None = None,
     encoding: str = "utf-8",
 ) -> list[Source]:
@@ -77,7 +74,6 @@ def find_sources(
         value: a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
             and ``RowSettings``; or a list of these.
         split: named in messages, and the default split of a hub data set (``train``, ``validation`` or ``test``).
-        streaming: read hub data sets from the network, without keeping them.
         settings: those of sources that name none of their own.
         encoding: likewise.
 
@@ -85,7 +81,7 @@ def find_sources(
         UserError: a file does not exist or is of an unknown kind; an entry has an unknown key or a wrong value.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    default = Source("", encoding=encoding, settings=settings or RowSettings(), streaming=streaming)
+    default = Source("", encoding=encoding, settings=settings or RowSettings())
     sources = []
     for entry in entries:
         if not isinstance(entry, Mapping):
@@ -139,7 +135,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     if not files:
         kinds = f"{', '.join(KINDS)}, each also compressed ({', '.join(COMPRESSIONS)})"
         raise UserError(f"no {split} files in {path}: expected {kinds}, none named after another split.")
-    return replace(source, files=tuple(files), streaming=False)
+    return replace(source, files=tuple(files))
 
 
 def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:

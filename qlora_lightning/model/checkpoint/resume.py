@@ -60,8 +60,6 @@ class ExactResume(Callback):
         changes = find_changes(content["trainer"], trainer_settings(trainer), "trainer")
         _check_position(batches, content["trainer"]["accumulate_grad_batches"], changes)
         _check_samples(trainer, data, batches)
-        if getattr(datamodule_of(trainer), "streaming", False) and checkpoint["global_step"] < trainer.max_steps:
-            batches["is_last_batch"] = False  # a stream is one epoch, as long as max_steps, which may have grown
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
         if "micro_batch_size" in content:
@@ -163,7 +161,7 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
     data, differences = datamodule_of(trainer), data_differences(stored, identity_of_data(trainer))
     samples = {name: differences[name] for name in ("train", "val") if name in differences}
     inside_epoch = batches["current"]["completed"] and not batches["is_last_batch"]
-    if "train" in samples and (inside_epoch or getattr(data, "streaming", False)):
+    if "train" in samples and inside_epoch:
         raise UserError(
             f"The checkpoint was saved inside an epoch with other {samples['train']}: a run cannot resume exactly "
             "there. Put data, tokenizer and chat template back as they were, or begin a new run from the adapter "

@@ -104,7 +104,7 @@ def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: S
     start, end = cu_seqlens[first], cu_seqlens[last]
     part = dict(batch)
     part |= {name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")}
-    part |= {name: batch[name][first:last] for name in ("row_ids", "source", "weights") if name in batch}
+    part |= {name: batch[name][first:last] for name in ("row_ids", "source") if name in batch}
     part["cu_seqlens"] = batch["cu_seqlens"][first : last + 1] - start
     part["longest"] = max(after - before for before, after in itertools.pairwise(cu_seqlens[first : last + 1]))
     return part

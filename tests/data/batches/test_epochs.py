@@ -13,7 +13,6 @@ from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FlatLoader, PromptLoader
 from qlora_lightning.data.batches.order import (
     best_fit,
-    group_by_length,
     make_count,
     mix_sources,
     permute,
@@ -74,23 +73,6 @@ def test_sources_are_shuffled_together():
     source = np.repeat(np.array([0, 1], dtype=np.int32), 500)
     drawn = source[mix_sources(source, [1, 1], 0, 0)]
     assert 400 < np.count_nonzero(np.diff(drawn)) < 600  # as often as not the next row is of the other source
-
-
-@pytest.mark.parametrize(("n", "stride"), [(1, 1), (8, 4), (99, 8), (1003, 1), (2001, 8)])
-def test_grouped_rows_come_once_the_longest_in_the_first_batch_and_the_short_batch_last(n, stride):
-    lengths = np.random.default_rng(n).integers(1, 500, n)
-    orders = [
-        group_by_length(permute(n, 3, epoch), lengths, stride, seed=3, epoch=epoch).tolist() for epoch in range(2)
-    ]
-    for order in orders:
-        assert sorted(order) == list(range(n))
-        batches = [lengths[order[at : at + stride]] for at in range(0, n - stride + 1, stride)]
-        assert batches[0].max() == lengths.max()
-        if n > 1000 and stride > 1:  # of like length, and not one after the other by length
-            assert np.mean([np.ptp(batch) for batch in batches]) < 25
-            means = np.array([batch.mean() for batch in batches])
-            assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
-    assert n < 50 or orders[0] != orders[1]
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -165,7 +147,7 @@ def together(epoch=0, world_size=1, **kwargs):
     return [[row for batch in step if not batch.filler for row in batch.rows] for step in zip(*ranks, strict=True)]
 
 
-CUTS = [{"batch_size": 8}, {"batch_size": 8, "group_by_length": True}, {"tokens_per_batch": 64}]
+CUTS = [{"batch_size": 8}, {"tokens_per_batch": 64}]
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -197,8 +179,6 @@ def test_a_window_does_not_depend_on_the_number_of_ranks():
     assert planned(plan(batch_size=8).batches(2)) == [order[at : at + 8] for at in range(0, 100, 8)]
     assert together(2, 4, batch_size=2) == planned(plan(batch_size=8).batches(2))
     assert planned(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
-    for step in together(world_size=2, batch_size=4, group_by_length=True):
-        assert max(LENGTHS[row] for row in step) - min(LENGTHS[row] for row in step) <= 4
     alone, second = plan(tokens_per_batch=64).batches(1), plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
     assert planned(second)[: len(alone) // 2] == planned(alone)[1::2]
 
@@ -238,7 +218,7 @@ def rows(batches):
 PACKED = {"batch_size": None, "tokens_per_batch": 4}
 
 
-@pytest.mark.parametrize("cut", [{}, {"group_by_length": True}, PACKED, {**PACKED, "shares": [1]}])
+@pytest.mark.parametrize("cut", [{}, PACKED, {**PACKED, "shares": [1]}])
 @pytest.mark.parametrize("position", range(6))
 def test_resuming_is_exact_also_a_second_time_in_the_same_epoch(position, cut, tmp_path):
     def saved_after(it, batches):
@@ -280,7 +260,6 @@ def test_a_position_belongs_to_its_epoch_and_a_new_iteration_begins_at_the_start
     ("before", "now", "message"),
     [
         ({}, {"batch_size": 3}, "rows_per_batch = 2, but now rows_per_batch = 3"),
-        ({}, {"group_by_length": True}, "group_by_length = False, but now group_by_length = True"),
         ({}, {"shuffle": False}, "shuffle = True, but now shuffle = False"),
         ({}, {"shares": [1]}, r"weights = None, but now weights = \[1.0\]"),
         ({}, PACKED, "rows_per_batch = 2, but now rows_per_batch = 0"),
@@ -315,16 +294,14 @@ def test_two_samples_end_to_end():
     assert (batch["row_ids"].tolist(), batch["source"].tolist()) == ([4, 1], [0, 2])
     kinds = {key: value.dtype for key, value in batch.items() if key != "longest"}
     assert kinds.pop("cu_seqlens") == torch.int32
-    assert kinds.pop("weights") == torch.float32
     assert set(kinds.values()) == {torch.int64}
-    assert collate((*TWO[0], 0.5), (*TWO[1], 1.0))["weights"].tolist() == [0.5, 1.0]
 
 
 def test_a_rank_without_rows_runs_the_same_rows_unlabelled():
-    samples = gather(*((*row, 0.5) for row in TWO))
+    samples = gather(*TWO)
     filler, batch = collate_rows(samples, [1, 0], filler=True), collate_rows(samples, [1, 0])
     assert set(filler["labels"].flatten().tolist()) == {-100}
-    assert (filler["row_ids"].tolist(), filler["weights"].tolist()) == ([-1, -1], [1.0, 1.0])
+    assert filler["row_ids"].tolist() == [-1, -1]
     assert all(filler[key].tolist() == batch[key].tolist() for key in ("input_ids", "cu_seqlens", "source"))
     assert rows(loader(batch_size=1, rank=1, world_size=2))[-1] == [-1]
     assert rows(loader(**PACKED, rank=3, world_size=4))[-1] == [-1]  # 6 bins over 4 ranks

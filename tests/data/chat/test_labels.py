@@ -1,4 +1,4 @@
-"""What is trained of a row: its answers and their stop tokens, parts, texts and tokens, in every kind of content."""
+"""What is trained of a row: its answers and their stop tokens, texts and tokens, in every kind of content."""
 
 import copy
 import json
@@ -79,15 +79,6 @@ def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
         render_one(smol, conversation, train_on="all")
 
 
-@pytest.mark.parametrize(("content", "untrained", "trained"), [(" ab cd ", (2, 3), " a cd }"), ("\nab", (0, 2), "b}")])
-def test_parts_of_an_answer_that_are_not_trained_by_hand(characters, talk, content, untrained, trained):
-    conversation = talk("q", content)
-    conversation[1]["untrained"] = [untrained]
-    assert labelled(characters, render_one(characters, conversation)) == trained
-    with pytest.raises(RowFault, match="contradicts `train_on: all`"):
-        render_one(characters, conversation, train_on="all")
-
-
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, talk, form):
     """As Qwen's do: the tokens say another text than the row, and begin at other characters."""
@@ -97,10 +88,8 @@ def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, t
     tokenizer = type(plain)(tokenizer_object=backend, eos_token=plain.eos_token)
     tokenizer.chat_template = plain.chat_template
     conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
-    at = conversation[1]["content"].index("A")
-    conversation[1]["untrained"] = [(at, at + 3)]
     rendered = render_one(tokenizer, conversation)
-    assert labelled(tokenizer, rendered) in ("\n\né ố <|im_end|>ié<|im_end|>", "\n\né ố<|im_end|>ié<|im_end|>")
+    assert labelled(tokenizer, rendered) == "\n\né ố Aé<|im_end|>ié<|im_end|>"
 
 
 def test_text_like_a_header_in_one_of_many_answers(families, talk):
@@ -281,7 +270,6 @@ def test_earlier_reasoning_by_hand(families, talk):
     thought, none = "<think>\nhm\n</think>\n\na", "<think>\n\n</think>\n\n"
     for reasoning, texts, labels in (
         ("template", [first + thought, first + "a" + second + none + "b"], [thought, "b"]),
-        ("keep", [first + thought + second + none + "b"], [f"{thought}<|im_end|>b"]),
         ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
     ):
         samples = render_all(tokenizer, conversation, reasoning=reasoning)
@@ -311,7 +299,6 @@ def test_reasoning_in_a_call_of_tools(families, talk):
 def test_long_conversations_cost_what_their_length_does(families, talk, name, monkeypatch):
     """And before each answer are the ids of the prompt, as for a short conversation."""
     tokenizer, rendered, costs = families[name], [], []
-    reasoning = "keep" if name == "qwen3_agent" else "template"
     apply = type(tokenizer).apply_chat_template
 
     def count(self, messages, *rest, **options):
@@ -326,13 +313,13 @@ def test_long_conversations_cost_what_their_length_does(families, talk, name, mo
             steps = [(answer_with(call(step=n), **marks), {"role": "tool", "content": f"{n}"}) for n in range(turns)]
             conversation = [*talk("task"), *(one for step in steps for one in step), answer_with(content="done")]
         rendered.clear()
-        sample = render_one(tokenizer, conversation, reasoning=reasoning)
+        sample = render_one(tokenizer, conversation)
         costs.append(sum(rendered))
     assert costs[1] < 2.2 * costs[0]
     places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     starts = [at for at, label in enumerate(sample.labels) if label >= 0 > sample.labels[at - 1]]
     for place, start in [*zip(places, starts, strict=True)][::40]:
-        assert ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:place]) == sample.ids[:start]
+        assert ChatRenderer(tokenizer).render_prompt(conversation[:place]) == sample.ids[:start]
 
 
 # ---- texts and tokens ------------------------------------------------------------------------------------------------
@@ -341,56 +328,12 @@ def test_long_conversations_cost_what_their_length_does(families, talk, name, mo
 def test_a_document_has_a_beginning_and_an_end(smol, families):
     llama = families["llama31"]
     ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
-    assert render_one(llama, Text((("a four", True),), True)) == (ids, [-100, *ids[1:]])
+    assert render_one(llama, Text("a four")) == (ids, [-100, *ids[1:]])
     smol.chat_template = None  # nothing of it is needed
-    ids, labels = render_one(smol, Text((("Once", True),), True))
+    ids, labels = render_one(smol, Text("Once"))
     assert (smol.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
     with pytest.raises(RowFault, match="the text contains the control token"):
-        render_one(smol, Text((("a<|im_end|>b", True),), True))
-
-
-@pytest.mark.parametrize("name", ["llama31", "llama2"])
-def test_segments_are_taken_as_they_are_written(families, name):
-    tokenizer = families[name]
-    stop = tokenizer.eos_token
-    segments = (("question:\n", False), ("\n four", True), (stop, True), ("\nmore é", False), ("🙂 é", True))
-    ids, labels = render_one(tokenizer, Text(segments, False))
-    assert tokenizer.decode(ids) == "".join(segment for segment, _ in segments)
-    first = next(at for at, label in enumerate(labels) if label != -100)
-    assert ids[:first] == tokenizer.encode("question:\n", add_special_tokens=False)
-    assert tokenizer.decode(ids[:first] + [label for label in labels if label != -100]) == (
-        f"question:\n\n four{stop}🙂 é"
-    )
-
-
-def test_segments_without_control_tokens_are_cut_wherever_training_begins(families):
-    tokenizer = families["qwen25"]
-    words = (("a\n", False), ("\nb\n", True), ("\nc\n", False), ("\nd", True), ("\n", False), ("\n", True))
-    ids, labels = render_one(tokenizer, Text(words, False))
-    assert tokenizer.decode(ids) == "a\n\nb\n\nc\n\nd\n\n"
-    trained = tokenizer.decode([label for label in labels if label != -100])
-    assert trained in ("\nb\n\nd\n", "\nb\nd\n")  # a token that ends behind its segment is not trained
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("gap", ["\n", " ", ""])
-def test_no_space_is_put_before_a_segment(families, legacy, gap):
-    tokenizer = families["llama2"]
-    if legacy:  # as TinyLlama's file has it
-        pieces = json.loads(tokenizer.backend_tokenizer.to_str())
-        spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-        pieces |= {"normalizer": {"type": "Sequence", "normalizers": spaces}, "pre_tokenizer": None}
-        tokenizer = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(pieces)), eos_token="</s>")
-    asked, answer, other = f"question:{gap}", "four\n", "is two\n"
-    segments = ((asked, False), (answer, True), (asked, False), (other, True), (asked, False), (other, True))
-    ids, labels = render_one(tokenizer, Text(segments, False))
-    text = "".join(segment for segment, _ in segments)
-    assert tokenizer.decode(ids) == text
-    if gap != " ":  # else `▁four` is cut
-        assert ids == tokenizer.encode(text, add_special_tokens=False)
-    prompt = tokenizer.encode(asked, add_special_tokens=False)
-    assert ids[: len(prompt)] == prompt
-    assert tokenizer.decode(prompt + [label for label in labels if label != -100]) == asked + answer + other + other
+        render_one(smol, Text("a<|im_end|>b"))
 
 
 def test_tokens_are_taken_as_they_are(smol):

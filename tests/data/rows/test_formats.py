@@ -126,7 +126,6 @@ def outcomes(converter, some):
 
 
 def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
-    """Streaming, a resumed stream and a whole read see the same rows after other ones."""
     all_rows = rows(*MIXED)
     whole = RowConverter(RowSettings())
     whole.check(all_rows)
@@ -181,23 +180,6 @@ def test_columns_that_make_no_sense(columns, said):
     assert said in refusal({"question": "u", "answer": "a", "label": 1}, columns=columns)
 
 
-# Weights
-
-
-def test_a_row_may_have_a_weight():
-    for weight, read in ((0.5, 0.5), ("2", 2.0), (0, 0.0), (None, 1.0), ("", 1.0)):
-        assert convert({"question": "u", "answer": "a", "weight": weight}) == Chat(turns(U, A), None, read)
-        assert convert({"text": "x", "weight": weight}, format="text").weight == read
-
-
-@pytest.mark.parametrize("weight", [-1, "70 kg", float("nan"), [1]])
-def test_a_weight_that_is_none_is_refused(weight):
-    row = {"question": "u", "answer": "a", "weight": weight}
-    message = refusal(row)
-    assert message.startswith("'weight' must be a number, at least 0, found ")
-    assert convert(row, **yaml.safe_load(message.split("`")[1])) == Chat(turns(U, A))
-
-
 # Functions
 
 
@@ -217,7 +199,7 @@ def function(tmp_path, monkeypatch):
 def test_a_function_in_the_current_folder_reads_any_row(function):
     before = list(sys.path)
     path = function("return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': 'a'}]")
-    row = {"q": "u", "label": False, "images": ["x"], "weight": "x"}
+    row = {"q": "u", "label": False, "images": ["x"]}
     assert convert(row, format=path, columns={"i": "no column of ours"}) == Chat(turns(U, A))
     assert sys.path == before
     with pytest.raises(UserError, match=r"cannot import 'rows_of_mine.convrt': AttributeError"):
@@ -238,8 +220,7 @@ def test_what_a_function_does_wrong_is_the_reason(function, body, reason):
 
 def test_a_function_may_return_text_tokens_or_a_chat_with_tools(function):
     begin = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; return "
-    text = Text((("a", True),), whole=False, weight=0.5)
-    assert convert({}, format=function(f"{begin}Text((('a', True),), False, 0.5)")) == text
+    assert convert({}, format=function(f"{begin}Text('a')")) == Text("a")
     assert convert({}, format=function(f"{begin}Tokens([1], [1])")) == Tokens([1], [1])
     chat = f"{begin}Chat({turns(U, A)}, [{{'name': 'f'}}])"
     assert convert({}, format=function(chat)).tools == [{"type": "function", "function": {"name": "f"}}]
@@ -276,61 +257,19 @@ def test_openai_files_with_tools_and_parallel_calls(row):
     assert content.tools == OPENAI["tools"]
 
 
-GLAIVE = {  # of glaiveai/glaive-function-calling-v2
-    "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n{\n"
-    '    "name": "get_exchange_rate",\n    "description": "Get {the}\\n{rate}",\n    "parameters": {"type": "object"}\n'
-    '}\n\n{\n    "name": "get_news",\n    "parameters": {}\n}\n',
-    "chat": "USER: What is the rate from USD to EUR?\n\n\nASSISTANT: <functioncall> "
-    '{"name": "get_exchange_rate", "arguments": \'{"from": "USD", "to": "EUR\\\'s"}\'} <|endoftext|>\n\n\n'
-    'FUNCTION RESPONSE: {"rate": 0.85}\n\n\nASSISTANT: It is 0.85.\n\nAnything else? <|endoftext|>\n\n\n'
-    "USER: No, thanks.\n\n\nASSISTANT: You're welcome! <|endoftext|>\n\n\n\n",
-}
-
-
-def test_glaive_function_calling():
-    content = convert(GLAIVE)
-    assert says(content) == [
-        ("system", "You are a helpful assistant."),
-        ("user", "What is the rate from USD to EUR?"),
-        ("assistant", ""),
-        ("tool", '{"rate": 0.85}'),
-        ("assistant", "It is 0.85.\n\nAnything else?"),
-        ("user", "No, thanks."),
-        ("assistant", "You're welcome!"),
-    ]
-    function = {"name": "get_exchange_rate", "arguments": {"from": "USD", "to": "EUR's"}}
-    assert content.messages[2]["tool_calls"] == [{"type": "function", "function": function}]
-    assert [tool["function"]["name"] for tool in content.tools] == ["get_exchange_rate", "get_news"]
-    assert content.tools[0]["function"]["description"] == "Get {the}\n{rate}"
-    plain = {**GLAIVE, "system": "SYSTEM: You are a helpful assistant, with no access to external functions.\n"}
-    assert convert(plain).tools is None
-    with pytest.raises(RowFault, match="the functions in 'system': not JSON"):
-        convert({**GLAIVE, "system": "SYSTEM: Use {these}"})
-
-
 def test_raw_text_is_read_where_it_is_named():
     row = {"text": "### Human: Hi\n### Assistant: Hello", "url": "x"}
     assert "Raw text, every token of which is trained, is read by `format: text`" in refusal(row)
-    assert convert(row, format="text") == Text(((row["text"], True),), whole=True)
-    assert convert({"content": "A book."}, format="text", columns={"content": "text"}).segments == (("A book.", True),)
+    assert convert(row, format="text") == Text(row["text"])
+    assert convert({"content": "A book."}, format="text", columns={"content": "text"}) == Text("A book.")
     for text in ("  ", 3, None):
         assert "'text'" in refusal({"text": text}, format="text")
-
-
-def test_segments():
-    ours = [{"text": "Q: ", "train": False}, {"text": "A</s>", "train": True}]
-    axolotl = [{"label": False, "text": "Q: "}, {"label": True, "text": "A</s>"}]
-    for segments in (ours, axolotl, json.dumps(ours)):
-        assert convert({"segments": segments}) == Text((("Q: ", False), ("A</s>", True)), whole=False)
-    for segments in ([], "x", [{"text": "a"}], [{"text": "a", "train": 1}], [{"text": 1, "train": True}]):
-        with pytest.raises(RowFault):
-            convert({"segments": segments})
 
 
 def test_tokens():
     row = {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "attention_mask": [1, 1, 1]}
     assert convert(row) == Tokens([1, 5, 6], [-100, 5, 6])
-    assert convert({**row, "attention_mask": None, "weight": 0.5}) == Tokens([1, 5, 6], [-100, 5, 6], 0.5)
+    assert convert({**row, "attention_mask": None}) == Tokens([1, 5, 6], [-100, 5, 6])
     for key, value in {"attention_mask": [1, 1, 0], "input_ids": [1, 5, -6], "labels": [-100, 5.0, 6]}.items():
         with pytest.raises(RowFault, match=key):
             convert({**row, key: value})

@@ -1,8 +1,7 @@
-"""Files as they come: every kind, compression and encoding, from any position, each row with its place."""
+"""Files as they come: every kind, compression and encoding, each row with its place."""
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import tracemalloc
@@ -15,7 +14,7 @@ import pytest
 
 from qlora_lightning.data.rows import readers
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.readers import Row, RowReader, hash_source
+from qlora_lightning.data.rows.readers import Row, hash_source, read_rows
 from qlora_lightning.data.rows.sources import Source, find_sources
 from qlora_lightning.support.errors import UserError
 
@@ -36,12 +35,12 @@ def source(value, **entry):
 def read(content, name="a.jsonl", **entry):
     """Write a file and return (line, values or reason) of each row."""
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    rows = RowReader(source(name, **entry))
+    rows = read_rows(source(name, **entry))
     return [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows]
 
 
 def values(value, **entry):
-    return [row.values for row in RowReader(source(value, **entry))]
+    return [row.values for row in read_rows(source(value, **entry))]
 
 
 def refusal(content, name="a.jsonl", **entry):
@@ -81,51 +80,41 @@ def content(kind):
     return sink.getvalue().to_pybytes()
 
 
-def check_every_position(found):
-    """Whatever the number of rows read, a second reader goes on where the first one stood; return all rows."""
-    everything = list(RowReader(found))
-    for count in range(len(everything) + 1):
-        reader = RowReader(found)
-        begin = list(itertools.islice(reader, count))
-        position = json.loads(json.dumps(reader.position()))
-        assert begin + list(RowReader(found, position)) == everything
-        assert begin + list(reader) == everything
-    return everything
-
-
 @pytest.mark.parametrize(
     ("kind", "suffix"), [(kind, "") for kind in KINDS] + [(".jsonl", each) for each in (".gz", ".bz2", ".xz", ".zst")]
 )
-def test_every_kind_is_read_and_taken_up_again_at_every_row(kind, suffix):
+def test_every_kind_is_read(kind, suffix):
     Path(f"a{kind}{suffix}").write_bytes(compress(content(kind), suffix))
-    rows = check_every_position(source(f"a{kind}{suffix}"))
+    rows = list(read_rows(source(f"a{kind}{suffix}")))
     assert [row.values for row in rows if isinstance(row, Row)] == ROWS
     assert isinstance(rows[3], BadRow) == (kind not in (".parquet", ".arrow"))
 
 
-def test_a_folder_is_taken_up_again_at_every_row_and_by_rows_of_all_files():
+def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
     for kind in KINDS:
         Path("d", f"a{kind}").write_bytes(content(kind))
     Path("d/b.json").write_bytes(content(".jsonl"))  # lines under the other name
-    rows = check_every_position(source("d"))
+    rows = list(read_rows(source("d")))
     first = ["d/a.arrow:1", "d/a.csv:2", "d/a.json:1", "d/a.jsonl:1", "d/a.parquet:1", "d/a.tsv:2", "d/b.json:1"]
     assert [row.where for row in rows if isinstance(row, Row) and row.values["x"] == "0"] == first
-    assert check_every_position(source("d", rows=17)) == rows[:17]
-    assert check_every_position(source("d", rows=7)) == rows[:7]
-    assert check_every_position(source("d", rows=1000)) == rows
+    assert list(read_rows(source("d", rows=17))) == rows[:17]
+    assert list(read_rows(source("d", rows=7))) == rows[:7]
+    assert list(read_rows(source("d", rows=1000))) == rows
 
 
 def test_a_url_is_read_as_a_file_is():
-    for kind in (".jsonl", ".csv", ".parquet"):
-        with fsspec.open(f"memory://files/a{kind}.gz", "wb") as file:
-            file.write(gzip.compress(content(kind)))
-        rows = check_every_position(source(f"memory://files/a{kind}.gz"))
+    for name in ("a.jsonl.gz", "a.csv.gz", "a.parquet"):
+        kind = Path(name.removesuffix(".gz")).suffix
+        with fsspec.open(f"memory://files/{name}", "wb", compression="infer") as file:
+            file.write(content(kind))
+        rows = list(read_rows(source(f"memory://files/{name}")))
         assert [row.values for row in rows if isinstance(row, Row)] == ROWS
-        assert len(list(RowReader(source(f"memory://files/*{kind}.gz")))) == len(rows)
-    assert len(list(RowReader(source("memory://files")))) == 3 * 7 + 2
+        assert len(list(read_rows(source(f"memory://files/*{name[1:]}")))) == len(rows)
+    assert len(list(read_rows(source("memory://files")))) == 3 * 7 + 2
     with pytest.raises(UserError, match=r"memory://nowhere/a.jsonl cannot be read"):
         values("memory://nowhere/a.jsonl")
+    assert "decompress it" in refusal(gzip.compress(content(".parquet")), "a.parquet.gz")
 
 
 def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
@@ -135,7 +124,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     saved = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
     saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
     Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
-    assert [row.values for row in check_every_position(source("both"))] == ROWS
+    assert [row.values for row in read_rows(source("both"))] == ROWS
     assert values("both", split="test") == ROWS[:2]
     assert values("both/train") == ROWS
     with pytest.raises(UserError, match=r"^data.val: both has no split 'validation', expected one of train, test\.$"):
@@ -211,26 +200,25 @@ def test_a_table_and_objects_over_several_lines_are_refused_as_a_whole(text):
 
 
 def test_quoted_fields_over_several_lines_and_blank_lines():
-    rows = read('x,"the, y"\r\n1,"a ""b"",\nc"\r\n\r\n2,\n  \n"",5" pipe', "a.csv")
+    rows = read('x,"the, y"\r\n1,"a ""b"",\nc"\r\n\r\n2,\n\n"",5" pipe', "a.csv")
     assert rows == [
         (2, {"x": "1", "the, y": 'a "b",\nc'}),
-        (5, {"x": "2", "the, y": ""}),
-        (7, {"x": "", "the, y": '5" pipe'}),
+        (4, {"x": "2", "the, y": ""}),
+        (6, {"x": "", "the, y": '5" pipe'}),
     ]
 
 
-def test_the_delimiter_is_that_of_the_header_or_named():
-    for mark in (",", ";", "\t", "|"):
-        text = f'question{mark}answer\n"Why, oh; why{mark}"{mark}So.\n'
-        assert read(text, "a.csv") == [(2, {"question": f"Why, oh; why{mark}", "answer": "So."})]
-    assert read("x, y~z\n1~2\n", "a.csv", delimiter="~") == [(2, {"x, y": "1", "z": "2"})]
+def test_the_delimiter_is_a_comma_or_a_tab_or_named():
+    row = {"question": "Why, oh; why", "answer": "So."}
+    for name, mark, named in (("a.csv", ",", {}), ("a.tsv", "\t", {}), ("a.csv", ";", {"delimiter": ";"})):
+        assert read(f'question{mark}answer\n"Why, oh; why"{mark}So.\n', name, **named) == [(2, row)]
     assert read("x,y\tz\n1\t2\n", "b.csv", delimiter="\\t") == [(2, {"x,y": "1", "z": "2"})]
 
 
 def test_rows_of_another_length_and_bytes_that_are_no_text_are_faults_of_their_row_alone():
     assert read(b'x,y\n"a\nb"\n1,2,3\n1,"\xff\n"\n3,3\n', "a.csv") == [
-        ("a.csv:2", "1 fields, expected 2 (x, y): quote a delimiter inside a field"),
-        ("a.csv:4", "3 fields, expected 2 (x, y): quote a delimiter inside a field"),
+        ("a.csv:2", "more or fewer fields than the header (x, y): quote a delimiter inside a field"),
+        ("a.csv:4", "more or fewer fields than the header (x, y): quote a delimiter inside a field"),
         ("a.csv:5", "not UTF-8 text: save the file as UTF-8, or name its encoding, as in `encoding: latin-1`"),
         (7, {"x": "3", "y": "3"}),
     ]
@@ -241,7 +229,8 @@ def test_rows_of_another_length_and_bytes_that_are_no_text_are_faults_of_their_r
     [
         ('x,y\n0,0\n1,"a\n3,3\n', "a.csv:3: a quote that opens in this row is never closed"),
         ('x,y\n0,0\n1,"a "b" c"\n3,3\n', "a.csv:3: ',' expected after '\"'"),
-        ("x,y,x\n", "a.csv:1: the header names 'x' twice"),
+        ("x,y,x\n", "a.csv:1: the header names a column twice, or one has no name: x, y, x"),
+        ("x,y, \nWhy?,So,\n", "a.csv:1: the header names a column twice, or one has no name"),
         (b"x,\xff\n", "a.csv:1: not UTF-8 text"),
     ],
 )
@@ -249,12 +238,8 @@ def test_a_csv_file_whose_rows_cannot_be_told_is_refused(text, said):
     assert said in refusal(text, "a.csv")
 
 
-def test_of_columns_without_a_name_only_the_index_that_pandas_writes_may_hold_anything():
+def test_the_index_that_pandas_writes_is_left_out():
     assert read(",x\n0,a\n17,b\n", "a.csv") == [(2, {"x": "a"}), (3, {"x": "b"})]
-    rows = read("x,y, \nWhy?,So,\nWhere?,Paris, France\nWho?,Ada, \n", "a.csv")
-    fault = "column 3 has no name in the header: name it, or remove the column"
-    assert rows == [(2, {"x": "Why?", "y": "So"}), ("a.csv:3", fault), (4, {"x": "Who?", "y": "Ada"})]
-    assert read("x,,y,\n1,2,3,\n", "a.csv") == [("a.csv:2", fault.replace("3", "2"))]
 
 
 # Encodings, tables, memory, the whole
@@ -267,7 +252,7 @@ def test_an_encoding_can_be_named(name, encoding):
     records = "\n".join(["x,y", *(f'{row["x"]},"{row["y"]}"' for row in rows)])
     text = {"a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]", "a.csv": records}[name]
     Path(name).write_bytes(text.encode(encoding))
-    assert [row.values for row in check_every_position(source(name, encoding=encoding))] == rows
+    assert [row.values for row in read_rows(source(name, encoding=encoding))] == rows
     assert "encoding: latin-1" in refusal(b"x\0y", name, encoding="utf-16")
 
 
@@ -278,7 +263,7 @@ def test_keys_that_arrow_fills_in_are_left_out():
     assert values("a.parquet") == rows
     with pa.ipc.new_file("a.arrow", pa.Table.from_pylist(rows).schema) as writer:  # as Feather and polars write it
         writer.write_table(pa.Table.from_pylist(rows))
-    assert [row.values for row in check_every_position(source("a.arrow"))] == rows
+    assert [row.values for row in read_rows(source("a.arrow"))] == rows
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv", "a.parquet"])
@@ -291,7 +276,7 @@ def test_memory_does_not_grow_with_the_file(name):
         Path(name).write_bytes(compress(text.encode(), ".gz" if name.endswith(".gz") else ""))
     del text
     tracemalloc.start()
-    assert sum(found.values["x"] == row["x"] for found in RowReader(source(name))) == 1000  # 10 MB
+    assert sum(found.values["x"] == row["x"] for found in read_rows(source(name))) == 1000  # 10 MB
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6_000_000
@@ -311,7 +296,7 @@ def test_memory_does_not_grow_with_the_uses_of_a_value(kind):
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:
-        assert sum(found.values["x"] == value for found in RowReader(source(name))) == 128  # 256 MB
+        assert sum(found.values["x"] == value for found in read_rows(source(name))) == 128  # 256 MB
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -323,7 +308,7 @@ def test_a_long_row_of_a_table_is_a_bad_row_with_its_number(monkeypatch):
     monkeypatch.setattr(readers, "MAX_LINE", 1_000_000)
     rows = [{"x": {"y": "z" * size}} for size in (1, 2, 3, 4, 5, 2_000_000, 6)]
     pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
-    found = list(RowReader(source("a.parquet")))
+    found = list(read_rows(source("a.parquet")))
     assert found.pop(5) == BadRow("a.parquet:6", "a row of more than 1 MB, the most that is read")
     assert [row.values for row in found] == rows[:5] + rows[6:]
 
@@ -368,24 +353,18 @@ def hub(tmp_path, monkeypatch):
     datasets.enable_progress_bars()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_of_the_hub_are_numbered_and_taken_up_again(hub, streaming):
-    found = Source("org/data", split="train", streaming=streaming)
-    rows = list(RowReader(found))
+def test_rows_of_the_hub_are_numbered(hub):
+    rows = list(read_rows(Source("org/data", split="train")))
     assert [row.values for row in rows] == hub
     assert rows[16].where == "org/data:17"
-    for count in (0, 1, 255, 256, 257, 300):
-        reader = RowReader(found)
-        begin = list(itertools.islice(reader, count))
-        assert begin + list(RowReader(found, reader.position())) == rows
 
 
 def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(hub):
-    assert len(list(RowReader(Source("org/data", split="train[:10%]")))) == 30
-    assert len(list(RowReader(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
-    assert len(list(RowReader(Source("org/data", split="train", rows=270)))) == 270
+    assert len(list(read_rows(Source("org/data", split="train[:10%]")))) == 30
+    assert len(list(read_rows(Source("org/data", split="train", data_files="test-0.parquet")))) == 2
+    assert len(list(read_rows(Source("org/data", split="train", rows=270)))) == 270
     with pytest.raises(UserError, match=r"^data set org/data cannot be read from the Hugging Face hub: Unknown split"):
-        list(RowReader(Source("org/data", split="validation")))
+        list(read_rows(Source("org/data", split="validation")))
     before = hash_source(Source("org/data", split="train"))
     assert before == hash_source(Source("org/data", split="train")) != hash_source(Source("org/data", split="test"))
     pq.write_table(pa.Table.from_pylist(hub[:100]), "org/data/train-0.parquet")

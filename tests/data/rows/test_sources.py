@@ -38,7 +38,7 @@ def test_a_file_a_folder_and_a_glob(monkeypatch):
 def test_names_that_are_no_paths_are_data_sets_of_the_hub():
     assert find_sources("org/data-v1.5", "train") == [Source("org/data-v1.5", split="train")]
     assert find_sources("org/data", "val")[0].split == "validation"
-    assert find_sources("org/data", "predict", streaming=True) == [Source("org/data", split="test", streaming=True)]
+    assert find_sources("org/data", "predict") == [Source("org/data", split="test")]
     entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
     entry["data_files"] = ["a.json"]
     assert find_sources(entry, "train") == [Source("org/data", (), 2, "train[:10%]", "main", "v1", ["a.json"])]
@@ -95,7 +95,7 @@ def test_sources_of_one_run_may_differ_whichever_split_comes_first(characters, s
     Path("chat.jsonl").write_text('{"conversations": [{"from": "me", "value": "q"}, {"from": "bing", "value": "a"}]}\n')
     Path("test.json").write_text('[{"query": "q", "answer": "a"}]')
     columns = {"context": "input", "response": "output"}
-    dolly = {"path": "dolly.csv", "rows": 2, "columns": columns, "system": "Be brief."}
+    dolly = {"path": "dolly.csv", "delimiter": ";", "rows": 2, "columns": columns, "system": "Be brief."}
     chat = {"path": "chat.jsonl", "roles": {"me": "user"}}
     data = InstructionDataModule(
         [dolly, chat], val=chat, test="test.json", columns={"query": "question"}, tokenizer=characters
@@ -108,10 +108,9 @@ def test_sources_of_one_run_may_differ_whichever_split_comes_first(characters, s
     assert data.reports["train"].formats == ["alpaca", "sharegpt"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_columns_that_no_row_of_a_source_has_are_refused(characters, streaming):
+def test_columns_that_no_row_of_a_source_has_are_refused(characters):
     Path("a.jsonl").write_text('{"question": "q", "answer": "a", "label": true}\n')
-    data = InstructionDataModule("a.jsonl", columns={"lable": None}, tokenizer=characters, streaming=streaming)
+    data = InstructionDataModule("a.jsonl", columns={"lable": None}, tokenizer=characters)
     with pytest.raises(UserError, match="columns: no row has 'lable', found question, answer, label"):
         data.setup("fit")
 

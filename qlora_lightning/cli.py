@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-lightning {__version__}")
         return 0
     _prepare_process()
+    if os.getcwd() not in sys.path:  # an installed command does not look there, where people keep their classes
+        sys.path.append(os.getcwd())
     try:
         with _ending_at_signals(), _logging_to_terminal():
             return _run(arguments)

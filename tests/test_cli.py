@@ -3,10 +3,12 @@
 import errno
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 import qlora_lightning
 from qlora_lightning import cli
@@ -133,3 +135,15 @@ def test_what_cannot_be_written_is_rejected_before_any_work(name, message, tmp_p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         check_output("--json", name)
+
+
+def test_classes_of_the_current_folder_are_found_by_an_installed_command(tiny_base, rows_file, tmp_path):
+    code = "from qlora_lightning import QLoRAModule\n\n\nclass Smooth(QLoRAModule):\n    pass\n"
+    (tmp_path / "mine.py").write_text(code)
+    config = {"model": {"class_path": "mine.Smooth", "base": str(tiny_base)}, "data": {"train": str(rows_file)}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-P", "-m", "qlora_lightning", "plan", "--config", "c.yaml"]  # -P: as what pip installs
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "decoder layer" in done.stdout

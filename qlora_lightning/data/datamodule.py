@@ -307,7 +307,8 @@ class InstructionDataModule(LightningDataModule):
         if key is None:
             return make()
         samples, report = cached_samples(key, ", ".join(source.path for source in sources), make)
-        return samples, replace(report, split=split)
+        files = [str(file) for source in sources for file in source.files or (source.path,)]
+        return samples, replace(report, split=split, files=files)
 
     def _divide(self) -> None:
         """Hold validation rows out of the training rows; what became of rows before is reported with those."""
@@ -315,7 +316,7 @@ class InstructionDataModule(LightningDataModule):
         samples, whole = self._pool
         self.samples["train"], self.samples["val"] = hold_out(samples, self.val_fraction or 0.0, self._seed or 0)
         left_out = sum(whole.dropped.values()) + whole.bad_rows
-        for report, more in ((replace(whole), left_out), (Report("val", formats=whole.formats), 0)):
+        for report, more in ((replace(whole), left_out), (Report("val", formats=whole.formats, files=whole.files), 0)):
             own = self.samples[report.split]
             report.rows = len(np.unique(own.row_ids)) + more
             report.count_samples(own)

@@ -37,6 +37,7 @@ class Report:
     overlap: int = 0  # rows that are trained on too
     overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)  # under our names
+    files: list[str] = field(default_factory=list)  # that were read
 
     def drop(self, reason: str, rows: int = 1) -> None:
         """Count well-formed rows that are left out."""
@@ -80,6 +81,9 @@ class Report:
         if self.turn_by_turn:
             parts.append(f"{self.turn_by_turn:,} rendered turn by turn")
         lines = [", ".join(parts)]
+        if self.files:
+            more = f" and {len(self.files) - _SHOWN:,} more" if len(self.files) > _SHOWN else ""
+            lines.append(f"  read from {', '.join(self.files[:_SHOWN])}{more}")
         if self.unread_columns:
             more = ", …" if len(self.unread_columns) > _SHOWN else ""
             lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")

@@ -2,6 +2,7 @@
 
 import shlex
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -152,6 +153,9 @@ def data_table(run: Run) -> Table:
         "rows that are trained on too, so that the loss is too good": [report["overlap"] for report in reports],
     }
     rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
+    files = [textwrap.shorten(", ".join(report.get("files") or []), 200, placeholder=" …") for report in reports]
+    if any(files):
+        rows.insert(0, ("read from", [(names, "") for names in files]))
     return ["", *splits], rows
 
 

@@ -11,10 +11,10 @@ from qlora_lightning.support.imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
+        AdapterLine,
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
-        LoadingLines,
         PredictionWriter,
         RunReport,
         StopSignals,
@@ -31,11 +31,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterLine",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
-    "LoadingLines",
     "LossSums",
     "PredictionWriter",
     "PreferenceDataModule",

@@ -1,6 +1,6 @@
 """What happens around the loop: Lightning callbacks; those that take settings have a key of their own in the YAML."""
 
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, LoadingLines
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, AdapterLine
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.memory import GPUMemoryMonitor
@@ -11,10 +11,10 @@ from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterLine",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",
-    "LoadingLines",
     "PredictionWriter",
     "RunReport",
     "StopSignals",

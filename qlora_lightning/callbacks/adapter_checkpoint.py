@@ -1,7 +1,6 @@
 """Checkpoints of the adapter to resume from, and the adapter folder to use."""
 
 import contextlib
-import json
 import math
 import shutil
 import time
@@ -12,7 +11,6 @@ from typing import Any, Literal
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from rich.markup import escape
 from torch import Tensor
 
 from qlora_lightning.callbacks.checkpoint_file import (
@@ -26,10 +24,9 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
-from qlora_lightning.model.adapters.folder import loading_snippet
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, put_in_place
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
@@ -311,17 +308,11 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
         copy_tensors(module, last, "The last adapter")
 
 
-class LoadingLines(Callback):
-    """Print how to load the run's adapter folder without this package, in three lines of Python if that will do."""
+class AdapterLine(Callback):
+    """Say at the end where the adapter is; its folder's ``README.md`` has the lines that load it."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
         folder = Path(trainer.default_root_dir) / ADAPTER_FOLDER
-        identity = folder / IDENTITY
-        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and identity.exists():
-            # Not read_identity, which is for who builds on it: a build_model may have made another kind than LoRA.
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            is_causal = config["task_type"] in (None, "CAUSAL_LM")
-            how = "To load it with plain PEFT:" if is_causal else ""
-            terminal().print(f"\nAdapter: [bold]{escape(str(folder))}[/bold]. {how}\n")
-            if is_causal:
-                say(loading_snippet(folder, json.loads(identity.read_text(encoding="utf-8"))))
+        written = (folder / IDENTITY).exists()
+        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and written:
+            say(f"Adapter: {folder} (README.md there says how to load it)")

@@ -167,7 +167,7 @@ class QLoRACLI(LightningCLI):
             RunFolder(config),
             callbacks.RunReport(config, self._command),
             callbacks.StopSignals(),
-            callbacks.LoadingLines(),
+            callbacks.AdapterLine(),
             callbacks.PredictionWriter(),
         ]
         added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]

@@ -1,13 +1,14 @@
 """What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
 
 import json
+import re
 
 import lightning
 import peft
 import pytest
 import torch
 
-from qlora_lightning import AdapterCheckpoint, LoadingLines
+from qlora_lightning import AdapterCheckpoint, AdapterLine
 from qlora_lightning.support.errors import UserError
 from tests.equality import read_adapter, read_checkpoint, same
 
@@ -48,7 +49,7 @@ def contents(folder):
 def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder_that_plain_peft_loads(
     fit, make_module, adapter_of, assert_same, tiny_base, tmp_path, capsys
 ):
-    _, module = fit(LoadingLines(), AdapterCheckpoint(), module=make_module(rank=64))
+    _, module = fit(AdapterLine(), AdapterCheckpoint(), module=make_module(rank=64))
     run, adapter = tmp_path / "run", adapter_of(module)
     assert sorted(file.name for file in run.iterdir()) == ["adapter", "checkpoints"]
     assert checkpoint_names(run) == ["last.ckpt", "step-000008.ckpt"]
@@ -65,11 +66,10 @@ def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder_that_plain_peft_l
     config = peft.PeftConfig.from_pretrained(run / "adapter")
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (64, 128, str(tiny_base))
 
-    text = capsys.readouterr().out
-    lines = text[text.index("from peft") :].strip().splitlines()
-    assert len(lines) == 3
+    assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in capsys.readouterr().out
+    (code,) = re.findall("```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), flags=re.DOTALL)
     loaded = {}
-    exec("\n".join(lines), loaded)
+    exec(code.replace('"."', json.dumps(str(run / "adapter"))), loaded)
     ids = torch.tensor([loaded["tokenizer"]("Count to 3.")["input_ids"]])
     with torch.no_grad():
         module.eval()

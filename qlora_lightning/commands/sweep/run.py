@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.callbacks import Evaluation, LoadingLines, StopSignals
+from qlora_lightning.callbacks import AdapterLine, Evaluation, StopSignals
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.callbacks.evaluation import validation_batches
 from qlora_lightning.callbacks.run_folder import refuse_links
@@ -188,7 +188,7 @@ class _TrialCLI(QLoRACLI):
         if stops is not None:
             stops.explains_resume = False  # the sweep does
         # evaluation of the run, and how to use it, are left out; its losses are computed instead
-        callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, Evaluation | LoadingLines)]
+        callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, Evaluation | AdapterLine)]
         trainer.callbacks = [*callbacks, _TrialEvaluation(self._sweep, self._value)]
         return trainer
 

@@ -64,13 +64,14 @@ def assemble_model(
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    source = open_base(base_options["name"], base_options["revision"], weights=False)
-    has_code = base_options["trust_remote_code"] and "auto_map" in read_config(source.folder, source.name)
-    if before_load is not None and not has_code:  # of code that is unknown no memory is planned
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        dtype, quantization = base_options["compute_dtype"], base_options["quantization"]
-        double_quant = check_quantization(config, quantization, base_options["double_quant"], source.name)
-        before_load(meta_model(config, dtype, quantization, folder, adapter_options, fast), dtype, double_quant)
+    if before_load is not None:
+        source = open_base(base_options["name"], base_options["revision"], weights=False)
+        has_code = base_options["trust_remote_code"] and "auto_map" in read_config(source.folder, source.name)
+        if not has_code:  # which need not run without numbers
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+            dtype, quantization = base_options["compute_dtype"], base_options["quantization"]
+            double_quant = check_quantization(config, quantization, base_options["double_quant"], source.name)
+            before_load(meta_model(config, dtype, quantization, folder, adapter_options, fast), dtype, double_quant)
     base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")

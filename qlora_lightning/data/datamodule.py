@@ -73,6 +73,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
             is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
+        missing: answers that mean that there is none, such as ``[N/A, NULL]``: rows that have one are dropped.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -104,6 +105,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
+        missing: list[str] | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
@@ -119,6 +121,7 @@ class InstructionDataModule(LightningDataModule):
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
+        self.missing = missing or []
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.shuffle, self.deduplicate = shuffle, deduplicate
         self.val_fraction = val_fraction
@@ -349,7 +352,7 @@ class InstructionDataModule(LightningDataModule):
             yield Row(row, split, number) if isinstance(row, dict) else row
 
     def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.max_length, self.too_long, self.pairs)
+        return Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
 
     def _row_settings(self) -> RowSettings:
         return RowSettings(self.format, self.columns, self.system, self.roles)
@@ -368,6 +371,7 @@ class InstructionDataModule(LightningDataModule):
             "tokenizer": tokenizer,
             "template_options": json.dumps(self.template_options, sort_keys=True, default=str),
             **{name: getattr(self, name) for name in _SAMPLE_SETTINGS},
+            "missing": ",".join(map(repr, self.missing)),
             **({"pairs": True} if self.pairs else {}),
         }
 

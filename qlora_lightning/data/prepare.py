@@ -46,6 +46,7 @@ class Recipe:
     max_length: int = 2048
     too_long: str = "truncate"
     pairs: bool = False
+    missing: tuple[str, ...] = ()  # answers that mean that there is none
 
 
 class _Converted(NamedTuple):
@@ -60,6 +61,11 @@ class _Converted(NamedTuple):
     def parts(self) -> Sequence[Content]:
         """The content itself, or both of a pair."""
         return self.content if isinstance(self.content, Pair) else [self.content]
+
+    def texts_of(self, role: str) -> list[str]:
+        """Return what a role says, where that is text."""
+        messages = [each for part in self.parts if isinstance(part, Chat) for each in part.messages]
+        return [each["content"] for each in messages if each["role"] == role and isinstance(each.get("content"), str)]
 
 
 class Prompt(NamedTuple):
@@ -101,9 +107,17 @@ class _Preparation:
                 bad[number] = row
                 continue
             try:
-                good.append(_Converted(number, source, row, self._converters[source].convert(row)))
+                each = _Converted(number, source, row, self._converters[source].convert(row))
             except RowFault as fault:
                 bad[number] = BadRow(row.where, str(fault))
+                continue
+            if not self._for_prompts:
+                answers = {text.strip() for text in each.texts_of("assistant")}
+                if not answers.isdisjoint(self._recipe.missing):
+                    self.report.drop("an answer is one of data.missing")
+                    continue
+                self.report.note_suspicious(row.where, answers, each.texts_of("user"))
+            good.append(each)
         written: list[tuple[_Converted, list[list[RenderedText]]]] = []
         for each in good:
             with _noting_faults(each, bad):

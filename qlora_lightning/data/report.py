@@ -10,6 +10,7 @@ from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20
+_MEANS_NONE = {"n/a", "na", "null", "nan", "none", "nil", "-"}  # in lower case
 _LISTED = 5
 _MAX_UNUSABLE = 0.05
 
@@ -36,6 +37,8 @@ class Report:
     duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)  # the first ones, each with what it equals
     overlap: int = 0  # rows that are trained on too
     overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
+    suspicious: int = 0  # rows that are trained, and look as if something were missing
+    suspicious_rows: list[str] = field(default_factory=list)  # the first ones, each with why
     unread_columns: list[str] = field(default_factory=list)  # under our names
     files: list[str] = field(default_factory=list)  # that were read
 
@@ -47,6 +50,14 @@ class Report:
         """Count a bad row."""
         self.bad_rows += 1
         self.bad = [*self.bad, row][:_SHOWN]
+
+    def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str]) -> None:
+        """Note a row whose answer is a word for none, or whose question is empty."""
+        reasons = [f"the answer is {text!r}" for text in answers if text.lower() in _MEANS_NONE]
+        reasons += ["the question is empty" for text in questions if not text.strip()][:1]
+        if reasons:
+            self.suspicious += 1
+            self.suspicious_rows = [*self.suspicious_rows, f"{where} ({', '.join(reasons)})"][:_SHOWN]
 
     def note_columns(self, converters: Iterable[RowConverter]) -> None:
         """Note the formats that were found, and the columns that nothing reads."""
@@ -90,6 +101,8 @@ class Report:
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
             lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])
+        if self.suspicious:
+            lines += _list(f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows)
         if self.duplicates:
             pairs = [f"{here} = {first}" for here, first in self.duplicate_pairs]
             lines += _list(f"{self.duplicates:,} rows equal an earlier one", pairs)

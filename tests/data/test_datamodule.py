@@ -308,3 +308,20 @@ def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_t
     judge = InstructionDataModule("gone.jsonl", test="d/test.jsonl", tokenizer=characters, batch_size=2)
     judge.setup("test")
     assert judge.reports["test"].overlap == 0
+
+
+def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_asked(write, characters):
+    answers = ["yes", "N/A", "null", "None of them", "nan"]
+    rows = [{"prompt": f"q{number}", "completion": answer} for number, answer in enumerate(answers)]
+    write("train.jsonl", [*rows, {"prompt": " ", "completion": "k"}])
+    data = InstructionDataModule("train.jsonl", tokenizer=characters)
+    data.setup("fit")
+    report = data.reports["train"]
+    reasons = ["the answer is 'N/A'", "the answer is 'null'", "the answer is 'nan'", "the question is empty"]
+    places = [f"train.jsonl:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
+    assert (report.suspicious, report.suspicious_rows, report.samples) == (4, places, 6)
+    assert "4 rows look incomplete; data.missing drops them: train.jsonl:2 (the answer is 'N/A')" in report.describe()
+    data = InstructionDataModule("train.jsonl", tokenizer=characters, missing=["N/A", "null"])
+    data.setup("fit")
+    assert data.reports["train"].dropped == {"an answer is one of data.missing": 2}
+    assert data.reports["train"].suspicious == 2

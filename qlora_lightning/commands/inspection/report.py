@@ -210,6 +210,9 @@ def find_faults(report: Report, ends: Ends) -> Iterator[tuple[str, list[str]]]:
     if report.bad_rows:
         places = [f"{row.where}: {row.reason}" for row in report.bad]
         yield f"{split}: {_plural(report.bad_rows, 'bad row')}", _and_more(places, report.bad_rows)
+    if report.suspicious:
+        title = f"{split}: {_plural(report.suspicious, 'row')} that look incomplete; data.missing drops them"
+        yield title, _and_more(report.suspicious_rows, report.suspicious)
     if report.unread_columns:
         yield f"{split}: columns not read", [", ".join(report.unread_columns)]
     if report.dropped:

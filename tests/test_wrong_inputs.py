@@ -111,6 +111,11 @@ KEYS = [
     ),
     Wrong("binary_config", "fit --config wrong.yaml", ("utf-8",), write("wrong.yaml", b"\x00\xff\xfe")),
     Wrong("unknown_model_key", "--model.rnak 3", ("model.rnak", "Did you mean model.rank?")),
+    Wrong("positional", "fit c.yaml", ("c.yaml stands alone: a config is named as --config c.yaml.",)),
+    Wrong("recipe", "fit --config quickstart", ("`qlora-lightning recipes copy quickstart` writes the recipe.",)),
+    Wrong("gpus", "--trainer.gpus 1", ("'trainer.gpus'", "Did you mean trainer.devices?")),
+    Wrong("batch_size", "--trainer.batch_size 4", ("'trainer.batch_size'", "Did you mean data.batch_size?")),
+    Wrong("4bit", "--model.quantization 4bit", ("Expected one of 'nf4', 'fp4', 'int8', 'none'", "4 bits are nf4")),
     Wrong("no_base", "fit --data.train rows.jsonl", ("arguments are required: base",)),
     Wrong("unknown_class", "--model.class_path no.such.Module", ("no.such.Module", "No module named")),
 ]

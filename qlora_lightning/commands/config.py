@@ -25,6 +25,7 @@ CALLBACKS = {
 METHOD_KEYS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
 """Arguments of the Trainer's methods."""
 _KEYS = ("seed_everything", "model", "data", "trainer", *CALLBACKS, *METHOD_KEYS, "config", "print_config", "help")
+_OTHER_NAMES = {"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"}  # of peers
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -37,12 +38,19 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 def read_configs(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read the config files that a command line names, by their names as they were typed."""
     configs = {}
+    for option, name in itertools.pairwise(arguments):
+        if name.endswith((".yaml", ".yml")) and not option.startswith("-") and option != "copy":
+            raise UserError(f"{name} stands alone: a config is named as --config {name}.")
     for name in find_configs(arguments):
         try:
             config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
         except OSError as error:
+            from qlora_lightning.commands.recipes import recipes_folder  # here: nobody else waits for its imports
+
+            is_recipe = (recipes_folder() / f"{name}.yaml").is_file()
+            hint = f" `qlora-lightning recipes copy {name}` writes the recipe." if is_recipe else ""
             raise UserError(
-                f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder."
+                f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
             ) from error
         except (UnicodeError, yaml.YAMLError) as error:
             raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
@@ -79,18 +87,21 @@ def check_keys(
             typed += [(f"in {name}", f"{section}.{key}") for key in (values if isinstance(values, dict) else ())]
     # jsonargparse checks the keys of a class of the user's own
     foreign = {key.partition(".")[0] for _, key in typed if re.match(r"\w+\.class_path\b", key)}
+    known = {section: {*inspect.signature(kind).parameters} - {"kwargs"} for section, kind in classes.items()}
+    # of a name in several sections the first counts
+    elsewhere = {name: f"{section}.{name}" for section in reversed(known) for name in known[section]} | _OTHER_NAMES
     for place, key in typed:
         section, dot, rest = key.partition(".")
-        _check_key("", section, _KEYS, place)
-        if dot and section in classes and section not in foreign:
-            known = {*inspect.signature(classes[section]).parameters, "init_args", "class_path", "help"} - {"kwargs"}
-            _check_key(f"{section}.", rest.partition(".")[0], known, place)
+        _check_key("", section, _KEYS, place, elsewhere)
+        if dot and section in known and section not in foreign:
+            names = known[section] | {"init_args", "class_path", "help"}
+            _check_key(f"{section}.", rest.partition(".")[0], names, place, elsewhere)
 
 
-def _check_key(section: str, key: str, known: Collection[str], place: str) -> None:
+def _check_key(section: str, key: str, known: Collection[str], place: str, elsewhere: Mapping[str, str]) -> None:
     if key.rstrip("+") not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"Did you mean {section}{near[0]}?" if near else f"Keys are {', '.join(sorted(known))}."
+        near = elsewhere.get(key) or next((section + name for name in difflib.get_close_matches(key, known, n=1)), None)
+        hint = f"Did you mean {near}?" if near else f"Keys are {', '.join(sorted(known))}."
         raise UserError(f"There is no key {section + key!r}. {hint} ({place})")
 
 
@@ -105,6 +116,10 @@ def describe_parse_error(message: str) -> str:
     keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
     lines = [line.strip(" -:") for line in message.splitlines()]
     said = "; ".join(line for line in lines if line and not _NOISE.match(line))
+    said = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", said)
+    said = re.sub(r"<class '([\w.]+)'>", r"\1", said)
+    if keys == "model.quantization" and "4bit" in said:
+        said += "; 4 bits are nf4"
     return f"{keys}: {said}." if keys else f"{said}."
 
 

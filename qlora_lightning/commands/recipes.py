@@ -10,6 +10,7 @@ import qlora_lightning
 from qlora_lightning.commands.options import OptionParser, write_output
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_yaml
 
 _EPILOG = """examples:
   qlora-lightning recipes
@@ -61,4 +62,8 @@ def _copy(config: Path, *, force: bool) -> None:
     for source, target in copies.items():
         write_output(target, source.read_bytes())
         print(f"wrote {target}")
+    data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
+    missing = [data[split] for split in ("train", "val") if data.get(split) and not Path(data[split]).exists()]
+    if missing:
+        print(f"\nBring the rows that it reads: {', '.join(missing)}.")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

@@ -19,7 +19,7 @@ FLAT_TYPES: tuple[str, ...] = (
     *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax"),
     *("internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "llama", "mellum", "minicpm3"),
     *("minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"),
-    *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phi4_multimodal", "qwen2", "qwen3", "qwen3_moe"),
+    *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
     *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma"),
     *("youtu",),
 )
@@ -59,12 +59,13 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
 
 
 def decoder_layers(causal_lm: Any) -> list[Any]:
-    """Return the decoder layers: those of the list of modules that holds most, and of others of the same class."""
-    stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
+    """Return the decoder layers: of the lists that have as many as the config says, the largest, and those alike."""
+    stacks: list[Any] = [each for each in causal_lm.modules() if isinstance(each, nn.ModuleList) and len(each)]
     if not stacks:
         raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
-    largest = max(stacks, key=lambda stack: len(list(stack.parameters())))
-    return [layer for stack in stacks if len(stack) and type(stack[0]) is type(largest[0]) for layer in stack]
+    said = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
+    largest = max(said or stacks, key=lambda stack: sum(each.numel() for each in stack.parameters()))
+    return [layer for stack in stacks if type(stack[0]) is type(largest[0]) for layer in stack]
 
 
 def layer_of(name: str) -> int | None:

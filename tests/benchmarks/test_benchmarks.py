@@ -122,7 +122,10 @@ def test_tiny_run_writes_table_json_and_plot(tiny_base: Path, rows_file: Path, t
     content, printed = run_all(tiny_base, rows_file, tmp_path, "--plot", tmp_path / "all.png", *without_peer)
     assert content["complete"] is True
     assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "share of ceiling", "peak memory, GB", "seconds"}
-    assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in content["rows"])
+    (difference,) = (row["ours"] for row in content["rows"] if row["unit"] == "difference of losses")
+    assert difference <= 1e-2  # in whatever dtype: scarce memory changes rounding alone
+    others = [row for row in content["rows"] if row["unit"] != "difference of losses"]
+    assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in others)
     assert len({run["tokens"] for run in content["runs"]}) == 1  # both sides, in each setting
     assert "share of ceiling" in printed
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")

@@ -117,7 +117,7 @@ def describe_parse_error(message: str) -> str:
     lines = [line.strip(" -:") for line in message.splitlines()]
     said = "; ".join(line for line in lines if line and not _NOISE.match(line))
     said = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", said)
-    said = re.sub(r"<class '([\w.]+)'>", r"\1", said)
+    said = re.sub(r"an? <class '([\w.]+)'>", r"\1", said)
     if keys == "model.quantization" and "4bit" in said:
         said += "; 4 bits are nf4"
     return f"{keys}: {said}." if keys else f"{said}."

@@ -173,7 +173,7 @@ def test_rows_to_predict_are_shown_as_generation_begins(folder):
         ("--split test", "There are no rows to inspect: data.test names no file."),
         ("--row x", "--row x: expected a line number, or FILE:LINE"),
         ("--data.batchsize 3", "There is no key 'data.batchsize'. Did you mean data.batch_size?"),
-        ("--data.max_length q", "data.max_length: Expected a <class 'int'>. Got value: q."),
+        ("--data.max_length q", "data.max_length: Expected int. Got value: q."),
         ("--spilt val", "spilt"),
         ("--model.base nowhere", "no such file or folder"),
         ("--data.val_fraction 0.5", "val and val_fraction are both given"),

@@ -144,7 +144,9 @@ def test_what_the_pages_show_runs(tmp_path):
     shown, subclass = (text for _, text in blocks(README, "python"))
     shown = shown.replace("bfloat16", identity["compute_dtype"])  # as the README says of hardware without bf16
     loading = "".join(shown.splitlines(keepends=True)[:3])
-    assert loading.strip() in first  # what the run prints last is what the README shows
+    assert "Adapter: runs/quickstart/adapter (README.md there says how to load it)" in first
+    card = (tmp_path / "runs" / "quickstart" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert loading.strip() in card.replace('"."', '"runs/quickstart/adapter"')  # which the README shows too
     assert '{"title"' in run_python(shown)
     assert top_tokens_agree(run_python, loading) >= 0.99
 

@@ -172,4 +172,5 @@ def test_a_training_step_of_ones_own_is_rejected_and_own_tensors_are_not_cut(tin
     batch = make_batch() | {"row_ids": torch.arange(6), "source": torch.zeros(6)}
     module = make_module(tiny_base, micro_batch_tokens=1)
     assert len(module.micro_batches(batch)) == 6
-    assert len(module.micro_batches(batch | {"scores": torch.rand(6)})) == 1
+    for name in ("scores", "weights"):
+        assert len(module.micro_batches(batch | {name: torch.rand(6)})) == 1

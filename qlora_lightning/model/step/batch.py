@@ -10,18 +10,10 @@ import torch
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.support.errors import UserError
 
-_KNOWN = {"input_ids", "position_ids", "labels", "cu_seqlens", "row_ids", "source", "weights"}
+_PER_TOKEN, _PER_ROW = ("input_ids", "position_ids", "labels"), ("row_ids", "source")  # tensors of a flat batch
+# Types whose positions are a table.
 _LEARNED_POSITIONS = (
-    "gpt2",
-    "gpt_bigcode",
-    "gpt-sw3",
-    "gpt_neo",
-    "opt",
-    "biogpt",
-    "ctrl",
-    "openai-gpt",
-    "codegen",
-    "gptj",
+    *("gpt2", "gpt_bigcode", "gpt-sw3", "gpt_neo", "opt", "biogpt", "ctrl", "openai-gpt", "codegen", "gptj"),
 )
 _MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
 _NAMED = 8  # rows in a message
@@ -84,8 +76,8 @@ def cut_samples(
     Returns:
         The first sample of each part, and the one behind its last.
     """
-    unknown = [name for name, each in batch.items() if isinstance(each, torch.Tensor) and name not in _KNOWN]
-    if unknown:  # a collate function's own, of which nobody says how it is cut
+    tensors = {name for name, each in batch.items() if isinstance(each, torch.Tensor)}
+    if tensors - {*_PER_TOKEN, *_PER_ROW, "cu_seqlens"}:  # a collate function's own, of which nobody says how it is cut
         return [(0, len(cu_seqlens) - 1)]
     size, parts, first, longest = 2 if batch.get("pairs") else 1, [], 0, 0
     for row in range(0, len(cu_seqlens) - 1, size):
@@ -103,8 +95,8 @@ def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: S
     """Return the flat batch of samples ``first`` to ``last``, the latter excluded; tensors are views of the batch's."""
     start, end = cu_seqlens[first], cu_seqlens[last]
     part = dict(batch)
-    part |= {name: batch[name][:, start:end] for name in ("input_ids", "position_ids", "labels")}
-    part |= {name: batch[name][first:last] for name in ("row_ids", "source") if name in batch}
+    part |= {name: batch[name][:, start:end] for name in _PER_TOKEN}
+    part |= {name: batch[name][first:last] for name in _PER_ROW if name in batch}
     part["cu_seqlens"] = batch["cu_seqlens"][first : last + 1] - start
     part["longest"] = max(after - before for before, after in itertools.pairwise(cu_seqlens[first : last + 1]))
     return part

@@ -23,7 +23,7 @@ from qlora_lightning.support.files import (
     lock_folder,
     write_whole,
 )
-from qlora_lightning.support.trainer import gather_lists, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
 
 _TABLE = "metrics_table"  # key of a checkpoint
 _BY_STEPS = {"rows": 0, "line_follows": True}  # without that key the steps alone say which lines stay
@@ -84,7 +84,7 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # Trainer has it, untyped
+        tokenizer: Any = datamodule_of(trainer).tokenizer
         for answer, row_id, reference, row in zip(
             outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True
         ):

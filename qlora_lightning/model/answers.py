@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import bitsandbytes as bnb
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import decoder_layers, runs_flat
+from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.micro_batch_size import is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
@@ -133,7 +133,7 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
         if type(child) is bnb.nn.Linear4bit and not isinstance(child.weight, DTensor)
     ]
     size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
-    if size > _free_memory(model) / 2:
+    if size > free_bytes(next(model.parameters()).device) / 2:
         linears = []
     try:
         for parent, name, linear in linears:
@@ -142,14 +142,6 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, linear in linears:
             setattr(parent, name, linear)
-
-
-def _free_memory(model: nn.Module) -> int:
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, which is free too
-    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def _dtype_of(linear: Any) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -196,7 +197,7 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        device = self._device_of_process()
+        device, size = self._device_of_process(), self.micro_batch_size
         model_type = None
         if self.compute_dtype == "auto" and device.type == "cuda":
             model_type = open_base(self.base, self.revision, weights=False).model_type
@@ -215,12 +216,9 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
-            before_load=self._plan_memory if fits and self.micro_batch_size.is_auto else None,
+            before_load=functools.partial(size.plan, self) if fits and size.is_auto else None,
         )
         return model
-
-    def _plan_memory(self, model: nn.Module, dtype: torch.dtype, double_quant: bool) -> None:
-        self.micro_batch_size.plan(self, model, dtype, double_quant)
 
     def overrides(self, name: str) -> bool:
         """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""

@@ -22,7 +22,7 @@ from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, find_fit, usable_bytes
+from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step import forward
@@ -143,7 +143,7 @@ def _plan(
             "micro_batch_tokens": tokens,  # of the largest batch
             "most_tokens": fit.tokens if size.is_auto and is_cuda else size.tokens,
             "micro_batches": math.ceil(batch["computed"] / tokens),
-            "gradient_checkpointing": Checkpointing(fit.step.every_n_layers, fit.step.offload)._asdict(),
+            "gradient_checkpointing": fit.choice._asdict(),
             "host_bytes": step.host_base,
             "sharding": None if sharded_offload is None else {"processes": processes, "offload": sharded_offload},
         },

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes
+from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, names_of_ends
 from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing
 
 _BAR = 16  # characters
@@ -109,11 +109,11 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
 
 
 def _model_table(model: Any) -> Table:
-    """List embedding, the modules of a decoder layer, norm and head, with the adapter on each."""
+    """List embedding, the modules of a decoder layer, and head, with the adapter on each."""
     causal_lm = model.get_base_model()
     config, layers = causal_lm.config, decoder_layers(causal_lm)
     ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    names = {module: name.rpartition(".")[2] for name, module in causal_lm.named_modules() if module in ends}
+    names = names_of_ends(causal_lm)
     title = f"{config.model_type}, {config.hidden_size:,} wide, {config.num_attention_heads} heads"
     if getattr(config, "num_key_value_heads", None) is not None:
         title += f" over {config.num_key_value_heads}"

@@ -30,7 +30,7 @@ from qlora_lightning.report.facts import flatten
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml, read_json_object
-from qlora_lightning.support.trainer import callbacks_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 _MAY_DIFFER = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.logger"}
 
@@ -239,7 +239,7 @@ class _TrialEvaluation(Timer):
         module: Any = trainer.lightning_module
         if self._sweep.rises and describe_adapter(module.model)["rank"] != self._value:
             raise UserError(f"build_model of {type(module).__name__} ignores self.adapter_options['rank'].")
-        samples = getattr(trainer.datamodule, "samples", None)  # type: ignore[attr-defined]
+        samples = getattr(datamodule_of(trainer), "samples", None)
         if (isinstance(samples, dict) and "val" not in samples) or not trainer.limit_val_batches:
             raise UserError(
                 "A sweep compares trials on validation rows, and there are none: name a file in data.val, or hold "

@@ -95,12 +95,11 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
             raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    ties = getattr(model.config, "tie_word_embeddings", False)
-    if ties and names_of_ends(model) & {name.rpartition(".")[2] for name in alone}:
+    ends, ties = names_of_ends(model), getattr(model.config, "tie_word_embeddings", False)
+    if ties and {*ends.values()} & {name.rpartition(".")[2] for name in alone}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{embedding.rpartition('.')[2]}], ensure_weight_tying: true}}."
+            f"{{modules_to_save: [{ends[model.get_input_embeddings()]}], ensure_weight_tying: true}}."
         )
 
 

@@ -44,12 +44,12 @@ def check_start(module: Any, needed: tuple[type, ...]) -> None:
     trainer = module._trainer
     if trainer is None:
         return
-    if trainer.state.fn == TrainerFn.FITTING and module.overrides("training_step"):
-        raise UserError(
-            f"{type(module).__name__} overrides training_step, which computes the gradients itself: a loss that it "
-            "returns would change nothing. Override compute_loss, or use a callback."
-        )
     if trainer.state.fn == TrainerFn.FITTING:
+        if module.overrides("training_step"):
+            raise UserError(
+                f"{type(module).__name__} overrides training_step, which computes the gradients itself: a loss that it "
+                "returns would change nothing. Override compute_loss, or use a callback."
+            )
         _check_callbacks(callbacks_of(trainer), needed)
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization, trainer.world_size)
 

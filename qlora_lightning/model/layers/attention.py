@@ -103,9 +103,8 @@ def has_dropout(causal_lm: Any) -> bool:
     """Whether a model of transformers drops anything in training."""
     if any(each.p for each in causal_lm.modules() if isinstance(each, nn.Dropout)):
         return True
-    settings = causal_lm.config.to_dict()  # some types call torch's function, with what their config says
-    named = (each for name, each in settings.items() if "drop" in name and isinstance(each, float))
-    return any(named)
+    settings = vars(causal_lm.config).items()  # some types call torch's function, with what their config says
+    return any(each for name, each in settings if "drop" in name and isinstance(each, float))
 
 
 def flat_attention(

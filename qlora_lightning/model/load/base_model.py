@@ -23,12 +23,8 @@ from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
-_OF_THE_COPY = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-)  # of a config: nothing that the model computes
+# Of a config: nothing that the model computes.
+_OF_THE_COPY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 _log = logging.getLogger(__name__)
 

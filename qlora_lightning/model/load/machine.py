@@ -97,7 +97,8 @@ def device_memory_gib(device: torch.device) -> float:
 def free_bytes(device: torch.device) -> int:
     """Read how much memory this process can still take: of the CUDA device, or of this machine within its limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, which is free too
+        return torch.cuda.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     if sys.platform.startswith("linux"):
         process = psutil.Process()

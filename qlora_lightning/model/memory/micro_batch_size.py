@@ -46,10 +46,12 @@ class Fit(NamedTuple):
 
     Attributes:
         tokens: The most of a micro-batch; 0 if the longest row does not fit.
-        step: The formula, with the checkpointing that it takes.
+        choice: Of checkpointing.
+        step: The formula, with that.
     """
 
     tokens: int
+    choice: Checkpointing
     step: StepMemory
 
 
@@ -66,8 +68,8 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
         step = dataclasses.replace(step, **choice._asdict())
         tokens = _tokens_that_fit(step, usable, longest)
         if tokens >= longest:
-            return Fit(tokens, step)
-    return Fit(0, step)
+            return Fit(tokens, choice, step)
+    return Fit(0, choice, step)
 
 
 def _tokens_that_fit(step: StepMemory, usable: float, longest: int) -> int:
@@ -138,8 +140,6 @@ class MicroBatchSize:
         Raises:
             UserError: The longest row does not fit on the GPU, whatever is done.
         """
-        if not self.is_auto:
-            return
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
         memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
         longest = _longest_row(module)
@@ -157,8 +157,7 @@ class MicroBatchSize:
             _report(f"Memory is not planned: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             return
         fit = find_fit(step, usable_bytes(memory), longest, self.choices)
-        choice = Checkpointing(fit.step.every_n_layers, fit.step.offload)
-        self.choices = self.choices[self.choices.index(choice) :]
+        self.choices = self.choices[self.choices.index(fit.choice) :]
         if device.type != "cuda":  # of which the formula tells only whether memory is short
             self.tokens = min(fit.tokens or longest, _TOKENS_OF_A_CPU)
             return
@@ -166,7 +165,7 @@ class MicroBatchSize:
             needed = sum(fit.step.parts(longest, longest).values())
             fixed = sum(fit.step.fixed.values())
             raise UserError(
-                f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
+                f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
                 f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "
                 f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
                 "model.micro_batch_tokens tries it without a plan."
@@ -192,7 +191,7 @@ class MicroBatchSize:
             return
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
-        usable = usable_bytes(torch.cuda.mem_get_info(module.device)[0] + torch.cuda.memory_reserved(module.device))
+        usable = usable_bytes(free_bytes(module.device) + held)
         tokens = corrected_tokens(self.tokens, held, peak, usable)
         _report(f"Measured: {peak / GIB:.2f} GiB at the peak. At most {tokens:,} tokens go through at a time from now.")
         self.tokens = tokens

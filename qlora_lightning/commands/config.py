@@ -39,7 +39,8 @@ def read_configs(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read the config files that a command line names, by their names as they were typed."""
     configs = {}
     for option, name in itertools.pairwise(arguments):
-        if name.endswith((".yaml", ".yml")) and not option.startswith("-") and option != "copy":
+        alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
+        if alone and name.endswith((".yaml", ".yml")):
             raise UserError(f"{name} stands alone: a config is named as --config {name}.")
     for name in find_configs(arguments):
         try:

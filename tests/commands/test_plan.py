@@ -47,7 +47,7 @@ def folder(tiny_base, tmp_path_factory):
 def plan(*arguments, config="quickstart.yaml"):
     """Run the command; return exit code, figures, what it printed and its error; nothing but plan.json is written."""
     out, err, before = io.StringIO(), io.StringIO(), set(Path.cwd().rglob("*"))
-    options = [] if config is None else ["--config", str(config)]
+    options = [] if config is None else [f"--config={config}"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(["plan", *options, "--json", "plan.json", *arguments])
     assert {file.name for file in set(Path.cwd().rglob("*")) - before} == ({"plan.json"} if code in (0, 1) else set())

@@ -1,6 +1,7 @@
-"""Training on preferences: two answers to each prompt, of which the first is the better one."""
+"""Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,14 +17,16 @@ from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import collective_passes
-from qlora_lightning.model.step.batch import samples_of
+from qlora_lightning.model.step.batch import is_flat, samples_of
+from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
-Objective = Literal["dpo", "ipo", "simpo", "orpo"]
-_BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1}
+Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+_BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+_LOGGED_BY_KTO = ("accuracy", "margin", "kl")
 _REFERENCE = "reference"  # name of the adapter that the reference has
 _REFERENCES = "reference_log_probs"  # key of a checkpoint
 _SPLITS: dict[RunningStage | None, str] = {
@@ -36,23 +39,30 @@ _SPLITS: dict[RunningStage | None, str] = {
 class PreferenceModule(QLoRAModule):
     """A :class:`QLoRAModule` that learns to prefer one answer to another; takes a :class:`PreferenceDataModule`.
 
-    The reference of ``dpo`` and ``ipo`` is the model as training found it: the same base with its adapter switched off,
-    or with the adapter that ``adapter`` names. Its log-probabilities are computed once for each row, and kept.
+    Rows are pairs of answers, of ``kto`` single ones with a verdict, desirable or not.
+
+    The reference of ``dpo``, ``ipo`` and ``kto`` is the model as training found it: the same base with its adapter
+    switched off, or with the adapter that ``adapter`` names. Its log-probabilities are computed once for each row, and
+    kept.
 
     Logs, beside ``train_loss`` (per pair) and ``grad_norm``, for each split ``…_accuracy`` (share of pairs whose chosen
     answer has the larger reward), ``…_margin`` (mean difference of the rewards), ``…_chosen_reward`` and
     ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an answer, against the reference's if there
-    is one, else per token.
+    is one, else per token. Of ``kto`` a margin is by how much the reward of a desirable answer is above ``beta · kl``,
+    or that of another below; accuracy is the share of positive margins; ``…_kl`` is the estimate of the divergence.
 
     Args:
         base: As of :class:`QLoRAModule`.
-        objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024) or ``orpo``
-            (Hong et al. 2024); the last two need no reference.
+        objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024), ``orpo``
+            (Hong et al. 2024) or ``kto`` (Ethayarajh et al. 2024); ``simpo`` and ``orpo`` need no reference.
         beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
             of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
         gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
         label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
-        sft_share: Factor of the chosen answer's loss per token, which is added.
+        sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
+        desirable_weight: Of ``kto``: factor of the loss of desirable answers; ``None``: the rarer kind of the training
+            rows weighs as much more as it is rarer.
+        undesirable_weight: And of the others.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
 
@@ -66,6 +76,8 @@ class PreferenceModule(QLoRAModule):
         gamma: float | None = None,
         label_smoothing: float = 0.0,
         sft_share: float = 0.0,
+        desirable_weight: float | None = None,
+        undesirable_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
@@ -83,12 +95,20 @@ class PreferenceModule(QLoRAModule):
             raise UserError(
                 f"model.label_smoothing is {label_smoothing:g}, which {objective} has no use for: only dpo and simpo."
             )
+        if objective != "kto" and (desirable_weight is not None or undesirable_weight is not None):
+            raise UserError(
+                f"model.desirable_weight and undesirable_weight are of kto: {objective} has no use for them."
+            )
+        if objective == "kto" and sft_share:
+            raise UserError(f"model.sft_share is {sft_share:g}, which kto has no use for.")
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.label_smoothing, self.sft_share = label_smoothing, sft_share
-        self.val_statistics, self.test_statistics = TokenStatistics(_LOGGED), TokenStatistics(_LOGGED)
+        self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
+        self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
-        # of each split, by the hash of its rows: the reference's log-probabilities of the two answers of a row, (2,)
+        # of each split, by the hash of its rows: the reference's log-probabilities of a row's answers, (1 or 2,)
         self._references: dict[str, dict[int, Tensor]] = {}
 
     def configure_model(self) -> None:
@@ -106,15 +126,21 @@ class PreferenceModule(QLoRAModule):
 
     @property
     def _has_reference(self) -> bool:
-        return self.objective in ("dpo", "ipo")
+        return self.objective in ("dpo", "ipo", "kto")
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
-        """Sum the loss of the pairs of a flat batch, in which the two answers of a row are neighbours.
+        """Sum the loss of the rows of a flat batch, in which the two answers of a pair are neighbours.
 
-        What counts as a labelled token is a pair; as correct one whose chosen answer is the likelier, per token.
+        What counts as a labelled token is a row; as correct a pair whose chosen answer is the likelier, per token, of
+        ``kto`` a row with a positive margin.
         """
+        kind, key = (
+            ("answers with a verdict", "desirable") if self.objective == "kto" else ("pairs of answers", "pairs")
+        )
+        if key not in batch:
+            raise UserError(f"model.objective {self.objective} learns from {kind}, which the rows of data are not.")
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
         nll = self._token_losses(batch)
@@ -122,15 +148,18 @@ class PreferenceModule(QLoRAModule):
         if self._has_reference:
             with collective_passes(self):  # a process that knows it, or has a filler, computes none
                 reference = self._reference_log_probs(batch) if any(layout.counts) else None
-        counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2)
-        log_probs = -_sum_pieces(nll, layout.counts).view(-1, 2)  # (pairs, 2), a number for each answer
-        if not counts.any():  # a filler
+        if not any(layout.counts):  # a filler
             zeros = nll.new_zeros(())
-            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(_LOGGED, zeros))
-        counts = counts.to(self.device, non_blocking=True)
+            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(self._logged, zeros))
+        log_probs = -_sum_pieces(nll, layout.counts)  # a number for each answer
+        if self.objective == "kto":
+            assert reference is not None
+            return self._sum_kto(batch, log_probs - reference)
+        log_probs = log_probs.view(-1, 2)  # (pairs, 2)
+        counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2).to(self.device, non_blocking=True)
         mean = log_probs / counts  # per token
         if reference is not None:
-            ratios = log_probs - reference
+            ratios = log_probs - reference.view(-1, 2)
             rewards = self.beta * ratios
             compared = ratios / counts if self.objective == "ipo" else rewards
         else:
@@ -162,6 +191,60 @@ class PreferenceModule(QLoRAModule):
             losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
         return losses - self.sft_share * mean[:, 0]
 
+    def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:
+        """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer, ``(rows,)`` (Ethayarajh et al., equation 8)."""
+        desirable = batch["desirable"]
+        kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
+        margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
+        of_desirable, of_others = self._weights()
+        losses = torch.where(desirable, of_desirable, of_others) * torch.sigmoid(-margins)
+        right, margins = (margins > 0).sum(), margins.detach()
+        sums = {"accuracy": right.float(), "margin": margins.sum(), "kl": kl * len(ratios)}
+        return LossSums(losses.sum(), torch.full((), len(ratios), device=self.device), right, sums)
+
+    def _weights(self) -> tuple[float, float]:
+        """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""
+        samples = samples_of(datamodule_of(self._trainer), "train")
+        verdicts = None if samples is None else samples.desirable
+        good, bad = (1, 1) if verdicts is None else (int(verdicts.sum()), int((~verdicts).sum()))
+        by_numbers = (max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1)))
+        asked = (self.desirable_weight, self.undesirable_weight)
+        first, second = (found if own is None else own for own, found in zip(asked, by_numbers, strict=True))
+        return first, second
+
+    # ---- the divergence of kto ---------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        before = super().on_before_batch_transfer
+        if self.objective == "kto" and is_flat(batch):
+            return {**before(batch, dataloader_idx), "mismatched": before(mismatch_answers(batch), dataloader_idx)}
+        return before(batch, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        after = super().on_after_batch_transfer
+        if isinstance(batch, Mapping) and "mismatched" in batch:
+            return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
+        return after(batch, dataloader_idx)
+
+    def _parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = super()._parts_of_step(batch)
+        if self.objective == "kto":  # of the whole batch, however it is cut
+            kl = self._estimate_kl(batch)
+            parts = [{**part, "kl": kl} for part in parts]
+        return parts
+
+    def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
+        """Estimate how far the model is from the reference: by the mean log-ratio of mismatched answers, at least 0."""
+        total, rows = torch.zeros((), device=self.device), 0
+        mismatched = batch["mismatched"] if "mismatched" in batch else mismatch_answers(batch)
+        with torch.no_grad():
+            for part in super()._parts_of_step(mismatched):
+                own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
+                with collective_passes(self):
+                    total += (own - self._compute_reference(part)).sum()
+                rows += sum(map(bool, part["layout"].counts))
+        return (total / max(rows, 1)).clamp(min=0)
+
     def _token_losses(self, batch: dict[str, Any]) -> Tensor:
         hidden, targets = self.last_states(batch)
         with self.autocast():
@@ -177,22 +260,26 @@ class PreferenceModule(QLoRAModule):
         return with_adapter(self.model, _REFERENCE)
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
-        """Return the reference's log-probabilities of both answers of each pair, ``(pairs, 2)``."""
-        known, rows = self._known_references(), batch["layout"].rows[::2]
+        """Return the reference's log-probability of each answer, ``(answers,)``: computed once, and kept by row."""
+        answers = 2 if batch.get("pairs") else 1  # of a row
+        known, rows = self._known_references(), batch["layout"].rows[::answers]
         if known is not None and all(row in known for row in rows):
-            return torch.stack([known[row] for row in rows])
+            return torch.cat([known[row] for row in rows])
+        log_probs = self._compute_reference(batch)
+        if known is not None:
+            known.update(zip(rows, log_probs.view(-1, answers), strict=True))
+        return log_probs
+
+    def _compute_reference(self, batch: dict[str, Any]) -> Tensor:
         noise, self.neftune_alpha = self.neftune_alpha, None
         drops = self.training and has_dropout(self.causal_lm)
         try:
             self.model.train(self.training and not drops)
             with torch.no_grad(), self.reference():
-                log_probs = -_sum_pieces(self._token_losses(batch), batch["layout"].counts).view(-1, 2)
+                return -_sum_pieces(self._token_losses(batch), batch["layout"].counts)
         finally:
             self.neftune_alpha = noise
             self.model.train(self.training)
-        if known is not None:
-            known.update(zip(rows, log_probs, strict=True))
-        return log_probs
 
     def _known_references(self) -> dict[int, Tensor] | None:
         """Return what is kept of the split at work, by row; ``None`` if its rows do not come again."""
@@ -221,6 +308,35 @@ class PreferenceModule(QLoRAModule):
             for split, state in states[rank].items():
                 values = state["log_probs"].to(self._device_of_process())  # the module comes there later
                 self._references[split] = dict(zip(state["rows"].tolist(), values, strict=True))
+
+
+def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a flat batch of each prompt with the answer of the row before, of the first with the last row's.
+
+    It begins at the first labelled token.
+    """
+    bounds, ids, labels = batch["cu_seqlens"].tolist(), batch["input_ids"][0], batch["labels"][0]
+    rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
+    prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
+    mixed = [
+        tuple(torch.cat([mine[:prompt], theirs[other:]]) for mine, theirs in zip(row, before, strict=True))
+        for row, before, prompt, other in zip(rows, _rotate(rows), prompts, _rotate(prompts), strict=True)
+    ]
+    lengths = torch.tensor([len(each) for each, _ in mixed])
+    tokens, targets = (torch.cat(each)[None] for each in zip(*mixed, strict=True))
+    return {
+        "input_ids": tokens,
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None].to(tokens.device),
+        "labels": targets,
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(tokens.device),
+        "longest": int(lengths.max()),
+        "row_ids": batch["row_ids"],
+        "source": batch["source"],
+    }
+
+
+def _rotate(values: Sequence[Any]) -> list[Any]:
+    return [*values[-1:], *values[:-1]]
 
 
 def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:

@@ -10,7 +10,10 @@ import torch
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.support.errors import UserError
 
-_PER_TOKEN, _PER_ROW = ("input_ids", "position_ids", "labels"), ("row_ids", "source")  # tensors of a flat batch
+_PER_TOKEN, _PER_ROW = (
+    ("input_ids", "position_ids", "labels"),
+    ("row_ids", "source", "desirable"),
+)  # tensors of a flat batch
 # Types whose positions are a table.
 _LEARNED_POSITIONS = (
     *("gpt2", "gpt_bigcode", "gpt-sw3", "gpt_neo", "opt", "biogpt", "ctrl", "openai-gpt", "codegen", "gptj"),

@@ -147,7 +147,7 @@ class Benchmarks:
         versions = {run["side"]: run["versions"] for run in self.runs if "versions" in run}
         for name, facts in (("setup", self.setup), *versions.items()):
             console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}", soft_wrap=True)
-        console.print(f"Medians of {self.setup['repeats']} runs; tests/README.md explains them.")
+        console.print(f"Medians of {self.setup['repeats']} runs; tests/benchmarks/README.md explains them.")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What travels between processes: measured in a step on two processes of this machine, and calculated for GPUs.
 
 ``python -m tests.benchmarks.communication`` trains SmolLM2 by gloo, on the quickstart's rows; ``--table`` prints the
-table of ``configs/README.md``, which takes the same formulas, published bandwidths and the assumptions below.
+table of ``README.md`` beside this file, which takes the same formulas, published bandwidths and the assumptions below.
 """
 
 import argparse

@@ -150,4 +150,4 @@ def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyt
 
 
 def test_the_page_on_several_devices_shows_the_calculated_table() -> None:
-    assert "\n".join(communication.table()) in (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(communication.table()) in (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")

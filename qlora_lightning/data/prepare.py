@@ -17,7 +17,7 @@ from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats

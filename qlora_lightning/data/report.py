@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 

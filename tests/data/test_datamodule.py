@@ -212,7 +212,7 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
 
 def test_booleans_are_words_in_csv_and_a_message_with_pictures_is_a_bad_row(make, tmp_path, write):
     (tmp_path / "judged.csv").write_text("prompt,completion,label\nq,k,False\n")
-    with pytest.raises(UserError, match=r"^judged.csv:2 has 'label', which says"):
+    with pytest.raises(UserError, match=r"^judged.csv:1 has 'label', which says"):
         make(train="judged.csv").setup("fit")
     asked, answer = TALK
     write("seen.jsonl", [{"messages": [{**asked, "images": ["a.png"]}, answer]}])

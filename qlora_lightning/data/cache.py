@@ -22,7 +22,7 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-_LAYOUT = 7  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 8  # of what is stored; counts up when the same rows would give other samples, or would be refused
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:

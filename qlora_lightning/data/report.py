@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
@@ -59,12 +58,6 @@ class Report:
             self.suspicious += 1
             self.suspicious_rows = [*self.suspicious_rows, f"{where} ({', '.join(reasons)})"][:_SHOWN]
 
-    def note_columns(self, converters: Iterable[RowConverter]) -> None:
-        """Note the formats that were found, and the columns that nothing reads."""
-        for converter in converters:
-            for mine, theirs in ((self.formats, converter.formats), (self.unread_columns, converter.unread_columns)):
-                mine += [name for name in theirs if name not in mine]
-
     def count_duplicates(self, samples: SampleSet) -> None:
         """Count the rows that equal an earlier one."""
         repeats = find_repeats(samples)
@@ -111,26 +104,18 @@ class Report:
             lines += _list(f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", pairs)
         return "\n".join(lines)
 
-    def check_bad(self, skip: bool) -> None:
-        """Refuse bad rows, unless they are to be skipped.
+    def check(self, skip_bad: bool, lenient: bool = False) -> None:
+        """Reject a split that cannot be trained on as it is.
 
         Raises:
-            UserError: there are bad rows and ``skip`` is off.
+            UserError: there are bad rows and they are not to be skipped; or no sample is left; or, unless ``lenient``,
+                more than 5 % of the rows leave nothing to train on.
         """
-        if self.bad_rows and not skip:
-            advice = "Correct them, or leave them out with `on_bad_row: skip`."
-            raise UserError(f"{self._list_bad()}\n{advice}")
-
-    def check_left(self, lenient: bool = False) -> None:
-        """Refuse rows of which no sample is left, or too many leave nothing to learn from.
-
-        Raises:
-            UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows leave nothing to train on.
-        """
+        if self.bad_rows and not (skip_bad or lenient):
+            raise UserError(f"{self._list_bad()}\nCorrect them, or leave them out with `on_bad_row: skip`.")
         if self.samples == 0:
-            if self.bad_rows:
-                raise UserError(self._list_bad())
-            raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
+            left = f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()})."
+            raise UserError(self._list_bad() if self.bad_rows else left)
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
@@ -139,8 +124,12 @@ class Report:
             )
 
     def _list_bad(self) -> str:
+        """List the first bad rows, those with the same reason in one line."""
+        places: dict[str, list[str]] = {}
+        for row in self.bad:
+            places.setdefault(row.reason, []).append(row.where)
         rows = "1 row cannot be used:" if self.bad_rows == 1 else f"{self.bad_rows} rows cannot be used:"
-        lines = [rows, *(f"  {row.where}: {row.reason}" for row in self.bad)]
+        lines = [rows, *(f"  {', '.join(where)}: {reason}" for reason, where in places.items())]
         if self.bad_rows > len(self.bad):
             lines.append(f"  and {self.bad_rows - len(self.bad)} more")
         return "\n".join(lines)

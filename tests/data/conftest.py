@@ -147,8 +147,7 @@ def _like_sentencepiece(controls):
     return backend
 
 
-@pytest.fixture(scope="session")
-def families():
+def make_families():
     """Small tokenizers in the style of known models: name -> tokenizer with template, BOS and end as they have it."""
     from transformers import PreTrainedTokenizerFast
 
@@ -164,3 +163,8 @@ def families():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
         made[name] = tokenizer
     return made
+
+
+@pytest.fixture(scope="session")
+def families():
+    return make_families()

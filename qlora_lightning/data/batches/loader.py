@@ -7,8 +7,7 @@ from typing import Any, TypedDict
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.order import count_batches, rank_batches
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, count_batches, rank_batches
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
@@ -111,7 +110,7 @@ class FlatLoader:
 class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
     """A ``FlatLoader`` for Lightning Fabric, which takes torch's class only; the Trainer would ask that for workers."""
 
-    # of torch's class, whose own constructor would set another sampler; a Trainer that is given this loader reads them
+    # of torch's class, whose constructor would set another sampler
     num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None
 
     @property

@@ -7,7 +7,6 @@ from typing import Any
 from qlora_lightning.data.rows.bad_rows import RowFault, read_string
 from qlora_lightning.data.rows.conversation import (
     MEDIA,
-    ROLES,
     Chat,
     Content,
     Pair,
@@ -37,32 +36,21 @@ class RowConverter:
         unread_columns: columns that no format reads, under our names.
 
     Raises:
-        UserError: there is no such format, role or column.
+        UserError: there is no such format.
     """
 
     def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
         self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
-        self._named: Format | None = None
-        preference = preference_format(settings.roles)
-        if settings.format != "auto":
-            self._named = find_format(settings.format)
-        elif pairs:
-            self._named = preference
+        self._named = None if settings.format == "auto" else find_format(settings.format)
+        if pairs and self._named is None:
+            self._named = preference_format(settings.roles)
         if pairs and settings.format in FORMATS:
             raise UserError(
                 "format: expected auto or the dotted path of a function that returns two answers, "
                 f"found {settings.format!r}."
             )
-        for ours in settings.roles.values():
-            if ours not in ROLES:
-                raise UserError(f"roles: expected {', '.join(ROLES)}, found {ours!r}.{nearest(str(ours), ROLES)}")
-        known = dict.fromkeys(key for form in (*FORMATS.values(), preference) for key in form.read_keys)
-        for column in settings.columns.values():
-            if column is not None and column not in known and "." not in settings.format:
-                hint = nearest(column, known)
-                raise UserError(f"columns: no format reads {column!r}; expected {', '.join(known)}.{hint}")
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""

@@ -68,14 +68,9 @@ def find_sources(
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
-    The network is used only to list a folder or glob behind a URL.
-
-    Args:
-        value: a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
-            and ``RowSettings``; or a list of these.
-        split: named in messages, and the default split of a hub data set (``train``, ``validation`` or ``test``).
-        settings: those of sources that name none of their own.
-        encoding: likewise.
+    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
+    and ``RowSettings``; or a list of these. Settings and encoding are those of sources that name none of their own. The
+    network is used only to list a folder or glob behind a URL.
 
     Raises:
         UserError: a file does not exist or is of an unknown kind; an entry has an unknown key or a wrong value.
@@ -175,7 +170,7 @@ def _list_files(path: Path) -> list[Path]:
     found = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not found and not glob.has_magic(str(path)):
         beside = [each for each in path.parent.glob("*") if kind_of_file(each) or each.is_dir()]
-        names = {each.name.partition(".")[0]: each for each in beside}  # by suffixes and folders all are alike
+        names = {each.name.partition(".")[0]: each for each in beside}
         near = difflib.get_close_matches(path.name.partition(".")[0], names, n=1)
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
@@ -185,11 +180,7 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """List data files at any depth, without hidden ones.
-
-    Of a folder that ``Dataset.save_to_disk`` wrote, these are the files that its ``state.json`` names: beside them may
-    be those of an earlier save, and what ``datasets`` keeps.
-    """
+    """List data files at any depth, without hidden ones; of ``save_to_disk`` those that ``state.json`` names."""
     state = folder / "state.json"
     if state.is_file() and (folder / "dataset_info.json").is_file():
         return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
@@ -199,5 +190,6 @@ def list_folder(folder: Path) -> list[Path]:
 
 def kind_of_file(file: DataFile) -> str:
     """Return the kind of a file by its name, compressed or not: of ``a.jsonl.gz`` it is ``.jsonl``; else nothing."""
-    name = _COMPRESSED.sub("", str(file).lower())
+    name = file.partition("?")[0] if isinstance(file, str) else file.name
+    name = _COMPRESSED.sub("", name.lower())
     return next((kind for kind in KINDS if name.endswith(kind)), "")

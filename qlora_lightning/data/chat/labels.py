@@ -3,7 +3,6 @@
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
@@ -15,8 +14,6 @@ from qlora_lightning.data.rows.conversation import Content, Conversation, Messag
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
-
-_REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
 
 class Rendered(NamedTuple):
@@ -59,7 +56,6 @@ class ChatRenderer:
         # Sentencepiece puts a space before a text: a part is encoded behind a newline there, whose ids are left out.
         self._lead = "" if behind[len(newline) :] == alone else "\n"
         self._lead_length = len(newline) if self._lead else 0
-        self._headers: dict[str, _Encoded] = {}
 
     def write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes, without the turns after its last answer; tokens become none.
@@ -203,16 +199,16 @@ class ChatRenderer:
         begin = max(encoded.find(start) - 1, least)
         while begin > least and ids[begin] not in controls:
             begin -= 1
-        at = encoded.span(begin)[0] if ids[begin] in controls else before
+        at = encoded.spans[begin][0] if ids[begin] in controls else before
         lead = self._lead if at and ids[begin] not in controls else ""
-        header = self._encode_header(lead + text[at:start])
+        (header,) = self.encode([lead + text[at:start]])
         skipped = self._lead_length if lead else 0
         header_ids = header.ids[skipped:]
         first = begin + len(header_ids)
         if ids[begin:first] == header_ids:
             return first
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
-        end = encoded.span(behind)[0] if behind < len(ids) else len(text)
+        end = encoded.spans[behind][0] if behind < len(ids) else len(text)
         (answer,) = self.encode([self._lead + text[start:end]])
         cut = [*header_ids, *answer.ids[self._lead_length :]]
         decoded, wanted = (
@@ -224,13 +220,6 @@ class ChatRenderer:
         encoded.spans[begin:behind] = [(a + by, b + by) for spans, by in parts for a, b in spans]
         ids[begin:behind] = cut
         return first
-
-    def _encode_header(self, header: str) -> "_Encoded":
-        if header not in self._headers:
-            if len(self._headers) > _REMEMBERED:
-                self._headers.clear()
-            self._headers[header] = self.encode([header])[0]
-        return self._headers[header]
 
     def _check_bos(self, ids: list[int]) -> None:
         """Refuse a template that writes two BOS, or none where the tokenizer itself would write one.
@@ -267,23 +256,12 @@ def _is_same_text(decoded: str, wanted: str) -> bool:
 
 
 class _Encoded:
-    """The ids of a text, and of each its first character and the one behind it, looked up as they are needed."""
+    """The ids of a text, and of each its first character and the one behind it."""
 
     def __init__(self, encoding: Any) -> None:
         self.ids: list[int] = encoding.ids
-        self._encoding = encoding
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """Those of all tokens."""
-        return list(self._encoding.offsets)
-
-    def span(self, token: int) -> tuple[int, int]:
-        """That of one token."""
-        if "spans" in vars(self):
-            return self.spans[token]
-        return self._encoding.token_to_chars(token) or (0, 0)
+        self.spans: list[tuple[int, int]] = encoding.offsets
 
     def find(self, character: int) -> int:
         """Return the first token that begins at a character or behind it."""
-        return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
+        return bisect_left(self.spans, character, key=lambda span: span[0])

@@ -93,7 +93,8 @@ class Report:
             lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
-            lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])
+            bad = [f"{places} ({reason})" for reason, places in self._bad_places().items()]
+            lines += _list(f"{self.bad_rows:,} bad rows skipped", bad)
         if self.suspicious:
             lines += _list(f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows)
         if self.duplicates:
@@ -123,13 +124,16 @@ class Report:
                 "train_on and `train: false`."
             )
 
-    def _list_bad(self) -> str:
-        """List the first bad rows, those with the same reason in one line."""
+    def _bad_places(self) -> dict[str, str]:
+        """Return the places of the first bad rows by their reason."""
         places: dict[str, list[str]] = {}
         for row in self.bad:
             places.setdefault(row.reason, []).append(row.where)
+        return {reason: ", ".join(where) for reason, where in places.items()}
+
+    def _list_bad(self) -> str:
         rows = "1 row cannot be used:" if self.bad_rows == 1 else f"{self.bad_rows} rows cannot be used:"
-        lines = [rows, *(f"  {', '.join(where)}: {reason}" for reason, where in places.items())]
+        lines = [rows, *(f"  {places}: {reason}" for reason, places in self._bad_places().items())]
         if self.bad_rows > len(self.bad):
             lines.append(f"  and {self.bad_rows - len(self.bad)} more")
         return "\n".join(lines)

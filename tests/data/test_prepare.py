@@ -117,19 +117,6 @@ def test_a_document_is_cut_into_pieces_and_tokens_as_their_settings_say(recipe, 
         assert report.dropped == ({} if lengths else {TOO_LONG: 1})
 
 
-def test_a_source_is_read_when_its_turn_comes_and_checked_by_its_own_rows(recipe):
-    begun = []
-
-    def rows(name):
-        begun.append(name)
-        yield from source(pair(name), file=name)[1]
-
-    sources = [(RowSettings(), rows("a")), (RowSettings(columns={"prmpt": "question"}), rows("b")), source(pair())]
-    with pytest.raises(UserError, match="columns: no row has 'prmpt'"):
-        prepared(*sources, (RowSettings(), rows("c")), recipe=recipe())
-    assert begun == ["a", "b"]
-
-
 def test_each_row_has_its_own_format_and_chunks_change_nothing(recipe, monkeypatch):
     settings, rows = source(pair("r"), {"prompt": "q"}, pair())
     alpaca = source({"instruction": "q", "output": "k"}, file="b.jsonl")[1]
@@ -143,8 +130,8 @@ def test_each_row_has_its_own_format_and_chunks_change_nothing(recipe, monkeypat
     assert (same, again.content_hash) == (report, samples.content_hash)
 
 
-def test_rows_of_all_kinds_stay_in_their_order(smol, templates, talk):
-    smol.chat_template = templates.qwen
+def test_rows_of_all_kinds_stay_in_their_order(smol, history_template, talk):
+    smol.chat_template = history_template
     turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
     rows = source(pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z"))
     samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol)))

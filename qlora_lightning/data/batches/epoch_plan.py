@@ -183,7 +183,7 @@ def mix_sources(source: npt.NDArray[np.int32], shares: Sequence[float], seed: in
 
 
 def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
-    """Return places ``[begin, begin + count)`` of a source's endless line."""
+    """Return rows ``[begin, begin + count)`` of a source's endless line."""
     rounds = range(begin // len(rows), -(-(begin + count) // len(rows)))
     line = [rows[permute(len(rows), seed, "source", number, turn)] for turn in rounds]
     start = begin % len(rows)

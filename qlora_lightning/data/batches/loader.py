@@ -55,7 +55,7 @@ class FlatLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
+        # A generator: nothing below runs before the first batch, when Lightning has set the epoch.
         epoch = self.sampler.epoch
         continues = self._restored and self._epoch == epoch and self._position < len(self)
         if continues and self._has_ended:
@@ -85,8 +85,7 @@ class FlatLoader:
                 raise UserError(
                     f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
                     f"= {mine}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
-                    "times processes (tokens_per_batch and processes), shuffle and weights as they "
-                    "were."
+                    "times processes (tokens_per_batch and processes), shuffle and weights as they were."
                 )
         self._epoch, self._position, self._restored = epoch, position, True
         self._has_ended = position >= batches

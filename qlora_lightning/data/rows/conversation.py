@@ -81,7 +81,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
 
     Args:
         message: OpenAI's ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, and what else they may have.
-        number: its place in the conversation, from 1.
+        number: its number in the conversation, from 1.
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"

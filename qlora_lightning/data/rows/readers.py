@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
-    """Yield the rows of a source, and in their places those that cannot be read.
+    """Yield the rows of a source, and between them those that cannot be read.
 
     Raises:
         UserError: a file cannot be read or is damaged, or the source holds no rows at all.

@@ -11,7 +11,6 @@ from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.batches.epoch_plan import (
     EpochPlan,
     best_fit,
-    make_count,
     mix_sources,
     permute,
     rank_batches,
@@ -78,13 +77,6 @@ def test_epochs_share_few_bins_and_are_at_least_98_percent_full():
     assert lengths.sum() >= 0.98 * 2048 * len(first)
     same = {frozenset(rows) for rows in first} & {frozenset(rows) for rows in second}
     assert len(same) < 0.01 * len(first)
-
-
-def test_too_many_bins_lose_the_emptiest_too_few_are_cut_in_two():
-    bins, lengths = [[0, 1], [2], [3, 4, 5]], [4, 4, 3, 2, 2, 1]
-    assert make_count(bins, lengths, 3) == bins
-    assert make_count(bins, lengths, 2) == [[0, 1], [3, 4, 5]]
-    assert make_count(bins, lengths, 5) == [[0], [2], [3, 5], [4], [1]]
 
 
 # ---- micro-batches ---------------------------------------------------------------------------------------------------
@@ -214,18 +206,6 @@ def test_resuming_is_exact_also_a_second_time_in_the_same_epoch(position, cut, t
     assert rows(resumed(state)) == expected[position:]
     again = saved_after(resumed(state), 1)
     assert rows(resumed(again)) == (expected[position + 1 :] or expected)
-
-
-def test_a_position_belongs_to_its_epoch_and_a_new_iteration_begins_at_the_start():
-    it = loader()
-    next(iter(it))
-    state = it.state_dict()
-    assert state["position"] == 1
-    assert len(rows(it)) == len(rows(it)) == 6
-    other = loader()
-    other.load_state_dict(state)
-    other.sampler.set_epoch(1)
-    assert rows(other) == rows(loader(epoch=1))
 
 
 @pytest.mark.parametrize(

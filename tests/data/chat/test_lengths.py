@@ -124,8 +124,8 @@ def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, 
     assert "<|im_start|>assistant\na2<|im_end|>" in text
 
 
-def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, templates, talk):
-    smol.chat_template = templates.qwen
+def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, history_template, talk):
+    smol.chat_template = history_template
 
     class Rows(InstructionDataModule):
         def load_rows(self, split):

@@ -285,12 +285,6 @@ def test_the_saved_tokenizer_renders_the_same_elsewhere_and_its_date_may_be_set_
     assert again.identity["chat_template"] == prepare(tokenizer, template_options=other)[0].identity["chat_template"]
 
 
-def test_cached_samples_are_those_of_the_same_options(tokenizers, prepare):
-    one, two = ({"date_string": text} for text in ("1 May 2025", "2 May 2025"))
-    found = [prepare(tokenizers["date"], cache="shared", template_options=options)[1] for options in (one, two, one)]
-    assert found[0] == found[2] != found[1]
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [

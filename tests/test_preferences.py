@@ -116,7 +116,7 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
         ({"prompt": "a", "chosen": str(GOOD), "rejected": str(BAD)}, "'chosen': not JSON"),
         ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
         ({"messages": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
-        ({"question": "a", "chosen": "b", "rejected": "c"}, "did you mean `columns: {question: prompt}`"),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "name its column by `columns: {theirs: prompt}`"),
         ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )

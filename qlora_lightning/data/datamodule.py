@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -268,8 +268,7 @@ class InstructionDataModule(LightningDataModule):
         if found is None or not found[1].rows:
             return
         samples, report = found
-        report.check_bad(skip=self.on_bad_row == "skip" or self.lenient)
-        report.check_left(self.lenient)
+        report.check(self.on_bad_row == "skip", self.lenient)
         if split == "train" and self.val_fraction is not None:
             self._pool = samples, report
             self._divide()
@@ -280,7 +279,7 @@ class InstructionDataModule(LightningDataModule):
         rank_zero_info(report.describe())
 
     def _has_training_rows(self, split: str) -> bool:
-        """Whether training rows are there to compare with; if nothing has read them yet, they are read."""
+        """Whether there are training rows to compare with; if nothing has read them yet, they are read."""
         if "train" not in self.samples and not self._has_own_rows():
             try:
                 if not any(source.is_remote for source in self.sources("train")):
@@ -294,15 +293,18 @@ class InstructionDataModule(LightningDataModule):
         sources = [] if self._has_own_rows() else self.sources(split)
         rows: Sources = [(source.settings, read_rows(source)) for source in sources]
         if self._has_own_rows():
-            rows = [(self._row_settings(), self._own_rows(split))]
+            own = enumerate(self.load_rows(split) or (), start=1)
+            settings = RowSettings(self.format, self.columns, self.system, self.roles)
+            rows = [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
         if not rows:
             return None
         if split == "train" and sources and sources[0].weight is not None:
             self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
+            recipe = Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
             for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
-            samples, report, prompts = prepare(rows, self._recipe(), split, self.deduplicate, for_prompts, show)
+            samples, report, prompts = prepare(rows, recipe, split, self.deduplicate, for_prompts, show)
             self._prompts = prompts or self._prompts
             return samples, report
 
@@ -329,33 +331,22 @@ class InstructionDataModule(LightningDataModule):
 
     def sources(self, split: str) -> list[Source]:
         """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
-        value, given = self.files[split], self.files["train"]
+        value: Any = self.files[split]
+        given = self.files["train"]
         in_folder = split in ("val", "test") and not (split == "val" and self.val_fraction is not None)
         if value is None and in_folder:
             entries: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-            found: list[Any] = [
-                each for each in entries if isinstance(each, str | os.PathLike) and has_split(each, split)
-            ]
-            value = found or None
+            value = [each for each in entries if isinstance(each, str | os.PathLike) and has_split(each, split)] or None
         if value is None:
             return []
-        sources = find_sources(value, split, settings=self._row_settings(), encoding=self.encoding)
+        settings = RowSettings(self.format, self.columns, self.system, self.roles)
+        sources = find_sources(value, split, settings=settings, encoding=self.encoding)
         if split == "train" and not self.shuffle and sources[0].weight is not None:
             raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
         return sources
 
     def _has_own_rows(self) -> bool:
         return type(self).load_rows is not InstructionDataModule.load_rows
-
-    def _own_rows(self, split: str) -> Iterator[Row | BadRow]:
-        for number, row in enumerate(self.load_rows(split) or (), start=1):
-            yield Row(row, split, number) if isinstance(row, dict) else row
-
-    def _recipe(self) -> Recipe:
-        return Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
-
-    def _row_settings(self) -> RowSettings:
-        return RowSettings(self.format, self.columns, self.system, self.roles)
 
     def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
         """Return everything that samples depend on; None if nobody can tell."""

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
@@ -17,11 +16,10 @@ from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats
-from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
 TOO_LONG = "longer than max_length (too_long: drop)"
@@ -50,7 +48,7 @@ class Recipe:
 
 
 class _Converted(NamedTuple):
-    """What a good row says, with its number in the split and that of its source."""
+    """The content of a good row, with its number in the split and that of its source."""
 
     number: int
     source: int
@@ -63,7 +61,7 @@ class _Converted(NamedTuple):
         return self.content if isinstance(self.content, Pair) else [self.content]
 
     def texts_of(self, role: str) -> list[str]:
-        """Return what a role says, where that is text."""
+        """Return the texts of a role."""
         messages = [each for part in self.parts if isinstance(part, Chat) for each in part.messages]
         return [each["content"] for each in messages if each["role"] == role and isinstance(each.get("content"), str)]
 
@@ -138,7 +136,9 @@ class _Preparation:
         """Return the samples of all rows, and the report on them."""
         samples, report = self._builder.build(), self.report
         report.count_samples(samples)
-        report.note_columns(self._converters)
+        for each in self._converters:
+            report.formats += [name for name in each.formats if name not in report.formats]
+            report.unread_columns += [name for name in each.unread_columns if name not in report.unread_columns]
         return samples, report
 
     def _add_prompt(self, converted: _Converted) -> None:
@@ -158,39 +158,36 @@ class _Preparation:
             for part, samples in zip(converted.parts, parts, strict=True)
         ]
         rendered = [sample for samples in parts for sample in samples]
-        several = len(rendered) > len(parts)
-        report.turn_by_turn += several
-        if isinstance(content, Pair):
-            if not several and all(fitted):
-                (one,), (other,) = fitted
-                if one == other:
-                    report.drop("their two answers are the same within max_length")
-                    return
-                if fitted != parts and _prompt_of(one) != _prompt_of(other):
-                    report.drop("their prompt is too long for the two answers to share what is left of it")
-                    return
-                ids, labels = one.ids + other.ids, one.labels + other.labels
-                self._builder.add(ids, labels, number, source, row.file, row.line, len(one.ids))
-                return
-        elif fitted[0]:
+        turn_by_turn = len(rendered) > len(parts)
+        report.turn_by_turn += turn_by_turn
+        is_pair = isinstance(content, Pair)
+        if is_pair and not turn_by_turn and all(fitted):
+            (chosen,), (rejected,) = fitted
+            if chosen == rejected:
+                report.drop("their two answers are the same within max_length")
+            elif fitted != parts and _prompt_of(chosen) != _prompt_of(rejected):
+                report.drop("their prompt is too long for the two answers to share what is left of it")
+            else:
+                ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
+                self._builder.add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
+        elif not is_pair and fitted[0]:
             for ids, labels in fitted[0]:
                 self._builder.add(ids, labels, number, source, row.file, row.line)
-            return
-        if recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
+        elif recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
             report.drop(TOO_LONG)
-            return
-        report.unusable += 1
-        if several and isinstance(content, Pair):
-            report.drop("the chat template makes several samples of an answer, which cannot be compared")
-        elif not any(map(_count, rendered)):
-            report.drop("every answer is marked `train: false`")
         else:
-            report.drop("no labelled token within max_length")
+            report.unusable += 1
+            reason = "no labelled token within max_length"
+            if is_pair and turn_by_turn:
+                reason = "the chat template makes several samples of an answer, which cannot be compared"
+            elif not any(map(_count, rendered)):
+                reason = "every answer is marked `train: false`"
+            report.drop(reason)
 
 
 @contextmanager
 def _noting_faults(converted: _Converted, bad: dict[int, BadRow]) -> Iterator[None]:
-    """Note a row that cannot be rendered as bad; add its place to an error that is not its own."""
+    """Note a row that cannot be rendered as bad; add its file and line to an error that is not its own."""
     where = converted.row.where
     try:
         yield
@@ -218,27 +215,22 @@ def prepare(
         split: its name.
         deduplicate: leave out rows that equal an earlier one.
         for_prompts: whether the rows are to be answered; they may lack answers.
-        show: show how many rows are done: by a bar on a terminal, else in the log every 10 seconds.
+        show: log how many rows are done every 10 seconds.
     """
     preparation = _Preparation(recipe, split, [settings for settings, _ in sources], for_prompts)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn()
-    console = terminal(stderr=True)
     began = logged = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task(split, total=None)  # how many there are is known when they have been read
-        for source, (_, rows) in enumerate(sources):
-            left = iter(rows)
-            chunk = list(islice(left, CHUNK))
-            preparation.check(source, chunk)
-            while chunk:
-                preparation.add(source, chunk)
+    for source, (_, rows) in enumerate(sources):
+        remaining = iter(rows)
+        chunk = list(islice(remaining, CHUNK))
+        preparation.check(source, chunk)
+        while chunk:
+            preparation.add(source, chunk)
+            now = time.monotonic()
+            if show and now - logged > _PAUSE:
                 done = preparation.report.rows
-                progress.update(task, completed=done)
-                now = time.monotonic()
-                if show and not console.is_terminal and now - logged > _PAUSE:
-                    _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{done:,}", done / (now - began))
-                    logged = now
-                chunk = list(islice(left, CHUNK))
+                _log.info("%s: %s rows prepared, %.0f rows/s", split, f"{done:,}", done / (now - began))
+                logged = now
+            chunk = list(islice(remaining, CHUNK))
     samples, report = preparation.take()
     if for_prompts:
         return samples, report, preparation.prompts
@@ -258,33 +250,21 @@ def _fit(recipe: Recipe, content: Content, rendered: list[Rendered], report: Rep
     most = recipe.max_length
     if all(len(sample.ids) <= most for sample in rendered):
         return rendered
-    document = isinstance(content, Text)  # every piece of it is trained
-    if document or recipe.too_long == "split":
-        context = 1 if document else None
+    if isinstance(content, Text) or recipe.too_long == "split":
+        context = 1 if isinstance(content, Text) else None  # every piece of a text is trained
         return [piece for sample in rendered for piece in split_up(sample, most, context)]
-    if recipe.too_long == "drop":
-        report.lost_tokens += sum(len(sample.ids) for sample in rendered)
-        report.lost_labels += sum(map(_count, rendered))
-        return []
-    answers: list[list[int]] = [[]] * len(rendered)
-    if isinstance(content, Chat):
-        answers = recipe.renderer.find_answers(content.messages, content.tools, len(rendered))
-    fitted = []
-    for sample, trained in zip(rendered, answers, strict=True):
-        if len(sample.ids) <= most:
-            fitted.append(sample)
-            continue
-        if isinstance(content, Chat):
-            short = shorten(recipe.renderer, content.messages, content.tools, trained, most)
-        else:
-            short = Rendered(sample.ids[:most], sample.labels[:most])
-        report.lost_tokens += len(sample.ids)
-        report.lost_labels += _count(sample)
-        if short is not None:
-            report.shortened += 1
-            report.lost_tokens -= len(short.ids)
-            report.lost_labels -= _count(short)
-            fitted.append(short)
+    fitted = list[Rendered]()
+    if recipe.too_long == "truncate" and isinstance(content, Chat):
+        renderer, messages, tools = recipe.renderer, content.messages, content.tools
+        for sample, trained in zip(rendered, renderer.split_answers(messages, tools, len(rendered)), strict=True):
+            short = sample if len(sample.ids) <= most else shorten(renderer, messages, tools, trained, most)
+            fitted += [] if short is None else [short]
+            report.shortened += short not in (None, sample)
+    elif recipe.too_long == "truncate":
+        fitted = [Rendered(sample.ids[:most], sample.labels[:most]) for sample in rendered]
+        report.shortened += len(fitted)
+    report.lost_tokens += sum(len(sample.ids) for sample in rendered) - sum(len(sample.ids) for sample in fitted)
+    report.lost_labels += sum(map(_count, rendered)) - sum(map(_count, fitted))
     return fitted
 
 
@@ -293,5 +273,5 @@ def _prompt_of(sample: Rendered) -> list[int]:
 
 
 def _count(sample: Rendered) -> int:
-    """Count labelled tokens, on the list itself: an array of each row would be made for this alone."""
+    """Count labelled tokens."""
     return len(sample.labels) - sample.labels.count(IGNORED)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
@@ -59,12 +58,6 @@ class Report:
             self.suspicious += 1
             self.suspicious_rows = [*self.suspicious_rows, f"{where} ({', '.join(reasons)})"][:_SHOWN]
 
-    def note_columns(self, converters: Iterable[RowConverter]) -> None:
-        """Note the formats that were found, and the columns that nothing reads."""
-        for converter in converters:
-            for mine, theirs in ((self.formats, converter.formats), (self.unread_columns, converter.unread_columns)):
-                mine += [name for name in theirs if name not in mine]
-
     def count_duplicates(self, samples: SampleSet) -> None:
         """Count the rows that equal an earlier one."""
         repeats = find_repeats(samples)
@@ -100,7 +93,8 @@ class Report:
             lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")
         lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
         if self.bad_rows:
-            lines += _list(f"{self.bad_rows:,} bad rows skipped", [f"{row.where} ({row.reason})" for row in self.bad])
+            bad = [f"{places} ({reason})" for reason, places in self._bad_places().items()]
+            lines += _list(f"{self.bad_rows:,} bad rows skipped", bad)
         if self.suspicious:
             lines += _list(f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows)
         if self.duplicates:
@@ -111,26 +105,18 @@ class Report:
             lines += _list(f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", pairs)
         return "\n".join(lines)
 
-    def check_bad(self, skip: bool) -> None:
-        """Refuse bad rows, unless they are to be skipped.
+    def check(self, skip_bad: bool, lenient: bool = False) -> None:
+        """Reject a split that cannot be trained on as it is.
 
         Raises:
-            UserError: there are bad rows and ``skip`` is off.
+            UserError: there are bad rows and they are not to be skipped; or no sample is left; or, unless ``lenient``,
+                more than 5 % of the rows leave nothing to train on.
         """
-        if self.bad_rows and not skip:
-            advice = "Correct them, or leave them out with `on_bad_row: skip`."
-            raise UserError(f"{self._list_bad()}\n{advice}")
-
-    def check_left(self, lenient: bool = False) -> None:
-        """Refuse rows of which no sample is left, or too many leave nothing to learn from.
-
-        Raises:
-            UserError: no sample is left, or, unless ``lenient``, more than 5 % of the rows leave nothing to train on.
-        """
+        if self.bad_rows and not (skip_bad or lenient):
+            raise UserError(f"{self._list_bad()}\nCorrect them, or leave them out with `on_bad_row: skip`.")
         if self.samples == 0:
-            if self.bad_rows:
-                raise UserError(self._list_bad())
-            raise UserError(f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()}).")
+            left = f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()})."
+            raise UserError(self._list_bad() if self.bad_rows else left)
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
@@ -138,9 +124,16 @@ class Report:
                 "train_on and `train: false`."
             )
 
+    def _bad_places(self) -> dict[str, str]:
+        """Return the places of the first bad rows by their reason."""
+        places: dict[str, list[str]] = {}
+        for row in self.bad:
+            places.setdefault(row.reason, []).append(row.where)
+        return {reason: ", ".join(where) for reason, where in places.items()}
+
     def _list_bad(self) -> str:
         rows = "1 row cannot be used:" if self.bad_rows == 1 else f"{self.bad_rows} rows cannot be used:"
-        lines = [rows, *(f"  {row.where}: {row.reason}" for row in self.bad)]
+        lines = [rows, *(f"  {places}: {reason}" for reason, places in self._bad_places().items())]
         if self.bad_rows > len(self.bad):
             lines.append(f"  and {self.bad_rows - len(self.bad)} more")
         return "\n".join(lines)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,7 @@ class SampleSet(Sequence[Sample]):
         return np.add.reduceat(self.labelled, self.starts[:-1], dtype=np.int64)
 
     def where(self, n: int) -> str:
-        """Return where sample ``n`` comes from: ``train.jsonl:17``; of one that is in no file, its row."""
+        """Return the file and line of sample ``n``, ``train.jsonl:17``; without a file the number of its row."""
         if self.file[n] < 0:
             return f"row {int(self.row_ids[n])}"
         return f"{self.files[self.file[n]]}:{int(self.line[n])}"
@@ -124,13 +124,7 @@ class SampleSet(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, n: int) -> Sample: ...
-    @overload
-    def __getitem__(self, n: slice) -> "SampleSet": ...
-    def __getitem__(self, n: int | slice) -> "Sample | SampleSet":
-        if isinstance(n, slice):
-            return self.take(range(len(self))[n])
+    def __getitem__(self, n: int) -> Sample:  # type: ignore[override]  # no slices: `take` copies samples
         at = range(len(self))[n]  # negative numbers count from the end, and beyond it is an IndexError
         span = slice(self.starts[at], self.starts[at + 1])
         ids = self.ids[span].copy()  # torch warns of an array that cannot be written to
@@ -176,18 +170,12 @@ class SampleSetBuilder:
 
     def build(self) -> SampleSet:
         """Return all that was added, without copying it; the builder is used up."""
-        first = np.frombuffer(self._first, np.int64)
-        return SampleSet(
-            np.frombuffer(self._ids, dtype=np.int32),
-            np.frombuffer(self._labelled, dtype=np.bool_),
-            np.frombuffer(self._starts, dtype=np.int64),
-            np.frombuffer(self._row_ids, dtype=np.int64),
-            np.frombuffer(self._source, dtype=np.int32),
-            np.frombuffer(self._file, dtype=np.int32),
-            np.frombuffer(self._line, dtype=np.int64),
-            tuple(self._files),
-            first if first.any() else None,
+        ids, file, source = (np.frombuffer(each, np.int32) for each in (self._ids, self._file, self._source))
+        starts, row_ids, line, first = (
+            np.frombuffer(each, np.int64) for each in (self._starts, self._row_ids, self._line, self._first)
         )
+        labelled, first_ids = np.frombuffer(self._labelled, np.bool_), first if first.any() else None
+        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids)
 
 
 class Repeats(NamedTuple):
@@ -210,17 +198,18 @@ def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
     if among is None:
         is_first = earliest == repeated
         repeated, earliest = repeated[~is_first], earliest[~is_first]
-    places = zip(rows[repeated[:_SHOWN]], earlier_rows[earliest[:_SHOWN]], strict=True)
-    pairs = [(samples.where(here), (among or samples).where(there)) for here, there in places]
+    pairs = [
+        (samples.where(own), (among or samples).where(equal))
+        for own, equal in zip(rows[repeated[:_SHOWN]], earlier_rows[earliest[:_SHOWN]], strict=True)
+    ]
     return Repeats(samples.row_ids[rows[repeated]], pairs)
 
 
 def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet, SampleSet]:
-    """Split samples into (training, validation), both in file order.
+    """Split samples into (training, validation), both in file order, by content and seed, not by line.
 
     Rows with the same tokens are on the same side, so that no duplicate is trained on and validated on, and so are all
-    pieces of a row: the fraction is of different contents, at least one on each side. A row's place depends on its
-    content and the seed, not on its line.
+    pieces of a row: the fraction is of different contents, at least one on each side.
 
     Raises:
         UserError: there are fewer than two different rows.
@@ -237,13 +226,7 @@ def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet,
 def hash_rows(
     samples: SampleSet, key: bytes = b"", labels: bool = True
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Return the first sample of each row, ``(R,)``, and a hash of the row's token ids and labels, ``(R,)``.
-
-    Args:
-        samples: of R rows.
-        key: another key makes other hashes; at most 64 bytes.
-        labels: whether they count, beside the token ids.
-    """
+    """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, if asked, labels, ``(R,)``."""
     # Bytes of whole arrays, cut up without copying: one call of the hash for each sample is all that takes time.
     ids, labelled = samples.ids.view(np.uint8).data, samples.labelled.view(np.uint8).data
     digests = bytearray()

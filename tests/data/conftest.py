@@ -1,16 +1,10 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 # Earlier answers lose their thoughts once another turn follows: not prefix-preserving.
 QWEN = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -68,8 +62,8 @@ def smol(_smol):
 
 
 @pytest.fixture
-def templates():
-    return SimpleNamespace(llama3=LLAMA3, qwen=QWEN)
+def history_template():
+    return QWEN
 
 
 @pytest.fixture
@@ -147,8 +141,7 @@ def _like_sentencepiece(controls):
     return backend
 
 
-@pytest.fixture(scope="session")
-def families():
+def make_families():
     """Small tokenizers in the style of known models: name -> tokenizer with template, BOS and end as they have it."""
     from transformers import PreTrainedTokenizerFast
 
@@ -164,3 +157,8 @@ def families():
         tokenizer.chat_template = template.read_text(encoding="utf-8")
         made[name] = tokenizer
     return made
+
+
+@pytest.fixture(scope="session")
+def families():
+    return make_families()

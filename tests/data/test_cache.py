@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 from qlora_lightning.data import datamodule
-from qlora_lightning.data.cache import cached_samples
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.report import Report
 from qlora_lightning.support.errors import UserError
-from tests.flat import gather
 
 
 @pytest.fixture(autouse=True)
@@ -134,42 +131,20 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
     assert not cache.exists()
 
 
-# ---- one entry -------------------------------------------------------------------------------------------------------
-
-
-class Prepare:
-    """Makes one sample, and counts how often it was asked to."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        samples = gather(([5, 6, 7], [-100, 6, 7], 0))
-        return samples, Report("train", rows=1, samples=1, duplicate_pairs=[("a.jsonl:2", "a.jsonl:1")])
-
-
-def test_another_version_of_a_library_is_prepared_again(monkeypatch):
-    prepare = Prepare()
-    for _ in range(2):
-        samples, report = cached_samples({"rows": "a"}, "rows", prepare)
-        assert isinstance(samples.ids.base, np.memmap)
-        assert report == Prepare()()[1]
-    assert prepare.calls == 1
+def test_another_version_of_a_library_is_prepared_again(setup, prepared, monkeypatch):
+    setup()
     monkeypatch.setattr("tokenizers.__version__", "9")
-    cached_samples({"rows": "a"}, "rows", prepare)
-    assert prepare.calls == 2
+    setup()
+    assert prepared == ["train", "val"] * 2
 
 
-def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(monkeypatch, caplog):
+def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(setup, prepared, monkeypatch, caplog):
     def save(self, folder):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("qlora_lightning.data.samples.SampleSet.save", save)
-    prepare = Prepare()
-    samples, report = cached_samples({"rows": "a"}, "rows", prepare)
-    assert (prepare.calls, len(samples), report.rows) == (1, 1, 1)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "The samples of rows are not kept for the next start" in record.message
+    data = setup(val=None)
+    assert (prepared, len(data.samples["train"])) == (["train"], 8)
+    (record,) = (each for each in caplog.records if each.levelname == "WARNING")
+    assert "The samples of train.jsonl are not kept for the next start" in record.message
     assert "No space left on device" in record.message

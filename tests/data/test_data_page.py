@@ -74,10 +74,6 @@ def test_every_config_reads_the_rows_beside_it(config, folder, smol):
         assert "\n---\n".join(samples) == SHOWN[config]
 
 
-def test_what_is_trained_is_shown_of_two_configs():
-    assert len(SHOWN) == 2
-
-
 @pytest.mark.parametrize(("name", "row"), table_of("`format:`"), ids=lambda cell: cell[:20].strip("`"))
 def test_every_format_is_known_by_its_row(name, row, tmp_path, smol):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))

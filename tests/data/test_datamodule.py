@@ -1,7 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import jsonargparse
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -210,18 +209,6 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
         assert advice in str(error.value)
 
 
-def test_booleans_are_words_in_csv_and_a_message_with_pictures_is_a_bad_row(make, tmp_path, write):
-    (tmp_path / "judged.csv").write_text("prompt,completion,label\nq,k,False\n")
-    with pytest.raises(UserError, match=r"^judged.csv:2 has 'label', which says"):
-        make(train="judged.csv").setup("fit")
-    asked, answer = TALK
-    write("seen.jsonl", [{"messages": [{**asked, "images": ["a.png"]}, answer]}])
-    with pytest.raises(UserError, match=r"seen.jsonl:1: message 1 has 'images'"):
-        make(train="seen.jsonl", on_bad_row="skip").setup("fit")
-    write("text.jsonl", [{"messages": [{**asked, "images": []}, answer]}])
-    make(train="text.jsonl").setup("fit")
-
-
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
@@ -239,14 +226,6 @@ def test_what_only_looks_like_another_task_and_what_the_user_names_trains(make, 
     data = make(train="rows.jsonl", columns=columns)
     data.setup("fit")
     assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
-
-
-def test_rows_of_other_tasks_may_be_answered(make, write):
-    write("preferences.jsonl", [{"prompt": "q", "chosen": "k", "rejected": "b"}])
-    make(predict="preferences.jsonl").setup("predict")  # only the prompt is asked for
-    write("seen.jsonl", [{**PAIR, "image": "a.png"}])
-    with pytest.raises(UserError, match=r"seen.jsonl:1 has 'image'"):
-        make(predict="seen.jsonl").setup("predict")
 
 
 def test_rows_from_elsewhere(characters):
@@ -271,17 +250,6 @@ def test_rows_to_predict(make, write):
     assert data.samples["predict"].where(2) == "ask.jsonl:3"
     assert (first["references"], second["references"], second["row_ids"]) == ([None, None], ["k"], [2])
     assert data.stop_ids == [125]
-
-
-def test_the_arguments_are_the_keys_of_the_yaml():
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(InstructionDataModule, "data")
-    parser.set_defaults({"data": {"class_path": "qlora_lightning.data.datamodule.InstructionDataModule"}})
-    given = parser.parse_args(["--data.train=a.jsonl", "--data.tokenizer=package:x", "--data.val_fraction=0.1"])
-    data = parser.instantiate(given).data
-    assert data.files["train"] == "a.jsonl"
-    assert data.val_fraction == 0.1
-    assert (data.batch_size, data.tokens_per_batch) == (8, None)
 
 
 def test_weights_give_each_source_its_share_of_an_epoch(make, write):

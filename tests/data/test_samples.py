@@ -46,7 +46,7 @@ def test_flat_arrays_and_the_samples_in_them():
     assert (THREE.lengths.tolist(), THREE.labelled_counts.tolist()) == ([3, 2, 1], [2, 1, 0])
     assert contents(THREE) == CONTENTS
     assert contents(THREE.take([2, 0, 2])) == [CONTENTS[2], CONTENTS[0], CONTENTS[2]]
-    assert (THREE[-1].row_id, contents(THREE[1:])[0][:2]) == (2, CONTENTS[1][:2])
+    assert THREE[-1].row_id == 2
     with pytest.raises(IndexError):
         THREE[3]
     assert (len(build()), len(THREE.take([]))) == (0, 0)

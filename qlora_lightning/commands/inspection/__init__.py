@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             "out with `on_bad_row: skip`."
         )
     for report in reports:
-        report.check_left()
+        report.check(skip_bad=True)
     return 0
 
 

@@ -16,7 +16,7 @@ from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, training_plan
 from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.data.batches.epoch_plan import EpochPlan, epochs_to_look_at, first_and_largest
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
@@ -193,12 +193,10 @@ def _plan_batches(data: Any) -> EpochPlan:
 
 def _largest_batch(plan: EpochPlan, epoch: Epoch, skips_unlabelled: bool) -> dict[str, int]:
     """Describe the batch with the most computed tokens."""
-    epochs = epochs_to_look_at(plan, max_epochs=epoch.epochs)
     count = _computed_counter(plan.samples, skips_unlabelled)
-    batches = first_and_largest(plan, epochs, limit=epoch.batches, count=count)
-    if batches is None:
+    rows = plan.find_largest(epoch.epochs, epoch.batches, count)
+    if not rows:
         raise UserError("There are no training rows.")
-    rows = batches[1].rows
     lengths = [span.stop - span.start for span in plan.samples.spans(rows)]
     return _describe_batch(lengths, count(rows))
 

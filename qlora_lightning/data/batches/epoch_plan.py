@@ -1,24 +1,26 @@
-"""Which rows make up each batch of an epoch, and which batch is the largest."""
+"""Which rows make up each batch of an epoch: their order, mixed by weight or packed, and each rank's share of them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from qlora_lightning.data.batches.order import (
-    RankBatch,
-    best_fit,
-    count_batches,
-    make_count,
-    mix_sources,
-    permute,
-    rank_batches,
-    rank_bins,
-)
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
+
+_EPOCHS_SEARCHED, _ROWS_SEARCHED = 10, 500_000  # by `find_largest`: some five seconds
+
+
+class RankBatch(NamedTuple):
+    """The rows of one batch on one rank; a filler's row is only there to be run, its labels count nothing."""
+
+    rows: list[int]
+    filler: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +82,32 @@ class EpochPlan:
             return count_batches(len(self.samples), self.batch_size, self.world_size)
         return count_batches(self._bins, 1, self.world_size)
 
+    def find_largest(
+        self, max_epochs: int | None, limit: int | None, count: Callable[[Sequence[int]], int]
+    ) -> list[int]:
+        """Return the rows of the largest batch on the first rank: the most computed tokens, then the longest row.
+
+        Small data that are shuffled are searched for ten epochs.
+
+        Args:
+            max_epochs: of the run; None if only steps end it.
+            limit: batches of each epoch; None for all.
+            count: counts the computed tokens of a batch of rows.
+        """
+        epochs = 1
+        if self.shuffle and self.tokens_per_batch is None:  # packed batches are as full in every epoch
+            epochs = min(_EPOCHS_SEARCHED, _ROWS_SEARCHED // max(1, len(self.samples)), max_epochs or 1)
+        lengths = self.samples.lengths
+        batches = [batch.rows for epoch in range(max(1, epochs)) for batch in self.batches(epoch)[:limit]]
+        largest, most = list[int](), (-1, -1)
+        for rows in sorted(batches, key=lambda rows: -int(lengths[rows].sum())):
+            if int(lengths[rows].sum()) < most[0]:
+                break  # no more are computed than there are
+            cost = count(rows), int(lengths[rows].max())
+            if cost > most:
+                largest, most = rows, cost
+        return largest
+
     @cached_property
     def _bins(self) -> int:
         return len(self._pack(0))
@@ -89,56 +117,121 @@ class EpochPlan:
         return best_fit(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
 
 
-_EPOCHS = 10  # whose batches are looked at,
-_ROWS = 500_000  # as long as they have no more rows than that: some five seconds
+def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
+    """Return a permutation of ``range(n)``, ``(n,)``, drawn from no global generator.
 
-
-def epochs_to_look_at(plan: EpochPlan, now: int = 0, max_epochs: int | None = None) -> range:
-    """Return the epochs whose batches are worth a look: this one and, of small data that is shuffled, the nine after.
-
-    ``max_epochs`` of None or -1 is a run without end.
+    It is a pure function of its arguments: the key (seed, epoch, what is permuted) tells it from all others.
     """
-    changes = plan.shuffle and plan.tokens_per_batch is None  # packed batches are as full in every epoch
-    last = max_epochs if changes and max_epochs is not None else now + 1
-    most = min(_EPOCHS, _ROWS // max(1, len(plan.samples)))
-    return range(now, max(now + 1, min(last, now + most)))
+    # Hashed rather than added: seed 1 in epoch 2 must not repeat seed 2 in epoch 1.
+    digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    permutation: npt.NDArray[np.int64] = torch.randperm(n, generator=generator).numpy()
+    return permutation
 
 
-def first_and_largest(
-    plan: EpochPlan,
-    epochs: range,
-    done: int = 0,
-    limit: int | None = None,
-    rank: int = 0,
-    count: Callable[[Sequence[int]], int] | None = None,
-) -> tuple[RankBatch, RankBatch] | None:
-    """Return the first batch to come and the largest; None if none is to come.
+def count_batches(n: int, batch_size: int, world_size: int) -> int:
+    """Return how many batches every rank has in an epoch of ``n`` rows."""
+    return -(-n // (batch_size * world_size))
 
-    The largest has the most tokens that are computed; the longest row decides between equals.
 
-    Args:
-        plan: of all epochs.
-        epochs: those that are looked at.
-        done: batches of the first of them that are done.
-        limit: batches of each epoch; None for all.
-        rank: whose.
-        count: counts the tokens that are computed of a batch of rows; None: all of them are.
+def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[RankBatch]:
+    """Cut an order into batches and return those of one rank.
+
+    Batch i of all ranks together is rows ``[i*b*w, (i+1)*b*w)``, so a window of the optimizer holds the same rows
+    however many ranks share them. In a short last one the ranks share what is left, the first ones taking a row more; a
+    rank that gets none runs a filler, so that every rank has the same number of batches.
     """
-    lengths = plan.samples.lengths
-    batches = plan.batches(epochs[0], rank)[done:limit]
-    for epoch in epochs[1:]:
-        batches += plan.batches(epoch, rank)[:limit]
-    if not batches:
-        return None
+    stride = batch_size * world_size
+    batches = []
+    for begin in range(0, len(order), stride):
+        rows = order[begin : begin + stride]
+        each, more = divmod(len(rows), world_size)
+        first = rank * each + min(rank, more)
+        mine = list(rows[first : first + each + (rank < more)])
+        batches.append(RankBatch(mine or [rows[0]], not mine))
+    return batches
 
-    def tokens(batch: RankBatch) -> int:
-        return int(lengths[batch.rows].sum())
 
-    largest, most = batches[0], (-1, -1)
-    for batch in sorted(batches, key=tokens, reverse=True):
-        if tokens(batch) < most[0]:
-            break  # no more are computed than there are
-        cost = (tokens(batch) if count is None else count(batch.rows), int(lengths[batch.rows].max()))
-        if cost > most:
-            largest, most = batch, cost
-    return batches[0], largest
+def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[RankBatch]:
+    """Return the bins of one rank, each a batch: bin ``i*w + rank`` is its i-th; without one it runs a filler."""
+    batches = rank_batches(range(len(bins)), 1, rank, world_size)
+    return [RankBatch(bins[number][:1] if filler else bins[number], filler) for (number,), filler in batches]
+
+
+def share_out(shares: Sequence[float], n: int) -> list[int]:
+    """Divide ``n`` rows among sources in proportion; largest remainders are rounded up, so that they sum to n."""
+    exact = np.array(shares) / np.sum(shares) * n
+    rows = np.floor(exact).astype(np.int64)
+    largest = np.argsort(rows - exact, kind="stable")  # of equal remainders, the first source's
+    rows[largest[: n - int(rows.sum())]] += 1
+    return [int(count) for count in rows]
+
+
+def mix_sources(source: npt.NDArray[np.int32], shares: Sequence[float], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return the shuffled rows of an epoch in which each source has its share.
+
+    Each source is an endless line of permutations of its rows, from which every epoch takes the next stretch: within a
+    source every row is used before any is used again, over epochs too. A row can occur several times in an epoch.
+    No epoch needs the ones before it. ``source`` is that of each row, ``(n,)``, as the result; ``shares`` in any unit.
+    """
+    n = len(source)
+    taken = [
+        _take(np.flatnonzero(source == number), count * epoch, count, seed, number)
+        for number, count in enumerate(share_out(shares, n))
+    ]
+    return np.concatenate(taken)[permute(n, seed, epoch)]
+
+
+def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+    """Return rows ``[begin, begin + count)`` of a source's endless line."""
+    rounds = range(begin // len(rows), -(-(begin + count) // len(rows)))
+    line = [rows[permute(len(rows), seed, "source", number, turn)] for turn in rounds]
+    start = begin % len(rows)
+    return np.concatenate([rows[:0], *line])[start : start + count]
+
+
+_Numbers = Sequence[int] | npt.NDArray[Any]
+
+
+def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
+    """Pack rows into bins, from the longest to the shortest, each where it leaves the least room.
+
+    Rows of one length take their turn as they are in ``order``, so that another order makes other bins; how many
+    depends on the lengths alone. None is longer than the budget, and the first has the longest row.
+    """
+    chosen = np.asarray(order, dtype=np.int64)
+    sizes = np.asarray(lengths)[chosen]
+    falling = np.argsort(-sizes, kind="stable")
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the room left in them
+    rooms = 0  # bit r is set where with_room[r] is not empty: the least room that will do is one bit scan away
+    for row, size in zip(chosen[falling].tolist(), sizes[falling].tolist(), strict=True):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            number = with_room[room].pop()
+            bins[number].append(row)
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = budget, len(bins)
+            bins.append([row])
+        with_room[room - size].append(number)
+        rooms |= 1 << (room - size)
+    return bins
+
+
+def make_count(bins: list[list[int]], lengths: _Numbers, count: int) -> list[list[int]]:
+    """Return ``count`` bins, at most as many as rows: the emptiest are left out, or those with most rows cut in two."""
+    if len(bins) > count:
+        sizes = np.asarray(lengths)
+        fill = np.array([sizes[rows].sum() for rows in bins])
+        kept = np.sort(np.argsort(-fill, kind="stable")[:count])
+        return [bins[number] for number in kept.tolist()]
+    bins = list(bins)
+    while len(bins) < count:
+        number = max(range(len(bins)), key=lambda n: len(bins[n]))
+        rows = bins[number]
+        bins[number] = rows[::2]
+        bins.append(rows[1::2])
+    return bins

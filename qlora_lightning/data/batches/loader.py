@@ -7,8 +7,7 @@ from typing import Any, TypedDict
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.order import count_batches, rank_batches
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, count_batches, rank_batches
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
@@ -56,7 +55,7 @@ class FlatLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing below runs before the first batch is asked for, when Lightning has set the epoch.
+        # A generator: nothing below runs before the first batch, when Lightning has set the epoch.
         epoch = self.sampler.epoch
         continues = self._restored and self._epoch == epoch and self._position < len(self)
         if continues and self._has_ended:
@@ -86,8 +85,7 @@ class FlatLoader:
                 raise UserError(
                     f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
                     f"= {mine}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
-                    "times processes (tokens_per_batch and processes), shuffle and weights as they "
-                    "were."
+                    "times processes (tokens_per_batch and processes), shuffle and weights as they were."
                 )
         self._epoch, self._position, self._restored = epoch, position, True
         self._has_ended = position >= batches
@@ -111,7 +109,7 @@ class FlatLoader:
 class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
     """A ``FlatLoader`` for Lightning Fabric, which takes torch's class only; the Trainer would ask that for workers."""
 
-    # of torch's class, whose own constructor would set another sampler; a Trainer that is given this loader reads them
+    # of torch's class, whose constructor would set another sampler
     num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None
 
     @property

@@ -1,13 +1,12 @@
-"""From what a row says to token ids and labels, in training and in generation."""
+"""From a row to token ids and labels, in training and in generation."""
 
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.data.chat.render import ChatText, RenderedText, find_places
+from qlora_lightning.data.chat.render import ChatText, RenderedText, answer_indices
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
@@ -15,8 +14,6 @@ from qlora_lightning.data.rows.conversation import Content, Conversation, Messag
 from qlora_lightning.support.errors import UserError
 
 IGNORED = -100  # torch's cross entropy skips this label
-
-_REMEMBERED = 1_000  # headers; some templates make one of the whole prompt
 
 
 class Rendered(NamedTuple):
@@ -59,13 +56,9 @@ class ChatRenderer:
         # Sentencepiece puts a space before a text: a part is encoded behind a newline there, whose ids are left out.
         self._lead = "" if behind[len(newline) :] == alone else "\n"
         self._lead_length = len(newline) if self._lead else 0
-        self._headers: dict[str, _Encoded] = {}
 
     def write(self, content: Content) -> list[RenderedText]:
         """Return the texts that a row becomes, without the turns after its last answer; tokens become none.
-
-        A conversation usually becomes one text. If the template renders an earlier answer otherwise once more turns
-        follow, that answer gets a text of its own, which ends with it.
 
         Raises:
             RowFault: the row cannot be trained on exactly.
@@ -115,8 +108,8 @@ class ChatRenderer:
         self._check_bos(encoded.ids)
         return encoded.ids
 
-    def find_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
-        """Return the places of the trained answers in each of the samples that a conversation became."""
+    def split_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
+        """Return the indices of the trained answers in each of the samples that a conversation became."""
         trained = self._find_trained(conversation)
         if samples == 1:
             return [trained]
@@ -124,7 +117,7 @@ class ChatRenderer:
         return [[answer.message for answer in text.answers] for text in texts]
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
-        """Render messages as one sample that trains the answers at these places, the last message among them."""
+        """Render messages as one sample that trains the answers at these indices, the last message among them."""
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, self.encode([rendered.text])[0])
 
@@ -138,8 +131,8 @@ class ChatRenderer:
         return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
 
     def _find_trained(self, conversation: Conversation) -> list[int]:
-        places = find_places(conversation)
-        wanted = places if self.train_on == "assistant" else places[-1:]
+        answers = answer_indices(conversation)
+        wanted = answers if self.train_on == "assistant" else answers[-1:]
         return [number for number in wanted if conversation[number].get("train", True)]
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools) -> None:
@@ -150,18 +143,18 @@ class ChatRenderer:
                 f"data.chat_template to {', '.join(find_presets(self.tokenizer))} or a .jinja file."
             )
         for number, message in enumerate(messages, start=1):
-            said = message["content"]
+            texts = message["content"]
             for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
                 if key in message:
-                    said += "\n" + json.dumps(message[key], ensure_ascii=False)
-            self._refuse_control(said, f"message {number} ({message['role']}) contains")
+                    texts += "\n" + json.dumps(message[key], ensure_ascii=False)
+            self._refuse_control(texts, f"message {number} ({message['role']}) contains")
         if tools:
             self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
-    def _refuse_control(self, text: str, place: str) -> None:
+    def _refuse_control(self, text: str, subject: str) -> None:
         found = self._controls.pattern.search(text)
         if found:
-            raise RowFault(f"{place} the control token {found[0]!r} as text, which would end or begin a turn there")
+            raise RowFault(f"{subject} the control token {found[0]!r} as text, which would end or begin a turn there")
 
     def _label(self, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token."""
@@ -175,10 +168,10 @@ class ChatRenderer:
         labels = [IGNORED] * len(ids)
         for first, answer in zip(starts, answers, strict=True):
             after = encoded.find(answer.end)
-            said = str(self._backend.decode(ids[first:after], skip_special_tokens=False))
+            decoded = str(self._backend.decode(ids[first:after], skip_special_tokens=False))
             wanted = text[answer.start : answer.end]
-            if not _is_same_text(said, wanted):
-                raise RowFault(f"the labelled tokens say {said!r}, not the answer {wanted!r}")
+            if not _is_same_text(decoded, wanted):
+                raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {wanted!r}")
             labels[first:after] = ids[first:after]
         return _label_all(ids) if self.train_on == "all" else Rendered(ids, [IGNORED, *labels[1:]])
 
@@ -206,32 +199,27 @@ class ChatRenderer:
         begin = max(encoded.find(start) - 1, least)
         while begin > least and ids[begin] not in controls:
             begin -= 1
-        at = encoded.span(begin)[0] if ids[begin] in controls else before
+        at = encoded.spans[begin][0] if ids[begin] in controls else before
         lead = self._lead if at and ids[begin] not in controls else ""
-        header = self._encode_header(lead + text[at:start])
+        (header,) = self.encode([lead + text[at:start]])
         skipped = self._lead_length if lead else 0
         header_ids = header.ids[skipped:]
         first = begin + len(header_ids)
         if ids[begin:first] == header_ids:
             return first
         behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
-        end = encoded.span(behind)[0] if behind < len(ids) else len(text)
+        end = encoded.spans[behind][0] if behind < len(ids) else len(text)
         (answer,) = self.encode([self._lead + text[start:end]])
         cut = [*header_ids, *answer.ids[self._lead_length :]]
-        said, wanted = (str(self._backend.decode(each, skip_special_tokens=False)) for each in (cut, ids[begin:behind]))
-        if not _is_same_text(said, wanted):
-            raise RowFault(f"cut where training begins, the tokens say {said!r}, not {wanted!r}")
+        decoded, wanted = (
+            str(self._backend.decode(each, skip_special_tokens=False)) for each in (cut, ids[begin:behind])
+        )
+        if not _is_same_text(decoded, wanted):
+            raise RowFault(f"cut where training begins, the tokens decode to {decoded!r}, not to {wanted!r}")
         parts = ((header.spans[skipped:], at - len(lead)), (answer.spans[self._lead_length :], start - len(self._lead)))
         encoded.spans[begin:behind] = [(a + by, b + by) for spans, by in parts for a, b in spans]
         ids[begin:behind] = cut
         return first
-
-    def _encode_header(self, header: str) -> "_Encoded":
-        if header not in self._headers:
-            if len(self._headers) > _REMEMBERED:
-                self._headers.clear()
-            self._headers[header] = self.encode([header])[0]
-        return self._headers[header]
 
     def _check_bos(self, ids: list[int]) -> None:
         """Refuse a template that writes two BOS, or none where the tokenizer itself would write one.
@@ -255,36 +243,25 @@ def _label_all(ids: list[int]) -> Rendered:
 
 def _count_used(conversation: Conversation) -> int:
     """Count the messages up to the last answer; what follows it teaches nothing."""
-    return find_places(conversation)[-1] + 1
+    return answer_indices(conversation)[-1] + 1
 
 
-def _is_same_text(said: str, wanted: str) -> bool:
+def _is_same_text(decoded: str, wanted: str) -> bool:
     """Whether a tokenizer changed no more than how characters are composed, or a space before them.
 
     Qwen's tokenizers compose accents (NFC), others spell out ligatures too (NFKC); decoders of sentencepiece drop a
     space at the start.
     """
-    return said == wanted or normalize("NFKC", said).lstrip(" ") == normalize("NFKC", wanted).lstrip(" ")
+    return decoded == wanted or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", wanted).lstrip(" ")
 
 
 class _Encoded:
-    """The ids of a text, and of each its first character and the one behind it, looked up as they are needed."""
+    """The ids of a text, and of each its first character and the one behind it."""
 
     def __init__(self, encoding: Any) -> None:
         self.ids: list[int] = encoding.ids
-        self._encoding = encoding
-
-    @cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """Those of all tokens."""
-        return list(self._encoding.offsets)
-
-    def span(self, token: int) -> tuple[int, int]:
-        """That of one token."""
-        if "spans" in vars(self):
-            return self.spans[token]
-        return self._encoding.token_to_chars(token) or (0, 0)
+        self.spans: list[tuple[int, int]] = encoding.offsets
 
     def find(self, character: int) -> int:
         """Return the first token that begins at a character or behind it."""
-        return bisect_left(range(len(self.ids)), character, key=lambda token: self.span(token)[0])
+        return bisect_left(self.spans, character, key=lambda span: span[0])

@@ -18,7 +18,7 @@ def shorten(
     tokens loses its middle, down to a quarter of ``max_length``, then the next. If it is still too long, it loses its
     end, and with it the stop token: none is trained where the text does not end.
 
-    ``answers`` are the places of the trained ones that the sample keeps; messages after the last of them are left
+    ``answers`` are the indices of the trained ones that the sample keeps; messages after the last of them are left
     out. If what must stay leaves no room for a labelled token, there is no sample.
 
     Raises:
@@ -57,8 +57,8 @@ def _find_longest_run(sample: Rendered, controls: Collection[int]) -> tuple[int,
     """Return where the longest stretch without labels and control tokens begins, and its length; 0 if there is none."""
     tokens = enumerate(zip(*sample, strict=True))
     runs = groupby(tokens, lambda token: token[1][1] == IGNORED and token[1][0] not in controls)
-    places = [[at for at, _ in run] for is_free, run in runs if is_free]
-    longest = max(places, key=len, default=list[int]())
+    free = [[at for at, _ in run] for is_free, run in runs if is_free]
+    longest = max(free, key=len, default=list[int]())
     return (longest[0], len(longest)) if longest else (0, 0)
 
 

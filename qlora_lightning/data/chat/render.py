@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.templates import find_reasoning_key
-from qlora_lightning.data.chat.tokenizer import ControlTokens
+from qlora_lightning.data.chat.tokenizer import PROBE, ControlTokens
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
@@ -19,15 +19,14 @@ _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the ge
 # a block without content, and the line breaks that templates write behind it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
 _FEW = 8  # answers of one conversation that are each found by rendering all that is before them
-_QUESTION: Message = {"role": "user", "content": "A question."}
-_ANSWER: Message = {"role": "assistant", "content": "An answer, to be found again."}
+_QUESTION, _ANSWER = PROBE
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml-tools (if the base has ChatML's tokens)"
 
 
 class AnswerSpan(NamedTuple):
     """An assistant turn in a rendered text: what generation must produce."""
 
-    message: int  # its place in the conversation, from 0
+    message: int  # its index in the conversation
     start: int
     end: int  # the character behind its stop token
 
@@ -39,8 +38,8 @@ class RenderedText(NamedTuple):
     answers: list[AnswerSpan]
 
 
-class _Place(NamedTuple):
-    """The text that an answer is in, its first character, and the one behind its turn."""
+class _TurnSpan(NamedTuple):
+    """Where an answer is in a text: its first character, and the one behind its turn."""
 
     text: str
     start: int
@@ -70,7 +69,7 @@ class ChatText:
         Usually that is one text. A template that renders an answer otherwise once more turns follow (some strip its
         reasoning) gives a text of its own for that answer: the conversation up to there, as generation would see it.
 
-        ``wanted`` are the places of the answers that are trained; the last message is an answer.
+        ``wanted`` are the indices of the answers that are trained; the last message is an answer.
 
         Raises:
             RowFault: the template refuses the conversation, changes or leaves out a message, or writes an answer
@@ -78,40 +77,36 @@ class ChatText:
             UserError: it writes no stop token after an answer.
         """
         messages = self.drop_earlier_reasoning(messages)
-        text, places = self._write(messages, tools, wanted)
+        text, spans = self._write(messages, tools, wanted)
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
-            place = places[number]
-            if place is None:
+            span = spans[number]
+            if span is None:
                 raise _not_preserving(number)
-            answer = self._check_answer(messages[number], number, place)
-            if place.text == text:
+            answer = self._check_answer(messages[number], number, span)
+            if span.text == text:
                 together.append(answer)
             else:
-                apart.append(RenderedText(place.text, [answer]))
+                apart.append(RenderedText(span.text, [answer]))
         return [*apart, RenderedText(text, together)] if together or not apart else apart
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
-        """Render what generation begins with; the earlier answers are those that training finds in the same text.
-
-        Raises:
-            RowFault: the template refuses the conversation, or changes or leaves out a message.
-        """
+        """Render what generation begins with; the earlier answers are those that training finds in the same text."""
         messages = self.drop_earlier_reasoning(messages, generation=True)
-        text, places = self._write(messages, tools, find_places(messages), generation=True)
+        text, spans = self._write(messages, tools, answer_indices(messages), generation=True)
         _check_messages(messages, text)
-        found = [(number, place) for number, place in places.items() if place and place.text == text]
-        return RenderedText(text, [AnswerSpan(number, place.start, place.end) for number, place in found])
+        found = [(number, span) for number, span in spans.items() if span and span.text == text]
+        return RenderedText(text, [AnswerSpan(number, span.start, span.end) for number, span in found])
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
         """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
         if self.reasoning != "drop":
             return list(messages)
-        places = find_places(messages)
-        earlier = set(places if generation else places[:-1])
+        answers = answer_indices(messages)
+        earlier = set(answers if generation else answers[:-1])
         return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
@@ -137,8 +132,8 @@ class ChatText:
 
     def _write(
         self, messages: Conversation, tools: Tools, wanted: Sequence[int], generation: bool = False
-    ) -> tuple[str, dict[int, _Place | None]]:
-        """Return the text of messages and the places of answers; None for one that generation could not begin so.
+    ) -> tuple[str, dict[int, _TurnSpan | None]]:
+        """Return the text of messages and the spans of answers; None for one that generation could not begin so.
 
         To render all that is before each of many answers would cost the square of their number. If the turns as they
         are generated, one behind the other, are the text, then each is where it was put.
@@ -146,33 +141,33 @@ class ChatText:
         text = self._apply(messages, tools, generation)
         if len(wanted) > _FEW:
             with suppress(RowFault):  # the template may refuse the short conversations that turns are rendered in
-                written, places = self._write_as_generated(messages, tools, generation)
+                written, spans = self._write_as_generated(messages, tools, generation)
                 if written == text:
-                    return written, places
-        return text, {number: self._find_place(messages, tools, number, text, generation) for number in wanted}
+                    return written, spans
+        return text, {number: self._find_span(messages, tools, number, text, generation) for number in wanted}
 
-    def _find_place(
+    def _find_span(
         self, messages: Conversation, tools: Tools, number: int, text: str, generation: bool
-    ) -> _Place | None:
-        """Return the place of an answer in the text, or else in the text of the conversation that it ends."""
+    ) -> _TurnSpan | None:
+        """Return the span of an answer in the text, or else in the text of the conversation that it ends."""
         prompt = self._apply(messages[:number], tools, generation=True)
         is_all = number == len(messages) - 1 and not generation
         turn = _find_turn(messages[number], prompt, text if is_all else self._apply(messages[: number + 1], tools))
         if turn is None:
             return None
-        said, own = turn
-        alone = prompt + said
-        return _Place(text if text.startswith(alone) else alone, len(prompt) + own, len(alone))
+        generated, block_end = turn
+        alone = prompt + generated
+        return _TurnSpan(text if text.startswith(alone) else alone, len(prompt) + block_end, len(alone))
 
     def _write_as_generated(
         self, messages: Conversation, tools: Tools, generation: bool
-    ) -> tuple[str, dict[int, _Place | None]]:
+    ) -> tuple[str, dict[int, _TurnSpan | None]]:
         """Write each answer as it was generated, and between them what the template writes there.
 
         Both are rendered behind a short question, whatever was asked: a template that makes a difference is found out
         by the text, which is another then.
         """
-        answers = find_places(messages)
+        answers = answer_indices(messages)
         short = [*(one for one in messages[:1] if one["role"] == "system"), _QUESTION]
         prompt = self._apply(short, None, generation=True)
         text, spans = self._apply(messages[: min(answers, default=len(messages))], tools, generation=True), {}
@@ -180,9 +175,9 @@ class ChatText:
             turn = _find_turn(messages[number], prompt, self._apply([*short, messages[number]], None))
             if turn is None:
                 raise _not_preserving(number)
-            said, own = turn
-            spans[number] = len(text) + own, len(text) + len(said)
-            text += said
+            generated, block_end = turn
+            spans[number] = len(text) + block_end, len(text) + len(generated)
+            text += generated
             if following == len(messages) and not generation:
                 break
             marked = self._apply([*short, _ANSWER, *messages[number + 1 : following]], None, generation=True)
@@ -190,11 +185,11 @@ class ChatText:
             stop = self.controls.stop_pattern.search(text, spans[number][0])
             end = self.controls.pattern.search(behind)  # of the turn, as the template itself writes it
             text = text[: stop.end() if stop else None] + behind[end.end() if end else 0 :]
-        return text, {number: _Place(text, *span) for number, span in spans.items()}
+        return text, {number: _TurnSpan(text, *span) for number, span in spans.items()}
 
-    def _check_answer(self, message: Message, number: int, place: _Place) -> AnswerSpan:
-        """Check what the turn of an answer says, and return it to the end of its stop token."""
-        text, start, limit = place
+    def _check_answer(self, message: Message, number: int, span: _TurnSpan) -> AnswerSpan:
+        """Check that a turn holds its answer, and return it to the end of its stop token."""
+        text, start, limit = span
         stop = self.controls.stop_pattern.search(text, start, limit)
         if stop is None:
             raise UserError(
@@ -202,36 +197,36 @@ class ChatText:
                 "generation stops. Use the tokenizer and template that belong together. The turn as rendered: "
                 f"{text[start:limit]!r}"
             )
-        said = text[start : stop.end()]
+        turn = text[start : stop.end()]
         thought, content = _split_reasoning(message)
         calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
-        if not all(part in said for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
-            raise RowFault(f"the chat template changes the answer (message {number + 1}) to {said!r}")
+        if not all(part in turn for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
+            raise RowFault(f"the chat template changes the answer (message {number + 1}) to {turn!r}")
         return AnswerSpan(number, start, stop.end())
 
 
-def find_places(messages: Sequence[Message]) -> list[int]:
-    """Return the places of the answers."""
+def answer_indices(messages: Sequence[Message]) -> list[int]:
+    """Return the indices of the answers."""
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _find_turn(message: Message, prompt: str, whole: str) -> tuple[str, int] | None:
     """Return what generation must produce behind a prompt to give the whole; None if the template does not let it.
 
-    With the text comes how many characters of it are a block without reasoning that the template itself writes.
+    With it comes the length of the block without reasoning at its beginning that the template itself writes.
     """
     thought, _ = _split_reasoning(message)
     if whole.startswith(prompt):
-        said = whole[len(prompt) :]
-        block = _NO_REASONING.match(said) if thought is None else None
-        return said, block.end() if block else 0
+        generated = whole[len(prompt) :]
+        block = _NO_REASONING.match(generated) if thought is None else None
+        return generated, block.end() if block else 0
     opened = _OPENED.search(prompt)
     if not opened or not whole.startswith(prompt[: opened.start()]):
         return None
     # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
     closing = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
-    said = (thought or "").strip("\n") + closing + whole[opened.start() :].lstrip("\n")
-    return said, len(closing) if thought is None else 0
+    generated = (thought or "").strip("\n") + closing + whole[opened.start() :].lstrip("\n")
+    return generated, len(closing) if thought is None else 0
 
 
 def _not_preserving(number: int) -> RowFault:
@@ -242,7 +237,7 @@ def _not_preserving(number: int) -> RowFault:
 
 
 def _check_messages(messages: Sequence[Message], text: str) -> None:
-    """Refuse a template that leaves out or changes what is said, beside the answers."""
+    """Reject a template that leaves out or changes messages, beside the answers."""
     for number, message in enumerate(messages, start=1):
         content = message["content"].strip()
         if message["role"] != "assistant" and content not in text and _as_json(content) not in text:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
 
@@ -70,13 +71,8 @@ def _find_folder(name: str, revision: str | None = None, trust_remote_code: bool
 class ControlTokens:
     """The control tokens of a tokenizer, which splits a text at them before anything else.
 
-    Ids at which generation stops count as control tokens whatever the tokenizer says of them.
-
-    Attributes:
-        ids: every control token with its id.
-        known: these ids.
-        pattern: finds any of them in a text.
-        stop_pattern: finds those at which generation stops.
+    Ids at which generation stops count as control tokens, special or not. ``ids`` has every control token with its id,
+    ``pattern`` finds any of them in a text, ``stop_pattern`` those at which generation stops.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
@@ -100,24 +96,25 @@ def writes_bos(tokenizer: Any) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-_ANSWER = "An answer, to be found again."
-_PROBE = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+PROBE: tuple[Message, Message] = (
+    {"role": "user", "content": "A question."},
+    {"role": "assistant", "content": "An answer, to be found again."},
+)
 _SHAPED_LIKE_A_CONTROL_TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 
 
 def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     """Return every id at which generation with this tokenizer's model stops.
 
-    They are the tokenizer's end-of-sequence id, the former one where a template was chosen, and those of the
-    ``generation_config.json`` in its folder (without one, of ``config.json``, which transformers then asks). They often
-    disagree (Llama 3.1 ends a turn with another token than a text), and generation stops at either.
+    They are the tokenizer's end-of-sequence id, the former one if a template was chosen, and those of the
+    ``generation_config.json`` in its folder, or of ``config.json`` without one. They often disagree.
     """
     ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
     name = str(getattr(tokenizer, "name_or_path", ""))
     files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
     config = next((file for file in files if file.is_file()), None)
     if config is not None:
-        found = read_json_object(config, "It names the stop tokens: mend or delete it.").get("eos_token_id")
+        found = read_json_object(config, "It names the stop tokens: correct or delete it.").get("eos_token_id")
         ids.update(found if isinstance(found, list) else [found])
     return frozenset(number for number in ids if number is not None)
 
@@ -125,17 +122,15 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
 def find_turn_end(tokenizer: Any) -> int | None:
     """Return the id of the first control token after an answer, as the chat template writes it; ``None`` without one.
 
-    It is found by rendering. A token that is in the vocabulary without being special counts if it looks like a control
-    token (``<|end|>``, ``[END]``) and nothing but white space lies before it.
-
-    Raises:
-        UserError: if the template leaves the answer out or changes it.
-        Exception: whatever the template raises; jinja's are ``jinja2.TemplateError``.
+    A token of the vocabulary that is not special counts if it looks like a control token (``<|end|>``, ``[END]``) and
+    only white space is before it. Whatever the template raises is raised; a UserError if it changes the answer.
     """
-    text = tokenizer.apply_chat_template(list(_PROBE), tokenize=False, add_generation_prompt=False)
-    _, found, after = str(text).rpartition(_ANSWER)
+    text = tokenizer.apply_chat_template(list(PROBE), tokenize=False, add_generation_prompt=False)
+    _, found, after = str(text).rpartition(PROBE[1]["content"])
     if not found:
-        raise UserError(f"the chat template does not write what an assistant message says: it makes {text!r} of one.")
+        raise UserError(
+            f"the chat template does not write the content of an assistant message: it renders one as {text!r}."
+        )
     controls = ControlTokens(tokenizer, ())
     first = controls.pattern.search(after)
     shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after[: first.start() if first else None])

@@ -11,7 +11,7 @@ class RowFault(UserError):
 
 
 class BadRow(NamedTuple):
-    """A row that was refused: its place (``train.jsonl:17``) and why."""
+    """A row that was rejected: its place (``train.jsonl:17``) and why."""
 
     where: str
     reason: str

@@ -67,13 +67,13 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
-# keys whose meaning would be lost without a word: marks of other tools, and slips of the pen
-_UNREAD = {*MEDIA, "loss", "mask", "trian", "trained", "training", "weigth", "weights"}
+_UNREAD = {*MEDIA, "loss", "mask"}  # keys whose meaning would be lost without a word
 
 
 def is_answer(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
     """Whether an assistant speaks, by a name that is known or in ``roles``."""
-    return _role_of(message, roles) == "assistant"
+    speaker = str(message.get("role", message.get("from")))
+    return roles.get(speaker, _SPEAKERS.get(speaker, speaker)) == "assistant"
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:
@@ -81,13 +81,14 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
 
     Args:
         message: OpenAI's ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, and what else they may have.
-        number: its place in the conversation, from 1.
+        number: its number in the conversation, from 1.
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
-    speaker, role = _speaker_of(message), _role_of(message, roles)
+    speaker = str(message.get("role", message.get("from")))
+    role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise RowFault(f"{where} has the role {speaker!r}, expected {known}; name others by `roles: {{theirs: ours}}`")
@@ -95,8 +96,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     calls = message.get("tool_calls") or message.get("function_call")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    thoughts = [(key, message[key]) for key in REASONING_KEYS if message.get(key)]
-    reasoning = thoughts[0][1] if thoughts else None
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
     if role != "assistant" and (calls or reasoning):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
@@ -106,9 +106,6 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         read["tool_calls"] = read_calls([calls] if isinstance(calls, dict) else calls, where)
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
-    for name, other in thoughts[1:]:
-        if other != reasoning:
-            raise RowFault(f"{where} has {thoughts[0][0]!r} and {name!r}, which differ: keep one")
     if reasoning:
         if text.lstrip().startswith("<think>"):
             raise RowFault(f"{where} has reasoning beside a <think> block in its content: keep one")
@@ -116,7 +113,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
             read[key] = read_string(message[key], f"{key!r} of {where}")
-    if not _read_marks(message, role, where) and role == "assistant":
+    if not _is_trained(message, role, where) and role == "assistant":
         read["train"] = False
     return read
 
@@ -127,29 +124,27 @@ def _read_content(content: Any, where: str, role: str) -> str:
         return read_string(content, f"the {role} content of {where}")
     text = ""
     for number, part in enumerate(content, start=1):
-        place = f"part {number} of {where}"
+        name = f"part {number} of {where}"
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise RowFault(f"{place} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
-        _refuse_unread(part, _UNREAD | {"train", "weight"}, place)
-        text += read_string(part.get("text", part.get("value")), f"the text of {place}")
+            raise RowFault(f"{name} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
+        _refuse_unread(part, _UNREAD | {"train", "weight"}, name)
+        text += read_string(part.get("text", part.get("value")), f"the text of {name}")
     check_characters(text, where)  # half a character in each of two parts
     return text
 
 
-def _read_marks(message: dict[str, Any], role: str, where: str) -> bool:
-    """Return whether a message is trained: what its ``train``, or OpenAI's ``weight``, says."""
+def _is_trained(message: dict[str, Any], role: str, where: str) -> bool:
+    """Whether an answer is trained: what ``train``, or OpenAI's ``weight``, of the message decides."""
     if len(message) == 2:  # role and content alone, as most messages have
         return True
     _refuse_unread(message, _UNREAD, where)
     marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
     for key, value in marks.items():
-        if value not in (0, 1) or (key == "train") != isinstance(value, bool):
+        if value not in (0, 1):
             expected = "true or false" if key == "train" else "0 or 1"
             raise RowFault(f"{key!r} of {where} must be {expected}, found {reprlib.repr(value)}")
         if value and role != "assistant":
             raise RowFault(f"{where} ({role}) has {key}: {value}, but only answers are trained")
-    if len(set(map(bool, marks.values()))) > 1:
-        raise RowFault(f"'train' and 'weight' of {where} contradict each other")
     return all(marks.values())
 
 
@@ -157,15 +152,6 @@ def _refuse_unread(values: dict[str, Any], keys: set[str], where: str) -> None:
     for key in sorted(keys & values.keys()):
         if values[key] not in (None, "", []):
             raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
-
-
-def _speaker_of(message: Mapping[str, Any]) -> str:
-    return str(message.get("role", message.get("from")))
-
-
-def _role_of(message: Mapping[str, Any], roles: Mapping[str, str]) -> str:
-    speaker = _speaker_of(message)
-    return roles.get(speaker, _SPEAKERS.get(speaker, speaker))
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:

@@ -1,17 +1,18 @@
-"""The rows of a source, in order, each with its place."""
+"""The rows of a source, in order, each with its file and line or number.
 
-import csv
+JSON is read here, so that bad rows are named by their line and tool schemas stay as they are; CSV by pandas; parquet,
+Arrow and data sets of the hub by ``datasets``.
+"""
+
 import hashlib
-import io
 import itertools
 import json
-import lzma
 import reprlib
-import zlib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
 from qlora_lightning.data.rows.sources import DataFile, Source, kind_of_file
@@ -24,8 +25,7 @@ class Row(NamedTuple):
     Attributes:
         values: the row's own keys and values.
         file: the file, as the user wrote it or below the folder he wrote; for a data set of the hub its id.
-        line: the line on which the row begins, counted from 1; in a JSON array, in parquet
-            and arrow files and on the hub the number of the row.
+        line: of JSON lines the line, else the number of the row, from 1.
     """
 
     values: dict[str, Any]
@@ -39,9 +39,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
-    """Yield the rows of a source, and in their places those that are none.
-
-    Memory grows with none but JSON arrays, which are read as a whole.
+    """Yield the rows of a source, and between them those that cannot be read.
 
     Raises:
         UserError: a file cannot be read or is damaged, or the source holds no rows at all.
@@ -54,33 +52,14 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     yield from rows
 
 
-def _read_files(source: Source) -> Iterator[Row | BadRow]:
-    for file in source.files or (None,):
-        name = source.path if file is None else str(file)
-        for line, values in _parse(source, file):
-            yield BadRow(f"{name}:{line}", str(values)) if isinstance(values, RowFault) else Row(values, name, line)
-
-
-def _parse(source: Source, file: DataFile | None) -> Iterator["Parsed"]:
-    """Return the rows of a file, or of a data set of the hub."""
-    if file is None:
-        return _number_rows(_read_hub(source))
-    kind, _ = kind_of_file(file)
-    if kind in (".parquet", ".arrow"):
-        return _read_table(file)
-    if kind in (".csv", ".tsv"):
-        return _read_csv(file, source.encoding, source.delimiter or ("\t" if kind == ".tsv" else ","))
-    return _read_json(file, source.encoding)
-
-
 def hash_source(source: Source) -> str:
     """Return a hash of what a source's rows are: bytes and kinds of its local files in order, and how they are read.
 
-    Names do not count. Of a data set of the hub it is a hash of what ``datasets`` knows its content by.
+    Names do not count. For a data set of the hub it is a hash of what ``datasets`` knows its content by.
     """
     total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
     if not source.files:
-        with _hub_errors(source):
+        with _naming(f"data set {source.path}"):
             from datasets import load_dataset_builder as load
 
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
@@ -92,127 +71,74 @@ def hash_source(source: Source) -> str:
     return total.hexdigest()
 
 
-# Files
-
-Parsed = tuple[int, dict[str, Any] | RowFault]
-"""A row's line or number, and its values, or why it is none."""
-
-_CODECS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
-_NOT_UTF8 = "not UTF-8 text: save the file as UTF-8, or name its encoding, as in `encoding: latin-1`"
-
-
-@contextmanager
-def _open(file: DataFile) -> Iterator[Any]:
-    """Open a file, local or behind a URL, for reading bytes; what cannot be read is a UserError, also later on."""
-    import fsspec  # a fifth of a second, as pyarrow takes
-
-    compression = kind_of_file(file)[1]
-    try:
-        with fsspec.open(str(file), "rb", compression=_CODECS.get(compression)) as stream:
-            if compression == ".zst":  # which fsspec knows with Python 3.14 only
-                import pyarrow
-
-                stream = io.BufferedReader(pyarrow.CompressedInputStream(stream, "zstd"))
-            yield stream
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{file} cannot be read: {error}.") from error
+def _read_files(source: Source) -> Iterator[Row | BadRow]:
+    for file in source.files or (None,):
+        name = source.path if file is None else str(file)
+        with _naming(name if file else f"data set {name}"):
+            for number, values in _read_file(source, file):
+                if isinstance(values, RowFault):
+                    yield BadRow(f"{name}:{number}", str(values))
+                else:
+                    yield Row(values, name, number)
 
 
 @contextmanager
-def _open_text(file: DataFile, encoding: str, newline: str) -> Iterator[TextIO]:
-    """Open a file for reading text; bytes that cannot be decoded are the fault of their row alone."""
+def _naming(name: str) -> Iterator[None]:
+    """Name what could not be read in the errors of fsspec, pandas, pyarrow, ``datasets`` and the hub."""
     try:
-        with _open(file) as stream, io.TextIOWrapper(stream, encoding, "surrogateescape", newline) as text:
-            yield text
-    except UnicodeError as error:  # of encodings in which the rest cannot be told either
-        raise UserError(f"{file} cannot be read: {error}. Name its encoding, as in `encoding: latin-1`.") from error
+        yield
+    except Exception as error:
+        advice = " Name its encoding, as in `encoding: latin-1`." if isinstance(error, UnicodeError) else ""
+        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}.{advice}") from error
 
 
-MAX_LINE = 64_000_000  # characters: a few MB of a compressed file may be one line of many GB
-MAX_WHOLE = 1_000_000_000  # characters of a JSON array, which is read as a whole
+def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dict[str, Any] | RowFault]]:
+    """Return the rows of a file, or of a data set of the hub, by line or number."""
+    kind = kind_of_file(file) if file else ""
+    if kind in (".jsonl", ".json"):
+        return _read_json(str(file), source.encoding)
+    if kind in (".csv", ".tsv"):
+        return enumerate(_read_csv(str(file), source, source.delimiter or ("\t" if kind == ".tsv" else ",")), start=1)
+    from datasets import load_dataset
+
+    rows: Any
+    if file:
+        rows = load_dataset(kind[1:], data_files=str(file), split="train", streaming=True)
+    else:
+        options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
+        rows = load_dataset(source.path, source.name, **options)
+    return enumerate(({key: _drop_nulls(value) for key, value in row.items()} for row in rows), start=1)
 
 
-def _lines(stream: TextIO) -> Iterator[str]:
-    """Yield lines; of one of more than :data:`MAX_LINE` the beginning, which :func:`_check_line` rejects."""
-    while line := stream.readline(MAX_LINE + 1):
-        yield line
-        while len(line) > MAX_LINE and not line.endswith(("\n", "\r")):
-            line = stream.readline(MAX_LINE + 1)  # the rest, a part of it at a time
-
-
-def _check_line(line: str) -> str:
-    if len(line) > MAX_LINE:
-        raise _too_long("line")
-    return line
-
-
-def _too_long(what: str) -> RowFault:
-    return RowFault(f"a {what} of more than {MAX_LINE // 1_000_000} MB, the most that is read")
-
-
-def _check_decoded(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowFault(_NOT_UTF8) from None
-
-
-# JSON
-
-
-def _read_json(file: DataFile, encoding: str) -> Iterator[Parsed]:
+def _read_json(file: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    is_first = True
-    with _open_text(file, encoding, newline="\n") as stream:
-        for number, line in enumerate(_lines(stream), start=1):
-            # Windows editors write the mark at the beginning of a file, and files are put end to end.
-            line = line.removeprefix("\ufeff")
-            text = line.strip(" \t\r\n")
+    import fsspec  # a fifth of a second
+
+    # Bytes that cannot be decoded are the fault of their row alone.
+    options = {"encoding": encoding, "errors": "surrogateescape", "newline": "\n"}
+    with fsspec.open(file, "r", compression="infer", **options) as lines:
+        is_first = True
+        for number, line in enumerate(lines, start=1):
+            text = line.strip("\ufeff \t\r\n")  # Windows editors write the mark, and files are put end to end
             if is_first and text.startswith("["):
-                most = MAX_LINE if kind_of_file(file)[1] else MAX_WHOLE  # parsed into several times as much memory
-                for place, element in enumerate(_parse_array(file, line + stream.read(most), most), start=1):
-                    yield place, _check_object(element)
+                yield from enumerate(
+                    map(_check_object, _parse_json(line.removeprefix("\ufeff") + lines.read())), start=1
+                )
                 return
             if text:
-                values: dict[str, Any] | RowFault
-                try:
-                    values = _check_object(_parse_json(_check_line(text)))
-                except RowFault as fault:
-                    values = fault
-                if is_first:
-                    _refuse_table(file, text, values)
                 is_first = False
-                yield number, values
-
-
-def _refuse_table(file: DataFile, first: str, values: dict[str, Any] | RowFault) -> None:
-    """Refuse a file by its first line: objects over several lines, or a table, ``{column: {row number: value}}``."""
-    is_table = isinstance(values, dict) and values and all(map(_is_column, values.values()))
-    if is_table or (first[0] == "{" and first[-1] in "{[,"):
-        raise UserError(
-            f"{file}: expected one JSON object per line or an array of objects, found a table or an object over "
-            "several lines; write a DataFrame by df.to_json('rows.jsonl', orient='records', lines=True)."
-        )
-
-
-def _is_column(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(map(str.isdigit, value))
-
-
-def _parse_array(file: DataFile, text: str, most: int) -> list[Any]:
-    if len(text) > most:
-        size = f"{most // 1_000_000:,} MB{' in a compressed file' if most == MAX_LINE else ''}"
-        raise UserError(f"{file} is a JSON array of more than {size}: convert it to .jsonl, one object per line.")
-    try:
-        return _parse_json(text)  # type: ignore[no-any-return]
-    except RowFault as fault:
-        raise UserError(f"{file} is not a JSON array: {fault}.") from fault
+                try:
+                    yield number, _check_object(_parse_json(text))
+                except RowFault as fault:
+                    yield number, fault
 
 
 def _parse_json(text: str) -> Any:
-    _check_decoded(text)
     try:
+        text.encode()
         return json.loads(text, object_pairs_hook=_make_object)
+    except UnicodeEncodeError:
+        raise RowFault("not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: latin-1`") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
         raise RowFault(f"not JSON: {error}") from error
 
@@ -222,7 +148,7 @@ def _check_object(values: Any) -> dict[str, Any] | RowFault:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a key that is twice in an object, of which Python keeps the last."""
+    """Reject a key that is twice in an object, of which Python keeps the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -231,115 +157,18 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-# CSV
+def _read_csv(file: str, source: Source, delimiter: str) -> Any:
+    """Return the rows of a CSV file; all values are strings."""
+    import pandas
+
+    with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):  # of fields that are left out
+        options: Any = {"dtype": str, "na_filter": False, "index_col": False}
+        frame = pandas.read_csv(file, sep=delimiter, encoding=source.encoding, nrows=source.rows, **options)
+    return frame.to_dict("records")
 
 
-def _read_csv(file: DataFile, encoding: str, delimiter: str) -> Iterator[Parsed]:
-    """Yield the rows of a CSV file, each with its first line; all values are strings."""
-    # The module's limit on a field, 128 KiB, is one for the whole process: it is raised here, never lowered.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
-    with _open_text(file, encoding, newline="") as stream:
-        begin = 1
-        try:
-            lines = map(_check_line, _lines(stream))
-            first = next(lines, "").removeprefix("\ufeff")
-            _check_decoded(first)
-            rows: Any = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-            names = rows.fieldnames or []
-            if len(set(names)) < len(names) or "" in map(str.strip, names[1:]):
-                raise UserError(f"the header names a column twice, or one has no name: {', '.join(names)}")
-            begin = rows.line_num + 1
-            for values in rows:
-                yield begin, _check_fields(values)
-                begin = rows.line_num + 1
-        except (csv.Error, UserError) as error:
-            said = str(error).replace("unexpected end of data", "a quote that opens in this row is never closed")
-            raise UserError(f"{file}:{begin}: {said}.") from error
-
-
-def _check_fields(values: dict[Any, Any]) -> dict[str, Any] | RowFault:
-    # what csv makes of a field without a column, and of a column without a field
-    if None in values or None in values.values():
-        names = ", ".join(name for name in values if name is not None)
-        return RowFault(f"more or fewer fields than the header ({names}): quote a delimiter inside a field")
-    try:
-        _check_decoded("".join(values.values()))
-    except RowFault as fault:
-        return fault
-    values.pop("", None)  # the index that pandas' to_csv() writes is the first column
-    return values
-
-
-# Parquet, Arrow, and the hub
-
-_BATCH_ROWS = 4  # the most that are unpacked together: a file of few KB may hold one value of many MB for each of them
-
-
-def _read_table(file: DataFile) -> Iterator[Parsed]:
-    """Yield the rows of a parquet or Arrow file."""
-    from pyarrow import ArrowException, ipc
-    from pyarrow.parquet import ParquetFile
-
-    kind, compression = kind_of_file(file)
-    if compression:
-        raise UserError(f"{file}: a table is read from any place: decompress it, and name the file that comes out.")
-    with _open(file) as table:
-        try:
-            batches: Iterable[Any]
-            if kind == ".parquet":
-                # By itself it reads row groups as a whole, which may be as large as the file.
-                parquet = ParquetFile(table, buffer_size=1 << 20, pre_buffer=False)
-                batches = parquet.iter_batches(_BATCH_ROWS, use_threads=False)  # of which few rows make no use
-            elif table.read(6) == b"ARROW1":  # Arrow's file format, as Feather and polars write it
-                reader = ipc.open_file(table)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:  # its stream format, which ``datasets`` writes
-                table.seek(0)
-                batches = ipc.open_stream(table)
-            yield from _number_rows(batches)
-        except ArrowException as error:
-            raise UserError(f"{file} cannot be read as {kind}: {error}") from error
-
-
-def _read_hub(source: Source) -> Iterator[Any]:
-    """Yield the rows of a data set of the hub as Arrow tables, mapped into memory."""
-    with _hub_errors(source):
-        from datasets import load_dataset
-
-        rows: Any = load_dataset(
-            source.path,
-            source.name,
-            data_files=source.data_files,
-            split=source.split,
-            revision=source.revision,
-        )
-        yield from rows.with_format("arrow").iter(256)
-
-
-@contextmanager
-def _hub_errors(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of ``datasets``, of the hub, and of their libraries for HTTP and files
-        said = " ".join(str(error).split())
-        raise UserError(f"data set {source.path} cannot be read from the Hugging Face hub: {said}") from error
-
-
-def _number_rows(batches: Iterable[Any]) -> Iterator[Parsed]:
-    """Yield the rows of Arrow batches or tables, by number."""
-    number = 0
-    for part in (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS)):
-        is_large = part.nbytes > MAX_LINE
-        for values in part.to_pylist():
-            number += 1
-            if is_large and len(repr(values)) > MAX_LINE:
-                yield number, _too_long("row")
-            else:
-                yield number, {key: _without_fill(value) for key, value in values.items()}
-
-
-def _without_fill(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     """Drop the nulls inside a column: Arrow gives every struct the keys of all, those that a row lacks as null."""
     if isinstance(value, dict):
-        return {key: _without_fill(inner) for key, inner in value.items() if inner is not None}
-    return [_without_fill(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_drop_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ from typing import Any
 from qlora_lightning.support.errors import UserError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
 # of the hub's data sets, by what a key, a file or a folder is named
@@ -68,14 +68,9 @@ def find_sources(
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
-    The network is used only to list a folder or glob behind a URL.
-
-    Args:
-        value: a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
-            and ``RowSettings``; or a list of these.
-        split: named in messages, and the default split of a hub data set (``train``, ``validation`` or ``test``).
-        settings: those of sources that name none of their own.
-        encoding: likewise.
+    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
+    and ``RowSettings``; or a list of these. Settings and encoding are those of sources that name none of their own. The
+    network is used only to list a folder or glob behind a URL.
 
     Raises:
         UserError: a file does not exist or is of an unknown kind; an entry has an unknown key or a wrong value.
@@ -110,12 +105,10 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         raise UserError(f"rows of {path} must be a whole number above 0, found {rows!r}.")
     settings = replace(default.settings, **{key: given.pop(key) for key in _ROW_KEYS if key in given})
     source = replace(default, **{**given, "path": path, "settings": settings})
-    if source.delimiter:
-        source = replace(source, delimiter=source.delimiter.replace("\\t", "\t"))  # as a shell hands it over
 
     hub = [key for key in _HUB_KEYS if key in given]
     file = Path(path).expanduser()
-    is_hub_id = _HUB_ID.fullmatch(path) and not kind_of_file(path)[0] and (hub or not file.parent.is_dir())
+    is_hub_id = _HUB_ID.fullmatch(path) and not kind_of_file(path) and (hub or not file.parent.is_dir())
     if is_hub_id and not file.exists():
         return replace(source, split=source.split or split)
     saved = file / "dataset_dict.json"
@@ -130,11 +123,10 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")
     files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
-    if "*" not in path and not kind_of_file(path)[0] and ("://" in path or file.is_dir()):
+    if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
         files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
     if not files:
-        kinds = f"{', '.join(KINDS)}, each also compressed ({', '.join(COMPRESSIONS)})"
-        raise UserError(f"no {split} files in {path}: expected {kinds}, none named after another split.")
+        raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
 
 
@@ -163,12 +155,12 @@ def has_split(path: str | os.PathLike[str], split: str) -> bool:
 
 def _list_urls(path: str) -> list[str]:
     """Return the URL of a file, or those of the data files in a folder or glob behind a URL."""
-    if kind_of_file(path)[0] and "*" not in path:
+    if kind_of_file(path) and "*" not in path:
         return [path]
     from fsspec.core import url_to_fs
 
     system, pattern = url_to_fs(path if "*" in path else f"{path.rstrip('/')}/**")
-    return sorted(system.unstrip_protocol(name) for name in system.glob(pattern) if kind_of_file(name)[0])
+    return sorted(system.unstrip_protocol(name) for name in system.glob(pattern) if kind_of_file(name))
 
 
 def _list_files(path: Path) -> list[Path]:
@@ -177,32 +169,27 @@ def _list_files(path: Path) -> list[Path]:
         return list_folder(path)
     found = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not found and not glob.has_magic(str(path)):
-        beside = [each for each in path.parent.glob("*") if kind_of_file(each)[0] or each.is_dir()]
-        names = {each.name.partition(".")[0]: each for each in beside}  # by suffixes and folders all are alike
+        beside = [each for each in path.parent.glob("*") if kind_of_file(each) or each.is_dir()]
+        names = {each.name.partition(".")[0]: each for each in beside}
         near = difflib.get_close_matches(path.name.partition(".")[0], names, n=1)
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
             f"of the hub name the split).{f' Did you mean {str(names[near[0]])!r}?' if near else ''}"
         )
-    return sorted(file for file in found if kind_of_file(file)[0])
+    return sorted(file for file in found if kind_of_file(file))
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """List data files at any depth, without hidden ones.
-
-    Of a folder that ``Dataset.save_to_disk`` wrote, these are the files that its ``state.json`` names: beside them may
-    be those of an earlier save, and what ``datasets`` keeps.
-    """
+    """List data files at any depth, without hidden ones; of ``save_to_disk`` those that ``state.json`` names."""
     state = folder / "state.json"
     if state.is_file() and (folder / "dataset_info.json").is_file():
         return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return sorted(file for file in found if kind_of_file(file)[0] and file.is_file())
+    return sorted(file for file in found if kind_of_file(file) and file.is_file())
 
 
-def kind_of_file(file: DataFile) -> tuple[str, str]:
-    """Return kind and compression by the file's name: ``a.jsonl.gz`` is ``(".jsonl", ".gz")``, else empty strings."""
-    name = (file.partition("?")[0] if isinstance(file, str) else file.name).lower()
-    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
-    name = name.removesuffix(compression)
-    return next((suffix for suffix in KINDS if name.endswith(suffix)), ""), compression
+def kind_of_file(file: DataFile) -> str:
+    """Return the kind of a file by its name, compressed or not: of ``a.jsonl.gz`` it is ``.jsonl``; else nothing."""
+    name = file.partition("?")[0] if isinstance(file, str) else file.name
+    name = _COMPRESSED.sub("", name.lower())
+    return next((kind for kind in KINDS if name.endswith(kind)), "")

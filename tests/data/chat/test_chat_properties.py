@@ -7,11 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
-from qlora_lightning.support.errors import UserError
 from tests.flat import render
 
 CHATML = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -165,25 +162,6 @@ def test_labels_are_what_generation_must_produce_reasoning_included(families, na
             assert tokenizer.decode(start).removeprefix(tokenizer.decode(prompt)) in own
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_agent"])
-def test_the_block_of_a_prompt_without_thinking_is_not_trained(families, talk, name):
-    chosen = choose_chat_template(families[name], None, {"enable_thinking": False})
-    samples = render(ChatRenderer(chosen), Chat(talk("q", "\na", "r", "b")))
-    assert trained_turns(chosen, samples) == ["a<|im_end|>", "b<|im_end|>"]
-
-
-@pytest.mark.parametrize("name", BASIC)
-def test_one_bos_the_last_answer_only_and_every_token(families, talk, name):
-    tokenizer, conversation = families[name], talk("What?", "yes", "And?", "no")
-    (last,) = render(ChatRenderer(tokenizer, train_on="last"), Chat(conversation))
-    assert trained_turns(tokenizer, [last]) == [FORMS[name]("no", None)]
-    assert tokenizer.decode(last.ids) == tokenizer.apply_chat_template(conversation, tokenize=False)
-    count = {"llama2": 2, "llama31": 1, "mistral": 1}.get(name, 0)  # Llama-2 begins each exchange with one
-    assert last.ids.count(tokenizer.bos_token_id) == count
-    for sample in render(ChatRenderer(tokenizer, train_on="all"), Chat(conversation)):
-        assert sample.labels == [-100, *sample.ids[1:]]
-
-
 @reproducible
 @given(data=st.data(), name=st.sampled_from(sorted(SPECIAL)), conversation=conversations())
 def test_a_control_token_inside_a_message_is_always_refused(families, data, name, conversation):
@@ -196,56 +174,3 @@ def test_a_control_token_inside_a_message_is_always_refused(families, data, name
         render(renderer, Chat(conversation))
     with pytest.raises(RowFault, match="contains the control token"):
         renderer.render_prompt(conversation)
-
-
-@st.composite
-def long_conversations(draw):
-    """Exchanges of which some answers are not trained; the last one is; no two messages are alike."""
-    brief = plain.filter(lambda text: not any(token in text for token in [*CONTROLS, "\0"]))
-    texts = st.one_of(brief, st.sampled_from(["word " * 40, "a, b and c. " * 9, "é🙂" * 30]))
-    roles = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(1, 4))
-    conversation = [{"role": role, "content": f"{n}{draw(texts)}"} for n, role in enumerate(roles)]
-    for number in places_of_answers(conversation):
-        conversation[number]["train"] = number == len(roles) - 1 or draw(st.booleans())
-    return conversation
-
-
-@reproducible
-@given(
-    name=st.sampled_from(["llama31", "qwen25", "mistral", "markers"]),
-    conversation=long_conversations(),
-    max_length=st.integers(20, 900),
-)
-def test_what_is_shortened_has_whole_turns_and_whole_answers_but_the_last(families, name, conversation, max_length):
-    tokenizer = families[name]
-    system = [message for message in conversation if message["role"] == "system" and name != "mistral"]
-    conversation = [*system, *(message for message in conversation if message["role"] != "system")]
-    rows = type("Rows", (InstructionDataModule,), {"load_rows": lambda self, split: [{"messages": conversation}]})
-    data = rows(tokenizer=tokenizer, max_length=max_length)
-    try:
-        data.setup("validate")
-    except UserError as error:
-        refused = str(error)
-        assert "none of 1 rows is left (1: no labelled token within max_length)" in refused
-        return
-    (sample,) = data.samples["val"]
-    assert len(sample.ids) <= max_length
-    found = controls(tokenizer, sample.ids.tolist())
-    wholes = {  # the control tokens of the conversation from each question on
-        start: controls(tokenizer, tokenizer.apply_chat_template([*system, *conversation[start:]], return_dict=False))
-        for start in range(len(system), len(conversation), 2)
-    }
-    starts = [start for start, whole in wholes.items() if whole[: len(found)] == found]
-    assert starts
-    labels = [label for label in sample.labels.tolist() if label != -100]
-    *said, last = tokenizer.decode(labels).split(tokenizer.eos_token)  # a stop token only behind a whole answer
-    answers = [message["content"].strip() for message in conversation if message.get("train")]
-    if not last:
-        assert [text.strip() for text in said] == answers[-len(said) :]
-    else:
-        kept = len(said) + 1
-        assert any(
-            [text.strip() for text in said] == answers[at : at + len(said)]
-            and answers[at + len(said)].startswith(last.strip().rstrip("\ufffd"))
-            for at in range(len(answers) - kept + 1)
-        )

@@ -1,7 +1,6 @@
 """What is trained of a row: its answers and their stop tokens, texts and tokens, in every kind of content."""
 
 import copy
-import json
 
 import pytest
 from tokenizers import Tokenizer, normalizers
@@ -55,18 +54,6 @@ def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out
     rendered = render_one(characters, conversation, train_on="all")
     assert rendered.labels == [-100, *rendered.ids[1:]]
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
-
-
-def test_a_template_that_rewrites_history_is_rendered_turn_by_turn(smol, templates, talk):
-    smol.chat_template = templates.qwen
-    conversation = talk("q", "<think>hm</think>a", "r", "b")
-    first, whole = render_all(smol, conversation)
-    assert labelled(smol, first) == "<think>hm</think>a<|im_end|>"
-    assert labelled(smol, whole) == "b<|im_end|>"  # the first answer, stripped there, is no answer of this model
-    for rendered, turns in ((first, 1), (whole, 3)):
-        prompt = render_prompt(smol, conversation[:turns])
-        assert rendered.ids[: len(prompt)] == prompt
-    assert render_all(smol, conversation, train_on="last") == [whole]
 
 
 def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
@@ -163,12 +150,6 @@ def answer_with(*calls, content="", **marks):
     return {"role": "assistant", "content": content, "tool_calls": list(calls), **marks}
 
 
-def said(text, *calls):
-    """A turn of Hermes and Qwen that calls tools."""
-    written = [f"<tool_call>\n{json.dumps(one['function'])}\n</tool_call>" for one in calls]
-    return "\n".join([text] * bool(text) + written) + "<|im_end|>"
-
-
 @pytest.mark.parametrize(
     ("function", "tools"),
     [
@@ -222,38 +203,6 @@ def test_what_a_tool_returned_may_be_there_as_json(smol, talk):
     assert labelled(smol, render_one(smol, conversation)) == "wait<|im_end|>d<|im_end|>"
 
 
-def test_tools_with_a_base_whose_template_knows_none(smol, talk):
-    conversation = [
-        {"role": "system", "content": "Be brief."},
-        *talk("What is 2 + 2?"),
-        answer_with(call(a=2, b=2), call(a="é"), content="Let me add."),
-        {"role": "tool", "content": "4", "name": "add"},
-        {"role": "tool", "content": "an error"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    for known in (smol, choose_chat_template(smol, "chatml")):
-        with pytest.raises(RowFault, match=r"Choose .*data\.chat_template: chatml-tools"):
-            render_one(known, conversation, TOOLS)
-    chosen = choose_chat_template(smol, "chatml-tools")
-    rendered = render_one(chosen, conversation, TOOLS)
-    trained = (
-        'Let me add.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>'
-        '\n<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call><|im_end|>',
-        "Four.<|im_end|>",
-    )
-    assert chosen.decode(rendered.ids) == (
-        "<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions to assist with the user query."
-        "\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-        f"{json.dumps(TOOLS[0])}\n</tools>\n\nFor each function call, return a json object with function name and "
-        'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
-        "<args-json-object>}\n</tool_call><|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
-        f"<|im_start|>assistant\n{trained[0]}\n<|im_start|>user\n<tool_response>\n4\n</tool_response>\n"
-        "<tool_response>\nan error\n</tool_response><|im_end|>\n"
-        f"<|im_start|>assistant\n{trained[1]}\n"
-    )
-    assert labelled(chosen, rendered) == "".join(trained)
-
-
 # ---- reasoning -------------------------------------------------------------------------------------------------------
 
 
@@ -261,30 +210,9 @@ def thinking(content, thought):
     return {"role": "assistant", "content": content, "reasoning_content": thought}
 
 
-def test_earlier_reasoning_by_hand(families, talk):
-    """Qwen3's template drops it, and writes an empty block where the last answer has none."""
-    conversation = [*talk("q"), thinking("a", "hm"), *talk("r", "b")]
-    tokenizer = families["qwen3_agent"]
-    first = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    second = "<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
-    thought, none = "<think>\nhm\n</think>\n\na", "<think>\n\n</think>\n\n"
-    for reasoning, texts, labels in (
-        ("template", [first + thought, first + "a" + second + none + "b"], [thought, "b"]),
-        ("drop", [first + none + "a", first + "a" + second + none + "b"], ["a", "b"]),
-    ):
-        samples = render_all(tokenizer, conversation, reasoning=reasoning)
-        assert [tokenizer.decode(sample.ids) for sample in samples] == [f"{text}<|im_end|>\n" for text in texts]
-        assert [labelled(tokenizer, sample) for sample in samples] == [f"{text}<|im_end|>" for text in labels]
-        prompt = ChatRenderer(tokenizer, reasoning=reasoning).render_prompt(conversation[:3])
-        assert texts[-1].removesuffix(none + "b") == tokenizer.decode(prompt)
-
-
-def test_reasoning_in_a_call_of_tools(families, talk):
+def test_an_answer_ends_at_any_stop_token_of_the_model(families, talk):
     conversation = [*talk("q"), answer_with(call(a=1), reasoning_content="hm"), {"role": "tool", "content": "4"}]
     conversation += [thinking("Four.", "so")]
-    assert labelled(families["qwen3_agent"], render_one(families["qwen3_agent"], conversation, TOOLS)) == (
-        "<think>\nhm\n</think>\n\n" + said("", call(a=1)) + "<think>\nso\n</think>\n\nFour.<|im_end|>"
-    )
     gpt = copy.deepcopy(families["gpt_oss"])
     gpt.former_stop_ids = gpt.convert_tokens_to_ids(["<|call|>", "<|return|>"])  # as its generation_config has them
     begun = "<|start|>assistant"

@@ -1,4 +1,3 @@
-import itertools
 import random
 
 import pytest
@@ -40,21 +39,6 @@ def sample(prompt, answer, tail=0):
     """Ids counted from 0; the answer's are labelled."""
     ids = list(range(prompt + answer + tail))
     return Rendered(ids, [number if prompt <= number < prompt + answer else -100 for number in ids])
-
-
-def random_sample(rng):
-    """Turns of unlabelled and labelled tokens, each token another one; a labelled turn ends in a stop token."""
-    ids, labels = [], []
-    for _ in range(rng.randrange(1, 4)):
-        prompt, answer = rng.randrange(1, 12), rng.randrange(0, 12)
-        first = len(ids)
-        ids += [*range(first, first + prompt + answer), STOP]
-        labels += [-100] * prompt + ids[first + prompt :]
-    return Rendered(ids, labels)
-
-
-def labelled(labels):
-    return [label for label in labels if label != -100]
 
 
 def test_turns_are_never_welded_together(families, shorten, talk):
@@ -140,8 +124,8 @@ def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, 
     assert "<|im_start|>assistant\na2<|im_end|>" in text
 
 
-def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, templates, talk):
-    smol.chat_template = templates.qwen
+def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, history_template, talk):
+    smol.chat_template = history_template
 
     class Rows(InstructionDataModule):
         def load_rows(self, split):
@@ -165,21 +149,3 @@ def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context():
         ([6, 7, 8, 9, 10, 11, 12, 13], [-100, -100, 8, 9, 10, 11, 12, 13]),
         ([12, 13, 14, 15, 16], [-100, -100, 14, 15, 16]),
     ]
-
-
-@pytest.mark.parametrize("max_length", [2, 3, 5, 8, 13])
-def test_pieces_train_each_labelled_token_once_after_what_stood_before_it(max_length):
-    rng = random.Random(max_length)
-    for _ in range(30):
-        ids, labels = random_sample(rng)
-        pieces = split_up(Rendered(ids, labels), max_length)
-        assert [label for _, piece in pieces for label in labelled(piece)] == labelled(labels)
-        true_ends = {(before, STOP) for before, after in itertools.pairwise(ids) if after == STOP}
-        for piece_ids, piece_labels in pieces:
-            assert 1 < len(piece_ids) == len(piece_labels) <= max_length or (piece_ids, piece_labels) == (ids, labels)
-            assert piece_labels[0] == -100
-            windows = [ids[at : at + len(piece_ids)] for at in range(len(ids))]
-            assert piece_ids in windows  # true context, nothing left out
-            assert all(label in (-100, token) for token, label in zip(piece_ids, piece_labels, strict=True))
-            pairs = zip(piece_ids, piece_labels[1:], strict=False)
-            assert {pair for pair in pairs if pair[1] == STOP} <= true_ends

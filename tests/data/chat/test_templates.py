@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, hash_tokenizer, load_chosen_tokenizer
+from qlora_lightning.data.chat.tokenizer import find_stop_ids, load_chosen_tokenizer
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
@@ -43,38 +43,6 @@ def show(tokenizer, messages, generation=False):
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
-@pytest.mark.parametrize(
-    ("name", "choice", "expected"),
-    [
-        (
-            "llama31",
-            "llama3",
-            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\na<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nr<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        ),
-        (
-            "qwen25",
-            "chatml",
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nq <|im_end|>\n"
-            "<|im_start|>assistant\n\na<|im_end|>\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n",
-        ),
-        (
-            "llama2",
-            "alpaca",
-            "<s>Be brief.\n\n### Instruction:\nq \n\n### Response:\n\na</s>\n\n### Instruction:\nr\n\n### Response:\n",
-        ),
-    ],
-)
-def test_presets_by_hand(base, talk, name, choice, expected):
-    chosen = choose_chat_template(base(name), choice)
-    assert show(chosen, SYSTEM + talk("q ", "\na", "r"), generation=True) == expected
-    if choice == "alpaca":
-        assert show(chosen, talk("q", "a")) == f"<s>{ALPACA}\n\n### Instruction:\nq\n\n### Response:\na</s>\n\n"
-
-
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
     assert show(choose_chat_template(base("qwen25"), "alpaca"), SYSTEM + talk("q", "a")).startswith("Be brief.")
     tokenizer = base("qwen25")
@@ -87,7 +55,6 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
     assert show(choose_chat_template(tokenizer, "chatml"), talk("q", "a")).startswith("<|endoftext|><|im_start|>")
 
 
-@pytest.mark.parametrize("answer", ["yes", "\n\n yes é🙂\n\n"])
 @pytest.mark.parametrize(
     ("name", "choice", "stop"),
     [
@@ -98,7 +65,8 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
         ("qwen25", "alpaca", "<|endoftext|>"),
     ],
 )
-def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop, answer):
+def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop):
+    answer = "\n\n yes é🙂\n\n"
     tokenizer = base(name)
     chosen = choose_chat_template(tokenizer, choice)
     ((ids, labels),) = render(ChatRenderer(chosen), Chat(SYSTEM + talk("q", answer, "r", "no")))
@@ -161,7 +129,7 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
         ("no/x.jinja", "expected llama3, .* or a .jinja file, found 'no/x.jinja'"),
         (b"a\n{{ b\n", "own.jinja is damaged, line 2"),
         (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
-        (b"not a template", "does not write what an assistant message says: it makes 'not a template'"),
+        (b"not a template", "does not write the content of an assistant message: it renders one as 'not a template'"),
         (b"{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
     ],
 )
@@ -188,23 +156,6 @@ def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_p
         find_stop_ids(characters)
 
 
-@pytest.mark.parametrize(
-    ("after", "end"),
-    [
-        ("<|im_end|>\n<|endoftext|>", "<|im_end|>"),
-        (" Next:<|im_end|>", "<|im_end|>"),
-        ("<think>x<|im_end|>", "<think>"),  # in the vocabulary, and not special
-        ("<thought><|im_end|>", "<|im_end|>"),  # the first is in no vocabulary: mere text
-        ("\n", None),
-    ],
-)
-def test_the_first_control_token_after_an_answer_ends_the_turn(families, after, end):
-    tokenizer = copy.deepcopy(families["qwen25"])
-    tokenizer.add_tokens(["<think>"])
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}" + after + "{% endfor %}"
-    assert find_turn_end(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
-
-
 @pytest.fixture
 def folder(families, tmp_path):
     families["qwen25"].save_pretrained(tmp_path / "tokenizer")
@@ -220,32 +171,6 @@ def test_a_folder_or_a_mapping_is_loaded_and_nothing_else(folder, families):
     for choice in ({"revision": "v1"}, {"name": "a", "revison": "v1"}):
         with pytest.raises(UserError, match="tokenizer: expected a name, or a mapping with name, revision, trust_rem"):
             load_chosen_tokenizer(choice)
-
-
-def test_the_hash_tells_contents_apart_without_loading(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_lightning.base.folder.load_tokenizer", lambda **choice: pytest.fail("loaded"))
-    template, name = tmp_path / "own.jinja", str(folder)
-    template.write_text("a")
-    hashes = [hash_tokenizer(name, choice) for choice in (None, "chatml", "llama3", str(template))]
-    template.write_text("b")
-    hashes.append(hash_tokenizer(name, str(template)))
-    for file in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (folder / file).write_text("{}")
-        hashes.append(hash_tokenizer(name))
-    assert len({*hashes, None}) == 9
-    (folder / "README.md").write_text("{}")
-    assert hash_tokenizer({"name": name}) == hashes[-1]
-
-
-def test_an_object_is_hashed_by_what_it_is_now(smol):
-    hashes = [hash_tokenizer(smol), hash_tokenizer(smol, "chatml")]
-    without = hash_tokenizer(smol, with_template=False)
-    smol.chat_template += " "
-    hashes.append(hash_tokenizer(smol))
-    assert hash_tokenizer(smol, with_template=False) == without
-    smol.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
-    hashes.append(hash_tokenizer(smol))
-    assert len({*hashes, without}) == 5
 
 
 # as Llama 3.2's template begins
@@ -358,12 +283,6 @@ def test_the_saved_tokenizer_renders_the_same_elsewhere_and_its_date_may_be_set_
     again, _, text = prepare("saved", template_options=other)
     assert text.startswith("Saturday, 28 November 2026 (2026-11-28, 332)<|im_start|>user")
     assert again.identity["chat_template"] == prepare(tokenizer, template_options=other)[0].identity["chat_template"]
-
-
-def test_cached_samples_are_those_of_the_same_options(tokenizers, prepare):
-    one, two = ({"date_string": text} for text in ("1 May 2025", "2 May 2025"))
-    found = [prepare(tokenizers["date"], cache="shared", template_options=options)[1] for options in (one, two, one)]
-    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize(

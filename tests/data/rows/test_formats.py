@@ -1,288 +1,267 @@
-"""From the columns of a row to what it becomes: by the row and the settings alone; rows as other people have them."""
+"""What a row becomes, or why it is rejected: one table; and that it follows from the row and the settings alone."""
 
 import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
-U, A, S, T = ("user", "u"), ("assistant", "a"), ("system", "s"), ("tool", "t")
+U, A, S, T = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system", "tool"))
+SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object", "properties": {}}}
+SCHEMA = {"type": "function", "function": SKY}
+CALL = {"type": "function", "function": {"name": "sky", "arguments": {"at": "Ulm"}}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+AS_TEXT = {"name": "sky", "arguments": json.dumps({"at": "Ulm"})}  # as OpenAI writes arguments
+NO_TRAINING = {**A, "train": False}
+TURNS_AS_JSON = json.dumps([U, A])
 
 
-def turns(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
+def said(role, content):
+    return {"role": role, "content": content}
 
 
-def rows(*values):
-    return [Row(value, "a.jsonl", line) for line, value in enumerate(values, start=1)]
+def part(text, **others):
+    return {"type": "text", "text": text, **others}
 
 
 def convert(values, needs_answer=True, **settings):
-    converter, (row,) = RowConverter(RowSettings(**settings), needs_answer), rows(values)
+    converter, row = RowConverter(RowSettings(**settings), needs_answer), Row(values, "a.jsonl", 1)
     converter.check([row])
     return converter.convert(row)
 
 
-def refusal(values, **options):
+def check(row, expected, **settings):
+    """Compare what a row becomes: messages, or what its rejection says."""
+    if not isinstance(expected, str):
+        found = convert(row, **settings)
+        assert (found.messages if isinstance(found, Chat) and isinstance(expected, list) else found) == expected
+        return
     with pytest.raises(UserError) as error:
-        convert(values, **options)
-    return str(error.value)
+        convert(row, **settings)
+    assert expected in str(error.value)
 
 
-def says(content):
-    return [(message["role"], message["content"]) for message in content.messages]
+ROWS = [  # row, what it becomes, settings
+    ({"instruction": "u", "output": "a"}, [U, A], {}),
+    ({"instruction": "u", "input": "more", "output": "a"}, [said("user", "u\n\nmore"), A], {}),
+    ({"instruction": "u", "output": "a", "history": [["u", "r"]]}, [U, said("assistant", "r"), U, A], {}),
+    ({"instruction": "u", "output": "a", "history": '[["u", "a"]]'}, [U, A, U, A], {}),
+    ({"instruction": "u", "output": "a", "system": "s"}, [S, U, A], {}),
+    ({"prompt": "u", "completion": "a"}, [U, A], {}),
+    ({"prompt": [U, A, U], "completion": [A]}, [U, NO_TRAINING, U, A], {}),
+    ({"question": "u", "answer": "a"}, [U, A], {}),
+    ({"messages": [U, A], "system": "s", "prompt": "p"}, [S, U, A], {}),
+    ({"messages": TURNS_AS_JSON}, [U, A], {}),
+    ({"conversations": [U, A], "system": "s"}, [S, U, A], {}),
+    ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [U, A], {}),
+    ({"text": "x", "url": "y"}, Text("x"), {"format": "text"}),
+    ({"content": "A book."}, Text("A book."), {"format": "text", "columns": {"content": "text"}}),
+    ({"input_ids": [1, 5], "labels": [-100, 5], "attention_mask": [1, 1]}, Tokens([1, 5], [-100, 5]), {}),
+    ({"input_ids": [1, 5], "labels": [-100, 5], "attention_mask": None}, Tokens([1, 5], [-100, 5]), {}),
+    # rows to predict may lack the answer
+    ({"instruction": "u"}, [U], {"needs_answer": False}),
+    ({"question": "u"}, [U], {"needs_answer": False}),
+    ({"prompt": "u"}, [U], {"needs_answer": False}),
+    ({"messages": [U]}, [U], {"needs_answer": False}),
+    ({"prompt": "a", "messages": [U, A]}, [U, A], {"needs_answer": False}),
+    ({"text": "x"}, "hold no prompt", {"format": "text", "needs_answer": False}),
+    # system prompts and roles
+    ({"messages": [U, A]}, [said("system", "mine"), U, A], {"system": "mine"}),
+    ({"messages": [U, A], "system": "s"}, [S, U, A], {"system": "mine"}),
+    ({"messages": [said("developer", "s"), U, A]}, [S, U, A], {"system": "mine"}),
+    ({"messages": [S, U, A], "system": "s"}, "a system message and the key 'system' as well", {}),
+    ({"messages": [said("me", "u"), said("bot", "a")]}, [U, A], {"roles": {"me": "user"}}),
+    ({"messages": [U, said("me", "a")]}, "message 2 has the role 'me'", {"roles": {"me": "asistant"}}),
+    # rows that cannot be used
+    ({"messages": "text"}, "'messages': not JSON (Expecting value", {}),
+    ({"messages": [U, S, A]}, "a system message must come first", {}),
+    ({"messages": [S]}, "must begin with a user turn, found none", {}),
+    ({"messages": [U, T, A]}, "no assistant message that calls the tool is before it", {}),
+    ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
+    ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int", {}),
+    ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs", {}),
+    ({"prompt": "u", "completion": [A]}, "part 1 of message 2 is", {}),
+    ({"instruction": "u"}, "'output' is missing or null (format alpaca, columns instruction)", {"format": "alpaca"}),
+    ({"input_ids": [1], "labels": [1], "attention_mask": [0]}, "'attention_mask' has zeros", {}),
+    ({"input_ids": [1, 5], "labels": [-100, 5.0]}, "'labels' must be a list of token ids", {}),
+    ({"input_ids": [], "labels": [1]}, "'input_ids' must be a list of token ids", {}),
+    *(({"text": text}, "'text'", {"format": "text"}) for text in ("  ", 3, None)),
+    # columns and formats
+    ({"q": "u", "a": "a", "input": "no"}, [U, A], {"columns": {"q": "instruction", "a": "output", "input": None}}),
+    ({"question": "a", "answer": "u"}, [U, A], {"columns": {"question": "answer", "answer": "question"}}),
+    ({"question": "u", "answer": "a"}, [U, A], {"columns": {"query": "instruction", "questions": "question"}}),
+    ({"question": "u", "answer": "a"}, "Did you mean 'question'", {"columns": {"qestion": "prompt"}}),
+    ({"question": "u", "answer": "a"}, "two of question, answer the same name", {"columns": {"question": "answer"}}),
+    ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
+    ({"instuction": "a", "output": "b"}, "Did you mean 'instruction' by 'instuction'?", {}),
+    ({"text": "Hi"}, "Raw text, every token of which is trained, is read by `format: text`", {}),
+    ({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}, "alpaca and prompt_completion: name", {}),
+    ({"instruction": "u", "output": "a", "prompt": "a", "completion": "b"}, [U, A], {"format": "alpaca"}),
+    ({"instruction": "u", "output": "a"}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("values", "messages"),
-    [
-        ({"instruction": "u", "output": "a"}, turns(U, A)),
-        ({"instruction": "u", "input": "more", "output": "a"}, turns(("user", "u\n\nmore"), A)),
-        ({"instruction": "u", "output": "a", "history": [["q", "r"]]}, turns(("user", "q"), ("assistant", "r"), U, A)),
-        ({"instruction": "u", "output": "a", "history": '[["u", "a"]]'}, turns(U, A, U, A)),
-        ({"instruction": "u", "output": "a", "system": "s"}, turns(S, U, A)),
-        ({"messages": turns(U, A), "system": "s", "prompt": "p"}, turns(S, U, A)),
-        ({"messages": '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]'}, turns(U, A)),
-        ({"conversations": turns(U, A), "system": "s"}, turns(S, U, A)),
-    ],
-)
-def test_rows_are_recognised_by_their_columns(values, messages):
-    assert convert(values) == Chat(messages)
+@pytest.mark.parametrize(("row", "expected", "settings"), ROWS)
+def test_rows(row, expected, settings):
+    check(row, expected, **settings)
 
 
-def test_of_a_prompt_that_is_a_conversation_only_the_completion_is_trained():
-    first, *rest = convert({"prompt": turns(U, A, U), "completion": turns(A)}).messages
-    assert first == {"role": "user", "content": "u"}
-    assert rest == [{"role": "assistant", "content": "a", "train": False}, *turns(U, A)]
-
-
-def test_rows_to_predict_may_lack_the_answer():
-    for values in ({"instruction": "u"}, {"question": "u"}, {"prompt": "u"}, {"messages": turns(U)}):
-        assert convert(values, needs_answer=False) == Chat(turns(U))
-    assert convert({"prompt": "a", "messages": turns(U, A)}, needs_answer=False) == Chat(turns(U, A))
-    assert "hold no prompt" in refusal({"text": "x"}, format="text", needs_answer=False)
-
-
-def test_the_system_prompt_goes_to_rows_without_one():
-    assert convert({"messages": turns(U, A)}, system="mine") == Chat(turns(("system", "mine"), U, A))
-    assert convert({"messages": turns(U, A), "system": "s"}, system="mine") == Chat(turns(S, U, A))
-    assert "a system message and the key 'system' as well" in refusal({"messages": turns(S, U, A), "system": "s"})
-    assert convert({"messages": turns(("developer", "s"), U, A)}, system="mine") == Chat(turns(S, U, A))
-
-
-def test_roles_of_other_names_are_a_setting():
-    row = {"messages": turns(("client", "u"), ("agent", "a"))}
-    assert convert(row, roles={"client": "user", "agent": "assistant"}) == Chat(turns(U, A))
-    with pytest.raises(UserError, match=r"roles: .* found 'asistant'. Did you mean 'assistant'?"):
-        RowConverter(RowSettings(roles={"agent": "asistant"}))
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"messages": "text"}, "'messages': not JSON (Expecting value"),
-        ({"messages": turns(U, S, A)}, "a system message must come first"),
-        ({"messages": turns(S)}, "must begin with a user turn, found none"),
-        ({"messages": turns(U, T, A)}, "no assistant message that calls the tool is before it"),
-        ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int"),
-        ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs"),
-        ({"prompt": "u", "completion": turns(A)}, "part 1 of message 2 is"),
-    ],
-)
-def test_rows_that_are_none(values, reason):
-    with pytest.raises(RowFault, match=re.escape(reason)):
-        convert(values)
-
-
-# What becomes of a row follows from it alone
-
-MIXED = [
-    {"id": 7},
-    {"question": "u", "answer": "a"},
-    {"messages": turns(U, A), "note": 1},
-    {"question": "u"},
-    {"instruction": "u", "output": "a"},
-    {"messages": turns(U)},
+MESSAGES = [  # the last messages of a row that begins with a user turn, and what they become
+    ({**A, "refusal": None, "tool_calls": None, "weight": None, "reasoning_content": ""}, A),
+    ({**A, "train": False}, NO_TRAINING),
+    ({**A, "weight": 0}, NO_TRAINING),
+    ({**A, "train": False, "weight": 0.0}, NO_TRAINING),
+    ({**A, "train": True, "weight": 1}, A),
+    (said("assistant", [part("é1 ", loss=None), {"type": "text", "value": "2"}, part("")]), said("assistant", "é1 2")),
+    *(({**A, key: "Hm."}, {**A, "reasoning_content": "Hm."}) for key in ("reasoning_content", "reasoning", "thinking")),
+    *(
+        ({"role": "assistant", "content": None, **calls}, CALLED)
+        for calls in ({"tool_calls": [CALL]}, {"tool_calls": [AS_TEXT]}, {"function_call": AS_TEXT})
+    ),
+    ({"from": "function_call", "value": json.dumps(AS_TEXT)}, CALLED),
+    ({**A, "tool_calls": [{**CALL, "id": "c1"}]}, {**A, "tool_calls": [{**CALL, "id": "c1"}]}),
+    *((said(speaker, "a"), A) for speaker in ("gpt", "chatgpt", "bing", "bard", "bot", "model")),
+    (said("oracle", "x"), "message 2 has the role 'oracle', expected system, user, assistant, tool"),
+    ({"role": "user"}, "the user content of message 2 must be a string, found null"),
+    (said("assistant", " \n"), "the answer (message 2) is empty"),
+    ({**A, "content": "", "reasoning": "Hm."}, "the answer (message 2) is empty"),
+    (said("assistant", "a\x00"), "message 2 contains a NUL character"),
+    (said("assistant", "\ud83d"), "message 2 contains half a character"),
+    ({**A, "reasoning": ["Hm."]}, "the reasoning of message 2 must be a string, found list"),
+    (
+        {**A, "thinking": "Hm.", "content": "\n<think>\nHm.\n</think>\n\na"},
+        "reasoning beside a <think> block in its content: keep one",
+    ),
+    ({**U, "reasoning": "Hm."}, "message 2 (user) has calls or reasoning, which only an assistant has"),
+    ({**U, "tool_calls": [CALL]}, "message 2 (user) has calls or reasoning, which only an assistant has"),
+    (said("user", [part("x"), {"type": "image_url"}]), "part 2 of message 2 is {'type': 'image_url'}"),
+    *(({**A, key: [0]}, f"has {key!r}, which is not read") for key in ("images", "mask", "loss")),
+    ({**A, "train": "no"}, "'train' of message 2 must be true or false, found 'no'"),
+    ({**A, "weight": 0.5}, "'weight' of message 2 must be 0 or 1, found 0.5"),
+    ({**U, "train": True}, "message 2 (user) has train: True, but only answers are trained"),
+    (said("assistant", [part("x", train=False)]), "part 1 of message 2 has 'train', which is not read"),
+    ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
+    ({**A, "tool_calls": "sky"}, "the tool_calls of message 2 must be a list, found str"),
+    ({**A, "tool_calls": [{"arguments": {}}]}, "tool call 1 of message 2 must be a function with a 'name'"),
+    ({**A, "tool_calls": [{"name": "sky", "arguments": "[]"}]}, "must be an object, or a JSON string of one"),
+    ({**A, "tool_calls": [{"name": "f", "arguments": {"at": "\ud83d"}}]}, "contains half a character"),
 ]
 
 
-def outcomes(converter, some):
-    found = []
-    for row in some:
-        try:
-            found.append(converter.convert(row))
-        except UserError as error:
-            found.append((type(error), str(error)))
-    return found
+@pytest.mark.parametrize(("message", "expected"), MESSAGES)
+def test_messages(message, expected):
+    check({"messages": [U, message]}, expected if isinstance(expected, str) else [U, expected])
+
+
+def test_only_keys_that_a_template_may_need_are_kept():
+    tool = {"role": "tool", "content": "", "name": "sky", "tool_call_id": "c1"}
+    row = [{"from": "human", "value": "u", "id": 7, "name": "me", "train": None}, CALLED, {**tool, "extra": 1}, A]
+    check({"messages": row}, [U, CALLED, tool, A])
+    for speaker in ("observation", "function", "function_response"):
+        check({"messages": [U, A, said(speaker, "t"), A]}, [U, A, T, A])
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        *(
+            ({"tools": tools}, [SCHEMA])
+            for tools in ([SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY]))
+        ),
+        *(({"tools": tools}, None) for tools in (None, [], "", "[]")),
+        *(({"functions": [SKY], "tools": tools}, [SCHEMA]) for tools in (None, "[]", [SCHEMA])),  # OpenAI's older name
+        ({"functions": json.dumps([SKY])}, [SCHEMA]),
+        ({"functions": [SKY], "tools": [{"name": "sea"}]}, "has 'tools' and 'functions', which differ: keep one"),
+        ({"tools": "sky"}, "'tools': not JSON (Expecting value"),
+        ({"tools": SKY}, "'tools' must be a list of JSON schemas, found dict"),
+        ({"tools": [SCHEMA, {"function": {"name": 1}}]}, "tool 2 must be a function with a 'name'"),
+        ({"tools": [{"name": "sky", "description": "\x00"}]}, "tool 1 contains a NUL character"),
+    ],
+)
+def test_tools(columns, expected):
+    check({"messages": [U, A], **columns}, expected if isinstance(expected, str) else Chat([U, A], expected))
+
+
+def test_an_openai_file_with_tools_and_parallel_calls():
+    calls = [
+        {"id": at, "type": "function", "function": {"name": "sky", "arguments": f'{{"at": "{at}"}}'}} for at in "UR"
+    ]
+    row = {  # of OpenAI's guide to fine-tuning with tools
+        "messages": [
+            said("developer", "s"),
+            said("user", [part("u")]),
+            {"role": "assistant", "content": None, "refusal": None, "tool_calls": calls},
+            *({"role": "tool", "tool_call_id": at, "content": "t"} for at in "UR"),
+            {**A, "weight": 1},
+        ],
+        "tools": [SCHEMA],
+        "parallel_tool_calls": True,
+    }
+    parsed = [{**call, "function": {"name": "sky", "arguments": {"at": call["id"]}}} for call in calls]
+    results = [{**T, "tool_call_id": at} for at in "UR"]
+    expected = Chat([S, U, {"role": "assistant", "content": "", "tool_calls": parsed}, *results, A], [SCHEMA])
+    check(row, expected)
+    check({key: json.dumps(value) for key, value in row.items()}, expected)  # as a table holds it
+
+
+def test_a_row_of_other_names_is_rejected_with_the_columns_that_read_it():
+    row = {"id": "1", "system_prompt": "s", "question": "u", "response": "a"}  # OpenOrca
+    line = "columns: {question: instruction, response: output, system_prompt: system}"
+    check(row, f"`{line}`")
+    check(row, [S, U, A], **yaml.safe_load(line))
 
 
 def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
-    all_rows = rows(*MIXED)
+    def outcomes(converter, rows):
+        found = []
+        for row in rows:
+            try:
+                found.append(converter.convert(row))
+            except UserError as error:
+                found.append((type(error), str(error)))
+        return found
+
+    values = [{"id": 7}, {"question": "u", "answer": "a"}, {"messages": [U, A], "note": 1}, {"question": "u"}]
+    values += [{"instruction": "u", "output": "a"}, {"messages": [U]}]
+    rows = [Row(value, "a.jsonl", line) for line, value in enumerate(values, start=1)]
     whole = RowConverter(RowSettings())
-    whole.check(all_rows)
-    expected = outcomes(whole, all_rows)
+    whole.check(rows)
+    expected = outcomes(whole, rows)
     assert [type(each) for each in expected] == [tuple, Chat, Chat, tuple, Chat, tuple]
-    for begin in range(len(all_rows)):
-        assert outcomes(RowConverter(RowSettings()), all_rows[begin:]) == expected[begin:]
-    assert outcomes(RowConverter(RowSettings()), all_rows[::-1]) == expected[::-1]
-    assert whole.formats == ["question_answer", "messages", "alpaca"]
-    assert whole.unread_columns == ["note"]
+    assert expected[3][1].startswith("'answer' is missing")
+    for begin in range(len(rows)):
+        assert outcomes(RowConverter(RowSettings()), rows[begin:]) == expected[begin:]
+    assert outcomes(RowConverter(RowSettings()), rows[::-1]) == expected[::-1]
+    assert (whole.formats, whole.unread_columns) == (["question_answer", "messages", "alpaca"], ["note"])
 
 
-def test_a_row_that_fits_no_format_or_two_is_refused_and_a_named_format_reports_what_it_lacks():
-    message = refusal({"instuction": "a", "output": "b"})
-    assert "a.jsonl:1: no format is recognised by the keys instuction, output; expected instruction + output" in message
-    assert "Did you mean 'instruction' by 'instuction'?" in message
-    with pytest.raises(RowFault, match="'output' is missing or null"):
-        RowConverter(RowSettings()).convert(*rows({"instruction": "a", "respose": "b"}))
-    both = {"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}
-    assert "a.jsonl:1 fits more than one format, alpaca and prompt_completion: name one" in refusal(both)
-    assert convert(both, format="alpaca") == Chat(turns(("user", "a"), ("assistant", "b")))
-    lacking = refusal({"instruction": "u"}, format="alpaca")
-    assert lacking == "'output' is missing or null (format alpaca, columns instruction)"
-    with pytest.raises(UserError, match=r"found 'alpacca'\. Did you mean 'alpaca'\?"):
-        RowConverter(RowSettings("alpacca"))
-
-
-# Columns
-
-
-def test_columns_get_our_names_change_places_or_are_left_out():
-    row = {"q": "u", "a": "a", "input": "no"}
-    assert convert(row, columns={"q": "instruction", "a": "output", "input": None}) == Chat(turns(U, A))
-    swapped = {"question": "a", "answer": "u"}
-    assert convert(swapped, columns={"question": "answer", "answer": "question"}) == Chat(turns(U, A))
-    others = {"query": "instruction", "questions": "question"}  # for other sources
-    assert convert({"question": "u", "answer": "a"}, columns=others) == Chat(turns(U, A))
+BEGIN = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; return "
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("body", "expected"),
     [
-        ({"question": "inptu"}, "columns: no format reads 'inptu'; expected instruction, output, "),
-        (
-            {"qestion": "prompt"},
-            "columns: no row has 'qestion', found question, answer, label. Did you mean 'question'",
-        ),
-        ({"question": "answer"}, "a.jsonl:1: `columns:` gives two of question, answer, label the same name."),
-    ],
-)
-def test_columns_that_make_no_sense(columns, said):
-    assert said in refusal({"question": "u", "answer": "a", "label": 1}, columns=columns)
-
-
-# Functions
-
-
-@pytest.fixture
-def function(tmp_path, monkeypatch):
-    """Write a format function and return its dotted path."""
-    monkeypatch.chdir(tmp_path)
-
-    def function(body, name="rows_of_mine"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        Path(f"{name}.py").write_text(f"def convert(row):\n    {body}\n")
-        return f"{name}.convert"
-
-    return function
-
-
-def test_a_function_in_the_current_folder_reads_any_row(function):
-    before = list(sys.path)
-    path = function("return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': 'a'}]")
-    row = {"q": "u", "label": False, "images": ["x"]}
-    assert convert(row, format=path, columns={"i": "no column of ours"}) == Chat(turns(U, A))
-    assert sys.path == before
-    with pytest.raises(UserError, match=r"cannot import 'rows_of_mine.convrt': AttributeError"):
-        RowConverter(RowSettings("rows_of_mine.convrt"))
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
+        ("return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': 'a'}]", [U, A]),
+        (f"{BEGIN}Text('a')", Text("a")),
+        (f"{BEGIN}Tokens([1], [1])", Tokens([1], [1])),
+        (f"{BEGIN}Chat({[U, A]}, [{SKY}])", Chat([U, A], [SCHEMA])),
         ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
         ("return ('a',)", "expected a list of messages by the format rows_of_mine.convert, found ('a',)"),
         ("return [{'role': 'user', 'content': 'u'}]", "no assistant turn, so there is nothing to train on"),
     ],
 )
-def test_what_a_function_does_wrong_is_the_reason(function, body, reason):
-    assert refusal({"q": "u"}, format=function(body)).endswith(reason)
-
-
-def test_a_function_may_return_text_tokens_or_a_chat_with_tools(function):
-    begin = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; return "
-    assert convert({}, format=function(f"{begin}Text('a')")) == Text("a")
-    assert convert({}, format=function(f"{begin}Tokens([1], [1])")) == Tokens([1], [1])
-    chat = f"{begin}Chat({turns(U, A)}, [{{'name': 'f'}}])"
-    assert convert({}, format=function(chat)).tools == [{"type": "function", "function": {"name": "f"}}]
-
-
-# Rows as other people's data sets have them
-
-
-def called(at):
-    return {"id": at, "type": "function", "function": {"name": "sky", "arguments": json.dumps({"at": at})}}
-
-
-OPENAI = {  # of OpenAI's guide to fine-tuning with tools
-    "messages": [
-        {"role": "developer", "content": "You tell the weather."},
-        {"role": "user", "content": [{"type": "text", "text": "Ulm and Rome?"}]},
-        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [called("Ulm"), called("Rome")]},
-        {"role": "tool", "tool_call_id": "Ulm", "content": "rain"},
-        {"role": "tool", "tool_call_id": "Rome", "content": "sun"},
-        {"role": "assistant", "content": "Rain and sun.", "weight": 1},
-    ],
-    "tools": [{"type": "function", "function": {"name": "sky", "parameters": {"type": "object"}}}],
-    "parallel_tool_calls": True,
-}
-
-
-@pytest.mark.parametrize("row", [OPENAI, {key: json.dumps(value) for key, value in OPENAI.items()}])
-def test_openai_files_with_tools_and_parallel_calls(row):
-    content = convert(row)
-    assert [role for role, _ in says(content)] == ["system", "user", "assistant", "tool", "tool", "assistant"]
-    calls = content.messages[2]["tool_calls"]
-    assert [call["function"]["arguments"] for call in calls] == [{"at": "Ulm"}, {"at": "Rome"}]
-    assert [message["tool_call_id"] for message in content.messages[3:5]] == [call["id"] for call in calls]
-    assert content.tools == OPENAI["tools"]
-
-
-def test_raw_text_is_read_where_it_is_named():
-    row = {"text": "### Human: Hi\n### Assistant: Hello", "url": "x"}
-    assert "Raw text, every token of which is trained, is read by `format: text`" in refusal(row)
-    assert convert(row, format="text") == Text(row["text"])
-    assert convert({"content": "A book."}, format="text", columns={"content": "text"}) == Text("A book.")
-    for text in ("  ", 3, None):
-        assert "'text'" in refusal({"text": text}, format="text")
-
-
-def test_tokens():
-    row = {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "attention_mask": [1, 1, 1]}
-    assert convert(row) == Tokens([1, 5, 6], [-100, 5, 6])
-    assert convert({**row, "attention_mask": None}) == Tokens([1, 5, 6], [-100, 5, 6])
-    for key, value in {"attention_mask": [1, 1, 0], "input_ids": [1, 5, -6], "labels": [-100, 5.0, 6]}.items():
-        with pytest.raises(RowFault, match=key):
-            convert({**row, key: value})
-    with pytest.raises(RowFault, match="'input_ids' must be a list of token ids"):
-        convert({**row, "input_ids": []})
-
-
-# Shapes that are not guessed: the message has the line to paste
-
-
-def test_a_row_of_other_names_is_refused_with_the_columns_that_read_it():
-    row = {"id": "1", "system_prompt": "Be brief.", "question": "Who?", "response": "Ada"}  # OpenOrca
-    line = "columns: {question: instruction, response: output, system_prompt: system}"
-    assert f"`{line}`" in refusal(row)
-    found = says(convert(row, **yaml.safe_load(line)))
-    assert found == [("system", "Be brief."), ("user", "Who?"), ("assistant", "Ada")]
+def test_a_function_in_the_current_folder_reads_any_row(body, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rows_of_mine", raising=False)
+    Path("rows_of_mine.py").write_text(f"def convert(row):\n    {body}\n")
+    before, row = list(sys.path), {"q": "u", "label": False, "images": ["x"]}
+    check(row, expected, format="rows_of_mine.convert", columns={"i": "no column of ours"})
+    check(row, "cannot import 'rows_of_mine.convrt': AttributeError", format="rows_of_mine.convrt")
+    assert sys.path == before

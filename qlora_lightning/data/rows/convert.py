@@ -1,0 +1,182 @@
+"""From a row to what it holds: columns renamed, its format recognised, its messages checked."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_lightning.data.rows.bad_rows import RowFault, read_string
+from qlora_lightning.data.rows.conversation import (
+    MEDIA,
+    Chat,
+    Content,
+    Pair,
+    Text,
+    Tokens,
+    check_order,
+    find_tools,
+    read_message,
+)
+from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, advise_columns, find_format, recognise
+from qlora_lightning.data.rows.preferences import count_shared, preference_format
+from qlora_lightning.data.rows.readers import Row
+from qlora_lightning.data.rows.sources import RowSettings
+from qlora_lightning.support.errors import UserError, nearest
+
+
+class RowConverter:
+    """Turns the rows of one source into contents; each follows from its row and the settings alone.
+
+    Args:
+        settings: how the rows are read.
+        needs_answer: whether they are trained; rows to predict may lack answers.
+        pairs: whether each is two answers to compare.
+
+    Attributes:
+        formats: names of the formats that were recognised, in the order in which they came.
+        unread_columns: columns that no format reads, under our names.
+
+    Raises:
+        UserError: there is no such format.
+    """
+
+    def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
+        self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
+        self.formats: list[str] = []
+        self.unread_columns: list[str] = []
+        self._named = None if settings.format == "auto" else find_format(settings.format)
+        if pairs and self._named is None:
+            self._named = preference_format(settings.roles)
+        if pairs and settings.format in FORMATS:
+            raise UserError(
+                "format: expected auto or the dotted path of a function that returns two answers, "
+                f"found {settings.format!r}."
+            )
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
+        columns, remedy = self.settings.columns, ""
+        if columns:
+            remedy = " If the rows have another shape than those that `columns` is for, add `--data.columns null`."
+        found = list(dict.fromkeys(name for row in rows for name in row.values))
+        for theirs, ours in columns.items():  # a misspelt name; those of other sources pass
+            near = nearest(theirs, [name for name in found if name not in columns])
+            if near and theirs not in found and ours not in found:
+                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}{remedy}")
+        renamed = [self._rename(row) for row in rows]
+        if rows and not any(self._find_format(row) for row in renamed):
+            keys = ", ".join(renamed[0].values) or "(none)"
+            wanted = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
+            raise UserError(
+                f"{rows[0].where}: no format is recognised by the keys {keys}; expected {wanted}."
+                f"{advise_columns(renamed[0].values)} Map other names with `columns: {{their name: our name}}`; for "
+                f"another shape name a function row -> conversation: `format: package.module.function`.{remedy}"
+            )
+
+    def convert(self, row: Row) -> Content | Pair:
+        """Convert one row.
+
+        Raises:
+            RowFault: the row cannot be used.
+            UserError: no row of its shape can be.
+        """
+        row = self._rename(row)
+        form = self._find_format(row)
+        if form is None:  # a row that has some columns of a format lacks the others
+            form = next((form for form in RECOGNISED if row.values.keys() & set(form.keys(self.needs_answer))), None)
+        if form is None:
+            raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
+        self._note(form, row)
+        content = self._read(form, row.values)
+        if isinstance(content, Text | Tokens) and not self.pairs:
+            return content
+        if not self.pairs:
+            return self._to_chat(content, row.values, form)
+        if not isinstance(content, tuple | list) or len(content) != 2:
+            raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
+        chosen, rejected = (self._to_chat(each, row.values, form) for each in content)
+        if not form.is_ours:
+            shared = count_shared(chosen.messages, rejected.messages, {})
+            for message in (*chosen.messages[:shared], *rejected.messages[:shared]):
+                if message["role"] == "assistant":
+                    message["train"] = False
+        return Pair(chosen, rejected)
+
+    def _rename(self, row: Row) -> Row:
+        """Return a row under our names, without columns that are mapped to null."""
+        columns = self.settings.columns
+        names = {key: ours for key in row.values if (ours := columns.get(key, key)) is not None}
+        if len(set(names.values())) < len(names):
+            raise UserError(f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name.")
+        row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
+        if self._named is None or self._named.is_ours:  # a function of the user's own may read what it likes
+            _refuse_other_task(row, self.needs_answer, self.pairs)
+        return row
+
+    def _find_format(self, row: Row) -> Format | None:
+        form = self._named or recognise(row.values, self.needs_answer, row.where)
+        if form and not form.is_chat and not self.needs_answer:
+            raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
+        return form
+
+    def _note(self, form: Format, row: Row) -> None:
+        if form.name not in self.formats:
+            self.formats.append(form.name)
+        if form.is_ours and self.needs_answer:
+            unread = self.unread_columns
+            unread += [name for name in row.values if name not in form.read_keys and name not in unread]
+
+    def _read(self, form: Format, values: dict[str, Any]) -> Any:
+        missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
+        if missing:
+            names = " and ".join(map(repr, missing))
+            raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)})")
+        try:
+            return form.read(dict(values))
+        except RowFault:
+            raise
+        except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
+            reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
+            raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}") from error
+
+    def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> Chat:
+        """Check a conversation, and put system prompt and tools beside it."""
+        messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
+        if isinstance(content, Chat):
+            messages, tools = content
+        if not isinstance(messages, list) or not messages:
+            raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
+        roles = self.settings.roles
+        conversation = [read_message(message, at, roles) for at, message in enumerate(messages, start=1)]
+        check_order(conversation, self.needs_answer)
+        if own_system and conversation[0]["role"] == "system":
+            raise RowFault("has a system message and the key 'system' as well: expected one of them")
+        system = read_string(own_system, "'system'") if own_system else self.settings.system
+        if system and conversation[0]["role"] != "system":
+            conversation.insert(0, {"role": "system", "content": system})
+        schemas = find_tools(tools)
+        if "functions" in form.other_keys:  # OpenAI's older name
+            functions = find_tools(values.get("functions"), "functions")
+            if schemas and functions and schemas != functions:
+                raise RowFault("the row has 'tools' and 'functions', which differ: keep one")
+            schemas = schemas or functions
+        return Chat(conversation, schemas)
+
+
+def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
+    """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: all rows of its source are such."""
+    for key, value in row.values.items():
+        reason = ""
+        if key in MEDIA and (any(value.values()) if isinstance(value, dict) else value):  # {"bytes": None, "path": …}
+            reason = "but only text is read: its answer would be trained without what it is about"
+        elif not needs_answer:
+            continue
+        elif key == "rejected" and value and "chosen" in row.values and not pairs:
+            reason = "so it is a preference row, for PreferenceModule with PreferenceDataModule"
+        elif key in ("label", "kto_tag") and str(value).lower() in ("true", "false"):  # a word in CSV
+            reason = "which says whether its answer is good: bad ones would be trained as well"
+        if reason:
+            raise UserError(
+                f"{row.where} has {key!r}, {reason}. Leave out what is not to be trained, and the column by "
+                f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows "
+                "by a function, `format: package.module.function`."
+            )

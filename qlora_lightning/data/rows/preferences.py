@@ -1,0 +1,89 @@
+"""Rows of preferences: two answers to one prompt, of which the first is better.
+
+Rows of one answer and a verdict (KTO) would be a second format here, and a second content in ``conversation.py``.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from qlora_lightning.data.rows.bad_rows import RowFault, parse_json
+from qlora_lightning.data.rows.conversation import is_answer
+from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
+
+_IDENTICAL = "'chosen' and 'rejected' are the same"
+_PROMPT_KEYS = ("prompt", "messages", "conversations")
+
+
+def preference_format(roles: Mapping[str, str]) -> Format:
+    """Return the format of preference rows, whose speakers may have other names."""
+    other_keys = (*_PROMPT_KEYS, "instruction", "input", "history", "functions")
+    return Format("preference", (), ("chosen", "rejected"), partial(_read_pair, roles=roles), other_keys)
+
+
+def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, Any]:
+    """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
+
+    The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
+    without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
+    """
+    answers = [_parse_messages(values[key], repr(key)) for key in ("chosen", "rejected")]
+    if [] in answers:
+        raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
+    if all(isinstance(answer, list) and not is_answer(answer[0], roles) for answer in answers):
+        shared = count_shared(answers[0], answers[1], roles)
+        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+    else:
+        prompt = _read_prompt(values)
+        if is_answer(prompt[-1], roles):
+            raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
+    asked = [{**message, "train": False} for message in prompt]
+    chosen, rejected = ([*asked, *_as_messages(answer)] for answer in answers)
+    if chosen == rejected:
+        raise RowFault(_IDENTICAL)
+    return chosen, rejected
+
+
+def _read_prompt(values: dict[str, Any]) -> list[Any]:
+    if values.get("instruction"):
+        return read_alpaca({**values, "output": None})
+    prompt = next((_parse_messages(values[key], repr(key)) for key in _PROMPT_KEYS if values.get(key)), None)
+    if not prompt:
+        raise RowFault(
+            "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each; "
+            "name its column by `columns: {theirs: prompt}`"
+        )
+    return exchange(prompt, None) if isinstance(prompt, str) else prompt
+
+
+def _as_messages(answer: Any) -> list[Any]:
+    if isinstance(answer, list):
+        return answer
+    return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
+
+
+def _parse_messages(value: Any, where: str) -> Any:
+    """Return the messages that a JSON string holds, as it does in CSV; any other text as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = parse_json(value, where)
+    except RowFault:
+        if value.startswith(("[{'role': ", "[{'content': ", "[{'from': ")):  # as Python shows a list of messages
+            raise
+        return value
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    keys = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    is_chat = all(isinstance(each, dict) and any(names <= each.keys() for names in keys) for each in messages)
+    return messages if messages and is_chat else value
+
+
+def count_shared(chosen: Sequence[Any], rejected: Sequence[Any], roles: Mapping[str, str]) -> int:
+    """Count the messages with which two whole conversations begin: their prompt, which each of them must answer."""
+    if chosen == rejected:
+        raise RowFault(_IDENTICAL)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if not shared or not all(each[shared:] and is_answer(each[shared], roles) for each in (chosen, rejected)):
+        raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
+    return shared

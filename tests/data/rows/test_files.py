@@ -1,0 +1,292 @@
+"""From what ``data.train`` names to rows: files of every kind, folders, URLs, data sets of the hub."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_lightning.data.rows.readers import Row, hash_source, read_rows
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
+from qlora_lightning.support.errors import UserError
+
+ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]
+KINDS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"]
+COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def touch(*names):
+    """Make files and their folders."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def source(value, **entry):
+    (found,) = find_sources({"path": value, **entry}, "train")
+    return found
+
+
+def read(content, name="a.jsonl", **entry):
+    """Write a file and return (line, values) or (place, reason) of each row."""
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows = read_rows(source(name, **entry))
+    return [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows]
+
+
+def values(value, **entry):
+    return [row.values for row in read_rows(source(value, **entry))]
+
+
+def content(kind):
+    """The seven rows as a file of that kind."""
+    lines = [json.dumps(row) for row in ROWS]
+    if kind == ".jsonl":
+        return "\n".join([*lines[:3], "", *lines[3:]]).encode()
+    if kind == ".json":
+        return "\ufeff\n[{}\n]\n".format(",\n\n ".join(lines)).encode()
+    if kind in (".csv", ".tsv"):
+        mark = "," if kind == ".csv" else "\t"
+        records = [f'{row["x"]}{mark}"{row["text"]}"' for row in ROWS]
+        return "\r\n".join([f"\ufeffx{mark}text", *records]).encode()
+    sink, table = pa.BufferOutputStream(), pa.Table.from_pylist(ROWS)
+    if kind == ".parquet":
+        pq.write_table(table, sink, row_group_size=3)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [*((kind, "") for kind in KINDS), *((".jsonl", each) for each in COMPRESSED)]
+)
+def test_every_kind_is_read_from_a_file_and_from_a_url(kind, suffix):
+    data = COMPRESSED.get(suffix, bytes)(content(kind))
+    Path(f"a{kind}{suffix}").write_bytes(data)
+    with fsspec.open(f"memory://files/a{kind}{suffix}", "wb") as file:
+        file.write(data)
+    for place in (f"a{kind}{suffix}", f"memory://files/a{kind}{suffix}", f"memory://files/*{kind}{suffix}"):
+        assert values(place) == ROWS
+
+
+def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
+    Path("d").mkdir()
+    for kind in KINDS:
+        Path("d", f"a{kind}").write_bytes(content(kind))
+    Path("d/b.json").write_bytes(content(".jsonl"))  # lines under the other name
+    rows = list(read_rows(source("d")))
+    first = [f"d/a{kind}:1" for kind in sorted(KINDS)] + ["d/b.json:1"]
+    assert [row.where for row in rows if row.values["x"] == "0"] == first
+    assert list(read_rows(source("d", rows=17))) == rows[:17]
+    assert list(read_rows(source("d", rows=1000))) == rows
+
+
+def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
+    saved = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:2]))
+    saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
+    Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
+    assert values("both") == values("both/train") == ROWS
+    assert values("both", split="test") == ROWS[:2]
+    with pytest.raises(UserError, match=r"^data.val: both has no split 'validation', expected one of train, test\.$"):
+        find_sources("both", "val")
+
+
+FILES = [  # name, content, rows as (line, values), or what is wrong with the file
+    ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
+    ("a.jsonl", '{"x": {"a": null, "b": "0"}, "y": {}}', [(1, {"x": {"a": None, "b": "0"}, "y": {}})]),
+    ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
+    ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
+    ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read: not JSON: Expecting value: line 2 column 7"),
+    ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
+    ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
+    ("a.csv", 'x,y\n0,0\n1,"a\n3,3\n', "a.csv cannot be read: Error tokenizing data"),
+    ("a.csv", "x,y\n0,0\n1,2,3\n", "a.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3"),
+    ("a.csv", "x,y\n1,2,3\n", "a.csv cannot be read: Length of header or names does not match length of data"),
+    ("a.csv", b"x,y\n1,\xff\n", "Name its encoding, as in `encoding: latin-1`"),
+    ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
+    ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
+    ("a.jsonl.gz", gzip.compress(content(".jsonl") * 9)[:99], "a.jsonl.gz cannot be read"),
+    ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), FILES)
+def test_files(name, content, expected):
+    if not isinstance(expected, str):
+        assert read(content, name) == expected
+        return
+    with pytest.raises(UserError) as error:
+        read(content, name)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"x": }', "not JSON: Expecting value: line 1 column 7"),
+        (b"null", "null, expected a JSON object"),
+        (b'{"x": {"a": 1, "b": 2, "a": 3}}', "not JSON: the key 'a' is twice in one object"),
+        (b'{"x": "\xff"}', "not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: latin-1`"),
+        (b'{"x": ' + b"[" * 100_000, "not JSON: maximum recursion depth exceeded"),
+    ],
+)
+def test_a_bad_line_is_named_and_the_next_one_is_read(line, fault):
+    _, (where, found), last = read(b'{"x": 0}\n' + line + b'\r\n{"x": 1}\n')
+    assert where == "a.jsonl:2"
+    assert found.startswith(fault)
+    assert last == (3, {"x": 1})
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("a.jsonl", "latin-1"), ("a.json", "utf-16"), ("a.csv", "utf-16")])
+def test_an_encoding_and_a_delimiter_can_be_named(name, encoding):
+    rows = [{"x": "é" * number, "y": "Ä;\n"} for number in range(1, 5)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    records = "\n".join(["x;y", *(f'{row["x"]};"{row["y"]}"' for row in rows)])
+    text = {"a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]", "a.csv": records}[name]
+    assert [row for _, row in read(text.encode(encoding), name, encoding=encoding, delimiter=";")] == rows
+
+
+def test_keys_that_arrow_fills_in_are_left_out():
+    """Every struct of a column has the keys of all; a null inside would teach the model to write it."""
+    rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, "a.parquet")
+    with pa.ipc.new_file("a.arrow", table.schema) as writer:  # as Feather and polars write it
+        writer.write_table(table)
+    assert values("a.parquet") == values("a.arrow") == rows
+
+
+def test_the_fingerprint_is_that_of_bytes_kinds_and_how_they_are_read_not_of_names():
+    Path("d").mkdir()
+    for name in ("d/a.jsonl", "b.jsonl", "b.json"):
+        Path(name).write_text('{"x": 1}\n')
+    before = hash_source(source("d"))
+    assert before == hash_source(source("b.jsonl"))
+    others = [source("b.json"), source("d", rows=1), source("d", encoding="latin-1"), source("d", delimiter=";")]
+    assert before not in map(hash_source, others)
+    Path("d/a.jsonl").write_text('{"x": 2}\n')
+    assert before != hash_source(source("d"))
+
+
+def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(tmp_path, monkeypatch):
+    """`datasets` reads a folder of that name as it reads a data set of the hub, without a network."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # The environment may have been read before the session's fixture set it.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(300)]
+    Path("org/data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), "org/data/train-0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:2]), "org/data/test-0.parquet")
+
+    def count(**entry):
+        return len(list(read_rows(Source("org/data", **entry))))
+
+    whole = list(read_rows(Source("org/data", split="train")))
+    assert [row.values for row in whole] == rows
+    assert whole[16].where == "org/data:17"
+    assert count(split="train[:10%]") == 30
+    assert count(split="train", data_files="test-0.parquet") == 2
+    assert count(split="train", rows=270) == 270
+    with pytest.raises(UserError, match=r"^data set org/data cannot be read: Unknown split"):
+        count(split="validation")
+    before = hash_source(Source("org/data", split="train"))
+    assert before == hash_source(Source("org/data", split="train")) != hash_source(Source("org/data", split="test"))
+    pq.write_table(pa.Table.from_pylist(rows[:100]), "org/data/train-0.parquet")
+    assert before != hash_source(Source("org/data", split="train"))
+
+
+# ---- what names a source ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_a_folder_and_a_glob(monkeypatch):
+    def find(value):
+        return [[str(file) for file in source.files] for source in find_sources(value, "train")]
+
+    touch("d/b.jsonl", "d/a.json", "d/deep/c.csv.gz", "d/README.md", "d/.hidden.jsonl", "d/.git/x.json", "e.PARQUET")
+    touch("d/b.jsonl.py", "a[1].jsonl", "a1.jsonl")
+    assert find("e.PARQUET") == [["e.PARQUET"]]
+    assert find(Path("d")) == find("d/") == find("d/**") == [["d/a.json", "d/b.jsonl", "d/deep/c.csv.gz"]]
+    assert find("d/[ab].*") == find("d/*") == [["d/a.json", "d/b.jsonl"]]
+    assert find(["d/b.jsonl", {"path": "d/a.json"}]) == [["d/b.jsonl"], ["d/a.json"]]
+    assert find("a[1].jsonl") == [["a[1].jsonl"]]  # which looks like a glob
+    monkeypatch.setenv("HOME", str(Path("d").absolute()))
+    assert find("~/a.json") == find("~/*.json") == [[str(Path("d/a.json").absolute())]]
+
+
+def test_names_that_are_no_paths_are_data_sets_of_the_hub():
+    assert find_sources("org/data-v1.5", "train") == [Source("org/data-v1.5", split="train")]
+    assert find_sources("org/data", "val")[0].split == "validation"
+    assert find_sources("org/data", "predict") == [Source("org/data", split="test")]
+    entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
+    entry["data_files"] = ["a.json"]
+    assert find_sources(entry, "train") == [Source("org/data", (), 2, "train[:10%]", "main", "v1", ["a.json"])]
+    touch("org/train.jsonl")
+    assert find_sources({"path": "org/data", "split": "train"}, "train") == [Source("org/data", split="train")]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("data/trian.jsonl", "data.train: data file data/trian.jsonl does not exist"),
+        ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
+        ("data/othr", "Did you mean 'data/other'?"),
+        *((value, "does not exist") for value in ("../org/data", "org/train.jsonl", "/no/data", "~/data", "squad", 3)),
+        ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
+        ([], "data.train: expected at least one source"),
+        ("", "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {'path': ''}."),
+        ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
+        *(({"path": "a.jsonl", "weight": value}, "must be a number above 0") for value in (0, "3", float("nan"))),
+        ({"path": "a.jsonl", "rows": 2.5}, "must be a whole number above 0"),
+        ({"path": "a.jsonl", "split": "train"}, "split is for data sets of the hub, but a.jsonl is a path."),
+        ([{"path": "a.jsonl", "weight": 1}, "a.jsonl"], "a weight for all of them or for none."),
+    ],
+)
+def test_what_names_no_source_is_rejected(value, expected):
+    touch("a.jsonl", "data/train.jsonl", "data/other/a.txt")
+    with pytest.raises(UserError) as error:
+        find_sources(value, "train")
+    assert expected in str(error.value)
+
+
+def test_a_source_differs_from_the_rest_in_what_it_names():
+    touch("a.jsonl", "b.jsonl")
+    rest = RowSettings("alpaca", {"q": "prompt"}, "Be kind.", {"bot": "assistant"})
+    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
+    first, second = find_sources(
+        [{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", settings=rest, encoding="latin-1"
+    )
+    assert first.settings == RowSettings("messages", {}, None, {"me": "user"})
+    assert (first.rows, first.encoding) == (5, "utf-16")
+    assert (second.settings, second.encoding) == (rest, "latin-1")
+
+
+def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
+    touch("d/train.jsonl", "d/train-00001.parquet", "d/more.jsonl", "d/val.jsonl", "d/dev/a.json", "d/test/b.csv")
+
+    def names(split):
+        return sorted(str(file) for source in find_sources("d", split) for file in source.files)
+
+    assert names("train") == ["d/more.jsonl", "d/train-00001.parquet", "d/train.jsonl"]
+    assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
+    assert names("test") == ["d/test/b.csv"]
+    assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
+    touch("e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl", "f/train.jsonl")
+    assert len(find_sources("e", "train")[0].files) == 3
+    assert [str(file) for file in find_sources("f", "test")[0].files] == ["f/train.jsonl"]  # asked for by name
+    assert len(find_sources("d/*.jsonl", "train")[0].files) == 3

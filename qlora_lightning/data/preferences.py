@@ -1,4 +1,4 @@
-"""Preference rows as flat batches: two answers to each prompt, of which the first is the better one."""
+"""Preference rows as flat batches: two answers to each prompt, the better one first, or one with a verdict."""
 
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
@@ -6,6 +6,10 @@ from qlora_lightning.support.errors import UserError
 
 class PreferenceDataModule(InstructionDataModule):
     """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
+
+    Or, for ``objective: kto``, rows with one answer, in any format of conversations, and a verdict on it: ``label`` or
+    ``desirable`` (true or false), or ``thumbs`` (up or down). The last answer is trained; a function of the user's
+    returns the conversation and a bool.
 
     All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
     and a function of the user's returns two conversations, which begin alike. A row is one sample with both answers, so

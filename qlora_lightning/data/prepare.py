@@ -15,7 +15,7 @@ from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
-from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
+from qlora_lightning.data.rows.conversation import Chat, Content, Judged, Pair, Text
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
@@ -37,7 +37,7 @@ Prepared = tuple[SampleSet, Report]
 class Recipe:
     """How rows are turned into samples: the settings that every split shares.
 
-    With ``pairs`` a row is two answers to compare, and its sample both, one behind the other.
+    With ``pairs`` a row is two answers to compare, and its sample both, one behind the other; or one with a verdict.
     """
 
     renderer: ChatRenderer
@@ -53,11 +53,13 @@ class _Converted(NamedTuple):
     number: int
     source: int
     row: Row
-    content: Content | Pair
+    content: Content | Pair | Judged
 
     @property
     def parts(self) -> Sequence[Content]:
         """The content itself, or both of a pair."""
+        if isinstance(self.content, Judged):
+            return [self.content.chat]
         return self.content if isinstance(self.content, Pair) else [self.content]
 
     def texts_of(self, role: str) -> list[str]:
@@ -91,6 +93,7 @@ class _Preparation:
         self._converters = [RowConverter(each, not for_prompts, pairs) for each in settings]
         self.report, self._builder = Report(split), SampleSetBuilder()
         self.prompts: list[Prompt] = []
+        self._kind: type | None = None  # of all rows
 
     def check(self, source: int, rows: Sequence[Row | BadRow]) -> None:
         """Check the settings of a source against its first rows."""
@@ -106,6 +109,9 @@ class _Preparation:
                 continue
             try:
                 each = _Converted(number, source, row, self._converters[source].convert(row))
+                self._kind = self._kind or type(each.content)
+                if Pair in (self._kind, type(each.content)) and self._kind is not type(each.content):
+                    raise RowFault("two answers to compare and answers with a verdict do not mix: give each a run")
             except RowFault as fault:
                 bad[number] = BadRow(row.where, str(fault))
                 continue
@@ -171,8 +177,9 @@ class _Preparation:
                 ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
                 self._builder.add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
         elif not is_pair and fitted[0]:
+            desirable = content.desirable if isinstance(content, Judged) else None
             for ids, labels in fitted[0]:
-                self._builder.add(ids, labels, number, source, row.file, row.line)
+                self._builder.add(ids, labels, number, source, row.file, row.line, desirable=desirable)
         elif recipe.too_long == "drop" and any(len(sample.ids) > recipe.max_length for sample in rendered):
             report.drop(TOO_LONG)
         else:

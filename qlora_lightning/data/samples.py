@@ -43,6 +43,7 @@ class SampleSet(Sequence[Sample]):
     files: tuple[str, ...]
     # (N,): tokens of the first of two answers to compare, which a sample of preferences holds one behind the other
     first: npt.NDArray[np.int64] | None = None
+    desirable: npt.NDArray[np.bool_] | None = None  # (N,): the verdict on the answer of each, if rows have one
 
     @classmethod
     def load(cls, folder: Path) -> "SampleSet":
@@ -64,7 +65,7 @@ class SampleSet(Sequence[Sample]):
     def content_hash(self) -> str:
         """Hash of tokens, labels and order of the samples, and of which source each comes from."""
         total = hashlib.sha256()
-        for values in (self.starts, self.ids, self.labelled, self.source, self.first):
+        for values in (self.starts, self.ids, self.labelled, self.source, self.first, self.desirable):
             if values is not None:
                 total.update(values.data)
         return total.hexdigest()
@@ -107,6 +108,7 @@ class SampleSet(Sequence[Sample]):
             self.line[chosen],
             self.files,
             None if self.first is None else self.first[chosen],
+            None if self.desirable is None else self.desirable[chosen],
         )
 
     def spans(self, rows: Sequence[int]) -> list[slice]:
@@ -141,6 +143,7 @@ class SampleSetBuilder:
         self._starts, self._row_ids, self._source = array("q", [0]), array("q"), array("i")
         self._file, self._line, self._first = array("i"), array("q"), array("q")
         self._files: dict[str, int] = {}
+        self._desirable = bytearray()
 
     def add(
         self,
@@ -151,10 +154,12 @@ class SampleSetBuilder:
         file: str | None = None,
         line: int = 0,
         first: int = 0,
+        desirable: bool | None = None,
     ) -> None:
         """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
 
-        ``first``: of a sample of preferences, the tokens of the first answer; then the second begins.
+        ``first``: of a sample of preferences, the tokens of the first answer; then the second begins. ``desirable``:
+        the verdict on an answer, which all samples have or none.
         """
         assert 0 < len(ids) == len(labels)
         labelled = np.array(labels, dtype=np.int64) != IGNORED
@@ -167,6 +172,8 @@ class SampleSetBuilder:
         self._file.append(-1 if file is None else self._files.setdefault(file, len(self._files)))
         self._line.append(line)
         self._first.append(first)
+        if desirable is not None:
+            self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
         """Return all that was added, without copying it; the builder is used up."""
@@ -175,7 +182,8 @@ class SampleSetBuilder:
             np.frombuffer(each, np.int64) for each in (self._starts, self._row_ids, self._line, self._first)
         )
         labelled, first_ids = np.frombuffer(self._labelled, np.bool_), first if first.any() else None
-        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids)
+        desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
+        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids, desirable)
 
 
 class Repeats(NamedTuple):

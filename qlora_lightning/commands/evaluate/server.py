@@ -130,7 +130,7 @@ def judge(
     telling = [row for row in texts if row[0] != row[1]]
     nearer = {"adapter": 0, BASE: 0}
     for mine, other, found in telling:
-        lengths = [len(os.path.commonprefix([found, each])) for each in (mine, other)]
+        lengths = [_shared_length(found, each) for each in (mine, other)]
         nearer["adapter"] += found == mine or lengths[0] > lengths[1]
         nearer[BASE] += found == other or lengths[1] > lengths[0]
     equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}
@@ -153,7 +153,9 @@ def judge(
     share = f"{equal['adapter']:,} of {len(texts):,} answers are equal to the adapter's, {equal[BASE]:,} to the base's"
     change = f"{score} differs from the adapter's by {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
     if verdict == BASE:
-        sentence = f"The server answers as the base: it has not loaded the adapter ({share}). Look at the names that the"
+        sentence = (
+            f"The server answers as the base: it has not loaded the adapter ({share}). Look at the names that the"
+        )
         return Verdict(verdict, f"{sentence} server logs when it loads the adapter, and at --served-name.", figures)
     others = [(where, ours, theirs) for where, ours, theirs in prompts if theirs not in (None, ours)]
     if others:
@@ -168,7 +170,9 @@ def judge(
     if verdict == "adapter":
         return Verdict(verdict, f"The server answers as the adapter: {share}; {change}.{template}", figures)
     if not telling:
-        return Verdict(verdict, f"Base and adapter answer these {len(texts):,} rows alike: nothing tells them.", figures)
+        return Verdict(
+            verdict, f"Base and adapter answer these {len(texts):,} rows alike: nothing tells them.", figures
+        )
     first = next((number for number, row in enumerate(texts) if row[2] != row[0]), 0)
     figures["first_difference"] = {
         "row": prompts[first][0],
@@ -180,7 +184,12 @@ def judge(
         looks += " Fewer of its answers end by themselves: look at its stop tokens."
     sentence = (
         f"The server answers like neither base nor adapter: {share}; {change}. First {prompts[first][0]}: "
-        f"{texts[first][2][:80]!r}, the adapter {texts[first][0][:80]!r}.{template}{looks} What is left is quantization: "
-        "compare an export in f16."
+        f"{texts[first][2][:80]!r}, the adapter {texts[first][0][:80]!r}.{template}{looks} What is left is "
+        "quantization: compare an export in f16."
     )
     return Verdict(verdict, sentence, figures)
+
+
+def _shared_length(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))

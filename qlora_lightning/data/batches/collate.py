@@ -23,6 +23,7 @@ class Batch(TypedDict):
     row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
     source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
     pairs: NotRequired[bool]  # whether rows are two samples each: answers to compare
+    desirable: NotRequired[torch.Tensor]  # (B,) bool, the verdict on each answer
 
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
@@ -46,4 +47,8 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         "row_ids": torch.from_numpy(row_ids),
         "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
     }
-    return batch if samples.first is None else {**batch, "pairs": True}
+    if samples.first is not None:
+        batch["pairs"] = True
+    if samples.desirable is not None:
+        batch["desirable"] = torch.from_numpy(samples.desirable[rows])
+    return batch

@@ -57,6 +57,13 @@ class Pair(NamedTuple):
     rejected: Chat
 
 
+class Judged(NamedTuple):
+    """One answer, its conversation, with a verdict on it."""
+
+    chat: Chat
+    desirable: bool
+
+
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages

@@ -9,6 +9,7 @@ from qlora_lightning.data.rows.conversation import (
     MEDIA,
     Chat,
     Content,
+    Judged,
     Pair,
     Text,
     Tokens,
@@ -17,7 +18,7 @@ from qlora_lightning.data.rows.conversation import (
     read_message,
 )
 from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, advise_columns, find_format, recognise
-from qlora_lightning.data.rows.preferences import count_shared, preference_format
+from qlora_lightning.data.rows.preferences import VERDICT_KEYS, count_shared, judge, preference_format, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError, nearest
@@ -29,7 +30,7 @@ class RowConverter:
     Args:
         settings: how the rows are read.
         needs_answer: whether they are trained; rows to predict may lack answers.
-        pairs: whether each is two answers to compare.
+        pairs: whether they are preferences: two answers to compare, or one with a verdict.
 
     Attributes:
         formats: names of the formats that were recognised, in the order in which they came.
@@ -72,7 +73,7 @@ class RowConverter:
                 f"another shape name a function row -> conversation: `format: package.module.function`.{remedy}"
             )
 
-    def convert(self, row: Row) -> Content | Pair:
+    def convert(self, row: Row) -> Content | Pair | Judged:
         """Convert one row.
 
         Raises:
@@ -91,6 +92,11 @@ class RowConverter:
             return content
         if not self.pairs:
             return self._to_chat(content, row.values, form)
+        verdict = None if form is self._named else read_verdict(row.values)
+        if isinstance(content, tuple) and isinstance(content[-1], bool):  # of a function of the user's
+            content, verdict = content
+        if verdict is not None:
+            return judge(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         chosen, rejected = (self._to_chat(each, row.values, form) for each in content)
@@ -113,7 +119,9 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        form = self._named or recognise(row.values, self.needs_answer, row.where)
+        has_verdict = self.pairs and "rejected" not in row.values and read_verdict(row.values) is not None
+        named = None if has_verdict and self.settings.format == "auto" else self._named
+        form = named or recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:
             raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
         return form
@@ -123,7 +131,8 @@ class RowConverter:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
             unread = self.unread_columns
-            unread += [name for name in row.values if name not in form.read_keys and name not in unread]
+            read = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
+            unread += [name for name in row.values if name not in read and name not in unread]
 
     def _read(self, form: Format, values: dict[str, Any]) -> Any:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
@@ -172,8 +181,11 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         elif key == "rejected" and value and "chosen" in row.values and not pairs:
             reason = "so it is a preference row, for PreferenceModule with PreferenceDataModule"
-        elif key in ("label", "kto_tag") and str(value).lower() in ("true", "false"):  # a word in CSV
-            reason = "which says whether its answer is good: bad ones would be trained as well"
+        elif key in ("label", "kto_tag") and not pairs and str(value).lower() in ("true", "false"):  # a word in CSV
+            reason = (
+                "which says whether its answer is good: bad ones would be trained as well, but by PreferenceModule "
+            )
+            reason += "with `objective: kto` and PreferenceDataModule"
         if reason:
             raise UserError(
                 f"{row.where} has {key!r}, {reason}. Leave out what is not to be trained, and the column by "

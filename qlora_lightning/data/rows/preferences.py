@@ -1,7 +1,4 @@
-"""Rows of preferences: two answers to one prompt, of which the first is better.
-
-Rows of one answer and a verdict (KTO) would be a second format here, and a second content in ``conversation.py``.
-"""
+"""Rows of preferences: two answers to one prompt, of which the first is better, or one answer and a verdict on it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,17 +6,34 @@ from itertools import takewhile
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault, parse_json
-from qlora_lightning.data.rows.conversation import is_answer
+from qlora_lightning.data.rows.conversation import Chat, Judged, is_answer
 from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
 
 _IDENTICAL = "'chosen' and 'rejected' are the same"
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
+VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
+_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV
 
 
 def preference_format(roles: Mapping[str, str]) -> Format:
     """Return the format of preference rows, whose speakers may have other names."""
     other_keys = (*_PROMPT_KEYS, "instruction", "input", "history", "functions")
     return Format("preference", (), ("chosen", "rejected"), partial(_read_pair, roles=roles), other_keys)
+
+
+def read_verdict(values: Mapping[str, Any]) -> bool | None:
+    """Return whether a row says that its one answer is desirable; ``None`` if it has no such column."""
+    words = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
+    return next((_VERDICTS[word] for word in words if word in _VERDICTS), None)
+
+
+def judge(chat: Chat, desirable: bool) -> Judged:
+    """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
+    asked = max((at for at, message in enumerate(chat.messages) if message["role"] == "user"), default=0)
+    for message in chat.messages[:asked]:
+        if message["role"] == "assistant":
+            message["train"] = False
+    return Judged(chat, desirable)
 
 
 def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.report.run import write_manifest
+from qlora_lightning.report.run_files import write_manifest
 from tests.adapters import make_run
 from tests.report.conftest import MANIFEST
 
@@ -161,7 +161,7 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     """But for the run folder itself, which the user names."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to("disk")
-    names = ("checkpoints/unfinished.ckpt", "report.html", "manifest.json", "config.yaml")
+    names = ("checkpoints/unfinished", "report.html", "manifest.json", "config.yaml")
     for number, name in enumerate(names):
         (tmp_path / f"victim-{number}").write_text("mine")
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,10 @@
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, AdapterLine
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.memory import GPUMemoryMonitor
+from qlora_lightning.callbacks.monitors import GPUMemoryMonitor, ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "AdapterCheckpoint",

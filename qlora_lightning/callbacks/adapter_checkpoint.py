@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +14,17 @@ from torch import Tensor
 
 from qlora_lightning.callbacks.checkpoint_file import (
     LAST,
-    UNFINISHED,
     collect_checkpoint,
     reporting_disk_faults,
     write_checkpoint,
 )
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.model.adapters.folder import UNFINISHED as UNFINISHED_ADAPTER
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, put_in_place
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 
@@ -39,9 +35,8 @@ class AdapterCheckpoint(Checkpoint):
     once if several are due, and write the PEFT folder. All of it is under ``trainer.default_root_dir``, which is kept
     to one run, and to one process that trains at a time.
 
-    Each checkpoint is of the end of an optimizer step. It is written beside ``last.ckpt``, then the adapter and a file
-    of its own if it is the best, and then it takes the name ``last.ckpt``: a kill at any moment leaves the last whole
-    state.
+    Each checkpoint is of the end of an optimizer step. Every file is written aside and renamed, ``last.ckpt`` as the
+    last one: a kill at any moment leaves a whole state.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
@@ -115,8 +110,6 @@ class AdapterCheckpoint(Checkpoint):
                 refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
         elif self._has_other_validation:
             self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
-        if self._writes(trainer) and trainer.is_global_zero:
-            self._remove_unfinished(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
@@ -161,8 +154,8 @@ class AdapterCheckpoint(Checkpoint):
         every = self.every_n_train_steps
         stop = find_callback(trainer, StopSignals)
         is_stopping = stop is not None and stop.stopping
-        asked = is_stopping or _ends_training(trainer) or (every and trainer.global_step % every == 0)
-        return bool(asked) or self._is_time(trainer)
+        is_asked = is_stopping or _ends_training(trainer) or (every and trainer.global_step % every == 0)
+        return bool(is_asked) or self._is_time(trainer)
 
     def _is_time(self, trainer: Trainer) -> bool:
         """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""
@@ -203,39 +196,20 @@ class AdapterCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer, pl_module: Any, content: Any, name: str, dropped: list[str]) -> None:
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        try:
-            with reporting_disk_faults(trainer.default_root_dir):
-                write_checkpoint(content, folder / UNFINISHED)
-                if self._is_best(name) or not self.best:
-                    self._write_adapter(trainer, pl_module)
-                if self.save_top_k and any(kept == name for _, kept in self.best):
-                    copy = folder / f"{name}.unfinished"  # no hard link, which would share any damage
-                    copy.unlink(missing_ok=True)
-                    shutil.copyfile(folder / UNFINISHED, copy)
-                    put_in_place(copy, folder / name)
-                for logger in trainer.loggers:
-                    if isinstance(logger, MetricsLogger):
-                        logger.flush()  # a checkpoint counts on the lines before it
-                put_in_place(folder / UNFINISHED, folder / LAST)
-                for each in dropped:
-                    (folder / Path(each).name).unlink(missing_ok=True)
-        except UserError:
-            self._remove_unfinished(trainer)
-            raise
+        with reporting_disk_faults(trainer.default_root_dir):
+            if self._is_best(name) or not self.best:
+                self._write_adapter(trainer, pl_module)
+            if self.save_top_k and any(kept == name for _, kept in self.best):
+                write_checkpoint(content, folder / name)
+            write_checkpoint(content, folder / LAST)
+            for each in dropped:
+                (folder / Path(each).name).unlink(missing_ok=True)
 
     def _write_adapter(self, trainer: Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "save_adapter"):
             data = datamodule_of(trainer)
             tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
             pl_module.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-
-    def _remove_unfinished(self, trainer: Trainer) -> None:
-        """Remove what a kill or a full disk left half written."""
-        folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        shutil.rmtree(folder.parent / ADAPTER_FOLDER / UNFINISHED_ADAPTER, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            for file in [folder / UNFINISHED, *folder.glob("*.unfinished")]:
-                file.unlink(missing_ok=True)
 
     # ---- the ranking -----------------------------------------------------------------------------------------------
 
@@ -309,7 +283,7 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
 
 
 class AdapterLine(Callback):
-    """Say at the end where the adapter is; its folder's ``README.md`` has the lines that load it."""
+    """Report at the end where the adapter is; its folder's ``README.md`` has the lines that load it."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
         folder = Path(trainer.default_root_dir) / ADAPTER_FOLDER

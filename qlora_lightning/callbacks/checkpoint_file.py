@@ -12,9 +12,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import CHECKPOINTS, flush
+from qlora_lightning.support.files import CHECKPOINTS, put_in_place
 
-LAST, UNFINISHED = "last.ckpt", "unfinished.ckpt"
+LAST = "last.ckpt"
 
 
 class _Collector(TorchCheckpointIO):
@@ -31,22 +31,26 @@ def collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
     collector = _Collector()
     usual, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, collector
     try:
-        trainer.save_checkpoint(UNFINISHED, weights_only=False)
+        trainer.save_checkpoint(LAST, weights_only=False)
     finally:
         trainer.strategy.checkpoint_io = usual
     return collector.content
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint straight to the disk.
+    """Write a checkpoint aside and rename it: a kill or a full disk leaves the old file or the new one.
 
     Lightning would copy the whole file in memory first, and take a detour through the folder for temporary files.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # of a save that was killed, or a link that leads elsewhere
-    with file.open("xb") as handle:
-        torch.save(content, handle)
-    flush(file)
+    unfinished = file.with_name("unfinished")  # one name for all: the next save replaces what a kill left
+    unfinished.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+    try:
+        with unfinished.open("xb") as handle:
+            torch.save(content, handle)
+        put_in_place(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -83,13 +87,12 @@ def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
     return None if found is None else str(found)
 
 
-def find_newest(folder: Path, besides: str = "") -> Path | None:
-    """Return the checkpoint of most optimizer steps in a folder that can be resumed; ``last.ckpt`` among equals."""
+def find_newest(folder: Path) -> Path | None:
+    """Return the undamaged checkpoint of most optimizer steps in a folder; ``last.ckpt`` among equals."""
     steps: dict[Path, int] = {}
     for file in folder.glob("*.ckpt"):
-        if file.name not in (UNFINISHED, besides):
-            with contextlib.suppress(UserError):
-                steps[file] = _read_whole(file)["global_step"]
+        with contextlib.suppress(UserError):
+            steps[file] = _read_whole(file)["global_step"]
     return max(steps, key=lambda file: (steps[file], file.name == LAST), default=None)
 
 
@@ -101,7 +104,7 @@ def check_checkpoint(file: str | Path) -> None:
     try:
         _read_whole(file)
     except UserError as error:
-        better = find_newest(file.parent, besides=file.name)
+        better = find_newest(file.parent)
         remedy = f"Resume from the newest good one, with `--ckpt_path {better}`." if better else "No other is good."
         raise UserError(f"--ckpt_path {error} {remedy}") from error
 

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
-from qlora_lightning.evaluation.report import Comparison
-from qlora_lightning.evaluation.rows import (
+from qlora_lightning.evaluation.comparison import Comparison
+from qlora_lightning.evaluation.row_results import (
     AnswerSettings,
     EvaluationRow,
     answer_rows,
@@ -123,7 +123,8 @@ class Evaluation(Callback):
         asked = [row for row in rows if row.prompt is not None][: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)
         if settings is not None:
-            figures = [answer.figures for answer in gather_lists(trainer, answer_rows(module, asked, settings))]
+            answers = list(answer_rows(module, asked, settings).values())
+            figures = [answer.figures for answer in gather_lists(trainer, answers)]
             means = {f"val_{name}": sum(each[name] for each in figures) / len(figures) for name in figures[0]}
             # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
             module.log_dict(means, sync_dist=True)

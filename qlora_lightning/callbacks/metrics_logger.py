@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
-from qlora_lightning.support.files import METRICS, flush, write_whole
+from qlora_lightning.support.files import METRICS, write_whole
 
 
 class MetricsLogger(Logger):
@@ -18,15 +18,11 @@ class MetricsLogger(Logger):
 
     Args:
         folder: The run folder.
-
-    Attributes:
-        rows: How many lines the table has, without its head.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / METRICS
-        self.rows = 0
         self._columns: list[str] = []  # none: the file has not been read yet
 
     @property
@@ -56,31 +52,19 @@ class MetricsLogger(Logger):
             if row.keys() <= set(self._columns):
                 with self.file.open("a", newline="", encoding="utf-8") as handle:
                     csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
-                self.rows += 1
             else:
                 self._rewrite([*self._read(), row])
 
     @rank_zero_only
-    def flush(self) -> None:
-        """Wait until the disk has every line."""
-        if self.file.exists():
-            flush(self.file)
-
-    @rank_zero_only
-    def cut(self, rows: int, before_step: int = 0) -> None:
-        """Remove the lines that a resumed run writes again.
-
-        Args:
-            rows: So many lines stay.
-            before_step: Those behind them stay that belong to an earlier optimizer step than this.
-        """
+    def cut(self, step: int) -> None:
+        """Remove the lines of an optimizer step and of those after it, which a resumed run writes again."""
         with reporting_disk_faults(self.save_dir):
-            table = self._read()
-            if table:
-                self._rewrite(table[:rows] + [row for row in table[rows:] if int(row["step"]) < before_step])
+            rows = self._read()
+            if rows:
+                self._rewrite([row for row in rows if int(row["step"]) < step])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the lines that are there; half a line, as a kill leaves it, is none."""
+        """Return the lines of the file without half a line at its end, which a kill leaves."""
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
@@ -91,4 +75,3 @@ class MetricsLogger(Logger):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(self.file, text.getvalue())
-        self.rows = len(rows)

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
-from qlora_lightning.callbacks.run_report import planned_steps
 from qlora_lightning.support.console import terminal
+from qlora_lightning.support.trainer import planned_steps
 from qlora_lightning.support.versions import PEAK_NAMES
 
 # the most important metric first, for a narrow terminal cuts the last ones

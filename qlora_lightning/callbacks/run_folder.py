@@ -1,7 +1,6 @@
 """Keeps a run folder to one run and one process, and writes the run's config and its predictions into it."""
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.checkpoint_file import LAST, UNFINISHED, reporting_disk_faults
+from qlora_lightning.callbacks.checkpoint_file import LAST, reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -20,19 +19,17 @@ from qlora_lightning.support.files import (
     CONFIG,
     METRICS,
     PREDICTIONS,
+    UNFINISHED_PREDICTIONS,
+    append_json_lines,
+    format_json_lines,
     lock_folder,
     write_whole,
 )
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
 
-_TABLE = "metrics_table"  # key of a checkpoint
-_BY_STEPS = {"rows": 0, "line_follows": True}  # without that key the steps alone say which lines stay
-
 
 class RunFolder(Callback):
     """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume.
-
-    A run that is resumed cuts that table where its checkpoint was.
 
     Args:
         config: The whole config of the run, in the form that ``--config`` reads.
@@ -40,7 +37,6 @@ class RunFolder(Callback):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
-        self._table: dict[str, Any] = _BY_STEPS
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
@@ -56,47 +52,48 @@ class RunFolder(Callback):
             except Exception as fault:  # as MLflow, if a resumed run has other values: no reason not to train
                 say(f"{type(logger).__name__} does not take the config: {type(fault).__name__}: {fault}")
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        # as long as on_train_batch_end lasts; Lightning logs the line of the step behind it
-        line_follows = trainer.training and batches.processed == batches.completed + 1
-        for logger in _tables(trainer):
-            checkpoint[_TABLE] = {"rows": logger.rows, "line_follows": line_follows}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._table = checkpoint.get(_TABLE, _BY_STEPS)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        table, self._table = self._table, _BY_STEPS
-        for logger in _tables(trainer):
-            logger.cut(table["rows"], before_step=trainer.global_step if table["line_follows"] else 0)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                logger.cut(trainer.global_step)
 
 
 class PredictionWriter(Callback):
     """Write ``predictions.jsonl`` into the run folder: the row, its own answer if it has one, and the model's.
 
-    The first process writes those of all, in the order of the rows.
+    Each process appends its answers to a file of its own as they come; a stopped run leaves them there, in the order in
+    which they were answered. At the end the first process writes those of all, in the order of the rows.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
+        self._unfinished = Path(trainer.default_root_dir) / name
         self._lines: list[dict[str, Any]] = []
+        if not is_trial_run(trainer):
+            self._unfinished.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         tokenizer: Any = datamodule_of(trainer).tokenizer
-        for answer, row_id, reference, row in zip(
-            outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True
-        ):
-            text = tokenizer.decode(answer)
-            self._lines.append({"row": row_id, "prediction": text, "reference": reference, "input": row})
+        columns = zip(outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True)
+        lines = [
+            {"row": row_id, "prediction": tokenizer.decode(answer), "reference": reference, "input": row}
+            for answer, row_id, reference, row in columns
+        ]
+        self._lines += lines
+        if not is_trial_run(trainer):
+            append_json_lines(self._unfinished, lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
-        if trainer.is_global_zero and not is_trial_run(trainer):
+        if is_trial_run(trainer):
+            return
+        if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / PREDICTIONS
-            write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_whole(file, format_json_lines(lines))
             say(f"{len(lines)} predictions: {file}")
+        self._unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -166,8 +163,7 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
     folder = Path(run_folder)
     if resumed is not None and _is_in(resumed, folder):
         return
-    saved = any(file.name != UNFINISHED for file in (folder / CHECKPOINTS).glob("*.ckpt"))
-    if saved or (table and (folder / METRICS).exists()):
+    if any((folder / CHECKPOINTS).glob("*.ckpt")) or (table and (folder / METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
         raise UserError(
             f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last` (in Python: "
@@ -194,7 +190,3 @@ def _is_in(file: str | Path, run_folder: str | Path) -> bool:
     owner = folder.parent if folder.name == CHECKPOINTS else None  # a run's folder may hold those of others
     run = Path(run_folder).resolve()
     return owner == run if owner else run in (folder, *folder.parents)
-
-
-def _tables(trainer: Trainer) -> list[MetricsLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, MetricsLogger)]

@@ -24,8 +24,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
+from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
-from qlora_lightning.callbacks.throughput import ThroughputMonitor
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
@@ -33,19 +33,18 @@ from qlora_lightning.model.checkpoint.format import plain_settings
 from qlora_lightning.model.checkpoint.resume import trainer_settings
 from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run import read_manifest, read_metrics, read_run, write_manifest
+from qlora_lightning.report.run_files import read_manifest, read_metrics, read_run, write_manifest
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import TrainingStopped, UserError
+from qlora_lightning.support.errors import TrainingStopped
 from qlora_lightning.support.files import CONFIG, METRICS
-from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
 _PACKAGES = (
     *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
     *("accelerate", "safetensors", "torchmetrics", "numpy"),
 )
-_GIT_SECONDS = 5  # at most: a repository on a slow disk holds no run up
-_MOST_WARNINGS, _LONGEST_WARNING = 100, 600  # different ones, characters: a report is read by people
+_MOST_WARNINGS = 100  # different ones: a report is read by people
 
 
 class RunReport(Callback):
@@ -81,15 +80,10 @@ class RunReport(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or is_trial_run(trainer):
             return
-        earlier: Mapping[str, Any] = {}
-        if is_resumed(trainer):
-            try:
-                earlier = read_manifest(Path(trainer.default_root_dir))
-            except UserError as fault:
-                say(f"{fault} The report will not have what the run did before.")
-        judged = (earlier.get("verdict") or {}).get("sentences", [])  # which may not hold of the longer run
+        earlier = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
+        verdict = (earlier.get("verdict") or {}).get("sentences", [])  # which may not hold of the longer run
         for warning in earlier.get("warnings", []):
-            if warning["text"] not in judged:
+            if warning["text"] not in verdict:
                 self._warnings.setdefault(warning["text"], warning["count"])
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
@@ -124,7 +118,7 @@ class RunReport(Callback):
 
     def note_warning(self, text: str) -> None:
         """Count a warning."""
-        text = textwrap.shorten(text, _LONGEST_WARNING, placeholder=" …")
+        text = textwrap.shorten(text, 600, placeholder=" …")
         if text in self._warnings or len(self._warnings) < _MOST_WARNINGS:
             self._warnings[text] = self._warnings.get(text, 0) + 1
 
@@ -157,12 +151,12 @@ class RunReport(Callback):
         attempt, folder = self._attempts[-1], Path(trainer.default_root_dir)
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
-        speed: Any = find_callback(trainer, ThroughputMonitor)
-        saved: Any = find_callback(trainer, AdapterCheckpoint)
-        best = saved.best[0] if saved and saved.best else None
+        speed, saved = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
+        counts = {"tokens": speed.tokens_seen, "labelled_tokens": speed.labelled_seen} if speed else {}
         again = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
         again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        best = saved.best[0] if saved and saved.best else None
         ends_here = self._planned is not None and trainer.global_step >= self._planned
         return {
             "status": status,
@@ -173,14 +167,13 @@ class RunReport(Callback):
             "progress": {
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "tokens": speed.tokens_seen if speed and speed.enabled else None,
-                "labelled_tokens": speed.labelled_seen if speed and speed.enabled else None,
+                **{name: count or None for name, count in counts.items()},
                 "seconds": sum(each["seconds"] for each in self._attempts),
                 "planned_steps": self._planned,
             },
             "peak_memory_gib": {} if status == "running" else _find_peak(trainer),
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
-            "best": best and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
+            "best": best and saved and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
             "stopped_early": None if ends_here else _find_early_stop(trainer),
             "lives": self._attempts,  # the key of the first manifests
@@ -216,48 +209,35 @@ def _noting_warnings(note: Callable[[str], None]) -> Iterator[None]:
         logging.setLogRecordFactory(make)
 
 
-def note_warning(trainer: Trainer, text: str) -> None:
-    """Add a warning that was printed to the report of the run, if there is one."""
-    report = find_callback(trainer, RunReport)
-    if report is not None:
-        report.note_warning(text)
-
-
-def planned_steps(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of the whole run; ``None`` if only time ends it."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if math.isfinite(steps) and steps >= 0 else None
-
-
 def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what does not change during a run whose model and data are loaded."""
     module: Any = pl_module
-    data = datamodule_of(trainer)
-    files = {split: value for split, value in getattr(data, "files", {}).items() if value is not None}
+    data, files = datamodule_of(trainer), getattr(datamodule_of(trainer), "files", {})
     hashes = identity_of_data(trainer)
     settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})
-    own = {
-        "model": plain_settings(getattr(module, "hparams", {})),
-        "data": plain_settings({**getattr(data, "files", {}), **settings}),
-        "trainer": trainer_settings(trainer),
-    }
+    if config is None:
+        config = {
+            "model": plain_settings(getattr(module, "hparams", {})),
+            "data": plain_settings({**files, **settings}),
+            "trainer": trainer_settings(trainer),
+        }
     identity = {name: value for name, value in getattr(module, "identity", {}).items() if name != "data"}
     adapter = identity.pop("adapter", None)
     trainable, total = count_parameters(module)
-    chosen = data.state_dict().get("seed") if data is not None else None  # orders the rows
-    seed = os.environ.get("PL_GLOBAL_SEED") if chosen is None else chosen
+    seed = data.state_dict().get("seed") if data is not None else None  # orders the rows
+    seed = os.environ.get("PL_GLOBAL_SEED") if seed is None else seed
     return {
         "written_by": f"qlora_lightning {__version__}",
         "base": identity,
         "adapter": adapter,
         "parameters": {"trainable": trainable, "all": total},
         "data": {
-            "files": files,
+            "files": {split: value for split, value in files.items() if value is not None},
             "splits": {split: asdict(report) for split, report in getattr(data, "reports", {}).items()},
             "hashes": hashes,
             "settings": settings,
         },
-        "config": own if config is None else dict(config),
+        "config": dict(config),
         "seed": int(seed) if seed else seed,
         "device": _device_facts(trainer),
         "packages": _package_versions(),
@@ -268,12 +248,15 @@ def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[s
 
 
 def _device_facts(trainer: Trainer) -> dict[str, Any]:
-    device = trainer.strategy.root_device
+    device, cpus = trainer.strategy.root_device, Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
     return {
         "kind": device.type,
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "memory_gib": device_memory_gib(device),
-        "processor": _processor_name(),
+        "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
@@ -281,13 +264,6 @@ def _device_facts(trainer: Trainer) -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "precision": str(trainer.precision),
     }
-
-
-def _processor_name() -> str:
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines() if cpus.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _package_versions() -> dict[str, str]:
@@ -302,7 +278,7 @@ def _git_state() -> dict[str, Any] | None:
     """Return commit, branch, and whether tracked files were changed; ``None`` outside a repository or without git."""
     command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     lines = done.stdout.splitlines()
@@ -318,15 +294,12 @@ def _find_peak(trainer: Trainer) -> dict[str, float]:
     return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
 
 
-def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
     """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that is not possible."""
-    model = getattr(pl_module, "model", None)
-    if model is None:
-        return None
-    base: Any = getattr(pl_module, "sharded_base", None)
+    base = getattr(module, "sharded_base", None)
     try:
-        with best_adapter(trainer, pl_module):
-            table = measure_updates(model, () if base is None else base.whole_modules())
+        with best_adapter(trainer, module):
+            table = measure_updates(module.model, () if base is None else base.whole_modules())
     except Exception as fault:  # a model of another make: no reason to fail a run that has trained
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None
@@ -338,10 +311,10 @@ def _measure_updates(trainer: Trainer, pl_module: LightningModule) -> dict[str, 
 
 def _find_early_stop(trainer: Trainer) -> str | None:
     """Return why Lightning's EarlyStopping ended this fit; ``None`` if it did not."""
-    if not trainer.should_stop:  # what a checkpoint holds of the run before does not count
+    stopper = find_callback(trainer, EarlyStopping)
+    if stopper is None or not trainer.should_stop:  # what a checkpoint holds of the run before does not count
         return None
-    reasons = [each.stopping_reason_message for each in callbacks_of(trainer) if isinstance(each, EarlyStopping)]
-    return next((reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason), None)
+    return (stopper.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.") or None
 
 
 def _now() -> str:

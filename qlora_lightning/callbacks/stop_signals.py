@@ -94,13 +94,13 @@ class StopSignals(Callback):
         """End the fit if all ranks agreed to, and report how to resume it."""
         if not self.stopping:
             return
-        place = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
+        moment = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
         if self.saved is None:
             why = "there is no AdapterCheckpoint, or it is off" if trainer.global_step else "no step was taken yet"
-            self.end(trainer, f"Stopped {place}. Nothing was saved: {why}.")
+            self.end(trainer, f"Stopped {moment}. Nothing was saved: {why}.")
         how = f'add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{self.saved}").'
         how = f" To resume, {how}" if self.explains_resume else ""
-        self.end(trainer, f"Stopped {place}, saved in {self.saved}.{how}")
+        self.end(trainer, f"Stopped {moment}, saved in {self.saved}.{how}")
 
     def end(self, trainer: Trainer, message: str) -> NoReturn:
         """End with the code of the signal, after a last message."""
@@ -120,22 +120,22 @@ class StopSignals(Callback):
         """Take the signals over from Lightning."""
         connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
         environment = getattr(connector, "cluster_environment", None)
-        asked = getattr(signal, "SIGUSR1", None)
+        preemption = getattr(signal, "SIGUSR1", None)
         if isinstance(environment, SLURMEnvironment):
-            asked = environment.requeue_signal or asked
-            self._requeue_signal = asked if environment.auto_requeue else None
+            preemption = environment.requeue_signal or preemption
+            self._requeue_signal = preemption if environment.auto_requeue else None
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
                 self.received = number
                 again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                place = "validation" if trainer.validating else "step"
-                _announce(trainer, f"{name}: saving at the end of this {place}.{again}")
+                ends = "validation" if trainer.validating else "step"
+                _announce(trainer, f"{name}: saving at the end of this {ends}.{again}")
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, asked)), note)
+        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, preemption)), note)
 
 
 def _end_at_signals(trainer: Trainer) -> None:

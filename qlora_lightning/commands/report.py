@@ -14,10 +14,10 @@ from qlora_lightning.commands.options import (
     tables_beside,
     write_output,
 )
-from qlora_lightning.report.facts import find_differences
+from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
-from qlora_lightning.report.results import figure_table, find_figures
-from qlora_lightning.report.run import Run, read_runs
+from qlora_lightning.report.run_files import Run, read_runs
+from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.files import PAGE
 

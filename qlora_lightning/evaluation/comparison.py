@@ -1,89 +1,30 @@
-"""Base and adapters on the same rows: means with confidence intervals, paired differences, wins and losses."""
+"""Base and adapters side by side: tables for the terminal, ``evaluation.json`` and ``predictions.jsonl``."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from rich.markup import escape
+from rich.table import Table
 
-from qlora_lightning.evaluation.scores import is_share
-
-BASE = "base"
-RESAMPLES = 2_000
-SEED = 0
-METHOD = (
-    f"95 % intervals by the percentile bootstrap over rows ({RESAMPLES:,} resamples, seed {SEED}), differences on the "
-    "same resamples; of a share of rows alone by Wilson's score interval; if all rows are alike, by how many others "
-    "may then be otherwise (Wilson), and none of what has no bounds, as a loss"
+from qlora_lightning.evaluation import BASE
+from qlora_lightning.evaluation.intervals import (
+    METHOD,
+    PREFERENCE,
+    Metric,
+    choose_digits,
+    format_interval,
+    measure,
+    plain_interval,
 )
-PREFERENCE = "preference_accuracy"
-_YES_OR_NO = (PREFERENCE, "exact_match", "json_valid", "numeric_match", "stop_rate")  # each row counts as 0 or 1
-_NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
-_Z = 1.959964  # of the normal distribution, two-sided 95 %
-Floats = npt.NDArray[np.float64]
-
-
-class Answer(NamedTuple):
-    """What a model answered to a prompt.
-
-    Attributes:
-        text: Without control tokens and space around it.
-        tokens: How many they are.
-        stopped: Whether it ended with a stop token.
-        scores: By name, the one that counts most first.
-    """
-
-    text: str
-    tokens: int
-    stopped: bool
-    scores: dict[str, float]
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """All that is averaged over answers."""
-        return {**self.scores, "stop_rate": float(self.stopped), "answer_tokens": float(self.tokens)}
-
-
-class RowResult(NamedTuple):
-    """Loss and answer of one row.
-
-    Attributes:
-        nll: Sum of the loss over its labelled tokens, in nats.
-        labelled_tokens: How many they are.
-        correct: Of how many the label was the most likely token; of two answers to compare, which count as one token,
-            whether the chosen one is the likelier.
-        answer: ``None`` if the row was not answered.
-    """
-
-    nll: float
-    labelled_tokens: int
-    correct: int
-    answer: Answer | None = None
-
-    @property
-    def loss(self) -> float:
-        """Nats per labelled token; NaN if none is labelled."""
-        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
-
+from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
+from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
+from qlora_lightning.support.console import say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
 """By side, the base first: the same rows in the same order."""
-
-
-class Interval(NamedTuple):
-    """A value, and its range with a confidence of 95 %."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Metric(NamedTuple):
-    """One metric of all sides, and of each but the first its difference from the first, on the same rows."""
-
-    sides: dict[str, Interval]
-    differences: dict[str, Interval]
+_MOST_PLACES = 8  # named in a line
+_LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 
 
 def compare(results: Results, pairs: bool = False) -> dict[str, Metric]:
@@ -93,88 +34,204 @@ def compare(results: Results, pairs: bool = False) -> dict[str, Metric]:
     """
     nll = {side: [(row.nll, row.labelled_tokens) for row in rows] for side, rows in results.items()}
     correct = {side: [(row.correct, row.labelled_tokens) for row in rows] for side, rows in results.items()}
-    found = {name: measure(name, nll) for name in (("loss",) if pairs else ("loss", "perplexity"))}
+    metrics = {name: measure(name, nll) for name in (("loss",) if pairs else ("loss", "perplexity"))}
     accuracy = PREFERENCE if pairs else "token_accuracy"
-    found[accuracy] = measure(accuracy, correct)
+    metrics[accuracy] = measure(accuracy, correct)
     figures = {side: [row.answer.figures for row in rows if row.answer is not None] for side, rows in results.items()}
-    names = next(iter(next(iter(figures.values()))), {})
-    for name in names:
-        found[name] = measure(name, {side: [(each[name], 1.0) for each in rows] for side, rows in figures.items()})
-    return found
+    for name in next(iter(next(iter(figures.values()))), {}):
+        metrics[name] = measure(name, {side: [(each[name], 1.0) for each in rows] for side, rows in figures.items()})
+    return metrics
 
 
-def measure(name: str, rows: Mapping[str, Sequence[tuple[float, float]]]) -> Metric:
-    """Compute one metric.
-
-    Args:
-        name: Of the metric.
-        rows: By side, numerator and denominator of each row: the metric is the ratio of their sums.
-    """
-    table = np.array(list(rows.values()), dtype=np.float64)  # (sides, rows, 2)
-    count = table.shape[1]
-    totals = table.sum(1)
-    values, drawn = _ratios(name, totals), _ratios(name, resample_sums(table))
-    percent, sides, differences = is_share(name), {}, {}
-    for place, side in enumerate(rows):
-        if name in _YES_OR_NO:
-            sides[side] = wilson_interval(totals[place, 0], count)
-        else:
-            sides[side] = percentile_interval(values[place], drawn[:, place], count, (0.0, 1.0) if percent else None)
-        if place:
-            with np.errstate(invalid="ignore"):  # infinite minus infinite
-                value, gains = values[place] - values[0], drawn[:, place] - drawn[:, 0]
-            differences[side] = percentile_interval(value, gains, count, (-1.0, 1.0) if percent else None)
-    return Metric(sides, differences)
-
-
-def _ratios(name: str, sums: Floats) -> Floats:
-    with np.errstate(all="ignore"):  # of no tokens a mean is NaN, and the perplexity of a hopeless model infinite
-        means: Floats = sums[..., 0] / sums[..., 1]
-        return np.exp(means) if name == "perplexity" else means
-
-
-def resample_sums(table: Floats) -> Floats:
-    """Sum over rows drawn with replacement, the same rows for all sides (Efron 1979).
+class Comparison:
+    """Base and adapters on the same rows.
 
     Args:
-        table: ``(sides, rows, columns)``.
+        rows: That were evaluated.
+        results: Of each side.
+        settings: How rows were answered; ``None``: they were not.
 
-    Returns:
-        ``(RESAMPLES, sides, columns)``.
+    Attributes:
+        answered: Indices of the rows that were answered.
+        score: The answers' score that counts most; ``None``: they were not scored.
+        compared_by: Metric by which rows are won and lost: the preference of pairs, else that score, else the loss.
     """
-    generator, rows = np.random.default_rng(SEED), table.shape[1]
-    return np.stack([table[:, generator.integers(0, rows, rows)].sum(1) for _ in range(RESAMPLES)])
+
+    def __init__(self, rows: Sequence[EvaluationRow], results: Results, settings: AnswerSettings | None) -> None:
+        self.rows, self.results, self.settings = rows, results, settings
+        pairs = bool(rows) and rows[0].is_pair
+        self.metrics = compare(results, pairs)
+        self.adapters = [side for side in results if side != BASE]
+        self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
+        self.score = settings.scores[0] if settings else None
+        self.compared_by = PREFERENCE if pairs else self.score or "loss"
+
+    def split(self, name_of: Callable[[EvaluationRow], str]) -> "dict[str, Comparison]":
+        """Return a comparison for each name of rows."""
+        parts: dict[str, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            parts.setdefault(name_of(row), []).append(index)
+        return {
+            name: Comparison(
+                [self.rows[index] for index in indices],
+                {side: [results[index] for index in indices] for side, results in self.results.items()},
+                self.settings,
+            )
+            for name, indices in parts.items()
+        }
+
+    def compare_rows(self, adapter: str) -> tuple[list[int], list[int], int]:
+        """Return the indices of rows on which an adapter is better than the base, and worse, and how many are alike.
+
+        They are compared by ``compared_by``: a score of answered rows, or the preference or loss of all.
+        """
+        indices = self.answered if self.compared_by == self.score else range(len(self.rows))
+        gains = {index: self._merit(adapter, index) - self._merit(BASE, index) for index in indices}
+        better = [index for index, gain in gains.items() if gain > 0]
+        worse = [index for index, gain in gains.items() if gain < 0]
+        return better, worse, len(gains) - len(better) - len(worse)
+
+    def _merit(self, side: str, index: int) -> float:
+        result = self.results[side][index]
+        by_metric = {PREFERENCE: float(result.correct), "loss": -result.loss}
+        return by_metric.get(self.compared_by, self._score(side, index))
+
+    def hardest_first(self) -> list[int]:
+        """Return the indices of all rows, the lowest score of the first adapter first; of equals, the highest loss."""
+        results = self.results[self.adapters[0]]
+        indices = range(len(self.rows))
+        return sorted(indices, key=lambda index: (self._score(self.adapters[0], index), -results[index].loss))
+
+    def is_wrong(self, index: int) -> bool:
+        """Whether a row was answered, and the first adapter has not the full score on it."""
+        return self._score(self.adapters[0], index) < 1
+
+    def _score(self, side: str, index: int) -> float:
+        answer = self.results[side][index].answer
+        return answer.scores[self.score] if answer and self.score else 1.0
+
+    # ---- for people ------------------------------------------------------------------------------------------------
+
+    def print(self, rows: str) -> None:
+        """Print all metrics, and on which rows (of ``validation rows``, say) each adapter is better than the base."""
+        self.print_metrics(rows)
+        by = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
+        for adapter in self.adapters:
+            better, worse, alike = self.compare_rows(adapter)
+            name = adapter if len(self.adapters) > 1 else "the adapter"
+            say(f"By {by}, {name} is better on {len(better):,} rows, the base on {len(worse):,}; {alike:,} alike.")
+            for word, found in (("better", better), ("worse", worse)):
+                places = [self.rows[index].place for index in found if self.rows[index].place]
+                if places:
+                    say(f"  {word}: {', '.join(places[:_MOST_PLACES])}{' …' if len(places) > _MOST_PLACES else ''}")
+
+    def print_metrics(self, rows: str) -> None:
+        """Print a table of all metrics with their intervals, which a narrow terminal has below their values."""
+        headings = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
+        lines = [["", *self.results, *headings]]
+        for name, metric in self.metrics.items():
+            digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
+            sides = [format_interval(each, is_share(name), "", digits) for each in metric.sides.values()]
+            gains = [format_interval(each, is_share(name), "+", digits) for each in metric.differences.values()]
+            lines.append([describe_metric(name), *sides, *gains])
+        cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
+        count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
+        table = Table(title=escape(f"{count}{cut}, with 95 % intervals"), title_justify="left")
+        for heading in lines[0]:
+            table.add_column(escape(heading), justify="right" if heading else "left")
+        needed = sum(3 + max(map(len, column)) for column in zip(*lines, strict=True)) + 1
+        fits = needed <= terminal().width
+        for name, *cells in lines[1:]:
+            table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
+        terminal().print(table)
+
+    def print_rows(self, indices: Sequence[int]) -> None:
+        """Print rows that were answered: what was asked, what was expected, and what each side answered."""
+        for index in indices:
+            table = Table(show_header=False, expand=True, title=escape(self.rows[index].place), title_justify="left")
+            table.add_column(style="dim", no_wrap=True, min_width=8)
+            table.add_column(overflow="fold")
+            for name, text in self._show(index).items():
+                text = text.strip() or "(empty)"
+                table.add_row(escape(name), escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"))
+            terminal().print(table)
+
+    def _show(self, index: int) -> dict[str, str]:
+        row, settings = self.rows[index], self.settings
+        assert settings is not None
+        asked = settings.decode(last_turn(row.prompt or [], settings.stop_ids))
+        question = asked.removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
+        answers = {side: results[index].answer for side, results in self.results.items()}
+        texts = {side: answer.text if answer else "" for side, answer in answers.items()}
+        return {"prompt": question, "expected": settings.decode(row.expected), **texts}
+
+    # ---- for programs ----------------------------------------------------------------------------------------------
+
+    def summary(self, samples: int) -> dict[str, Any]:
+        """Return all figures as plain values, and the first ``samples`` answered rows with their answers."""
+        outcomes = {adapter: self.compare_rows(adapter) for adapter in self.adapters}
+        return {
+            **self.figures(),
+            "labelled_tokens": sum(result.labelled_tokens for result in self.results[BASE]),
+            "method": METHOD,
+            "max_new_tokens": self.settings.max_new_tokens if self.settings else None,
+            "scores": self.settings.scores if self.settings else [],
+            "duels": {
+                adapter: {
+                    "score": self.compared_by,
+                    "wins": [self.rows[index].number for index in better],
+                    "losses": [self.rows[index].number for index in worse],
+                    "ties": alike,
+                }
+                for adapter, (better, worse, alike) in outcomes.items()
+            },
+            "samples": [self._show(index) for index in self.answered[:samples]],
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Return counts of rows, and each metric's ``{side: {value, low, high}, difference: …}``, of the first adapter.
+
+        Several adapters have ``differences`` too.
+        """
+        metrics: dict[str, Any] = {}
+        for name, metric in self.metrics.items():
+            differences = {side: plain_interval(interval) for side, interval in metric.differences.items()}
+            metrics[name] = {side: plain_interval(interval) for side, interval in metric.sides.items()}
+            metrics[name]["difference"] = differences[self.adapters[0]]
+            if len(self.adapters) > 1:
+                metrics[name]["differences"] = differences
+        return {"rows": len(self.rows), "answered_rows": len(self.answered), "metrics": metrics}
+
+    def predictions(self, order: Sequence[int]) -> list[dict[str, Any]]:
+        """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in an order.
+
+        A row without a prompt of its own (``train_on: all``) has losses only.
+        """
+        lines = []
+        for index in order:
+            row, settings = self.rows[index], self.settings
+            line: dict[str, Any] = {"row": row.number, "place": row.place, "source": row.source}
+            if row.group:
+                line["group"] = row.group
+            if settings is not None and row.prompt is not None:
+                line["prompt"] = settings.tokenizer.decode(row.prompt)
+                line["expected"] = settings.decode(row.expected)
+            for side, results in self.results.items():
+                result, answer = results[index], results[index].answer
+                line[side] = {
+                    "answer": answer.text if answer else None,
+                    "loss": result.loss if math.isfinite(result.loss) else None,
+                    "scores": answer.scores if answer else {},
+                    "labelled_tokens": result.labelled_tokens,
+                    "correct_tokens": result.correct,
+                    "stopped": answer.stopped if answer else False,
+                    "answer_tokens": answer.tokens if answer else 0,
+                }
+            lines.append(line)
+        return lines
 
 
-def percentile_interval(
-    value: float, resampled: Floats, rows: int, bounds: tuple[float, float] | None = None
-) -> Interval:
-    """Return a value with the middle 95 % of what resamples give for it.
-
-    Rows that are all alike give a bootstrap nothing to draw from, and an interval without width, as if the value were
-    certain. Then at most so large a share of all rows is otherwise as Wilson's interval has for none of ``rows``, and
-    these are at the worst on a bound; without bounds there is no interval: NaN.
-
-    Args:
-        value: Of all rows.
-        resampled: Of each resample.
-        rows: How many there are.
-        bounds: Least and largest value of a row.
-    """
-    with np.errstate(invalid="ignore"):  # between infinities there is nothing to interpolate
-        low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
-    if high - low <= _NO_WIDTH * max(1.0, abs(value)):
-        if bounds is None:
-            return Interval(float(value), math.nan, math.nan)
-        others = wilson_interval(0, rows).high
-        low, high = value - others * (value - bounds[0]), value + others * (bounds[1] - value)
-    return Interval(float(value), float(low), float(high))
-
-
-def wilson_interval(hits: float, rows: int) -> Interval:
-    """Return a share of rows with Wilson's interval (1927): unlike a bootstrap, it allows for luck in 100 of 100."""
-    share, z2 = float(hits) / rows, _Z * _Z
-    middle = (share + z2 / (2 * rows)) / (1 + z2 / rows)
-    reach = _Z / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
-    # Rounded, the ends may be beyond 0, 1 or the share itself.
-    return Interval(share, max(0.0, min(middle - reach, share)), min(1.0, max(middle + reach, share)))
+def last_turn(prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
+    """Return the part of a prompt between its last two stop tokens: the question, without system prompt and header."""
+    stops = [index for index, token in enumerate(prompt) if token in stop_ids]
+    return list(prompt[(stops[-2] + 1 if len(stops) > 1 else 0) : (stops[-1] if stops else len(prompt))])

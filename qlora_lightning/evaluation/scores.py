@@ -55,8 +55,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{json.dumps(key)}")
     elif isinstance(value, list) and value:
-        for place, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{place}]")
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
     else:
         whole = isinstance(value, float) and value.is_integer()
         yield path, json.dumps(int(value) if whole else value)

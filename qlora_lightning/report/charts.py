@@ -1,7 +1,6 @@
 """The charts of a run, and of several runs together, drawn by matplotlib as SVG that takes the page's colours."""
 
 import io
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from qlora_lightning.evaluation.scores import describe_metric
-from qlora_lightning.report.results import read_evaluation
-from qlora_lightning.report.run import MEMORY, Points, Run
+from qlora_lightning.report.figures import read_comparison
+from qlora_lightning.report.run_files import MEMORY, Points, Run
 
 _KINDS = {
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Speed", "tokens/s"),
-    MEMORY[0]: ("Peak memory", "GiB"),
-    MEMORY[1]: ("Peak memory", "GiB"),
+    **dict.fromkeys(MEMORY, ("Peak memory", "GiB")),
 }
 _LOSSES = ("train_loss", "val_loss")
 _NOISY = ("train_loss", "grad_norm", "tokens_per_second")
@@ -26,7 +24,6 @@ _UNDRAWN = (
     *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps", "micro_batches"),
     *("memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
 )
-_LOG_FROM = 20.0  # times the lowest value: from there on a linear axis would flatten what matters
 _MOST_DOTS = 60  # of a curve: more would be one band
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 2},
@@ -79,9 +76,9 @@ class Chart:
 
     @property
     def is_logarithmic(self) -> bool:
-        """Whether the values are too far apart for a linear axis."""
+        """Whether the values are so far apart that a linear axis would flatten what matters."""
         values = [y for curve in self.curves for _, y in curve.points]
-        return not self.from_zero and min(values) > 0 and max(values) > _LOG_FROM * min(values)
+        return not self.from_zero and min(values) > 0 and max(values) > 20 * min(values)
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
@@ -109,20 +106,19 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     others = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # and what users log
     kinds = _KINDS | {name: (_heading(name), "") for name in others}
-    if len(runs) == 1:
-        charts = [_loss_chart(runs[0])]
-    else:
-        charts = [chart("val_loss", "Validation loss", _loss_unit(runs))]
-        charts.append(chart("train_loss", "Training loss", _loss_unit(runs)))
-    return charts + [chart(name, *kind) for name, kind in kinds.items()]
+    unit = _loss_unit(runs)
+    several = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
+    return ([_loss_chart(runs[0])] if len(runs) == 1 else several) + [
+        chart(name, *kind) for name, kind in kinds.items()
+    ]
 
 
 def _loss_chart(run: Run) -> Chart:
     training, validation = (run.metrics.get(name, []) for name in _LOSSES)
-    steps, evaluation = [step for step, _ in training + validation], read_evaluation(run)
+    steps, comparison = [step for step, _ in training + validation], read_comparison(run)
     curves = _smooth("training", training)
-    if steps and evaluation.split == "validation" and "loss" in evaluation.metrics:
-        base = evaluation.metrics["loss"].base.value
+    if steps and comparison.split == "validation" and "loss" in comparison.metrics:
+        base = comparison.metrics["loss"].base.value
         curves.append(Curve("base, validation", [(min(steps), base), (max(steps), base)], "level", 3))
     curves.append(Curve("validation", validation, "dots", 1))
     return Chart("Loss", _loss_unit([run]), curves, from_zero=False)
@@ -144,16 +140,15 @@ def _smooth(label: str, points: Points) -> list[Curve]:
 def running_mean(points: Points) -> Points:
     """Average each value with its neighbours on both sides, a twentieth of a curve in all; near the ends with fewer."""
     reach, last = len(points) // 40, len(points) - 1
-    sums = list(itertools.accumulate((y for _, y in points), initial=0.0))
-    found = []
-    for place, (x, _) in enumerate(points):
-        own = min(reach, place, last - place)  # as many before as behind: the mean does not lag
-        found.append((x, (sums[place + own + 1] - sums[place - own]) / (2 * own + 1)))
-    return found
+    sums = np.cumsum([0.0, *(y for _, y in points)])
+    index = np.arange(len(points))
+    own = np.minimum(reach, np.minimum(index, last - index))  # as many before as behind: the mean does not lag
+    means = (sums[index + own + 1] - sums[index - own]) / (2 * own + 1)
+    return [(x, float(mean)) for (x, _), mean in zip(points, means, strict=True)]
 
 
 def draw_charts(charts: Sequence[Chart]) -> list[tuple[Chart, list[str]]]:
-    """Draw charts over one range of steps: what happens at one step is at one place in all of them.
+    """Draw charts over one range of steps: a step has the same x in all of them.
 
     A chart of one step says less than the tables, and is left out. The first is drawn narrow, for a phone, and wide.
     """

@@ -5,8 +5,8 @@ import statistics
 from dataclasses import dataclass
 
 from qlora_lightning.evaluation.scores import describe_metric
-from qlora_lightning.report.results import Evaluation, read_evaluation
-from qlora_lightning.report.run import Run
+from qlora_lightning.report.figures import BaseComparison, read_comparison
+from qlora_lightning.report.run_files import Run
 
 _FEWEST_STEPS = 10
 _NOISE = 0.02  # of a validation loss: what is closer is as good
@@ -29,10 +29,10 @@ def judge(run: Run) -> Verdict:
         return Verdict("unknown", [])
     if steps < _FEWEST_STEPS:
         return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_FEWEST_STEPS}."])
-    evaluation = read_evaluation(run)
-    has_base = evaluation.split == "validation" and "loss" in evaluation.metrics
-    base = evaluation.metrics["loss"].base.value if has_base else math.nan
-    against, compared = _against_base(evaluation)
+    comparison = read_comparison(run)
+    has_base = comparison.split == "validation" and "loss" in comparison.metrics
+    base = comparison.metrics["loss"].base.value if has_base else math.nan
+    against, compared = _against_base(comparison)
     why = _divergence(run, base)
     if why:
         return Verdict("diverged", [f"It diverged: {why}. A lower learning rate may do.", *compared])
@@ -64,30 +64,32 @@ def _learned(run: Run, base: float) -> tuple[str, list[str]]:
         return "not learned", [
             f"It did not learn: the validation loss never fell below {first:.3f}{origin or ', its first'}."
         ]
-    said = [f"It learned: the validation loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."]
+    sentences = [
+        f"It learned: the validation loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
+    ]
     if _is_above(last, best):
-        said.append(
+        sentences.append(
             f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
             "rate or more rows may do better. The adapter folder holds the best."
         )
     elif len(points) > 1 and _is_above(points[-2][1], last):
-        said.append("The validation loss was still falling at the end: more steps may do better.")
-    return "learned", said
+        sentences.append("The validation loss was still falling at the end: more steps may do better.")
+    return "learned", sentences
 
 
 def _is_above(loss: float, other: float) -> bool:
     return loss > other + _NOISE * abs(other)
 
 
-def _against_base(evaluation: Evaluation) -> tuple[str, list[str]]:
+def _against_base(comparison: BaseComparison) -> tuple[str, list[str]]:
     """Return whether the adapter that was kept is better than the base, in a word and in a sentence."""
-    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in evaluation.metrics.items()}
-    metric = next(iter(evaluation.scores), "loss")
+    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in comparison.metrics.items()}
+    metric = next(iter(comparison.scores), "loss")
     if not clear.get(metric) and clear.get("loss"):  # answers may be as before, and their likelihood not
         metric = "loss"
-    if metric not in evaluation.metrics or math.isnan(evaluation.metrics[metric].difference.value):
+    if metric not in comparison.metrics or math.isnan(comparison.metrics[metric].difference.value):
         return "", []
-    difference = evaluation.metrics[metric].difference
+    difference = comparison.metrics[metric].difference
     digits, factor, unit = (3, 1, "") if metric == "loss" else (1, 100, " points")
     factor = -factor if difference.value < 0 else factor
     amount, *reach = (f"{factor * value:.{digits}f}".replace("-", "−") for value in difference)
@@ -98,5 +100,5 @@ def _against_base(evaluation: Evaluation) -> tuple[str, list[str]]:
     verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
     return verdict, [
         f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {amount}{unit} "
-        f"{direction}{interval} on {evaluation.rows}."
+        f"{direction}{interval} on {comparison.rows}."
     ]

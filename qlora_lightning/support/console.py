@@ -6,10 +6,12 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
 _JOINER = "\N{ZERO WIDTH JOINER}"  # is inside emoji
@@ -44,6 +46,16 @@ def terminal(stderr: bool = False, record: bool = False) -> Console:
 def say(what: Any) -> None:
     """Print a line without markup, colours or breaks of our own; or a table of rich."""
     terminal().print(what, markup=False, soft_wrap=isinstance(what, str))
+
+
+@contextlib.contextmanager
+def progress_counter(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of steps done; in a terminal it moves a bar, gone at the end."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = terminal(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+        task = progress.add_task(escape(description), total=total)
+        yield lambda steps: progress.advance(task, steps)
 
 
 class _VisibleRecord(logging.LogRecord):

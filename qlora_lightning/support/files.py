@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qlora_lightning.support.errors import UserError
 # The names in a run folder.
 CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
 EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
+UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
 
@@ -63,6 +64,18 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def format_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a file of JSON lines, which has them when this returns: a process that is killed loses none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(format_json_lines(rows))
 
 
 def set_usual_mode(file: Path) -> None:

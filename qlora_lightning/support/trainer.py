@@ -1,5 +1,6 @@
 """What a Trainer has that its class does not declare, and an exchange between its processes."""
 
+import math
 from typing import Any, TypeVar, cast
 
 import torch.distributed
@@ -28,6 +29,12 @@ def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:
 def is_trial_run(trainer: Trainer) -> bool:
     """Whether ``fast_dev_run`` was asked for: a few batches that leave nothing behind."""
     return bool(cast(Any, trainer).fast_dev_run)
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of the whole run; ``None`` if only time ends it."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) and steps >= 0 else None
 
 
 def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:

@@ -6,7 +6,6 @@ import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.base.folder import load_tokenizer
-from tests.dying import MachineFailed, Stop
 
 
 @pytest.fixture
@@ -80,18 +79,6 @@ def assert_same():
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
     return check
-
-
-@pytest.fixture
-def killed_fit(fit):
-    """Train as `fit` does, and die right after so many micro-batches."""
-
-    def run(*callbacks, after, **options):
-        # In front of the others, whose checkpoint of that batch is then not written.
-        with pytest.raises(MachineFailed):
-            fit(Stop(after), *callbacks, **options)
-
-    return run
 
 
 class Scored(QLoRAModule):

@@ -34,18 +34,13 @@ def last(folder):
 @pytest.fixture
 def more_rows(rows_file, tmp_path):
     """The sixteen rows and four more."""
-    more = [{"instruction": f"Add {n} and {n}.", "output": str(2 * n)} for n in range(4)]
-    file = tmp_path / "more.jsonl"
-    file.write_text(rows_file.read_text() + "".join(json.dumps(row) + "\n" for row in more))
-    return str(file)
+    more = [json.dumps({"instruction": f"Add {n} and {n}.", "output": str(2 * n)}) + "\n" for n in range(4)]
+    (tmp_path / "more.jsonl").write_text(rows_file.read_text() + "".join(more))
+    return str(tmp_path / "more.jsonl")
 
 
 def monitored():
     return AdapterCheckpoint(monitor="val_score", mode="min")
-
-
-def step_of(file):
-    return torch.load(file, weights_only=True)["global_step"]
 
 
 def same_adapter(folder, checkpoint):
@@ -70,7 +65,7 @@ def test_other_training_samples_are_rejected_at_an_epochs_end_unless_they_are_me
     fit(rows, checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
     assert sorted(rows.of_epoch[1]) == list(range(20))
     assert rows.of_epoch.keys() == {1}
-    assert step_of(last) == 8 + 10
+    assert read_checkpoint(folder)["global_step"] == 8 + 10
     assert checkpoint.best == [(1.0, "step-000008.ckpt")]
     assert same_adapter(folder, "step-000008.ckpt")
 
@@ -93,25 +88,20 @@ def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, m
     assert best.exists()
 
 
-def test_inside_an_epoch_only_other_validation_samples_may_be_meant(fit, make_data, more_rows, last):
+def test_inside_an_epoch_only_other_validation_samples_may_be_meant(fit, make_data, more_rows, folder, last):
     fit(AdapterCheckpoint(), max_steps=3, max_epochs=-1)
     with pytest.raises(UserError, match="inside an epoch with other training samples"):
         fit(AdapterCheckpoint(), data=make_data(train=more_rows, accept_changed_data=True), ckpt_path=last)
     fit(AdapterCheckpoint(), data=make_data(val=more_rows, accept_changed_data=True), ckpt_path=last)
-    assert step_of(last) == 8
+    assert read_checkpoint(folder)["global_step"] == 8
 
 
 def test_other_validations_are_rejected_at_an_epochs_end_and_reported_inside_it(fit, last, capsys):
     fit(AdapterCheckpoint(), limit_train_batches=4)
-    with pytest.raises(
-        UserError, match=r"validations were others: trainer\.limit_val_batches: 1\.0 → 0\. Put that back"
-    ):
+    words = r"validations were others: trainer\.limit_val_batches: 1\.0 → 0\. Put that back"
+    with pytest.raises(UserError, match=words):
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=2, limit_val_batches=0)
     fit(AdapterCheckpoint(), folder="inside", max_steps=3)
-    fit(
-        AdapterCheckpoint(),
-        folder="inside",
-        ckpt_path=last.parents[2] / "inside" / "checkpoints" / "last.ckpt",
-        val_check_interval=4,
-    )
+    inside = last.parents[2] / "inside" / "checkpoints" / "last.ckpt"
+    fit(AdapterCheckpoint(), folder="inside", ckpt_path=inside, val_check_interval=4)
     assert "trainer.val_check_interval: 1.0 → 4" in capsys.readouterr().out

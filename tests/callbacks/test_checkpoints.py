@@ -1,7 +1,6 @@
 """What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
 
 import json
-import re
 
 import lightning
 import peft
@@ -44,9 +43,7 @@ def contents(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-# PEFT 0.21 asks transformers 5.24 for an attribute by its old name: whoever runs the three lines sees it.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder_that_plain_peft_loads(
+def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(
     fit, make_module, adapter_of, assert_same, tiny_base, tmp_path, capsys
 ):
     _, module = fit(AdapterLine(), AdapterCheckpoint(), module=make_module(rank=64))
@@ -65,19 +62,7 @@ def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder_that_plain_peft_l
     assert (identity["base"], identity["quantization"]) == (str(tiny_base), "nf4")
     config = peft.PeftConfig.from_pretrained(run / "adapter")
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (64, 128, str(tiny_base))
-
     assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in capsys.readouterr().out
-    (code,) = re.findall("```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), flags=re.DOTALL)
-    loaded = {}
-    exec(code.replace('"."', json.dumps(str(run / "adapter"))), loaded)
-    ids = torch.tensor([loaded["tokenizer"]("Count to 3.")["input_ids"]])
-    with torch.no_grad():
-        module.eval()
-        ours = module.model(input_ids=ids).logits.float()
-        theirs = loaded["model"](input_ids=ids).logits.float()
-        with module.model.disable_adapter():
-            base = module.model(input_ids=ids).logits.float()
-    assert (ours - theirs).norm() < 0.05 * (ours - base).norm()
 
 
 NAN = float("nan")
@@ -117,16 +102,10 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(
     ("when", "options", "expected"),
     [
         (
-            {"every_n_train_steps": 2},
-            {"val_check_interval": 4},
-            "save 2, validation 4, save 4, save 6, validation 8, save 8",
-        ),
-        (
             {"every_n_train_steps": 3},
             {"check_val_every_n_epoch": None, "val_check_interval": 6, "max_epochs": 2},
             "save 3, validation 6, save 6, save 9, validation 12, save 12, save 15, save 16",
         ),
-        ({"every_n_train_steps": 1}, {"accumulate_grad_batches": 4}, "save 1, validation 2, save 2"),
         ({}, {"val_check_interval": 6}, "validation 6, save 6, save 8"),
         # at each step, and not inside its window
         ({"every_minutes": 1e-6}, {"accumulate_grad_batches": 2}, "save 1, save 2, save 3, validation 4, save 4"),
@@ -159,33 +138,26 @@ def test_a_monitor_that_is_never_logged_is_rejected_before_training_or_at_the_fi
     assert diary.entries[:1] == ([("validation", 0)] if sanity else [("save", 4)])
 
 
-@pytest.mark.parametrize("options", [{"every_n_train_steps": 0}, {"every_minutes": -0.5}, {"save_top_k": -1}])
-def test_numbers_that_make_no_sense_are_rejected(options):
-    name, value = next(iter(options.items()))
-    with pytest.raises(UserError, match=rf"adapter_checkpoint\.{name} is {value}"):
-        AdapterCheckpoint(**options)
-
-
 SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}
 
 
 def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_over(fit, scored, tmp_path, capsys):
-    def checkpoint():
-        return AdapterCheckpoint(monitor="val_score", mode="min")
+    def train(score, **options):
+        callback = AdapterCheckpoint(monitor="val_score", mode="min")
+        fit(callback, module=scored(score), **SHORT, **options)
+        return callback
 
     run, options = tmp_path / "run", {"max_epochs": 2, "ckpt_path": tmp_path / "run" / "checkpoints" / "last.ckpt"}
-    fit(checkpoint(), module=scored(1.0), **SHORT)
+    train(1.0)
     before, adapter = contents(run), read_adapter(run)
-    moved = checkpoint()
-    fit(moved, module=scored(2.0), folder="new", **options, **SHORT)
+    moved = train(2.0, folder="new", **options)
     best = run / "checkpoints" / "step-000002.ckpt"
     assert f"starts over here. The best so far, with val_score 1, is {best}.\n" in capsys.readouterr().out
     assert moved.best == [(2.0, "step-000004.ckpt")]
     assert same(read_adapter(tmp_path / "new"), tensors_of(tmp_path / "new"))
     assert contents(run) == before
 
-    resumed = checkpoint()
-    fit(resumed, module=scored(2.0), **options, **SHORT)
+    resumed = train(2.0, **options)
     assert resumed.best == [(1.0, "step-000002.ckpt")]
     assert same(resumed.read_best(run), read_checkpoint(run, "step-000002.ckpt")["state_dict"])
     assert checkpoint_names(run) == ["last.ckpt", "step-000002.ckpt"]

@@ -67,14 +67,6 @@ def test_lines_come_as_often_as_asked_and_from_validations_too(capsys):
     assert lines == expected
 
 
-def test_switched_off_nothing_is_printed_of_it(capsys):
-    assert main([*FIT, "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "1"]) == 0
-    out = capsys.readouterr().out
-    assert "Memory after the first step" in out
-    assert progress(out) == []
-    assert "Epoch" not in out
-
-
 def test_the_bar_fits_into_a_terminal_of_80_columns_with_all_its_numbers():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

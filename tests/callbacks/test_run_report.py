@@ -12,7 +12,6 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_report import note_warning
 from qlora_lightning.support.errors import TrainingStopped
 from tests.equality import read_checkpoint
 
@@ -45,7 +44,7 @@ def warn(trainer):
     logger.warning("%d rows", "no number")  # which logging itself reports
     logger.info("nothing to see")
     for number in range(100):
-        note_warning(trainer, f"Odd loss: {number}")
+        logger.warning("Odd loss: %d", number)
 
 
 def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeypatch):
@@ -68,24 +67,23 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
             val_check_interval=2,
         )
     found, run = manifest(), tmp_path / "run"
-    assert (found["format"], found["format_version"]) == ("qlora_lightning manifest", 1)
-    assert (found["status"], found["error"]) == ("finished", None)
-    assert found["config"] == config
-    assert found["command"] == "qlora-lightning fit --config 'my config.yaml'"
-    assert found["reproduce"] == (
-        f"qlora-lightning fit --config {run}/config.yaml --trainer.default_root_dir {run}-again"
-    )
-    assert found["seed"] == 7
+    train, progress = found["data"]["splits"]["train"], found["progress"]
+    expected = {
+        **{"format": "qlora_lightning manifest", "format_version": 1, "status": "finished", "error": None, "seed": 7},
+        "config": config,
+        "command": "qlora-lightning fit --config 'my config.yaml'",
+        "reproduce": f"qlora-lightning fit --config {run}/config.yaml --trainer.default_root_dir {run}-again",
+        "verdict": {"kind": "unknown", "sentences": ["Too short to judge: 2 optimizer steps, of at least 10."]},
+    }
+    assert {name: found[name] for name in expected} == expected
     assert found["base"]["fingerprint"] == module.identity["fingerprint"]
     assert found["adapter"]["rank"] == 2
     assert found["parameters"]["trainable"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    train = found["data"]["splits"]["train"]
     assert (train["rows"], train["samples"]) == (16, 16)
     assert found["data"]["hashes"]["train"] == trainer.datamodule.identity["train"]
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # one may say +cu132
     assert found["device"]["kind"] == "cpu"
     assert found["peak_memory_gib"]["peak_rss_gib"] > 0.1
-    progress = found["progress"]
     assert (progress["steps"], progress["planned_steps"]) == (2, 2)
     assert 0 < progress["labelled_tokens"] < progress["tokens"]
     assert progress["seconds"] == found["lives"][0]["seconds"] > 0
@@ -93,17 +91,11 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys, monkeyp
     assert found["best"]["checkpoint"].startswith("step-")
     updates = found["adapter_updates"]
     assert [update["layer"] for update in updates["q_proj"]] == [0, 1]
-    assert all(
-        update["ratio"] > 0 and 1 <= update["effective_rank"] <= 2 for each in updates.values() for update in each
-    )
+    assert all(each["ratio"] > 0 and 1 <= each["effective_rank"] <= 2 for own in updates.values() for each in own)
 
     counts = {warning["text"]: warning["count"] for warning in found["warnings"]}
     assert [counts[text] for text in ("UserWarning: slow", "3 rows", "Odd loss: 9")] == [2, 2, 2]
     assert "nothing to see" not in counts
-    assert found["verdict"] == {
-        "kind": "unknown",
-        "sentences": ["Too short to judge: 2 optimizer steps, of at least 10."],
-    }
     assert len(counts) == 100  # a person is to read them
     assert shown.count("slow") == 2  # as ever
     assert logging.getLogRecordFactory() is make
@@ -145,27 +137,23 @@ def test_an_error_is_reported_and_stays_the_error(fit, manifest, tmp_path):
     assert "the disk is &lt;gone&gt;" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_stopped_run_lists_its_attempts_and_a_damaged_manifest_holds_none_up(fit, manifest, tmp_path, capsys):
+def test_a_stopped_run_lists_its_attempts(fit, manifest, tmp_path):
     last, options = tmp_path / "run/checkpoints/last.ckpt", {"limit_train_batches": 6, "limit_val_batches": 0}
 
     def start(*more, **changes):
         fit(RunReport(command=["a"]), StopSignals(), AdapterCheckpoint(), *more, **options | changes)
-        return manifest()
 
     with pytest.raises(TrainingStopped):
         start(At(2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
     assert manifest()["status"] == "stopped"
-    found = start(ckpt_path=last)
+    start(ckpt_path=last)
+    found = manifest()
     assert found["status"] == "finished"
     assert [(attempt["from_step"], attempt["to_step"], attempt["status"]) for attempt in found["lives"]] == [
         *[(0, 3, "stopped"), (3, 6, "finished")]
     ]
     assert found["lives"][1]["resumed_from"] == str(last)
     assert found["progress"]["seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in found["lives"]))
-    (tmp_path / "run" / "manifest.json").write_text("{")
-    found = start(ckpt_path=last, max_epochs=2)
-    assert "is not JSON" in capsys.readouterr().out
-    assert [(attempt["from_step"], attempt["to_step"]) for attempt in found["lives"]] == [(6, 12)]
 
 
 def test_a_page_that_cannot_be_written_does_not_fail_the_run(fit, tmp_path, capsys):

@@ -57,28 +57,20 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-class EvaluationSender(lightning.Callback):
-    """Sends a signal to its own process inside an evaluation."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def _send(self, *_):
-        os.kill(os.getpid(), self.number)
-        pytest.fail("it went on")
-
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _send
-
-
 @pytest.mark.parametrize(
     ("verb", "number"), [("validate", signal.SIGTERM), ("test", signal.SIGTERM), ("predict", signal.SIGHUP)]
 )
 def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb, number
 ):
-    before = signal.getsignal(number)
+    def send(*_):
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    before, sender = signal.getsignal(number), lightning.Callback()
+    sender.on_validation_batch_start = sender.on_test_batch_start = sender.on_predict_batch_start = send
     data = make_data(test=str(rows_file), predict=str(rows_file))
-    trainer = make_trainer(StopSignals(), EvaluationSender(number), PredictionWriter())
+    trainer = make_trainer(StopSignals(), sender, PredictionWriter())
     with pytest.raises(TrainingStopped) as stopped:
         getattr(trainer, verb)(make_module(), datamodule=data)
     assert stopped.value.code == 128 + number

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation.rows import AnswerSettings
+from qlora_lightning.evaluation.row_results import AnswerSettings
 from tests.adapters import make_adapter
 from tests.help_examples import help_examples
 

@@ -5,18 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from qlora_lightning.evaluation.comparison import (
-    Answer,
-    Interval,
-    Metric,
-    RowResult,
-    compare,
-    measure,
-    percentile_interval,
-    wilson_interval,
-)
-from qlora_lightning.evaluation.report import Comparison, choose_digits, format_interval, last_turn
-from qlora_lightning.evaluation.rows import AnswerSettings, EvaluationRow
+from qlora_lightning.evaluation.comparison import Comparison, compare
+from qlora_lightning.evaluation.intervals import Interval, Metric, choose_digits, format_interval, measure
+from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 
 
 def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_tokens=0, **scores):
@@ -24,29 +15,26 @@ def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_toke
     return RowResult(loss * tokens, tokens, correct, found)
 
 
-def test_losses_are_weighted_by_tokens_and_differences_are_paired():
-    base = [result(loss=2.0, tokens=1, correct=0), result(loss=1.0, tokens=3, correct=3)]
-    adapter = [result(loss=1.0, tokens=1, correct=1), result(loss=0.0, tokens=3, correct=3)]
+def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_differences_are_paired():
+    unanswered = result(loss=1.0, tokens=3, correct=3)
+    base = [result(loss=2.0, answer="a", exact_match=0.0, chrf=0.5, answer_tokens=4, stopped=False), unanswered]
+    adapter = [result(loss=1.0, correct=1, answer="b", exact_match=1.0, chrf=0.75, answer_tokens=2)]
+    adapter.append(result(loss=0.0, tokens=3, correct=3))
     metrics = compare({"base": base, "adapter": adapter})
-    assert list(metrics) == ["loss", "perplexity", "token_accuracy"]
-    loss = metrics["loss"]
-    assert loss.sides["base"] == pytest.approx((5 / 4, 1.0, 2.0))
-    assert loss.sides["adapter"].value == pytest.approx(1 / 4)
+    values = {name: (metric.sides["base"].value, metric.sides["adapter"].value) for name, metric in metrics.items()}
+    expected = {
+        "loss": (5 / 4, 1 / 4),
+        "perplexity": (math.exp(5 / 4), math.exp(1 / 4)),
+        "token_accuracy": (3 / 4, 1.0),
+        **{"exact_match": (0.0, 1.0), "chrf": (0.5, 0.75), "stop_rate": (0.0, 1.0), "answer_tokens": (4.0, 2.0)},
+    }
+    assert list(values) == list(expected)
+    for name, pair in expected.items():
+        assert values[name] == pytest.approx(pair), name
+        assert metrics[name].differences["adapter"].value == pytest.approx(pair[1] - pair[0])
+    assert metrics["loss"].sides["base"] == pytest.approx((5 / 4, 1.0, 2.0))
     # Each row is better by exactly one nat a token: so is every resample, which tells nothing of other rows.
-    assert loss.differences == {"adapter": pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)}
-    assert metrics["perplexity"].sides["base"].value == pytest.approx(math.exp(5 / 4))
-    assert metrics["token_accuracy"].sides["base"].value == pytest.approx(3 / 4)
-
-
-def test_scores_are_means_over_the_rows_that_were_answered():
-    base = [result(answer="a", exact_match=0.0, chrf=0.5, answer_tokens=4, stopped=False), result(loss=3.0)]
-    adapter = [result(answer="b", exact_match=1.0, chrf=0.75, answer_tokens=2), result(loss=3.0)]
-    metrics = compare({"base": base, "adapter": adapter})
-    assert metrics["loss"].sides["base"].value == pytest.approx(2.0)
-    assert metrics["exact_match"].differences["adapter"].value == 1.0
-    assert metrics["chrf"].sides["adapter"].value == pytest.approx(0.75)
-    assert metrics["stop_rate"].sides["base"].value == 0.0
-    assert metrics["answer_tokens"].differences["adapter"].value == -2.0
+    assert metrics["loss"].differences["adapter"] == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
 
 
 def test_no_interval_says_that_a_share_is_certain():
@@ -56,23 +44,14 @@ def test_no_interval_says_that_a_share_is_certain():
     for name in ("exact_match", "chrf", "token_accuracy", "stop_rate"):
         for interval in (*metrics[name].sides.values(), *metrics[name].differences.values()):
             assert interval.high - interval.low > 0.03, name
+    # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand for n = 100
+    assert metrics["exact_match"].sides["adapter"] == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
+    assert metrics["exact_match"].sides["base"] == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
     # none of 100 rows is otherwise: z²/(n + z²) of all rows may be, 3.70 %, and these are at the worst at -1
     assert metrics["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
     assert math.isnan(metrics["loss"].sides["base"].low)  # nobody knows how high a loss may be elsewhere
-
-
-def test_wilson_knows_that_all_of_a_hundred_may_be_luck():
-    # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand for n = 100
-    assert wilson_interval(100, 100) == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
-    assert wilson_interval(0, 100) == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
     half = [result(answer="a", exact_match=float(row < 50)) for row in range(100)]
     assert compare({"base": half})["exact_match"].sides["base"] == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
-
-
-def test_rows_that_are_all_alike_are_worth_an_interval_only_within_bounds():
-    alike = np.full(2000, 0.5) + np.array([0, 1e-16] * 1000)  # equal but for rounding
-    assert percentile_interval(0.5, alike, 100, (0.0, 1.0)) == pytest.approx((0.5, 0.4815, 0.5185), abs=1e-4)
-    assert math.isnan(percentile_interval(0.5, alike, 100).low)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows_and_the_same_each_time():
@@ -103,7 +82,7 @@ def ids(text):
 
 
 ROWS = [
-    EvaluationRow(7, "a.jsonl", ids("user\nhi."), ids("ho."), "a.jsonl:8"),
+    EvaluationRow(7, "a.jsonl", ids("you are.user\nhi."), ids("ho."), "a.jsonl:8"),
     EvaluationRow(9, "1", None, ids("all."), "b.jsonl:1", group="g"),
 ]
 
@@ -137,9 +116,10 @@ def test_the_hardest_row_has_the_lowest_score_and_then_the_highest_loss():
     assert side_by_side(rows, rows, None).hardest_first() == [0, 2, 1]
 
 
-def test_a_summary_holds_figures_outcomes_and_samples(comparison):
+def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole_prompts(comparison):
     summary = comparison.summary(samples=3)
     assert (summary["rows"], summary["answered_rows"], summary["labelled_tokens"]) == (2, 1, 2)
+    # a sample's prompt is its last turn, between the last two stop tokens
     assert summary["samples"] == [{"prompt": "hi", "expected": "ho", "base": "no", "adapter": "ho"}]
     assert summary["duels"]["adapter"] == {"score": "exact_match", "wins": [7], "losses": [], "ties": 0}
     assert summary["metrics"]["exact_match"]["difference"]["value"] == 1.0
@@ -147,22 +127,14 @@ def test_a_summary_holds_figures_outcomes_and_samples(comparison):
     parts = comparison.split(lambda row: row.source)
     assert {name: part.figures()["rows"] for name, part in parts.items()} == {"a.jsonl": 1, "1": 1}
 
-
-def test_predictions_hold_whole_prompts_and_each_sides_answer_in_the_order_asked_for(comparison):
     first, second = comparison.predictions([1, 0])
     assert (first["row"], first["group"], first["source"], first["adapter"]["answer"]) == (9, "g", "1", None)
     assert "prompt" not in first
-    assert (second["prompt"], second["expected"], second["source"]) == ("user\nhi<stop>", "ho", "a.jsonl")
+    assert (second["prompt"], second["expected"]) == ("you are<stop>user\nhi<stop>", "ho")
     assert second["adapter"] == {
         "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "labelled_tokens": 1, "correct_tokens": 0,
         "stopped": True, "answer_tokens": 0,
     }  # fmt: skip
-
-
-def test_the_last_turn_is_between_the_last_two_stop_tokens():
-    assert last_turn([8, 1, 0, 5, 6, 0, 7], [0]) == [5, 6]
-    assert last_turn([5, 6, 0, 7], [0]) == [5, 6]
-    assert last_turn([5, 6], [0]) == [5, 6]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -176,8 +148,7 @@ def test_the_last_turn_is_between_the_last_two_stop_tokens():
         ((-2.0981, -2.2, -2.01), {"percent": False, "sign": "+"}, "-2.098 [-2.200, -2.010]"),
         ((0.0104, 0.008, 0.013), {"percent": False}, "0.0104 [0.0080, 0.0130]"),
         ((math.nan, math.nan, math.nan), {"percent": True}, "–"),
-        ((2.0981, math.nan, math.nan), {"percent": False}, "2.098"),
-        ((12345.678, 9876.5, 23456.0), {"percent": False}, "12,345.7 [9,876.5, 23,456.0]"),
+        ((12345.678, math.nan, math.nan), {"percent": False}, "12,345.7"),
         ((-1e-7, -1e-6, 0.0), {"percent": True, "sign": "+"}, "+0.0 [0.0, 0.0]"),
     ],
 )

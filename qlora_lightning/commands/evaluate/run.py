@@ -1,7 +1,6 @@
 """Loads the base once, evaluates it and each adapter on the same rows, and reports."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,27 @@ from qlora_lightning.commands.config import refuse_moved_run
 from qlora_lightning.commands.options import quiet_lightning, write_output
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.evaluation.report import Comparison
-from qlora_lightning.evaluation.rows import EvaluationRow, evaluate_sides, limit_batches, unpack_rows
+from qlora_lightning.evaluation.comparison import Comparison
+from qlora_lightning.evaluation.row_results import (
+    Answer,
+    EvaluationRow,
+    OnAnswers,
+    evaluate_sides,
+    limit_batches,
+    unpack_rows,
+)
 from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, EVALUATION, PREDICTIONS
+from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
+    EVALUATION,
+    PREDICTIONS,
+    UNFINISHED_PREDICTIONS,
+    append_json_lines,
+    format_json_lines,
+)
 from qlora_lightning.support.trainer import find_callback
 
 _ONE_DEVICE = (
@@ -58,7 +71,8 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         asked = rows[: evaluation.rows]
         settings = evaluation.choose_settings(trainer, asked)
         names = _load(module, adapters)
-        found = evaluate_sides(module, batches, asked, settings, dict(zip(adapters, names, strict=True)))
+        by_name, on_answers = dict(zip(adapters, names, strict=True)), _answer_writer(options.out)
+        found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
         _report(Comparison(rows, results, settings), adapters, options, evaluation.samples)
 
@@ -120,6 +134,21 @@ def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[
     return batches, rows
 
 
+def _answer_writer(folder: Path | None) -> OnAnswers:
+    """Return a function that writes answers as they come into the folder of the results, if there is one."""
+    file = None if folder is None else folder / UNFINISHED_PREDICTIONS
+    if file is not None:
+        file.unlink(missing_ok=True)
+
+    def write(side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
+        if file is not None:
+            pairs = zip(rows, answers, strict=True)
+            lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
+            append_json_lines(file, lines)
+
+    return write
+
+
 def _read_groups(data: Any, split: str, column: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for number, row in enumerate(data.load_rows(split)):
@@ -172,7 +201,7 @@ def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argpa
         write_output(options.json, summary)
     if options.out is not None:
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in comparison.predictions(hardest)]
-        write_output(predictions, "".join(lines))
+        write_output(predictions, format_json_lines(comparison.predictions(hardest)))
         write_output(figures, summary)
+        (options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")

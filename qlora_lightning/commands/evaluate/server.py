@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import httpx
 from rich.progress import track
 
-from qlora_lightning.evaluation.comparison import BASE, Answer, measure
+from qlora_lightning.evaluation import BASE
+from qlora_lightning.evaluation.intervals import measure
+from qlora_lightning.evaluation.row_results import Answer
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 

@@ -23,7 +23,6 @@ from qlora_lightning.commands.merge.check import check_written, sample_validatio
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of, write_adapter
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
-from qlora_lightning.evaluation.rows import steps_bar
 from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import (
     MergedWeights,
@@ -32,7 +31,7 @@ from qlora_lightning.model.merge import (
     Weights,
     plan_merge,
 )
-from qlora_lightning.support.console import say
+from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import flush, put_in_place, read_json_object, set_usual_mode
 
@@ -167,7 +166,7 @@ def _write_weights(
         file = folder / "gguf" / f"model-{kind}.gguf"
         file.parent.mkdir()
         writer = GGUFModelWriter(file, plan, kind, folder, source.base)
-    with steps_bar("merging", len(plan.shapes)) as advance:
+    with progress_counter("merging", len(plan.shapes)) as advance:
         for shard, names in shards.filename_to_tensors.items():
             tensors = {}
             for name in names:

@@ -21,12 +21,11 @@ from qlora_lightning.callbacks.run_folder import refuse_links
 from qlora_lightning.commands.config import refuse_moved_run
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.evaluation.comparison import Interval, measure
-from qlora_lightning.evaluation.report import format_interval, plain_interval
-from qlora_lightning.evaluation.rows import evaluate_rows
+from qlora_lightning.evaluation.intervals import Interval, format_interval, measure, plain_interval
+from qlora_lightning.evaluation.row_results import evaluate_rows
 from qlora_lightning.model.adapters.identity import describe_adapter, identity_of_data
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.report.facts import flatten
+from qlora_lightning.report.sections import flatten
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml, read_json_object

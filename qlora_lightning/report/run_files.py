@@ -23,7 +23,6 @@ from qlora_lightning.support.versions import PEAK_NAMES
 MEMORY = tuple(PEAK_NAMES.values())
 """Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
-_REMEDY = "Move it away to make the report without it."
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
@@ -42,24 +41,18 @@ class Run:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder, also of a run that is still training.
-
-    Raises:
-        UserError: It holds no run, or a file of it is damaged.
-    """
+    """Read a run folder, also of a run that is still training; a ``UserError`` names a file that is damaged."""
     manifest = read_manifest(folder)
     if not manifest:
         raise UserError(
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
-    status = manifest["status"]
-    if status == "running" and not _is_training(folder):
-        status = "killed"
+    is_killed = manifest["status"] == "running" and not _is_training(folder)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status=status,
+        status="killed" if is_killed else manifest["status"],
         manifest=manifest,
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
@@ -76,21 +69,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``manifest.json`` whole, under its format and version.
-
-    Raises:
-        OSError: The disk is full or fails.
-    """
-    head = {"format": _FORMAT, "format_version": _VERSION}
-    write_whole(folder / MANIFEST, {**head, **content})
+    """Write ``manifest.json`` whole, under its format and version."""
+    write_whole(folder / MANIFEST, {"format": _FORMAT, "format_version": _VERSION, **content})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a run folder; empty if there is none.
-
-    Raises:
-        UserError: It is damaged, of another kind, or a newer version wrote it.
-    """
+    """Read the manifest of a run folder; empty if there is none."""
     content = _read_json(folder / MANIFEST)
     if content and (content.get("format") != _FORMAT or content.get("format_version", math.inf) > _VERSION):
         raise UserError(
@@ -112,26 +96,22 @@ def read_metrics(file: Path) -> dict[str, Points]:
     columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
     for row in rows:
         for name, points in columns.items():
-            try:
-                value, step = float(row[name] or "nan"), float(row["step"]) + 1  # Lightning counts steps from 0
-            except (KeyError, ValueError) as error:
-                raise UserError(f"{file} is damaged ({type(error).__name__}: {error}). {_REMEDY}") from error
+            value = float(row[name] or "nan")
             if math.isfinite(value):
-                points.append((step, value))
+                points.append((float(row["step"]) + 1, value))  # Lightning counts steps from 0
     return columns
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return read_json_object(file, _REMEDY) if file.is_file() else {}
+    return read_json_object(file, "Move it away to make the report without it.") if file.is_file() else {}
 
 
 def _is_training(folder: Path) -> bool:
     """Whether a process holds the lock that ``fit`` takes on the folder of its checkpoints."""
-    checkpoints = folder / CHECKPOINTS
-    if not checkpoints.is_dir():
+    if not (folder / CHECKPOINTS).is_dir():
         return False
     try:
-        descriptor = lock_folder(checkpoints, shared=True)
+        descriptor = lock_folder(folder / CHECKPOINTS, shared=True)
     except BlockingIOError:
         return True
     if descriptor is not None:

@@ -1,0 +1,131 @@
+"""Means with confidence intervals and paired differences, computed and written. Needs no torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_lightning.evaluation.scores import is_share
+
+RESAMPLES = 2_000
+SEED = 0
+METHOD = (
+    f"95 % intervals by the percentile bootstrap over rows ({RESAMPLES:,} resamples, seed {SEED}), differences on the "
+    "same resamples; of a share of rows alone by Wilson's score interval; if all rows are alike, by how many others "
+    "may then be otherwise (Wilson), and none of what has no bounds, as a loss"
+)
+PREFERENCE = "preference_accuracy"
+_YES_OR_NO = (PREFERENCE, "exact_match", "json_valid", "numeric_match", "stop_rate")  # each row counts as 0 or 1
+_NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
+_Z = 1.959964  # of the normal distribution, two-sided 95 %
+Floats = npt.NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """A value, and its range with a confidence of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Metric(NamedTuple):
+    """One metric of all sides, and of each but the first its difference from the first, on the same rows."""
+
+    sides: dict[str, Interval]
+    differences: dict[str, Interval]
+
+
+def measure(name: str, rows: Mapping[str, Sequence[tuple[float, float]]]) -> Metric:
+    """Compute one metric of each side: the ratio of the sums of its rows' numerators and denominators."""
+    table = np.array(list(rows.values()), dtype=np.float64)  # (sides, rows, 2)
+    n_rows, totals = table.shape[1], table.sum(1)
+    values, resampled = _ratios(name, totals), _ratios(name, _resample_sums(table))
+    is_percent, sides, differences = is_share(name), {}, {}
+    for index, side in enumerate(rows):
+        if name in _YES_OR_NO:
+            sides[side] = wilson_interval(totals[index, 0], n_rows)
+        else:
+            bounds = (0.0, 1.0) if is_percent else None
+            sides[side] = percentile_interval(values[index], resampled[:, index], n_rows, bounds)
+        if index:
+            with np.errstate(invalid="ignore"):  # infinite minus infinite
+                gain, resampled_gain = values[index] - values[0], resampled[:, index] - resampled[:, 0]
+            bounds = (-1.0, 1.0) if is_percent else None
+            differences[side] = percentile_interval(gain, resampled_gain, n_rows, bounds)
+    return Metric(sides, differences)
+
+
+def _ratios(name: str, sums: Floats) -> Floats:
+    with np.errstate(all="ignore"):  # of no tokens a mean is NaN, and the perplexity of a hopeless model infinite
+        means: Floats = sums[..., 0] / sums[..., 1]
+        return np.exp(means) if name == "perplexity" else means
+
+
+def _resample_sums(table: Floats) -> Floats:
+    """Sum over rows drawn with replacement, the same rows for all sides (Efron 1979).
+
+    ``table`` is ``(sides, rows, columns)``, the result ``(RESAMPLES, sides, columns)``.
+    """
+    generator, n_rows = np.random.default_rng(SEED), table.shape[1]
+    return np.stack([table[:, generator.integers(0, n_rows, n_rows)].sum(1) for _ in range(RESAMPLES)])
+
+
+def percentile_interval(
+    value: float, resampled: Floats, n_rows: int, bounds: tuple[float, float] | None = None
+) -> Interval:
+    """Return a value with the middle 95 % of its resamples.
+
+    Rows that are all alike give a bootstrap nothing to draw from, and an interval without width, as if the value were
+    certain. Then at most so large a share of all rows is otherwise as Wilson's interval has for none of ``n_rows``, and
+    these are at the worst on a bound, the least or largest value of a row; without bounds the interval is NaN.
+    """
+    with np.errstate(invalid="ignore"):  # between infinities there is nothing to interpolate
+        low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
+    if high - low <= _NO_WIDTH * max(1.0, abs(value)):
+        if bounds is None:
+            return Interval(float(value), math.nan, math.nan)
+        others = wilson_interval(0, n_rows).high
+        low, high = value - others * (value - bounds[0]), value + others * (bounds[1] - value)
+    return Interval(float(value), float(low), float(high))
+
+
+def wilson_interval(hits: float, n_rows: int) -> Interval:
+    """Return a share of rows with Wilson's interval (1927): unlike a bootstrap, it allows for luck in 100 of 100."""
+    share, z2 = float(hits) / n_rows, _Z * _Z
+    middle = (share + z2 / (2 * n_rows)) / (1 + z2 / n_rows)
+    reach = _Z / (1 + z2 / n_rows) * math.sqrt(share * (1 - share) / n_rows + z2 / (4 * n_rows * n_rows))
+    # Rounded, the ends may be beyond 0, 1 or the share itself.
+    return Interval(share, max(0.0, min(middle - reach, share)), min(1.0, max(middle + reach, share)))
+
+
+# ---- written ---------------------------------------------------------------------------------------------------------
+
+
+def plain_interval(interval: Interval) -> dict[str, float | None]:
+    """Return ``{value, low, high}`` for JSON, which has no NaN: ``None``."""
+    return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
+
+
+def choose_digits(intervals: Sequence[Interval]) -> int:
+    """Return the decimals that show the smallest of some values that are no shares."""
+    sizes = [abs(interval.value) for interval in intervals if interval.value and math.isfinite(interval.value)]
+    smallest = min(sizes, default=1.0)
+    return 1 if smallest >= 10 else 3 if smallest >= 0.1 else 4
+
+
+def format_interval(interval: Interval, percent: bool, sign: str, digits: int) -> str:
+    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` with some digits of what is no share.
+
+    ``sign`` is ``+`` for a difference.
+    """
+    if math.isnan(interval.value):
+        return "–"
+    factor = 100 if percent else 1
+    digits = 1 if percent else digits
+    value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
+    unit = " %" if percent and not sign else ""
+    reach = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{value:{sign},.{digits}f}{unit}{reach}"

@@ -1,0 +1,227 @@
+"""Rows to evaluate, and what a model makes of them: loss, answer and scores of each."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora_lightning.evaluation import BASE
+from qlora_lightning.evaluation.scores import SCORES
+from qlora_lightning.model.adapters.lora import without_adapters
+from qlora_lightning.model.answers import dense_weights
+from qlora_lightning.model.sharded import collective_passes
+from qlora_lightning.model.step.batch import cut_into_rows, is_flat
+from qlora_lightning.model.step.layout import IGNORED
+from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of
+from qlora_lightning.support.console import progress_counter
+
+ProgressCounter = Callable[[int], None]
+"""Called with the number of losses or answers that are done now."""
+OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
+"""Called with a side's name, some rows and their answers as soon as these are there."""
+
+
+@dataclass
+class EvaluationRow:
+    """One row; of two answers to compare, prompt and expected answer are those of the chosen one."""
+
+    number: int  # in its split; -1 for a batch that is not flat
+    source: str  # number of the split's source that it is from, or its name
+    prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
+    expected: list[int]  # token ids of the last answer, its stop token included
+    place: str = ""  # file and line, if they are known
+    group: str = ""  # what it is counted under, if the user groups rows
+    is_pair: bool = False  # whether it is two answers to compare
+
+
+class Answer(NamedTuple):
+    """What a model answered to a prompt."""
+
+    text: str  # without control tokens and space around it
+    tokens: int  # how many
+    stopped: bool  # whether it ended with a stop token
+    scores: dict[str, float]  # the one that counts most first
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All that is averaged over answers."""
+        return {**self.scores, "stop_rate": float(self.stopped), "answer_tokens": float(self.tokens)}
+
+
+class RowResult(NamedTuple):
+    """Loss and answer of one row; two answers to compare count as one token, correct if the chosen is the likelier."""
+
+    nll: float  # sum over its labelled tokens, in nats
+    labelled_tokens: int
+    correct: int  # labelled tokens of which the label was the most likely token
+    answer: Answer | None = None  # if it was answered
+
+    @property
+    def loss(self) -> float:
+        """Nats per labelled token; NaN if none is labelled."""
+        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How rows are answered and scored."""
+
+    tokenizer: Any
+    stop_ids: list[int]
+    scores: list[str]  # names, the one that counts most first
+    max_new_tokens: int
+    batch_size: int  # at most so many rows are answered together
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without control tokens and space around it."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+
+def limit_batches(loader: Any, limit: float) -> Iterator[Any]:
+    """Yield the first batches: as many as the Trainer's limit says, a number or (a float) their share."""
+    most = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
+    return itertools.islice(loader, most)
+
+
+def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
+    """Return the rows of a batch that have a labelled token; a batch that is not flat counts as one row."""
+    if not is_flat(batch):
+        return [EvaluationRow(-1, "0", None, [])]
+    rows = []
+    for row in _labelled_rows(batch):
+        end = int(row["cu_seqlens"][1])
+        prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
+        number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
+        rows.append(EvaluationRow(number, source, prompt, expected, is_pair=row.get("pairs", False)))
+    return rows
+
+
+def split_sample(ids: list[int], labels: list[int]) -> tuple[list[int] | None, list[int]]:
+    """Return what is before the last run of labelled tokens, and that run.
+
+    With all tokens labelled (``train_on: all``) nobody knows where the prompt ends: it is ``None``.
+    """
+    end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
+    start = next((index + 1 for index in range(end - 1, -1, -1) if labels[index] == IGNORED), 0)
+    return (ids[:start] if start > 1 else None), ids[start:end]
+
+
+def _labelled_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in cut_into_rows(batch) if bool((row["labels"] != IGNORED).any())]
+
+
+def evaluate_sides(
+    module: Any,
+    batches: Sequence[Mapping[str, Any]],
+    rows: Sequence[EvaluationRow],
+    settings: AnswerSettings | None,
+    adapters: Mapping[str, str],
+    show: bool = True,
+    on_answers: OnAnswers = lambda side, rows, answers: None,
+) -> dict[str, list[RowResult]]:
+    """Evaluate the base alone, and with each adapter; a bar shows the progress, if ``show``.
+
+    Args:
+        module: A :class:`~qlora_lightning.model.module.QLoRAModule`.
+        batches: As a loader gives them, on the host.
+        rows: To answer: the first that :func:`unpack_rows` finds in these batches. One without a prompt is left out.
+        settings: How to answer; ``None``: no row is answered.
+        adapters: PEFT's names of them, by the names that they have in the results.
+        show: Whether a terminal gets the bar.
+        on_answers: Called as soon as a batch of answers is there.
+    """
+    model, results = module.model, {}
+    losses = sum(len(unpack_rows(batch)) for batch in batches)
+    steps = (1 + len(adapters)) * (losses + (len(rows) if settings else 0))
+    with progress_counter(f"base and {', '.join(adapters)}", steps, show) as count:
+        for side in (BASE, *adapters):
+            if side != BASE:
+                model.set_adapter(adapters[side])
+            hidden = without_adapters(model) if side == BASE else nullcontext()
+            with hidden, collective_passes(module), dense_weights(model):
+                found = evaluate_rows(module, batches, count)
+                answers = answer_rows(module, rows, settings, count, partial(on_answers, side)) if settings else {}
+            results[side] = [each._replace(answer=answers.get(index)) for index, each in enumerate(found)]
+    return results
+
+
+@torch.no_grad()
+def evaluate_rows(
+    module: Any, batches: Iterable[Mapping[str, Any]], watch: ProgressCounter = lambda steps: None
+) -> list[RowResult]:
+    """Compute the loss of every row of some batches, as a loader gives them, by a module as it is now.
+
+    The module's training mode is restored. ``watch`` is called for each row.
+    """
+    was_training = module.training
+    module.eval()
+    results = []
+    try:
+        with collective_passes(module), dense_weights(module.model):
+            for batch in batches:
+                for sums in row_losses(module, batch):
+                    results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
+                    watch(1)
+    finally:
+        module.train(was_training)
+    return results
+
+
+def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
+    """Compute what ``module.compute_loss`` returns for each row alone that :func:`unpack_rows` finds in a batch.
+
+    If that is not overridden, rows go through the model together, which is two to three times as quick. An override
+    gets one row after the other: only it knows how its loss is made up.
+    """
+    if not is_flat(batch) or module.overrides("compute_loss"):
+        for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
+            on_device = module.transfer_batch_to_device(row, module.device, 0)
+            yield from module.run_in_parts(on_device, module.compute_loss)
+        return
+    for sums in module.run_in_parts(batch, lambda part: _losses_of_samples(module, part)):
+        yield from sums
+
+
+def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
+    states, targets = module.last_states(part)
+    head, counts = lm_head_of(module.causal_lm), part["layout"].counts
+    with module.autocast():
+        pairs = zip(states.split(counts), targets.split(counts), strict=True)
+        return [head_loss(own, wanted, head, fast=module.fast) for own, wanted in pairs if len(wanted)]
+
+
+def answer_rows(
+    module: Any,
+    rows: Sequence[EvaluationRow],
+    settings: AnswerSettings,
+    watch: ProgressCounter = lambda steps: None,
+    on_answers: Callable[[Sequence[EvaluationRow], Sequence[Answer]], None] = lambda rows, answers: None,
+) -> dict[int, Answer]:
+    """Answer the rows that have a prompt, and score the answers; return them by the rows' indices.
+
+    Rows of like length are answered together, the longest first: memory that does not suffice fails at once.
+    """
+    limit, found = settings.max_new_tokens, dict[int, Answer]()
+    prompts = {index: row.prompt for index, row in enumerate(rows) if row.prompt is not None}
+    longest_first = sorted(prompts, key=lambda index: -len(prompts[index]))
+    with collective_passes(module), dense_weights(module.model):
+        for start in range(0, len(longest_first), settings.batch_size):
+            indices = longest_first[start : start + settings.batch_size]
+            own = [rows[index] for index in indices]
+            ids = module.answer([row.prompt for row in own], settings.stop_ids, limit, batch_size=len(own), watch=watch)
+            answers = [_score(answer, row, settings) for answer, row in zip(ids, own, strict=True)]
+            found |= zip(indices, answers, strict=True)
+            on_answers(own, answers)
+    return {index: found[index] for index in prompts}
+
+
+def _score(ids: Sequence[int], row: EvaluationRow, settings: AnswerSettings) -> Answer:
+    text, expected = settings.decode(ids), settings.decode(row.expected)
+    scores = {name: SCORES[name](text, expected) for name in settings.scores}
+    return Answer(text, len(ids), len(ids) < settings.max_new_tokens, scores)

@@ -1,7 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,12 +16,11 @@ from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import checks, guard
-from qlora_lightning.model.layers.fuse import Fusion, choose_layers
+from qlora_lightning.model.layers.fuse import Fusion, choose_layers, needs_autocast, trains_ends
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
@@ -37,7 +35,7 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import filler_of, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batches import MicroBatches
+from qlora_lightning.model.step.micro_batches import MicroBatches, cut_batch
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
@@ -181,7 +179,7 @@ class QLoRAModule(lightning.LightningModule):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
-        self._choose_autocast()
+        self.choose_layers()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -197,12 +195,12 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        device, size = self._device_of_process(), self.micro_batch_size
-        model_type = None
+        device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
             model_type = open_base(self.base, self.revision, weights=False).model_type
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if self._trainer is not None and self.trainer.state.fn == "fit" and self.micro_batch_size.is_auto:
+            self.micro_batch_size.plan(self, dtype)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
             name=self.base,
@@ -216,7 +214,6 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
-            before_load=functools.partial(size.plan, self) if fits and size.is_auto else None,
         )
         return model
 
@@ -236,49 +233,28 @@ class QLoRAModule(lightning.LightningModule):
         machine.trim_malloc()
 
     @property
-    def fast(self) -> bool:
-        """Whether layers, attention and loss are ours; of a model that is built so it may be changed at any time."""
-        return self._fast
-
-    @fast.setter
-    def fast(self, fast: bool) -> None:
-        self._fast = fast
-        if self.model is not None:
-            self._choose_autocast()
-
-    @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return self._autocast(self.autocast_dtype)
 
-    def _autocast_answers(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute likewise, embedding and head included, which transformers calls itself."""
-        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        return torch.autocast(self.device.type, dtype, enabled=self._trains_ends and dtype != torch.float32)
-
-    def _choose_autocast(self) -> None:
-        """Let PEFT's own layers compute in the compute dtype: their adapters are in float32."""
-        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        ends = [end for end in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()) if end]
-        beside = {parameter for end in ends for parameter in end.parameters()}  # which are cast where they are used
-        trains_beside = any(
-            ".lora_" not in name and parameter not in beside
-            for name, parameter in lora.trainable_tensors(self.model).items()
-        )
-        self._trains_ends = any(parameter.requires_grad for parameter in beside)
-        trains_beside |= self._trains_ends and not runs_flat(self.causal_lm.config)
-        is_plain = trains_beside or any(self.choose_layers().linears.values())
-        self.autocast_dtype = dtype if is_plain and dtype != torch.float32 else None
+    def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        return choose_layers(self.causal_lm, self.fast)
+        fusion = choose_layers(self.causal_lm, self.fast)
+        self.autocast_dtype = self._half_dtype if needs_autocast(self.causal_lm, fusion) else None
+        return fusion
+
+    @property
+    def _half_dtype(self) -> torch.dtype | None:
+        """The compute dtype, unless it is float32."""
+        name = self.identity.get("compute_dtype", "float32")
+        return None if name == "float32" else getattr(torch, name)
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
@@ -342,7 +318,7 @@ class QLoRAModule(lightning.LightningModule):
         if not is_flat(batch):
             return [batch]
         cut: MicroBatches | None = batch.get("micro_batches")
-        if cut is None or not cut.are_of(batch, self.micro_batch_size.tokens):
+        if cut is None or cut.max_tokens != self.micro_batch_size.tokens or not cut.matches(batch):
             cut = self._cut(batch).to(self.device).bind(batch)
         return cut.parts(batch)
 
@@ -356,7 +332,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
         pads = forward.pads_samples(self.causal_lm, self.device)
-        return MicroBatches.cut(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
+        return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
 
     def setup(self, stage: str) -> None:
         checks.check_setup(self)
@@ -520,7 +496,7 @@ class QLoRAModule(lightning.LightningModule):
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
         adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
-        self._choose_autocast()
+        self.choose_layers()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily; return token ids."""
@@ -534,7 +510,9 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with sharded.collective_passes(self), self._autocast_answers(), self.autocast():
+        # transformers itself calls embedding and head, which are in float32 if they train
+        dtype = self._half_dtype if trains_ends(self.causal_lm) else self.autocast_dtype
+        with sharded.collective_passes(self), self._autocast(dtype):
             return generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )
@@ -572,17 +550,10 @@ class QLoRAModule(lightning.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
     ) -> Self:
-        """Make a module from a checkpoint: settings, base and adapter.
+        """Make a module from a checkpoint: settings, base and adapter, on the device ``map_location``.
 
-        Whether code that comes with the base may run is not taken from the checkpoint: pass ``trust_remote_code``.
-
-        Args:
-            checkpoint_path: A file that a run wrote.
-            map_location: Device of the module.
-            overrides: Arguments of the module that replace saved ones.
-
-        Raises:
-            UserError: The file is no checkpoint or a foreign one, or belongs to another base.
+        ``overrides`` replace saved arguments. Whether code that comes with the base may run is not taken from the
+        checkpoint: pass ``trust_remote_code``.
         """
         module: Self = restore_module(cls, checkpoint_path, map_location, overrides)
         return module

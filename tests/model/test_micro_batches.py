@@ -139,14 +139,12 @@ def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
-    trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
-    size = MicroBatchSize("auto")
-    size.choices = CHOICES
-    module = SimpleNamespace(trainer=trainer, optimizer_config=None, base="tiny")
-    model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
-    words = "tiny does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
+    module = QLoRAModule(str(tiny_base), rank=2)
+    module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
+    module.micro_batch_size.choices = CHOICES
+    words = "does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
     with pytest.raises(UserError, match=words):
-        size.plan(module, model, torch.bfloat16, True)
+        module.micro_batch_size.plan(module, torch.bfloat16)
 
     def refuse(*_):
         raise UserError("It does not fit.")

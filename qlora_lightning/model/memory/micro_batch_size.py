@@ -5,11 +5,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import peft
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import AutoConfig
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.base.tensors import GIB, format_gib
+from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -128,18 +131,19 @@ class MicroBatchSize:
 
     # ---- before a base is loaded -------------------------------------------------------------------------------------
 
-    def plan(self, module: Any, model: peft.PeftModel, dtype: torch.dtype, double_quant: bool) -> None:
-        """Plan a fit by the formula.
-
-        Args:
-            module: The module of the fit.
-            model: Its model on the meta device.
-            dtype: Of the products.
-            double_quant: Whether the base's scales are quantized.
+    def plan(self, module: Any, dtype: torch.dtype) -> None:
+        """Plan a fit by the formula, whose products are in ``dtype``: before any weight is downloaded or loaded.
 
         Raises:
             UserError: The longest row does not fit on the GPU, whatever is done.
         """
+        source = open_base(module.base, module.revision, weights=False)
+        if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
+            return  # code of its own need not run without numbers
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        double_quant = check_quantization(config, module.quantization, module.double_quant, source.name)
+        folder = None if module.adapter is None else find_adapter_folder(module.adapter)
+        model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
         memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
         longest = _longest_row(module)

@@ -24,18 +24,12 @@ from qlora_lightning.model.layers.fuse import Fusion, choose_layers, needs_autoc
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
-from qlora_lightning.model.memory.micro_batch_size import (
-    MicroBatchSize,
-    MicroBatchTokens,
-    is_out_of_memory,
-    out_of_memory,
-)
+from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import filler_of, is_flat
+from qlora_lightning.model.step.batch import MicroBatches, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batches import MicroBatches, cut_batch
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
@@ -51,7 +45,7 @@ class QLoRAModule(lightning.LightningModule):
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``configure_optimizers``, ``on_load_checkpoint`` of a resume, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
-    ``on_before_optimizer_step``, ``optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
+    ``on_before_optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
     ``on_validation_epoch_end``; at last ``on_fit_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
@@ -169,17 +163,15 @@ class QLoRAModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
         checks.check_start(self, needed=(ExactResume, guard.TrainingGuard))
-        if self.model is None:
-            self._make_model()
-
-    def _make_model(self) -> None:
+        if self.model is not None:
+            return
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
             if self.adapter is not None and self.overrides("build_model"):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
-        self.choose_layers()
+        self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
@@ -246,15 +238,15 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        fusion = choose_layers(self.causal_lm, self.fast)
-        self.autocast_dtype = self._half_dtype if needs_autocast(self.causal_lm, fusion) else None
-        return fusion
+        return choose_layers(self.causal_lm, self.fast)
 
-    @property
-    def _half_dtype(self) -> torch.dtype | None:
-        """The compute dtype, unless it is float32."""
+    def _choose_autocast(self) -> None:
+        """Choose it once: inside evaluations PEFT switches off what trains."""
         name = self.identity.get("compute_dtype", "float32")
-        return None if name == "float32" else getattr(torch, name)
+        dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
+        self.autocast_dtype = dtype if needs_autocast(self.causal_lm, self.choose_layers()) else None
+        # transformers itself calls embedding and head for answers, which are in float32 if they train
+        self._autocast_dtype_of_answers = dtype if trains_ends(self.causal_lm) else self.autocast_dtype
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
@@ -290,11 +282,6 @@ class QLoRAModule(lightning.LightningModule):
     def _noise_alpha(self) -> float | None:
         return self.neftune_alpha if self.training else None
 
-    @property
-    def skips_unlabelled(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need."""
-        return forward.skips_unlabelled(self.causal_lm, self._noise_alpha, fast=self.fast)
-
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
         """Return the layout that came with a batch, or make it."""
         layout: Layout | None = batch.get("layout")
@@ -314,20 +301,19 @@ class QLoRAModule(lightning.LightningModule):
         return forward.build_layout(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``."""
+        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.
+
+        Under a sharded base, where a pass is one of all processes, each has as many parts.
+        """
         if not is_flat(batch):
             return [batch]
         cut: MicroBatches | None = batch.get("micro_batches")
         if cut is None or cut.max_tokens != self.micro_batch_size.tokens or not cut.matches(batch):
             cut = self._cut(batch).to(self.device).bind(batch)
-        return cut.parts(batch)
-
-    def _parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a batch; under a sharded base, where a pass is one of all processes, each has as many parts."""
-        parts = self.micro_batches(batch)
-        if self.sharded_base is not None:
-            missing = self.sharded_base.largest(len(parts)) - len(parts)
-            parts += [self.micro_batches(filler_of(batch))[0] for _ in range(missing)]
+        parts = cut.parts(batch)
+        if self.sharded_base is not None and (missing := self.sharded_base.largest(len(parts)) - len(parts)):
+            filler = filler_of(batch)
+            parts += self._cut(filler).to(self.device).parts(filler) * missing
         return parts
 
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
@@ -361,23 +347,23 @@ class QLoRAModule(lightning.LightningModule):
         if not self.window.batches:
             self.zero_grad(set_to_none=True)
         self.window.open_batch(batch, self.trainer.accumulate_grad_batches)
-        batches, means = [batch], list[Tensor]()
+        batches = [batch]
 
-        def run() -> None:
-            for each in batches:
-                means.append(self._compute_gradients(each))
-
-        while not self.micro_batch_size.attempt(self, batch, run):
+        def drop_gradients() -> None:
             self.zero_grad(set_to_none=True)
             self.window.clear_sums()
-            batches = self.window.batches
-        return means[-1]
+            batches[:] = self.window.batches
+
+        def compute() -> Tensor:
+            return [self._compute_gradients(each) for each in batches][-1]
+
+        return self.micro_batch_size.run(self, batch, compute, drop_gradients)
 
     def _compute_gradients(self, batch: dict[str, Any]) -> Tensor:
         """Compute and add up the gradients of a batch; return its mean loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in self._parts_of_step(batch):
+        for part in self.micro_batches(batch):
             sums = self.compute_loss(part)
             rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
             self.window.add(sums, rows)
@@ -401,14 +387,6 @@ class QLoRAModule(lightning.LightningModule):
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Leave the gradients alone, which are there when Lightning calls this: a window begins without."""
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().optimizer_step(*args, **kwargs)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(f"{self.device} in the optimizer's step", error) from None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, totals = self.window.divide_gradients(
@@ -437,24 +415,12 @@ class QLoRAModule(lightning.LightningModule):
         self._update(self.test_statistics, batch)
 
     def _update(self, statistics: losses.TokenStatistics, batch: dict[str, Any]) -> None:
-        for sums in self.run_in_parts(batch, self.compute_loss, self._parts_of_step):
+        for sums in self.run_in_parts(batch, self.compute_loss):
             statistics.update(sums)
 
-    def run_in_parts(
-        self,
-        batch: dict[str, Any],
-        compute: Callable[[dict[str, Any]], _Result],
-        cut: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
-    ) -> list[_Result]:
+    def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
-        results = list[_Result]()
-
-        def run() -> None:
-            results[:] = [compute(part) for part in (cut or self.micro_batches)(batch)]
-
-        while not self.micro_batch_size.attempt(self, batch, run):
-            pass
-        return results
+        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.micro_batches(batch)])
 
     def on_validation_start(self) -> None:
         self.choose_layers()
@@ -496,7 +462,7 @@ class QLoRAModule(lightning.LightningModule):
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
         adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
-        self.choose_layers()
+        self._choose_autocast()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily; return token ids."""
@@ -510,9 +476,7 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        # transformers itself calls embedding and head, which are in float32 if they train
-        dtype = self._half_dtype if trains_ends(self.causal_lm) else self.autocast_dtype
-        with sharded.collective_passes(self), self._autocast(dtype):
+        with sharded.collective_passes(self), self._autocast(self._autocast_dtype_of_answers):
             return generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )

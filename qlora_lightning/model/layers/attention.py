@@ -41,7 +41,7 @@ NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
 _HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
-_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types whose attention is not told its window, which the mask alone has
+_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types that hand their window to the mask alone, and not to attention
 
 
 class FlatBatch(NamedTuple):

@@ -80,7 +80,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 
 def check_quantization(config: Any, quantization: Quantization, double_quant: bool, name: str) -> bool:
-    """Return whether the scales are quantized; of a base that is stored quantized, that is said by its config.
+    """Return whether the scales are quantized; of a base that is stored quantized, its config tells.
 
     Raises:
         UserError: The base is stored otherwise than asked for.

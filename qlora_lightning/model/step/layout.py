@@ -1,4 +1,4 @@
-"""What of a micro-batch is computed, and where it lies: made once, on the host, before the batch moves to the device.
+"""What of a micro-batch is computed, and where it is: made once, on the host, before the batch moves to the device.
 
 In a causal model a token's states depend on it and on those before it. So no loss depends on what comes behind the last
 token from which something is predicted; and where samples begin with the same tokens (a system prompt, definitions of
@@ -146,7 +146,7 @@ class Layout(OfBatch):
         predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
         targets: What is predicted from each, ``(K,)``.
         counts: How many are predicted of each sample.
-        samples: Where samples lie.
+        samples: Where samples are.
         rows: The ids of the batch's rows.
     """
 

@@ -63,8 +63,8 @@ def decoder_layers(causal_lm: Any) -> list[Any]:
     stacks: list[Any] = [each for each in causal_lm.modules() if isinstance(each, nn.ModuleList) and len(each)]
     if not stacks:
         raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
-    said = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
-    largest = max(said or stacks, key=lambda stack: sum(each.numel() for each in stack.parameters()))
+    counted = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
+    largest = max(counted or stacks, key=lambda stack: sum(each.numel() for each in stack.parameters()))
     return [layer for stack in stacks if type(stack[0]) is type(largest[0]) for layer in stack]
 
 

@@ -1,7 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,27 +16,20 @@ from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import checks, guard
-from qlora_lightning.model.layers.fuse import Fusion, choose_layers
+from qlora_lightning.model.layers.fuse import Fusion, choose_layers, needs_autocast, trains_ends
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
-from qlora_lightning.model.memory.micro_batch_size import (
-    MicroBatchSize,
-    MicroBatchTokens,
-    is_out_of_memory,
-    out_of_memory,
-)
+from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import filler_of, is_flat
+from qlora_lightning.model.step.batch import MicroBatches, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batches import MicroBatches
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
@@ -53,7 +45,7 @@ class QLoRAModule(lightning.LightningModule):
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``configure_optimizers``, ``on_load_checkpoint`` of a resume, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
-    ``on_before_optimizer_step``, ``optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
+    ``on_before_optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
     ``on_validation_epoch_end``; at last ``on_fit_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
@@ -171,10 +163,8 @@ class QLoRAModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
         checks.check_start(self, needed=(ExactResume, guard.TrainingGuard))
-        if self.model is None:
-            self._make_model()
-
-    def _make_model(self) -> None:
+        if self.model is not None:
+            return
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
             self.model = self.build_model()
             if self.adapter is not None and self.overrides("build_model"):
@@ -197,12 +187,12 @@ class QLoRAModule(lightning.LightningModule):
         Returns:
             A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
         """
-        device, size = self._device_of_process(), self.micro_batch_size
-        model_type = None
+        device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
             model_type = open_base(self.base, self.revision, weights=False).model_type
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if self._trainer is not None and self.trainer.state.fn == "fit" and self.micro_batch_size.is_auto:
+            self.micro_batch_size.plan(self, dtype)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
             name=self.base,
@@ -216,7 +206,6 @@ class QLoRAModule(lightning.LightningModule):
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,
-            before_load=functools.partial(size.plan, self) if fits and size.is_auto else None,
         )
         return model
 
@@ -236,49 +225,28 @@ class QLoRAModule(lightning.LightningModule):
         machine.trim_malloc()
 
     @property
-    def fast(self) -> bool:
-        """Whether layers, attention and loss are ours; of a model that is built so it may be changed at any time."""
-        return self._fast
-
-    @fast.setter
-    def fast(self, fast: bool) -> None:
-        self._fast = fast
-        if self.model is not None:
-            self._choose_autocast()
-
-    @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return self._autocast(self.autocast_dtype)
 
-    def _autocast_answers(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute likewise, embedding and head included, which transformers calls itself."""
-        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        return torch.autocast(self.device.type, dtype, enabled=self._trains_ends and dtype != torch.float32)
-
-    def _choose_autocast(self) -> None:
-        """Let PEFT's own layers compute in the compute dtype: their adapters are in float32."""
-        dtype: torch.dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        ends = [end for end in (self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()) if end]
-        beside = {parameter for end in ends for parameter in end.parameters()}  # which are cast where they are used
-        trains_beside = any(
-            ".lora_" not in name and parameter not in beside
-            for name, parameter in lora.trainable_tensors(self.model).items()
-        )
-        self._trains_ends = any(parameter.requires_grad for parameter in beside)
-        trains_beside |= self._trains_ends and not runs_flat(self.causal_lm.config)
-        is_plain = trains_beside or any(self.choose_layers().linears.values())
-        self.autocast_dtype = dtype if is_plain and dtype != torch.float32 else None
+    def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
         return choose_layers(self.causal_lm, self.fast)
+
+    def _choose_autocast(self) -> None:
+        """Choose it once: inside evaluations PEFT switches off what trains."""
+        name = self.identity.get("compute_dtype", "float32")
+        dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
+        self.autocast_dtype = dtype if needs_autocast(self.causal_lm, self.choose_layers()) else None
+        # transformers itself calls embedding and head for answers, which are in float32 if they train
+        self._autocast_dtype_of_answers = dtype if trains_ends(self.causal_lm) else self.autocast_dtype
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
@@ -314,11 +282,6 @@ class QLoRAModule(lightning.LightningModule):
     def _noise_alpha(self) -> float | None:
         return self.neftune_alpha if self.training else None
 
-    @property
-    def skips_unlabelled(self) -> bool:
-        """Whether the loss is computed without the tokens that it does not need."""
-        return forward.skips_unlabelled(self.causal_lm, self._noise_alpha, fast=self.fast)
-
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
         """Return the layout that came with a batch, or make it."""
         layout: Layout | None = batch.get("layout")
@@ -338,25 +301,24 @@ class QLoRAModule(lightning.LightningModule):
         return forward.build_layout(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``."""
+        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.
+
+        Under a sharded base, where a pass is one of all processes, each has as many parts.
+        """
         if not is_flat(batch):
             return [batch]
         cut: MicroBatches | None = batch.get("micro_batches")
-        if cut is None or not cut.are_of(batch, self.micro_batch_size.tokens):
+        if cut is None or cut.max_tokens != self.micro_batch_size.tokens or not cut.matches(batch):
             cut = self._cut(batch).to(self.device).bind(batch)
-        return cut.parts(batch)
-
-    def _parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a batch; under a sharded base, where a pass is one of all processes, each has as many parts."""
-        parts = self.micro_batches(batch)
-        if self.sharded_base is not None:
-            missing = self.sharded_base.largest(len(parts)) - len(parts)
-            parts += [self.micro_batches(filler_of(batch))[0] for _ in range(missing)]
+        parts = cut.parts(batch)
+        if self.sharded_base is not None and (missing := self.sharded_base.largest(len(parts)) - len(parts)):
+            filler = filler_of(batch)
+            parts += self._cut(filler).to(self.device).parts(filler) * missing
         return parts
 
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
         pads = forward.pads_samples(self.causal_lm, self.device)
-        return MicroBatches.cut(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
+        return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
 
     def setup(self, stage: str) -> None:
         checks.check_setup(self)
@@ -385,23 +347,23 @@ class QLoRAModule(lightning.LightningModule):
         if not self.window.batches:
             self.zero_grad(set_to_none=True)
         self.window.open_batch(batch, self.trainer.accumulate_grad_batches)
-        batches, means = [batch], list[Tensor]()
+        batches = [batch]
 
-        def run() -> None:
-            for each in batches:
-                means.append(self._compute_gradients(each))
-
-        while not self.micro_batch_size.attempt(self, batch, run):
+        def drop_gradients() -> None:
             self.zero_grad(set_to_none=True)
             self.window.clear_sums()
-            batches = self.window.batches
-        return means[-1]
+            batches[:] = self.window.batches
+
+        def compute() -> Tensor:
+            return [self._compute_gradients(each) for each in batches][-1]
+
+        return self.micro_batch_size.run(self, batch, compute, drop_gradients)
 
     def _compute_gradients(self, batch: dict[str, Any]) -> Tensor:
         """Compute and add up the gradients of a batch; return its mean loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in self._parts_of_step(batch):
+        for part in self.micro_batches(batch):
             sums = self.compute_loss(part)
             rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
             self.window.add(sums, rows)
@@ -425,14 +387,6 @@ class QLoRAModule(lightning.LightningModule):
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Leave the gradients alone, which are there when Lightning calls this: a window begins without."""
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().optimizer_step(*args, **kwargs)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise out_of_memory(f"{self.device} in the optimizer's step", error) from None
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, totals = self.window.divide_gradients(
@@ -461,24 +415,12 @@ class QLoRAModule(lightning.LightningModule):
         self._update(self.test_statistics, batch)
 
     def _update(self, statistics: losses.TokenStatistics, batch: dict[str, Any]) -> None:
-        for sums in self.run_in_parts(batch, self.compute_loss, self._parts_of_step):
+        for sums in self.run_in_parts(batch, self.compute_loss):
             statistics.update(sums)
 
-    def run_in_parts(
-        self,
-        batch: dict[str, Any],
-        compute: Callable[[dict[str, Any]], _Result],
-        cut: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
-    ) -> list[_Result]:
+    def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
-        results = list[_Result]()
-
-        def run() -> None:
-            results[:] = [compute(part) for part in (cut or self.micro_batches)(batch)]
-
-        while not self.micro_batch_size.attempt(self, batch, run):
-            pass
-        return results
+        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.micro_batches(batch)])
 
     def on_validation_start(self) -> None:
         self.choose_layers()
@@ -534,7 +476,7 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with sharded.collective_passes(self), self._autocast_answers(), self.autocast():
+        with sharded.collective_passes(self), self._autocast(self._autocast_dtype_of_answers):
             return generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )
@@ -572,17 +514,10 @@ class QLoRAModule(lightning.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
     ) -> Self:
-        """Make a module from a checkpoint: settings, base and adapter.
+        """Make a module from a checkpoint: settings, base and adapter, on the device ``map_location``.
 
-        Whether code that comes with the base may run is not taken from the checkpoint: pass ``trust_remote_code``.
-
-        Args:
-            checkpoint_path: A file that a run wrote.
-            map_location: Device of the module.
-            overrides: Arguments of the module that replace saved ones.
-
-        Raises:
-            UserError: The file is no checkpoint or a foreign one, or belongs to another base.
+        ``overrides`` replace saved arguments. Whether code that comes with the base may run is not taken from the
+        checkpoint: pass ``trust_remote_code``.
         """
         module: Self = restore_module(cls, checkpoint_path, map_location, overrides)
         return module

@@ -152,8 +152,8 @@ class ShardedBase:
             now = self._all_reduce_min(wanted)
 
     def largest(self, number: int) -> int:
-        """Return the largest number that a process has."""
-        return -self._all_reduce_min(-number)
+        """Return the largest number that a process has; inside :meth:`collective_passes` its own."""
+        return number if self._announces else -self._all_reduce_min(-number)
 
     def _all_reduce_min(self, number: int) -> int:
         smallest = torch.tensor(number, device=self._device)

@@ -3,14 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 from lightning import Callback
 from lightning.pytorch.callbacks import Checkpoint
 
-from qlora_lightning.callbacks import StopSignals
 from tests.dying import MachineFailed
 
 
@@ -56,21 +53,6 @@ class Ask(Callback):
     def on_validation_batch_start(self, trainer, *_):
         if not trainer.sanity_checking:
             self.on_train_batch_start(trainer)
-
-
-class Call(Callback):
-    """Run a command when a batch of the run begins, and wait for the signal that it leads to."""
-
-    def __init__(self, commands: dict[int, list[str]]):
-        self.commands = commands
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        command = self.commands.get(trainer.fit_loop.total_batch_idx)
-        if command and trainer.is_global_zero:
-            subprocess.run([os.path.expandvars(word) for word in command])  # which the signal may reach too
-            (stop,) = (each for each in trainer.callbacks if isinstance(each, StopSignals))
-            while stop.received is None:
-                time.sleep(0.1)
 
 
 class LoseMachine(Callback):

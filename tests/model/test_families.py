@@ -24,20 +24,9 @@ from tests.random_base import save_family
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
 
 # Each has something of its own: windows, caps, scales, biases, Conv1D, learned positions, layers of another name …
-FLAT = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma2",
-    "gemma3_text",
-    "gemma4_text",
-    "granite",
-    "olmo",
-    "smollm3",
-)
-FLAT += ("cohere2", "deepseek_v2", "gpt2", "gpt_neox", "hyperclovax", "nemotron", "opt", "starcoder2")
+FLAT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gemma4_text")
+FLAT += ("granite", "olmo", "smollm3", "cohere2", "deepseek_v2", "gpt2", "gpt_neox")
+FLAT += ("hyperclovax", "nemotron", "opt", "starcoder2")
 ROW_BY_ROW = ("qwen3_5_text", "gpt_oss", "bloom", "modernbert-decoder")
 
 
@@ -98,20 +87,8 @@ def test_a_type_that_transformers_does_not_have_is_rejected(tiny_base, tmp_path)
     base = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"model_type": "llama9"}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UserError, match="its model_type is 'llama9', which is no causal language model of this version"
-    ):
+    with pytest.raises(UserError, match="its model_type is 'llama9', which is no causal language model of this ver"):
         QLoRAModule(str(base)).configure_model()
-
-
-def test_a_llama_ignores_a_window_that_its_config_switches_off(tiny_base, tmp_path):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text()) | {"sliding_window": 4, "use_sliding_window": False}
-    (base / "config.json").write_text(json.dumps(config))
-    module = make_module(base, quantization="none")
-    _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
-    module.fast = False
-    assert distance(gradients, loss_and_gradients(module, make_batch(families.LENGTHS))[1]) <= 2e-6
 
 
 @pytest.mark.slow
@@ -130,7 +107,6 @@ def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, tmp_path, tiny_
 def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, reentrant, tmp_path):
     dropout = {"dropout": 0.1} if model_type == "opt" else {}  # which OPT calls as a function
     module = make_module(families.save_random(tmp_path, model_type, **dropout), quantization="none")
-    assert module.skips_unlabelled == (not dropout)
     torch.manual_seed(1)
     _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
     if reentrant is None:

@@ -1,9 +1,6 @@
 """Fused layers compute what those of PEFT and transformers do, and only where nobody would miss these."""
 
 import logging
-import shutil
-import subprocess
-import sys
 
 import lightning
 import peft
@@ -13,7 +10,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.base.cache import list_entries
 from qlora_lightning.model.cpu import library
 from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.attention import FlatBatch
@@ -85,18 +81,6 @@ def fresh(tmp_path, monkeypatch):
     library.load_library.cache_clear()
     yield
     library.load_library.cache_clear()
-
-
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="takes Linux and g++")
-@pytest.mark.usefixtures("fresh")
-def test_the_attention_is_compiled_once_for_a_cpu_and_kept(monkeypatch, tmp_path):
-    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')  # the whole of it takes some seconds
-    monkeypatch.setattr(library, "_SOURCES", (tmp_path / "one.cpp",))
-    assert library.load_library().one() == 1
-    library.load_library.cache_clear()
-    monkeypatch.setattr(subprocess, "run", None)
-    assert library.load_library().one() == 1
-    assert [entry.label for entry in list_entries("kernels")] == ["C++ attention for this CPU"]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -190,7 +174,6 @@ TRAINED_NORMS = {"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["
     [
         ({}, "32-true", None),
         ({"dropout": 0.1}, "32-true", "model.dropout is not 0"),
-        ({"lora_options": {"use_dora": True}}, "32-true", "model.lora_options ask for more than plain LoRA"),
         (TRAINED_NORMS, "32-true", "their parts are hooked, replaced or trained"),
         (TRAINED_EMBEDDING, "32-true", None),
         ({}, "bf16-mixed", "trainer.precision is bf16-mixed"),

@@ -1,4 +1,7 @@
-"""A step fits by itself: whatever goes through the model at a time, the adapter is the same."""
+"""A step fits by itself: whatever goes through the model at a time, the adapter is the same.
+
+Windows are of 6, 6 and a short one of 4 rows, however they are cut into batches and micro-batches.
+"""
 
 import json
 import re
@@ -41,13 +44,14 @@ class Hungry(QLoRAModule):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
-def train(base, file, tmp_path, *callbacks, fails=(), where="backward", batch_size=8, accumulate=1, **options):
+def train(base, file, tmp_path, *callbacks, fails=(), where="backward", batch_size=6, accumulate=1, **options):
     lightning.seed_everything(7, verbose=False)
     settings = {"rank": 4, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0} | options
     module = Hungry(str(base), **settings)
     module.fails, module.where = frozenset(fails), where
     data = InstructionDataModule(str(file), val=str(file), tokenizer=str(base), batch_size=batch_size)
-    trainer = make_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[*callbacks])
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
+    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks], **options)
     trainer.fit(module, data)
     adapter = torch.cat([each.detach().flatten() for each in module.parameters() if each.requires_grad])
     return module, adapter, trainer.callback_metrics
@@ -69,7 +73,8 @@ def whole(tiny_base, tmp_path_factory):
         {"micro_batch_tokens": 1},
         {"fails": [2]},  # in the second step
         {"fails": [2, 3], "where": "forward"},  # and again
-        {"batch_size": 4, "accumulate": 2, "fails": [4]},  # in the second batch of a window
+        {"batch_size": 1, "accumulate": 6},
+        {"batch_size": 3, "accumulate": 2, "fails": [4]},  # in the second batch of a window
         {"fails": [5], "where": "forward"},  # in a validation
     ],
     ids=str,
@@ -90,7 +95,7 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     out = capsys.readouterr().out
     assert re.search(
-        r"Memory ran out in a row of \d+ tokens: training goes on with gradient checkpointing, with the same", out
+        r"Memory ran out in a row of \d+ tokens: training continues with gradient checkpointing, with the same", out
     )
     with pytest.raises(UserError) as reported:
         train(tiny_base, file, tmp_path, GradientCheckpointing(False), fails=[3], **options)
@@ -139,14 +144,12 @@ def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
-    trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
-    size = MicroBatchSize("auto")
-    size.choices = CHOICES
-    module = SimpleNamespace(trainer=trainer, optimizer_config=None, base="tiny")
-    model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
-    words = "tiny does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
+    module = QLoRAModule(str(tiny_base), rank=2)
+    module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
+    module.micro_batch_size.choices = CHOICES
+    words = "does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
     with pytest.raises(UserError, match=words):
-        size.plan(module, model, torch.bfloat16, True)
+        module.micro_batch_size.plan(module, torch.bfloat16)
 
     def refuse(*_):
         raise UserError("It does not fit.")

@@ -114,13 +114,7 @@ def test_a_folder_stored_otherwise_than_asked_is_refused(tiny_base, tmp_path, le
         ("bf16", "cpu", {"capabilities": {}}, torch.bfloat16, "no bf16: products take up to a hundred times as long"),
         ("auto", "cuda", {}, torch.bfloat16, None),
         ("auto", "cuda", {"capability": (7, 5)}, torch.float16, "products are computed in float16"),
-        (
-            "auto of gemma2",
-            "cuda",
-            {"capability": (7, 5)},
-            torch.float32,
-            "in float32, in which this family does",
-        ),
+        ("auto of gemma2", "cuda", {"capability": (7, 5)}, torch.float32, "in float32, in which this family does"),
         ("bf16", "cuda", {"capability": (7, 5)}, UserError, "only emulates: set it to fp16, or to auto"),
     ],
 )

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -91,13 +90,6 @@ def restore_module(kind: type, file: str | Path, map_location: Any, overrides: d
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     known = content["settings"] if takes_any else parameters
     settings = {**usable_settings(content["settings"], known, kind.__name__), **overrides}
-    start = settings.get("adapter")
-    if start is not None and not find_adapter_folder(start).is_dir():
-        shape = {"adapter": None, **(content["identity"].get("adapter") or {})}
-        raise UserError(
-            f"{file} continues the adapter folder {start}, which is not there: pass its new place as adapter=…, or "
-            f"{', '.join(f'{name}={value!r}' for name, value in shape.items())}."
-        )
     module: Any = kind(**settings)
     module.to(map_location)
     module.configure_model()

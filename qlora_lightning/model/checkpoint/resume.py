@@ -106,11 +106,10 @@ class ExactResume(Callback):
 
 def capture_generators() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's generators, and of the one of this process's GPU."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if _computes_on_gpu() else [],
     }
@@ -120,8 +119,7 @@ def restore_generators(state: dict[str, Any]) -> None:
     """Put back what :func:`capture_generators` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and _computes_on_gpu():
         torch.cuda.set_rng_state(state["cuda"][0])

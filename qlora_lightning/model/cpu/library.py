@@ -95,7 +95,7 @@ def has_function(name: str, dtype: torch.dtype) -> bool:
 
 
 def are_cpu_tensors(*tensors: Tensor) -> bool:
-    """Whether tensors lie in this machine's memory; those of torch's tracers do not."""
+    """Whether tensors are in this machine's memory; those of torch's tracers are not."""
     return all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in tensors)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +16,7 @@ from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length, format_locations, row_locations
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import callbacks_of, datamodule_of
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback
 
 # ---- where a run starts ----------------------------------------------------------------------------------------------
 
@@ -34,13 +35,8 @@ def check_setup(module: Any) -> None:
         )
 
 
-def check_start(module: Any, needed: tuple[type, ...]) -> None:
+def check_start(module: Any, needed: tuple[type[Callback], ...]) -> None:
     """Check what a module runs with, before its model is built; a fit needs some callbacks."""
-    if module.fast and module._compiler_ctx is not None:
-        raise UserError(
-            "The module is compiled by torch.compile, which breaks the backward of its fused layers: pass it as it is, "
-            "or set model.fast to false."
-        )
     trainer = module._trainer
     if trainer is None:
         return
@@ -50,7 +46,15 @@ def check_start(module: Any, needed: tuple[type, ...]) -> None:
                 f"{type(module).__name__} overrides training_step, which computes the gradients itself: a loss that it "
                 "returns would change nothing. Override compute_loss, or use a callback."
             )
-        _check_callbacks(callbacks_of(trainer), needed)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+                name = type(callback).__name__
+                raise UserError(f"{name} averages the whole model, a frozen base's packed bytes too: leave it out.")
+        if missing := [kind.__name__ for kind in needed if find_callback(trainer, kind) is None]:
+            raise RuntimeError(
+                f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
+                "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
+            )
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization, trainer.world_size)
 
 
@@ -79,21 +83,6 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str, p
         )
     if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
         raise UserError("trainer.strategy ddp_sharded is untested with model.quantization int8: set nf4, or use `ddp`.")
-
-
-def _check_callbacks(callbacks: list[Any], needed: tuple[type, ...]) -> None:
-    for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise UserError(
-                f"{type(callback).__name__} averages the whole model, with the packed bytes of a frozen base: leave it "
-                "out."
-            )
-    for kind in needed:
-        if not any(isinstance(callback, kind) for callback in callbacks):
-            raise RuntimeError(
-                f"{kind.__name__} is missing, and runs would not resume, or not be watched over: return "
-                "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
-            )
 
 
 # ---- in a step -------------------------------------------------------------------------------------------------------

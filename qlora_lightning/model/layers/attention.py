@@ -10,7 +10,7 @@ the same numbers within rounding:
 * else, and as the plain way, torch's attention for one sample after the other.
 
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
-with a mask; a soft cap on the scores (Gemma 2) takes the last way, by transformers' own code.
+with a mask; a soft cap on the scores (Gemma 2) takes the last way, its scores written out.
 
 Outside of it, as when transformers generates, this is torch's attention with transformers' mask.
 """
@@ -21,7 +21,6 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
 _HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
-_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types whose attention is not told its window, which the mask alone has
+_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types that hand their window to the mask alone, and not to attention
 
 
 class FlatBatch(NamedTuple):
@@ -260,7 +259,7 @@ def attend_per_sample(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA; with a soft cap by transformers' code."""
+    """Attend for one sample after the other by torch's SDPA; with a soft cap written out."""
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
         states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
@@ -283,18 +282,15 @@ def _attend_capped(
     dropout: float,
     softcap: float,
 ) -> Tensor:
-    """Attend as Gemma 2 does in transformers: torch's kernels have no soft cap. Without a mask it is causal."""
-    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
-
+    """Attend as Gemma 2 does: torch's kernels have no soft cap. Without a mask it is causal."""
     n_queries, n_keys = query.shape[2], key.shape[2]
     if mask is None:  # the queries are of the last tokens
         mask = query.new_ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    module: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], training=dropout > 0)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attn_out: Tensor
-    attn_out, _ = eager_attention_forward(module, query, key, value, bias, dropout, scaling, softcap)
-    return attn_out
+    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
+    return (probs @ value).transpose(1, 2)
 
 
 class SampleAttention(torch.autograd.Function):

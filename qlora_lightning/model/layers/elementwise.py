@@ -38,7 +38,7 @@ def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @functools.cache
 def compile_region(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """Compile a region for any number of tokens, and for each width anew: a kernel is quicker if it knows that."""
+    """Compile a region for any number of tokens, and for each width again: a kernel is quicker if it knows that."""
     return torch.compile(function, dynamic=False, backend=backend)
 
 

@@ -77,6 +77,24 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
     return fusion
 
 
+def needs_autocast(causal_lm: Any, fusion: Fusion) -> bool:
+    """Whether something trains in float32 in layers of PEFT or transformers, which do not cast it by themselves."""
+    ends = {parameter for end in _ends(causal_lm) for parameter in end.parameters()}  # which flat batches cast
+    trained = [(name, each) for name, each in causal_lm.named_parameters() if each.requires_grad]
+    is_flat = runs_flat(causal_lm.config)
+    trains_beside = any(not is_flat if each in ends else ".lora_" not in name for name, each in trained)
+    return trains_beside or any(fusion.linears.values())
+
+
+def trains_ends(causal_lm: Any) -> bool:
+    """Whether embedding or head train."""
+    return any(map(_trains, _ends(causal_lm)))
+
+
+def _ends(causal_lm: Any) -> list[nn.Module]:
+    return [end for end in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()) if end]
+
+
 def _checkpoint_in_our_way(causal_lm: Any) -> None:
     """Let layers that others checkpoint know their flat batch in backward too, and be checkpointed non-reentrant."""
     functions = [

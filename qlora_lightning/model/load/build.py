@@ -1,7 +1,6 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,9 @@ from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtyp
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
-BeforeLoad = Callable[[peft.PeftModel, torch.dtype, bool], None]
-
 
 def assemble_model(
-    adapter: str | None,
-    adapter_options: dict[str, Any],
-    fast: bool,
-    before_load: BeforeLoad | None = None,
-    **base_options: Any,
+    adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
 
@@ -55,8 +48,6 @@ def assemble_model(
         adapter: Folder of an adapter.
         adapter_options: Of new ones.
         fast: Whether layers run fused.
-        before_load: Called before any weight is downloaded or loaded: with the model on the meta device, the dtype of
-            the products, and whether its scales are quantized.
         base_options: Arguments of ``load_base``.
 
     Returns:
@@ -64,14 +55,6 @@ def assemble_model(
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
-    if before_load is not None:
-        source = open_base(base_options["name"], base_options["revision"], weights=False)
-        has_code = base_options["trust_remote_code"] and "auto_map" in read_config(source.folder, source.name)
-        if not has_code:  # which need not run without numbers
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-            dtype, quantization = base_options["compute_dtype"], base_options["quantization"]
-            double_quant = check_quantization(config, quantization, base_options["double_quant"], source.name)
-            before_load(meta_model(config, dtype, quantization, folder, adapter_options, fast), dtype, double_quant)
     base, source, identity = load_base(**base_options)
     if folder is not None:
         check_identity(stored, identity, f"The adapter folder {folder}")
@@ -97,7 +80,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 
 def check_quantization(config: Any, quantization: Quantization, double_quant: bool, name: str) -> bool:
-    """Return whether the scales are quantized; of a base that is stored quantized, that is said by its config.
+    """Return whether the scales are quantized; of a base that is stored quantized, its config tells.
 
     Raises:
         UserError: The base is stored otherwise than asked for.

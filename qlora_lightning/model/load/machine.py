@@ -1,4 +1,4 @@
-"""The machine: its dtypes, its memory and its allocator; out of memory, reported with what helps."""
+"""The machine: its dtypes, its memory and its allocator."""
 
 import ctypes
 import sys

@@ -3,13 +3,16 @@
 import dataclasses
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import peft
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from transformers import AutoConfig
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.base.tensors import GIB, format_gib
+from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -26,6 +29,7 @@ REMEDIES = (
     "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
     "auto, or trainer.strategy: ddp_sharded_offload"
 )
+Result = TypeVar("Result")
 _report = rank_zero_only(say)
 
 
@@ -42,13 +46,7 @@ class Checkpointing(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How a step fits.
-
-    Attributes:
-        tokens: The most of a micro-batch; 0 if the longest row does not fit.
-        choice: Of checkpointing.
-        step: The formula, with that.
-    """
+    """How a step fits: the most ``tokens`` of a micro-batch, 0 if the longest row does not fit; and the formula."""
 
     tokens: int
     choice: Checkpointing
@@ -85,13 +83,9 @@ def usable_bytes(memory: float) -> float:
 
 
 def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
-    """Correct the planned tokens of a micro-batch by the peak of one that had them: what is beside ``held`` grows so.
+    """Correct the planned tokens of a micro-batch by the peak of one that had them, in bytes.
 
-    Args:
-        tokens: Of that micro-batch.
-        held: Bytes of base, adapters, gradients and the optimizer's state.
-        peak: The most bytes that were in use.
-        usable: As in :func:`find_fit`.
+    What is beside ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
     """
     factor = (usable - held) / max(peak - held, 1.0)
     return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
@@ -124,22 +118,23 @@ class MicroBatchSize:
         self.choices = [Checkpointing()]
         self.apply: Callable[[Checkpointing], None] = lambda choice: None
         self._planned = ""
-        self._steps, self._is_measured = 0, True
+        self._is_measured = True
 
     # ---- before a base is loaded -------------------------------------------------------------------------------------
 
-    def plan(self, module: Any, model: peft.PeftModel, dtype: torch.dtype, double_quant: bool) -> None:
-        """Plan a fit by the formula.
-
-        Args:
-            module: The module of the fit.
-            model: Its model on the meta device.
-            dtype: Of the products.
-            double_quant: Whether the base's scales are quantized.
+    def plan(self, module: Any, dtype: torch.dtype) -> None:
+        """Plan a fit by the formula, whose products are in ``dtype``: before any weight is downloaded or loaded.
 
         Raises:
             UserError: The longest row does not fit on the GPU, whatever is done.
         """
+        source = open_base(module.base, module.revision, weights=False)
+        if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
+            return  # code of its own need not run without numbers
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        double_quant = check_quantization(config, module.quantization, module.double_quant, source.name)
+        folder = None if module.adapter is None else find_adapter_folder(module.adapter)
+        model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
         memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
         longest = _longest_row(module)
@@ -170,7 +165,7 @@ class MicroBatchSize:
                 f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
                 "model.micro_batch_tokens tries it without a plan."
             )
-        self.tokens, self._steps, self._is_measured = fit.tokens, 0, False
+        self.tokens, self._is_measured = fit.tokens, False
         self._planned = f", planned for {format_gib(usable_bytes(memory))}"
 
     def announce(self) -> None:
@@ -186,8 +181,7 @@ class MicroBatchSize:
             module: On a GPU; its gradients of a step are there.
             was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
         """
-        self._steps += 1
-        if self._is_measured or self._steps < 2 or not was_cut:
+        if self._is_measured or not module.trainer.global_step or not was_cut:
             return
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
@@ -196,34 +190,34 @@ class MicroBatchSize:
         _report(f"Measured: {peak / GIB:.2f} GiB at the peak. At most {tokens:,} tokens go through at a time from now.")
         self.tokens = tokens
 
-    def attempt(self, module: Any, batch: Any, run: Callable[[], None]) -> bool:
-        """Run what takes memory; if that runs out, let less of it go through the model the next time.
+    def run(
+        self, module: Any, batch: Any, compute: Callable[[], Result], before_retry: Callable[[], None] = lambda: None
+    ) -> Result:
+        """Return what takes memory to compute: as often as memory runs out, with less in the model at a time.
 
         Args:
             module: The module whose pass this is.
             batch: The largest batch at work.
-            run: Runs it; what it has made must not matter when it runs again.
-
-        Returns:
-            Whether memory sufficed.
+            compute: Computes it.
+            before_retry: Called before it is computed again.
 
         Raises:
             UserError: Nothing is left that would help.
         """
-        try:
-            run()
-            return True
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            words = str(error).partition("\n")[0]
-        if module.sharded_base is not None:  # the other processes wait in their passes
-            raise UserError(
-                f"Out of memory on {module.device} under a sharded base: {words} Set model.micro_batch_tokens "
-                f"to less than {self.tokens:,}, or gradient_checkpointing.enabled to true."
-            )
-        self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
-        return False
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                words = str(error).partition("\n")[0]
+            if module.sharded_base is not None:  # the other processes wait in their passes
+                raise UserError(
+                    f"Out of memory on {module.device} under a sharded base: {words} Set model.micro_batch_tokens "
+                    f"to less than {self.tokens:,}, or gradient_checkpointing.enabled to true."
+                )
+            self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
+            before_retry()
 
     def _reduce(self, module: Any, batch: Any, words: str) -> None:
         if module.device.type == "cuda":
@@ -241,34 +235,31 @@ class MicroBatchSize:
             del self.choices[0]
             self.apply(self.choices[0])
             _report(
-                f"Memory ran out in a row of {tokens:,} tokens: training goes on {self.choices[0]}, with the same "
+                f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
                 "result, by about a third slower."
             )
         else:
             row_ids = largest["row_ids"].tolist() if "row_ids" in largest else []
             place = format_locations(row_locations(datamodule_of(module._trainer), row_ids))
-            raise out_of_memory(f"{module.device} in one row of {tokens:,} tokens ({place})", words)
+            raise UserError(
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: "
+                f"{REMEDIES}."
+            )
 
     # ---- in checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on with."""
+        """Return what a resumed run restores."""
         return {"tokens": self.tokens, "checkpointing": list(self.choices[0])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what a run had found, unless a number is set."""
+        """Restore what a run had found, unless a number is set."""
         if not self.is_auto:
             return
         self.tokens, self._is_measured, self._planned = state["tokens"], True, ""
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]
-
-
-def out_of_memory(place: str, error: object) -> UserError:
-    """Return what to report if nothing is left that would help."""
-    words = str(error).partition("\n")[0]
-    return UserError(f"Out of memory on {place}: {words} What is left: {REMEDIES}.")
 
 
 def _longest_row(module: Any) -> int:

@@ -1,13 +1,18 @@
-"""A micro-batch: its rows, where they are from, and how many of their tokens are computed."""
+"""A flat batch: its rows, where they are from, and the parts in which it goes through the model.
 
+Gradients are of sums, so that it does not matter how a batch is cut.
+"""
+
+import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 
-from qlora_lightning.model.step.layout import IGNORED
+from qlora_lightning.model.step.layout import IGNORED, Layout, OfBatch
 from qlora_lightning.support.errors import UserError
 
 _PER_TOKEN, _PER_ROW = (
@@ -103,6 +108,49 @@ def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: S
     part["cu_seqlens"] = batch["cu_seqlens"][first : last + 1] - start
     part["longest"] = max(after - before for before, after in itertools.pairwise(cu_seqlens[first : last + 1]))
     return part
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatches(OfBatch):
+    """A flat batch, cut into parts of whole rows.
+
+    Attributes:
+        cu_seqlens: Where the batch's samples begin, and the last one ends: on the host.
+        samples: The first sample of each part, and the one behind its last.
+        layouts: Of each part.
+        max_tokens: That a part was to have.
+    """
+
+    cu_seqlens: list[int]
+    samples: list[tuple[int, int]]
+    layouts: list[Layout]
+    max_tokens: int
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
+        """Move to a device, as Lightning moves a batch."""
+        return dataclasses.replace(self, layouts=[each.to(device, non_blocking) for each in self.layouts])
+
+    def parts(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the parts of a batch, each a flat batch with its ``layout``."""
+        found = []
+        for (first, last), layout in zip(self.samples, self.layouts, strict=True):
+            part = dict(batch) if len(self.samples) == 1 else slice_samples(batch, first, last, self.cu_seqlens)
+            part.pop("micro_batches", None)
+            found.append({**part, "layout": layout.bind(part)})
+        return found
+
+
+def cut_batch(
+    batch: Mapping[str, Any], max_tokens: int, lay_out: Callable[[Mapping[str, Any]], Layout], *, pads: bool
+) -> MicroBatches:
+    """Cut a flat batch: best before it moves to a GPU, whose numbers would have to be waited for.
+
+    ``lay_out`` makes the layout of a part; the rest is as in :func:`cut_samples`.
+    """
+    cu_seqlens = batch["cu_seqlens"].tolist()
+    samples = cut_samples(batch, cu_seqlens, max_tokens, pads=pads)
+    layouts = [lay_out(slice_samples(batch, *each, cu_seqlens)) for each in samples]
+    return MicroBatches(cu_seqlens, samples, layouts, max_tokens)
 
 
 def filler_of(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What of a micro-batch is computed, and where it lies: made once, on the host, before the batch moves to the device.
+"""What of a micro-batch is computed, and where it is: made once, on the host, before the batch moves to the device.
 
 In a causal model a token's states depend on it and on those before it. So no loss depends on what comes behind the last
 token from which something is predicted; and where samples begin with the same tokens (a system prompt, definitions of
@@ -24,7 +24,7 @@ Attention takes its states by ``gather_index``; their gradients are added up ove
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -38,8 +38,6 @@ _MIN_SHARED_RATIO = 32  # one token in so many: fewer are not worth that attenti
 _ROWS = 16  # a CPU's products want whole blocks: with 1,711 rows some take a third longer than with 1,712 (measured)
 
 IntArray = npt.NDArray[np.int64]
-Origin = tuple[tuple[Tensor, int], ...]
-"""The tensors that something was made from, and the version of each."""
 
 
 def next_labels(labels: Tensor) -> Tensor:
@@ -54,7 +52,7 @@ class _Moves:
     """Goes to a device with all its tensors, as Lightning moves a batch."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
         moved = {
             name: move(each, device) if isinstance(each, Tensor) else each.to(device, non_blocking)
             for name, each in fields.items()
@@ -114,7 +112,32 @@ class Samples(_Moves):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout(_Moves):
+class OfBatch(_Moves):
+    """Belongs to a flat batch, and notices if that has changed: a subclass or callback may put other labels in.
+
+    Attributes:
+        origin: The batch's tensors, and the version of each: torch counts what is written in place.
+    """
+
+    origin: tuple[tuple[Tensor, int], ...] = field(default=(), kw_only=True)
+
+    def bind(self, batch: Mapping[str, Any]) -> Self:
+        """Remember the batch, once it has moved."""
+        return dataclasses.replace(self, origin=_versions(batch))
+
+    def matches(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a batch is still what this was made from."""
+        pairs = zip(self.origin, _versions(batch), strict=False)
+        return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
+
+
+def _versions(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
+    tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
+    return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(OfBatch):
     """The stream that is computed of a batch.
 
     Attributes:
@@ -123,9 +146,8 @@ class Layout(_Moves):
         predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
         targets: What is predicted from each, ``(K,)``.
         counts: How many are predicted of each sample.
-        samples: Where samples lie.
+        samples: Where samples are.
         rows: The ids of the batch's rows.
-        origin: The batch's tensors that it was made from, and the version of each; see :meth:`bind`.
     """
 
     input_ids: Tensor
@@ -135,23 +157,6 @@ class Layout(_Moves):
     counts: tuple[int, ...]
     samples: Samples
     rows: tuple[int, ...] = ()
-    origin: Origin = ()
-
-    def bind(self, batch: Mapping[str, Any]) -> Self:
-        """Remember the batch that this is the layout of, once it has moved."""
-        return dataclasses.replace(self, origin=origin_of(batch))
-
-    def matches(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a batch is still what this was made from: a subclass or callback may have put other labels in."""
-        pairs = zip(self.origin, origin_of(batch), strict=False)
-        return bool(self.origin) and all(a is b and before == now for (a, before), (b, now) in pairs)
-
-
-def origin_of(batch: Mapping[str, Any]) -> Origin:
-    """Return the tensors of a flat batch that are laid out, and the version of each."""
-    tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
-    # torch counts what is written in place, and has no other way to ask
-    return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
 # mypy: allow-untyped-calls
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -122,47 +122,34 @@ def lm_head_of(causal_lm: Any) -> nn.Module:
         return cast(nn.Module, causal_lm.sharded_head)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
     if not runs_flat(config):
-        return _LogitsAlready(linear)
+        return _Head(linear, lambda logits: logits)  # which the model's own forward has computed, a row at a time
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
-    scaling, factor, softcap = (getattr(config, name, None) for name in names)
+    divisor, factor, softcap = (getattr(config, name, None) for name in names)
     if config.model_type == "hyperclovax":  # whose scaling is a factor
-        scaling, factor = None, scaling
-    if scaling is None and factor is None and softcap is None:
+        divisor, factor = None, divisor
+    if divisor is None and factor is None and softcap is None:
         return cast(nn.Module, linear)
-    return _ScaledHead(linear, scaling or 1.0, factor or 1.0, softcap)
+
+    def to_logits(hidden: Tensor) -> Tensor:
+        logits: Tensor = linear(hidden) / (divisor or 1.0) * (factor or 1.0)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    return _Head(linear, to_logits)
 
 
-class _LogitsAlready(nn.Module):
-    """Hands on the logits of a model that runs a row at a time, by its own forward."""
+class _Head(nn.Module):
+    """Maps states to logits by a function, beside the linear whose weight ``(vocabulary, width)`` tells their size."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, to_logits: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.to_logits = linear, to_logits
 
     @property
     def weight(self) -> Tensor:
-        """Of the linear, ``(vocabulary, width)``."""
-        return cast(Tensor, self.linear.weight)
-
-    def forward(self, logits: Tensor) -> Tensor:
-        return logits
-
-
-class _ScaledHead(nn.Module):
-    """Compute ``softcap · tanh(logits / softcap)`` of ``logits = head(hidden) / scaling · factor``."""
-
-    def __init__(self, linear: nn.Module, scaling: float, factor: float, softcap: float | None) -> None:
-        super().__init__()
-        self.linear, self.scaling, self.factor, self.softcap = linear, scaling, factor, softcap
-
-    @property
-    def weight(self) -> Tensor:
-        """Of the linear, ``(vocabulary, width)``."""
         return cast(Tensor, self.linear.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.linear(hidden) / self.scaling * self.factor
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return self.to_logits(hidden)
 
 
 def is_frozen_linear(head: Any) -> bool:

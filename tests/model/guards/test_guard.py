@@ -1,4 +1,4 @@
-"""A run that would train on for nothing is stopped: by losses, gradients, token ids, memory. The base stays."""
+"""A run that would train on for nothing is stopped: by losses, gradients, token ids. The base stays."""
 
 import contextlib
 import copy
@@ -174,22 +174,6 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
         words = f"A token of .*1.* has the id {bad:,}, .*tokens that the base lacks"
         with pytest.raises(UserError, match=words) if bad != vocabulary - 1 else contextlib.nullcontext():
             module.compute_loss(batch)
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-class Hungry(QLoRAModule):
-    """Runs out of memory in the optimizer's step."""
-
-    def on_before_optimizer_step(self, optimizer):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-
-def test_out_of_memory_in_the_optimizers_step_is_one_sentence(train):
-    words = r"Out of memory on cpu in the optimizer's step: CUDA out of memory\. Tried .* What is left: a smaller"
-    with pytest.raises(UserError, match=words):
-        train(Hungry)
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------

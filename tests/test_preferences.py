@@ -186,7 +186,8 @@ def test_a_pair_whose_answers_would_keep_other_parts_of_the_prompt_is_left_out(t
         ({"objective": "dpo", "gamma": 0.5}, "gamma is 0.5, which dpo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
         ({"sft_share": -1.0}, "sft_share is -1"),
-        ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo"),
+        ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
+        ({"desirable_weight": 2.0}, "are of kto"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_rejected(options, words):
@@ -293,6 +294,107 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     assert all(tensor.grad.abs().sum() > 0 for name, tensor in trainable_tensors(module).items())
 
 
+# ---- answers with a verdict ------------------------------------------------------------------------------------------
+
+VERDICTS = [
+    {"prompt": row["prompt"], "completion": row["rejected" if n % 3 == 1 else "chosen"], "label": n % 3 != 1}
+    for n, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": "Hi?", "completion": "Hello.", "label": True}, {}),  # TRL's
+        ({"prompt": ASKED, "completion": GOOD, "label": "true"}, {}),
+        ({"messages": ASKED + GOOD, "kto_tag": True}, {}),  # LLaMA-Factory's
+        ({"instruction": "Hi?", "output": "Hello.", "thumbs": "up"}, {}),
+        ({"question": "Hi?", "answer": "Hello.", "good": True}, {"columns": {"good": "desirable"}}),
+    ],
+    ids=["trl", "messages", "tag", "thumbs", "columns"],
+)
+def test_every_shape_of_verdict_gives_the_same_sample(tmp_path, smollm2_folder, row, options):
+    data = make_data(tmp_path, smollm2_folder, [row], **options)
+    (batch,) = data.train_dataloader()
+    labels = batch["labels"][0]
+    assert data.tokenizer.decode(labels[labels >= 0]) == "Hello.<|im_end|>"
+    assert batch["desirable"].tolist() == [True]
+    assert "pairs" not in batch
+
+
+def test_the_last_answer_is_trained_and_a_function_may_judge(tmp_path, smollm2_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_verdicts.py").write_text("def read(row):\n    return row['turns'], row['stars'] > 3\n")
+    rows = [{"turns": ASKED + GOOD + ASKED + BAD, "stars": stars} for stars in (2, 5)]
+    data = make_data(tmp_path, smollm2_folder, rows, format="my_verdicts.read")
+    (batch,) = data.train_dataloader()
+    labels = batch["labels"][0]
+    assert data.tokenizer.decode(labels[labels >= 0]) == "No<|im_end|>" * 2
+    assert sorted(batch["desirable"].tolist()) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([ROWS[0], VERDICTS[0]], "do not mix"),
+        ([{**VERDICTS[0], "label": "maybe"}], "'chosen' and 'rejected' is missing"),
+    ],
+)
+def test_rows_that_are_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_folder, rows, words):
+    with pytest.raises(UserError, match=rf"train\.jsonl:{len(rows)}.*{words}"):
+        make_data(tmp_path, smollm2_folder, rows)
+
+
+def test_an_objective_names_the_rows_that_it_needs(tmp_path, tiny_base):
+    for objective, rows, words in (("kto", ROWS, "a verdict"), ("dpo", VERDICTS, "pairs of answers")):
+        data = make_data(tmp_path, tiny_base, rows)
+        with pytest.raises(UserError, match=f"{objective} learns from .*{words}"):
+            make_module(tiny_base, objective=objective).compute_loss(next(iter(data.train_dataloader())))
+
+
+def other_answers(batch):
+    """The batch with each answer at the prompt of the next row, and the last one's at the first."""
+    rows = [
+        (batch["input_ids"][0, start:end].tolist(), batch["labels"][0, start:end].tolist())
+        for start, end in itertools.pairwise(batch["cu_seqlens"].tolist())
+    ]
+    begins = [next(at for at, label in enumerate(labels) if label != -100) for _, labels in rows]
+    mixed = [
+        [values[:begin] + rows[at - 1][part][begins[at - 1] :] for part, values in enumerate(row)]
+        for at, (row, begin) in enumerate(zip(rows, begins, strict=True))
+    ]
+    ids, labels = (torch.tensor([list(itertools.chain(*each))]) for each in zip(*mixed, strict=True))
+    bounds = torch.tensor([0, *itertools.accumulate(len(own) for own, _ in mixed)])
+    return {"input_ids": ids, "labels": labels, "cu_seqlens": bounds}
+
+
+def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_path, tiny_base):
+    batch = next(iter(make_data(tmp_path, tiny_base, VERDICTS).train_dataloader()))
+    options = {"desirable_weight": 1.0, "undesirable_weight": 1.5}
+    module = make_module(tiny_base, objective="kto", quantization="none", **options)
+    trained = list(trainable_tensors(module).values())
+
+    own = plain_log_probs(module.model, batch)[0].flatten()
+    with torch.no_grad():
+        mixed = plain_log_probs(module.model, other_answers(batch))[0].flatten()
+        with without_adapters(module.model):
+            reference, mixed_reference = (
+                plain_log_probs(module.model, each)[0].flatten() for each in (batch, other_answers(batch))
+            )
+    kl = (mixed - mixed_reference).mean().clamp(min=0)
+    value = torch.sigmoid(0.1 * torch.where(batch["desirable"], own - reference - kl, kl - own + reference))
+    losses = torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)
+    expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
+    for tokens in (8192, 1):  # all at once; each row alone
+        module.micro_batch_size.tokens = tokens
+        parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
+        assert len(parts) == (1 if tokens > 1 else 4)
+        total = sum(sums.nll_sum for sums in parts)
+        found = torch.cat([each.flatten() for each in torch.autograd.grad(total, trained)])
+        assert_same_step((float(total.detach()), found), (float(losses.sum().detach()), expected))
+        assert sum(float(sums.logged["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4)
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +440,20 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert accuracies[-1] == 1.0
     assert margins[-1] > margins[0]
     assert "val_token_accuracy" not in lines[0]
+
+
+def test_a_run_of_kto_learns_from_verdicts_and_resumes_bit_for_bit(config, tmp_path):
+    write_rows(tmp_path / "train.jsonl", VERDICTS)
+    options = ["--model.objective", "kto", "--evaluation", "null", "--trainer.default_root_dir"]
+    assert main(["fit", *config, *options, "whole"]) == 0
+    assert main(["fit", *config, *options, "cut", "--trainer.max_steps", "4"]) == 0
+    assert main(["fit", *config, *options, "cut", "--ckpt_path", "last"]) == 0
+    one, other = (read_checkpoint(tmp_path / run) for run in ("whole", "cut"))
+    assert all(same(one[part], other[part]) for part in ("state_dict", "optimizer_states", "reference_log_probs"))
+    lines = read_metrics(tmp_path / "whole")
+    margins = [float(line["val_margin"]) for line in lines if line.get("val_margin")]
+    assert margins[-1] > margins[0]
+    assert [float(line["val_accuracy"]) for line in lines if line.get("val_accuracy")][-1] > 0.8
 
 
 def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_path):

@@ -98,7 +98,10 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         end = int(row["cu_seqlens"][1])
         prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
         number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
-        rows.append(EvaluationRow(number, source, prompt, expected, is_pair=row.get("pairs", False)))
+        is_judged = "desirable" in row
+        if is_judged and not bool(row["desirable"][0]):  # an answer that is not to be given
+            prompt = None
+        rows.append(EvaluationRow(number, source, prompt, expected, is_pair=is_judged or row.get("pairs", False)))
     return rows
 
 

@@ -226,19 +226,24 @@ class PreferenceModule(QLoRAModule):
             return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
         return after(batch, dataloader_idx)
 
-    def _parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = super()._parts_of_step(batch)
-        if self.objective == "kto":  # of the whole batch, however it is cut
+    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = super().micro_batches(batch)
+        if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
             kl = self._estimate_kl(batch)
             parts = [{**part, "kl": kl} for part in parts]
         return parts
 
     def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
-        """Estimate how far the model is from the reference: by the mean log-ratio of mismatched answers, at least 0."""
+        """Estimate how far the model is from the reference: by the mean log-ratio of mismatched answers, at least 0.
+
+        A row that comes alone, as in an evaluation, has no other's answer: 0.
+        """
         total, rows = torch.zeros((), device=self.device), 0
+        if len(batch["row_ids"]) == 1:
+            return total
         mismatched = batch["mismatched"] if "mismatched" in batch else mismatch_answers(batch)
         with torch.no_grad():
-            for part in super()._parts_of_step(mismatched):
+            for part in super().micro_batches(mismatched):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
                 with collective_passes(self):
                     total += (own - self._compute_reference(part)).sum()

@@ -1,4 +1,4 @@
-"""The command ``qlora-lightning``: finds the command, runs it, and words what went wrong.
+"""The program ``qlora-lightning``: finds the command, runs it, and reports what went wrong.
 
 Each command is imported when it is called, so that ``--help`` answers at once.
 """
@@ -18,7 +18,7 @@ from traceback import extract_tb
 from types import FrameType
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config import describe_parse_error, read_configs
+from qlora_lightning.commands.config import read_configs, shorten_parse_error
 from qlora_lightning.support.console import show_controls, show_controls_everywhere
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
@@ -28,13 +28,13 @@ COMMANDS = {
     "validate": ("training", "loss, perplexity and token accuracy on the validation rows"),
     "test": ("training", "the same on the test rows"),
     "predict": ("training", "answer the rows of data.predict into predictions.jsonl"),
-    "inspect": ("inspection", "report on the data, and show rows as the model sees them"),
-    "plan": ("plan", "show the model, its memory and the run's length, before loading"),
-    "evaluate": ("evaluate", "base against adapters on the same rows"),
-    "sweep-rank": ("sweep", "double the rank until it stops paying, and say where"),
+    "inspect": ("inspection.command", "report on the data, and show rows as the model sees them"),
+    "plan": ("plan.command", "show the model, its memory and the run's length, before loading"),
+    "evaluate": ("evaluate.command", "base against adapters on the same rows"),
+    "sweep-rank": ("sweep.command", "double the rank until it stops paying, and say where"),
     "report": ("report", "make the page of a run again, or compare several runs"),
-    "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
-    "chat": ("chat", "talk to an adapter, or ask it once with --prompt"),
+    "merge": ("merge.command", "merge an adapter into its base, checked, for any tool to load"),
+    "chat": ("chat.command", "talk to an adapter, or ask it once with --prompt"),
     "cache": ("cache", "list or clear bases, samples and kernels that are kept on disk"),
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
-        print(_HELP.format(commands=lines), end="")
+        print(_HELP.format(commands="\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())), end="")
         return 0
     if arguments[0] == "--version":
         print(f"qlora-lightning {__version__}")
@@ -85,45 +84,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         of_a_run = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
         if debug or (known is None and of_a_run):
             raise
-        message = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-        # of several processes, which mostly fail for the same reason, the first one says it all
+        shown = known or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        # processes mostly fail for the same reason: all but the first are brief
         rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
-        shown = message if known is None else str(known)
         shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
         print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
         return 1 if known is None else 2
 
 
 def _run(arguments: list[str]) -> int:
-    command = arguments[0]
-    if command not in COMMANDS:
-        hint = nearest(command, COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
-        raise UserError(f"{command!r} is not a command.{hint}")
+    if arguments[0] not in COMMANDS:
+        hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
+        raise UserError(f"{arguments[0]!r} is not a command.{hint}")
     read_configs(arguments)  # a misspelt name shows before seconds of imports
-    module, _ = COMMANDS[command]
+    module, _ = COMMANDS[arguments[0]]
     with without_garbage_collection():
         found = importlib.import_module(f"qlora_lightning.commands.{module}")
     code: int = found.main(arguments if module == "training" else arguments[1:])
     return code
 
 
-def _find_known_error(error: BaseException, command: str) -> UserError | None:
-    """Return the error to report in its own words, which a library may have wrapped; None for any other."""
+def _find_known_error(error: BaseException, command: str) -> str | None:
+    """Return the message of a user's mistake, which a library may have wrapped; None for any other error."""
     if isinstance(error, argparse.ArgumentError):
-        return UserError(f"{describe_parse_error(str(error))} See `qlora-lightning {command} --help`.")
+        return f"{shorten_parse_error(str(error))} See `qlora-lightning {command} --help`."
     if isinstance(error, PermissionError) and error.filename is not None:
-        return UserError(f"{error.filename}: permission denied. Choose another path.")
+        return f"{error.filename}: permission denied. Choose another path."
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
-    return cause
+    return None if cause is None else str(cause)
 
 
 @contextlib.contextmanager
 def _ending_at_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, taking back what it has half written; a fit does better."""
-    main = threading.current_thread() is threading.main_thread()
-    taken = [number for number in ENDING_SIGNALS if main and signal.getsignal(number) == signal.SIG_DFL]
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING_SIGNALS if is_main and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(OSError):  # not print: the signal may have come inside one
@@ -153,26 +150,24 @@ def _logging_to_terminal() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    """Whether a line of Lightning's is no list of devices that are not there, and no tip to install a product."""
+def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices, no tip to install a product
     return not str(record.msg).startswith(("GPU available", "TPU available", "💡"))
 
 
 def _prepare_process() -> None:
-    """Set what must be set before libraries are imported, and keep away what they say that helps nobody."""
+    """Set what must be set before libraries are imported, and silence what they log that helps nobody."""
     show_controls_everywhere()
     # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # GNU's threads spin for some milliseconds at each barrier by default, on a core that their partner may be waiting
-    # for: beside other programs at work a step then takes ten times as long (measured). A tenth of a millisecond is set
-    # before torch is imported, which reads it.
+    # GNU's threads spin for milliseconds at each barrier by default, on a core that their partner may be waiting for:
+    # beside other programs a step then takes ten times as long (measured)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in the config
     if not sys.stderr.isatty():  # bars of tqdm, as transformers' while it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -146,4 +146,4 @@ def test_classes_of_the_current_folder_are_found_by_an_installed_command(tiny_ba
     command = [sys.executable, "-P", "-m", "qlora_lightning", "plan", "--config", "c.yaml"]  # -P: as what pip installs
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "decoder layer" in done.stdout
+    assert "Memory of a step" in done.stdout

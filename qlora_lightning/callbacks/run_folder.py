@@ -165,10 +165,11 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         return
     if any((folder / CHECKPOINTS).glob("*.ckpt")) or (table and (folder / METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
+        last = folder / CHECKPOINTS / LAST
+        in_python = f' (in Python: ckpt_path="{last}")' if last.exists() else ""
         raise UserError(
-            f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last` (in Python: "
-            f'ckpt_path="{folder / CHECKPOINTS / LAST}"), or choose another folder with '
-            "`--trainer.default_root_dir runs/NAME`."
+            f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last`{in_python}, "
+            "or choose another folder with `--trainer.default_root_dir runs/NAME`."
         )
 
 

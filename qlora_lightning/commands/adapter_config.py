@@ -1,7 +1,6 @@
-"""Adapter folders on a command line: their names, and what their run's config, or the folder itself, says.
+"""Adapter folders on a command line: their names, and the config of their run or of the folder itself.
 
-An adapter folder, and the run folder around it, may come from anybody. What they say is data: of a config that the user
-has not typed only plain values of a short list count.
+Either may come from anybody: of a config that the user has not typed only plain values of a short list count.
 """
 
 import glob
@@ -15,6 +14,7 @@ import yaml
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.commands.config import find_configs, read_configs
+from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -57,9 +57,6 @@ def name_adapters(
         values: as they were typed.
         reserved: names that no adapter may have.
         single: the name of the only adapter, if it has none.
-
-    Raises:
-        UserError: a folder holds no adapter, or a name is reserved or used twice.
     """
     found: dict[str, Path] = {}
     for value in values:
@@ -72,16 +69,17 @@ def name_adapters(
         if not name or name in reserved or name in found:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         found[name] = find_adapter_folder(folder)
+        if (found[name] / RECORD).is_file():
+            raise UserError(
+                f"--adapter {value} is a merged model, which needs none: load it with transformers, serve it with "
+                f"`vllm serve {folder}`, or run its GGUF file with `llama-cli -m`."
+            )
         read_identity(found[name])
     return found
 
 
 def add_config(adapter: Path | None, arguments: Sequence[str], needs_rows: bool = True) -> list[str]:
-    """Return options of ``fit`` with the config of an adapter's run in front, unless they name a config themselves.
-
-    Raises:
-        UserError: ``needs_rows``, and nothing names rows; or the folder is no adapter folder.
-    """
+    """Return options of ``fit`` with the config of an adapter's run in front, unless they name a config themselves."""
     if adapter is None or find_configs(arguments):
         return list(arguments)
     identity = read_identity(adapter)

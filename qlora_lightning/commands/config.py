@@ -37,38 +37,35 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def read_configs(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read the config files that a command line names, by their names as they were typed."""
-    configs = {}
     for option, name in itertools.pairwise(arguments):
-        alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
-        if alone and name.endswith((".yaml", ".yml")):
+        is_alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
+        if is_alone and name.endswith((".yaml", ".yml")):
             raise UserError(f"{name} stands alone: a config is named as --config {name}.")
-    for name in find_configs(arguments):
-        try:
-            config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
-        except OSError as error:
-            from qlora_lightning.commands.recipes import recipes_folder  # here: nobody else waits for its imports
+    return {name: _read_config(name) for name in find_configs(arguments)}
 
-            is_recipe = (recipes_folder() / f"{name}.yaml").is_file()
-            hint = f" `qlora-lightning recipes copy {name}` writes the recipe." if is_recipe else ""
-            raise UserError(
-                f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
-            ) from error
-        except (UnicodeError, yaml.YAMLError) as error:
-            raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
-        configs[name] = config
-    return configs
+
+def _read_config(name: str) -> dict[str, Any]:
+    try:
+        config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        from qlora_lightning.commands.recipes import recipes_folder  # here: nobody else waits for its imports
+
+        is_recipe = (recipes_folder() / f"{name}.yaml").is_file()
+        hint = f" `qlora-lightning recipes copy {name}` writes the recipe." if is_recipe else ""
+        raise UserError(
+            f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
+        ) from error
+    except (UnicodeError, yaml.YAMLError) as error:
+        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
+    return config
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------
 
 
-def check_keys(
-    arguments: Sequence[str],
-    configs: Mapping[str, Mapping[str, Any]],
-    classes: Mapping[str, type],
-) -> None:
+def check_keys(arguments: Sequence[str], configs: Mapping[str, Mapping[str, Any]], classes: Mapping[str, type]) -> None:
     """Reject keys that nothing reads, with the nearest right one: jsonargparse lets an empty section pass.
 
     Args:
@@ -76,52 +73,47 @@ def check_keys(
         configs: the config files that it names.
         classes: sections of a config, each with the class whose arguments its keys are.
     """
-    typed: list[tuple[str, str]] = []
-    for word in arguments:
-        key = word[2:].partition("=")[0]
-        # what is like no key is left to the parser
-        if word.startswith("--") and ("." in key or difflib.get_close_matches(key, _KEYS)):
-            typed.append(("on the command line", key))
+    typed = [("on the command line", word[2:].partition("=")[0]) for word in arguments if word.startswith("--")]
+    # what is like no key is left to the parser
+    typed = [(origin, key) for origin, key in typed if "." in key or difflib.get_close_matches(key, _KEYS)]
     for name, config in configs.items():
         for section, values in config.items():
-            typed.append((f"in {name}", str(section)))
-            typed += [(f"in {name}", f"{section}.{key}") for key in (values if isinstance(values, dict) else ())]
+            keys = values if isinstance(values, dict) else ()
+            typed += [(f"in {name}", str(section)), *((f"in {name}", f"{section}.{key}") for key in keys)]
     # jsonargparse checks the keys of a class of the user's own
     foreign = {key.partition(".")[0] for _, key in typed if re.match(r"\w+\.class_path\b", key)}
     known = {section: {*inspect.signature(kind).parameters} - {"kwargs"} for section, kind in classes.items()}
     # of a name in several sections the first counts
     elsewhere = {name: f"{section}.{name}" for section in reversed(known) for name in known[section]} | _OTHER_NAMES
-    for place, key in typed:
+    for origin, key in typed:
         section, dot, rest = key.partition(".")
-        _check_key("", section, _KEYS, place, elsewhere)
+        _check_key("", section, _KEYS, origin, elsewhere)
         if dot and section in known and section not in foreign:
             names = known[section] | {"init_args", "class_path", "help"}
-            _check_key(f"{section}.", rest.partition(".")[0], names, place, elsewhere)
+            _check_key(f"{section}.", rest.partition(".")[0], names, origin, elsewhere)
 
 
-def _check_key(section: str, key: str, known: Collection[str], place: str, elsewhere: Mapping[str, str]) -> None:
+def _check_key(section: str, key: str, known: Collection[str], origin: str, elsewhere: Mapping[str, str]) -> None:
     if key.rstrip("+") not in known:
         near = elsewhere.get(key) or next((section + name for name in difflib.get_close_matches(key, known, n=1)), None)
         hint = f"Did you mean {near}?" if near else f"Keys are {', '.join(sorted(known))}."
-        raise UserError(f"There is no key {section + key!r}. {hint} ({place})")
+        raise UserError(f"There is no key {section + key!r}. {hint} ({origin})")
 
 
-_NOISE = re.compile(
-    r"Parser key|Does not validate|Subtypes|Errors|Given value type|Given value: (?:NestedArg|Namespace|\{)"
-    r"|Expected an? .*NoneType|Problem with given class_path 'qlora_lightning\."
-)
-
-
-def describe_parse_error(message: str) -> str:
-    """Return jsonargparse's own words for a wrong value in one line: its key, what was expected, and what was found."""
-    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
-    lines = [line.strip(" -:") for line in message.splitlines()]
-    said = "; ".join(line for line in lines if line and not _NOISE.match(line))
-    said = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", said)
-    said = re.sub(r"an? <class '([\w.]+)'>", r"\1", said)
-    if keys == "model.quantization" and "4bit" in said:
-        said += "; 4 bits are nf4"
-    return f"{keys}: {said}." if keys else f"{said}."
+def shorten_parse_error(message: str) -> str:
+    """Return jsonargparse's words for a wrong value in one line: its key, the innermost reason, and the value."""
+    keys, lines = ".".join(re.findall(r'Parser key "([\w.]+)"', message)), message.splitlines()
+    reason = max(lines, key=lambda line: len(line) - len(line.lstrip(" -")))  # indented most
+    number = lines.index(reason)
+    values = [line.strip() for line in lines[number:] if line.strip().startswith("Given value:")]
+    words = [reason.strip(" -")]
+    if number and "Problem with given class_path" in lines[number - 1]:
+        words.insert(0, lines[number - 1].strip(" -:"))
+    elif "Got value" not in reason:
+        words += values[:1]
+    text = re.sub(r"an? <class '([\w.]+)'>", r"\1", ". ".join(words))
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
+    return f"{keys}: {text}.{' 4 bits are nf4.' if text.endswith('4bit') else ''}".removeprefix(": ")
 
 
 # ---- short forms -----------------------------------------------------------------------------------------------------
@@ -171,7 +163,7 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
         trainer = config.get("trainer")
         named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
         is_run = Path(name).name == CONFIG and (folder / MANIFEST).exists()
-        if not is_run or not isinstance(named, str) or _normalized(named) != _normalized(run_folder):
+        if not is_run or not isinstance(named, str) or _normalize(named) != _normalize(run_folder):
             continue
         if Path(named).expanduser().resolve() != folder.resolve():
             raise UserError(
@@ -181,5 +173,5 @@ def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str |
             )
 
 
-def _normalized(path: str | Path) -> str:
+def _normalize(path: str | Path) -> str:
     return os.path.normpath(os.path.expanduser(path))

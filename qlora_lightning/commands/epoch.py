@@ -15,33 +15,19 @@ _USUAL_EPOCHS = 1000  # Lightning's, if neither epochs nor steps end a run
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of the training rows, and what the whole run makes of it.
+    """One epoch of the training rows, and what the whole run makes of it."""
 
-    Attributes:
-        batches: On each device.
-        mean_tokens: Tokens per batch, on average.
-        mean_rows: Rows per batch, likewise.
-        most_tokens: Tokens of the largest batch.
-        tokens: Tokens of all rows.
-        devices: Devices of all nodes, on which batches run side by side.
-        accumulate: Batches per optimizer step.
-        steps: Optimizer steps per epoch.
-        epochs: Epochs of the run at most; None if only steps end it.
-        all_steps: Optimizer steps of the run; None if nothing ends it.
-        all_tokens: Tokens of the run, about; None likewise.
-    """
-
-    batches: int
-    mean_tokens: float
-    mean_rows: float
-    most_tokens: int
-    tokens: int
-    devices: int
-    accumulate: int
-    steps: int
-    epochs: int | None
-    all_steps: int | None
-    all_tokens: int | None
+    batches: int  # on each device
+    mean_tokens: float  # per batch
+    mean_rows: float  # per batch
+    most_tokens: int  # of the largest batch
+    tokens: int  # of all rows
+    devices: int  # of all nodes, on which batches run side by side
+    accumulate: int  # batches per optimizer step
+    steps: int  # optimizer steps per epoch
+    epochs: int | None  # of the run at most; None if only steps end it
+    all_steps: int | None  # of the run; None if nothing ends it
+    all_tokens: int | None  # of the run, about
 
 
 def training_plan(data: Any) -> EpochPlan:
@@ -51,37 +37,26 @@ def training_plan(data: Any) -> EpochPlan:
 
 
 def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
-    """Count what the Trainer's settings make of the first epoch.
-
-    Args:
-        plan: Batches for one device.
-        trainer: The trainer section of the config, with its defaults.
-    """
+    """Count what the Trainer's settings, with their defaults, make of the first epoch of batches for one device."""
     accumulate, max_steps, max_epochs = (
         trainer[name] for name in ("accumulate_grad_batches", "max_steps", "max_epochs")
     )
     if max_epochs is None:
         max_epochs = _USUAL_EPOCHS if max_steps == -1 else -1
     epochs = None if max_epochs == -1 else max_epochs
-    devices = count_devices(trainer)
-    batches, limit = len(replace(plan, world_size=devices)), trainer["limit_train_batches"]
-    if isinstance(limit, float):
-        batches = int(batches * limit)
-    elif limit is not None:
-        batches = min(batches, limit)
+    devices, limit = count_devices(trainer), trainer["limit_train_batches"]
+    batches = len(replace(plan, world_size=devices))
+    if limit is not None:
+        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
     steps = math.ceil(batches / accumulate)
     ends = [max_steps] if max_steps >= 0 else []
     ends += [] if epochs is None else [epochs * steps]
-    all_steps = min(ends, default=None)
+    all_steps, all_batches = min(ends, default=None), None
+    if all_steps is not None:
+        all_batches = min(all_steps * accumulate, math.inf if epochs is None else epochs * batches)
     lengths = plan.samples.lengths
     batch_tokens = [int(lengths[batch.rows].sum()) for batch in plan.batches(0)]
     mean_tokens = sum(batch_tokens) / max(1, len(batch_tokens))
-    all_tokens = None
-    if all_steps is not None:
-        all_batches = all_steps * accumulate
-        if epochs is not None:
-            all_batches = min(all_batches, epochs * batches)
-        all_tokens = round(all_batches * devices * mean_tokens)
     return Epoch(
         batches=batches,
         mean_tokens=mean_tokens,
@@ -93,7 +68,7 @@ def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
         steps=steps,
         epochs=epochs,
         all_steps=all_steps,
-        all_tokens=all_tokens,
+        all_tokens=None if all_batches is None else round(all_batches * devices * mean_tokens),
     )
 
 

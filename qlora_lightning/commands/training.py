@@ -4,10 +4,11 @@ import argparse
 import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -58,6 +59,36 @@ _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 _BASE_KEYS = ("base", "revision", "trust_remote_code")
 
 
+class _Trainer(Trainer):
+    """Lightning's Trainer, of whose settings 1 is one batch and 1.0 all of them."""
+
+    # jsonargparse tries the types of a union in their order; typing takes Lightning's Union[int, float] and
+    # Union[float, int] for the same, and returns whichever a library made first
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **kwargs,
+        )
+
+    __init__.__doc__ = Trainer.__init__.__doc__  # for --help
+
+
 class QLoRACLI(LightningCLI):
     """LightningCLI with our keys: parses options of ``fit`` and makes what they describe; nothing runs until ``run``.
 
@@ -82,7 +113,6 @@ class QLoRACLI(LightningCLI):
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
-        _read_whole_numbers_first()
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
         # a checkpoint's settings, too, are parsed: none may make an object of a class that a text in it names
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
@@ -90,6 +120,7 @@ class QLoRACLI(LightningCLI):
         super().__init__(
             QLoRAModule,
             InstructionDataModule,
+            trainer_class=_Trainer,
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
@@ -142,9 +173,15 @@ class QLoRACLI(LightningCLI):
         self.config["ckpt_path"] = self.checkpoint
 
     def parse(self, args: Any) -> Any:
-        """Parse, and let ``~`` in the run folder be what it is to the Trainer, for all that is kept there."""
+        """Parse; ``~`` in the run folder is the home folder, and ``q_proj,v_proj`` a list."""
         config = self.parser.parse_args(args)
-        config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
+        folder = config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
+        if os.path.isfile(folder):
+            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
+        model = config["model"].get("init_args") or {}
+        targets = model.get("target_modules")
+        if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):
+            model["target_modules"] = re.split(", ?", targets)
         return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -153,23 +190,16 @@ class QLoRACLI(LightningCLI):
             return None
         settings = self.config_init["trainer"]
         if (settings["gradient_clip_val"] or 0) < 0:
-            raise UserError(
-                f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 (off) or more."
-            )
+            raise UserError(f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 or more.")
         folder, chosen = settings["default_root_dir"], settings["logger"]
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.verb == "fit" else []
         loggers: Any = False if chosen is False or settings["fast_dev_run"] else [*own, *others] or False
         named = settings["callbacks"] or []
         named = named if isinstance(named, list) else [named]
-        config = self._short_config()
-        usual = [
-            RunFolder(config),
-            callbacks.RunReport(config, self._command),
-            callbacks.StopSignals(),
-            callbacks.AdapterLine(),
-            callbacks.PredictionWriter(),
-        ]
+        config = self.short_config()
+        usual = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
+        usual += [callbacks.AdapterLine(), callbacks.PredictionWriter()]
         added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]
         shows = settings["enable_progress_bar"] in (None, True)
         if shows and not any(isinstance(callback, ProgressBar) for callback in named):
@@ -179,7 +209,7 @@ class QLoRACLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
-    def _short_config(self) -> dict[str, Any]:
+    def short_config(self) -> dict[str, Any]:
         """Return the config as users write it: model and data flat, with a ``class_path`` only if it is another one."""
         config: dict[str, Any] = yaml.safe_load(
             self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
@@ -233,18 +263,6 @@ class QLoRACLI(LightningCLI):
 def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
     """The tokenizer that the user named, else the base's."""
     return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
-
-
-def _read_whole_numbers_first() -> None:
-    """Let the Trainer's settings that take a whole number or a fraction read 1 as one batch, not as all of them.
-
-    jsonargparse tries the types of a union in their order. Python's typing takes ``Union[int, float]`` and
-    ``Union[float, int]`` for the same, and returns whichever a library made first.
-    """
-    annotations = Trainer.__init__.__annotations__
-    for name, kind in annotations.items():
-        if {int, float} <= set(get_args(kind)):
-            annotations[name] = int | kind
 
 
 def _read_stored_settings(checkpoint: str, model: Any) -> dict[str, Any]:

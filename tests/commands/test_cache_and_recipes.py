@@ -101,15 +101,6 @@ def test_copy_writes_config_and_data_and_keeps_a_file_that_differs(here, run):
     assert mine.read_text() == "{}\n"
 
 
-def test_recipes_are_in_an_installed_package_or_beside_it(tmp_path, monkeypatch):
-    package = tmp_path / "site" / "qlora_lightning"
-    package.mkdir(parents=True)
-    monkeypatch.setattr("qlora_lightning.__file__", str(package / "__init__.py"))
-    assert recipes.recipes_folder() == tmp_path / "site" / "configs"
-    (package / "recipes").mkdir()
-    assert recipes.recipes_folder() == package / "recipes"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,31 +1,14 @@
 """Configs: their files are found and checked, keys are known, short forms are read, and help can be followed."""
 
-import copy
 import json
-import typing
 
 import pytest
 import yaml
-from lightning import Trainer
 
 from qlora_lightning.cli import COMMANDS, main
-from qlora_lightning.commands.config import CALLBACKS, expand_arguments, expand_config, find_configs
 from qlora_lightning.commands.training import EXAMPLES, QLoRACLI
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        ("fit --config a.yaml --model.rank 4", ["a.yaml"]),
-        ("fit -c a.yaml --config=b.yaml", ["a.yaml", "b.yaml"]),
-        ('fit --config {"model":{}}', []),
-        ("fit --config", []),
-    ],
-)
-def test_configs_are_found_as_they_were_typed(typed, found):
-    assert find_configs(typed.split()) == found
 
 
 @pytest.mark.parametrize("command", ["fit", "plan", "evaluate", "sweep-rank", "inspect"])
@@ -52,23 +35,8 @@ def test_a_run_that_was_moved_is_rejected_and_nothing_made(moved, tmp_path, comm
     assert "belongs to the run in runs/new, but has trainer.default_root_dir: runs/old, " in message
     assert "Add `--trainer.default_root_dir runs/new`" in message
     assert not (tmp_path / "runs/old").exists()
-
-
-@pytest.mark.parametrize("how", ["named", "another file", "link", "elsewhere"])
-def test_only_the_config_of_a_run_in_another_folder_is_rejected(moved, tmp_path, monkeypatch, capsys, how):
-    config, options = "runs/new/config.yaml", ["--data.val", "none.jsonl"]  # the next error, if it passes
-    if how == "named":
-        options += ["--trainer.default_root_dir", "runs/new"]
-    if how == "another file":
-        config = str((moved / "config.yaml").rename(moved / "other.yaml"))
-    if how == "link":
-        (tmp_path / "runs/old").symlink_to(moved)
-    if how == "elsewhere":
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        (moved / "config.yaml").rename(tmp_path / "config.yaml")  # of no run
-        config = "../config.yaml"
-    assert main(["validate", "--config", config, *options]) == 2
+    here = ["--trainer.default_root_dir", "runs/new", "--data.val", "none.jsonl"]  # the next error
+    assert main([command, "--config", "runs/new/config.yaml", *here]) == 2
     assert "was moved" not in capsys.readouterr().err
 
 
@@ -103,50 +71,29 @@ def test_keys_of_a_class_of_the_users_own_are_left_to_jsonargparse(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: {class_path: nowhere.Mine, depth: 3}\ndata: {train: rows.jsonl}\n")
     assert main(["fit", "--config", "c.yaml"]) == 2
-    assert "model: Problem with given class_path 'nowhere.Mine'; No module named 'nowhere'" in capsys.readouterr().err
+    assert "model: Problem with given class_path 'nowhere.Mine'. No module named 'nowhere'" in capsys.readouterr().err
 
 
-# ---- short forms -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [None, 3, "text", ["a"], {}, {"model": {"rank": 8}}, {"gpu_memory": {}}])
-def test_what_needs_no_expansion_is_left_alone(config):
-    assert expand_config(copy.deepcopy(config)) == config
-
-
-@pytest.mark.parametrize("key", CALLBACKS)
-@pytest.mark.parametrize(("value", "enabled"), [(None, False), (False, False), (True, True)])
-def test_null_and_false_switch_a_callback_off(key, value, enabled):
-    assert expand_config({key: value}) == {key: {"enabled": enabled}}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expanded"),
-    [
-        ("--gpu_memory null", ["--gpu_memory.enabled=false"]),
-        ("--throughput=False", ["--throughput.enabled=false"]),
-        ("--gradient_checkpointing true", ["--gradient_checkpointing.enabled=true"]),
-        ('--gpu_memory {"enabled":false}', ['--gpu_memory={"enabled":false}']),
-        ("--gpu_memory.enabled false", ["--gpu_memory.enabled", "false"]),
-        ("--data.system a=b null", ["--data.system", "a=b", "null"]),
-        ("--data.val evaluation --model.rank 8", ["--data.val", "evaluation", "--model.rank", "8"]),
-    ],
-)
-def test_callbacks_are_switched_on_the_command_line(arguments, expanded):
-    assert expand_arguments(arguments.split()) == expanded
-
-
+EXPRESSIONS = [(text, text) for text in ("mlp", r".*\.(q|v)_proj", r".*\.[01]{1,2}\.mlp.*")]
 LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
 
 
-@pytest.mark.parametrize("order", [(int, float), (float, int)], ids=["int first", "float first"])
-def test_one_is_a_batch_and_one_point_nought_all_of_them(order, monkeypatch):
-    for name in LIMITS:  # which order typing gives the Trainer's annotations depends on earlier imports
-        monkeypatch.setitem(Trainer.__init__.__annotations__, name, typing.Union[(*order, type(None))])
+def test_one_is_a_batch_and_one_point_nought_all_of_them():
     given = dict(zip(LIMITS, ("1", "1.0", "0.25", "1"), strict=True))
     options = [f"--trainer.{name}={value}" for name, value in given.items()]
     read = QLoRACLI(["--config", "configs/quickstart.yaml", *options], with_trainer=False).config["trainer"]
     assert {name: str(read[name]) for name in LIMITS} == given
+
+
+def test_names_with_commas_are_a_list_and_an_expression_stays_one():
+    for typed, read in (
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        *EXPRESSIONS,
+    ):
+        options = ["--config", "configs/quickstart.yaml", "--model.target_modules", typed]
+        model = QLoRACLI(options, with_trainer=False).config["model"]["init_args"]
+        assert model["target_modules"] == read
 
 
 # ---- help ------------------------------------------------------------------------------------------------------------

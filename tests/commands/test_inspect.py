@@ -1,16 +1,19 @@
-"""The command as a user runs it, on real files with SmolLM2's tokenizer: its figures, rows, page and mistakes."""
+"""``inspect`` as a user runs it, on real files with SmolLM2's tokenizer: its figures, rows, page and mistakes."""
 
 import contextlib
 import io
 import json
 import shutil
 
-import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.cli import main
-from qlora_lightning.commands.inspection.report import count_ends, histogram, percentiles
+from qlora_lightning.commands.inspection.overview import count_ends
+from qlora_lightning.commands.inspection.tokens import mark_tokens
 from qlora_lightning.data.samples import SampleSetBuilder
 from tests.markup import Reader
 
@@ -82,7 +85,7 @@ def test_rows_samples_tokens_and_steps_are_counted(report):
     for name, expected in counts.items():
         assert cells(out, name) == expected
         assert cells(text, name) == expected
-    assert "2, a step every 2; 4 in all (2 epochs)" in out
+    assert "2, a step every 2; 4 in all" in out
     assert "stop token <|im_end|> (2) · max_length 2048" in " ".join(out.split())
 
 
@@ -91,9 +94,9 @@ def test_what_a_user_should_look_at_is_listed_and_the_exit_code_is_that_of_fit(r
     assert code == 2
     assert err.startswith("qlora-lightning: There are bad rows (1 in train), listed above: `fit` stops at them.")
     for finding in (
-        "train: 1 bad row\n  train.jsonl:12: not JSON",
-        "train: 1 row equal to an earlier one\n  train.jsonl:13 = train.jsonl:1\n",
-        "val: 1 row also in train, so val_loss is too good\n  val.jsonl:1 = train.jsonl:5\n",
+        "train: 1 bad rows\n  train.jsonl:12: not JSON",
+        "train: 1 rows equal to an earlier one\n  train.jsonl:13 = train.jsonl:1\n",
+        "val: 1 rows also in train, so val_loss is too good\n  val.jsonl:1 = train.jsonl:5\n",
     ):
         assert finding in out
         for line in finding.split("\n  "):
@@ -125,13 +128,11 @@ def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(rep
 
 
 def test_rows_of_another_split_by_place_length_and_text(folder):
-    code, out, err = inspect("--split", "val", "--row", "val.jsonl:2", "--longest", "--shortest", "--search", "É🦙")
+    code, out, err = inspect("--split", "val", "--row", "val.jsonl:2", "--longest")
     assert (code, err) == (0, "")
     assert "é│🦙│<|im_end|>■⟧" in joined(out)
     assert "val.jsonl:1" in out
     assert "labelled, the longest" in out
-    assert "labelled, the shortest" in out
-    assert "found in 1 of 3 samples" in out
     assert "An epoch of train" not in out
 
 
@@ -172,11 +173,8 @@ def test_rows_to_predict_are_shown_as_generation_begins(folder):
         ("--html c.yaml", "--html c.yaml exists already."),
         ("--split test", "There are no rows to inspect: data.test names no file."),
         ("--row x", "--row x: expected a line number, or FILE:LINE"),
-        ("--data.batchsize 3", "There is no key 'data.batchsize'. Did you mean data.batch_size?"),
         ("--data.max_length q", "data.max_length: Expected int. Got value: q."),
         ("--spilt val", "spilt"),
-        ("--model.base nowhere", "no such file or folder"),
-        ("--data.val_fraction 0.5", "val and val_fraction are both given"),
     ],
 )
 def test_a_mistake_is_reported_in_a_sentence(folder, arguments, sentence):
@@ -187,31 +185,7 @@ def test_a_mistake_is_reported_in_a_sentence(folder, arguments, sentence):
     assert sentence in err
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def test_percentiles_are_lengths_that_occur():
-    assert percentiles(np.arange(1, 101)) == [1, 5, 25, 50, 75, 95, 99, 100]
-
-
-def test_ranges_have_one_width_and_one_long_sample_does_not_flatten_the_others():
-    assert histogram([7, 7, 9]) == {"7": 2, "8": 0, "9": 1}
-    assert histogram([70, *range(70, 90)]) == {f"{low} to {low + 1}": 2 + (low == 70) for low in range(70, 90, 2)}
-    bars = histogram([*range(100, 200), *range(100, 200), 30_000])
-    assert bars.pop("200 and more") == 1
-    assert set(bars.values()) == {20}
-
-
-def test_ranges_are_complete_for_any_lengths():
-    generator = np.random.default_rng(0)
-    for scale in (1, 10, 1_000, 100_000):
-        lengths = generator.integers(1, scale + 1, 300) ** 2
-        bars = histogram(lengths)
-        assert sum(bars.values()) == 300
-        assert len(bars) <= 11
-        for name, count in bars.items():
-            low, _, high = name.replace(",", "").replace(" and more", " to inf").partition(" to ")
-            assert count == np.count_nonzero((lengths >= float(low)) & (lengths <= float(high or low)))
+# ---- figures and tokens ----------------------------------------------------------------------------------------------
 
 
 def test_stop_tokens_count_if_they_are_labelled_and_a_bos_at_the_start_alone():
@@ -225,3 +199,51 @@ def test_stop_tokens_count_if_they_are_labelled_and_a_bos_at_the_start_alone():
 
     assert ends("{q}<a}", "{q}<a", "{q}<a}b}", "q}<ab") == (2, 0, 0)
     assert ends("^q^<a}", "^^q<a}", "q^<a}", "^") == (3, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def mark(smollm2_folder):
+    """Mark the tokens of a prompt and an answer, of which the second is labelled."""
+    tokenizer = load_tokenizer(str(smollm2_folder))
+
+    def mark(prompt, answer=""):
+        before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
+        return mark_tokens([*before, *after], [False] * len(before) + [True] * len(after), tokenizer, [2])
+
+    return mark
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "marked"),
+    [
+        ("<|im_start|>hi<|im_end|>", " you<|im_end|>\n", "<|im_start|>│hi│<|im_end|>⟦ you│<|im_end|>■│↵\n⟧"),
+        ("a\x1b[2Jb", "", "a│␛│[│2│J│b"),
+        ("hi", "👩🏽", "hi⟦👩│🏽⟧"),
+        ("日本", "", "日│本"),
+    ],
+)
+def test_tokens_are_parted_labelled_ones_in_brackets_and_characters_stay_whole(mark, prompt, answer, marked):
+    assert mark(prompt, answer).plain == marked
+
+
+def test_a_space_that_the_decoder_drops_at_the_start_is_kept():
+    words = Tokenizer(models.WordLevel({"▁Hello": 0, "▁big": 1, "gest": 2, "▁world": 3}, unk_token="gest"))
+    words.decoder = decoders.Metaspace()  # as sentencepiece's
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert mark_tokens(range(4), [False] * 4, tokenizer, []).plain == "Hello│ big│gest│ world"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("<think>\nhm</think>a", "<think>\nhm</think>"),
+        ("a [THINK]hm[/THINK]b", " [THINK]hm[/THINK]"),
+        ("<tool_call>f(1)</tool_call>", "<tool_call>f(1)</tool_call>"),
+        ("a\n<think>cut<|im_end|>next", "<think>cut"),  # to the end of its turn
+        ("a<b>c</b></think>", ""),
+    ],
+)
+def test_reasoning_and_tool_calls_have_a_colour(mark, text, part):
+    marked = mark(f"<|im_start|>q<|im_end|>{text}<|im_end|>")
+    coloured = "".join(marked.plain[span.start : span.end] for span in marked.spans if span.style == "cyan")
+    assert coloured.replace("↵", "") == part

@@ -9,7 +9,6 @@ import sys
 import time
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,7 +32,7 @@ def whole(tiny_base, tmp_path_factory):
         model = make_run(folder / "runs" / "quickstart", tiny_base)
         old = os.umask(0o027)
         try:
-            files = ("--out", "merged", "--adapter-gguf", "a.gguf", "--json", "found.json")
+            files = ("--out", "merged", "--json", "found.json")
             merge(*files, "--dtype", "fp32", "--gguf", "f16")
         finally:
             os.umask(old)
@@ -73,7 +72,7 @@ def update_of(name):
 def test_the_examples_of_help_run(arguments, folder, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert ("written: onto dequantized, bf16" in out) == ("--out" in arguments)
+    assert "written: onto dequantized, bf16" in out
     if "q8_0" in arguments:
         tensors = gguf.GGUFReader("runs/quickstart/gguf/gguf/model-q8_0.gguf").tensors
         assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q8_0"}
@@ -94,8 +93,7 @@ def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, 
     assert templates[0] == templates[1]
     stops = json.loads((merged / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
-    files = (merged / "a.gguf", *(each for each in (merged / "merged").rglob("*") if each.is_file()))
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+    assert {file.stat().st_mode & 0o777 for file in (merged / "merged").rglob("*") if file.is_file()} == {0o640}
     figures = json.loads((merged / "found.json").read_text())
     assert figures == json.loads((merged / "merged" / "merge.json").read_text())
     check = figures["check"]
@@ -125,22 +123,6 @@ def test_a_gguf_file_holds_the_same_model(merged, tiny_base):
     again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file="model-f16.gguf")
     text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
     assert again(text).input_ids == tokenizer(text).input_ids
-
-
-def test_an_adapter_alone_as_gguf_is_the_same_update(merged):
-    reader = gguf.GGUFReader("a.gguf")
-    assert reader.get_field("general.type").contents() == "adapter"
-    assert reader.get_field("adapter.type").contents() == "lora"
-    alpha = reader.get_field("adapter.lora.alpha").contents()
-    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
-    assert len(tensors) == 2 * 2 * 7
-    for name, place, heads in ((NAME, "blk.1.ffn_up", None), ("model.layers.0.self_attn.k_proj", "blk.0.attn_k", 2)):
-        a, b, _ = (each.numpy() for each in update_of(name))
-        if heads:  # rows of a head: first half and second half in turns
-            rows = b.reshape(heads, 2, -1, b.shape[1])
-            b = np.stack([rows[:, 0], rows[:, 1]], axis=2).reshape(b.shape)
-        np.testing.assert_array_equal(tensors[f"{place}.weight.lora_a"], a)
-        np.testing.assert_allclose(alpha / len(a) * tensors[f"{place}.weight.lora_b"], 2.0 * b, rtol=1e-6)
 
 
 def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tiny_base, capsys):
@@ -209,12 +191,11 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
 
 
 WRONG = {
-    "": "--out is missing",
+    "": "the following arguments are required: --out",
     "--out x --rows 0 --data.val x.jsonl": "unrecognized arguments: --data.val",
     "--out x --nothing 3": "nothing",
     "--out x --gguf q4_0": "invalid choice: 'q4_0'",
     "--out x --adapter none": "none is not an adapter folder",
-    f"--adapter-gguf {ADAPTER}/adapter_model.safetensors": "exists already",
 }
 
 

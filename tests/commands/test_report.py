@@ -5,12 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from qlora_lightning.cli import main as cli
 from qlora_lightning.commands.report import main
-from qlora_lightning.support.errors import UserError
 from tests.report.conftest import CONFIG, write_run
 
 
@@ -68,41 +68,19 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     assert [run["folder"] for run in found["runs"]] == ["runs/one", "runs/two"]
 
 
-def test_nothing_is_cut_in_a_terminal_of_80_columns(make_run, monkeypatch, capsys):
-    names = [f"run-{number}-with-a-long-name" for number in range(9)]
-    for name in names:
-        make_run(name)
-    monkeypatch.setenv("COLUMNS", "80")
-    main([f"runs/{name}" for name in names])
-    out = capsys.readouterr().out
-    assert "…" not in out
-    assert max(map(len, out.splitlines())) <= 80
-    assert out.count("0.4500") == len(names)
-
-
-@pytest.mark.parametrize("option", ["--out", "--json"])
-def test_a_named_file_that_exists_is_kept_unless_forced(make_run, option, tmp_path):
-    make_run("one")
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=rf"{option} mine\.txt exists already"):
-        main(["runs/one", option, "mine.txt"])
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-    assert not (tmp_path / "runs/one/report.html").exists()
-    assert main(["runs/one", option, "mine.txt", "--force"]) == 0
-    assert (tmp_path / "mine.txt").read_text() != "mine"
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "required: RUN"),
         (["runs/none"], "runs/none holds no run"),
         (["runs/one", "--out", "none/page.html"], "the folder none does not exist"),
+        (["runs/one", "--out", "pyproject.toml"], "--out pyproject.toml exists already"),
         (["runs/one", "--jsn", "x"], "--jsn"),
     ],
 )
 def test_what_is_wrong_is_reported_in_a_line(make_run, capsys, arguments, words):
     make_run("one")
+    Path("pyproject.toml").write_text("mine")
     assert cli(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error

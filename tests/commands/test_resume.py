@@ -58,29 +58,6 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert_same_end("run", "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first", "then", "validates"),
-    [
-        ({"max_epochs": -1, "max_steps": 2}, {"max_epochs": -1, "max_steps": 5}, True),  # ends inside the first epoch
-        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, False),  # ends with it
-        ({"max_epochs": -1, "max_steps": 3}, {"max_epochs": -1, "max_steps": 5}, True),
-        ({"max_steps": 99, "max_epochs": 1}, {"max_steps": 99, "max_epochs": 2}, False),
-    ],
-)
-def test_a_longer_run_continues_as_if_it_had_been_so_long_from_the_start(
-    command, assert_same_end, first, then, validates
-):
-    def options(lengths):
-        limit = ["--trainer.limit_val_batches", int(validates)]
-        return [*limit, *(text for name, value in lengths.items() for text in (f"--trainer.{name}", value))]
-
-    command("fit", "--trainer.default_root_dir", "long", *options(then))
-    command("fit", *NEW, *options(first))
-    command("fit", *NEW, *LAST, *options(then))
-    assert_same_end("new", "long")
-
-
 def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):
     """A requeued job needs one command, whatever the kill left behind."""
     (tmp_path / "new").mkdir()
@@ -88,6 +65,14 @@ def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(co
     assert "starts fresh" in command("fit", *LAST, *NEW, "--trainer.max_steps", 1)
     assert "9.0\n" not in (tmp_path / "new" / "metrics.csv").read_text()
     assert (tmp_path / "new" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_finished_run_is_not_resumed_without_its_validation_and_the_advice_works(command, tmp_path):
+    before = equality.adapter_bytes(tmp_path / "run")
+    out = command("fit", *LAST, "--data.val", "null", "--evaluation", "null", code=2)
+    assert "data.val: rows → null. Put that back as it was" in out
+    command("fit", *LAST, "--evaluation", "null")
+    assert equality.adapter_bytes(tmp_path / "run") == before
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------

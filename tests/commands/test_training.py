@@ -110,10 +110,15 @@ def test_checkpoint_and_adapter_folder_are_evaluated_alike_and_without_either_th
     assert loss(folder) == loss(checkpoint) != loss(base)
 
 
-def test_null_and_false_switch_callbacks_off_in_yaml_and_on_the_command_line(command, write_config, read_metrics):
+def test_null_and_false_switch_callbacks_off_in_yaml_and_on_the_command_line(
+    command, write_config, read_metrics, tmp_path
+):
     config = write_config(trainer={"max_steps": 1, "limit_val_batches": 0}, throughput=False)
-    out = command("fit", "--gpu_memory", "null", "--trainer.default_root_dir", "off", config=config)
+    switches = ("--gpu_memory", "null", "--evaluation=False", "--gradient_checkpointing", "true")
+    out = command("fit", *switches, "--trainer.default_root_dir", "off", config=config)
     assert "Memory after loading" not in out
+    stored = read_config(tmp_path / "off")
+    assert [stored[key]["enabled"] for key in ("evaluation", "gradient_checkpointing")] == [False, True]
     assert not {"private_memory_gib", "tokens_seen"} & read_metrics("off")[0].keys()
 
 

@@ -5,7 +5,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,11 @@ def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
 
 
 class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no types
-    """Shows an answer word by word, and keeps its tokens."""
+    """Prints an answer word by word, and keeps its tokens."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, **_DECODING)
-        self._write = write
+        self.file = terminal().file
         self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
@@ -67,7 +67,8 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._write(text)
+        self.file.write(show_controls(text, keep="\n\t"))
+        self.file.flush()
 
 
 class Session:
@@ -90,7 +91,7 @@ class Session:
         if options.compare:
             self.renderers = {BASE: self.renderers[self.first], **self.renderers}
         self.context = int(self.model.get_base_model().config.max_position_embeddings)
-        self.options, self.console = options, terminal()
+        self.options = options
         if options.seed is not None:
             torch.manual_seed(options.seed)
         trained = (first.identity.get("data") or {}).get("settings") or {}
@@ -143,7 +144,7 @@ class Session:
             if len(prompts) > 1:
                 say(f"[{name}]")
             answers[name] = self._answer(name, prompt)
-            self.console.print()
+            say("")
         self.messages = [*asked, {"role": "assistant", "content": answers[self.first]["text"]}]
         self.turns.append({"prompt": text, "system": self.system, "answers": answers})
         for name, answer in answers.items():
@@ -156,7 +157,7 @@ class Session:
         """Continue a prompt until a stop token; Ctrl-C keeps what was answered until then."""
         renderer, options = self.renderers[name], self.options
         stop_ids, tokenizer = sorted(renderer.stop_ids), renderer.tokenizer
-        stream, stops = AnswerStream(tokenizer, self._write), [stop for stop in options.stop if stop]
+        stream, stops = AnswerStream(tokenizer), [stop for stop in options.stop if stop]
         sampling: dict[str, Any] = {"repetition_penalty": options.repetition_penalty}
         if options.temperature != 0:
             sampling |= {"do_sample": True, **{key: getattr(options, key) for key in _SETTINGS[:4]}}
@@ -189,7 +190,3 @@ class Session:
         if len(said) == most and text == whole:
             ended = "length"
         return {"text": text, "tokens": len(stream.ids), "ended": ended, "seconds": time.monotonic() - began}
-
-    def _write(self, text: str) -> None:
-        self.console.file.write(show_controls(text, keep="\n\t"))
-        self.console.file.flush()

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: a merged model, tensor by tensor, with its tokenizer, or an adapter alone."""
+"""GGUF files for llama.cpp: a merged model, tensor by tensor, with its tokenizer."""
 
 import functools
 import json
@@ -12,14 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.folder import BaseFolder
-from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
-from qlora_lightning.model.merge import MergePlan, changed_modules
+from qlora_lightning.model.merge import MergePlan
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -31,7 +29,6 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
-_CONVERT_ADAPTER = "Convert the adapter folder with llama.cpp's convert_lora_to_gguf.py instead."
 _UNKNOWN_SPLIT = (
     "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
     f"prompts silently. {_CONVERT}"
@@ -50,12 +47,12 @@ _SPLITS = {
 }
 
 
-def architecture_of(config: Any, adapter_only: bool = False) -> Any:
+def architecture_of(config: Any) -> Any:
     """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
     if config.model_type not in _ARCHITECTURES:
-        option, remedy = ("--adapter-gguf", _CONVERT_ADAPTER) if adapter_only else ("--gguf", _CONVERT)
-        types = ", ".join(_ARCHITECTURES)
-        raise UserError(f"{option} writes files for models of the types {types}, not of {config.model_type}. {remedy}")
+        raise UserError(
+            f"--gguf writes models of the types {', '.join(_ARCHITECTURES)}, not of {config.model_type}. {_CONVERT}"
+        )
     return _ARCHITECTURES[config.model_type]
 
 
@@ -65,17 +62,14 @@ class GGUFModelWriter:
     Args:
         file: where to.
         plan: what the tensors are.
-        kind: of matrices, one of ``GGUF_TYPES``.
+        kind: of matrices, ``f16`` or ``q8_0``.
         tokenizer: folder with the tokenizer's files.
         base: whose own file, if it is a GGUF, says how text is split.
-
-    Raises:
-        UserError: the config or the tokenizer is of a kind that is not written.
     """
 
     def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, base: BaseFolder) -> None:
         self._file, self._config = file, plan.config
-        self._writer = writer = _open_writer(file, plan.config)
+        self._writer = writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(plan.config)])
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(base.name).name)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
@@ -89,8 +83,8 @@ class GGUFModelWriter:
         for name, shape in plan.shapes.items():
             block, block_bytes = gguf.GGML_QUANT_SIZES[self._types[name]]
             size = math.prod(shape) // block * block_bytes
-            place = _map_name(name, self._config)
-            writer.add_tensor_info(place, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
+            gguf_name = _map_name(name, self._config)
+            writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -108,50 +102,6 @@ class GGUFModelWriter:
         return self._file
 
 
-def write_adapter(file: Path, plan: MergePlan, base: BaseFolder) -> None:
-    """Write A and B of every module in fp32, for ``llama-cli -m BASE.gguf --lora FILE``.
-
-    llama.cpp scales an update by alpha / rank with one alpha for all: if PEFT scales otherwise (rsLoRA, a pattern of
-    ranks or alphas), B takes the difference.
-
-    Raises:
-        UserError: the adapter is more than plain LoRA on linears, for which the format has no place.
-    """
-    layers: dict[str, Any] = changed_modules(plan)
-    for name, layer in layers.items():
-        if not _is_plain(layer):
-            raise UserError(
-                f"--adapter-gguf: {name} carries more than plain LoRA on a linear, for which the format has no place. "
-                "Merge it: --out DIR --gguf f16."
-            )
-    alpha = float(plan.model.peft_config[ADAPTER].lora_alpha)
-    writer = _open_writer(file, plan.config)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_name(Path(base.name).name)
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, layer in layers.items():
-        a, b = (matrix.detach().float() for matrix in lora_matrices(layer))
-        factor = layer.scaling[ADAPTER] / (alpha / len(a))
-        factor = 1.0 if math.isclose(factor, 1.0) else factor
-        rows = _permute_rows(f"{name}.weight", (b * factor).numpy(), plan.config)
-        place = _map_name(f"{name}.weight", plan.config)
-        writer.add_tensor(f"{place}.lora_a", a.numpy())  # (rank, in)
-        writer.add_tensor(f"{place}.lora_b", np.ascontiguousarray(rows))  # (out, rank)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _open_writer(file: Path, config: Any) -> gguf.GGUFWriter:
-    return gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
-
-
-def _is_plain(layer: Any) -> bool:
-    return isinstance(layer, LoraLayer) and not layer.lora_variant and type(layer.get_base_layer()) is torch.nn.Linear
-
-
 # ---- tensors and shape -----------------------------------------------------------------------------------------------
 
 
@@ -164,9 +114,7 @@ def _map_name(name: str, config: Any) -> str:
     return found
 
 
-@functools.cache  # it takes 10 ms to make
-def _name_map(architecture: Any, layers: int) -> Any:
-    return gguf.get_tensor_name_map(architecture, layers)
+_name_map = functools.cache(gguf.get_tensor_name_map)  # it takes 10 ms to make
 
 
 def _permute_rows(name: str, rows: Array, config: Any) -> Array:

@@ -1,20 +1,26 @@
 """Plans a config: its model without numbers, its batches, and the memory of a step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from pydoc import locate
 from typing import Any, cast
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from lightning.pytorch.strategies import StrategyRegistry
+from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.find import is_hub_id, resolve_base
+from qlora_lightning.base.folder import check_model_folder
+from qlora_lightning.base.gguf import find_unpacked
 from qlora_lightning.base.tensors import GIB, format_gib
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch, training_plan
-from qlora_lightning.commands.plan.local_base import find_config, find_tokenizer
+from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import count_parameters
@@ -31,6 +37,21 @@ from qlora_lightning.model.step.layout import find_computed
 from qlora_lightning.support.errors import UserError
 
 _ON_A_CPU = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # parts; all else is measured there
+_SMALL = 1_000_000_000  # bytes of a GGUF that is unpacked for the tokenizer inside, which `fit` would do too
+
+
+class _LocalRun(QLoRACLI):
+    """Takes a tokenizer that is on this machine."""
+
+    no_tokenizer: UserError | None = None
+
+    def before_instantiate_classes(self) -> None:
+        data = self.config["data"].get("init_args") or {}
+        if "tokenizer" in data:
+            try:
+                data["tokenizer"] = _find_tokenizer(data["tokenizer"])
+            except UserError as error:
+                self.no_tokenizer = error
 
 
 def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], peft.PeftModel]:
@@ -44,29 +65,11 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         All figures, in bytes, as the JSON has them; and the model without numbers.
     """
     run = _LocalRun(arguments, with_trainer=False)
-    return _plan(run.model, run.datamodule, run.config, memory, run.no_tokenizer)
-
-
-class _LocalRun(QLoRACLI):
-    """Takes a tokenizer that is on this machine."""
-
-    no_tokenizer: UserError | None = None
-
-    def before_instantiate_classes(self) -> None:
-        data = self.config["data"].get("init_args") or {}
-        if "tokenizer" in data:
-            try:
-                data["tokenizer"] = find_tokenizer(data["tokenizer"])
-            except UserError as error:
-                self.no_tokenizer = error
-
-
-def _plan(
-    module: Any, data: Any, settings: Any, memory: int | None, no_tokenizer: UserError | None
-) -> tuple[dict[str, Any], peft.PeftModel]:
+    module: Any = run.model
+    data: Any = run.datamodule
     if not isinstance(module, QLoRAModule):
         raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
-    trainer, checkpointing = settings["trainer"], GradientCheckpointing(**settings["gradient_checkpointing"])
+    trainer, checkpointing = run.config["trainer"], GradientCheckpointing(**run.config["gradient_checkpointing"])
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
     is_cuda = device["kind"] == "cuda"
@@ -75,7 +78,7 @@ def _plan(
     sharded_offload = _read_sharding(trainer)
     if sharded_offload is not None:
         check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
-    config, origin = find_config(module.base, module.revision, module.trust_remote_code)
+    config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
@@ -85,8 +88,8 @@ def _plan(
     epoch: Epoch | None = None
     batch = _largest_allowed(data)
     try:
-        if no_tokenizer is not None:
-            raise no_tokenizer
+        if run.no_tokenizer is not None:
+            raise run.no_tokenizer
         rows = _plan_batches(data)
         epoch = plan_epoch(rows, trainer)
         batch = _largest_batch(rows, epoch, skips_unlabelled)
@@ -192,12 +195,20 @@ def _plan_batches(data: Any) -> EpochPlan:
 
 
 def _largest_batch(plan: EpochPlan, epoch: Epoch, skips_unlabelled: bool) -> dict[str, int]:
-    """Describe the batch with the most computed tokens."""
-    count = _computed_counter(plan.samples, skips_unlabelled)
+    """Describe the batch with the most computed tokens: of unlabelled ones, and of shared beginnings, some are not."""
+    samples = plan.samples
+
+    def count(rows: Sequence[int]) -> int:
+        if not skips_unlabelled:
+            return int(samples.lengths[rows].sum())
+        spans = samples.spans(rows)
+        predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
+        return find_computed([samples.ids[span] for span in spans], predicts).count
+
     rows = plan.find_largest(epoch.epochs, epoch.batches, count)
     if not rows:
         raise UserError("There are no training rows.")
-    lengths = [span.stop - span.start for span in plan.samples.spans(rows)]
+    lengths = [span.stop - span.start for span in samples.spans(rows)]
     return _describe_batch(lengths, count(rows))
 
 
@@ -215,19 +226,61 @@ def _describe_batch(lengths: Sequence[int], computed: int) -> dict[str, int]:
     return {"rows": len(lengths), "tokens": sum(lengths), "longest": max(lengths), "computed": computed}
 
 
-def _computed_counter(samples: Any, skips_unlabelled: bool) -> Callable[[Sequence[int]], int]:
-    """Return what counts the computed tokens of a batch of rows of a :class:`~qlora_lightning.data.samples.SampleSet`.
+# ---- config and tokenizer, without weights and without the network ---------------------------------------------------
 
-    Args:
-        samples: The rows.
-        skips_unlabelled: Whether tokens that no loss needs are not computed, and shared beginnings once.
+
+def _find_folder(name: str, file: str, revision: str | None) -> Path | None:
+    """Find the local folder with a file of a base; None if it would have to be fetched or unpacked."""
+    if is_hub_id(name):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return Path(found).parent if isinstance(found, str) else None
+    path, _ = resolve_base(name, revision)
+    return path if path.is_dir() else find_unpacked(path)
+
+
+def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
+    """Return transformers' config of what ``model.base`` takes, and where it comes from.
+
+    A hub id is looked up in the hub's local cache, then among the shapes that come with the recipes. Of a GGUF that is
+    not unpacked yet only the header is read.
     """
+    folder = _find_folder(name, "config.json", revision)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if folder is not None:
+        check_model_folder(folder, name, weights=False)
+        origin = str(folder / "config.json")
+    elif is_hub_id(name):
+        shapes = {file.parent.name: file.parent for file in sorted((recipes_folder() / "shapes").glob("*/config.json"))}
+        shape = next((shape for shape in shapes if shape in name.lower()), None)  # Meta-Llama-3.1-8B-Instruct, …
+        if shape is None:
+            raise UserError(
+                f"Base {name}: its config.json is not in the hub's local cache, and plan fetches nothing. Fetch it "
+                f"with `hf download {name} config.json`, or name a folder with a config.json as model.base. Shapes "
+                f"known without it: {', '.join(shapes)}."
+            )
+        folder, origin = shapes[shape], f"the shape of {shape} that comes with the package"
+    else:
+        file, _ = resolve_base(name, revision)
+        folder, options, origin = file.parent, {"gguf_file": file.name}, f"the header of {file.name}"
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **options), origin
+    except Exception as error:  # each check of transformers, gguf and numpy raises a class of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"Base {name}: transformers cannot use the config in {folder}: {reason}") from error
 
-    def count(rows: Sequence[int]) -> int:
-        if not skips_unlabelled:
-            return int(samples.lengths[rows].sum())
-        spans = samples.spans(rows)
-        predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
-        return find_computed([samples.ids[span] for span in spans], predicts).count
 
-    return count
+def _find_tokenizer(choice: Any) -> Any:
+    """Turn ``data.tokenizer`` into a choice that is loaded without fetching anything, or unpacking a large file."""
+    settings = choice if isinstance(choice, dict) else {"name": choice}
+    name, revision = settings.get("name"), settings.get("revision")
+    if not isinstance(name, str):
+        return choice
+    folder = _find_folder(name, "tokenizer.json", revision)
+    if folder is not None:
+        return {**settings, "name": str(folder), "revision": None}
+    if is_hub_id(name):
+        raise UserError(f"The tokenizer of {name} is not in the hub's local cache, and plan fetches nothing.")
+    file, _ = resolve_base(name, revision)
+    if file.stat().st_size > _SMALL:
+        raise UserError(f"The tokenizer is inside {file.name}, which `fit` unpacks first.")
+    return choice

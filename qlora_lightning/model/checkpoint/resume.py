@@ -58,7 +58,9 @@ class ExactResume(Callback):
         self._checkpoint = checkpoint
         data, batches = content["identity"]["data"], checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         changes = find_changes(content["trainer"], trainer_settings(trainer), "trainer")
-        _check_position(batches, content["trainer"]["accumulate_grad_batches"], changes)
+        identity = identity_of_data(trainer)
+        lost = [("data.val", "rows", None)] if "val" in data and identity and "val" not in identity else []
+        _check_position(batches, content["trainer"]["accumulate_grad_batches"], [*changes, *lost])
         _check_samples(trainer, data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
@@ -140,7 +142,7 @@ def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequen
             "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
             "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`."
         )
-    validations = [change for change in changes if change[0].removeprefix("trainer.") in _VALIDATION]
+    validations = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
     if batches["is_last_batch"] and completed == ready and validations:  # behind the validation of an epoch's end
         raise UserError(  # Lightning could take the next batch for one more of the epoch that is over
             "The checkpoint is of an epoch's end, and its validations were others: "

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.guards.checks import check_gradients
 from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists
 
 OnNonfinite = Literal["stop", "skip"]
@@ -122,10 +124,12 @@ class TrainingGuard(Callback):
         self.checks_due = True  # an evaluation pass is what breaks training elsewhere
         loss = trainer.callback_metrics.get("val_loss")
         if self.on_nonfinite == "stop" and loss is not None and not loss.isfinite():
+            has_saved = (Path(trainer.default_root_dir) / CHECKPOINTS / "last.ckpt").exists()
+            before = ": `--ckpt_path last` is from before" if has_saved else ""
             raise UserError(  # before callbacks that write checkpoints, which come last
                 f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
-                "saved: `--ckpt_path last` is from before. Lower model.learning_rate, look at the validation rows, or "
-                "set model.on_nonfinite: skip to continue."
+                f"saved{before}. Lower model.learning_rate, look at the validation rows, or set model.on_nonfinite: "
+                "skip to continue."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,21 +18,15 @@ from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
-from qlora_lightning.commands.merge.check import check_written, sample_validation_rows
-from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of, write_adapter
+from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
+from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of
 from qlora_lightning.commands.options import write_output
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.model.load.build import AdapterSource, find_adapter
-from qlora_lightning.model.merge import (
-    MergedWeights,
-    MergePlan,
-    TrainedWeights,
-    Weights,
-    plan_merge,
-)
+from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import flush, put_in_place, read_json_object, set_usual_mode
+from qlora_lightning.support.files import flush, read_json_object, set_usual_mode
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -53,21 +46,8 @@ def merge(options: argparse.Namespace) -> None:
         weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
     check_entry(source.base.folder)  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
-    if options.gguf or options.adapter_gguf:
-        architecture_of(plan.config, adapter_only=not options.gguf)  # before the work
-    if options.adapter_gguf is not None:
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=options.adapter_gguf.parent) as place:
-            write_adapter(Path(place) / options.adapter_gguf.name, plan, source.base)
-            put_in_place(Path(place) / options.adapter_gguf.name, options.adapter_gguf)
-        say(f"Adapter alone: {options.adapter_gguf}")
-        say(
-            f"It was trained on a base in {source.quantization or '16 bits'}. A base that llama.cpp has quantized "
-            "otherwise differs from that: of SmolLM2 in q4_1 an answer in three was another one. merge --gguf writes a "
-            "model whose answers are checked."
-        )
-    if options.out is None:
-        return
-
+    if options.gguf is not None:
+        architecture_of(plan.config)  # before the work
     began = time.monotonic()
     batches = sample_validation_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
     figures: dict[str, Any] = {
@@ -120,9 +100,7 @@ def _how_to_run(file: Path, kind: str) -> str:
     wanted = file.with_name(f"model-{kind}.gguf")
     if file != wanted:
         command = f"llama-quantize {file} {wanted} {kind.upper()}"
-        lines.insert(
-            0, f"llama-quantize is not on the PATH. It comes with llama.cpp, and quantizes:\n\n    {command}\n"
-        )
+        lines.insert(0, f"llama-quantize of llama.cpp is not on the PATH. It quantizes:\n\n    {command}\n")
     return "\n".join(lines)
 
 
@@ -132,18 +110,18 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 
     A link is followed: the folder that it leads to is replaced.
     """
-    place = Path(os.path.realpath(target))
-    unfinished = place.with_name(f".{place.name}.unfinished")
+    folder = Path(os.path.realpath(target))
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
         for file in [*unfinished.rglob("*"), unfinished]:
             flush(file)
-        if (place / RECORD).is_file():  # by --force
-            shutil.rmtree(place)
-        os.replace(unfinished, place)  # fails if another process has filled a folder of that name
-        flush(place.parent)
+        if (folder / RECORD).is_file():  # by --force
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)  # fails if another process has filled a folder of that name
+        flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -155,9 +133,8 @@ def _write_weights(
     dtype: torch.dtype = getattr(torch, DTYPES[options.dtype])
     merged = MergedWeights(plan, weights)
     shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.shapes.items()}
-    shard_bytes = max(
-        _SHARD_BYTES, *(each.nbytes for each in shapes.values())
-    )  # a larger tensor would change the order
+    # a larger tensor would change the order
+    shard_bytes = max(_SHARD_BYTES, *(each.nbytes for each in shapes.values()))
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
     writer = None
     if options.gguf is not None:
@@ -203,8 +180,8 @@ def _write_companions(source: AdapterSource, folder: Path, options: argparse.Nam
     left_out = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
     config = {name: value for name, value in config.items() if name not in left_out}
     config["dtype"] = DTYPES[options.dtype]
-    for place in (source.base.folder, source.folder):
-        generation = place / "generation_config.json"
+    for origin in (source.base.folder, source.folder):
+        generation = origin / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, folder / generation.name)
             settings = read_json_object(generation, "Copy it from where the base came from.")

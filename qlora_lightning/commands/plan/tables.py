@@ -1,5 +1,7 @@
-"""A plan as tables: the model with what is adapted, bytes by part, and the run."""
+"""A plan as tables: what is adapted, bytes by part, and the run."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,6 @@ from rich.text import Text
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, names_of_ends
 from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing
 
 _BAR = 16  # characters
@@ -71,14 +72,11 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     total = sum(memory["parts"].values())
     machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
     numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
-    if memory["peak_bytes"] is None:
-        if not memory["fits"]:
-            return Text.assemble(("It does not fit", "bold red"), f": {numbers}.")
-        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
     if not memory["fits"]:
-        return Text.assemble(
-            ("It does not fit", "bold red"), f": {numbers}, of which a tenth is kept back. What is left: {REMEDIES}."
-        )
+        remedy = f". A tenth is kept back. What is left: {REMEDIES}"
+        return Text.assemble(("It does not fit", "bold red"), f": {numbers}{remedy}.")
+    if memory["peak_bytes"] is None:
+        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
     how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
     longest = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
     return Text.assemble(("It fits", "bold green"), f"{how}: {numbers}{longest}.")
@@ -105,58 +103,16 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
     return table
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
 def _model_table(model: Any) -> Table:
-    """List embedding, the modules of a decoder layer, and head, with the adapter on each."""
+    """List what carries an adapter, of equal modules of all layers once."""
     causal_lm = model.get_base_model()
-    config, layers = causal_lm.config, decoder_layers(causal_lm)
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    names = names_of_ends(causal_lm)
-    title = f"{config.model_type}, {config.hidden_size:,} wide, {config.num_attention_heads} heads"
-    if getattr(config, "num_key_value_heads", None) is not None:
-        title += f" over {config.num_key_value_heads}"
-    table = Table("module", "shape", "adapter", title=title, title_justify="left")
-
-    def add(name: str, modules: Mapping[int, Any], shape: str | None = None) -> None:
-        first = next(iter(modules.values()))
-        table.add_row(name, shape or _describe_shape(first), Text(_describe_adapter(modules), "green"))
-
-    add(names[ends[0]], {0: ends[0]})
-    table.add_section()
-    table.add_row(Text(f"{len(layers)} × decoder layer", "bold"))
-    parts: dict[str, dict[int, Any]] = {}
-    for number, layer in enumerate(layers):  # which may be of several kinds
-        for name, module in layer.named_modules():
-            if hasattr(module, "weight") and "base_layer" not in name and ".lora_" not in name:
-                parts.setdefault(name, {})[number] = module
-    for name, modules in parts.items():
-        few = "" if len(modules) == len(layers) else f" ({len(modules)} layers)"
-        add(f"  {name}{few}", modules)
-    table.add_section()
-    add(names[ends[1]], {0: ends[1]}, f"tied to {names[ends[0]]}" if ends[0].weight is ends[1].weight else None)
+    config, counts = causal_lm.config, Counter[tuple[str, ...]]()
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            shape, rank = f"{module.in_features:,} → {module.out_features:,}", f"{module.r[ADAPTER]}"
+            counts[re.sub(r".*\.\d+\.", "", name), shape, rank] += 1
+    title = f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size:,} wide"
+    table = Table("adapter on", "shape", "rank", "layers", title=title, title_justify="left")
+    for cells, count in counts.items():
+        table.add_row(*cells, str(count))
     return table
-
-
-def _describe_shape(module: Any) -> str:
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    if isinstance(base, LINEARS):  # whose weight may be packed
-        return " → ".join(f"{size:,}" for size in linear_sizes(base))
-    return " × ".join(f"{size:,}" for size in base.weight.shape)
-
-
-def _describe_adapter(modules: Mapping[int, Any]) -> str:
-    """Describe what trains of one module of each layer: shapes of A and B, and which layers if not all."""
-    adapted = [number for number, module in modules.items() if isinstance(module, LoraLayer)]
-    if not adapted:
-        trains = any(each.requires_grad for module in modules.values() for each in module.parameters())
-        return "trains itself" if trains else ""
-    first = modules[adapted[0]]
-    rank = ", ".join(str(rank) for rank in sorted({modules[number].r[ADAPTER] for number in adapted}))
-    shapes = f"A {rank} × {first.in_features:,}, B {first.out_features:,} × {rank}"
-    if len(adapted) == len(modules):
-        return shapes
-    is_range = adapted == list(range(adapted[0], adapted[-1] + 1)) and len(adapted) > 1
-    names = f"{adapted[0]} to {adapted[-1]}" if is_range else ", ".join(map(str, adapted))
-    return f"{shapes}, layers {names}"

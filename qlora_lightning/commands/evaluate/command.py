@@ -1,0 +1,82 @@
+"""``qlora-lightning evaluate``: base against adapters on the same rows, by loss and by scored answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+
+from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
+from qlora_lightning.commands.config import find_configs
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import EVALUATION, PREDICTIONS
+from qlora_lightning.support.imports import without_garbage_collection
+
+# keys of evaluation.json and predictions.jsonl
+_RESERVED = (BASE, "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
+_DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
+greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
+
+The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…". Without
+--config it is that of the run folder around the adapter. Its section `evaluation:` and trainer.limit_val_batches apply
+as during `fit`: the same rows are evaluated, and the first 100 (evaluation.rows) answered."""
+_EPILOG = """examples:
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
+  qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
+  qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
+
+Without --adapter it is the run folder's own. Nothing is written but what --out and --json name: --out writes
+evaluation.json (all figures) and predictions.jsonl (a line per row, the hardest first) into a folder.
+
+Scores: exact_match; json_valid and json_f1 (fields) of JSON; numeric_match (GSM8K's `#### 18`, else the last number);
+rouge_l; chrf. Those that fit the expected answers are taken, unless --scores names some. stop_rate is the share of
+answers that end by themselves. A row is an answer's last turn, answered from all turns before it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; return the exit code."""
+    options, rest = _parser().parse_known_args(argv)
+    adapters = name_adapters(options.adapter, _RESERVED, single="adapter")
+    if not adapters and not rest:
+        raise UserError("Nothing to evaluate: pass --adapter or --config.")
+    first = next(iter(adapters.values()), None)
+    arguments = add_config(first, rest)
+    for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
+        if key.startswith("evaluation.") and value is not None:
+            arguments += [f"--{key}", value]
+    if options.rows is not None:
+        arguments += ["--evaluation.rows", str(options.rows)]
+    options.json = check_output("--json", options.json, options.force)
+    if options.out is not None:
+        options.out = options.out.expanduser()
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in (EVALUATION, PREDICTIONS):
+            check_output("--out", options.out / name, options.force)
+
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.evaluate.adapters import evaluate
+
+    with tables_beside(options.json):
+        if len(adapters) > 1 and not find_configs(rest):
+            say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
+        evaluate(options, adapters, arguments)
+    return 0
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]"
+    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, usage)
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
+    add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
+    add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
+    add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
+    add("--batch-size", dest="evaluation.batch_size", metavar="N", help="rows answered together, at most")
+    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
+    add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
+    add_json_option(parser)
+    return parser

@@ -1,0 +1,79 @@
+"""``qlora-lightning inspect``: the data as the model will see them, in the terminal and as a page."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
+from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import without_garbage_collection
+
+_SPLITS = ("train", "val", "test", "predict")
+# nothing is fetched and nothing runs, whatever the rows hold
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Data</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>{stylesheet}</style></head>
+<body><pre>{code}</pre></body></html>
+"""
+_DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
+
+The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
+line, as for `fit`: --data.max_length 512, --trainer.devices 4."""
+_EPILOG = """examples:
+  qlora-lightning inspect --config configs/quickstart.yaml
+  qlora-lightning inspect --config configs/quickstart.yaml --row 17 --row 23
+  qlora-lightning inspect --config configs/quickstart.yaml --split val --longest --html data.html
+
+The exit code is 2 if `fit` would stop at bad rows (`on_bad_row: error`)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Report on the data of a config; return the exit code."""
+    options, rest = _parser().parse_known_args(argv)
+    page = check_output("--html", options.html, options.force)
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.inspection.overview import print_inspection
+        from qlora_lightning.commands.training import QLoRACLI
+
+    with quiet_lightning():
+        run = QLoRACLI(rest, with_trainer=False)
+        data: Any = run.datamodule
+        data.lenient = True  # bad rows are listed, and the rest is prepared
+        data.setup()
+        splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]
+        if not splits:
+            raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
+    console = terminal(record=page is not None)
+    print_inspection(data, splits, run.config, options, console)
+    if page is not None:
+        write_output(page, console.export_html(code_format=_PAGE))
+        say(f"\nPage: {page}")
+    sys.stdout.flush()
+    reports = [data.reports[split] for split in splits]
+    bad = [f"{report.bad_rows:,} in {report.split}" for report in reports if report.bad_rows]
+    if bad and data.on_bad_row == "error":
+        raise UserError(
+            f"There are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
+            "out with `on_bad_row: skip`."
+        )
+    for report in reports:
+        report.check(skip_bad=True)
+    return 0
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning inspect --config FILE [options] [options of fit]"
+    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, usage)
+    add = parser.add_argument
+    add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
+    row_help = (
+        "show the row in line N of its file, as messages name it (row N of .parquet and hub data); FILE:N if a split "
+        "has several files; may be repeated"
+    )
+    add("--row", action="append", default=[], metavar="N", help=row_help)
+    add("--longest", action="store_true", help="show the longest row")
+    add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
+    add("--force", action="store_true", help="overwrite a file that is there already")
+    return parser

@@ -1,0 +1,88 @@
+"""``qlora-lightning merge``: an adapter worked into its base, checked against both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import without_garbage_collection
+
+_DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
+
+Layer by layer, in fp32, never into 4 bits. Onto the dequantized base that the adapter was trained on, or with
+--onto original onto the 16-bit weights that it never saw. The result is then compared with base and adapter on
+validation rows, and kept only if they agree."""
+_EPILOG = """examples:
+  qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/merged
+  qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/gguf --gguf q8_0 --rows 16
+
+The validation rows are those of the run's config.yaml beside the adapter folder; --config FILE, or options of fit such
+as --data.val FILE, name others. q4_k_m, q5_k_m and q6_k are quantized by llama.cpp's own program llama-quantize; where
+it is not on the PATH, f16 is written, and the command that quantizes it is printed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Merge an adapter; return the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    options.fit = rest  # options of fit, which choose rows for the check
+    if rest and not options.rows:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.json = check_output("--json", options.json, options.force)
+    _check_folder(options.out, options.force)
+    read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
+
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.merge.merged_folder import merge
+
+    with tables_beside(options.json):
+        merge(options)
+    return 0
+
+
+def _check_folder(target: Path, force: bool) -> None:
+    """Reject a folder that exists, unless it is empty, or holds a merged model and may be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force or not (target / RECORD).is_file():
+        raise UserError(
+            f"--out {target} exists: choose another folder. --force replaces one that an earlier merge wrote "
+            f"(with {RECORD} in it)."
+        )
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning merge --adapter DIR --out DIR [options] [--config FILE] [--data.KEY VALUE …]"
+    parser = OptionParser("merge", _DESCRIPTION, _EPILOG, usage)
+    add = parser.add_argument
+    add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
+    add(
+        "--onto",
+        choices=("dequantized", "original"),
+        default="dequantized",
+        help="dequantized (default): the base as the adapter saw it; original: the weights before quantization",
+    )
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
+    add(
+        "--gguf",
+        choices=(*K_QUANTS, "q8_0", "f16"),
+        help="write a GGUF file for llama.cpp, and a Modelfile for Ollama, too",
+    )
+    rows_help = "validation rows to check on (default: 8; 0: no check)"
+    add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
+    add(
+        "--max-kl",
+        type=NonNegativeFloat,
+        metavar="NATS",
+        help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
+        "(default: onto dequantized 0.01, or 0.001 if trained and written in fp32; 0.5 onto original; at least 0.01 "
+        "for a GGUF file, 0.05 for q6_k, 0.15 for q5_k_m and 0.25 for q4_k_m)",
+    )
+    add_json_option(parser)
+    return parser

@@ -1,0 +1,76 @@
+"""``qlora-lightning plan``: what a config trains, and the memory and steps that it takes, before it is loaded."""
+
+import re
+from collections.abc import Sequence
+
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.commands.adapter_config import add_config
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    quiet_lightning,
+    tables_beside,
+    write_output,
+)
+from qlora_lightning.support.console import terminal
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
+
+_DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
+
+The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
+is read and nothing is fetched; the data are read if they are on this machine. Nothing is written except the file that
+--json names. With --adapter, the plan is to train that adapter further, by the config of its run."""
+_EPILOG = """examples:
+  qlora-lightning plan --config configs/quickstart.yaml
+  qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
+  qlora-lightning plan --adapter runs/quickstart/adapter
+
+It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
+is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
+is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned; all else is measured in
+training."""
+_UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan a config; return the exit code."""
+    own, rest = _parser().parse_known_args(argv)
+    memory = None if own.device_memory is None else read_size(own.device_memory)
+    file = check_output("--json", own.json, own.force)
+    if own.adapter is not None:
+        adapter = find_adapter_folder(own.adapter)
+        rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
+
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        import_bitsandbytes()  # before the planner imports PEFT, which would
+
+        from qlora_lightning.commands.plan.planner import plan_run
+        from qlora_lightning.commands.plan.tables import print_plan
+
+    with quiet_lightning(), tables_beside(file):
+        figures, model = plan_run(rest, memory)
+        print_plan(figures, model, terminal())
+    if file is not None:
+        write_output(file, figures)
+    return 0 if figures["memory"]["fits"] else 1
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes with a unit: ``16GiB``, ``24 GB``, ``81559 MiB``."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([mg]i?b)", text.strip().lower(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not size:
+        raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
+    return size
+
+
+def _parser() -> OptionParser:
+    usage = "qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]"
+    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
+    parser.add_argument("--adapter", metavar="DIR", help="adapter folder to train further (model.adapter)")
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
+    add_json_option(parser)
+    return parser

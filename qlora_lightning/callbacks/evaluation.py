@@ -1,14 +1,14 @@
 """Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
-from qlora_lightning.evaluation.comparison import Comparison
+from qlora_lightning.evaluation.comparison import Comparison, Results
 from qlora_lightning.evaluation.row_results import (
     AnswerSettings,
     EvaluationRow,
@@ -42,6 +42,9 @@ class Evaluation(Callback):
             :func:`qlora_lightning.evaluation.scores.choose_scores`.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
+        general: A file of conversations or texts that have nothing to do with the task. Base and adapter are compared
+            on their loss too, which tells how much was forgotten; ``None``: they are not.
+        general_rows: How many rows of that file, the first ones.
     """
 
     def __init__(
@@ -53,8 +56,11 @@ class Evaluation(Callback):
         scores: str | list[str] = "auto",
         batch_size: int = 64,
         samples: int = 3,
+        general: str | None = None,
+        general_rows: int = 100,
     ) -> None:
         least = {"rows": (rows, 0), "batch_size": (batch_size, 1), "samples": (samples, 0)}
+        least["general_rows"] = (general_rows, 1)
         optional = {"every_n_validations": every_n_validations, "max_new_tokens": max_new_tokens}
         least |= {name: (value, 1) for name, value in optional.items() if value is not None}
         for name, (value, smallest) in least.items():
@@ -62,6 +68,7 @@ class Evaluation(Callback):
                 raise UserError(f"evaluation.{name} is {value}: expected {smallest} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
+        self.general, self.general_rows = general, general_rows
         self.every_n_validations = every_n_validations
         self.max_new_tokens, self.scores, self.batch_size = max_new_tokens, scores, batch_size
         self.validations = 0  # of the fit that have ended
@@ -94,6 +101,17 @@ class Evaluation(Callback):
         twice = 2 * max(len(row.expected) for row in asked)
         limit = self.max_new_tokens or min(max(twice, _FEWEST_NEW_TOKENS), _MOST_NEW_TOKENS)
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
+
+    def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> Results | None:
+        """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file.
+
+        Arguments are those of :func:`~qlora_lightning.evaluation.row_results.evaluate_sides`; the data module reads.
+        """
+        if self.general is None:
+            return None
+        other = data.other_rows(self.general, self.general_rows)
+        other.setup("test")
+        return evaluate_sides(module, list(other.test_dataloader()), [], None, adapters, show, next_token=True)
 
     # ---- during validation -----------------------------------------------------------------------------------------
 
@@ -157,10 +175,11 @@ class Evaluation(Callback):
         settings = self.choose_settings(trainer, asked)
         adapters = {"adapter": module.model.active_adapter}
         results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
+        general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:
             rows, *sides = map(list, zip(*sorted(gathered, key=lambda each: each[0].number), strict=True))
-            comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings)
+            comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, general)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))

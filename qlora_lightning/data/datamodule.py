@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,6 +21,8 @@ from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_toke
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.conversation import Chat, Judged, Pair
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.samples import SampleSet, hold_out
@@ -291,11 +293,7 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str) -> Prepared | None:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
         sources = [] if self._has_own_rows() else self.sources(split)
-        rows: Sources = [(source.settings, read_rows(source)) for source in sources]
-        if self._has_own_rows():
-            own = enumerate(self.load_rows(split) or (), start=1)
-            settings = RowSettings(self.format, self.columns, self.system, self.roles)
-            rows = [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
+        rows = self._rows_by_source(split, sources)
         if not rows:
             return None
         if split == "train" and sources and sources[0].weight is not None:
@@ -314,6 +312,39 @@ class InstructionDataModule(LightningDataModule):
         samples, report = cached_samples(key, ", ".join(source.path for source in sources), make)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
+
+    def _rows_by_source(self, split: str, sources: Sequence[Source]) -> Sources:
+        if not self._has_own_rows():
+            return [(source.settings, read_rows(source)) for source in sources]
+        own = enumerate(self.load_rows(split) or (), start=1)
+        settings = RowSettings(self.format, self.columns, self.system, self.roles)
+        return [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
+
+    def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
+        """Read rows of a split again, as conversations by their number; a row of raw text or tokens is left out."""
+        found, number = dict[int, Chat](), 0
+        held_out = split == "val" and self.val_fraction is not None
+        sources = self.sources("train" if held_out else split)
+        for settings, rows in self._rows_by_source("train" if held_out else split, sources):
+            converter = RowConverter(settings, pairs=self.pairs)
+            for row in rows:
+                if number in numbers and isinstance(row, Row):
+                    content = converter.convert(row)
+                    chat = content[0] if isinstance(content, Pair | Judged) else content
+                    if isinstance(chat, Chat):
+                        found[number] = chat
+                number += 1
+        return found
+
+    def other_rows(self, file: str, rows: int) -> "InstructionDataModule":
+        """Return a data module whose test rows are the first of another file, with this one's tokenizer and template.
+
+        ``setup("test")`` reads them.
+        """
+        names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        first: dict[str, Any] = {"path": file, "rows": rows}
+        return InstructionDataModule(test=[first], tokenizer=self._tokenizer_choice, **options)
 
     def _divide(self) -> None:
         """Hold validation rows out of the training rows; what became of rows before is reported with those."""

@@ -24,6 +24,7 @@ class Report:
     formats: list[str] = field(default_factory=list)  # that were found
     tokens: int = 0
     labelled: int = 0  # of the tokens
+    desirable: int | None = None  # samples with that verdict, if they have verdicts
     shortened: int = 0  # samples cut to max_length
     lost_tokens: int = 0  # that max_length cut off or, with too_long: drop, left out with their rows
     lost_labels: int = 0  # of these
@@ -71,6 +72,7 @@ class Report:
     def count_samples(self, samples: SampleSet) -> None:
         """Count samples that take the place of those counted so far."""
         self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
+        self.desirable = None if samples.desirable is None else int(samples.desirable.sum())
 
     def describe(self) -> str:
         """Return what is printed for the split: one line, and one more for each thing to look at."""
@@ -78,6 +80,8 @@ class Report:
         parts = [f"{self.split}: {self.rows:,} rows{formats}", f"{self.tokens:,} tokens"]
         if self.labelled:
             parts.append(f"{self.labelled / self.tokens:.0%} labelled")
+        if self.desirable is not None:
+            parts.append(f"{self.desirable:,} of {self.samples:,} answers desirable")
         if self.samples != self.rows:
             parts.append(f"{self.samples:,} samples")
         if self.shortened:

@@ -18,7 +18,7 @@ from qlora_lightning.evaluation.intervals import (
     plain_interval,
 )
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
+from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share
 from qlora_lightning.support.console import say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
@@ -50,6 +50,7 @@ class Comparison:
         rows: That were evaluated.
         results: Of each side.
         settings: How rows were answered; ``None``: they were not.
+        general: Results of rows that have nothing to do with the task, if there are: their loss is one metric more.
 
     Attributes:
         answered: Indices of the rows that were answered.
@@ -57,10 +58,19 @@ class Comparison:
         compared_by: Metric by which rows are won and lost: the preference of pairs, else that score, else the loss.
     """
 
-    def __init__(self, rows: Sequence[EvaluationRow], results: Results, settings: AnswerSettings | None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[EvaluationRow],
+        results: Results,
+        settings: AnswerSettings | None,
+        general: Results | None = None,
+    ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
         pairs = bool(rows) and rows[0].is_pair
         self.metrics = compare(results, pairs)
+        if general is not None:
+            losses = {side: [(row.nll, row.labelled_tokens) for row in found] for side, found in general.items()}
+            self.metrics[GENERAL] = measure(GENERAL, losses)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None

@@ -127,6 +127,7 @@ def evaluate_sides(
     adapters: Mapping[str, str],
     show: bool = True,
     on_answers: OnAnswers = lambda side, rows, answers: None,
+    next_token: bool = False,
 ) -> dict[str, list[RowResult]]:
     """Evaluate the base alone, and with each adapter; a bar shows the progress, if ``show``.
 
@@ -138,6 +139,7 @@ def evaluate_sides(
         adapters: PEFT's names of them, by the names that they have in the results.
         show: Whether a terminal gets the bar.
         on_answers: Called as soon as a batch of answers is there.
+        next_token: Whether the loss is that of the next token, whatever the module's ``compute_loss`` does.
     """
     model, results = module.model, {}
     losses = sum(len(unpack_rows(batch)) for batch in batches)
@@ -148,7 +150,7 @@ def evaluate_sides(
                 model.set_adapter(adapters[side])
             hidden = without_adapters(model) if side == BASE else nullcontext()
             with hidden, collective_passes(module), dense_weights(model):
-                found = evaluate_rows(module, batches, count)
+                found = evaluate_rows(module, batches, count, next_token)
                 answers = answer_rows(module, rows, settings, count, partial(on_answers, side)) if settings else {}
             results[side] = [each._replace(answer=answers.get(index)) for index, each in enumerate(found)]
     return results
@@ -156,7 +158,10 @@ def evaluate_sides(
 
 @torch.no_grad()
 def evaluate_rows(
-    module: Any, batches: Iterable[Mapping[str, Any]], watch: ProgressCounter = lambda steps: None
+    module: Any,
+    batches: Iterable[Mapping[str, Any]],
+    watch: ProgressCounter = lambda steps: None,
+    next_token: bool = False,
 ) -> list[RowResult]:
     """Compute the loss of every row of some batches, as a loader gives them, by a module as it is now.
 
@@ -168,7 +173,7 @@ def evaluate_rows(
     try:
         with collective_passes(module), dense_weights(module.model):
             for batch in batches:
-                for sums in row_losses(module, batch):
+                for sums in row_losses(module, batch, next_token):
                     results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
                     watch(1)
     finally:
@@ -176,13 +181,13 @@ def evaluate_rows(
     return results
 
 
-def row_losses(module: Any, batch: Mapping[str, Any]) -> Iterator[LossSums]:
+def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) -> Iterator[LossSums]:
     """Compute what ``module.compute_loss`` returns for each row alone that :func:`unpack_rows` finds in a batch.
 
     If that is not overridden, rows go through the model together, which is two to three times as quick. An override
-    gets one row after the other: only it knows how its loss is made up.
+    gets one row after the other: only it knows how its loss is made up, unless ``next_token`` asks for the usual one.
     """
-    if not is_flat(batch) or module.overrides("compute_loss"):
+    if not is_flat(batch) or (module.overrides("compute_loss") and not next_token):
         for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
             on_device = module.transfer_batch_to_device(row, module.device, 0)
             yield from module.run_in_parts(on_device, module.compute_loss)

@@ -11,7 +11,14 @@ from qlora_lightning.support.errors import UserError
 MARK = "####"  # before GSM8K's final number
 # A minus after a digit or a bracket subtracts, and is no sign.
 _NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
-_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF++", "json_f1": "JSON field F1", "json_valid": "valid JSON"}
+GENERAL = "general_loss"  # nats a token of text that has nothing to do with the task
+_NAMES = {
+    GENERAL: "loss on other text",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF++",
+    "json_f1": "JSON field F1",
+    "json_valid": "valid JSON",
+}
 
 
 def exact_match(answer: str, expected: str) -> float:
@@ -145,7 +152,7 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
 
 def is_share(metric: str) -> bool:
     """Whether a metric is between 0 and 1, and shown in percent."""
-    return metric not in ("loss", "perplexity", "answer_tokens")
+    return metric not in ("loss", "perplexity", GENERAL, "answer_tokens")
 
 
 def describe_metric(metric: str) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
 from qlora_lightning.commands.config import refuse_moved_run
+from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, Server, Verdict, judge_server, make_requests
 from qlora_lightning.commands.options import quiet_lightning, write_output
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.rows.readers import Row
+from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.comparison import Comparison
 from qlora_lightning.evaluation.row_results import (
     Answer,
@@ -43,14 +45,17 @@ _ONE_DEVICE = (
 )
 
 
-def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str]) -> None:
-    """Evaluate, print and write.
+def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str]) -> int:
+    """Evaluate, print and write; return the exit code.
 
     Args:
         options: the command's own.
         adapters: folders by name; none: that of the run folder.
         arguments: options of ``fit``, among them those of ``evaluation``.
     """
+    server = None
+    if options.server is not None:  # before minutes of loading
+        server = Server(options.server, options.served_name, options.timeout, options.parallel)
     with quiet_lightning():
         run = QLoRACLI([*arguments, *_ONE_DEVICE])
         if run.config["ckpt_path"] is not None or run.names_adapter:
@@ -69,12 +74,24 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
         asked = rows[: evaluation.rows]
+        requests = [] if server is None else make_requests(data, options.split, asked)
         settings = evaluation.choose_settings(trainer, asked)
         names = _load(module, adapters)
         by_name, on_answers = dict(zip(adapters, names, strict=True)), _answer_writer(options.out)
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
-        _report(Comparison(rows, results, settings), adapters, options, evaluation.samples)
+        general = evaluation.evaluate_general(module, data, by_name, show=True)
+        verdict = None
+        if server is not None:
+            if settings is None:
+                raise UserError("--server: no row has a prompt that it could answer.")
+            answers = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
+            verdict = judge_server(answers, asked, settings, results)
+            if general is not None:
+                general[SERVED] = [NOTHING] * len(general[BASE])
+        comparison = Comparison(rows, results, settings, general)
+        _report(comparison, adapters, options, evaluation.samples, verdict)
+        return int(verdict is not None and verdict.served != "adapter")
 
 
 def _find_adapter_of_run(run_folder: str, configs: Mapping[str, Any]) -> dict[str, Path]:
@@ -174,7 +191,13 @@ def _warn_of_other_prompts(name: str, folder: Path, own: Mapping[str, Any]) -> N
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argparse.Namespace, samples: int) -> None:
+def _report(
+    comparison: Comparison,
+    adapters: Mapping[str, Path],
+    options: argparse.Namespace,
+    samples: int,
+    verdict: Verdict | None,
+) -> None:
     """Print the tables, and write the files that were asked for."""
     rows = "validation rows" if options.split == "val" else "test rows"
     comparison.print(rows)
@@ -188,6 +211,8 @@ def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argpa
     if wrong:
         say(f"The hardest rows for {comparison.adapters[0]}:")
     comparison.print_rows(wrong)
+    if verdict is not None:
+        say(verdict.sentence)
 
     summary = comparison.summary(samples)
     summary |= {
@@ -196,6 +221,7 @@ def _report(comparison: Comparison, adapters: Mapping[str, Path], options: argpa
         "hardest": [comparison.rows[place].number for place in hardest],
         "sources": {name: part.figures() for name, part in sources.items()},
         "groups": {name: part.figures() for name, part in groups.items()},
+        **({} if verdict is None else {SERVED: verdict.figures}),
     }
     if options.json is not None:
         write_output(options.json, summary)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
@@ -14,7 +14,7 @@ from qlora_lightning.support.files import EVALUATION, PREDICTIONS
 from qlora_lightning.support.imports import without_garbage_collection
 
 # keys of evaluation.json and predictions.jsonl
-_RESERVED = (BASE, "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
+_RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
 _DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
 
@@ -26,6 +26,10 @@ _EPILOG = """examples:
   qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
   qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
+
+With --server URL an inference server that speaks OpenAI's chat completions answers the same rows, and is judged: its
+answers are those of the adapter (exit code 0), of the base, or of neither (exit code 1). A key, if it needs one, is
+taken from the environment variable OPENAI_API_KEY.
 
 Without --adapter it is the run folder's own. Nothing is written but what --out and --json name: --out writes
 evaluation.json (all figures) and predictions.jsonl (a line per row, the hardest first) into a folder.
@@ -39,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
     adapters = name_adapters(options.adapter, _RESERVED, single="adapter")
+    if options.server and len(adapters) > 1:
+        raise UserError("--server is compared with one adapter: pass one --adapter.")
     if not adapters and not rest:
         raise UserError("Nothing to evaluate: pass --adapter or --config.")
     first = next(iter(adapters.values()), None)
@@ -61,8 +67,7 @@ def main(argv: Sequence[str]) -> int:
     with tables_beside(options.json):
         if len(adapters) > 1 and not find_configs(rest):
             say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
-        evaluate(options, adapters, arguments)
-    return 0
+        return evaluate(options, adapters, arguments)
 
 
 def _parser() -> OptionParser:
@@ -78,5 +83,10 @@ def _parser() -> OptionParser:
     add("--batch-size", dest="evaluation.batch_size", metavar="N", help="rows answered together, at most")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
+    add("--general", dest="evaluation.general", metavar="FILE", help="other text, whose loss tells what was forgotten")
+    add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
+    add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
+    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
+    add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
     add_json_option(parser)
     return parser

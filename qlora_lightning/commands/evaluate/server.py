@@ -1,7 +1,9 @@
 """A server beside base and adapter: it answers the same rows, and is judged by whose answers they are."""
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +14,14 @@ from rich.progress import track
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import measure
-from qlora_lightning.evaluation.row_results import Answer
+from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
+from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
 SERVED = "served"
+NOTHING = RowResult(math.nan, 0, 0)  # of a server's losses
 
 
 class ServedAnswer(NamedTuple):
@@ -109,6 +113,65 @@ class Verdict:
     served: str
     sentence: str
     figures: dict[str, Any]
+
+
+def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
+    """Return a chat request for each row that has a prompt, of the messages that its file has.
+
+    A row that is no conversation, or of which several samples were made, gets no prompt any more: it is not answered.
+    """
+    pieces = Counter(row.number for row in rows)
+    chats = data.load_conversations(split, set(pieces))
+    requests = []
+    for row in rows:
+        chat = chats.get(row.number)
+        if chat is None or pieces[row.number] > 1:
+            row.prompt = None
+        if chat is None or row.prompt is None:
+            continue
+        last = len(chat.messages) - (chat.messages[-1]["role"] == "assistant")
+        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[:last]))}
+        if chat.tools:
+            request["tools"] = chat.tools
+        if data.template_options:
+            request["chat_template_kwargs"] = data.template_options
+        requests.append(request)
+    return requests
+
+
+def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: message[key] for key in ("role", "content", "name", "tool_call_id") if key in message}
+    calls = [each["function"] for each in message.get("tool_calls") or ()]
+    if calls:
+        functions = [{"name": each["name"], "arguments": json.dumps(each["arguments"])} for each in calls]
+        found["tool_calls"] = [
+            {"id": f"call_{at}", "type": "function", "function": function} for at, function in enumerate(functions)
+        ]
+    return found
+
+
+def judge_server(
+    answers: Sequence[ServedAnswer],
+    rows: Sequence[EvaluationRow],
+    settings: AnswerSettings,
+    results: dict[str, list[RowResult]],
+) -> Verdict:
+    """Score a server's answers of the rows that have a prompt, add them to ``results``, and judge them."""
+    asked = [index for index, row in enumerate(rows) if row.prompt is not None]
+    adapter = next(side for side in results if side != BASE)
+    served, prompts = [NOTHING] * len(results[BASE]), []
+    for index, found in zip(asked, answers, strict=True):
+        row = rows[index]
+        expected = settings.decode(row.expected)
+        scores = {name: SCORES[name](found.text, expected) for name in settings.scores}
+        served[index] = NOTHING._replace(answer=Answer(found.text, found.tokens, found.stopped, scores))
+        prompts.append((row.place, len(row.prompt or ()), found.prompt_tokens))
+    results[SERVED] = served
+    sides = {BASE: BASE, "adapter": adapter, SERVED: SERVED}
+    texts = {
+        name: [answer for index in asked if (answer := results[side][index].answer)] for name, side in sides.items()
+    }
+    return judge(texts, prompts, settings.scores[0])
 
 
 def judge(

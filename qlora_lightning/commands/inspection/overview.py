@@ -109,6 +109,7 @@ def _count(report: Report, stopping: int, begun: int) -> dict[str, str]:
         "labelled share": _share(report.labelled, report.tokens),
         "tokens lost": report.lost_tokens,
         "labelled tokens lost": report.lost_labels,
+        "desirable answers": report.desirable or 0,
         "duplicates": report.duplicates,
         "also in train": report.overlap,
     }

@@ -1,0 +1,131 @@
+"""``evaluate --server``: whose answers a server gives, by a stub of the protocol here and by llama.cpp's own server."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from qlora_lightning.cli import main
+from tests.commands.test_evaluate import CONFIG, trained  # noqa: F401  # a fixture
+
+KEY = "sk-never-shown"
+QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
+
+
+@contextmanager
+def serving(answer_to, names=("mine",), prompt_tokens=None):
+    """A server that answers a question by ``answer_to(question)``; yields its address and the requests that came."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status, body):
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self.reply(200, {"data": [{"id": name} for name in names]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.headers.get("Authorization"), body))
+            text = answer_to(body["messages"][-1]["content"])
+            if text is None:
+                return self.reply(500, {"error": "out of memory"})
+            usage = {"completion_tokens": 3, "prompt_tokens": prompt_tokens}
+            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+            return self.reply(200, {"choices": [choice], "usage": usage})
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def evaluate(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Run the command beside a server; return its exit code, what it printed and its figures."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(url, *arguments):
+        file = tmp_path / "figures.json"
+        named = ["--adapter", "runs/b/adapter", "--rows", "8", "--scores", "chrf", "--json", str(file), "--force"]
+        code = main(["evaluate", *named, *(["--server", url] if url else []), *arguments])
+        captured = capsys.readouterr()
+        assert KEY not in captured.out + captured.err
+        return code, captured.out + captured.err, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+@pytest.fixture
+def answers(evaluate, tmp_path):
+    """The answers of base and adapter by question, which differ in each row."""
+    evaluate(None, "--out", str(tmp_path / "out"))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    found = {side: {QUESTIONS[line["row"]]: line[side]["answer"] for line in lines} for side in ("base", "adapter")}
+    assert all(found["base"][question] != found["adapter"][question] for question in QUESTIONS)
+    return found
+
+
+def test_a_server_is_told_by_its_answers(evaluate, answers):
+    cases = {
+        "adapter": (answers["adapter"].get, 0, "The server answers as the adapter: 8 of 8 answers are equal"),
+        "base": (answers["base"].get, 1, "The server answers as the base: it has not loaded the adapter"),
+        "neither": (lambda question: "?", 1, "The server answers like neither base nor adapter: 0 of 8 answers"),
+    }
+    for side, (answer_to, code, sentence) in cases.items():
+        with serving(answer_to) as (url, requests):
+            found = evaluate(url)
+        assert found[0] == code
+        assert sentence in " ".join(found[1].split())
+        served = found[2]["served"]
+        assert (served["verdict"], served["rows"], served["score"]) == (side, 8, "chrf")
+        assert served["equal_to_adapter"] == float(side == "adapter")
+        assert set(found[2]["metrics"]["chrf"]) == {"base", "adapter", "served", "difference", "differences"}
+        assert {key for key, _ in requests} == {f"Bearer {KEY}"}
+        questions = sorted(body["messages"][-1]["content"] for _, body in requests)
+        assert questions == QUESTIONS
+        assert {(body["model"], body["temperature"], body["max_tokens"]) for _, body in requests} == {("mine", 0.0, 3)}
+    assert served["first_difference"]["row"] == "rows.jsonl:1"
+
+
+def test_another_template_shows_in_the_tokens_of_prompts(evaluate, answers):
+    with serving(answers["adapter"].get, prompt_tokens=5) as (url, _):
+        code, printed, figures = evaluate(url)
+    assert code == 0
+    assert "Its prompts are others in 8 rows" in " ".join(printed.split())
+    assert figures["served"]["prompt_tokens"]["server"] == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "words"),
+    [
+        (("a", "b"), (), "Name a model by --served-name: expected one of a, b"),
+        (("a", "b"), ("--served-name", "c"), "It serves no c: expected one of a, b"),
+        (("a",), (), 'answered /chat/completions with 500: {"error": "out of memory"}'),
+    ],
+)
+def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words):
+    with serving(lambda question: None, names) as (url, _):
+        code, printed, _ = evaluate(url, *arguments)
+    assert code == 2
+    assert words in printed
+
+
+def test_an_address_without_a_server_is_reported_before_anything_is_loaded(evaluate):
+    code, printed, _ = evaluate("http://127.0.0.1:9/v1")
+    assert code == 2
+    assert "--server http://127.0.0.1:9/v1 gives no OpenAI answer to /models" in printed
+    assert "Loading" not in printed

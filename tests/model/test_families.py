@@ -37,7 +37,10 @@ def test_flat_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft
     assert not families.differs(found), found
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma4_text", "gpt2", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt2", pytest.param("gemma4_text", marks=pytest.mark.slow), pytest.param("qwen3_5_text", marks=pytest.mark.slow)],
+)
 def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path):
     config = AutoConfig.from_pretrained(families.save_random(tmp_path, model_type))
     model = meta_model(config, torch.bfloat16, "nf4", None, {"rank": 2})

@@ -130,20 +130,11 @@ def test_what_is_replaced_watched_added_or_merged_counts_from_the_next_start_on(
 # ---- in a fit -------------------------------------------------------------------------------------------------------
 
 
-TRAINED_EMBEDDING = {
-    "compute_dtype": "bf16",
-    "lora_options": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-}
-TRAINED_NORMS = {"compute_dtype": "bf16", "lora_options": {"modules_to_save": ["norm"]}}
-
-
 @pytest.mark.parametrize(
     ("options", "precision", "reason"),
     [
         ({}, "32-true", None),
         ({"dropout": 0.1}, "32-true", "model.dropout is not 0"),
-        (TRAINED_NORMS, "32-true", "their parts are hooked, replaced or trained"),
-        (TRAINED_EMBEDDING, "32-true", None),
         ({}, "bf16-mixed", "trainer.precision is bf16-mixed"),
     ],
 )
@@ -159,6 +150,7 @@ def test_a_fit_reports_why_layers_are_plain_if_they_are(
     assert reason is None or sentence + reason in printed
 
 
+@pytest.mark.slow
 def test_regions_are_compiled_once_a_width_for_any_number_of_tokens():
     shapes = []
 

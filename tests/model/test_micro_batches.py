@@ -69,11 +69,11 @@ def whole(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"micro_batch_tokens": 60},
+        pytest.param({"micro_batch_tokens": 60}, marks=pytest.mark.slow),
         {"micro_batch_tokens": 1},
-        {"fails": [2]},  # in the second step
+        pytest.param({"fails": [2]}, marks=pytest.mark.slow),  # in the second step
         {"fails": [2, 3], "where": "forward"},  # and again
-        {"batch_size": 1, "accumulate": 6},
+        pytest.param({"batch_size": 1, "accumulate": 6}, marks=pytest.mark.slow),
         {"batch_size": 3, "accumulate": 2, "fails": [4]},  # in the second batch of a window
         {"fails": [5], "where": "forward"},  # in a validation
     ],

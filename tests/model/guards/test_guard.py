@@ -98,6 +98,7 @@ def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(train, fau
     assert "step 2, at learning rate" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_twentieth_skipped_step_in_a_row_stops_resumes_counted(train, tmp_path):
     trainer = train(Spoilt, steps=[0, 2, 3], on_nonfinite="skip")
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
@@ -179,7 +180,12 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
 
 
 @pytest.mark.parametrize(
-    ("quantization", "scales"), [("nf4", {"absmax", "nested_absmax", "offset"}), ("int8", {"SCB"}), ("none", set())]
+    ("quantization", "scales"),
+    [
+        ("nf4", {"absmax", "nested_absmax", "offset"}),
+        ("int8", {"SCB"}),
+        pytest.param("none", set(), marks=pytest.mark.slow),
+    ],
 )
 def test_training_validating_and_saving_change_no_bit_of_the_base(tiny_base, rows_file, tmp_path, quantization, scales):
     module = QLoRAModule(str(tiny_base), quantization=quantization)

@@ -45,8 +45,10 @@ def count_kept(module, batch):
         ({}, 0, 0.03),
         ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
         ({}, 1, 0.1),
-        ({"dropout": 0.1}, 0, 0.2),  # from here on PEFT's layers; masks of a CPU are wider
-        ({"lora_options": {"use_dora": True}}, 0, 0.1),
+        pytest.param(
+            {"dropout": 0.1}, 0, 0.2, marks=pytest.mark.slow
+        ),  # from here on PEFT's layers; masks of a CPU are wider
+        pytest.param({"lora_options": {"use_dora": True}}, 0, 0.1, marks=pytest.mark.slow),
     ],
     ids=str,
 )

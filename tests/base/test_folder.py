@@ -118,12 +118,3 @@ def test_one_value_one_name_one_dtype_or_one_shape_changes_it(tmp_path, tensors)
     changed[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     variants = [{name: norm}, {name: changed}, {"norm2": norm}, {name: norm.view(torch.int32)}, {name: norm.view(2, 4)}]
     assert len({fingerprint(save(tmp_path / f"{n}", tensors | each)) for n, each in enumerate(variants)}) == 5
-
-
-def test_it_is_kept_until_a_file_changes(model_folder, cache, tensors):
-    first = fingerprint(model_folder)
-    (kept,) = (cache / "fingerprints").iterdir()
-    kept.write_text(json.dumps({"fingerprint": "from the cache"}))
-    assert fingerprint(model_folder) == "from the cache"
-    save_file({**tensors, "extra": torch.zeros(1)}, model_folder / "model.safetensors")
-    assert fingerprint(model_folder) not in (first, "from the cache")

@@ -1,14 +1,15 @@
 """The ceiling of a step: how long torch takes for its matrix products alone.
 
-Counted are the products that a LLaMA with LoRA adapters cannot do without. What an implementation computes again is
-not among them, except the second forward pass of gradient checkpointing, nor is a token that no label needs. Attention
-is in tiles of 64 queries of all samples of that length, with the keys up to there: a little more than the causal half.
+Counted are the products that a LLaMA with adapters on all linears cannot do without. What an implementation computes
+again is not among them, except the second forward pass of gradient checkpointing, nor is a token that no label needs.
+Attention is in tiles of 64 queries of all samples of that length, with the keys up to there: a little more than the
+causal half.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,161 +17,96 @@ from torch import Tensor
 
 from qlora_lightning.model.load.machine import choose_compute_dtype
 from qlora_lightning.model.step.layout import IGNORED, find_computed
+from tests.benchmarks.communication import linears
 
 _TILE = 64  # queries: smaller products are slower, larger ones hold more scores behind the diagonal
-# The linears of a layer in the order in which they run; those of one line share their input.
-_STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 
 
 class Product(NamedTuple):
-    """One shape of matrix product: ``(rows, inner)`` times ``(inner, columns)``.
+    """One shape of matrix product: ``(rows, inner)`` times ``(inner, columns)``, ``batch`` of them at once.
 
-    Attributes:
-        rows: Of the result.
-        inner: Summed over.
-        columns: Of the result.
-        layout: Which operand is transposed in memory: none (``nn``), the right (``nt``), the left (``tn``).
-        batch: How many at once.
+    ``layout`` says which operand is transposed in memory: none (``nn``), the right (``nt``), the left (``tn``).
     """
 
     rows: int
     inner: int
     columns: int
-    layout: Literal["nn", "nt", "tn"]
+    layout: str
     batch: int = 1
 
-    @property
-    def flop(self) -> int:
-        """Multiplications and additions."""
-        return 2 * self.batch * self.rows * self.inner * self.columns
 
-
-class BatchShape(NamedTuple):
-    """What products of a batch depend on.
-
-    Attributes:
-        attended: Tokens of each sample that attention has.
-        shared: How many of these are computed with another sample.
-        labelled: Labelled tokens.
-    """
-
-    attended: Sequence[int]
-    shared: Sequence[int]
-    labelled: int
-
-
-def read_shape(batch: Any) -> BatchShape:
-    """Read the shape of a flat batch."""
+def measure_ceiling(module: Any, batch: Any, checkpointing: bool) -> float:
+    """Run each product of a ``QLoRAModule``'s step on a flat batch, and nothing else; return the seconds."""
     ids, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "labels"))
     samples, labelled = (np.split(each, batch["cu_seqlens"].tolist()[1:-1]) for each in (ids, labels != IGNORED))
     computed = find_computed(samples, [each[1:] for each in labelled])
-    return BatchShape(computed.lengths, computed.shared, int((labels != IGNORED).sum()))
+    config, rank = module.causal_lm.config.to_dict(), module.adapter_options["rank"]
+    products = count_products(
+        config, rank, computed.lengths, computed.shared, int((labels != IGNORED).sum()), checkpointing
+    )
+    dtype = choose_compute_dtype(module.compute_dtype, module.device)
+    return sum(_time_product(product, count, dtype, module.device) for product, count in products.items())
 
 
-_Tiles = list[tuple[int, int, int, int]]
+def count_products(
+    config: dict[str, Any],
+    rank: int,
+    attended: Sequence[int],
+    shared: Sequence[int],
+    labelled: int,
+    checkpointing: bool,
+) -> Counter[Product]:
+    """Count the products of a training step.
 
-
-def measure_ceiling(module: Any, batch: Any, trains: bool, checkpointing: bool) -> dict[str, float]:
-    """Run each product of a batch as often as it occurs, and nothing else.
+    Backward has none for the base's weights, and none below the first layer's adapters. Gradient checkpointing runs the
+    forward pass of each layer again, up to its last linear, whose result backward does not need.
 
     Args:
-        module: A ``QLoRAModule``.
-        batch: A flat batch.
-        trains: Whether the batch is trained on, else validated.
+        config: Of the model, as a dict.
+        rank: Of the adapters.
+        attended: Tokens of each sample that attention has.
+        shared: How many of these are computed with another sample.
+        labelled: Labelled tokens.
         checkpointing: Whether the step runs with gradient checkpointing.
-
-    Returns:
-        ``seconds`` and ``flop`` of all products.
     """
-    device, dtype = module.device, choose_compute_dtype(module.compute_dtype, module.device)
-    products = count_products(module.causal_lm, read_shape(batch), trains, checkpointing)
-    seconds = sum(_time_product(product, count, dtype, device) for product, count in products.items())
-    return {"seconds": seconds, "flop": sum(count * product.flop for product, count in products.items())}
-
-
-def count_products(causal_lm: Any, batch: BatchShape, trains: bool, checkpointing: bool = False) -> Counter[Product]:
-    """Count the products of a training step or of a validation batch, with or without PEFT's layers in the model.
-
-    Backward has none below the lowest adapter, and none for the base's weights. Gradient checkpointing runs the forward
-    pass of the layers from there on again, up to their last linear, whose result backward does not need.
-    """
-    tokens, head = sum(batch.attended) - sum(batch.shared), causal_lm.get_output_embeddings()
-    tiles = list(_find_tiles(causal_lm.config, batch))
-    products = Counter([Product(batch.labelled, head.in_features, head.out_features, "nt")])
-    flows = False  # whether the gradient of what flows into a linear is needed
-    for layer in causal_lm.model.layers:
-        linears = {name: layer.get_submodule(name) for stage in _STAGES for name in stage}
-        forward = Counter(_attention_forward(tiles))
-        for linear in linears.values():
-            forward.update(_linear_forward(linear, tokens))
-        products += forward
-        if not trains:
-            continue
-        for stage in _STAGES:
-            for name in stage:
-                products.update(_linear_backward(linears[name], tokens, flows))
-            flows = flows or any(_rank(linears[name]) for name in stage)
-            if stage == _STAGES[0] and flows:
-                products.update(_attention_backward(tiles))
-        if checkpointing and flows:
-            products += forward - Counter(_linear_forward(linears["mlp.down_proj"], tokens))
-    if flows:
-        products[Product(batch.labelled, head.out_features, head.in_features, "nn")] += 1
+    tokens, shapes, layers = sum(attended) - sum(shared), linears(config), config["num_hidden_layers"]
+    forward, down, backward, entry = Counter[Product](), Counter[Product](), Counter[Product](), Counter[Product]()
+    for number, (inputs, outputs) in enumerate(shapes):
+        of_linear = Counter(
+            [
+                Product(tokens, inputs, outputs, "nt"),  # x Wᵀ
+                Product(tokens, inputs, rank, "nt"),  # low = x Aᵀ
+                Product(tokens, rank, outputs, "nt"),  # low Bᵀ
+            ]
+        )
+        forward += of_linear
+        down = of_linear  # the last one is it
+        backward.update(
+            [
+                Product(tokens, outputs, rank, "nn"),  # grad_low = grad B
+                Product(rank, tokens, outputs, "tn"),  # grad_Bᵀ = lowᵀ grad
+                Product(rank, tokens, inputs, "tn"),  # grad_A = grad_lowᵀ x
+            ]
+        )
+        grad_x = Counter([Product(tokens, outputs, inputs, "nn"), Product(tokens, rank, inputs, "nn")])
+        backward += grad_x
+        if number < 3:  # q, k and v, below which the first layer needs no gradient
+            entry += grad_x
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    for first in range(0, max(attended), _TILE):
+        keys, rows = first + _TILE, _TILE * heads // kv_heads
+        spans = zip(shared, attended, strict=True)
+        matrices = kv_heads * sum(begin < keys and length > first for begin, length in spans)
+        scores, mixed = Product(rows, width, keys, "nt", matrices), Product(rows, keys, width, "nn", matrices)
+        by_key = Product(keys, rows, width, "tn", matrices)
+        forward.update([scores, mixed])  # Q Kᵀ and P V
+        backward.update([scores, by_key, mixed, by_key])  # grad_P, grad_V, grad_Q, grad_K
+    layer = forward + backward + (forward - down if checkpointing else Counter())
+    products = Counter({product: layers * count for product, count in layer.items()}) - entry
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    products.update([Product(labelled, hidden, vocabulary, "nt"), Product(labelled, vocabulary, hidden, "nn")])
     return products
-
-
-def _rank(linear: Any) -> int:
-    return sum(getattr(linear, "r", {}).values())  # PEFT's layers have a rank for each adapter
-
-
-def _linear_forward(linear: Any, tokens: int) -> Iterator[Product]:
-    inputs, outputs, rank = linear.in_features, linear.out_features, _rank(linear)
-    yield Product(tokens, inputs, outputs, "nt")  # x Wᵀ
-    if rank:
-        yield Product(tokens, inputs, rank, "nt")  # low = x Aᵀ
-        yield Product(tokens, rank, outputs, "nt")  # low Bᵀ
-
-
-def _linear_backward(linear: Any, tokens: int, needs_input: bool) -> Iterator[Product]:
-    inputs, outputs, rank = linear.in_features, linear.out_features, _rank(linear)
-    if needs_input:
-        yield Product(tokens, outputs, inputs, "nn")  # g W
-    if rank:
-        yield Product(tokens, outputs, rank, "nn")  # of low: g B
-        yield Product(rank, tokens, outputs, "tn")  # of B, transposed: lowᵀ g
-        yield Product(rank, tokens, inputs, "tn")  # of A: (g B)ᵀ x
-        if needs_input:
-            yield Product(tokens, rank, inputs, "nn")  # g B A
-
-
-def _find_tiles(config: Any, batch: BatchShape) -> Iterator[tuple[int, int, int, int]]:
-    """Yield matrices in each product of a tile, their rows, the keys that these see, and the width of a head."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    width = config.head_dim or config.hidden_size // heads
-    for first in range(0, max(batch.attended), _TILE):
-        end = first + _TILE
-        spans = zip(batch.shared, batch.attended, strict=True)
-        samples = sum(begin < end and length > first for begin, length in spans)
-        yield samples * kv_heads, _TILE * heads // kv_heads, end, width
-
-
-def _attention_forward(tiles: _Tiles) -> Iterator[Product]:
-    for matrices, rows, keys, width in tiles:
-        yield Product(rows, width, keys, "nt", matrices)  # Q Kᵀ
-        yield Product(rows, keys, width, "nn", matrices)  # P V
-
-
-def _attention_backward(tiles: _Tiles) -> Iterator[Product]:
-    for matrices, rows, keys, width in tiles:
-        yield Product(rows, width, keys, "nt", matrices)  # of P: g Vᵀ
-        yield Product(keys, rows, width, "tn", matrices)  # of V: Pᵀ g
-        yield Product(rows, keys, width, "nn", matrices)  # of Q: dS K
-        yield Product(keys, rows, width, "tn", matrices)  # of K: dSᵀ Q
 
 
 def _time_product(product: Product, count: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -178,8 +114,8 @@ def _time_product(product: Product, count: int, dtype: torch.dtype, device: torc
 
     def make_operand(rows: int, columns: int, transposed: bool) -> Tensor:
         stored = (columns, rows) if transposed else (rows, columns)
-        made = torch.randn(stored if product.batch == 1 else (product.batch, *stored), dtype=dtype, device=device)
-        return made.transpose(-2, -1) if transposed else made
+        operand = torch.randn(stored if product.batch == 1 else (product.batch, *stored), dtype=dtype, device=device)
+        return operand.transpose(-2, -1) if transposed else operand
 
     left = make_operand(product.rows, product.inner, product.layout == "tn")
     right = make_operand(product.inner, product.columns, product.layout == "nt")

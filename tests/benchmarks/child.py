@@ -1,6 +1,6 @@
 """Processes that measure: how they are started, and what both sides of the comparison share.
 
-The peer's interpreter imports this file too: it takes torch and the standard library, nothing more.
+The peer's interpreter imports this file too: it needs torch and the standard library, nothing more.
 """
 
 import json
@@ -37,17 +37,13 @@ def run_child(module: str, threads: int, python: str = sys.executable, **argumen
         threads: Threads that all its libraries may use.
         python: The interpreter.
         arguments: For the function that it serves.
-
-    Raises:
-        RuntimeError: The process failed; the message ends with its last lines.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", _SPAWNED_AT: str(time.time())}
     command = [python, "-m", f"tests.benchmarks.{module}", json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        output = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-        raise RuntimeError(f"{module} failed (exit code {done.returncode}):\n{output}")
+        raise RuntimeError(f"{module} failed:\n" + (done.stdout + done.stderr)[-3000:])
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -78,17 +74,5 @@ def read_peak_bytes(on_gpu: bool) -> int:
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package."""
-    return {package: version(package) for package in packages}
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(file)
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_whole(file, (json.dumps(content, indent=2) + "\n").encode())
+    """Return the installed version of torch, transformers, PEFT, bitsandbytes and of other packages."""
+    return {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes", *packages)}

@@ -42,13 +42,6 @@ LINKS = {
 RANK, TOKENS, MICRO_BATCHES, UTILIZATION = 16, 16_384, 4, 0.4  # tokens of a device and step
 
 
-def read_shape(name: str) -> dict[str, Any]:
-    """Return the config of Llama-3.1 of a size."""
-    file = ROOT / "configs" / "shapes" / f"llama-3.1-{name.lower()}" / "config.json"
-    shape: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return shape
-
-
 def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
     """Return inputs and outputs of a decoder layer's linears."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
@@ -57,40 +50,18 @@ def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
     return [(hidden, query), (hidden, key), (hidden, key), (query, hidden), *[(hidden, wide)] * 2, (wide, hidden)]
 
 
-def adapter_bytes(shape: dict[str, Any], rank: int) -> int:
-    """Return the bytes of the adapters' float32 gradients, all linears."""
-    return 4 * rank * shape["num_hidden_layers"] * sum(map(sum, linears(shape)))
-
-
-def layer_bytes(shape: dict[str, Any], dtype_size: int) -> int:
-    """Return the bytes of a layer that are gathered: packed weights and two norms. The scales stay everywhere."""
-    return sum(inputs * outputs for inputs, outputs in linears(shape)) // 2 + 2 * shape["hidden_size"] * dtype_size
-
-
-def end_bytes(shape: dict[str, Any], dtype_size: int) -> int:
-    """Return the bytes of the embedding, or of the head."""
-    return int(shape["vocab_size"] * shape["hidden_size"] * dtype_size)
-
-
-def all_reduced(size: float, devices: int) -> float:
-    """Return what each device sends, and receives, in a ring all-reduce."""
-    return 2 * (devices - 1) / devices * size
-
-
-def gathered(size: float, devices: int) -> float:
-    """Return what each device sends, and receives, in an all-gather of ``size`` in all."""
-    return (devices - 1) / devices * size
-
-
 def sent(shape: dict[str, Any], rank: int, devices: int, micro_batches: int = 0, dtype_size: int = 2) -> float:
     """Return what each device sends in a step; of a sharded base with its ``micro_batches``.
 
-    Layers are gathered in both directions, embedding and head, if they are two, once.
+    In a ring each device sends 2 (N - 1) / N of what is added up, the float32 gradients of adapters on all linears, and
+    (N - 1) / N of what is gathered: packed weights and two norms of each layer in both directions, scales never, and
+    embedding and head, if they are two, once.
     """
-    layers = shape["num_hidden_layers"] * layer_bytes(shape, dtype_size)
-    ends = 0 if shape.get("tie_word_embeddings") else 2 * end_bytes(shape, dtype_size)
-    whole = micro_batches * (2 * layers + ends)
-    return all_reduced(adapter_bytes(shape, rank), devices) + gathered(whole, devices)
+    layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
+    gradients = 4 * rank * layers * sum(map(sum, linears(shape)))
+    layer = sum(inputs * outputs for inputs, outputs in linears(shape)) // 2 + 2 * hidden * dtype_size
+    ends = 0 if shape.get("tie_word_embeddings") else 2 * shape["vocab_size"] * hidden * dtype_size
+    return (devices - 1) / devices * (2 * gradients + micro_batches * (2 * layers * layer + ends))
 
 
 def table() -> list[str]:
@@ -99,10 +70,12 @@ def table() -> list[str]:
     for name, link in LINKS.items():
         cells = []
         for base, micro_batches in (("8B", 0), ("70B", MICRO_BATCHES)):
-            shape = read_shape(base)
+            file = ROOT / "configs" / "shapes" / f"llama-3.1-{base.lower()}" / "config.json"
+            shape = json.loads(file.read_text(encoding="utf-8"))
             moved = sent(shape, RANK, link.devices, micro_batches)
             seconds = moved / (link.bandwidth * link.reached)
-            weights = shape["num_hidden_layers"] * sum(a * b for a, b in linears(shape)) + end_bytes(shape, 1)
+            weights = shape["num_hidden_layers"] * sum(a * b for a, b in linears(shape))
+            weights += shape["vocab_size"] * shape["hidden_size"]
             computing = 6 * weights * TOKENS / (link.flops * UTILIZATION)  # forward, again, and gradients of inputs
             share = seconds / (seconds + computing)
             cells.append(f"{moved / 1e9:.3g} GB | {seconds:.2g} s | {100 * share:.2g} %")

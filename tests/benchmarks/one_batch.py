@@ -1,22 +1,27 @@
-"""Steps on one batch of random tokens: any base, any sizes, for what no file of rows has. On a CPU."""
+"""Steps on one batch of random tokens, and a base of Llama-3.1-8B's shape: what no file of rows has. On a CPU."""
 
-from tests.benchmarks.ours import Meter, make_module, make_trainer  # first: it imports quicker
-
-# isort: split
-
-import itertools
+import json
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
 import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import GradientCheckpointing
+from qlora_lightning.model.load.base_model import load_base
 from tests.benchmarks import child
+from tests.benchmarks.ours import Meter, make_module, make_trainer
+from tests.random_base import save_tokenizer
+from tests.steps import make_batch
 
 _INTERVAL = 0.02  # seconds; more often, and the threads of a product wait for each other
 
@@ -25,49 +30,49 @@ class MemoryWatch:
     """Read the memory of this process again and again from a thread: the kernel keeps a peak of all of it only.
 
     Attributes:
-        looks: Each time, the bytes that are private, and those of mapped files: the cached base, libraries.
+        readings: Each time, the bytes that are private, and those of mapped files: the cached base, libraries.
     """
 
     def __init__(self) -> None:
-        self.looks: list[tuple[int, int]] = []
+        self.readings: list[tuple[int, int]] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Read the memory now."""
         info = psutil.Process().memory_info()
-        mapped = getattr(info, "shared", 0)  # Linux alone tells
-        self.looks.append((info.rss - mapped, mapped))
+        mapped = getattr(info, "shared", 0)  # of Linux alone
+        self.readings.append((info.rss - mapped, mapped))
 
-    def stop(self) -> list[tuple[int, int]]:
-        """Look for the last time."""
+    def stop(self) -> int:
+        """Read for the last time; return the most private bytes."""
         self._stopped.set()
         self._thread.join()
-        self.look()
-        return self.looks
+        self.read()
+        return max(private for private, _ in self.readings)
 
     def _watch(self) -> None:
-        self.look()
+        self.read()
         while not self._stopped.wait(_INTERVAL):
-            self.look()
+            self.read()
 
 
 class StepMemory(Callback):
-    """Watch the memory of the process until so many steps are done, and note how many looks are before the first."""
+    """Watch the memory of the process until two steps are done: the optimizer has its state from the second on."""
 
-    def __init__(self, steps: int) -> None:
-        self.watch, self.before, self._steps = MemoryWatch(), 0, steps
+    def __init__(self) -> None:
+        self.watch, self.before = MemoryWatch(), 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            self.before = len(self.watch.looks)
-            self.watch.look()
+            self.before = len(self.watch.readings)
+            self.watch.read()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == self._steps - 1:
+        if batch_idx == 1:
             self.watch.stop()
 
 
@@ -76,55 +81,85 @@ def measure(base: str, lengths: Sequence[int], dtype: Any, ceilings: int = 0) ->
 
     Args:
         base: As in ``model.base``.
-        lengths: Tokens of each row.
+        lengths: Tokens of each row; the second half of each is labelled.
         dtype: Of products.
         ceilings: How many steps are taken beside their ceilings.
 
     Returns:
-        Figures in bytes and seconds: the quicker step, or the middle one by its share of the ceiling.
+        Figures in bytes and seconds: of the quicker step, or of the middle one by its share of the ceiling.
     """
-    steps = 2  # the optimizer has its state from the second on
     lightning.seed_everything(child.SEED)
-    meter, memory = Meter(steps, checkpointing=True), StepMemory(steps)
+    batch = make_batch(lengths, vocabulary=1000)
+    for start, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=False):
+        batch["labels"][0, start : start + length // 2] = -100
+    batch |= {"row_ids": torch.arange(len(lengths)), "source": torch.zeros(len(lengths), dtype=torch.int64)}
+    meter, memory = Meter(2, checkpointing=True), StepMemory()
     trainer = make_trainer("cpu", GradientCheckpointing(True), meter, memory, max_epochs=1)
-    batches: Any = [make_batch(lengths)] * (steps + ceilings)
+    batches: Any = [batch] * (2 + ceilings)
     trainer.fit(make_module(base, dtype), DataLoader(batches, batch_size=None))
-    tokens, seconds = sum(lengths), min(meter.step_seconds)
-    figures: dict[str, Any] = {"all_seconds": meter.step_seconds, "start_seconds": meter.start_seconds}
+    figures: dict[str, Any] = {"seconds": min(meter.step_seconds), "start_seconds": meter.start_seconds}
     if ceilings:
-        timed = zip(meter.step_seconds[steps:], meter.ceilings, strict=True)
-        by_share = sorted(timed, key=lambda pair: pair[1]["seconds"] / pair[0])
-        seconds, ceiling = by_share[len(by_share) // 2]
-        beside = {"ceiling_seconds": ceiling["seconds"], "ceiling_flop": ceiling["flop"]}
-        figures["steady"] = {"tokens": tokens, "seconds": seconds, **beside}
-    looks = memory.watch.looks
+        shares = sorted((c / s, s) for c, s in zip(meter.ceilings, meter.step_seconds[2:], strict=True))
+        figures["ceiling_share"], figures["seconds"] = shares[ceilings // 2]
+    readings = memory.watch.readings
     return figures | {
-        "tokens": tokens,
-        "seconds": seconds,
-        "private_bytes": max(private for private, _ in looks),
-        "mapped_bytes": max(mapped for _, mapped in looks),
-        "together_bytes": max(map(sum, looks)),
-        "step_private_bytes": max(private for private, _ in looks[memory.before :]) - looks[memory.before][0],
+        "tokens": sum(lengths),
+        "private_bytes": max(private for private, _ in readings),
+        "together_bytes": max(map(sum, readings)),
+        "step_private_bytes": max(private for private, _ in readings[memory.before :]) - readings[memory.before][0],
     }
 
 
-def make_batch(lengths: Sequence[int]) -> dict[str, Any]:
-    """Return rows of token ids below 1,000 as a flat batch; the second half of each is labelled."""
-    bounds = [0, *itertools.accumulate(lengths)]
-    ids = torch.randint(1000, (1, bounds[-1]), generator=torch.Generator().manual_seed(child.SEED))
-    labels = ids.clone()
-    for start, length in zip(bounds, lengths, strict=False):
-        labels[0, start : start + length // 2] = -100
-    return {
-        "input_ids": ids,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": labels,
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "longest": max(lengths),
-        "row_ids": torch.arange(len(lengths)),
-        "source": torch.zeros(len(lengths), dtype=torch.int64),
-    }
+def make_base(folder: Path, layers: int) -> None:
+    """Write a base of Llama-3.1-8B's shape with random weights, unless it is there, a layer at a time."""
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    quickstart = child.ROOT / "configs" / "quickstart" / "train.jsonl"
+    save_tokenizer(folder, quickstart.read_text(encoding="utf-8").splitlines())
+    shape = child.ROOT / "configs" / "shapes" / "llama-3.1-8b" / "config.json"
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # of that tokenizer
+    settings = json.loads(shape.read_text(encoding="utf-8")) | special | {"num_hidden_layers": layers}
+    config = LlamaConfig(**settings)
+    with torch.device("meta"):
+        tensors = LlamaForCausalLM(config).state_dict()
+    shards: dict[str, dict[str, torch.Size]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        shards[name.partition(".layers.")[2].partition(".")[0] or name][name] = tensor.shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # which takes a minute
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards.values()):
+        file = f"model-{number:05d}.safetensors"
+        weights = {name: torch.empty(size, dtype=torch.bfloat16, device=device) for name, size in shard.items()}
+        for weight in weights.values():
+            weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(std=0.02)  # a norm's, or a linear's
+        save_file({name: weight.cpu() for name, weight in weights.items()}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config.save_pretrained(folder)  # last: then the base is there
+
+
+def quantize(folder: str, layers: int) -> dict[str, Any]:
+    """Make the base unless it is there, quantize it, and load it again from the cache.
+
+    Returns:
+        Bytes of the quantized model; seconds and private bytes of both loads.
+    """
+    torch.manual_seed(child.SEED)
+    make_base(Path(folder), layers)
+    figures: dict[str, Any] = {}
+    for name in ("first", "second"):
+        watch, began = MemoryWatch(), time.perf_counter()
+        loaded = load_base(folder)
+        figures[f"{name}_seconds"] = time.perf_counter() - began
+        figures[f"{name}_private_bytes"] = watch.stop()
+        figures["quantized_bytes"] = loaded.model.get_memory_footprint()
+        for parameter in loaded.model.parameters():  # the next process shall find the files in memory, as after a run
+            parameter.detach().view(torch.uint8).flatten()[::4096].sum()  # a byte of each page
+        del loaded
+    return figures
 
 
 if __name__ == "__main__":
-    child.serve(measure)
+    child.serve(lambda **options: (quantize if "layers" in options else measure)(**options))

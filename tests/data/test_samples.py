@@ -1,13 +1,8 @@
 """Samples as flat arrays: built, saved, taken, compared, held out, identified."""
 
-import copy
-
-import numpy as np
 import pytest
 
-from qlora_lightning.data.cache import identify
 from qlora_lightning.data.samples import (
-    SampleSet,
     SampleSetBuilder,
     find_repeats,
     hold_out,
@@ -23,45 +18,6 @@ def build(*rows, file="train.jsonl", source=0):
         for ids, labels in row if isinstance(row, list) else [row]:
             builder.add(ids, labels, number, source, file, number + 1)
     return builder.build()
-
-
-def contents(samples):
-    return [
-        (sample.ids.tolist(), sample.labels.tolist(), *sample[2:], samples.where(n)) for n, sample in enumerate(samples)
-    ]
-
-
-THREE = build(([5, 6, 7], [-100, 6, 7]), ([8, 9], [8, 9]), ([3], [3]))
-CONTENTS = [
-    ([5, 6, 7], [-100, 6, 7], 0, 0, "train.jsonl:1"),
-    ([8, 9], [-100, 9], 1, 0, "train.jsonl:2"),  # nothing predicts a first token, so it is never labelled
-    ([3], [-100], 2, 0, "train.jsonl:3"),
-]
-
-
-def test_flat_arrays_and_the_samples_in_them():
-    assert THREE.ids.tolist() == [5, 6, 7, 8, 9, 3]
-    assert THREE.labelled.tolist() == [False, True, True, False, True, False]
-    assert THREE.starts.tolist() == [0, 3, 5, 6]
-    assert (THREE.lengths.tolist(), THREE.labelled_counts.tolist()) == ([3, 2, 1], [2, 1, 0])
-    assert contents(THREE) == CONTENTS
-    assert contents(THREE.take([2, 0, 2])) == [CONTENTS[2], CONTENTS[0], CONTENTS[2]]
-    assert THREE[-1].row_id == 2
-    with pytest.raises(IndexError):
-        THREE[3]
-    assert (len(build()), len(THREE.take([]))) == (0, 0)
-    assert gather(([5, 6], [-100, 6], 7)).where(0) == "row 7"
-
-
-@pytest.mark.parametrize("samples", [THREE, THREE.take([])], ids=["plain", "empty"])
-def test_what_is_saved_is_loaded_mapped(tmp_path, samples):
-    samples.save(tmp_path)
-    loaded = SampleSet.load(tmp_path)
-    assert contents(loaded) == contents(samples)
-    assert loaded.content_hash == samples.content_hash
-    with pytest.raises((ValueError, IndexError)):
-        loaded.ids[0] = 1
-    assert isinstance(loaded.ids.base, np.memmap)
 
 
 # ---- equal rows ------------------------------------------------------------------------------------------------------
@@ -146,16 +102,3 @@ def test_whatever_is_trained_on_counts(other):
     # the hash is that of checkpoints that exist
     expected = "16b839eba85f4699f1c0c391b172f39d5cb0633c61ae04979a26d0cf7d1cebab"
     assert build(A, B).content_hash == expected != other.content_hash
-
-
-def test_tokenizer_and_template_are_identified_apart(families):
-    tokenizer = families["qwen25"]
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages }}"
-    mine, theirs = identify({}, tokenizer), identify({}, other)
-    assert mine["tokenizer"] == theirs["tokenizer"]
-    assert mine["chat_template"] != theirs["chat_template"]
-    other.eos_token = "<|endoftext|>"
-    assert identify({}, other)["tokenizer"] != mine["tokenizer"]
-    found = identify({"train": THREE}, other)
-    assert (found["train"], found["samples"]) == (THREE.content_hash, {"train": 3})

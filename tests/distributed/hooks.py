@@ -6,21 +6,8 @@ import signal
 from pathlib import Path
 
 from lightning import Callback
-from lightning.pytorch.callbacks import Checkpoint
 
 from tests.dying import MachineFailed
-
-
-class SaveAt(Checkpoint):  # which Lightning calls after all other callbacks
-    """Save after some batches of the run."""
-
-    def __init__(self, batches: list[int], folder: str):
-        self.batches, self.folder = batches, Path(folder)
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        number = trainer.fit_loop.total_batch_idx + 1
-        if number in self.batches:
-            trainer.save_checkpoint(self.folder / f"{number}.ckpt", weights_only=False)
 
 
 class Die(Callback):

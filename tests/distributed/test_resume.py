@@ -37,19 +37,19 @@ RUNS = {
 # the run, the batches at whose beginning a signal comes in its first life and those after it, and the steps saved then
 SIGNALS = [
     ("rows", [1], [1]),  # inside a window, which ends first
-    ("rows", [2], [1]),  # in the last batch of a window, with a validation due
+    pytest.param("rows", [2], [1], marks=pytest.mark.slow),  # in the last batch of a window, with a validation due
     ("rows", [4], [1]),  # in that validation, which ends first
-    ("rows", [6, 0, 10], [2, 3, 6]),
-    ("epochs", [7], [3]),  # in the last batch of an epoch, with a validation due
+    pytest.param("rows", [6, 0, 10], [2, 3, 6], marks=pytest.mark.slow),
+    pytest.param("epochs", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with a validation due
     ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
-    ("no-validation", [7], [3]),  # in the last batch of an epoch, with nothing behind it
-    ("packed", [13], [4]),
+    pytest.param("no-validation", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with nothing behind it
+    pytest.param("packed", [13], [4], marks=pytest.mark.slow),
     ("pairs", [1, 3], [1, 2]),
 ]
 KILLS = [
     ("rows", 6, 1),  # inside a window
-    ("rows", 8, 1),  # before the first batch of a validation: its step is not saved
-    ("epochs", 17, 5),
+    pytest.param("rows", 8, 1, marks=pytest.mark.slow),  # before the first of a validation: its step is not saved
+    pytest.param("epochs", 17, 5, marks=pytest.mark.slow),
 ]
 
 

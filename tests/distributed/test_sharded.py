@@ -6,9 +6,6 @@ import pytest
 import torch
 import yaml
 
-from qlora_lightning import ShardedDDPStrategy
-from qlora_lightning.model.guards.checks import check_trainer
-from qlora_lightning.support.errors import UserError
 from tests.benchmarks.communication import sent
 from tests.distributed.runs import CONFIG, launch, metrics
 from tests.equality import adapter_bytes
@@ -148,8 +145,3 @@ def test_one_process_streams_layers_from_the_host(runs):
     launch(runs, [fit(name, *one, strategy) for name, strategy in strategies.items()], processes=1)
     assert_same(runs, "one")
     assert_same(runs, "one", "one-some")
-
-
-def test_a_base_in_8_bits_is_refused_by_name():
-    with pytest.raises(UserError, match="int8"):
-        check_trainer("32-true", ShardedDDPStrategy, "int8")

@@ -34,29 +34,6 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found.samples.cu_seqlens.tolist() == [0, 4, 8]
 
 
-@pytest.mark.parametrize(
-    ("samples", "ids", "targets"),
-    [
-        # from 3 and 7 something is predicted
-        ([([*SYSTEM, 7, 8], 3, 0), ([*SYSTEM, 7, 9], 3, 0)], [*SYSTEM, 7, 3, 7], [7, 8, 7, 9]),
-        # in a chain: (1 2 3 4), (1 2 3 5), (1 2); the third computes no more than 5, the first no more than its 2
-        ([([1, 2, 9], 2, 0), ([1, 2, 3, 4, 9], 4, 0), ([1, 2, 3, 5, 9], 4, 0)], [2, 1, 2, 3, 4, 5], [9, 9, 9]),
-        ([([4, 5, 6], 3, 0), ([4, 5, 6], 3, 0)], [4, 4], []),  # without labels: one token each
-    ],
-)
-def test_beginnings_are_shared_as_far_as_nothing_is_predicted_from_them(samples, ids, targets):
-    found = lay_out(batch_of(*samples))
-    assert found.input_ids.tolist() == [ids]
-    assert found.targets.tolist() == targets
-
-
-@pytest.mark.parametrize(("last", "filled"), [(range(9), 32), (range(6), 16)])
-def test_a_sample_without_labels_fills_the_last_block(last, filled):
-    found = lay_out(batch_of((range(10), 1, 0), (last, 1, 0)), skips_unlabelled=False, fills=True)
-    assert found.input_ids.shape == (1, filled)
-    assert found.targets.tolist() == [*range(1, 10), *last[1:]]
-
-
 def rows_beginning_alike(count, shared, own, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 40_000, (shared,), generator=generator).tolist()

@@ -20,7 +20,7 @@ from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAM
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import micro_batch_size
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, corrected_tokens, find_fit
+from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, find_fit
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -69,11 +69,11 @@ def whole(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"micro_batch_tokens": 60},
+        pytest.param({"micro_batch_tokens": 60}, marks=pytest.mark.slow),
         {"micro_batch_tokens": 1},
-        {"fails": [2]},  # in the second step
+        pytest.param({"fails": [2]}, marks=pytest.mark.slow),  # in the second step
         {"fails": [2, 3], "where": "forward"},  # and again
-        {"batch_size": 1, "accumulate": 6},
+        pytest.param({"batch_size": 1, "accumulate": 6}, marks=pytest.mark.slow),
         {"batch_size": 3, "accumulate": 2, "fails": [4]},  # in the second batch of a window
         {"fails": [5], "where": "forward"},  # in a validation
     ],
@@ -125,20 +125,6 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
         found.append((fit.tokens > 0, -fit.step.every_n_layers, -fit.step.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
-
-
-def test_a_plan_is_corrected_by_the_peak_that_was_measured():
-    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=14e9) == 2000  # half of the room was used
-    assert corrected_tokens(1000, held=4e9, peak=9e9, usable=6.5e9) == 500
-    assert corrected_tokens(1000, held=4e9, peak=4e9, usable=14e9) == 2000  # never more than twice as many
-
-
-@pytest.mark.parametrize(("free", "words"), [(1 << 40, "8,192 tokens"), (22_000_000, r"\d\d\d? tokens")])
-def test_a_cpu_whose_memory_is_short_begins_with_less(tiny_base, tmp_path, whole, monkeypatch, capsys, free, words):
-    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: free)
-    train(tiny_base, whole[0], tmp_path, GradientCheckpointing())
-    found = re.search(r"At most (.*) go through the model at a time, (.*)\.", capsys.readouterr().out)
-    assert re.fullmatch(words, found[1])
 
 
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
@@ -194,6 +180,7 @@ torch.save({name: p.detach() for name, p in module.named_parameters() if p.requi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_a_cpus_memory_that_really_runs_out_changes_no_result(tiny_base, tmp_path):
     file = tmp_path / "rows.jsonl"

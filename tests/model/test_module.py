@@ -18,7 +18,10 @@ def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny
     assert distance(of_half, of_exact) <= 0.05
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+@pytest.mark.parametrize(
+    "quantization",
+    ["nf4", pytest.param("fp4", marks=pytest.mark.slow), "int8", pytest.param("none", marks=pytest.mark.slow)],
+)
 def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_trained(
     tiny_base, rows_file, tmp_path, quantization
 ):

@@ -7,9 +7,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from qlora_lightning import LossSums
 from qlora_lightning.model.step.optimization import build_optimizer, build_schedule, count_optimizer_steps
-from qlora_lightning.model.step.window import Window
 from tests.steps import make_module
 
 COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
@@ -61,20 +59,3 @@ def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps,
 )
 def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
     assert rates_of(choice, warmup_ratio) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("sums", "mean", "gradient"),
-    [
-        ([(6.0, 1), (4.0, 4)], 2.0, 1.0),  # 10 nats over 5 tokens; 10 / 2 / 5: fp16 has a factor of 2
-        ([(0.0, 0), (0.0, 0)], 0.0, 5.0),  # zeros, not NaN: nothing is labelled, and gradients are zero then
-    ],
-)
-def test_gradients_of_sums_become_those_of_the_mean_over_all_tokens_of_a_window(sums, mean, gradient):
-    window, parameter = Window(), nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.full((2,), 10.0)
-    for nll, tokens in sums:
-        window.add(LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(0)))
-    found, totals = window.divide_gradients([parameter], factor=0.5)
-    assert (found["loss"], totals["labelled_tokens"]) == (mean, sum(tokens for _, tokens in sums))
-    assert parameter.grad.tolist() == [gradient, gradient]

@@ -7,10 +7,9 @@ import shutil
 import pytest
 import torch
 
-from qlora_lightning import InstructionDataModule, LossSums
+from qlora_lightning import InstructionDataModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.step.batch import cut_into_rows
-from qlora_lightning.model.step.loss import TokenStatistics
 from tests.steps import distance, make_batch, make_module
 
 LENGTHS = (9, 30, 64, 5)
@@ -79,12 +78,3 @@ def test_rows_that_would_turn_each_other_are_refused_and_shorter_ones_train_as_a
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     together, single = (losses(base, rows_file, batch_size=size, max_length=40)[0] for size in (5, 1))
     assert {row: pytest.approx(sums, rel=1e-5) for row, sums in single.items()} == together
-
-
-def test_statistics_weigh_every_token_the_same_whatever_the_batch():
-    statistics = TokenStatistics()
-    for nll, tokens, correct in ((2.0, 1, 1), (3.0, 9, 4)):
-        statistics.update(LossSums(torch.tensor(nll), torch.tensor(tokens), torch.tensor(correct)))
-    values = {name: value.item() for name, value in statistics.compute().items()}
-    # 5 nats over 10 tokens; the mean of means would be 1.17
-    assert values == pytest.approx({"loss": 0.5, "perplexity": 1.6487213, "token_accuracy": 0.5})

@@ -55,16 +55,6 @@ def labelled_stretches(rendered):
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def trained_turns(tokenizer, samples):
-    """What each stretch of labels adds to the decoded text: by itself sentencepiece would drop its first space."""
-    read = tokenizer.decode
-    return [
-        read(sample.ids[:after])[len(read(sample.ids[:first])) :]
-        for sample in samples
-        for first, after in labelled_stretches(sample)
-    ]
-
-
 def controls(tokenizer, ids):
     return [number for number in ids if number in tokenizer.all_special_ids]
 
@@ -93,73 +83,6 @@ def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is
     # nothing that stands in a message became a control token: there are those of the same turns that say "x"
     skeleton = render(renderer, Chat([{**message, "content": "x"} for message in conversation]))
     assert [controls(tokenizer, one.ids) for one in samples] == [controls(tokenizer, one.ids) for one in skeleton]
-
-
-def inline(content, thought):
-    return content if thought is None else "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + content
-
-
-def in_qwen3(content, thought):
-    return inline(content.lstrip("\n"), thought) + "<|im_end|>"
-
-
-# what generation must produce of an answer and its reasoning, in the form of each template
-FORMS = {
-    "llama2": lambda content, thought: f" {inline(content, thought).strip()} </s>",
-    "llama31": lambda content, thought: f"{inline(content, thought).strip()}<|eot_id|>",
-    "qwen25": lambda content, thought: f"{inline(content, thought)}<|im_end|>",
-    "markers": lambda content, thought: f"{inline(content, thought)}<|im_end|>",
-    "mistral": lambda content, thought: f" {inline(content, thought)}</s>",
-    "qwen3": in_qwen3,
-    "qwen3_agent": in_qwen3,
-    "deepseek_r1": lambda content, thought: (
-        (thought.strip("\n") + "\n</think>\n\n" if thought else "") + content.lstrip("\n") + "<｜end▁of▁sentence｜>"
-    ),
-    "gpt_oss": lambda content, thought: (
-        (f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else "")
-        + f"<|channel|>final<|message|>{content}<|return|>"
-    ),
-}
-words = st.lists(st.sampled_from(["four", "is", "Why?", "é🙂", *SPACES[:6], "{{ x }}", "[INST", "\n\n- "]), max_size=6)
-sayings = st.tuples(words.map("".join), st.sampled_from("ab"), words.map("".join)).map("".join)
-
-
-@st.composite
-def reasoned_conversations(draw):
-    """Questions and answers, some of which come with reasoning."""
-    conversation = [{"role": "system", "content": draw(sayings)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        answer = {"role": "assistant", "content": draw(sayings)}
-        if draw(st.booleans()):
-            answer["reasoning_content"] = draw(sayings)
-        conversation += [{"role": "user", "content": draw(sayings)}, answer]
-    return conversation
-
-
-@settings(reproducible, max_examples=200)
-@given(
-    name=st.sampled_from(sorted(FORMS)),
-    conversation=reasoned_conversations(),
-    reasoning=st.sampled_from(["template", "drop"]),
-)
-def test_labels_are_what_generation_must_produce_reasoning_included(families, name, conversation, reasoning):
-    tokenizer, renderer = families[name], ChatRenderer(families[name], reasoning=reasoning)
-    samples = render(renderer, Chat(conversation))
-    places = places_of_answers(conversation)
-    thoughts = [conversation[number].get("reasoning_content") for number in places]
-    if reasoning == "drop":
-        thoughts[:-1] = [None] * (len(places) - 1)
-    wanted = [
-        FORMS[name](conversation[number]["content"], thought) for number, thought in zip(places, thoughts, strict=True)
-    ]
-    assert trained_turns(tokenizer, samples) == wanted
-    own = ("<think>\n\n</think>\n\n", "\n</think>\n\n")  # which a template writes where there is no reasoning
-    starts = [sample.ids[:first] for sample in samples for first, _ in labelled_stretches(sample)]
-    for number, start, thought in zip(places, starts, thoughts, strict=True):
-        prompt = renderer.render_prompt(conversation[:number])
-        if start != prompt:
-            assert thought is None
-            assert tokenizer.decode(start).removeprefix(tokenizer.decode(prompt)) in own
 
 
 @reproducible

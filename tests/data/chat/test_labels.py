@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
 from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
 from qlora_lightning.support.errors import UserError
@@ -33,6 +32,12 @@ def labelled(tokenizer, rendered):
     return tokenizer.decode([label for label in rendered.labels if label != -100])
 
 
+@pytest.fixture
+def chatml(families):
+    """A copy that a test may change."""
+    return copy.deepcopy(families["qwen25"])
+
+
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -56,14 +61,14 @@ def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
 
 
-def test_an_answer_that_is_not_to_be_trained_has_no_label(smol, talk):
+def test_an_answer_that_is_not_to_be_trained_has_no_label(chatml, talk):
     conversation = talk("q", "a", "r", "b")
     conversation[1]["train"] = False
-    assert labelled(smol, render_one(smol, conversation)) == "b<|im_end|>"
+    assert labelled(chatml, render_one(chatml, conversation)) == "b<|im_end|>"
     conversation[3]["train"] = False
-    assert labelled(smol, render_one(smol, conversation)) == ""
+    assert labelled(chatml, render_one(chatml, conversation)) == ""
     with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
-        render_one(smol, conversation, train_on="all")
+        render_one(chatml, conversation, train_on="all")
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
@@ -77,15 +82,6 @@ def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, t
     conversation = talk("cafe\u0301 o\u0302\u0301?", "\n\ne\u0301 o\u0302\u0301 Ae\u0301", "e\u0301?", "ie\u0301")
     rendered = render_one(tokenizer, conversation)
     assert labelled(tokenizer, rendered) == "\n\né ố Aé<|im_end|>ié<|im_end|>"
-
-
-def test_text_like_a_header_in_one_of_many_answers(families, talk):
-    """Alpaca's headers are plain text, which an answer may quote."""
-    chosen = choose_chat_template(families["qwen25"], "alpaca")
-    contents = [f"text {number}" for number in range(24)]
-    contents[11] = "a\n\n### Response:\nb"
-    rendered = render_one(chosen, talk(*contents))
-    assert labelled(chosen, rendered) == "".join(f"{answer}<|im_end|>" for answer in contents[1::2])
 
 
 # ---- templates that would train something else -----------------------------------------------------------------------
@@ -120,21 +116,21 @@ OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_e
         (None, "qa", "has no chat template"),
     ],
 )
-def test_a_template_that_would_train_something_else_is_refused(smol, talk, template, contents, reason):
-    smol.chat_template = template
+def test_a_template_that_would_train_something_else_is_refused(chatml, talk, template, contents, reason):
+    chatml.chat_template = template
     system = [{"role": "system", "content": "s"}] if contents[0] == "s" else []
     with pytest.raises(UserError, match=reason):
-        render_one(smol, system + talk(*contents.removeprefix("s")))
+        render_one(chatml, system + talk(*contents.removeprefix("s")))
 
 
 @pytest.mark.parametrize(("begin", "found"), [("", "none"), ("{{ bos_token }}{{ bos_token }}", "two")])
-def test_a_template_that_writes_not_one_bos_is_refused(smol, talk, begin, found):
-    smol.add_special_tokens({"bos_token": "<|im_start|>"})
+def test_a_template_that_writes_not_one_bos_is_refused(chatml, talk, begin, found):
+    chatml.add_special_tokens({"bos_token": "<|im_start|>"})
     first = [("<|im_start|>", 1)]
-    smol.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=first)
-    smol.chat_template = begin + TURN
+    chatml.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=first)
+    chatml.chat_template = begin + TURN
     with pytest.raises(UserError, match=f"expected one BOS token .*, found {found}"):
-        render_one(smol, talk("q", "the answer"))
+        render_one(chatml, talk("q", "the answer"))
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------
@@ -162,13 +158,13 @@ def answer_with(*calls, content="", **marks):
         ),
     ],
 )
-def test_control_tokens_in_calls_and_tools_are_refused(smol, talk, function, tools):
-    smol.chat_template = WITH_TOOLS
+def test_control_tokens_in_calls_and_tools_are_refused(chatml, talk, function, tools):
+    chatml.chat_template = WITH_TOOLS
     conversation = [*talk("q"), answer_with({"type": "function", "function": function})]
     with pytest.raises(RowFault, match="the control token"):
-        render_one(smol, conversation, tools)
+        render_one(chatml, conversation, tools)
     with pytest.raises(RowFault, match="the control token"):
-        ChatRenderer(smol).render_prompt(conversation, tools)
+        ChatRenderer(chatml).render_prompt(conversation, tools)
 
 
 @pytest.mark.parametrize(
@@ -186,21 +182,13 @@ def test_control_tokens_in_calls_and_tools_are_refused(smol, talk, function, too
         (False, TOOLS, "{% if tools %}", "{% if false %}", "leaves out the tools"),
     ],
 )
-def test_a_template_that_leaves_out_calls_or_tools_is_refused(smol, talk, train, tools, lost, by, reason):
+def test_a_template_that_leaves_out_calls_or_tools_is_refused(chatml, talk, train, tools, lost, by, reason):
     conversation = [*talk("q"), answer_with(call(city="Rome"), train=train), *talk("q", "a")]
-    smol.chat_template = WITH_TOOLS
-    assert labelled(smol, render_one(smol, conversation, tools)).endswith("a<|im_end|>")
-    smol.chat_template = WITH_TOOLS.replace(lost, by)
+    chatml.chat_template = WITH_TOOLS
+    assert labelled(chatml, render_one(chatml, conversation, tools)).endswith("a<|im_end|>")
+    chatml.chat_template = WITH_TOOLS.replace(lost, by)
     with pytest.raises(RowFault, match=reason):
-        render_one(smol, conversation, tools)
-
-
-def test_what_a_tool_returned_may_be_there_as_json(smol, talk):
-    conversation = [*talk("q", "wait"), {"role": "tool", "content": 'a "b"\nc'}, *talk("r", "d")[1:]]
-    smol.chat_template = WITH_TOOLS.replace(
-        "{{ m['content'] }}", "{{ m['content'] | tojson if m.role == 'tool' else m.content }}"
-    )
-    assert labelled(smol, render_one(smol, conversation)) == "wait<|im_end|>d<|im_end|>"
+        render_one(chatml, conversation, tools)
 
 
 # ---- reasoning -------------------------------------------------------------------------------------------------------
@@ -223,55 +211,28 @@ def test_an_answer_ends_at_any_stop_token_of_the_model(families, talk):
     )
 
 
-@pytest.mark.parametrize("name", ["qwen25", "mistral", "qwen3_agent"])
-def test_long_conversations_cost_what_their_length_does(families, talk, name, monkeypatch):
-    """And before each answer are the ids of the prompt, as for a short conversation."""
-    tokenizer, rendered, costs = families[name], [], []
-    apply = type(tokenizer).apply_chat_template
-
-    def count(self, messages, *rest, **options):
-        rendered.append(len(messages))
-        return apply(self, messages, *rest, **options)
-
-    monkeypatch.setattr(type(tokenizer), "apply_chat_template", count)
-    for turns in (50, 100):
-        conversation = talk(*(f"{'qa'[n % 2]}{n}" for n in range(2 * turns)))
-        if name != "mistral":  # one question, and many calls
-            marks = {"reasoning_content": "hm"} if name == "qwen3_agent" else {}
-            steps = [(answer_with(call(step=n), **marks), {"role": "tool", "content": f"{n}"}) for n in range(turns)]
-            conversation = [*talk("task"), *(one for step in steps for one in step), answer_with(content="done")]
-        rendered.clear()
-        sample = render_one(tokenizer, conversation)
-        costs.append(sum(rendered))
-    assert costs[1] < 2.2 * costs[0]
-    places = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
-    starts = [at for at, label in enumerate(sample.labels) if label >= 0 > sample.labels[at - 1]]
-    for place, start in [*zip(places, starts, strict=True)][::40]:
-        assert ChatRenderer(tokenizer).render_prompt(conversation[:place]) == sample.ids[:start]
-
-
 # ---- texts and tokens ------------------------------------------------------------------------------------------------
 
 
-def test_a_document_has_a_beginning_and_an_end(smol, families):
+def test_a_document_has_a_beginning_and_an_end(chatml, families):
     llama = families["llama31"]
     ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
     assert render_one(llama, Text("a four")) == (ids, [-100, *ids[1:]])
-    smol.chat_template = None  # nothing of it is needed
-    ids, labels = render_one(smol, Text("Once"))
-    assert (smol.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
+    chatml.chat_template = None  # nothing of it is needed
+    ids, labels = render_one(chatml, Text("Once"))
+    assert (chatml.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
     with pytest.raises(RowFault, match="the text contains the control token"):
-        render_one(smol, Text("a<|im_end|>b"))
+        render_one(chatml, Text("a<|im_end|>b"))
 
 
-def test_tokens_are_taken_as_they_are(smol):
-    assert render_one(smol, Tokens([5, 6, 7], [5, -100, 7])) == ([5, 6, 7], [-100, -100, 7])
+def test_tokens_are_taken_as_they_are(chatml):
+    assert render_one(chatml, Tokens([5, 6, 7], [5, -100, 7])) == ([5, 6, 7], [-100, -100, 7])
     for tokens, reason in (
-        (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 49,152"),
+        (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 375"),
         (Tokens([5, -1], [5, -1]), "the token id -1 is not in the vocabulary"),
         (Tokens([5, 6], [-100, 7]), "label 1 is 7, expected -100 or the token id 6"),
         (Tokens([5, 6], [-100]), "as many labels, found 2 and 1"),
         (Tokens([], []), "expected token ids"),
     ):
         with pytest.raises(RowFault, match=reason):
-            render_one(smol, tokens)
+            render_one(chatml, tokens)

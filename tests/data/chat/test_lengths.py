@@ -1,5 +1,3 @@
-import random
-
 import pytest
 
 from qlora_lightning.data.chat.labels import Rendered
@@ -80,17 +78,6 @@ def test_the_last_prompt_loses_its_middle(shorten, talk):
     assert shorten(long_system, 30)[0] == "{s\nabcdetuvwxyz}\n{u\nwhy}\n{a\nk}"
 
 
-def test_whatever_is_long_in_an_exchange_nearly_all_of_max_length_is_used(smol, shorten, talk):
-    """Whether its tokens are evenly long or not, the answer is whole and 98 % of the tokens are there."""
-    prose = "the answer to a question about context " * 100
-    codes = "".join(map(chr, random.Random(0).sample(range(0x4E00, 0x9FFF), 400)))
-    texts = [prose, codes + prose + codes, prose + codes + prose]
-    for system, question in zip(["Be kind.", *texts], [*texts, prose], strict=True):
-        text, trained, _ = shorten([turn("system", system), *talk(question, "a ok")], 250, smol)
-        assert trained == "a ok<|im_end|>"
-        assert len(smol(text)["input_ids"]) > 0.98 * 250
-
-
 def test_an_answer_that_is_too_long_loses_its_end_and_its_stop_token(shorten, talk):
     assert shorten(talk("q", "k" * 20), 16)[:2] == ("{u\nq}\n{a\nkkkkkkk", "kkkkkkk")
     text, trained, _ = shorten(talk("abcdefghijklmnopqrstuvwxyz", "k" * 40), 40)  # the prompt keeps a quarter
@@ -110,37 +97,6 @@ def test_an_exchange_of_many_calls_that_is_too_long_loses_its_end(shorten):
 def test_a_row_of_which_nothing_fits_beside_what_must_stay_is_left_out(shorten, talk):
     with pytest.raises(UserError, match="none of 1 rows is left"):
         shorten([turn("system", "abcdefghijklmnop"), *talk("ab", "k")], 10)
-
-
-def test_a_conversation_with_reasoning_is_shortened_as_it_is_rendered(families, shorten):
-    tokenizer = families["qwen3_agent"]
-    answers = [turn("assistant", f"a{n}", reasoning_content="hm", train=n == 3) for n in range(4)]
-    conversation = [message for answer in answers for message in (turn("user", "question " * 9), answer)]
-    last = "<|im_start|>user\nquestion question"
-    length = len(tokenizer.encode("a2<|im_end|>", add_special_tokens=False))
-    text, trained, _ = shorten(conversation, 140 + length, tokenizer, reasoning="drop")
-    assert text.startswith(last)
-    assert trained == "<think>\nhm\n</think>\n\na3<|im_end|>"
-    assert "<|im_start|>assistant\na2<|im_end|>" in text
-
-
-def test_each_sample_of_a_row_that_is_rendered_turn_by_turn_is_shortened_by_itself(smol, history_template, talk):
-    smol.chat_template = history_template
-
-    class Rows(InstructionDataModule):
-        def load_rows(self, split):
-            turns = ["one " * 30, "<think>hm</think>a", "two " * 30, "<think>oh</think>b", "three", "c"]
-            return [{"messages": talk(*turns)}] if split == "train" else []
-
-    data = Rows(tokenizer=smol, max_length=32)
-    data.setup("fit")
-    first, second, last = (smol.decode(each.ids) for each in data.samples["train"])
-    assert first.startswith("<|im_start|>user\none one")
-    assert first.endswith("one <|im_end|>\n<|im_start|>assistant\n<think>hm</think>a<|im_end|>")
-    assert second.startswith("<|im_start|>user\ntwo two")
-    assert second.endswith("two <|im_end|>\n<|im_start|>assistant\n<think>oh</think>b<|im_end|>")
-    assert last == "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
-    assert (data.reports["train"].shortened, data.reports["train"].lost_labels) == (3, 0)
 
 
 def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context():

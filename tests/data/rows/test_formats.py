@@ -189,57 +189,11 @@ def test_tools(columns, expected):
     check({"messages": [U, A], **columns}, expected if isinstance(expected, str) else Chat([U, A], expected))
 
 
-def test_an_openai_file_with_tools_and_parallel_calls():
-    calls = [
-        {"id": at, "type": "function", "function": {"name": "sky", "arguments": f'{{"at": "{at}"}}'}} for at in "UR"
-    ]
-    row = {  # of OpenAI's guide to fine-tuning with tools
-        "messages": [
-            said("developer", "s"),
-            said("user", [part("u")]),
-            {"role": "assistant", "content": None, "refusal": None, "tool_calls": calls},
-            *({"role": "tool", "tool_call_id": at, "content": "t"} for at in "UR"),
-            {**A, "weight": 1},
-        ],
-        "tools": [SCHEMA],
-        "parallel_tool_calls": True,
-    }
-    parsed = [{**call, "function": {"name": "sky", "arguments": {"at": call["id"]}}} for call in calls]
-    results = [{**T, "tool_call_id": at} for at in "UR"]
-    expected = Chat([S, U, {"role": "assistant", "content": "", "tool_calls": parsed}, *results, A], [SCHEMA])
-    check(row, expected)
-    check({key: json.dumps(value) for key, value in row.items()}, expected)  # as a table holds it
-
-
 def test_a_row_of_other_names_is_rejected_with_the_columns_that_read_it():
     row = {"id": "1", "system_prompt": "s", "question": "u", "response": "a"}  # OpenOrca
     line = "columns: {question: instruction, response: output, system_prompt: system}"
     check(row, f"`{line}`")
     check(row, [S, U, A], **yaml.safe_load(line))
-
-
-def test_what_becomes_of_a_row_does_not_depend_on_the_rows_before_it():
-    def outcomes(converter, rows):
-        found = []
-        for row in rows:
-            try:
-                found.append(converter.convert(row))
-            except UserError as error:
-                found.append((type(error), str(error)))
-        return found
-
-    values = [{"id": 7}, {"question": "u", "answer": "a"}, {"messages": [U, A], "note": 1}, {"question": "u"}]
-    values += [{"instruction": "u", "output": "a"}, {"messages": [U]}]
-    rows = [Row(value, "a.jsonl", line) for line, value in enumerate(values, start=1)]
-    whole = RowConverter(RowSettings())
-    whole.check(rows)
-    expected = outcomes(whole, rows)
-    assert [type(each) for each in expected] == [tuple, Chat, Chat, tuple, Chat, tuple]
-    assert expected[3][1].startswith("'answer' is missing")
-    for begin in range(len(rows)):
-        assert outcomes(RowConverter(RowSettings()), rows[begin:]) == expected[begin:]
-    assert outcomes(RowConverter(RowSettings()), rows[::-1]) == expected[::-1]
-    assert (whole.formats, whole.unread_columns) == (["question_answer", "messages", "alpaca"], ["note"])
 
 
 BEGIN = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; return "

@@ -1,32 +1,14 @@
-"""Generators come back; what cannot resume exactly is rejected.
+"""What cannot resume exactly is rejected.
 
 That a resumed run ends as one that never stopped: ``tests/distributed/test_resume.py``.
 """
 
-import random
-
 import lightning
-import numpy as np
 import pytest
-import torch
 
 from qlora_lightning import AdapterCheckpoint, QLoRAModule
-from qlora_lightning.model.checkpoint.resume import capture_generators, restore_generators
 from qlora_lightning.support.errors import UserError
 from tests.steps import fit
-
-
-def draw():
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), *torch.randn(3).tolist()]
-
-
-def test_every_generator_continues_where_it_was_captured_also_from_a_file(tmp_path):
-    draw()  # gauss and randn draw pairs: half of one is kept, and must be restored too
-    torch.save(capture_generators(), tmp_path / "state")
-    expected = draw()
-    draw()
-    restore_generators(torch.load(tmp_path / "state", weights_only=True))
-    assert draw() == expected
 
 
 class SaveAt(lightning.Callback):

@@ -2,20 +2,16 @@
 
 from dataclasses import replace
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
-from qlora_lightning.model.adapters.lora import add_adapters, count_parameters
 from qlora_lightning.model.layers.fuse import fuse_layers
-from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
-from tests.equality import base_tensors
 
 
 def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
@@ -49,8 +45,10 @@ def count_kept(module, batch):
         ({}, 0, 0.03),
         ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
         ({}, 1, 0.1),
-        ({"dropout": 0.1}, 0, 0.2),  # from here on PEFT's layers; masks of a CPU are wider
-        ({"lora_options": {"use_dora": True}}, 0, 0.1),
+        pytest.param(
+            {"dropout": 0.1}, 0, 0.2, marks=pytest.mark.slow
+        ),  # from here on PEFT's layers; masks of a CPU are wider
+        pytest.param({"lora_options": {"use_dora": True}}, 0, 0.1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -96,26 +94,3 @@ def test_every_part_is_counted_as_on_paper():
         "workspace": tokens * (2 * 64 + 4 * 2 * 128) + 2 * 64 * 128,
         "context": 600_000_000,
     }
-
-
-def count_bytes(model):
-    """The bytes of all parameters, the scales of 4-bit weights included."""
-    states = [each.weight.quant_state for each in model.modules() if isinstance(each, bnb.nn.Linear4bit)]
-    scales = [state.absmax for state in states] + [state.state2.absmax for state in states if state.nested]
-    return sum(each.nbytes for each in (*model.parameters(), *scales))
-
-
-@pytest.mark.parametrize(
-    ("quantization", "double_quant", "tolerance"),
-    [("nf4", True, 0.01), ("fp4", False, 0.01), ("int8", True, 0.06), ("none", True, 0.01)],  # int8 has few scales
-)
-def test_a_loaded_base_takes_the_bytes_that_are_planned(tiny_base, quantization, double_quant, tolerance):
-    model = load_base(str(tiny_base), quantization=quantization, double_quant=double_quant).model
-    embedding = 49_152 * 64  # and head
-    assert count_parameters(model) == (0, embedding + LINEARS + 5 * 64)  # the numbers that packed weights stand for
-    held = sum(tensor.nbytes for tensor in base_tensors(model).values())
-    options = {"double_quant": double_quant, "device_bytes": 0}
-    fixed = build_step_memory(build(tiny_base, quantization), torch.bfloat16, **options).fixed
-    assert fixed["vocabulary"] == 2 * embedding
-    assert fixed["base"] + fixed["scales"] == pytest.approx(held - 2 * embedding, rel=tolerance)
-    assert count_parameters(add_adapters(model))[0] == 4 * TRAINED  # of rank 8

@@ -1,15 +1,11 @@
 """What a stranger's folder may do when our commands look at it: nothing. Nothing runs, nothing is written elsewhere."""
 
 import json
-import os
 import shutil
 import stat
 import subprocess
-import sys
-import zipfile
 
 import pytest
-import torch
 import yaml
 
 from qlora_lightning.cli import main
@@ -43,7 +39,6 @@ def folder(tiny_base, tmp_path_factory):
         },
         "trainer": {"default_root_dir": str(place / "run"), "callbacks": [{"class_path": "evil.Evil"}]},
     }
-    settings["data"]["tokenizer"] = {"name": str(base), "trust_remote_code": True}
     settings["data"]["val"] = {"path": str(place / "run" / "val*.jsonl"), "columns": {"key": None}}
     (place / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     tokenizer = place / "run" / "adapter" / "tokenizer.json"
@@ -100,7 +95,6 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
     [
         {"data": {"val": "[{path: val.jsonl, format: evil.rows}] # *"}},
         {"data": {"val": ["val.jsonl", "https://localhost:9/rows.jsonl"]}},
-        {"data": {"val": '{path: "http:/\\u002flocalhost:9/rows.jsonl"} # *.jsonl'}},
         {"data": {"val": {"path": "org/rows", "split": "train"}}},
         {"data": {"val": {"path": "val.jsonl", "format": '"subprocess\\u002ecall"'}}},
     ],
@@ -138,15 +132,6 @@ def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path
     assert sorted(rows[0]) == sorted(rows[1]) != []
 
 
-@pytest.mark.parametrize("named", ["subprocess.call", "os.system", "builtins.dict", "evil.Evil", "evil.call"])
-def test_a_format_is_a_plain_function_and_not_pythons_own(named, tiny_base, rows_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "evil.py").write_text("from subprocess import call\n\nclass Evil: ...\n")
-    line = ["inspect", "--model.base", str(tiny_base), "--data.train", str(rows_file), "--data.format", named]
-    assert main(line) == 2
-    assert "expected a plain Python function of a module in the current folder" in capsys.readouterr().err
-
-
 def test_a_recipe_replaces_a_link_and_follows_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "victim").write_text("mine")
@@ -173,41 +158,21 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     assert (tmp_path / "disk" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "adapter", "adapter/additional_chat_templates", "gone"])
-def test_a_fit_writes_into_no_folder_behind_a_link(name, tiny_base, rows_file, tmp_path, capsys):
-    target, link = tmp_path / "elsewhere", tmp_path / "run" / name.replace("gone", "checkpoints")
-    if name != "gone":
-        target.mkdir()
-        (target / "last.ckpt.unfinished").write_text("mine")
-    link.parent.mkdir(parents=True)
-    link.symlink_to(target)
-    line = f"fit --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
-    assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1 --evaluation null".split()) == 2
-    assert f"{link} is a link, and a run writes into no folder behind one: remove it, or " in capsys.readouterr().err
-    assert [file.name for file in tmp_path.glob("elsewhere/*")] == ["last.ckpt.unfinished"][: name != "gone"]
-
-
-@pytest.mark.parametrize("name", ["sweep-rank", "sweep-rank/rank-2"])
-def test_a_sweep_writes_into_no_folder_behind_a_link(name, tiny_base, rows_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("fit", "checkpoints"), ("fit", "adapter"), ("sweep-rank --ranks 2,4 --data.val_fraction 0.2", "sweep-rank")],
+)
+def test_no_run_writes_into_a_folder_behind_a_link(command, name, tiny_base, rows_file, tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
-    link = tmp_path / "run" / name
-    link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "elsewhere")
-    line = f"sweep-rank --ranks 2,4 --model.base {tiny_base} --data.train {rows_file} --data.val_fraction 0.2"
-    options = f"--trainer.default_root_dir {tmp_path / 'run'} --trainer.accelerator cpu --trainer.max_steps 1"
-    assert main(f"{line} {options}".split()) == 2
+    (tmp_path / "run").mkdir()
+    (link := tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    line = f"{command} --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
+    assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1".split()) == 2
     assert f"{link} is a link, " in capsys.readouterr().err
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_report_waits_for_no_pipe(folder, tmp_path):
-    run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
-    for name in ("metrics.csv", "evaluation.json"):
-        (run / name).unlink(missing_ok=True)
-        os.mkfifo(run / name)
-    subprocess.run([sys.executable, "-m", "qlora_lightning", "report", str(run)], check=True, timeout=120)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 def test_a_library_that_others_may_write_is_not_loaded(cache):
     own = cache.parent / "of_user" / "qlora_lightning"
@@ -231,50 +196,7 @@ def test_a_library_that_others_may_write_is_not_loaded(cache):
     assert f"{library.parent} can be written to by others" in refused
 
 
-@pytest.mark.parametrize("name", ["pickle", "compressed"])
-def test_a_checkpoint_of_code_or_a_bomb_is_rejected_in_our_own_words(name, tiny_base, rows_file, tmp_path, capsys):
-    class Code:
-        def __reduce__(self):
-            return (tmp_path.joinpath("ran").touch, ())
-
-    if name == "pickle":
-        torch.save({"state_dict": Code()}, tmp_path / "evil.ckpt")
-    else:  # a few MB may stand for many GB
-        torch.save({"state_dict": {"a": torch.zeros(9)}}, tmp_path / "plain.ckpt")
-        packed = zipfile.ZipFile(tmp_path / "evil.ckpt", "w", zipfile.ZIP_DEFLATED)
-        with zipfile.ZipFile(tmp_path / "plain.ckpt") as plain, packed as evil:
-            for entry in plain.namelist():
-                evil.writestr(entry, plain.read(entry))
-    line = ["fit", "--model.base", str(tiny_base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
-    line += ["--trainer.default_root_dir", str(tmp_path / "run"), "--ckpt_path", str(tmp_path / "evil.ckpt")]
-    assert main(line) == 2
-    err = capsys.readouterr().err
-    assert "or it holds objects that run code when they are loaded" in err
-    assert "weights_only" not in err
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("qlora_lightning.json", {"base": ["x"]}, "base must be str, found list"),
-        ("qlora_lightning.json", {"format_version": "9"}, "format_version must be int, found str"),
-        ("qlora_lightning.json", {"data": {"settings": 3}}, "settings must be dict, found int"),
-        ("qlora_lightning.json", {"compute_dtype": "load"}, "compute_dtype is 'load', expected one of bfloat16"),
-        ("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": 3}, "must be str, found int"),
-    ],
-)
-def test_wrong_types_in_an_adapter_folder_are_named(name, content, words, folder, tmp_path, capsys):
-    adapter = shutil.copytree(folder / "run" / "adapter", tmp_path / "adapter")
-    (adapter / name).write_text(json.dumps(content))
-    for line in (["chat", "--prompt", "x"], ["evaluate"], ["merge", "--out", str(tmp_path / "out")]):
-        assert main([*line, "--adapter", str(adapter)]) == 2
-        err = capsys.readouterr().err
-        assert words in err
-        assert name in err
-
-
-@pytest.mark.parametrize("weight_map", [{"a": "../victim.safetensors"}, {"a": 3}, None, ["x"]])
+@pytest.mark.parametrize("weight_map", [{"a": "../victim.safetensors"}, ["x"]])
 def test_an_index_names_files_beside_it(weight_map, tiny_base, rows_file, tmp_path, capsys):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "model.safetensors").rename(tmp_path / "victim.safetensors")

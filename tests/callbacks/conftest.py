@@ -2,7 +2,6 @@ from pathlib import Path
 
 import lightning
 import pytest
-import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.base.folder import load_tokenizer
@@ -68,17 +67,6 @@ def fit(make_module, make_data, make_trainer):
 def adapter_of():
     """Copies of the tensors that train, by name."""
     return lambda module: {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-@pytest.fixture
-def assert_same():
-    """Bit for bit: the same names, and equal tensors."""
-
-    def check(found, expected):
-        assert found.keys() == expected.keys()
-        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-
-    return check
 
 
 class Scored(QLoRAModule):

@@ -46,13 +46,13 @@ def validate(module, data):
 
 
 def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
-    fit, make_module, make_data, adapter_of, assert_same, capsys, tmp_path
+    fit, make_module, make_data, adapter_of, capsys, tmp_path
 ):
     options = {"val_check_interval": 1, "limit_train_batches": 3, "max_epochs": 1}
     data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
     evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3)
     _, module = fit(end := End(), evaluation, checkpoint, data=data, **options)
-    assert_same(adapter_of(module), end.adapter)
+    assert same(adapter_of(module), end.adapter)
     assert checkpoint.best[0][1] != "step-000003.ckpt"
     found = read_figures(tmp_path)
     untouched = make_module()
@@ -78,12 +78,12 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert "4 alike" in text
 
 
-def test_the_adapter_is_restored_if_the_evaluation_fails(fit, monkeypatch, adapter_of, assert_same):
+def test_the_adapter_is_restored_if_the_evaluation_fails(fit, monkeypatch, adapter_of):
     monkeypatch.setattr(Evaluation, "choose_settings", lambda *_: 1 / 0)
     options = {"val_check_interval": 1, "limit_train_batches": 3}
     with pytest.raises(ZeroDivisionError):
         fit(end := End(), Evaluation(), AdapterCheckpoint(mode="max"), **options)
-    assert_same(adapter_of(end.module), end.adapter)
+    assert same(adapter_of(end.module), end.adapter)
 
 
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": True}])

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 
 import lightning
 import pytest
@@ -25,9 +24,9 @@ class Sender(lightning.Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_with_its_code_and_reports_how_to_resume(fit, tmp_path, capfd, number):
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.raises(TrainingStopped) as stopped:
         fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
     assert stopped.value.code == 128 + number
@@ -57,9 +56,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize(
-    ("verb", "number"), [("validate", signal.SIGTERM), ("test", signal.SIGTERM), ("predict", signal.SIGHUP)]
-)
+@pytest.mark.parametrize(("verb", "number"), [("validate", signal.SIGTERM), ("predict", signal.SIGHUP)])
 def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     make_module, make_data, make_trainer, rows_file, tmp_path, capfd, verb, number
 ):
@@ -68,8 +65,8 @@ def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
         pytest.fail("it went on")
 
     before, sender = signal.getsignal(number), lightning.Callback()
-    sender.on_validation_batch_start = sender.on_test_batch_start = sender.on_predict_batch_start = send
-    data = make_data(test=str(rows_file), predict=str(rows_file))
+    sender.on_validation_batch_start = sender.on_predict_batch_start = send
+    data = make_data(predict=str(rows_file))
     trainer = make_trainer(StopSignals(), sender, PredictionWriter())
     with pytest.raises(TrainingStopped) as stopped:
         getattr(trainer, verb)(make_module(), datamodule=data)
@@ -86,23 +83,3 @@ def test_an_ignored_signal_stays_ignored(fit):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert trainer.global_step == 8
-
-
-@pytest.mark.parametrize("auto_requeue", [True, False])
-def test_under_slurm_the_saved_job_is_requeued_as_lightning_would(fit, tmp_path, monkeypatch, auto_requeue):
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\nls {tmp_path}/run/checkpoints > {tmp_path}/saved\necho "$@" > {tmp_path}/asked\n')
-    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    environment = SLURMEnvironment(auto_requeue=auto_requeue, requeue_signal=signal.SIGUSR2)
-    with pytest.raises(TrainingStopped):
-        fit(StopSignals(), Sender(signal.SIGUSR2, 2), AdapterCheckpoint(), plugins=[environment])
-    assert (tmp_path / "asked").exists() is auto_requeue
-    if auto_requeue:
-        assert (tmp_path / "asked").read_text() == "requeue 7\n"
-        assert (tmp_path / "saved").read_text() == "last.ckpt\n"
-    assert not list((tmp_path / "run").glob("hpc_ckpt*"))  # Lightning's own, from inside the batch

@@ -6,11 +6,13 @@ import logging
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
+from tests.random_base import save_random_llama, save_tokenizer
 
 CONFIG = {
     "seed_everything": 3,
@@ -40,6 +42,15 @@ CONFIG = {
         "default_root_dir": "run",
     },
 }
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory):
+    """A random LLaMA with a small tokenizer: transformers reads a large one from a GGUF file in 15 seconds."""
+    save_tokenizer(folder := tmp_path_factory.mktemp("small"), ["Count to 1 2 3 4."], size=512)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    save_random_llama(folder, torch.float32, **sizes)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_clear_removes_what_was_asked_for_and_says_what_it_freed(folders, run):
     assert "nothing to clear" in run("cache", "clear", "--yes")
 
 
-@pytest.mark.parametrize(("answer", "code"), [("Y", 0), (" yes ", 0), ("", 1), ("yep", 1), (None, 2)])
+@pytest.mark.parametrize(("answer", "code"), [(" yes ", 0), ("", 1), (None, 2)])
 def test_clear_asks_on_a_terminal_and_only_a_yes_is_one(folders, monkeypatch, run, answer, code):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None)
     monkeypatch.setattr("builtins.input", lambda question: answer)
@@ -99,18 +99,3 @@ def test_copy_writes_config_and_data_and_keeps_a_file_that_differs(here, run):
     assert not (here / "configs" / "quickstart.yaml").exists()
     run("recipes", "copy", "quickstart", "--force")
     assert mine.read_text() == "{}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("cache", "required: action. See `qlora-lightning cache --help`"),
-        ("cache clear --kind x", "argument --kind: invalid choice: 'x'"),
-        ("recipes bogus", "invalid choice: 'bogus'"),
-        ("recipes copy quickstrat", "recipes copy quickstrat: expected one of llama3-alpaca, quickstart"),
-    ],
-)
-def test_mistakes_are_reported_in_a_sentence(here, run, arguments, words):
-    message = run(*arguments.split(), code=2)
-    assert words in message
-    assert message.count("\n") == 1

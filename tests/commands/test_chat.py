@@ -4,7 +4,6 @@ import io
 import json
 
 import pytest
-import torch
 
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.cli import main
@@ -13,7 +12,7 @@ from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.load.build import find_adapter, open_adapter
-from tests.adapters import make_adapter, make_run
+from tests.adapters import make_run
 from tests.help_examples import help_examples
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"
@@ -26,7 +25,6 @@ def place(tiny_base, tmp_path_factory):
     make_run(folder / "runs" / "quickstart", tiny_base)
     make_run(folder / "runs" / "a", tiny_base, seed=1, std=1.0)
     make_run(folder / "runs" / "b", tiny_base, seed=2, std=1.0, rank=2, target_modules="mlp")
-    make_adapter(folder / "unquantized", tiny_base, quantization="none")
     return folder
 
 
@@ -78,20 +76,6 @@ def test_a_conversation_continues_and_commands_change_it(chat):
     assert "never" not in out
 
 
-def test_a_conversation_goes_on_after_an_answer_with_control_tokens(chat, monkeypatch):
-    begin = load_tokenizer(CALM).convert_tokens_to_ids("<|im_start|>")
-
-    def answer(model, prompts, *, streamer, max_new_tokens, **options):
-        for value in (prompts, *([begin] for _ in range(max_new_tokens))):
-            streamer.put(torch.tensor(value))
-        streamer.end()
-
-    monkeypatch.setattr(session, "generate_answers", answer)
-    _, turns = chat("--adapter", CALM, *SHORT, lines=["Hi.", "And now?"])
-    assert [turn["answers"]["a"]["text"] for turn in turns] == ["", ""]
-    assert turns[1]["answers"]["a"]["tokens"] == 4
-
-
 def test_base_and_adapters_answer_beside_others_as_alone(chat):
     def answers(*adapters, compare=()):
         named = [part for name in adapters for part in ("--adapter", name)]
@@ -109,9 +93,8 @@ def test_base_and_adapters_answer_beside_others_as_alone(chat):
 
 def test_a_seed_repeats_samples_and_the_likeliest_token_alone_is_greedy(chat):
     def text(*options):
-        return chat("--adapter", CALM, "--prompt", "Hi.", "--max-new-tokens", "8", *options)[1][0]["answers"]["a"][
-            "text"
-        ]
+        _, turns = chat("--adapter", CALM, "--prompt", "Hi.", "--max-new-tokens", "8", *options)
+        return turns[0]["answers"]["a"]["text"]
 
     hot = ("--temperature", "5", "--seed")
     greedy = text()
@@ -138,11 +121,9 @@ def test_what_cannot_be_sent_is_reported_and_the_conversation_continues(chat):
     assert "Not sent: message 1 (user) contains the control token '<|im_end|>'" in out
     assert "the context of the base 512" in out
     assert [turn["prompt"] for turn in turns] == ["Hi."]
-    assert "--prompt was not answered" in chat("--adapter", CALM, "--prompt", "<|im_end|>", code=2)[0]
 
 
-@pytest.mark.parametrize("arguments", [("--prompt", "Hi."), ()])
-def test_ctrl_c_ends_what_nobody_types_and_keeps_the_conversation(arguments, chat, monkeypatch):
+def test_ctrl_c_ends_an_answer_and_keeps_the_conversation(chat, monkeypatch):
     put = session.AnswerStream.put
 
     def interrupt(stream, value):
@@ -151,31 +132,7 @@ def test_ctrl_c_ends_what_nobody_types_and_keeps_the_conversation(arguments, cha
             raise KeyboardInterrupt
 
     monkeypatch.setattr(session.AnswerStream, "put", interrupt)
-    _, turns = chat("--adapter", CALM, *arguments, lines=["Hi.", "And?"], code=130)
+    _, turns = chat("--adapter", CALM, lines=["Hi.", "And?"], code=130)
     assert len(turns) == 1
     assert turns[0]["answers"]["a"]["ended"] == "interrupted"
     assert turns[0]["answers"]["a"]["text"]
-
-
-WRONG = {
-    (): "--adapter",
-    ("--adapter", "none"): "is not an adapter folder",
-    ("--adapter", CALM, "--adapter", CALM): "'a' is taken",
-    ("--adapter", CALM, "--adapter", "unquantized"): "was trained with model.quantization none, but here it is nf4",
-    ("--adapter", CALM, "--temperature", "warm"): "invalid float value: 'warm'",
-    (
-        "--adapter",
-        CALM,
-        "--temperature",
-        "-1",
-        "--prompt",
-        "Hi.",
-    ): "has to be a strictly positive float",
-    ("--adapter", CALM, "--prompt", " "): "--prompt is empty",
-    ("--adapter", CALM, "--nothing"): "unrecognized arguments: --nothing",
-}
-
-
-@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_is_reported(arguments, chat):
-    assert WRONG[arguments] in chat(*arguments, code=2)[0]

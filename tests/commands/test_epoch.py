@@ -4,9 +4,9 @@ import lightning
 import pytest
 import torch
 
-from qlora_lightning.commands.epoch import count_devices, plan_epoch
+from qlora_lightning.commands.epoch import plan_epoch
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.samples import SampleSetBuilder
+from tests.flat import gather
 
 USUAL = {
     **{"accelerator": "cpu", "devices": 1, "num_nodes": 1, "max_epochs": 1, "max_steps": -1},
@@ -17,10 +17,7 @@ USUAL = {
 @pytest.fixture(scope="module")
 def samples():
     """Ten samples of 1 to 10 tokens, 55 in all."""
-    builder = SampleSetBuilder()
-    for length in range(1, 11):
-        builder.add([5] * length, [-100] * length, length, 0, "train.jsonl", length)
-    return builder.build()
+    return gather(*(([5] * length, [-100] * length, length) for length in range(1, 11)))
 
 
 def test_batches_of_rows_and_of_a_budget(samples):
@@ -47,9 +44,7 @@ class Count(lightning.LightningModule):
     "settings",
     [
         {},
-        {"max_steps": 7, "max_epochs": -1},
         {"max_steps": 7, "max_epochs": None},
-        {"max_steps": 70, "max_epochs": 2},
         {"limit_train_batches": 4, "accumulate_grad_batches": 3},
         {"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2},
     ],
@@ -62,26 +57,9 @@ def test_steps_are_those_that_lightning_takes(samples, settings):
     assert trainer.global_step == plan_epoch(EpochPlan(samples, batch_size=1), settings).all_steps
 
 
-def test_what_ends_no_run_ends_no_plan(samples):
-    plan = EpochPlan(samples, batch_size=1)
-    assert plan_epoch(plan, {**USUAL, "max_epochs": -1}).all_steps is None
-    assert plan_epoch(plan, {**USUAL, "max_epochs": None}).all_steps == 10 * 1000  # Lightning's 1,000 epochs
-
-
 @pytest.mark.parametrize(
-    ("settings", "devices"),
-    [
-        ({"devices": 2}, 2),
-        ({"devices": "2", "num_nodes": 2}, 4),
-        ({"devices": [0, 1, 2, 3]}, 4),
-        ({"devices": "0,1,"}, 2),
-        ({"devices": "auto"}, 1),
-        ({"devices": "auto", "accelerator": "auto"}, 8),
-        ({"devices": -1, "accelerator": "gpu"}, 8),
-    ],
+    ("settings", "devices"), [({"devices": "2", "num_nodes": 2}, 4), ({"devices": "0,1,"}, 2), ({"devices": "auto"}, 1)]
 )
-def test_rows_are_shared_by_all_devices(samples, monkeypatch, settings, devices):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert count_devices({**USUAL, **settings}) == devices
+def test_rows_are_shared_by_all_devices(samples, settings, devices):
     epoch = plan_epoch(EpochPlan(samples, batch_size=1), {**USUAL, **settings})
     assert epoch.steps == -(-10 // devices)

@@ -7,14 +7,12 @@ import shutil
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.base.folder import load_tokenizer
 from qlora_lightning.cli import main
 from qlora_lightning.commands.inspection.overview import count_ends
 from qlora_lightning.commands.inspection.tokens import mark_tokens
-from qlora_lightning.data.samples import SampleSetBuilder
+from tests.flat import gather
 from tests.markup import Reader
 
 HOSTILE = "</p><script>alert('1')</script>&amp;\" onmouseover=\"x"
@@ -167,83 +165,31 @@ def test_rows_to_predict_are_shown_as_generation_begins(folder):
     assert "without a stop token" not in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("--html c.yaml", "--html c.yaml exists already."),
-        ("--split test", "There are no rows to inspect: data.test names no file."),
-        ("--row x", "--row x: expected a line number, or FILE:LINE"),
-        ("--data.max_length q", "data.max_length: Expected int. Got value: q."),
-        ("--spilt val", "spilt"),
-    ],
-)
-def test_a_mistake_is_reported_in_a_sentence(folder, arguments, sentence):
-    code, out, err = inspect(*arguments.split())
-    assert (code, out) == (2, "")
-    assert err.startswith("qlora-lightning: ")
-    assert err.count("\n") == 1
-    assert sentence in err
-
-
-# ---- figures and tokens ----------------------------------------------------------------------------------------------
-
-
 def test_stop_tokens_count_if_they_are_labelled_and_a_bos_at_the_start_alone():
     def ends(*texts):
-        builder = SampleSetBuilder()
+        samples = []
         for number, text in enumerate(texts):
             prompt, _, answer = text.partition("<")
             ids = [ord(character) for character in prompt + answer]
-            builder.add(ids, [-100] * len(prompt) + ids[len(prompt) :], number)
-        return count_ends(builder.build(), [ord("}")], ord("^"))
+            samples.append((ids, [-100] * len(prompt) + ids[len(prompt) :], number))
+        return count_ends(gather(*samples), [ord("}")], ord("^"))
 
     assert ends("{q}<a}", "{q}<a", "{q}<a}b}", "q}<ab") == (2, 0, 0)
     assert ends("^q^<a}", "^^q<a}", "q^<a}", "^") == (3, 3, 1)
-
-
-@pytest.fixture(scope="module")
-def mark(smollm2_folder):
-    """Mark the tokens of a prompt and an answer, of which the second is labelled."""
-    tokenizer = load_tokenizer(str(smollm2_folder))
-
-    def mark(prompt, answer=""):
-        before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
-        return mark_tokens([*before, *after], [False] * len(before) + [True] * len(after), tokenizer, [2])
-
-    return mark
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answer", "marked"),
-    [
-        ("<|im_start|>hi<|im_end|>", " you<|im_end|>\n", "<|im_start|>│hi│<|im_end|>⟦ you│<|im_end|>■│↵\n⟧"),
-        ("a\x1b[2Jb", "", "a│␛│[│2│J│b"),
-        ("hi", "👩🏽", "hi⟦👩│🏽⟧"),
-        ("日本", "", "日│本"),
-    ],
-)
-def test_tokens_are_parted_labelled_ones_in_brackets_and_characters_stay_whole(mark, prompt, answer, marked):
-    assert mark(prompt, answer).plain == marked
-
-
-def test_a_space_that_the_decoder_drops_at_the_start_is_kept():
-    words = Tokenizer(models.WordLevel({"▁Hello": 0, "▁big": 1, "gest": 2, "▁world": 3}, unk_token="gest"))
-    words.decoder = decoders.Metaspace()  # as sentencepiece's
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    assert mark_tokens(range(4), [False] * 4, tokenizer, []).plain == "Hello│ big│gest│ world"
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
         ("<think>\nhm</think>a", "<think>\nhm</think>"),
-        ("a [THINK]hm[/THINK]b", " [THINK]hm[/THINK]"),
         ("<tool_call>f(1)</tool_call>", "<tool_call>f(1)</tool_call>"),
         ("a\n<think>cut<|im_end|>next", "<think>cut"),  # to the end of its turn
         ("a<b>c</b></think>", ""),
     ],
 )
-def test_reasoning_and_tool_calls_have_a_colour(mark, text, part):
-    marked = mark(f"<|im_start|>q<|im_end|>{text}<|im_end|>")
+def test_reasoning_and_tool_calls_have_a_colour(smollm2_folder, text, part):
+    tokenizer = load_tokenizer(str(smollm2_folder))
+    ids = tokenizer.encode(f"<|im_start|>q<|im_end|>{text}<|im_end|>", add_special_tokens=False)
+    marked = mark_tokens(ids, [False] * len(ids), tokenizer, [2])
     coloured = "".join(marked.plain[span.start : span.end] for span in marked.spans if span.style == "cyan")
     assert coloured.replace("↵", "") == part

@@ -1,4 +1,4 @@
-"""``merge`` as a user runs it, on a tiny base."""
+"""``merge`` as a user runs it, on a small base."""
 
 import json
 import os
@@ -25,17 +25,12 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_base, tmp_path_factory):
+def whole(small_base, tmp_path_factory):
     """A run's folder, merged into all that a merge can write; and the model that the adapter was written from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("merge"))
-        model = make_run(folder / "runs" / "quickstart", tiny_base)
-        old = os.umask(0o027)
-        try:
-            files = ("--out", "merged", "--json", "found.json")
-            merge(*files, "--dtype", "fp32", "--gguf", "f16")
-        finally:
-            os.umask(old)
+        model = make_run(folder / "runs" / "quickstart", small_base)
+        merge("--out", "merged", "--json", "found.json", "--dtype", "fp32", "--gguf", "f16")
     return folder, model
 
 
@@ -78,10 +73,7 @@ def test_the_examples_of_help_run(arguments, folder, capsys):
         assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q8_0"}
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
-
-
-def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, whole, tiny_base):
+def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, whole, small_base):
     model = AutoModelForCausalLM.from_pretrained("merged")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, whole[1](IDS).logits, rtol=1e-4, atol=1e-4)
@@ -89,27 +81,24 @@ def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, 
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     config = json.loads((merged / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
-    templates = [AutoTokenizer.from_pretrained(each).chat_template for each in ("merged", tiny_base)]
+    templates = [AutoTokenizer.from_pretrained(each).chat_template for each in ("merged", small_base)]
     assert templates[0] == templates[1]
     stops = json.loads((merged / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
-    assert {file.stat().st_mode & 0o777 for file in (merged / "merged").rglob("*") if file.is_file()} == {0o640}
-    figures = json.loads((merged / "found.json").read_text())
-    assert figures == json.loads((merged / "merged" / "merge.json").read_text())
-    check = figures["check"]
+    check = json.loads((merged / "found.json").read_text())["check"]
     assert check["rows"] == 8
     for name in ("written: onto dequantized, fp32", "written: model-f16.gguf"):
         assert check[name]["kl"] < 1e-6
         assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-4)
 
 
-def test_a_gguf_file_holds_the_same_model(merged, tiny_base):
+def test_a_gguf_file_holds_the_same_model(merged, small_base):
     reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["output_norm.weight"] == "F32"
     assert types["blk.1.attn_q.weight"] == types["token_embd.weight"] == "F16"
     assert "output.weight" not in types  # tied
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer = AutoTokenizer.from_pretrained(small_base)
     expected = {
         "general.architecture": "llama",
         "llama.attention.head_count_kv": 2,
@@ -119,13 +108,13 @@ def test_a_gguf_file_holds_the_same_model(merged, tiny_base):
     }
     assert {name: reader.get_field(name).contents() for name in expected} == expected
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    assert tokens[:300] == tokenizer.convert_ids_to_tokens(range(300))
+    assert tokens == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file="model-f16.gguf")
     text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
     assert again(text).input_ids == tokenizer(text).input_ids
 
 
-def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tiny_base, capsys):
+def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, small_base, capsys):
     (folder / "foreign").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(f"{ADAPTER}/{name}", "foreign")
@@ -133,16 +122,16 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, tin
     assert "does not say how its base was quantized" in capsys.readouterr().err
     original = ("--out", "merged", "--onto", "original", "--dtype", "fp32")
     merge(*original, "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
-    before, after = load_file(tiny_base / "model.safetensors"), load_file("merged/model.safetensors")
+    before, after = load_file(small_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
     torch.testing.assert_close(after[f"{NAME}.weight"], before[f"{NAME}.weight"] + update_of(NAME)[2])
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
 @pytest.mark.parametrize("val", ["gone.jsonl", None])
-def test_without_rows_a_merge_is_written_only_unchecked(val, folder, tiny_base, capsys):
+def test_without_rows_a_merge_is_written_only_unchecked(val, folder, small_base, capsys):
     """As in a folder that was moved: the base is there, the data are not."""
-    config = {"model": {"base": str(tiny_base)}, "data": {"train": "gone.jsonl", "val": val}}
+    config = {"model": {"base": str(small_base)}, "data": {"train": "gone.jsonl", "val": val}}
     (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
     merge("--out", "merged", code=2)
     err = capsys.readouterr().err
@@ -150,9 +139,6 @@ def test_without_rows_a_merge_is_written_only_unchecked(val, folder, tiny_base, 
     assert "Or add --rows 0: it is written unchecked." in err
     merge("--out", "merged", "--rows", "0")
     assert json.loads((folder / "merged" / "merge.json").read_text())["check"] is None
-
-
-# ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,37 +161,15 @@ def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, functio
 
 
 def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
-    (folder / "disk").mkdir()
-    (folder / "merged").symlink_to("disk/model")
-    (folder / "disk" / ".model.unfinished").mkdir()  # of a merge that was killed
+    (folder / ".merged.unfinished").mkdir()  # of a merge that was killed
     merge("--out", "merged", "--rows", "0")
     merge("--out", "merged", "--rows", "0", code=2)
     assert "--out merged exists" in capsys.readouterr().err
     merge("--out", "merged", "--rows", "0", "--dtype", "fp16", "--force")
-    assert (folder / "merged").is_symlink()
-    assert load_file("disk/model/model.safetensors")["model.norm.weight"].dtype == torch.float16
-    assert [entry.name for entry in (folder / "disk").iterdir()] == ["model"]
+    assert load_file("merged/model.safetensors")["model.norm.weight"].dtype == torch.float16
+    assert not (folder / ".merged.unfinished").exists()
     before = paths(folder)
     merge("--out", "runs/quickstart", "--force", code=2)
-    assert paths(folder) == before
-
-
-WRONG = {
-    "": "the following arguments are required: --out",
-    "--out x --rows 0 --data.val x.jsonl": "unrecognized arguments: --data.val",
-    "--out x --nothing 3": "nothing",
-    "--out x --gguf q4_0": "invalid choice: 'q4_0'",
-    "--out x --adapter none": "none is not an adapter folder",
-}
-
-
-@pytest.mark.parametrize("typed", WRONG)
-def test_what_is_wrong_is_reported_in_one_line(typed, folder, capsys):
-    before = paths(folder)
-    merge(*typed.split(), code=2)
-    err = capsys.readouterr().err
-    assert WRONG[typed] in err
-    assert err.count("\n") == 1
     assert paths(folder) == before
 
 

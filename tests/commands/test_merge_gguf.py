@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.merge import K_QUANTS
 from tests.adapters import make_run
 from tests.data import conftest as data
 from tests.families import WINDOW
-from tests.random_base import save_family, save_random_llama, save_tokenizer
+from tests.random_base import save_family, save_random_llama
 
 families = data.families  # tokenizers in the style of known models
 
@@ -32,20 +31,22 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def with_run(folder, tiny_base):
-    """The current folder, with a run on the tiny base in it."""
-    make_run(folder / "run", tiny_base)
+@pytest.fixture(scope="module")
+def small_run(small_base, tmp_path_factory):
+    make_run(folder := tmp_path_factory.mktemp("gguf") / "run", small_base)
     return folder
 
 
-# ---- families --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def with_run(folder, small_run):
+    """The current folder, with a run in it."""
+    shutil.copytree(small_run, folder / "run")
+    return folder
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_transformers_reads_the_same_model(model_type, folder):
-    save_tokenizer(folder / "words", ["Count to 1 2 3 4."], size=512)  # transformers reads a large one in 15 seconds
-    make_run(folder / "run", save_family(folder / "base", model_type, folder / "words"))
+def test_transformers_reads_the_same_model(model_type, folder, small_base):
+    make_run(folder / "run", save_family(folder / "base", model_type, small_base))
     merge("--gguf", "f16", "--dtype", "fp32")
     place = {"pretrained_model_name_or_path": "merged/gguf", "gguf_file": "model-f16.gguf"}
     config = AutoConfig.from_pretrained(**place)
@@ -62,8 +63,8 @@ def test_transformers_reads_the_same_model(model_type, folder):
     assert check["written: model-f16.gguf"]["kl"] < 1e-4
 
 
-def test_other_families_are_refused_before_the_work(folder, tiny_base, capsys):
-    make_run(folder / "run", save_family(folder / "base", "phi3", tiny_base))
+def test_other_families_are_refused_before_the_work(folder, small_base, capsys):
+    make_run(folder / "run", save_family(folder / "base", "phi3", small_base))
     merge("--gguf", "f16", code=2)
     assert "llama, mistral, qwen2, qwen3, not of phi3" in capsys.readouterr().err
     assert not (folder / "merged").exists()
@@ -82,7 +83,9 @@ def test_a_tokenizer_of_qwen_is_named_so(with_run):
 
 
 def test_a_tokenizer_of_llama_2_is_written(folder, families):
-    save_llama2(folder, families)
+    families["llama2"].save_pretrained(folder / "base")
+    save_random_llama(folder / "base", torch.float32, hidden_size=64, intermediate_size=128)
+    make_run(folder / "run", folder / "base")
     merge("--gguf", "f16", "--rows", "0")
     tokenizer = AutoTokenizer.from_pretrained("merged")
     reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
@@ -97,41 +100,8 @@ def test_a_tokenizer_of_llama_2_is_written(folder, families):
     assert sorted(made, key=lambda piece: -scores[tokenizer.convert_tokens_to_ids(piece)]) == made
     assert len({scores[tokenizer.convert_tokens_to_ids(piece)] for piece in made}) == len(made)
     kinds = reader.get_field("tokenizer.ggml.token_type").contents()
-    assert [kinds.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [
-        1,
-        2,
-        256,
-    ]
-
-
-def save_llama2(folder, families):
-    """Write a run on a random LLaMA with a tokenizer of Llama 2's kind."""
-    families["llama2"].save_pretrained(folder / "base")
-    save_random_llama(folder / "base", torch.float32, hidden_size=64, intermediate_size=128)
-    make_run(folder / "run", folder / "base")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prefix", [False, True])
-def test_llama_cpp_splits_text_as_llama_2_does(prefix, folder, families):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    save_llama2(folder, families)
-    if prefix:
-        file = folder / "run" / "adapter" / "tokenizer.json"
-        content = json.loads(file.read_text()) | {"pre_tokenizer": None}
-        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
-        file.write_text(json.dumps(content))
-    merge("--gguf", "f16", "--rows", "0")
-    tokenizer = AutoTokenizer.from_pretrained("merged")
-    model = llama_cpp.Llama("merged/gguf/model-f16.gguf", vocab_only=True, verbose=False)
-    for text in ("<s>The answer is  four, Grüße 🙂</s>What was the question?", "<s> You are helpful.\n\n</s> 12:30"):
-        expected = tokenizer(text, add_special_tokens=False).input_ids
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
-    model.close()
-
-
-# ---- llama.cpp's quantizer, Ollama -----------------------------------------------------------------------------------
+    counted = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)
+    assert [kinds.count(kind) for kind in counted] == [1, 2, 256]
 
 
 def put_quantizer(folder, monkeypatch, script):
@@ -158,32 +128,18 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
         assert f"\n    {command % ''}\n" in card  # a block of its own, to paste
 
 
-def test_a_quantizer_that_fails_leaves_nothing(with_run, monkeypatch, capsys):
+def test_a_program_that_fails_leaves_nothing_and_without_it_f16_is_written_and_the_command_printed(
+    with_run, monkeypatch, capsys
+):
     put_quantizer(with_run, monkeypatch, "echo broken tensor >&2; exit 3")
     merge("--gguf", "q6_k", "--rows", "0", code=2)
     assert "llama-quantize failed:\nbroken tensor" in capsys.readouterr().err
     assert not (with_run / "merged").exists()
-
-
-def test_without_the_program_f16_is_written_and_the_command_is_printed(with_run, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(with_run))
     merge("--gguf", "q5_k_m", "--rows", "0")
     command = "llama-quantize merged/gguf/model-f16.gguf merged/gguf/model-q5_k_m.gguf Q5_K_M"
     assert f"\n    {command}\n" in capsys.readouterr().out
     assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama-quantize is not installed")
-@pytest.mark.parametrize("kind", K_QUANTS)
-def test_llama_cpp_quantizes(kind, folder, tiny_base):
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder / "base")
-    save_random_llama(folder / "base", torch.float32, hidden_size=256, intermediate_size=512)
-    make_run(folder / "run", folder / "base", std=0.002)
-    merge("--gguf", kind)
-    tensors = gguf.GGUFReader(f"merged/gguf/model-{kind}.gguf").tensors
-    types = {tensor.name: tensor.tensor_type.name for tensor in tensors}
-    assert types["blk.1.attn_q.weight"] == kind[:4].upper()
 
 
 @pytest.mark.slow

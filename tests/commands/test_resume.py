@@ -8,54 +8,22 @@ import json
 import shutil
 
 import pytest
-import torch
 import yaml
 
 from qlora_lightning.cli import main
 from tests import equality
 from tests.commands.conftest import CONFIG
 
-HOOKS = """
-import lightning
-
-
-class Interrupt(lightning.Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        raise KeyboardInterrupt
-"""
 NEW = ("--trainer.default_root_dir", "new")
 LAST = ("--ckpt_path", "last")
 LONGER = (*LAST, "--trainer.max_epochs", 2)
 
 
-@pytest.fixture
-def hooks(tmp_path):
-    (tmp_path / "hooks.py").write_text(HOOKS)
-
-
-@pytest.fixture
-def read_checkpoint(tmp_path):
-    return lambda run: equality.read_checkpoint(tmp_path / run)
-
-
-@pytest.fixture
-def assert_same_end(tmp_path, read_checkpoint, read_metrics):
-    def check(run, whole):
-        assert equality.adapter_bytes(tmp_path / run) == equality.adapter_bytes(tmp_path / whole)
-        one, other = read_checkpoint(run), read_checkpoint(whole)
-        assert one["global_step"] == other["global_step"]
-        assert all(torch.equal(one["state_dict"][name], value) for name, value in other["state_dict"].items())
-        columns = ("step", "train_loss", "val_loss", "tokens_seen")
-        lines = [[[row.get(column) for column in columns] for row in read_metrics(name)] for name in (run, whole)]
-        assert lines[0] == lines[1]
-
-    return check
-
-
-def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise(command, assert_same_end):
-    out = command("fit", *LONGER)
+def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise(command, tmp_path):
+    out = command("fit", *LONGER, "--evaluation", "null")
     assert "trainer.max_epochs: 1 → 2" in out
-    assert_same_end("run", "whole")
+    assert equality.differences(tmp_path / "run", tmp_path / "whole") == []
+    assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
 
 
 def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):
@@ -75,9 +43,6 @@ def test_a_finished_run_is_not_resumed_without_its_validation_and_the_advice_wor
     assert equality.adapter_bytes(tmp_path / "run") == before
 
 
-# ---- ends ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command, tmp_path):
     run = tmp_path / "run"
     manifest = json.loads((run / "manifest.json").read_text())
@@ -87,19 +52,6 @@ def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command
     command("fit", *LAST)
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
     assert json.loads((run / "evaluation.json").read_text())["metrics"] == evaluation["metrics"]
-
-
-def test_an_evaluation_is_not_kept_of_an_adapter_that_was_trained_further(command, tmp_path):
-    command("fit", *LONGER, "--evaluation", "null")
-    assert not (tmp_path / "run" / "evaluation.json").exists()
-
-
-def test_an_interrupted_run_ends_with_code_130(command, hooks, write_config):
-    config = write_config(trainer={"callbacks": [{"class_path": "hooks.Interrupt"}]})
-    assert "interrupted" in command("fit", *NEW, config=config, code=130)
-
-
-# ---- what then counts ------------------------------------------------------------------------------------------------
 
 
 def test_other_rows_count_if_that_is_said_and_the_runs_config_does_not_say_it_again(command, tmp_path, read_metrics):
@@ -142,7 +94,7 @@ def stopped(finished, tmp_path_factory):
     ids=["neither", "both"],
 )
 def test_the_command_line_beats_the_config_which_beats_the_checkpoint_and_what_differs_is_printed(
-    stopped, tmp_path, monkeypatch, capsys, read_checkpoint, in_config, arguments, told, rate, weight_decay
+    stopped, tmp_path, monkeypatch, capsys, in_config, arguments, told, rate, weight_decay
 ):
     shutil.copytree(stopped, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -155,17 +107,14 @@ def test_the_command_line_beats_the_config_which_beats_the_checkpoint_and_what_d
     differing = capsys.readouterr().out.split("Settings that differ")[1].split("\n\n")[0]
     assert "trainer.max_steps: 2 → 3" in differing
     assert [line.strip() for line in differing.splitlines() if "model." in line and "→" in line] == told
-    checkpoint = read_checkpoint("run")
+    checkpoint = equality.read_checkpoint(tmp_path / "run")
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == weight_decay
     assert checkpoint["qlora_lightning"]["settings"]["rank"] == 3
     assert "hyper_parameters" not in checkpoint  # it would beat the command line
 
 
-# ---- what comes from Lightning ---------------------------------------------------------------------------------------
-
-
-def test_early_stopping_counts_on_in_a_resumed_run_and_says_why(command, tmp_path, write_config, read_checkpoint):
+def test_early_stopping_counts_on_in_a_resumed_run_and_says_why(command, tmp_path, write_config):
     # No loss falls by 100: of the validations after the first, the second one without progress stops the run.
     settings = {"monitor": "val_loss", "patience": 2, "min_delta": 100.0}
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": settings}
@@ -175,7 +124,7 @@ def test_early_stopping_counts_on_in_a_resumed_run_and_says_why(command, tmp_pat
     why = "Monitored metric val_loss did not improve in the last 2 records."
     out = command("fit", *rest, *LAST, "--trainer.max_epochs", 4, config=config)
     assert f"Stopped early, at step 6: {why}" in out
-    assert read_checkpoint("new")["global_step"] == 6
+    assert equality.read_checkpoint(tmp_path / "new")["global_step"] == 6
     manifest = tmp_path / "new" / "manifest.json"
     assert json.loads(manifest.read_text())["stopped_early"].startswith(why)
     assert why in (tmp_path / "new" / "report.html").read_text()

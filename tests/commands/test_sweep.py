@@ -10,7 +10,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
-from qlora_lightning.commands.sweep.trials import Sweep, Trial, choose, is_done, measure_gain, measure_spread
+from qlora_lightning.commands.sweep.trials import Sweep, Trial, choose, is_done, measure_gain
 from tests.equality import read_adapter, same
 
 TARGETS = ("attention", "mlp", "all-linear")
@@ -36,25 +36,13 @@ def test_the_gain_is_the_difference_of_the_losses_per_token():
     assert gain == pytest.approx((0.5, 1 / 3, 1.0))
 
 
-def test_the_noise_of_seeds_is_their_largest_difference():
-    assert measure_spread([trial(8, [2.0, 2.0]), trial(8, [2.0, 1.0]), trial(8, [3.0, 2.0])]) == 1.0
-    assert measure_spread([trial(8, [2.0])]) == 0.0
-
-
 @pytest.mark.parametrize(
     ("nll", "min_gain", "spread", "expected", "why"),
     [
         ((FLAT, lower(0.2)), 0.3, 0.0, 8, "Rank 16 does not pay: it gains +0.2000 ["),
         ((FLAT, lower(0.2), NOISY), 0.0, 0.1, 16, "Rank 32 does not pay: it gains -0.2000 ["),
         ((FLAT, lower(0.2)), 0.0, 0.3, 8, "Rank 16 does not pay: it gains +0.2000 ["),  # another seed may make more
-        ((FLAT, FLAT), 0.0, 0.0, 8, "Rank 16 does not pay: it gains +0.0000 nats"),
-        (
-            (FLAT, lower(0.2), lower(0.4)),
-            0.0,
-            0.0,
-            32,
-            "Each rank paid over the one before it: a larger one may pay too.",
-        ),
+        ((FLAT, lower(0.2), lower(0.4)), 0.0, 0.0, 32, "Each rank paid over the one before it: a larger one may pay"),
     ],
 )
 def test_ranks_are_tried_while_they_pay_and_the_last_that_paid_is_chosen(nll, min_gain, spread, expected, why):
@@ -71,7 +59,6 @@ def test_ranks_are_tried_while_they_pay_and_the_last_that_paid_is_chosen(nll, mi
     ("nll", "parameters", "expected", "why"),
     [
         ((FLAT, lower(-0.2), lower(0.2)), (1, 2, 3), "all-linear", "Within noise of the lowest loss: all-linear."),
-        ((NOISY, FLAT, lower(0.1)), (1, 2, 3), "attention", "Within noise of the lowest loss: attention, all-linear."),
         ((FLAT, lower(0.2), NOISY), (5, 5, 5), "mlp", "Within noise of the lowest loss: mlp, all-linear."),
     ],
 )
@@ -84,8 +71,6 @@ def test_of_other_settings_the_smallest_within_noise_of_the_best_is_chosen(nll, 
     assert chosen.value == expected
     assert why in reason
 
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 CONFIG = {
     "model": {"base": "tiny", "learning_rate": 0.03, "schedule": "constant", "warmup_ratio": 0.0, "alpha": 3},
@@ -163,12 +148,7 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
     assert main(["fit", "--config", "configs/quickstart.yaml", *alone]) == 0
     out = sweep(*RANKS[:-1], "2", "--json", "found.json")
     place = folder / SWEPT
-    assert {file.name for file in place.iterdir()} == {
-        "rank-2",
-        "rank-2-seed-1",
-        "rank-4",
-        *WRITTEN,
-    }
+    assert {file.name for file in place.iterdir()} == {"rank-2", "rank-2-seed-1", "rank-4", *WRITTEN}
     assert (place / "sweep.png").read_bytes().startswith(b"\x89PNG")
     found = read(folder / "found.json")
     assert found == read(place / "sweep.json")
@@ -222,25 +202,3 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
     found = read(folder / "run" / "sweep-learning-rate" / "sweep.json")
     assert found["chosen"] == 0.03
     assert found["trials"][0]["gain"]["high"] < 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--ranks", "8,x"], "argument --ranks: invalid"),
-        (["--ranks", "8"], "expected two values or more"),
-        (["--ranks", "2,4", "--learning-rates", "1e-4,1e-3"], "not allowed with argument --ranks"),
-        (["--data.val", "null"], "A sweep compares trials on validation rows, and there are none"),
-        (["--model.alpha=3"], "--model.alpha: the sweep sets it itself"),
-        (["--target-modules", "foo,attention"], "model.target_modules names 'foo', which the base does not have"),
-        (["--ckpt_path", "x.ckpt"], "--ckpt_path: the sweep sets it itself"),
-        (["--model.adapter", "run/adapter"], "model.adapter brings its own rank"),
-        (["--trainer.fast_dev_run", "true"], "no trainer.fast_dev_run"),
-    ],
-)
-def test_what_cannot_be_swept_is_rejected_in_a_sentence(arguments, words, folder, sweep):
-    has_values = {"--ranks", "--learning-rates", "--target-modules"} & set(arguments)
-    out = sweep(*arguments, *([] if has_values else ["--ranks", "2,4"]), code=2)
-    assert words in out
-    assert len([line for line in out.splitlines() if line.startswith("qlora-lightning: ")]) == 1
-    assert not list(folder.glob("run/*/*/adapter"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_lightning.evaluation.comparison import Comparison, compare
-from qlora_lightning.evaluation.intervals import Interval, Metric, choose_digits, format_interval, measure
+from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 
 
@@ -67,9 +67,6 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows
     assert measure("loss", rows) == found
 
 
-# ---- rows side by side -----------------------------------------------------------------------------------------------
-
-
 class Letters:
     """A tokenizer of which the ids are code points; 0 is the stop token."""
 
@@ -95,25 +92,17 @@ def comparison():
     return Comparison(ROWS, {"base": base, "adapter": adapter}, settings)
 
 
-def side_by_side(base, adapter, score):
-    rows = [EvaluationRow(number, "0", [1], [2]) for number in range(len(base))]
-    settings = AnswerSettings(Letters(), [0], [score], 5, 1) if score else None
-    return Comparison(rows, {"base": base, "adapter": adapter}, settings)
-
-
 def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
+    def side_by_side(base, adapter, score):
+        rows = [EvaluationRow(number, "0", [1], [2]) for number in range(len(base))]
+        settings = AnswerSettings(Letters(), [0], [score], 5, 1) if score else None
+        return Comparison(rows, {"base": base, "adapter": adapter}, settings)
+
     base = [result(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [result()]
     adapter = [result(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [result()]
     assert side_by_side(base, adapter, "exact_match").compare_rows("adapter") == ([0], [1], 1)
     base, adapter = ([result(loss=loss) for loss in losses] for losses in ((1.0, 2.0, 3.0), (0.5, 2.0, 4.0)))
     assert side_by_side(base, adapter, None).compare_rows("adapter") == ([0], [2], 1)
-
-
-def test_the_hardest_row_has_the_lowest_score_and_then_the_highest_loss():
-    losses, scores = (9.0, 1.0, 2.0), (1.0, 0.2, 0.2)
-    rows = [result(answer="a", loss=loss, chrf=score) for loss, score in zip(losses, scores, strict=True)]
-    assert side_by_side(rows, rows, "chrf").hardest_first() == [2, 1, 0]
-    assert side_by_side(rows, rows, None).hardest_first() == [0, 2, 1]
 
 
 def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole_prompts(comparison):
@@ -135,46 +124,6 @@ def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole
         "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "labelled_tokens": 1, "correct_tokens": 0,
         "stopped": True, "answer_tokens": 0,
     }  # fmt: skip
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("interval", "options", "expected"),
-    [
-        ((0.98, 0.93, 0.994), {"percent": True}, "98.0 % [93.0, 99.4]"),
-        ((0.98, 0.93, 0.994), {"percent": True, "sign": "+"}, "+98.0 [93.0, 99.4]"),
-        ((-2.0981, -2.2, -2.01), {"percent": False, "sign": "+"}, "-2.098 [-2.200, -2.010]"),
-        ((0.0104, 0.008, 0.013), {"percent": False}, "0.0104 [0.0080, 0.0130]"),
-        ((math.nan, math.nan, math.nan), {"percent": True}, "–"),
-        ((12345.678, math.nan, math.nan), {"percent": False}, "12,345.7"),
-        ((-1e-7, -1e-6, 0.0), {"percent": True, "sign": "+"}, "+0.0 [0.0, 0.0]"),
-    ],
-)
-def test_intervals_are_written_as_people_read_them(interval, options, expected):
-    found = Interval(*interval)
-    assert format_interval(found, **{"sign": "", "digits": choose_digits([found]), **options}) == expected
-
-
-@pytest.mark.parametrize(("width", "fits"), [(80, False), (120, True)])
-def test_in_80_columns_an_interval_is_below_its_value_where_both_do_not_fit(
-    width, fits, comparison, monkeypatch, capsys
-):
-    def metric(base, adapter, difference):
-        return Metric({"base": Interval(*base), "adapter": Interval(*adapter)}, {"adapter": Interval(*difference)})
-
-    comparison.metrics = {
-        "loss": metric((2.0981, 2.01, 2.2), (0.0104, 0.008, 0.013), (-2.0877, -2.2, -1.99)),
-        "exact_match": metric((0.0, 0.0, 0.037), (0.98, 0.93, 0.994), (0.98, 0.95, 1.0)),
-    }
-    monkeypatch.setenv("COLUMNS", str(width))
-    comparison.print("validation rows")
-    text = capsys.readouterr().out
-    for cell in ("[93.0, 99.4]", "+98.0", "[95.0, 100.0]", "-2.0877", "[-2.2000, -1.9900]"):
-        assert cell in text
-    assert ("+98.0 [95.0, 100.0]" in text) == fits
-    assert max(map(len, text.splitlines())) <= width
 
 
 def test_texts_of_rows_act_on_no_terminal_and_are_cut(comparison, capsys):

@@ -24,9 +24,7 @@ from qlora_lightning.support.errors import UserError
         ("#### 3 then #### $1,234.50 of 7", "1234.50"),
         ("She makes 9 * 2 = $18 a day.", "18"),
         ("20-3", "3"),
-        ("It falls to -4", "-4"),
         ("5 apples #### none", None),
-        ("", None),
     ],
 )
 def test_the_number_behind_the_mark_counts_and_without_a_mark_the_last(text, number):
@@ -77,7 +75,6 @@ def test_overlap_is_that_worked_out_by_hand():
         (['{"a": 1}', "[1, 2]"], ["exact_match", "json_valid", "json_f1"]),
         (["So it is 3.\n#### 3", "#### 1,000"], ["numeric_match", "rouge_l"]),
         (["#### 3", "Hello.", "{}"], ["exact_match", "rouge_l", "chrf"]),
-        (["42"], ["exact_match", "rouge_l", "chrf"]),
     ],
 )
 def test_scores_are_chosen_by_the_expected_answers(references, expected):

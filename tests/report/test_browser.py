@@ -1,4 +1,4 @@
-"""The report in a real browser: no error, no request, and the curves are drawn; wide and on a phone, light and dark."""
+"""The report in a real browser: no error, no request, and the curves are drawn; wide and on a phone."""
 
 import json
 import shutil
@@ -52,14 +52,12 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, pages):
-    """Open a page as wide as asked, light or dark; return its file."""
+    """Open a page as wide as asked; return its file."""
 
-    def show(name, width=1200, scheme="light"):
+    def show(name, width=1200):
         browser.get_log("browser"), browser.get_log("performance")
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
         browser.get(pages[name].as_uri())
         return pages[name]
 
@@ -97,13 +95,3 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_with_readable_text(brow
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
     ticks = [tick for tick in browser.find_elements(By.CSS_SELECTOR, ".plot text") if tick.is_displayed()]
     assert min(tick.rect["height"] for tick in ticks) >= 12
-
-
-def test_dark_and_light_follow_what_the_reader_prefers(browser, open_page):
-    grounds = []
-    for scheme in ("light", "dark"):
-        open_page("one", scheme=scheme)
-        colour = browser.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
-        grounds.append(sum(int(part) for part in colour.removeprefix("rgba(").split(",")[:3]))
-    assert grounds[0] > 600
-    assert grounds[1] < 150

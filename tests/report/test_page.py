@@ -1,12 +1,10 @@
 """The report of a run, and of several: what a person reads, and that nothing of it acts or leaves the page."""
 
-from pathlib import Path
-
 import pytest
 
-from qlora_lightning.report.charts import Chart, Curve, charts_of, draw_charts, running_mean
+from qlora_lightning.report.charts import charts_of
 from qlora_lightning.report.page import render_report, write_run_page
-from qlora_lightning.report.run_files import Run, read_run, write_manifest
+from qlora_lightning.report.run_files import read_run, write_manifest
 from qlora_lightning.support.console import show_controls
 from tests.markup import Reader
 from tests.report.conftest import CONFIG, write_run
@@ -59,31 +57,6 @@ def test_runs_are_compared_by_tokens(runs, pages):
     assert [(curve.label, curve.colour) for curve in loss.curves] == [("a", 0), ("b", 1)]
     assert loss.x_label == "tokens trained on"
     assert [x for x, _ in loss.curves[1].points[:2]] == [200, 400]
-
-
-def test_a_run_has_a_chart_of_each_kind(runs):
-    charts = [chart for chart, _ in draw_charts(charts_of(runs[:1]))]
-    assert {chart.title: [curve.label for curve in chart.curves] for chart in charts} == {
-        "Loss": ["training", "training, mean of 5 steps", "base, validation", "validation"],
-        "Learning rate": ["Learning rate"],
-        "Gradient norm": ["gradient norm", "gradient norm, mean of 5 steps"],
-        "Speed": ["speed", "speed, mean of 5 steps"],
-        "Peak memory": ["Peak memory"],
-    }
-
-
-def test_one_point_is_no_chart_and_what_users_log_is_one():
-    points = [(step, 1.0) for step in range(1, 21)]
-    run = Run(Path(), "a", "finished", metrics={"train_loss": points, "val_exact_match": [(10, 0.5)], "my_own": points})
-    assert [chart.title for chart, _ in draw_charts(charts_of([run]))] == ["Loss", "My own"]
-    assert draw_charts([Chart("Loss", "", [Curve("a", [])])]) == []
-
-
-def test_the_mean_does_not_lag_behind():
-    straight = [(float(step), 3.0 * step) for step in range(100)]
-    assert [y for _, y in running_mean(straight)] == pytest.approx([y for _, y in straight])
-    peak = [(step, float(step == 50)) for step in range(100)]
-    assert [step for step, value in running_mean(peak) if value > 0.1] == [48, 49, 50, 51, 52]
 
 
 def test_whatever_the_run_holds_is_text(make_run):

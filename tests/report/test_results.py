@@ -55,7 +55,6 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     [
         ("stopped", "qlora-lightning fit --config a.yaml", "unknown", ["RESUME"]),
         ("failed", "qlora-lightning fit --config a.yaml --ckpt_path runs/old.ckpt", "learned", ["RESUME"]),
-        ("killed", "qlora-lightning fit --config a.yaml --ckpt_path=runs/old.ckpt", "learned", ["RESUME"]),
         ("stopped", "python train.py", "learned", []),
         ("finished", "", "worse", ["qlora-lightning chat", "qlora-lightning evaluate"]),
         ("finished", "", "diverged", ["qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"]),
@@ -97,44 +96,6 @@ def test_a_training_loss_alone_may_show_divergence_and_a_few_steps_show_nothing(
     evaluation = {"metrics": {"loss": sides(2.0, 0.5, -1.6, -1.4)}, "rows": 5}
     verdict = judge(make(metrics={"val_loss": [(2, 2.0), (9, 0.5)]}, evaluation=evaluation))
     assert verdict == Verdict("unknown", ["Too short to judge: 9 optimizer steps, of at least 10."])
-
-
-def test_a_line_of_the_evaluation_has_one_number_of_digits_and_its_intervals():
-    loss, match = sides(2.0, 0.5), sides(0, 0.97, 0.9, 1)
-    loss["base"] |= {"low": 1.9, "high": 2.1}
-    match["adapter"] |= {"low": 0.92, "high": 0.99}
-    run = make(evaluation={"metrics": {"loss": loss, "exact_match": match}, "rows": 1000, "answered_rows": 7})
-    assert comparison_table(run) == (
-        ["1,000 validation rows, 7 of them answered", "base", "adapter", "difference"],
-        [
-            ("loss", [("2.000", "1.900 to 2.100"), ("0.500", ""), ("−1.500", "")]),
-            ("exact match", [("0.0 %", ""), ("97.0 %", "92.0 to 99.0"), ("+97.0", "90.0 to 100.0")]),
-        ],
-    )
-    assert comparison_table(make())[1] == find_samples(make()) == []
-
-
-def test_right_answers_are_marked_and_endless_ones_are_cut():
-    samples = [{"prompt": "q", "expected": "x", "base": "x", "adapter": " x\n"}, {"prompt": "p", "expected": "x"}]
-    samples[1] |= {"base": " ", "adapter": "y" * 5000}
-    run = make(evaluation={"metrics": {"loss": sides(2.0, 1.0)}, "samples": samples})
-    one, other = find_samples(run)
-    assert one == [("prompt", "q", False), ("expected", "x", False), ("base", "x", False), ("adapter", "x", True)]
-    assert other[2:] == [("base", "(empty)", False), ("adapter", "y" * 1200 + " …", False)]
-
-
-def test_a_fit_has_its_figures_from_all_its_files(make_run):
-    found = {name: figure.value for name, figure in find_figures(read_run(make_run())).items()}
-    assert found == {
-        **{"val_loss": 0.45, "token_accuracy": 0.9, "train_loss": pytest.approx(1.05), "tokens_per_second": 59.5},
-        **{"peak_memory_gib": 1.5, "minutes": 1.5, "steps": 20, "tokens": 2000},
-    }
-    assert find_figures(make(metrics={"train_loss": []})) == {}
-    running = {"status": "running", "progress": {}, "peak_memory_gib": {}, "evaluation": {}}
-    of_table = find_figures(read_run(make_run("b", **running)))
-    names = ("val_loss", "steps", "tokens", "peak_memory_gib")
-    assert [of_table[name].value for name in names] == pytest.approx([0.55, 20, 2000, 1.25])
-    assert "minutes" not in of_table
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning
@@ -32,21 +31,7 @@ class Killer(lightning.Callback):
             timer.start()
 
 
-@dataclass
-class Setting:
-    """One way to train that must survive kills: its name, and how many processes train together."""
-
-    name: str
-    processes: int = 1
-
-
-SETTINGS = {
-    "one": Setting("1 process"),
-    "two": Setting("2 processes", processes=2),
-}
-
-
-def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) -> tuple[int, list[str]]:
+def torture(processes: int, base: str, folder: Path, kills: int, seed: int) -> tuple[int, list[str]]:
     """Train once in peace, then again and again, killed at random moments, so many times in all; compare the ends.
 
     Returns:
@@ -55,7 +40,7 @@ def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(folder)
     began = folder / "began"
-    assert _live(setting, base, folder, "peace", began=began) == 0
+    assert _live(processes, base, folder, "peace", began=began) == 0
     seconds = time.time() - float(began.read_text())
     steps = _steps(folder / "peace")
     chance = random.Random(seed)
@@ -66,18 +51,18 @@ def torture(setting: Setting, base: str, folder: Path, kills: int, seed: int) ->
         while dead:
             left = (1 - _steps(folder / run) / steps) * seconds
             wait = chance.uniform(0, 2 * left / (kills - killed + 1)) if killed < kills else None
-            dead = _live(setting, base, folder, run, wait) != 0
+            dead = _live(processes, base, folder, run, wait) != 0
             lives += 1
             killed += dead
         differing += [f"{run}: {found}" for found in differences(folder / "peace", folder / run)]
     return lives, differing
 
 
-def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
+def _live(processes: int, base: str, folder: Path, run: str, wait: float | None = None, began: Path | None = None):
     """Train in forked children until they end or are killed; gives the exit code of rank 0, which kills itself."""
-    (folder / f"{run}.yaml").write_text(yaml.safe_dump(_config(setting, base, run)))  # once: every rank reads it
+    (folder / f"{run}.yaml").write_text(yaml.safe_dump(_config(processes, base, run)))  # once: every rank reads it
     port = find_free_network_port()
-    children = [_fork(setting, folder, run, rank, port, wait, began) for rank in range(setting.processes)]
+    children = [_fork(processes, folder, run, rank, port, wait, began) for rank in range(processes)]
     first, others = children[0], children[1:]
     code = _wait_for(first)  # before the others: it alone kills itself, and they may notice and end with an error
     if code != 0:
@@ -85,7 +70,7 @@ def _live(setting: Setting, base: str, folder: Path, run: str, wait: float | Non
             os.kill(other, signal.SIGKILL)
     codes = [code, *map(_wait_for, others)]
     if code != -signal.SIGKILL and any(codes):
-        logs = [(folder / f"{run}-{rank}.log").read_text()[-3000:] for rank in range(setting.processes)]
+        logs = [(folder / f"{run}-{rank}.log").read_text()[-3000:] for rank in range(processes)]
         raise RuntimeError(f"{run} ended with exit codes {codes}:\n" + "\n".join(logs))
     return code
 
@@ -94,7 +79,7 @@ def _wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _fork(setting, folder, run, rank, port, wait, began):
+def _fork(processes, folder, run, rank, port, wait, began):
     child = os.fork()
     if child:
         return child
@@ -104,10 +89,10 @@ def _fork(setting, folder, run, rank, port, wait, began):
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
-        if setting.processes > 1:  # as torchrun would set them
+        if processes > 1:  # as torchrun would set them
             os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(setting.processes),
-                "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(setting.processes), "MASTER_ADDR": "127.0.0.1",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "stress",
             }  # fmt: skip
         if wait is not None and rank == 0:
@@ -123,11 +108,11 @@ def _fork(setting, folder, run, rank, port, wait, began):
         os._exit(code)
 
 
-def _config(setting: Setting, base: str, run: str) -> dict:
-    data = {"train": "train.jsonl", "val": "val.jsonl", "batch_size": 2 // setting.processes}
+def _config(processes: int, base: str, run: str) -> dict:
+    data = {"train": "train.jsonl", "val": "val.jsonl", "batch_size": 2 // processes}
     trainer = {
         "accelerator": "cpu",
-        "devices": setting.processes,
+        "devices": processes,
         "accumulate_grad_batches": 4,
         "val_check_interval": 8,  # inside the epoch too
         "max_epochs": 2,
@@ -135,7 +120,7 @@ def _config(setting: Setting, base: str, run: str) -> dict:
         "default_root_dir": run,
         "callbacks": [{"class_path": "tests.stress.lives.Killer"}],
     }
-    if setting.processes > 1:
+    if processes > 1:
         trainer["strategy"] = "ddp"
     return {
         "seed_everything": 3,

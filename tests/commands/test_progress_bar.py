@@ -1,0 +1,69 @@
+"""A log file has lines of progress, a terminal a bar."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+LINES = "qlora_lightning.callbacks.progress_bar.ProgressLines"
+FIT = ("--trainer.enable_progress_bar=true", "--trainer.default_root_dir=new", "--trainer.num_sanity_val_steps=0")
+FIT = (*FIT, "--evaluation=null", "--trainer.max_epochs=2")
+NUMBERS = r"loss \d+\.\d{3}, (val \d+\.\d{3}, )?lr [\d.e+-]+, \d+ tok/s, \d+\.\d\d GiB, \d:\d\d:\d\d left"
+
+
+def progress(text):
+    return [line for line in text.splitlines() if line.startswith(("step", "validating"))]
+
+
+def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(command):
+    written = command("fit", *FIT)
+    first, last = progress(written)
+    assert re.fullmatch(rf"step 1/6, epoch 1/2, {NUMBERS}", first)
+    assert re.fullmatch(rf"step 6/6, epoch 2/2, {NUMBERS}", last)
+    assert not re.search(r"[\r\x1b]|it/s", written)
+
+
+def test_lines_come_as_often_as_asked_and_from_validations_too(command, write_config):
+    callback = {"class_path": LINES, "init_args": {"every_seconds": 0}}
+    config = write_config(trainer={"callbacks": [callback], "limit_val_batches": 2})
+    lines = [line.split(", loss")[0] for line in progress(command("fit", *FIT, config=config))]
+    expected = []
+    for epoch in (1, 2):
+        expected += [f"step {3 * epoch - left}/6, epoch {epoch}/2" for left in (2, 1, 0)]
+        expected += ["validating 1/2", "validating 2/2"]
+    assert lines == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("command")
+def test_the_bar_fits_into_a_terminal_of_80_columns_with_all_its_numbers(monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setenv("TERM", "xterm")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fit = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "c.yaml", *FIT]
+    with subprocess.Popen(fit, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                written += os.read(ours, 65_536)
+            except OSError:  # all of it is read, and nobody writes any more
+                break
+    os.close(ours)
+    assert process.returncode == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    drawn = [line for line in re.split(r"[\r\n]+", plain) if " loss " in line]
+    assert {line.split()[2] for line in drawn} == {"1/2", "2/2"}
+    numbers = r"5/5 Epoch 2/2 -\d:\d\d:\d\d loss [\d.]+ val [\d.]+ lr [\d.e-]+ "
+    speed = r"(\d{1,4} tok/s [\d.]+ GiB [╸━╺]+ ?|\d{5,} tok/s [\d.]+ GiB *)"  # beside five digits there is no bar
+    whole = [line for line in drawn if re.fullmatch(numbers + speed, line)]
+    assert whole
+    assert max(map(len, whole)) <= 80
+    assert progress(plain) == []

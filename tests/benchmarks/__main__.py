@@ -93,13 +93,15 @@ class Benchmarks:
             def measure(side: str, **options: Any) -> dict[str, Any]:
                 return self._run("preferences", side=side, python=self._pythons[side], rows=str(rows), **options)
 
-            losses, gradients = {}, {}
-            for side in self._pythons:
-                losses[side] = measure(side, gradients=f"{folder}/{side}.pt")["loss"]
-                gradients[side] = torch.load(f"{folder}/{side}.pt", weights_only=True)
-            if "peer" in self._pythons:
-                apart = (gradients["ours"] - gradients["peer"]).norm() / gradients["peer"].norm()
-                self.setup["DPO's first loss"] = f"{losses}; gradients differ by {float(apart):.1e}"
+            for objective in ("dpo", "kto"):
+                losses, gradients = {}, {}
+                for side in self._pythons:
+                    file = f"{folder}/{side}.pt"
+                    losses[side] = measure(side, gradients=file, objective=objective)["loss"]
+                    gradients[side] = torch.load(file, weights_only=True)
+                if "peer" in self._pythons:
+                    apart = (gradients["ours"] - gradients["peer"]).norm() / gradients["peer"].norm()
+                    self.setup[f"first loss by {objective}"] = f"{losses}; gradients differ by {float(apart):.1e}"
             for epochs, _, side in itertools.product((1, 2), range(self._arguments.repeats), self._pythons):
                 self._add(side, f"DPO, epochs: {epochs}", measure(side, epochs=epochs))
 

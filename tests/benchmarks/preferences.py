@@ -1,4 +1,4 @@
-"""Preferences: epochs of DPO over pairs, with our modules or with TRL's DPOTrainer, and what both make of a batch.
+"""Preferences: epochs of DPO with our modules or with TRL's, and what both make of a batch, by DPO and by KTO.
 
 The peer's interpreter needs no more of this project than this folder.
 """
@@ -38,19 +38,32 @@ def measure(side: str, base: str, rows: str, dtype: str, epochs: int) -> dict[st
     return clock.figures(epochs * sum(lengths))
 
 
-def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str) -> dict[str, Any]:
-    """Compute the ``loss`` of the first batch, and write its gradients, of an adapter that both sides draw alike."""
+def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str, objective: str) -> dict[str, Any]:
+    """Compute the ``loss`` of the first batch, and write its gradients, of an adapter that both sides draw alike.
+
+    By ``kto`` every other row has its rejected answer, with the verdict that it is not desirable.
+    """
+    if objective == "kto":
+        pairs = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
+        verdicts = [
+            {"prompt": pair["prompt"], "completion": pair["rejected" if at % 2 else "chosen"], "label": at % 2 == 0}
+            for at, pair in enumerate(pairs)
+        ]
+        rows = str(Path(gradients).with_suffix(".jsonl"))
+        Path(rows).write_text("".join(json.dumps(row) + "\n" for row in verdicts), encoding="utf-8")
     if side == "ours":
-        module, data = _make_ours(base, rows, dtype)
+        module, data = _make_ours(base, rows, dtype, objective)
         module.configure_model()
         data.setup("fit")
         model, batch = module.model, next(iter(data.train_dataloader()))
     else:
-        trainer = _make_peer(base, rows, dtype, epochs=1, folder=str(Path(gradients).parent))
+        trainer = _make_peer(base, rows, dtype, epochs=1, folder=str(Path(gradients).parent), objective=objective)
         first = [trainer.train_dataset[row] for row in range(PAIRS)]
         end = trainer.processing_class.eos_token_id
-        for row, name in itertools.product(first, ("chosen_ids", "rejected_ids")):
-            if row[name][-2:-1] == [end]:  # the template's newline behind it, which ours does not train
+        for row, name in itertools.product(
+            first, ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
+        ):
+            if name in row and row[name][-2:-1] == [end]:  # the template's newline behind it, which ours does not train
                 row[name] = row[name][:-1]
         model, batch = trainer.model, trainer.data_collator(first)
     trained = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
@@ -67,26 +80,33 @@ def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str) ->
     return {"loss": loss.item()}
 
 
-def _make_ours(base: str, rows: str, dtype: Any) -> tuple[Any, Any]:
+def _make_ours(base: str, rows: str, dtype: Any, objective: str = "dpo") -> tuple[Any, Any]:
     from qlora_lightning import PreferenceDataModule, PreferenceModule
     from tests.benchmarks.ours import make_module
 
     data = PreferenceDataModule(rows, max_length=child.MAX_LENGTH, batch_size=PAIRS, shuffle=False, tokenizer=base)
-    return make_module(base, dtype, PreferenceModule, beta=BETA), data
+    weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0} if objective == "kto" else {}  # TRL's
+    return make_module(base, dtype, PreferenceModule, beta=BETA, objective=objective, **weights), data
 
 
-def _make_peer(base: str, rows: str, dtype: str, epochs: int, folder: str) -> Any:
+def _make_peer(base: str, rows: str, dtype: str, epochs: int, folder: str, objective: str = "dpo") -> Any:
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
     from tests.benchmarks.peer import config_options, trainer_options
 
     texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
-    speakers = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    speakers = dict.fromkeys(texts[0].keys() - {"label"}, "assistant") | {"prompt": "user"}
     pairs = [{key: [{"role": role, "content": row[key]}] for key, role in speakers.items()} for row in texts]
+    pairs = [
+        {**pair, **({"label": row["label"]} if "label" in row else {})} for pair, row in zip(pairs, texts, strict=True)
+    ]
     common = config_options(folder, dtype, on_gpu=False) | {"num_train_epochs": epochs}
-    config = DPOConfig(**common, beta=BETA, per_device_train_batch_size=PAIRS, gradient_checkpointing=False)
-    return DPOTrainer(train_dataset=Dataset.from_list(pairs), args=config, **trainer_options(base, dtype, on_gpu=False))
+    common |= {"beta": BETA, "per_device_train_batch_size": PAIRS, "gradient_checkpointing": False}
+    options = {"train_dataset": Dataset.from_list(pairs), **trainer_options(base, dtype, on_gpu=False)}
+    if objective == "kto":
+        return KTOTrainer(args=KTOConfig(**common, train_sampling_strategy="sequential"), **options)
+    return DPOTrainer(args=DPOConfig(**common), **options)
 
 
 if __name__ == "__main__":

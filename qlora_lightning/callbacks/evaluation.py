@@ -42,8 +42,9 @@ class Evaluation(Callback):
             :func:`qlora_lightning.evaluation.scores.choose_scores`.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
-        general: A file of conversations or texts that have nothing to do with the task. Base and adapter are compared
-            on their loss too, which tells how much was forgotten; ``None``: they are not.
+        general: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
+            ``{path: …, format: text}``. Base and adapter are compared on their loss too, which tells how much was
+            forgotten; ``None``: they are not.
         general_rows: How many rows of that file, the first ones.
     """
 
@@ -56,7 +57,7 @@ class Evaluation(Callback):
         scores: str | list[str] = "auto",
         batch_size: int = 64,
         samples: int = 3,
-        general: str | None = None,
+        general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
         least = {"rows": (rows, 0), "batch_size": (batch_size, 1), "samples": (samples, 0)}
@@ -73,6 +74,7 @@ class Evaluation(Callback):
         self.max_new_tokens, self.scores, self.batch_size = max_new_tokens, scores, batch_size
         self.validations = 0  # of the fit that have ended
         self._rows: list[EvaluationRow] | None = None  # of a validation that answers them
+        self._general_batches: Sequence[Any] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations}
@@ -107,11 +109,18 @@ class Evaluation(Callback):
 
         Arguments are those of :func:`~qlora_lightning.evaluation.row_results.evaluate_sides`; the data module reads.
         """
-        if self.general is None:
-            return None
-        other = data.other_rows(self.general, self.general_rows)
-        other.setup("test")
-        return evaluate_sides(module, list(other.test_dataloader()), [], None, adapters, show, next_token=True)
+        batches = self._general_batches or self.read_general(data)
+        return evaluate_sides(module, batches, [], None, adapters, show, next_token=True) if batches else None
+
+    def read_general(self, data: Any) -> Sequence[Any]:
+        """Read the rows of ``general``: before a fit, so that a file that is not there is found at once."""
+        if self.general is not None:
+            self._general_batches = data.read_other_rows(self.general, self.general_rows)
+        return self._general_batches
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled:
+            self.read_general(datamodule_of(trainer))
 
     # ---- during validation -----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
 from qlora_lightning.data.cache import cached_samples, describe_sources, identify
@@ -336,15 +337,20 @@ class InstructionDataModule(LightningDataModule):
                 number += 1
         return found
 
-    def other_rows(self, file: str, rows: int) -> "InstructionDataModule":
-        """Return a data module whose test rows are the first of another file, with this one's tokenizer and template.
+    def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
+        """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template.
 
-        ``setup("test")`` reads them.
+        Args:
+            source: A path, or as an entry of ``train``: ``{path: …, format: text}``.
+            rows: At most so many.
         """
         names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        first: dict[str, Any] = {"path": file, "rows": rows}
-        return InstructionDataModule(test=[first], tokenizer=self._tokenizer_choice, **options)
+        entry = {"path": source} if isinstance(source, str) else source
+        other = InstructionDataModule(test=[{"rows": rows, **entry}], tokenizer=self._tokenizer_choice, **options)
+        other.setup("test")
+        samples = other.samples["test"]
+        return [collate_rows(samples, [*range(len(samples))[at : at + 8]]) for at in range(0, len(samples), 8)]
 
     def _divide(self) -> None:
         """Hold validation rows out of the training rows; what became of rows before is reported with those."""

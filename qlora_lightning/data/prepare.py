@@ -166,7 +166,7 @@ class _Preparation:
         rendered = [sample for samples in parts for sample in samples]
         turn_by_turn = len(rendered) > len(parts)
         report.turn_by_turn += turn_by_turn
-        is_pair = isinstance(content, Pair)
+        is_pair, is_judged = isinstance(content, Pair), isinstance(content, Judged)
         if is_pair and not turn_by_turn and all(fitted):
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
@@ -176,7 +176,7 @@ class _Preparation:
             else:
                 ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
                 self._builder.add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
-        elif not is_pair and fitted[0]:
+        elif not is_pair and fitted[0] and not (is_judged and turn_by_turn):
             desirable = content.desirable if isinstance(content, Judged) else None
             for ids, labels in fitted[0]:
                 self._builder.add(ids, labels, number, source, row.file, row.line, desirable=desirable)
@@ -185,7 +185,7 @@ class _Preparation:
         else:
             report.unusable += 1
             reason = "no labelled token within max_length"
-            if is_pair and turn_by_turn:
+            if (is_pair or is_judged) and turn_by_turn:
                 reason = "the chat template makes several samples of an answer, which cannot be compared"
             elif not any(map(_count, rendered)):
                 reason = "every answer is marked `train: false`"

@@ -237,11 +237,12 @@ def hash_rows(
     """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, if asked, labels, ``(R,)``."""
     # Bytes of whole arrays, cut up without copying: one call of the hash for each sample is all that takes time.
     ids, labelled = samples.ids.view(np.uint8).data, samples.labelled.view(np.uint8).data
-    digests = bytearray()
-    for start, end in pairwise(samples.starts.tolist()):
+    digests, verdicts = bytearray(), b"" if samples.desirable is None else samples.desirable.tobytes()
+    for number, (start, end) in enumerate(pairwise(samples.starts.tolist())):
         digest = hashlib.blake2b(ids[4 * start : 4 * end], key=key, digest_size=8)
         if labels:
             digest.update(labelled[start:end])
+            digest.update(verdicts[number : number + 1])
         digests += digest.digest()
     first = np.flatnonzero(np.diff(samples.row_ids, prepend=-1))
     return first, np.add.reduceat(np.frombuffer(bytes(digests), dtype=np.uint64), first)

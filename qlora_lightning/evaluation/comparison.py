@@ -75,6 +75,8 @@ class Comparison:
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
         self.compared_by = PREFERENCE if pairs else self.score or "loss"
+        if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
+            self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 
     def split(self, name_of: Callable[[EvaluationRow], str]) -> "dict[str, Comparison]":
         """Return a comparison for each name of rows."""
@@ -142,7 +144,8 @@ class Comparison:
         for name, metric in self.metrics.items():
             digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
             sides = [format_interval(each, is_share(name), "", digits) for each in metric.sides.values()]
-            gains = [format_interval(each, is_share(name), "+", digits) for each in metric.differences.values()]
+            found = [metric.differences[adapter] for adapter in self.adapters]
+            gains = [format_interval(each, is_share(name), "+", digits) for each in found]
             lines.append([describe_metric(name), *sides, *gains])
         cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
         count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"

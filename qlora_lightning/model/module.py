@@ -316,6 +316,10 @@ class QLoRAModule(lightning.LightningModule):
             parts += self._cut(filler).to(self.device).parts(filler) * missing
         return parts
 
+    def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the micro-batches of a batch, each with what an objective needs to know of the whole batch."""
+        return self.micro_batches(batch)
+
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
         pads = forward.pads_samples(self.causal_lm, self.device)
         return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
@@ -363,7 +367,7 @@ class QLoRAModule(lightning.LightningModule):
         """Compute and add up the gradients of a batch; return its mean loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in self.micro_batches(batch):
+        for part in self.parts_of_step(batch):
             sums = self.compute_loss(part)
             rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
             self.window.add(sums, rows)
@@ -420,7 +424,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
-        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.micro_batches(batch)])
+        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.parts_of_step(batch)])
 
     def on_validation_start(self) -> None:
         self.choose_layers()

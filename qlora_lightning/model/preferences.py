@@ -60,8 +60,8 @@ class PreferenceModule(QLoRAModule):
         gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
         label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
         sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
-        desirable_weight: Of ``kto``: factor of the loss of desirable answers; ``None``: the rarer kind of the training
-            rows weighs as much more as it is rarer.
+        desirable_weight: Of ``kto``: factor of the loss of desirable answers in training; ``None``: the rarer kind of
+            the training rows weighs as much more as it is rarer.
         undesirable_weight: And of the others.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
@@ -196,7 +196,7 @@ class PreferenceModule(QLoRAModule):
         desirable = batch["desirable"]
         kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
         margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
-        of_desirable, of_others = self._weights()
+        of_desirable, of_others = self._weights() if self.training else (1.0, 1.0)
         losses = torch.where(desirable, of_desirable, of_others) * torch.sigmoid(-margins)
         right, margins = (margins > 0).sum(), margins.detach()
         sums = {"accuracy": right.float(), "margin": margins.sum(), "kl": kl * len(ratios)}
@@ -226,8 +226,8 @@ class PreferenceModule(QLoRAModule):
             return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
         return after(batch, dataloader_idx)
 
-    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = super().micro_batches(batch)
+    def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = self.micro_batches(batch)
         if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
             kl = self._estimate_kl(batch)
             parts = [{**part, "kl": kl} for part in parts]
@@ -239,16 +239,16 @@ class PreferenceModule(QLoRAModule):
         A row that comes alone, as in an evaluation, has no other's answer: 0.
         """
         total, rows = torch.zeros((), device=self.device), 0
-        if len(batch["row_ids"]) == 1:
+        if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
             return total
         mismatched = batch["mismatched"] if "mismatched" in batch else mismatch_answers(batch)
         with torch.no_grad():
-            for part in super().micro_batches(mismatched):
+            for part in self.micro_batches(mismatched):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
                 with collective_passes(self):
                     total += (own - self._compute_reference(part)).sum()
                 rows += sum(map(bool, part["layout"].counts))
-        return (total / max(rows, 1)).clamp(min=0)
+        return (total / rows).clamp(min=0) if rows > 1 else total * 0.0
 
     def _token_losses(self, batch: dict[str, Any]) -> Tensor:
         hidden, targets = self.last_states(batch)
@@ -318,13 +318,14 @@ class PreferenceModule(QLoRAModule):
 def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return a flat batch of each prompt with the answer of the row before, of the first with the last row's.
 
-    It begins at the first labelled token.
+    It begins at the first labelled token; none becomes longer than the longest row of the batch.
     """
     bounds, ids, labels = batch["cu_seqlens"].tolist(), batch["input_ids"][0], batch["labels"][0]
     rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
+    longest = max(len(own) for own, _ in rows)
     prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
     mixed = [
-        tuple(torch.cat([mine[:prompt], theirs[other:]]) for mine, theirs in zip(row, before, strict=True))
+        tuple(torch.cat([mine[:prompt], theirs[other:]])[:longest] for mine, theirs in zip(row, before, strict=True))
         for row, before, prompt, other in zip(rows, _rotate(rows), prompts, _rotate(prompts), strict=True)
     ]
     lengths = torch.tensor([len(each) for each, _ in mixed])

@@ -66,6 +66,7 @@ def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str, ob
             if name in row and row[name][-2:-1] == [end]:  # the template's newline behind it, which ours does not train
                 row[name] = row[name][:-1]
         model, batch = trainer.model, trainer.data_collator(first)
+    model.train()
     trained = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
     generator = torch.Generator().manual_seed(child.SEED)
     for parameter in trained:

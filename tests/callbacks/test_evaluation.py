@@ -8,6 +8,7 @@ from lightning import Callback
 from qlora_lightning import AdapterCheckpoint, Evaluation
 from qlora_lightning.evaluation.row_results import unpack_rows
 from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number
@@ -50,7 +51,10 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
 ):
     options = {"val_check_interval": 1, "limit_train_batches": 3, "max_epochs": 1}
     data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
-    evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"Rain {'and wind ' * n}."}) + "\n" for n in range(5)))
+    general = {"path": str(other), "format": "text"}
+    evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, general=general, general_rows=3)
     _, module = fit(end := End(), evaluation, checkpoint, data=data, **options)
     assert same(adapter_of(module), end.adapter)
     assert checkpoint.best[0][1] != "step-000003.ckpt"
@@ -59,6 +63,12 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     untouched.configure_model()
     for name, value in validate(untouched, data).items():
         assert found["metrics"][name]["base"]["value"] == pytest.approx(value, rel=1e-3)
+    (batch,) = data.read_other_rows(general, 3)
+    assert len(batch["row_ids"]) == 3
+    with torch.no_grad():
+        sums = untouched.compute_loss(batch)
+    on_other_text = float(sums.nll_sum / sums.labelled_tokens)
+    assert found["metrics"]["general_loss"]["base"]["value"] == pytest.approx(on_other_text, rel=1e-3)
     loss = found["metrics"]["loss"]["adapter"]["value"]
     assert loss == pytest.approx(checkpoint.best[0][0], rel=1e-3)
     assert loss != pytest.approx(validate(module, data)["loss"], rel=1e-3)
@@ -71,11 +81,17 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert found["metrics"]["exact_match"]["base"].keys() == {"value", "low", "high"}
     text = capsys.readouterr().out
     table = text[text.index("16 validation rows, 4 of them answered") :]
-    first_words = ["loss", "perplexity", "token", "exact", "ROUGE-L", "chrF++", "stop", "answer"]
+    first_words = ["loss", "perplexity", "token", "exact", "ROUGE-L", "chrF++", "stop", "answer", "loss"]
     assert re.findall(r"│ ([\w+-]+) .*│", table)[: len(first_words)] == first_words
     assert re.search(r"prompt +│ Count to 1\. Please\. +│", text)
     assert re.search(r"expected +│ 1 2 ", text)
     assert "4 alike" in text
+
+
+def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
+    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+        fit(end := End(), Evaluation(general="nothing.jsonl"))
+    assert not hasattr(end, "adapter")
 
 
 def test_the_adapter_is_restored_if_the_evaluation_fails(fit, monkeypatch, adapter_of):

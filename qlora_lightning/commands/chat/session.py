@@ -90,7 +90,7 @@ class Session:
         }
         if options.compare:
             self.renderers = {BASE: self.renderers[self.first], **self.renderers}
-        self.context = int(self.model.get_base_model().config.max_position_embeddings)
+        self.context = int(getattr(self.model.get_base_model().config, "max_position_embeddings", 1 << 20))
         self.options = options
         if options.seed is not None:
             torch.manual_seed(options.seed)

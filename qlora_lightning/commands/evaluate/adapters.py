@@ -76,17 +76,19 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         asked = rows[: evaluation.rows]
         requests = [] if server is None else make_requests(data, options.split, asked)
         settings = evaluation.choose_settings(trainer, asked)
+        served = []
+        if server is not None:  # first: it may fail
+            if settings is None:
+                raise UserError("--server: no row has a prompt that it could answer.")
+            served = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
         names = _load(module, adapters)
         by_name, on_answers = dict(zip(adapters, names, strict=True)), _answer_writer(options.out)
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
         general = evaluation.evaluate_general(module, data, by_name, show=True)
         verdict = None
-        if server is not None:
-            if settings is None:
-                raise UserError("--server: no row has a prompt that it could answer.")
-            answers = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
-            verdict = judge_server(answers, asked, settings, results)
+        if settings is not None and served:
+            verdict = judge_server(served, asked, settings, results)
             if general is not None:
                 general[SERVED] = [NOTHING] * len(general[BASE])
         comparison = Comparison(rows, results, settings, general)

@@ -76,7 +76,7 @@ class Server:
         choice, usage = found["choices"][0], found.get("usage") or {}
         message = choice["message"]
         calls = [each["function"] for each in message.get("tool_calls") or []]
-        lines = [{"name": each["name"], "arguments": json.loads(each["arguments"])} for each in calls]
+        lines = [{"name": each["name"], "arguments": _parse(each["arguments"])} for each in calls]
         texts = [message.get("content") or "", *(f"<tool_call>\n{json.dumps(line)}\n</tool_call>" for line in lines)]
         return ServedAnswer(
             "\n".join(texts).strip(),
@@ -130,8 +130,10 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
             row.prompt = None
         if chat is None or row.prompt is None:
             continue
-        last = len(chat.messages) - (chat.messages[-1]["role"] == "assistant")
-        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[:last]))}
+        answers = [
+            at for at, each in enumerate(chat.messages) if each["role"] == "assistant" and each.get("train", True)
+        ]
+        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[: answers[-1]]))}
         if chat.tools:
             request["tools"] = chat.tools
         if data.template_options:
@@ -142,13 +144,22 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
 
 def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: message[key] for key in ("role", "content", "name", "tool_call_id") if key in message}
-    calls = [each["function"] for each in message.get("tool_calls") or ()]
+    calls = message.get("tool_calls") or ()
     if calls:
-        functions = [{"name": each["name"], "arguments": json.dumps(each["arguments"])} for each in calls]
+        functions = [each["function"] for each in calls]
+        functions = [{"name": each["name"], "arguments": json.dumps(each["arguments"])} for each in functions]
         found["tool_calls"] = [
-            {"id": f"call_{at}", "type": "function", "function": function} for at, function in enumerate(functions)
+            {"id": call.get("id", f"call_{at}"), "type": "function", "function": function}
+            for at, (call, function) in enumerate(zip(calls, functions, strict=True))
         ]
     return found
+
+
+def _parse(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except ValueError:  # cut at the limit of tokens
+        return arguments
 
 
 def judge_server(

@@ -181,7 +181,7 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         elif key == "rejected" and value and "chosen" in row.values and not pairs:
             reason = "so it is a preference row, for PreferenceModule with PreferenceDataModule"
-        elif key in ("label", "kto_tag") and not pairs and str(value).lower() in ("true", "false"):  # a word in CSV
+        elif key in VERDICT_KEYS and not pairs and read_verdict({key: value}) is not None:
             reason = (
                 "which says whether its answer is good: bad ones would be trained as well, but by PreferenceModule "
             )

@@ -207,7 +207,7 @@ def judge(
     telling = [row for row in texts if row[0] != row[1]]
     nearer = {"adapter": 0, BASE: 0}
     for mine, other, found in telling:
-        to_adapter, to_base = chrf(found, mine), chrf(found, other)
+        to_adapter, to_base = ((found == text, chrf(found, text)) for text in (mine, other))
         nearer["adapter"] += to_adapter > to_base
         nearer[BASE] += to_base > to_adapter
     equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}

@@ -387,7 +387,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
     for tokens in (8192, 1):  # all at once; each row alone
         module.micro_batch_size.tokens = tokens
-        parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
+        parts = [module.compute_loss(part) for part in module.parts_of_step(batch)]
         assert len(parts) == (1 if tokens > 1 else 4)
         total = sum(sums.nll_sum for sums in parts)
         found = torch.cat([each.flatten() for each in torch.autograd.grad(total, trained)])
@@ -454,6 +454,14 @@ def test_a_run_of_kto_learns_from_verdicts_and_resumes_bit_for_bit(config, tmp_p
     margins = [float(line["val_margin"]) for line in lines if line.get("val_margin")]
     assert margins[-1] > margins[0]
     assert [float(line["val_accuracy"]) for line in lines if line.get("val_accuracy")][-1] > 0.8
+
+
+def test_the_end_of_a_fit_compares_validation_rows_with_their_own_reference(config, tmp_path):
+    write_rows(tmp_path / "val.jsonl", ROWS[::-1])
+    options = ["--data.val", "val.jsonl", "--trainer.default_root_dir", "run", "--evaluation.rows", "0"]
+    assert main(["fit", *config, *options]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]["loss"]["base"]
+    assert found["value"] == pytest.approx(math.log(2), rel=1e-3)  # the base is where the adapter started
 
 
 def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_path):

@@ -115,7 +115,10 @@ class Evaluation(Callback):
     def read_general(self, data: Any) -> Sequence[Any]:
         """Read the rows of ``general``: before a fit, so that a file that is not there is found at once."""
         if self.general is not None:
-            self._general_batches = data.read_other_rows(self.general, self.general_rows)
+            try:
+                self._general_batches = data.read_other_rows(self.general, self.general_rows)
+            except UserError as error:
+                raise UserError(f"evaluation.general: {error}") from error
         return self._general_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,13 +27,14 @@ _KEYS = {
     "model": (
         *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter", "fast"),
         *("objective", "beta", "gamma", "label_smoothing", "sft_share"),
+        *("desirable_weight", "undesirable_weight"),
     ),
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
         *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
         *("deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
     ),
-    "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples"),
+    "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples", "general", "general_rows"),
     "gradient_checkpointing": ("enabled", "every_n_layers", "offload"),
     "trainer": (
         *("limit_train_batches", "limit_val_batches", "limit_test_batches", "accumulate_grad_batches", "max_epochs"),

@@ -217,8 +217,11 @@ class PreferenceModule(QLoRAModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         before = super().on_before_batch_transfer
         if self.objective == "kto" and is_flat(batch):
-            return {**before(batch, dataloader_idx), "mismatched": before(mismatch_answers(batch), dataloader_idx)}
+            return {**before(batch, dataloader_idx), "mismatched": before(self._mismatch(batch), dataloader_idx)}
         return before(batch, dataloader_idx)
+
+    def _mismatch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return mismatch_answers(batch, getattr(datamodule_of(self._trainer), "max_length", None))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         after = super().on_after_batch_transfer
@@ -241,7 +244,7 @@ class PreferenceModule(QLoRAModule):
         total, rows = torch.zeros((), device=self.device), 0
         if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
             return total
-        mismatched = batch["mismatched"] if "mismatched" in batch else mismatch_answers(batch)
+        mismatched = batch["mismatched"] if "mismatched" in batch else self._mismatch(batch)
         with torch.no_grad():
             for part in self.micro_batches(mismatched):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
@@ -290,6 +293,8 @@ class PreferenceModule(QLoRAModule):
         """Return what is kept of the split at work, by row; ``None`` if its rows do not come again."""
         trainer = self._trainer
         split = None if trainer is None else _SPLITS.get(trainer.state.stage)
+        if split == "train" and not self.training:  # an evaluation at the end of a fit, of other rows
+            return None
         samples = samples_of(datamodule_of(trainer), split)
         if samples is None:
             return None
@@ -315,14 +320,15 @@ class PreferenceModule(QLoRAModule):
                 self._references[split] = dict(zip(state["rows"].tolist(), values, strict=True))
 
 
-def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) -> dict[str, Any]:
     """Return a flat batch of each prompt with the answer of the row before, of the first with the last row's.
 
-    It begins at the first labelled token; none becomes longer than the longest row of the batch.
+    It begins at the first labelled token, and is cut where a row has ``max_length`` tokens, by default as many as the
+    longest of the batch.
     """
     bounds, ids, labels = batch["cu_seqlens"].tolist(), batch["input_ids"][0], batch["labels"][0]
     rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
-    longest = max(len(own) for own, _ in rows)
+    longest = max_length or max(len(own) for own, _ in rows)
     prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
     mixed = [
         tuple(torch.cat([mine[:prompt], theirs[other:]])[:longest] for mine, theirs in zip(row, before, strict=True))

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import PREFERENCE, Interval, choose_digits, format_interval
-from qlora_lightning.evaluation.scores import describe_answered, describe_metric, is_share
+from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share
 from qlora_lightning.report.run_files import MEMORY, Run
 from qlora_lightning.support.files import ADAPTER_FOLDER
 
 PageTable = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
 """Headings, and rows: what a row is, and its cells, each with a note below it."""
 
-_NO_SCORES = ("loss", "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
+_NO_SCORES = ("loss", GENERAL, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
 
 

@@ -18,6 +18,8 @@ import httpx
 import pytest
 
 from qlora_lightning.cli import main
+from qlora_lightning.commands.evaluate.server import judge as judge_answers
+from qlora_lightning.evaluation.row_results import Answer
 from tests.commands.test_evaluate import CONFIG, trained  # noqa: F401  # a fixture
 
 KEY = "sk-never-shown"
@@ -114,6 +116,24 @@ def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
     assert code == 0
     assert "Its prompts are others in 8 rows" in " ".join(printed.split())
     assert figures["served"]["prompt_tokens"]["server"] == 5
+
+
+def test_nonsense_is_neither():
+    expected = [
+        f'{{"title": "Lunch with {name}", "day": "Friday"}}' for name in ("Ana", "Tom", "Zoe", "Hugo", "Kim") * 4
+    ]
+    base = [f"Sure, I have added {text[11:25]} to your calendar." for text in expected]
+    sides = {"base": base, "adapter": [text.replace("Lunch", "lunch") for text in expected]}  # scores as the base: 0
+    for served, verdict in (
+        (["The weather is fine today."] * 20, "neither"),
+        (sides["adapter"], "adapter"),
+        (base, "base"),
+    ):
+        answers = {
+            side: [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]
+            for side, texts in {**sides, "served": served}.items()
+        }
+        assert judge_answers(answers, expected, [("row", 5, 5)] * 20, "exact_match").served == verdict
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,14 @@ class Server:
     """
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
-        key = os.environ.get(KEY_VARIABLE)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        served = [model["id"] for model in self._send("GET", "models").get("data", [])]
+        served = [model["id"] for model in self._send("GET", "models").get("data") or []]
         if name is None and len(served) == 1:
             name = served[0]
+        elif name not in served and f"{name}:latest" in served:  # as Ollama completes it
+            name = f"{name}:latest"
         if name is None or (served and name not in served):
             asked = "Name a model by --served-name" if name is None else f"It serves no {name}"
             raise UserError(f"--server {url}: {asked}: expected one of {', '.join(served)}.")
@@ -72,12 +74,18 @@ class Server:
             return list(track(answers, "server", len(requests), console=terminal(stderr=True), transient=True))
 
     def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
-        found = self._send("POST", "chat/completions", {"model": self.name, "temperature": 0.0, **request})
+        greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
+        found = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
+        if not found.get("choices"):
+            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(str(found))}")
         choice, usage = found["choices"][0], found.get("usage") or {}
         message = choice["message"]
-        calls = [each["function"] for each in message.get("tool_calls") or []]
-        lines = [{"name": each["name"], "arguments": _parse(each["arguments"])} for each in calls]
-        texts = [message.get("content") or "", *(f"<tool_call>\n{json.dumps(line)}\n</tool_call>" for line in lines)]
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
+        texts = [f"<think>\n{thoughts.strip()}\n</think>\n"] if thoughts else []
+        texts.append(message.get("content") or "")
+        for call in message.get("tool_calls") or []:
+            function = {"name": call["function"]["name"], "arguments": _parse(call["function"]["arguments"])}
+            texts.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
         return ServedAnswer(
             "\n".join(texts).strip(),
             usage.get("completion_tokens", 0),
@@ -95,10 +103,16 @@ class Server:
         except httpx.TimeoutException as error:
             raise UserError(f"--server {self.url} did not answer in time: --timeout gives it more.") from error
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise UserError(f"--server {self.url} gives no OpenAI answer to /{path}: {error}") from error
-        text = " ".join(response.text.split())[:300]
+            raise UserError(
+                f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(error)}"
+            ) from error
+        text = self._hide_key(response.text)
         hint = f" A key is taken from {KEY_VARIABLE}." if response.status_code in (401, 403) else ""
         raise UserError(f"--server {self.url} answered /{path} with {response.status_code}: {text}{hint}")
+
+    def _hide_key(self, words: object) -> str:
+        text = " ".join(str(words).split())[:300]
+        return text.replace(self._key, "…") if self._key else text
 
 
 @dataclass(frozen=True)
@@ -143,7 +157,8 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
 
 
 def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: message[key] for key in ("role", "content", "name", "tool_call_id") if key in message}
+    keys = ("role", "content", "reasoning_content", "name", "tool_call_id")
+    found = {key: message[key] for key in keys if key in message}
     calls = message.get("tool_calls") or ()
     if calls:
         functions = [each["function"] for each in calls]
@@ -155,10 +170,10 @@ def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parse(arguments: str) -> Any:
+def _parse(arguments: Any) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:  # cut at the limit of tokens
+    except (TypeError, ValueError):  # an object already; cut at the limit of tokens
         return arguments
 
 
@@ -171,34 +186,38 @@ def judge_server(
     """Score a server's answers of the rows that have a prompt, add them to ``results``, and judge them."""
     asked = [index for index, row in enumerate(rows) if row.prompt is not None]
     adapter = next(side for side in results if side != BASE)
-    served, prompts = [NOTHING] * len(results[BASE]), []
+    served, prompts, expectations = [NOTHING] * len(results[BASE]), [], list[str]()
     for index, found in zip(asked, answers, strict=True):
         row = rows[index]
         expected = settings.decode(row.expected)
         scores = {name: SCORES[name](found.text, expected) for name in settings.scores}
         served[index] = NOTHING._replace(answer=Answer(found.text, found.tokens, found.stopped, scores))
         prompts.append((row.place, len(row.prompt or ()), found.prompt_tokens))
+        expectations.append(expected)
     results[SERVED] = served
     sides = {BASE: BASE, "adapter": adapter, SERVED: SERVED}
     texts = {
         name: [answer for index in asked if (answer := results[side][index].answer)] for name, side in sides.items()
     }
-    return judge(texts, prompts, settings.scores[0])
+    return judge(texts, expectations, prompts, settings.scores[0])
 
 
 def judge(
     answers: Mapping[str, Sequence[Answer]],
+    expected: Sequence[str],
     prompts: Sequence[tuple[str, int, int | None]],
     score: str,
 ) -> Verdict:
     """Find whose answers a server gave: those of the adapter, of the base, or of neither.
 
-    They are a side's if most of them, in rows that both sides answer differently, are nearer to its own by chrF, and
-    the score differs from its score by no more than the interval of the difference. Equality would ask too much: the
-    last digits of two programs differ, and a long answer may part somewhere without a fault.
+    They are a side's if most of them, in rows that both sides answer differently, are nearer to its own by chrF than to
+    the other's, and score and chrF beside what was expected differ from its own by no more than the interval of the
+    difference. The adapter's must also be nearer than the base's are: nonsense is far from both. Equality would ask too
+    much: the last digits of two programs differ, and a long answer may part somewhere without a fault.
 
     Args:
         answers: By side: ``base``, ``adapter`` and ``served``, of the same rows.
+        expected: What each row answers.
         prompts: Of each row, where it is from, the tokens of its prompt, and how many the server counted.
         score: Name of the score that counts.
     """
@@ -208,14 +227,19 @@ def judge(
     nearer = {"adapter": 0, BASE: 0}
     for mine, other, found in telling:
         to_adapter, to_base = ((found == text, chrf(found, text)) for text in (mine, other))
-        nearer["adapter"] += to_adapter > to_base
+        nearer["adapter"] += to_adapter > to_base and to_adapter > (False, chrf(other, mine))
         nearer[BASE] += to_base > to_adapter
     equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}
     verdict, differences = "neither", {}
     for side in (BASE, "adapter"):
         pair = {name: [(each.figures[score], 1.0) for each in answers[name]] for name in (side, SERVED)}
         difference = differences[side] = measure(score, pair).differences[SERVED]
-        if 2 * nearer[side] > len(telling) and (difference.low <= 0 <= difference.high):
+        overlaps = {
+            name: [(chrf(each.text, text), 1.0) for each, text in zip(answers[name], expected, strict=True)]
+            for name in (side, SERVED)
+        }
+        gaps = (difference, measure("chrf", overlaps).differences[SERVED])
+        if 2 * nearer[side] > len(telling) and all(each.low <= 0 <= each.high for each in gaps):
             verdict = side
     gap = differences["adapter"]
     figures: dict[str, Any] = {

@@ -23,13 +23,18 @@ def preference_format(roles: Mapping[str, str]) -> Format:
 
 def read_verdict(values: Mapping[str, Any]) -> bool | None:
     """Return whether a row says that its one answer is desirable; ``None`` if it has no such column."""
-    words = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
-    return next((_VERDICTS[word] for word in words if word in _VERDICTS), None)
+    words = {str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values}
+    found = {_VERDICTS[word] for word in words & _VERDICTS.keys()}
+    if len(found) > 1:
+        raise RowFault(f"{', '.join(key for key in VERDICT_KEYS if key in values)} contradict each other")
+    return next(iter(found), None)
 
 
 def judge(chat: Chat, desirable: bool) -> Judged:
     """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
-    asked = max((at for at, message in enumerate(chat.messages) if message["role"] == "user"), default=0)
+    roles = [message["role"] for message in chat.messages]
+    last = max((at for at, role in enumerate(roles) if role == "assistant"), default=0)
+    asked = max((at for at, role in enumerate(roles[:last]) if role == "user"), default=0)
     for message in chat.messages[:asked]:
         if message["role"] == "assistant":
             message["train"] = False

@@ -144,9 +144,9 @@ WRONG = [
     wrong("fit --data.train rows.jsonl", "arguments are required: base"),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     wrong(
-        "--data.format evil.call",
+        "--data.format no_rows.call",
         "expected a plain Python function",
-        prepare=write("evil.py", "from subprocess import call\n"),
+        prepare=write("no_rows.py", "from subprocess import call\n"),
     ),
     wrong("--model.class_path no.such.Module --model.depth 3", "no.such.Module", "No module named"),
     # values

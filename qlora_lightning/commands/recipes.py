@@ -63,7 +63,9 @@ def _copy(config: Path, *, force: bool) -> None:
         write_output(target, source.read_bytes())
         print(f"wrote {target}")
     data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
-    missing = [data[split] for split in ("train", "val") if data.get(split) and not Path(data[split]).exists()]
+    named = [data[split] for split in ("train", "val") if data.get(split)]
+    files: list[str] = [each["path"] if isinstance(each, dict) else each for each in named]
+    missing = [file for file in files if not Path(file).exists()]
     if missing:
         print(f"\nBring the rows that it reads: {', '.join(missing)}.")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

@@ -64,8 +64,8 @@ def _copy(config: Path, *, force: bool) -> None:
         print(f"wrote {target}")
     data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
     named = [data[split] for split in ("train", "val") if data.get(split)]
-    files: list[str] = [each["path"] if isinstance(each, dict) else each for each in named]
-    missing = [file for file in files if not Path(file).exists()]
+    paths: list[str] = [each["path"] if isinstance(each, dict) else each for each in named]
+    missing = [file for file in paths if not Path(file).exists()]
     if missing:
         print(f"\nBring the rows that it reads: {', '.join(missing)}.")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

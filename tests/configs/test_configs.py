@@ -29,7 +29,9 @@ def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_bas
     monkeypatch.chdir(tmp_path)
     assert config.read_text().startswith("# ")
     settings = yaml.safe_load(config.read_text())
-    assert settings["data"]["train"].startswith(("data/", f"configs/{config.stem}/"))
+    train = settings["data"]["train"]
+    path = train["path"] if isinstance(train, dict) else train
+    assert path.startswith(("data/", f"configs/{config.stem}/"))
 
     family = FAMILIES.get(config.stem)
     base = save_family(tmp_path / family, family, tiny_base) if family else tiny_base

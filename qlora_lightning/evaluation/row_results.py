@@ -82,6 +82,11 @@ class AnswerSettings:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip()
 
+    def score(self, text: str, row: EvaluationRow) -> dict[str, float]:
+        """Return the scores of an answer beside what the row expects."""
+        expected = self.decode(row.expected)
+        return {name: SCORES[name](text, expected) for name in self.scores}
+
 
 def limit_batches(loader: Any, limit: float) -> Iterator[Any]:
     """Yield the first batches: as many as the Trainer's limit says, a number or (a float) their share."""
@@ -230,6 +235,5 @@ def answer_rows(
 
 
 def _score(ids: Sequence[int], row: EvaluationRow, settings: AnswerSettings) -> Answer:
-    text, expected = settings.decode(ids), settings.decode(row.expected)
-    scores = {name: SCORES[name](text, expected) for name in settings.scores}
-    return Answer(text, len(ids), len(ids) < settings.max_new_tokens, scores)
+    text = settings.decode(ids)
+    return Answer(text, len(ids), len(ids) < settings.max_new_tokens, settings.score(text, row))

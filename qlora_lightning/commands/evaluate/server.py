@@ -15,7 +15,7 @@ from rich.progress import track
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import SCORES, chrf
+from qlora_lightning.evaluation.scores import chrf
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
@@ -159,15 +159,11 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
 def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("role", "content", "reasoning_content", "name", "tool_call_id")
     found = {key: message[key] for key in keys if key in message}
-    calls = message.get("tool_calls") or ()
-    if calls:
-        functions = [each["function"] for each in calls]
-        functions = [{"name": each["name"], "arguments": json.dumps(each["arguments"])} for each in functions]
-        found["tool_calls"] = [
-            {"id": call.get("id", f"call_{at}"), "type": "function", "function": function}
-            for at, (call, function) in enumerate(zip(calls, functions, strict=True))
-        ]
-    return found
+    calls = []
+    for at, call in enumerate(message.get("tool_calls") or ()):
+        function = {"name": call["function"]["name"], "arguments": json.dumps(call["function"]["arguments"])}
+        calls.append({"id": call.get("id", f"call_{at}"), "type": "function", "function": function})
+    return {**found, "tool_calls": calls} if calls else found
 
 
 def _parse(arguments: Any) -> Any:
@@ -186,20 +182,19 @@ def judge_server(
     """Score a server's answers of the rows that have a prompt, add them to ``results``, and judge them."""
     asked = [index for index, row in enumerate(rows) if row.prompt is not None]
     adapter = next(side for side in results if side != BASE)
-    served, prompts, expectations = [NOTHING] * len(results[BASE]), [], list[str]()
+    served, prompts = [NOTHING] * len(results[BASE]), []
     for index, found in zip(asked, answers, strict=True):
         row = rows[index]
-        expected = settings.decode(row.expected)
-        scores = {name: SCORES[name](found.text, expected) for name in settings.scores}
+        scores = settings.score(found.text, row)
         served[index] = NOTHING._replace(answer=Answer(found.text, found.tokens, found.stopped, scores))
         prompts.append((row.place, len(row.prompt or ()), found.prompt_tokens))
-        expectations.append(expected)
     results[SERVED] = served
     sides = {BASE: BASE, "adapter": adapter, SERVED: SERVED}
     texts = {
         name: [answer for index in asked if (answer := results[side][index].answer)] for name, side in sides.items()
     }
-    return judge(texts, expectations, prompts, settings.scores[0])
+    expected = [settings.decode(rows[index].expected) for index in asked]
+    return judge(texts, expected, prompts, settings.scores[0])
 
 
 def judge(
@@ -235,12 +230,12 @@ def judge(
     for side in (BASE, "adapter"):
         pair = {name: [(each.figures[score], 1.0) for each in answers[name]] for name in (side, SERVED)}
         difference = differences[side] = measure(score, pair).differences[SERVED]
-        overlaps = {
-            name: [(chrf(each.text, text), 1.0) for each, text in zip(answers[name], expected, strict=True)]
-            for name in (side, SERVED)
-        }
         gaps = [difference]
         if side != BASE:  # which answers otherwise in other bits, and talks freely
+            overlaps = {
+                name: [(chrf(each.text, text), 1.0) for each, text in zip(answers[name], expected, strict=True)]
+                for name in (side, SERVED)
+            }
             gaps.append(measure("chrf", overlaps).differences[SERVED])
         if 2 * nearer[side] > len(telling) and all(each.low <= 0 <= each.high for each in gaps):
             verdict = side

@@ -87,7 +87,7 @@ def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, t
 
     trainer, module, data = make("callback")  # whose rate would hold for one step
     trainer.callbacks.insert(0, LearningRateFinder(num_training_steps=20, max_lr=1e-1))
-    with pytest.raises(UserError, match="found the learning rate 0"):
+    with pytest.raises(UserError, match="to the first step alone"):
         trainer.fit(module, data)
     assert trainer.global_step == 0
 

@@ -232,16 +232,6 @@ WRONG = [
     wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_adapter(lambda: shutil.move(WEIGHTS, "wrong/a.bin"))),
     wrong("merge --adapter wrong --out merged --rows 0", NAN, prepare=change_adapter(put_a_nan)),
     wrong(BOTH, NAN, prepare=change_adapter(put_a_nan)),
-    wrong(
-        "chat --prompt a --adapter wrong",
-        "qlora_lightning.json: base must be str, found list",
-        prepare=edit_adapter("qlora_lightning.json", base=["x"]),
-    ),
-    wrong(
-        "evaluate --adapter wrong",
-        "must be str, found int",
-        prepare=edit_adapter("adapter_config.json", base_model_name_or_path=3),
-    ),
     # folders
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
     wrong(

@@ -51,28 +51,10 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 
 def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
     """Check that a folder holds a model that this package trains as it is; ``name`` is what the user wrote."""
-    config = read_config(folder, name)
-    ignored = _ignored_settings(config)
-    if ignored:
-        raise UserError(
-            f"Base {name}: its config.json sets {', '.join(ignored)}, which qlora_lightning does not compute and will "
-            "not ignore. Choose a base without it."
-        )
+    read_config(folder, name)
     if weights:
         for file in weight_files(folder, name):
             open_tensors(file)
-
-
-def _ignored_settings(config: dict[str, Any]) -> list[str]:
-    """Return the settings that neither we nor transformers compute, which leaves them out without a word."""
-    is_llama = config.get("model_type") == "llama"
-    names = ["use_bidirectional_attention"]  # Gemma 3's, of models that embed texts
-    if is_llama:
-        names += ["attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"]
-        names += [] if config.get("use_sliding_window") is False else ["sliding_window"]
-    ignored = [f"{name}: {config[name]}" for name in names if config.get(name)]
-    others = sorted(set(config.get("layer_types") or ()) - {"full_attention"}) if is_llama else []
-    return [*ignored, f"layer_types: {others}"] if others else ignored
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

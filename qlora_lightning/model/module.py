@@ -49,7 +49,7 @@ class QLoRAModule(lightning.LightningModule):
     ``on_validation_epoch_end``; at last ``on_fit_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
-    optimizer step, under ``on_nonfinite: skip`` also ``skipped_steps``; ``val_loss``, ``val_perplexity`` and
+    optimizer step; ``val_loss``, ``val_perplexity`` and
     ``val_token_accuracy`` per validation, ``test_…`` likewise.
 
     Args:
@@ -78,8 +78,6 @@ class QLoRAModule(lightning.LightningModule):
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
             head's loss; all tokens are computed, and no batch is filled up.
-        on_nonfinite: What to do when a loss or gradient is NaN or infinite: ``stop`` the run, or ``skip`` the step,
-            which then moves nothing and counts as a step of the schedule. See :class:`TrainingGuard`.
         micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
             have more. It changes memory and speed, and the result by rounding alone. ``auto`` begins with as many as
             the free memory holds by the formula, on a CPU with 8,192, and halves them whenever memory runs out.
@@ -119,7 +117,6 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
-        on_nonfinite: guard.OnNonfinite = "stop",
         micro_batch_tokens: MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
@@ -150,7 +147,7 @@ class QLoRAModule(lightning.LightningModule):
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
         self.micro_batch_size = MicroBatchSize(micro_batch_tokens)
-        self.guard = guard.TrainingGuard(on_nonfinite)
+        self.guard = guard.TrainingGuard()
         self.val_statistics, self.test_statistics = losses.TokenStatistics(), losses.TokenStatistics()
         self.strict_loading = True
         self.sharded_base: sharded.ShardedBase | None = None
@@ -365,14 +362,12 @@ class QLoRAModule(lightning.LightningModule):
 
     def _compute_gradients(self, batch: dict[str, Any]) -> Tensor:
         """Compute and add up the gradients of a batch; return its mean loss."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of 16-mixed
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for part in self.parts_of_step(batch):
             sums = self.compute_loss(part)
             rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
             self.window.add(sums, rows)
-            loss = sums.nll_sum * self.loss_scale
-            (loss if scaler is None else scaler.scale(loss)).backward()
+            (sums.nll_sum * self.loss_scale).backward()  # type: ignore[no-untyped-call]
             nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
         return nll_sum / labelled_tokens.clamp(min=1)
 
@@ -406,8 +401,6 @@ class QLoRAModule(lightning.LightningModule):
         self.log_dict({f"train_{name}": mean for name, mean in means.items()})
         micro_batches = torch.tensor(float(self.window.micro_batches))
         self.log_dict({"grad_norm": norm, "learning_rate": rate, "micro_batches": micro_batches})
-        if self.guard.on_nonfinite == "skip":
-            self.log("skipped_steps", torch.tensor(float(self.guard.skipped_steps)))
         self.window.clear()
 
     # ---- validation and test -----------------------------------------------------------------------------------------

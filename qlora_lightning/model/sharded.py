@@ -52,12 +52,10 @@ class ShardedBase:
         causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and sharded.
         group: Of all processes, and for this alone: what DDP exchanges comes in an order of its own.
         device: Of this process.
-        offload: Keep the shards on the host, pinned: all of them, or those of the first layers.
+        offload: Keep the shards on the host, pinned.
     """
 
-    def __init__(
-        self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool | int = False
-    ) -> None:
+    def __init__(self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool = False) -> None:
         if not runs_flat(causal_lm.config):
             raise UserError(
                 f"trainer.strategy ddp_sharded takes types that run in flat batches, and {causal_lm.config.model_type} "
@@ -67,26 +65,26 @@ class ShardedBase:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self._group, self._device, self._announces = group, device, False
         mesh = DeviceMesh.from_group(group, device.type)
-        on_host, on_device = CPUOffloadPolicy(pin_memory=device.type == "cuda"), OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
 
-        def shard(module: nn.Module, offloads: bool) -> Any:
+        def shard(module: nn.Module) -> Any:
             settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": trainable}
-            return fully_shard(module, offload_policy=on_host if offloads else on_device, **settings)
+            return fully_shard(module, offload_policy=policy, **settings)
 
         self._body, embedding, head = causal_lm.base_model, causal_lm.get_input_embeddings(), lm_head_of(causal_lm)
         self._parts_of_body: list[FSDPModule] = []
         self._head: Any = None
         layers = decoder_layers(causal_lm)
-        for number, layer in enumerate(layers):
+        for layer in layers:
             for linear in _quantized_linears(layer):
                 _hold_as_bytes(linear, device)
-            self._parts_of_body.append(shard(layer, offload is True or number < offload))
+            self._parts_of_body.append(shard(layer))
             _restore_weights_when_gathered(layer)
         if shards_vocabulary(causal_lm):
-            self._parts_of_body.insert(0, shard(embedding, offload is True))
+            self._parts_of_body.insert(0, shard(embedding))
             self._parts_of_body[0].set_unshard_in_backward(False)
-            self._head = shard(ShardedHead(head), offload is True)
+            self._head = shard(ShardedHead(head))
             self._head.register_forward_pre_hook(lambda *_: self._sync_pass(_HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
@@ -237,7 +235,7 @@ def _restore_weights_when_gathered(layer: nn.Module) -> None:
 
 # ---- the strategy ----------------------------------------------------------------------------------------------------
 
-SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether all shards are offloaded
+SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # names, and whether shards are offloaded
 
 
 class ShardedDDPStrategy(DDPStrategy):
@@ -247,14 +245,14 @@ class ShardedDDPStrategy(DDPStrategy):
     become: see :class:`ShardedBase`.
 
     Args:
-        offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used: ``True``
-            all of them, a number those of the first layers. One process alone may do so too.
+        offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used. One process
+            alone may do so too.
         timeout: After which a process that is silent is given up.
         kwargs: More arguments of ``DDPStrategy``.
     """
 
     def __init__(
-        self, *, offload: bool | int = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
+        self, *, offload: bool = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
         self.offload = offload

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,8 +29,8 @@ _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
 
-    A mapping is written as JSON. The file's folder is made. Standard output and pipes are written into. A link is
-    replaced and not followed: a folder from elsewhere may hold one that leads to any file of the user's.
+    A mapping is written as JSON. The file's folder is made. A link is replaced and not followed: a folder from
+    elsewhere may hold one that leads to any file of the user's.
 
     Raises:
         OSError: The disk is full or fails, or who reads the pipe has gone.
@@ -41,14 +40,9 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if str(file) == "/dev/stdout":  # by this name a file that it leads to would be written from its beginning again
-        sys.stdout.flush()
-        with os.fdopen(os.dup(1), "wb") as stream:
+    if file.is_relative_to("/dev") or (file.exists() and not file.is_file() and not file.is_symlink()):
+        with file.open("ab") as stream:  # standard output, or a pipe
             stream.write(data)
-        return
-    is_of_system = file.is_relative_to("/dev") or file.is_relative_to("/proc")  # whose links lead to pipes
-    if file.exists() and not file.is_file() and (is_of_system or not file.is_symlink()):
-        file.write_bytes(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=file.parent)

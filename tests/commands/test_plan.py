@@ -108,7 +108,6 @@ def test_llama_8b_is_planned_without_weights_data_or_network(folder):
 # Of the small base, in 4 bits with double quantization: packed weights of q and o, k and v, and the MLP; two norms.
 LAYER = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) // 2 + 2 * 2 * 64
 TABLE = 100 * 64 * 2  # embedding or head, of a hundred tokens
-OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload: 1}}"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,6 @@ OFFLOAD = "{class_path: qlora_lightning.ShardedDDPStrategy, init_args: {offload:
     [
         (2, "ddp_sharded", LAYER, TABLE, 2 * LAYER, 0),  # a layer that is whole, and the next one on its way
         (2, "ddp_sharded_offload", 0, 0, 2.5 * LAYER, LAYER + 2 * 8192),  # whose own shard comes from the host
-        (2, OFFLOAD, LAYER / 2, TABLE, 2.5 * LAYER, LAYER / 2),
     ],
 )
 def test_processes_share_a_base(folder, devices, strategy, layers, tables, gathered, host):

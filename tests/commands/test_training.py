@@ -5,7 +5,6 @@ import shlex
 import shutil
 from datetime import date
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -137,12 +136,6 @@ def test_a_trial_run_leaves_a_finished_run_alone(command, files_of):
     before = files_of("run")
     command("fit", "--trainer.fast_dev_run", "true")
     assert files_of("run") == before
-
-
-@pytest.mark.filterwarnings("ignore:You passed `Trainer.*AMP with fp16 is not supported on CPU")
-def test_mixed_precision_trains_with_clipping(command):
-    options = ("--trainer.default_root_dir", "mixed", "--trainer.max_steps", 1, "--evaluation", "null")
-    command("fit", "--trainer.precision", "16-mixed", *options)
 
 
 def test_an_adapter_folder_is_trained_further_by_its_key(command, tmp_path):

@@ -30,7 +30,7 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     theirs = create_loraplus_optimizer(
         module.model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
     )
-    ours = build_optimizer(module.parameter_groups(), None, 1e-4, 0.1, fused=True)
+    ours = build_optimizer(module.parameter_groups(), None, 1e-4, 0.1)
 
     def rates(optimizer):
         return {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}

@@ -77,7 +77,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
     sharded_offload = _read_sharding(trainer)
     if sharded_offload is not None:
-        check_trainer(str(trainer["precision"]), ShardedDDPStrategy, module.quantization)
+        check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
@@ -170,7 +170,7 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     return {"kind": kind, "memory": int(device_memory_gib(torch.device(kind)) * GIB), "named": False}
 
 
-def _read_sharding(trainer: Any) -> bool | int | None:
+def _read_sharding(trainer: Any) -> bool | None:
     """Return what a sharded base offloads; ``None`` if the base is not sharded."""
     strategy = trainer["strategy"]
     if isinstance(strategy, str):
@@ -178,7 +178,7 @@ def _read_sharding(trainer: Any) -> bool | int | None:
             raise UserError(f"trainer.strategy is {strategy}, which is no strategy, or has arguments that it lacks.")
         return SHARDED_STRATEGIES.get(strategy)
     if issubclass(cast(type, locate(strategy["class_path"])), ShardedDDPStrategy):
-        return cast(bool | int, strategy["init_args"]["offload"])
+        return cast(bool, strategy["init_args"]["offload"])
     return None
 
 

@@ -55,7 +55,7 @@ def check_start(module: Any, needed: tuple[type[Callback], ...]) -> None:
                 f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
             )
-    check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization, trainer.world_size)
+    check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
 
 
 def check_fit(module: Any) -> None:
@@ -63,17 +63,12 @@ def check_fit(module: Any) -> None:
     check_row_length(module.causal_lm.config, getattr(datamodule_of(module.trainer), "max_length", 0))
 
 
-def check_trainer(precision: str, strategy: type[Strategy], quantization: str, processes: int = 1) -> None:
+def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -> None:
     """Reject Trainer settings under which training would silently go wrong."""
-    if precision == "16-mixed" and processes > 1:  # each would skip steps by its own gradients, before they are added
+    if precision != "32-true":
         raise UserError(
-            f"trainer.precision is 16-mixed with {processes} processes, whose adapters would drift apart. Leave it at "
-            "32-true, and set model.compute_dtype: fp16."
-        )
-    if precision.endswith("-true") and precision != "32-true":
-        raise UserError(
-            f"trainer.precision is {precision}: adapters in 16 bits would lose small updates. Leave it at 32-true; the "
-            "products are computed in model.compute_dtype anyway."
+            f"trainer.precision is {precision}: leave it at 32-true, that of the adapters, which in 16 bits would lose "
+            "small updates. All products are computed in model.compute_dtype anyway."
         )
     kinds = " ".join(kind.__name__ for kind in strategy.__mro__)
     if any(kind in kinds for kind in ("FSDP", "DeepSpeed", "ModelParallel")):

@@ -167,18 +167,13 @@ def _has_own_hooks(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in own
 
 
-def explain_plain_layers(fusion: Fusion, *, autocasts: bool, precision: str) -> str | None:
+def explain_plain_layers(fusion: Fusion, *, autocasts: bool) -> str | None:
     """Report why decoder layers take the plain path of PEFT and transformers in training; ``None`` if none does.
 
-    Args:
-        fusion: What was chosen for the model.
-        autocasts: Whether the module computes under autocast.
-        precision: Lightning's name, as ``32-true``.
+    ``autocasts`` says that the module computes under autocast, which no fused layer does.
     """
     reasons = [reason for reason in fusion.layers.values() if reason is not None]
-    if precision.endswith("-mixed"):
-        reasons = [f"trainer.precision is {precision}"] * len(fusion.layers)
-    elif autocasts and not reasons:
+    if autocasts and not reasons:
         reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     if not reasons:
         return None

@@ -95,13 +95,12 @@ def report_model(module: Any, fusion: Fusion) -> None:
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
-    autocasts, precision = module.autocast_dtype is not None, str(module.trainer.precision)
-    config = module.causal_lm.config
+    autocasts, config = module.autocast_dtype is not None, module.causal_lm.config
     for line in (
-        explain_dtype(module.compute_dtype, module.device, module.identity.get("compute_dtype", "float32")),
+        explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
-        explain_plain_layers(fusion, autocasts=autocasts, precision=precision) if module.fast else None,
+        explain_plain_layers(fusion, autocasts=autocasts) if module.fast else None,
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:

@@ -116,12 +116,11 @@ def build_step_memory(
     optimizer: Any = None,
     device_bytes: float = math.inf,
     processes: int = 1,
-    sharded_offload: bool | int | None = None,
+    sharded_offload: bool | None = None,
 ) -> StepMemory:
     """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
 
-    ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory, or
-    those of how many first layers.
+    ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
     """
     causal_lm: Any = model.get_base_model()
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
@@ -164,7 +163,7 @@ def build_step_memory(
 
 
 def _count_base(
-    causal_lm: Any, processes: int, sharded_offload: bool | int | None
+    causal_lm: Any, processes: int, sharded_offload: bool | None
 ) -> tuple[dict[str, int], tuple[int, int], int]:
     """Count the bytes of a base without scales: what a process holds, what it gathers, and what is in host memory.
 
@@ -175,15 +174,14 @@ def _count_base(
     if sharded_offload is None:
         return {"base": base, "vocabulary": vocabulary}, (0, 0), 0
     ends = ends if shards_vocabulary(causal_lm) else []
-    on_host = [*layers, *ends] if sharded_offload is True else layers[: int(sharded_offload)]
-    on_device = [each for each in layers if each not in on_host]
-    held = {"base": base - _frozen_bytes(layers) + _frozen_bytes(on_device) // processes, "vocabulary": vocabulary}
-    if ends:
-        held["vocabulary"] = 0 if ends[0] in on_host else vocabulary // processes
+    in_layers, in_ends = _frozen_bytes(layers), _frozen_bytes(ends)
     largest, largest_end = (max((_frozen_bytes([each]) for each in modules), default=0) for modules in (layers, ends))
-    from_host = largest // processes if on_host else 0
-    host_bytes = sum(_pinned_bytes(each.nbytes // processes) for each in _frozen(on_host))
-    return held, (2 * largest + from_host, 2 * largest_end), host_bytes
+    held = {"base": base - in_layers, "vocabulary": vocabulary - in_ends}
+    if sharded_offload:
+        host_bytes = sum(_pinned_bytes(each.nbytes // processes) for each in _frozen([*layers, *ends]))
+        return held, (2 * largest + largest // processes, 2 * largest_end), host_bytes
+    held = {"base": held["base"] + in_layers // processes, "vocabulary": held["vocabulary"] + in_ends // processes}
+    return held, (2 * largest, 2 * largest_end), 0
 
 
 def _frozen(modules: Sequence[nn.Module]) -> set[nn.Parameter]:

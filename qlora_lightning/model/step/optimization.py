@@ -38,24 +38,22 @@ def check_optimization(
 
 def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
-    fused = not str(module.trainer.precision).endswith("-mixed")  # there Lightning clips no fused optimizer
     optimizer = build_optimizer(
-        module.parameter_groups(), module.optimizer_config, module.learning_rate, module.weight_decay, fused
+        module.parameter_groups(), module.optimizer_config, module.learning_rate, module.weight_decay
     )
     schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def build_optimizer(
-    groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float, fused: bool
+    groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
 ) -> Optimizer:
     """Build the optimizer over ``groups``, whose own rates stay.
 
-    ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW.
+    ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
+    fused.
     """
     optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
-    if choice is None:
-        arguments["fused"] = fused
     return optimizer_class(groups, **arguments)
 
 
@@ -68,7 +66,7 @@ def check_optimizer(
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"model.weight_decay is {weight_decay}: expected 0 or more.")
     if choice is None:
-        return AdamW, {"lr": learning_rate, "weight_decay": weight_decay}
+        return AdamW, {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     named: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
     if "class_path" not in named or named.keys() - {"class_path", "init_args"}:
         raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")

@@ -1,8 +1,6 @@
 """A run that would train on for nothing is stopped: by losses, gradients, token ids. The base stays."""
 
 import contextlib
-import copy
-import logging
 import math
 
 import lightning
@@ -37,31 +35,28 @@ class Spoilt(QLoRAModule):
 def train(tiny_base, rows_file, tmp_path):
     """Train on sixteen rows, two a micro-batch, two of these a step: four steps an epoch; give the Trainer."""
 
-    def run(cls=QLoRAModule, *callbacks, trainer_options=None, val=False, ckpt_path=None, **settings):
+    def run(cls=QLoRAModule, *callbacks, trainer_options=None, val=False, **settings):
         lightning.seed_everything(7, verbose=False)
         defaults = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0}
         run.module = cls(str(tiny_base), **{**defaults, "schedule": "constant", **settings})
         options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": list(callbacks)}
-        options |= {"val": val, "ckpt_path": ckpt_path, **(trainer_options or {})}
+        options |= {"val": val, **(trainer_options or {})}
         return fit(run.module, tmp_path / "run", rows_file, **options)
 
     return run
 
 
 class Diary(Callback):
-    """Notes the rows of each step, and behind it the loss, the adapters and the optimizer."""
+    """Notes the rows of each step, and behind it the loss."""
 
     def __init__(self):
-        self.rows, self.losses, self.adapters, self.optimizers = {}, {}, {}, {}
+        self.rows, self.losses = {}, {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rows.setdefault(trainer.global_step, []).extend(batch["row_ids"].tolist())
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        step = trainer.global_step
-        self.losses[step] = float(trainer.callback_metrics.get("train_loss", math.nan))
-        self.adapters[step] = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
-        self.optimizers[step] = copy.deepcopy(trainer.optimizers[0].state_dict())
+        self.losses[trainer.global_step] = float(trainer.callback_metrics.get("train_loss", math.nan))
 
 
 # ---- losses and gradients that are not finite ------------------------------------------------------------------------
@@ -83,30 +78,6 @@ def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_rows_and_the_loss
     assert all(tensor.isfinite().all() for tensor in train.module.state_dict().values())
 
 
-@pytest.mark.parametrize("fault", [{"steps": [2]}, {"gradient_step": 2}])
-def test_a_skipped_step_moves_nothing_but_the_schedule_and_is_counted(train, fault, caplog):
-    options = {"schedule": "linear", "on_nonfinite": "skip", "weight_decay": 0.1}
-    with caplog.at_level(logging.WARNING, "qlora_lightning"):
-        trainer = train(Spoilt, diary := Diary(), **options, **fault)
-    assert same(diary.adapters[3], diary.adapters[2])
-    assert same(diary.optimizers[3]["state"], diary.optimizers[2]["state"])
-    rates = [diary.optimizers[step]["param_groups"][0]["lr"] for step in (2, 3)]
-    assert rates[1] < rates[0]
-    assert not same(diary.adapters[4], diary.adapters[3])
-    assert trainer.callback_metrics["skipped_steps"] == 1
-    assert trainer.callback_metrics["train_loss"].isfinite()
-    assert "step 2, at learning rate" in caplog.text
-
-
-@pytest.mark.slow
-def test_the_twentieth_skipped_step_in_a_row_stops_resumes_counted(train, tmp_path):
-    trainer = train(Spoilt, steps=[0, 2, 3], on_nonfinite="skip")
-    trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=False)
-    resumed = {"ckpt_path": tmp_path / "x.ckpt", "trainer_options": {"max_epochs": 6}}
-    with pytest.raises(UserError, match=r"step 21, .* is NaN or infinite\..* The last 20 steps were all"):
-        train(Spoilt, steps=range(4, 99), on_nonfinite="skip", **resumed)
-
-
 class SpoiltValidation(QLoRAModule):
     """The loss of the second validation is not finite."""
 
@@ -119,7 +90,7 @@ class SpoiltValidation(QLoRAModule):
         super().on_validation_epoch_end()
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved_but_by_skip(train, tmp_path):
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, tmp_path):
     short = {"limit_train_batches": 4, "limit_val_batches": 1}  # two steps an epoch
     options = {"max_epochs": 2, "enable_checkpointing": True, **short}
     with pytest.raises(UserError, match=r"validation at step 4 gave a val_loss of nan\. .*--ckpt_path last"):
@@ -127,8 +98,6 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved_b
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step-000002.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
-    trainer = train(SpoiltValidation, val=True, on_nonfinite="skip", trainer_options={"max_epochs": 3, **short})
-    assert trainer.global_step == 6
 
 
 # ---- adapters that do not learn --------------------------------------------------------------------------------------

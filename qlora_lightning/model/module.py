@@ -77,7 +77,7 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
         neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
-            head's loss; all tokens are computed, and no batch is filled up.
+            head's loss; all tokens are computed.
         micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
             have more. It changes memory and speed, and the result by rounding alone. ``auto`` begins with as many as
             the free memory holds by the formula, on a CPU with 8,192, and halves them whenever memory runs out.
@@ -295,7 +295,7 @@ class QLoRAModule(lightning.LightningModule):
         trains = self._trainer is not None and self.trainer.training
         data = datamodule_of(self.trainer) if trains else None
         checks.check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        return forward.build_layout(self.causal_lm, batch, self.device, self._noise_alpha, fast=self.fast)
+        return forward.build_layout(self.causal_lm, batch, self._noise_alpha, fast=self.fast)
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.
@@ -318,8 +318,7 @@ class QLoRAModule(lightning.LightningModule):
         return self.micro_batches(batch)
 
     def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
-        pads = forward.pads_samples(self.causal_lm, self.device)
-        return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out, pads=pads)
+        return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out)
 
     def setup(self, stage: str) -> None:
         checks.check_setup(self)

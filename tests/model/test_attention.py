@@ -42,7 +42,7 @@ def by_formula(query, key, value, samples):
 
 
 def attend_by(*, fast=True, loops=True, ragged_kernel=False):
-    """Make a way to attend: by the C++ loops, the ragged kernel of new cards, padded as on old ones, or plain."""
+    """Make a way to attend: by the C++ loops, the ragged kernel of new cards, or plain."""
 
     def attend(*qkv, samples):
         with pytest.MonkeyPatch.context() as patch:
@@ -57,8 +57,8 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     return attend
 
 
-fast, plain, padded, ragged = (
-    attend_by(**options) for options in ({}, {"fast": False}, {"loops": False}, {"loops": False, "ragged_kernel": True})
+fast, plain, ragged = (
+    attend_by(**options) for options in ({}, {"fast": False}, {"loops": False, "ragged_kernel": True})
 )
 
 
@@ -86,9 +86,9 @@ def errors(found, exact):
     return torch.tensor([(one - other).detach().norm() / max(other.detach().norm(), 1.0) for one, other in pairs])
 
 
-MANY = build_samples(ComputedTokens(list(LENGTHS), [0] * 5, []), pads=True)
+MANY = build_samples(ComputedTokens(list(LENGTHS), [0] * 5, []))
 # The first 3 tokens of a sample of 4 are computed with one of 70: a stream of 71.
-SHARING = build_samples(ComputedTokens([4, 70], [3, 0], [1, 0]), pads=True)
+SHARING = build_samples(ComputedTokens([4, 70], [3, 0], [1, 0]))
 SHAPES = [  # samples; heads of queries, keys and values; their width
     (MANY, (6, 2, 2), 16),
     (samples_of_lengths((1,)), (4, 4, 4), 16),
@@ -98,7 +98,7 @@ SHAPES = [  # samples; heads of queries, keys and values; their width
 ]
 
 
-@pytest.mark.parametrize("way", [fast, plain, padded, ragged], ids=["loops", "plain", "padded", "ragged"])
+@pytest.mark.parametrize("way", [fast, plain, ragged], ids=["loops", "plain", "ragged"])
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
 def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width):
     qkv = draw(len(samples.expanded.first_expanded), heads=heads, width=width)

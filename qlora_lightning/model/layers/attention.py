@@ -1,12 +1,10 @@
 """Attention over a flat batch: samples lie end to end in one stream, and each attends to itself alone.
 
-:func:`flat_batch` says where the samples are: some models do not hand keywords on to their attention. Four ways lead to
-the same numbers within rounding:
+:func:`flat_batch` says where the samples are: some models do not hand keywords on to their attention. Three ways lead
+to the same numbers within rounding:
 
 * on a CPU the C++ loops, which take all samples at once;
 * on a card from compute capability 8.0 on, torch's kernel for ragged samples;
-* on an older card one causal kernel over samples that are padded on the right: no query of a sample sees what is behind
-  it, so there is no mask;
 * else, and as the plain way, torch's attention for one sample after the other.
 
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
@@ -169,8 +167,6 @@ def flat_attention(
             return SampleAttention.apply(query, key, value, samples, scaling), None
         if has_ragged_kernel(query.device, query.dtype):
             attend = functools.partial(_attend_ragged, window=window)
-        elif window is None and samples.padded is not None:
-            return _attend_padded(query, key, value, samples, samples.padded, scaling), None
     return _attend_expanded(attend, query, key, value, samples, scaling), None
 
 
@@ -234,21 +230,6 @@ def _attend_ragged(
     return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)[None]
 
 
-def _attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, padded: Expansion, scaling: float | None
-) -> Tensor:
-    shape = len(samples.bounds) - 1, samples.longest
-
-    def pad(states: Tensor) -> Tensor:
-        """Return ``(samples, heads, longest, head_dim)``, heads as of queries: kernels for grouped ones are newer."""
-        _, heads, _, head_dim = states.shape
-        by_sample: Tensor = _Expand.apply(states, padded).view(heads, *shape, head_dim).transpose(0, 1)
-        return by_sample.repeat_interleave(query.shape[1] // heads, dim=1)
-
-    attn_out = F.scaled_dot_product_attention(pad(query), pad(key), pad(value), is_causal=True, scale=scaling)
-    return attn_out.transpose(1, 2).flatten(0, 1).index_select(0, padded.first_expanded)[None]
-
-
 def attend_per_sample(
     query: Tensor,
     key: Tensor,
@@ -260,6 +241,8 @@ def attend_per_sample(
     softcap: float | None,
 ) -> Tensor:
     """Attend for one sample after the other by torch's SDPA; with a soft cap written out."""
+    if query.is_cuda:  # where the kernels of older cards, and those with a mask, take no grouped heads
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
         states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None

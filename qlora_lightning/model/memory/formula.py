@@ -8,7 +8,7 @@
 
 Of Llama-3.1-8B with rank 8 a layer keeps 94,456 bytes a token, or with checkpointing 8,192, its input.
 
-It forgets padding, and keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and
+It forgets keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and
 in torch 2.11; copies of beginnings that samples share; fragments in torch's allocator. It takes each token for labelled
 and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measured, not planned.
 """

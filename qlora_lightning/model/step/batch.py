@@ -70,16 +70,13 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [slice_samples(batch, *samples, cu_seqlens) for samples in cut_samples(batch, cu_seqlens, max_tokens=0)]
 
 
-def cut_samples(
-    batch: Mapping[str, Any], cu_seqlens: Sequence[int], max_tokens: int, *, pads: bool = False
-) -> list[tuple[int, int]]:
+def cut_samples(batch: Mapping[str, Any], cu_seqlens: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
     """Cut a flat batch into parts of whole rows, in their order; a row of preferences is a pair of samples.
 
     Args:
         batch: The batch.
         cu_seqlens: Where its samples begin, and the last one ends.
         max_tokens: Of a part; a row alone may have more.
-        pads: Whether each sample counts as long as the longest of its part.
 
     Returns:
         The first sample of each part, and the one behind its last.
@@ -87,15 +84,11 @@ def cut_samples(
     tensors = {name for name, each in batch.items() if isinstance(each, torch.Tensor)}
     if tensors - {*_PER_TOKEN, *_PER_ROW, "cu_seqlens"}:  # a collate function's own, of which nobody says how it is cut
         return [(0, len(cu_seqlens) - 1)]
-    size, parts, first, longest = 2 if batch.get("pairs") else 1, [], 0, 0
-    for row in range(0, len(cu_seqlens) - 1, size):
-        length = max(cu_seqlens[sample + 1] - cu_seqlens[sample] for sample in range(row, row + size))
-        longest = max(longest, length)
-        end = row + size
-        tokens = (end - first) * longest if pads else cu_seqlens[end] - cu_seqlens[first]
-        if tokens > max_tokens and row > first:
+    size, parts, first = 2 if batch.get("pairs") else 1, [], 0
+    for row in range(size, len(cu_seqlens) - 1, size):
+        if cu_seqlens[row + size] - cu_seqlens[first] > max_tokens:
             parts.append((first, row))
-            first, longest = row, length
+            first = row
     return [*parts, (first, len(cu_seqlens) - 1)]
 
 
@@ -141,14 +134,14 @@ class MicroBatches(OfBatch):
 
 
 def cut_batch(
-    batch: Mapping[str, Any], max_tokens: int, lay_out: Callable[[Mapping[str, Any]], Layout], *, pads: bool
+    batch: Mapping[str, Any], max_tokens: int, lay_out: Callable[[Mapping[str, Any]], Layout]
 ) -> MicroBatches:
     """Cut a flat batch: best before it moves to a GPU, whose numbers would have to be waited for.
 
     ``lay_out`` makes the layout of a part; the rest is as in :func:`cut_samples`.
     """
     cu_seqlens = batch["cu_seqlens"].tolist()
-    samples = cut_samples(batch, cu_seqlens, max_tokens, pads=pads)
+    samples = cut_samples(batch, cu_seqlens, max_tokens)
     layouts = [lay_out(slice_samples(batch, *each, cu_seqlens)) for each in samples]
     return MicroBatches(cu_seqlens, samples, layouts, max_tokens)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.model.anatomy import runs_flat
-from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, has_dropout, has_ragged_kernel
+from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, has_dropout
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
@@ -25,29 +25,19 @@ def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -
     return is_flat and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
-def pads_samples(causal_lm: Any, device: torch.device) -> bool:
-    """Whether attention takes samples that are padded to the longest: on cards without a kernel for ragged ones."""
-    return not (device.type == "cpu" or has_ragged_kernel(device, causal_lm.dtype))
-
-
-def build_layout(
-    causal_lm: Any, batch: Mapping[str, Any], device: torch.device, noise_alpha: float | None, *, fast: bool
-) -> Layout:
+def build_layout(causal_lm: Any, batch: Mapping[str, Any], noise_alpha: float | None, *, fast: bool) -> Layout:
     """Lay a flat batch out as a model computes it, on the host.
 
     Args:
         causal_lm: The model of transformers.
         batch: See :func:`~qlora_lightning.model.step.layout.lay_out`.
-        device: Where the model computes.
         noise_alpha: See :func:`compute_states`.
-        fast: Whether tokens that no label needs may be left out, and a CPU's stream filled up.
+        fast: Whether tokens that no label needs may be left out.
 
     Raises:
         UserError: A row is too long for the base's rotary embedding.
     """
-    skips = skips_unlabelled(causal_lm, noise_alpha, fast=fast)
-    pads, fills = pads_samples(causal_lm, device), fast and device.type == "cpu" and runs_flat(causal_lm.config)
-    layout = lay_out(batch, skips_unlabelled=skips, fills=fills, pads=pads)
+    layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, noise_alpha, fast=fast))
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 

@@ -35,7 +35,6 @@ from torch import Tensor
 
 IGNORED = -100  # as a label: nothing is to be predicted
 _MIN_SHARED_RATIO = 32  # one token in so many: fewer are not worth that attention looks them up
-_ROWS = 16  # a CPU's products want whole blocks: with 1,711 rows some take a third longer than with 1,712 (measured)
 
 IntArray = npt.NDArray[np.int64]
 
@@ -70,11 +69,11 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Expansion(_Moves):
-    """Expands the stream to every token of its samples, some of which share tokens, or are padded.
+    """Expands the stream to every token of its samples, some of which share tokens.
 
     Attributes:
         gather_index: Where in the stream each expanded token comes from, int64.
-        expanded_index: The expanded tokens that are no padding, by their place in the stream.
+        expanded_index: The expanded tokens by their place in the stream.
         expanded_offsets: Where in ``expanded_index`` those of each place begin, and the last ends: ``(tokens + 1,)``.
         first_expanded: The first of those of each place, ``(tokens,)``.
         has_shared: Whether a place has more than one.
@@ -96,14 +95,12 @@ class Samples(_Moves):
         cu_seqlens: The same for a kernel, int32.
         cu_seqlens_q: Where the queries of each sample begin in the stream: a shared token has one for all its samples.
         expanded: Every token of each sample, sample after sample.
-        padded: Every sample with as many tokens as the longest, ``(samples · longest,)``; only where it was asked for.
     """
 
     bounds: tuple[int, ...]
     cu_seqlens: Tensor
     cu_seqlens_q: Tensor
     expanded: Expansion
-    padded: Expansion | None = None
 
     @property
     def longest(self) -> int:
@@ -192,9 +189,7 @@ class ComputedTokens:
         return np.concatenate(places)
 
 
-def lay_out(
-    batch: Mapping[str, Any], *, skips_unlabelled: bool = True, fills: bool = False, pads: bool = False
-) -> Layout:
+def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layout:
     """Lay a flat batch out for the model.
 
     Args:
@@ -202,9 +197,6 @@ def lay_out(
             GPU already, it is read from there, which makes the host wait.
         skips_unlabelled: Whether tokens that no label needs are left out, and shared beginnings computed once: the
             loss and its gradients are the same. Else all tokens are computed.
-        fills: Whether up to 15 more tokens, a sample of their own without labels, fill the stream up for a CPU's
-            products. Results change by rounding alone; dropout and NEFTune draw numbers for these tokens too.
-        pads: Whether padded samples are wanted too: for attention that takes all of them in one kernel.
     """
     bounds = batch["cu_seqlens"].tolist()
     starts = bounds[:-1]
@@ -217,11 +209,6 @@ def lay_out(
         computed = find_computed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
         places = computed.places(starts)
         ids, positions, targets = ids[places], positions[places], targets[places]
-    filler = -len(ids) % _ROWS if fills else 0
-    if filler:  # token 0 may be bad where it is never read
-        ids, targets = np.append(ids, ids[-1:].repeat(filler)), np.append(targets, np.full(filler, IGNORED))
-        positions = np.append(positions, np.arange(filler))
-        computed = ComputedTokens([*computed.lengths, filler], [*computed.shared, 0], computed.order)
     (predict_index,) = (targets != IGNORED).nonzero()
     return Layout(
         torch.from_numpy(ids)[None],
@@ -229,44 +216,31 @@ def lay_out(
         torch.from_numpy(predict_index),
         torch.from_numpy(targets[predict_index]),
         tuple(counts),
-        build_samples(computed, pads=pads),
+        build_samples(computed),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 
 
-def build_samples(computed: ComputedTokens, *, pads: bool = False) -> Samples:
-    """Find where samples are in the stream of their computed tokens; with ``pads`` also where they are padded."""
+def build_samples(computed: ComputedTokens) -> Samples:
+    """Find where samples are in the stream of their computed tokens."""
     gather_index, bounds = computed.gather_index(), [0, *np.cumsum(computed.lengths).tolist()]
-    longest, lengths = max(computed.lengths), np.array(computed.lengths)[:, None]
-    padded = None
-    if pads:
-        # A sample is padded with its last token: no query of its own sees what is behind it.
-        within = np.minimum(np.arange(longest), lengths - 1) + np.array(bounds[:-1])[:, None]  # (samples, longest)
-        is_token = (np.arange(longest) < lengths).reshape(-1)
-        padded = _expand(gather_index[within.reshape(-1)], is_token, computed.count)
-    expanded = _expand(gather_index, np.ones(len(gather_index), dtype=np.bool_), computed.count)
     own = np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()
     cu_seqlens, cu_seqlens_q = (torch.tensor(each, dtype=torch.int32) for each in (bounds, [0, *own]))
-    return Samples(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded, padded)
+    expanded_index = np.argsort(gather_index, kind="stable")
+    offsets = np.searchsorted(gather_index[expanded_index], np.arange(computed.count + 1))
+    expanded = Expansion(
+        torch.from_numpy(gather_index),
+        torch.from_numpy(expanded_index),
+        torch.from_numpy(offsets),
+        torch.from_numpy(expanded_index[offsets[:-1]]),
+        has_shared=len(gather_index) != computed.count,
+    )
+    return Samples(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded)
 
 
 def samples_of_lengths(lengths: Sequence[int]) -> Samples:
     """Find where samples are that are computed whole, one behind the other."""
     return build_samples(ComputedTokens(list(lengths), [0] * len(lengths), []))
-
-
-def _expand(gather_index: IntArray, counts: npt.NDArray[np.bool_], tokens: int) -> Expansion:
-    """Make the arrays of some expanded tokens, of which those count that are no padding."""
-    (copies,) = counts.nonzero()
-    copies = copies[np.argsort(gather_index[copies], kind="stable")]
-    offsets = np.searchsorted(gather_index[copies], np.arange(tokens + 1))
-    return Expansion(
-        torch.from_numpy(gather_index),
-        torch.from_numpy(copies),
-        torch.from_numpy(offsets),
-        torch.from_numpy(copies[offsets[:-1]]),
-        has_shared=len(copies) != tokens,
-    )
 
 
 def find_computed(

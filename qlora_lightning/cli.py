@@ -19,7 +19,7 @@ from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import read_configs, shorten_parse_error
-from qlora_lightning.support.console import show_controls, show_controls_everywhere
+from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -156,7 +156,6 @@ def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices,
 
 def _prepare_process() -> None:
     """Set what must be set before libraries are imported, and silence what they log that helps nobody."""
-    show_controls_everywhere()
     # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -1,11 +1,8 @@
-"""What is printed and logged: control characters of paths, rows and answers are shown, not sent to the terminal."""
+"""What is printed: control characters of paths, rows and answers are shown, not sent to the terminal."""
 
 import contextlib
 import logging
-import sys
-import traceback
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,20 +53,6 @@ def progress_counter(description: str, total: int, show: bool = True) -> Iterato
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(escape(description), total=total)
         yield lambda steps: progress.advance(task, steps)
-
-
-class _VisibleRecord(logging.LogRecord):
-    def getMessage(self) -> str:  # logging's own name
-        return show_controls(super().getMessage())
-
-
-def show_controls_everywhere() -> None:
-    """Show control characters in what any library logs or warns of, and in a traceback."""
-    logging.setLogRecordFactory(_VisibleRecord)
-    format_warning = warnings.formatwarning
-    if getattr(format_warning, "__module__", "") == "warnings":  # not yet ours
-        warnings.formatwarning = lambda *args, **kwargs: show_controls(format_warning(*args, **kwargs))
-    sys.excepthook = lambda *error: print(show_controls("".join(traceback.format_exception(*error))), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,7 @@ def load_library() -> ctypes.CDLL | None:
         folder = cached_folder("kernels", key, _compile, "C++ attention for this CPU")
         if _is_private(folder) and _is_private(folder / _LIBRARY):  # what is loaded from it runs
             return ctypes.CDLL(str(folder / _LIBRARY))
-        _log.warning("%s can be written to by others: the C++ attention is compiled again, for this start.", folder)
-        with tempfile.TemporaryDirectory() as private:  # a library that is loaded needs no file any more
-            _compile(Path(private))
-            return ctypes.CDLL(str(Path(private, _LIBRARY)))
+        reason = f"{folder} can be written to by others"
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip()
     except (UserError, OSError) as error:

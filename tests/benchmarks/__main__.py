@@ -1,15 +1,12 @@
 """``python -m tests.benchmarks``: the whole table of speed and memory, ours beside TRL's on the same tokens."""
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,13 @@ from qlora_lightning.model.load.machine import choose_compute_dtype
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.one_batch import make_base
 from tests.benchmarks.ours import read_samples
-from tests.benchmarks.table import BUSY, CHECKPOINTED, PLAIN, draw_plot, make_rows, print_table
+from tests.benchmarks.table import CHECKPOINTED, PLAIN, make_rows, print_table
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_BUSY_LOOP = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1_000_000))"
-_SCALING = (1024, 2048, 4096, 8192, 16_384)  # tokens of a batch
-_SHORT_ROW = 200  # tokens
 
 
 class Benchmarks:
-    """All runs so far; after each, the JSON file and the plot are written again."""
+    """All runs so far; after each, the JSON file is written again."""
 
     def __init__(self, arguments: argparse.Namespace, base: str, dtype: str) -> None:
         self.runs: list[dict[str, Any]] = []
@@ -54,8 +48,6 @@ class Benchmarks:
             lines = [row._asdict() | {"ratio": row.ratio} for row in rows]
             content = json.dumps({"setup": self.setup, "rows": lines, "runs": self.runs}, indent=2)
             self._arguments.json.write_text(content + "\n", encoding="utf-8")
-        if self._arguments.plot is not None and rows:
-            draw_plot(rows, self._arguments.plot)
 
     def measure_sides(self) -> None:
         """Run both sides in turns; before, a step each that fills the caches, so that all starts are second ones."""
@@ -74,11 +66,7 @@ class Benchmarks:
             for _ in range(self._arguments.repeats):
                 for setting, checkpointing in ((PLAIN, False), (CHECKPOINTED, True)):
                     for side in self._pythons:
-                        ceilings = {"ceilings": True} if side == "ours" else {}
-                        self._add(side, setting, measure(side, checkpointing, **ceilings))
-                if self._arguments.accelerator == "cpu":
-                    with _busy_loops(self._arguments.threads):
-                        self._add("ours", BUSY, measure("ours"))
+                        self._add(side, setting, measure(side, checkpointing))
 
     def measure_preferences(self) -> None:
         """Compare a loss and its gradients; then train by DPO in turns: in the second epoch ours knows the reference.
@@ -105,19 +93,12 @@ class Benchmarks:
             for epochs, _, side in itertools.product((1, 2), range(self._arguments.repeats), self._pythons):
                 self._add(side, f"DPO, epochs: {epochs}", measure(side, epochs=epochs))
 
-    def measure_scaling(self) -> None:
-        """Take batches of more and more short rows, and one longer and longer row."""
-        for tokens in _SCALING:
-            short = [_SHORT_ROW] * (tokens // _SHORT_ROW) + [tokens % _SHORT_ROW]
-            for what, lengths in ((f"rows of {_SHORT_ROW}", short), ("one row", [tokens])):
-                self._add("ours", f"{tokens:,} tokens in {what}", self._run("one_batch", lengths=lengths))
-
     def measure_8b(self, folder: Path) -> None:
         """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""
         print(f"8B-shaped base in {folder}: made and quantized, unless it is there …", flush=True)
         quantizing = run_child("one_batch", self._arguments.threads, folder=str(folder), layers=32)
         self._base = str(folder)
-        self._add("ours", "8B", self._run("one_batch", lengths=[256, 256], ceilings=3) | {"quantizing": quantizing})
+        self._add("ours", "8B", self._run("one_batch", lengths=[256, 256]) | {"quantizing": quantizing})
 
     def report(self) -> None:
         """Print the table, and what it was measured on."""
@@ -127,18 +108,6 @@ class Benchmarks:
         for name, facts in (("setup", self.setup), *versions.items()):
             console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}", soft_wrap=True)
         console.print(f"Medians of {self.setup['repeats']} runs; tests/benchmarks/README.md explains them.")
-
-
-@contextlib.contextmanager
-def _busy_loops(count: int) -> Iterator[None]:
-    """Keep as many cores at work as other programs might; the loops end with this process, however it ends."""
-    loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def _describe_machine(accelerator: str) -> dict[str, Any]:
@@ -172,11 +141,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--base", help=base_help)
     pairs_help = "measure DPO on a file of prompt, chosen and rejected, not training on DATA; on a CPU"
     parser.add_argument("--preferences", metavar="FILE", help=pairs_help)
-    parser.add_argument("--scaling", action="store_true", help="also batches of 1 k to 16 k tokens, on a CPU")
     llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
     parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, every run's too, after each")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw them")
     return parser.parse_args()
 
 
@@ -196,8 +163,6 @@ def main() -> None:
             benchmarks.measure_preferences()
         else:
             benchmarks.measure_sides()
-        if arguments.scaling:
-            benchmarks.measure_scaling()
         if arguments.llama_8b is not None and not on_gpu:
             benchmarks.measure_8b(arguments.llama_8b.absolute())
     finally:

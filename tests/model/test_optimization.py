@@ -7,7 +7,12 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from qlora_lightning.model.step.optimization import build_optimizer, build_schedule, count_optimizer_steps
+from qlora_lightning.model.step.optimization import (
+    build_optimizer,
+    build_schedule,
+    choose_learning_rate,
+    count_optimizer_steps,
+)
 from tests.steps import make_module
 
 COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
@@ -21,6 +26,12 @@ def rates_of(choice, warmup_ratio=0.0):
         optimizer.step()
         schedule.step()
     return rates
+
+
+@pytest.mark.parametrize(("width", "rate"), [(8192, 1.165e-4), (4096, 2e-4), (2048, 3.434e-4), (576, 9.237e-4)])
+def test_the_learning_rate_of_auto_falls_with_the_bases_width(width, rate):
+    assert choose_learning_rate("auto", width) == pytest.approx(rate, rel=1e-3)
+    assert choose_learning_rate(3e-4, width) == 3e-4
 
 
 @pytest.mark.parametrize("lora_options", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=str)

@@ -62,6 +62,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
 )
 def test_what_follows_is_of_status_and_verdict_and_a_diverged_run_is_never_merged(status, command, kind, commands):
     run = replace(make(manifest={**MANIFEST, "command": command}, config=CONFIG), status=status)
+    run = replace(run, metrics={"learning_rate": [(1.0, 5e-4), (2.0, 1e-3)]})
     found = [command for _, command in next_steps(run, Verdict(kind, []))]
     commands = [each.replace("RESUME", "qlora-lightning fit --config a.yaml --ckpt_path last") for each in commands]
     assert len(found) == len(commands)

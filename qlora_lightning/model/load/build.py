@@ -100,6 +100,9 @@ def report_model(module: Any, fusion: Fusion) -> None:
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
+        f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
+        if module.hparams.get("learning_rate") == "auto"
+        else None,
         explain_plain_layers(fusion, autocasts=autocasts) if module.fast else None,
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):

@@ -3,7 +3,7 @@
 import inspect
 import math
 import pydoc
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
@@ -16,11 +16,12 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
 ParameterGroups = list[dict[str, Any]]
+LearningRate = float | Literal["auto"]
 
 
 def check_optimization(
     optimizer: str | dict[str, Any] | None,
-    learning_rate: float,
+    learning_rate: LearningRate,
     weight_decay: float,
     schedule: str | dict[str, Any],
     warmup_ratio: float,
@@ -34,6 +35,15 @@ def check_optimization(
         raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
     if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
         raise UserError(f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null.")
+
+
+def choose_learning_rate(choice: LearningRate, width: int) -> float:
+    """Return the peak learning rate: ``auto`` stands for ``2e-4 · (4096 / width)^0.78``, by a base's hidden size.
+
+    2e-4 is that of Dettmers et al. 2023 (QLoRA) for 7B; the exponent is from a sweep over LLaMA bases (Thinking
+    Machines 2025, "LoRA Without Regret"). Of 70B that is 1.2e-4, of Llama-3.2-1B 3.4e-4, of SmolLM2-135M 9.2e-4.
+    """
+    return 2e-4 * (4096 / width) ** 0.78 if choice == "auto" else choice
 
 
 def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
@@ -58,11 +68,11 @@ def build_optimizer(
 
 
 def check_optimizer(
-    choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
+    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     """Return class and arguments of an optimizer; see :func:`build_optimizer`."""
-    if not 0 < learning_rate < math.inf:
-        raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4.")
+    if learning_rate != "auto" and not 0 < learning_rate < math.inf:
+        raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4, or auto.")
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"model.weight_decay is {weight_decay}: expected 0 or more.")
     if choice is None:

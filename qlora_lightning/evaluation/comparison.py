@@ -27,15 +27,15 @@ _MOST_PLACES = 8  # named in a line
 _LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 
 
-def compare(results: Results, pairs: bool = False) -> dict[str, Metric]:
+def compare(results: Results, preferences: bool = False) -> dict[str, Metric]:
     """Compute every metric of every side by its name: losses over all rows, scores over those that were answered.
 
-    ``pairs``: whether rows are two answers to compare.
+    ``preferences``: whether rows are two answers to compare, or one with a verdict.
     """
     nll = {side: [(row.nll, row.labelled_tokens) for row in rows] for side, rows in results.items()}
     correct = {side: [(row.correct, row.labelled_tokens) for row in rows] for side, rows in results.items()}
-    metrics = {name: measure(name, nll) for name in (("loss",) if pairs else ("loss", "perplexity"))}
-    accuracy = PREFERENCE if pairs else "token_accuracy"
+    metrics = {name: measure(name, nll) for name in (("loss",) if preferences else ("loss", "perplexity"))}
+    accuracy = PREFERENCE if preferences else "token_accuracy"
     metrics[accuracy] = measure(accuracy, correct)
     figures = {side: [row.answer.figures for row in rows if row.answer is not None] for side, rows in results.items()}
     for name in next(iter(next(iter(figures.values()))), {}):
@@ -66,15 +66,15 @@ class Comparison:
         general: Results | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
-        pairs = bool(rows) and rows[0].is_pair
-        self.metrics = compare(results, pairs)
+        preferences = bool(rows) and rows[0].is_preference
+        self.metrics = compare(results, preferences)
         if general is not None:
             losses = {side: [(row.nll, row.labelled_tokens) for row in found] for side, found in general.items()}
             self.metrics[GENERAL] = measure(GENERAL, losses)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        self.compared_by = PREFERENCE if pairs else self.score or "loss"
+        self.compared_by = PREFERENCE if preferences else self.score or "loss"
         if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 

@@ -36,7 +36,7 @@ class EvaluationRow:
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
     group: str = ""  # what it is counted under, if the user groups rows
-    is_pair: bool = False  # whether it is two answers to compare
+    is_preference: bool = False  # whether it is two answers to compare, or one with a verdict
 
 
 class Answer(NamedTuple):
@@ -106,7 +106,7 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         is_judged = "desirable" in row
         if is_judged and not bool(row["desirable"][0]):  # an answer that is not to be given
             prompt = None
-        rows.append(EvaluationRow(number, source, prompt, expected, is_pair=is_judged or row.get("pairs", False)))
+        rows.append(EvaluationRow(number, source, prompt, expected, is_preference=is_judged or row.get("pairs", False)))
     return rows
 
 

@@ -33,7 +33,7 @@ REJECTED_TYPES = {
     **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
     "laguna": "has adapters of which plain PEFT would lose some",
 }
-# And: by torch's attention transformers computes something else than by its own code, which these take.
+# And: with SDPA these give another result than with transformers' own attention, so that is used.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name of a linear whose weight is transposed

@@ -27,8 +27,8 @@ from qlora_lightning.model.load.build import assemble_model, report_model
 from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
 from qlora_lightning.model.step import forward, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import MicroBatches, cut_batch, filler_of, is_flat
-from qlora_lightning.model.step.layout import Layout
+from qlora_lightning.model.step.batch import MicroBatches, check_row_length, cut_batch, filler_of, is_flat
+from qlora_lightning.model.step.layout import Layout, lay_out
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
@@ -38,12 +38,12 @@ _Result = TypeVar("_Result")
 
 
 class QLoRAModule(lightning.LightningModule):
-    """A frozen, quantized LLaMA with LoRA adapters.
+    """A frozen, quantized decoder with LoRA adapters.
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
 
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
-    ``configure_optimizers``, ``on_load_checkpoint`` of a resume, ``on_fit_start``, ``on_train_start``; for each batch
+    ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
     ``on_before_optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
     ``on_validation_epoch_end``; at last ``on_fit_end``.
@@ -58,8 +58,8 @@ class QLoRAModule(lightning.LightningModule):
         trust_remote_code: Let Python code that comes with the base run.
         quantization: How the base's linears are stored.
         double_quant: Quantize the 4-bit scales too: 0.4 bits less per weight.
-        compute_dtype: Dtype of the products; ``auto`` is bf16 where the hardware has it, else fp16 on CUDA and fp32
-            on a CPU.
+        compute_dtype: Dtype of the products; ``auto`` is bf16 where the hardware has it, else fp16 on CUDA (fp32 of
+            families that overflow, as Gemma and Qwen) and fp32 on a CPU.
         cache: Keep the quantized base for the next start.
         rank: Rank of the update: rows of A, columns of B. Start at 8; double it while that pays.
         alpha: Multiplier of the update; ``None`` means 2 × rank. PEFT computes ``alpha / rank · B A x``, with rsLoRA
@@ -170,8 +170,7 @@ class QLoRAModule(lightning.LightningModule):
                 # which need not have read self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
-        width = self.causal_lm.get_input_embeddings().weight.shape[1]
-        self.learning_rate = optimization.choose_learning_rate(self.learning_rate, width)
+        self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
@@ -299,7 +298,10 @@ class QLoRAModule(lightning.LightningModule):
         trains = self._trainer is not None and self.trainer.training
         data = datamodule_of(self.trainer) if trains else None
         checks.check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        return forward.build_layout(self.causal_lm, batch, self._noise_alpha, fast=self.fast)
+        skips = forward.skips_unlabelled(self.causal_lm, self._noise_alpha, fast=self.fast)
+        layout = lay_out(batch, skips_unlabelled=skips)
+        check_row_length(self.causal_lm.config, layout.samples.longest)
+        return layout
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.

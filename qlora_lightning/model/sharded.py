@@ -136,9 +136,9 @@ class ShardedBase:
             self._announces = False
 
     def _sync_pass(self, wanted: int) -> None:
-        """Return when it is this process's turn: the smallest number comes first, and who wants another gathers along.
+        """Wait until the smallest pass that a process asks for is this one's; meanwhile join the others' gathers.
 
-        When all want ``_DONE``, all have run what they had to run.
+        When all ask for ``_DONE``, all have run what they had to run.
         """
         if not self._announces:
             return

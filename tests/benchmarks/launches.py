@@ -145,7 +145,7 @@ def pretending(launches: Launches) -> Iterator[None]:
 
     pretended: list[tuple[Any, str, Any]] = [
         (elementwise, "run_region", launches.run_region),
-        (attention, "has_ragged_kernel", lambda device, dtype: True),
+        (attention, "has_ragged_kernel", lambda query, value: True),
         (attention, "attend_ragged", attend),
         (lora, "sums_in_float32", lambda tensor: True),
         (bnb.nn, "Params4bit", _Quantized("Params4bit", (), {})),

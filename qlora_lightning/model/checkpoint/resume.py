@@ -46,7 +46,7 @@ class ExactResume(Callback):
             "trainer": trainer_settings(trainer),
             "optimizers": _optimizer_classes(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
-            "micro_batch_size": module.micro_batch_size.state_dict(),
+            "micro_batch_size": gather_lists(trainer, [module.micro_batch_size.state_dict()]),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
         }
@@ -66,7 +66,9 @@ class ExactResume(Callback):
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
         if "micro_batch_size" in content:
             micro_batch_size: Any = pl_module.micro_batch_size
-            micro_batch_size.load_state_dict(content["micro_batch_size"])
+            sizes = content["micro_batch_size"]
+            sizes = sizes if isinstance(sizes, list) else [sizes]  # earlier that of the first process alone
+            micro_batch_size.load_state_dict(sizes[trainer.global_rank if len(sizes) == trainer.world_size else 0])
         if changes:
             _report(describe_changes(changes))
         if (saved := len(content["generators"])) != trainer.world_size:

@@ -110,7 +110,7 @@ struct Head {
 
 // A sample, whose keys are from row `start` on, and a key head. The queries are of its last tokens, from `first` on: those
 // before are computed with another sample. Token t has query t + q_offset.
-struct Unit {
+struct SampleHead {
     Shape shape;
     int64_t start, length, kv_head, first, q_offset;
 
@@ -140,16 +140,16 @@ struct Unit {
 
 // All of them, the longest first, so that no thread is left with one. Sample i has keys from cu_k[i] to cu_k[i + 1], and
 // queries from cu_q[i] to cu_q[i + 1].
-std::vector<Unit> list_units(const int32_t *cu_q, const int32_t *cu_k, int64_t count, Shape shape) {
-    std::vector<Unit> units;
+std::vector<SampleHead> list_items(const int32_t *cu_q, const int32_t *cu_k, int64_t count, Shape shape) {
+    std::vector<SampleHead> items;
     for (int64_t i = 0; i < count; i++) {
         const int64_t length = cu_k[i + 1] - cu_k[i], first = length - (cu_q[i + 1] - cu_q[i]);
         for (int64_t kv_head = 0; kv_head < shape.kv_heads; kv_head++)
-            units.push_back({shape, cu_k[i], length, kv_head, first, cu_q[i] - first});
+            items.push_back({shape, cu_k[i], length, kv_head, first, cu_q[i] - first});
     }
-    std::stable_sort(units.begin(), units.end(),
-                     [](const Unit &left, const Unit &right) { return left.length > right.length; });
-    return units;
+    std::stable_sort(items.begin(), items.end(),
+                     [](const SampleHead &left, const SampleHead &right) { return left.length > right.length; });
+    return items;
 }
 
 // Memory of a thread, kept from call to call, and handed out piece by piece.
@@ -228,36 +228,36 @@ void softmax_row(const float *scores, int64_t visible, int64_t end, T *probs, fl
 template <class T>
 void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
             int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
-    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
+    const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
     const int64_t head_words = head_dim / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < units.size(); each++) {
-        const Unit &unit = units[each];
-        const int64_t padded = unit.padded();
+    for (size_t each = 0; each < items.size(); each++) {
+        const SampleHead &item = items[each];
+        const int64_t padded = item.padded();
         Arena arena(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
         auto *k_columns = arena.alloc<uint32_t>(padded * head_words);  // (head_words, padded)
         auto *v_rows = arena.alloc<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
         auto *copy = arena.alloc<uint32_t>(ROWS * head_words);
         auto *scores = arena.alloc<float>(ROWS * padded), *sums = arena.alloc<float>(ROWS * head_dim);
         auto *probs = arena.alloc<T>(ROWS * padded);
-        unit.keys(key).pack_columns(k_columns, padded);
-        unit.keys(value).pack_rows(v_rows, 0, padded);
-        for (int64_t token = unit.first; token < unit.length; token += ROWS) {
-            const int64_t rows = std::min(ROWS, unit.length - token), end = round_up(token + rows, KEY_BLOCK);
-            for (int64_t group_head = 0; group_head < unit.shape.group(); group_head++) {
-                const LeftOperand q_strip = unit.queries(query, group_head).strip(token, rows, copy);
+        item.keys(key).pack_columns(k_columns, padded);
+        item.keys(value).pack_rows(v_rows, 0, padded);
+        for (int64_t token = item.first; token < item.length; token += ROWS) {
+            const int64_t rows = std::min(ROWS, item.length - token), end = round_up(token + rows, KEY_BLOCK);
+            for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) {
+                const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copy);
                 multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
                 float sum[ROWS];
                 for (int64_t row = 0; row < rows; row++) {
                     float largest;
                     softmax_row(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
-                    lse[unit.row(token + row, group_head)] = largest + std::log(sum[row]);
+                    lse[item.row(token + row, group_head)] = largest + std::log(sum[row]);
                 }
                 multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
                             head_dim);
                 for (int64_t row = 0; row < rows; row++)
                     write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
-                              attn_out + unit.row(token + row, group_head) * head_dim);
+                              attn_out + item.row(token + row, group_head) * head_dim);
             }
         }
     }
@@ -279,10 +279,10 @@ void softmax_backward_row(float *scores, const float *grad_probs, int64_t visibl
     for (int64_t i = 0; i < end; i += LANES) store(load(scores + i) * (load(grad_probs + i) - mean), grad_scores + i);
 }
 
-// Backward of one unit.
+// Backward of one item.
 template <class T>
 struct Backward {
-    const Unit &unit;
+    const SampleHead &item;
     const T *query, *grad;  // grad: of attn_out
     const float *lse;
     float scale;
@@ -297,10 +297,10 @@ struct Backward {
     float *grad_q;                                  // of a strip: (ROWS, head_dim)
     T *probs, *grad_scores;                         // of a strip: (ROWS, padded)
 
-    Backward(const Unit &unit, const T *query, const T *key, const T *value, const T *grad, const float *lse,
+    Backward(const SampleHead &item, const T *query, const T *key, const T *value, const T *grad, const float *lse,
              float scale, Arena &arena)
-        : unit(unit), query(query), grad(grad), lse(lse), scale(scale), head_dim(unit.shape.head_dim),
-          head_words(head_dim / PAIR<T>), padded(unit.padded()) {
+        : item(item), query(query), grad(grad), lse(lse), scale(scale), head_dim(item.shape.head_dim),
+          head_words(head_dim / PAIR<T>), padded(item.padded()) {
         k_columns = arena.alloc<uint32_t>(padded * head_words), v_columns = arena.alloc<uint32_t>(padded * head_words);
         k_rows = arena.alloc<uint32_t>(padded * head_words);
         grad_k = arena.alloc<float>(padded * head_dim), grad_v = arena.alloc<float>(padded * head_dim);
@@ -311,24 +311,24 @@ struct Backward {
         scores = arena.alloc<float>(ROWS * padded), grad_probs = arena.alloc<float>(ROWS * padded);
         grad_q = arena.alloc<float>(ROWS * head_dim);
         probs = arena.alloc<T>(ROWS * padded), grad_scores = arena.alloc<T>(ROWS * padded);
-        unit.keys(key).pack_columns(k_columns, padded);
-        unit.keys(value).pack_columns(v_columns, padded);
-        unit.keys(key).pack_rows(k_rows, 0, padded);
+        item.keys(key).pack_columns(k_columns, padded);
+        item.keys(value).pack_columns(v_columns, padded);
+        item.keys(key).pack_rows(k_rows, 0, padded);
         std::fill(grad_k, grad_k + padded * head_dim, 0.0f);
         std::fill(grad_v, grad_v + padded * head_dim, 0.0f);
     }
 
     // How much memory that takes, in words.
-    static int64_t words(const Unit &unit) {
-        const int64_t head_dim = unit.shape.head_dim, padded = unit.padded();
+    static int64_t words(const SampleHead &item) {
+        const int64_t head_dim = item.shape.head_dim, padded = item.padded();
         return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS * (4 * padded + 3 * head_dim);
     }
 
     void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
-        for (int64_t start = unit.first; start < unit.length; start += TILE)
-            for (int64_t group_head = 0; group_head < unit.shape.group(); group_head++) do_tile(start, group_head, to_grad_q);
-        for (int64_t token = 0; token < unit.length; token++) {
-            const int64_t at = ((unit.start + token) * unit.shape.kv_heads + unit.kv_head) * head_dim;
+        for (int64_t start = item.first; start < item.length; start += TILE)
+            for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) do_tile(start, group_head, to_grad_q);
+        for (int64_t token = 0; token < item.length; token++) {
+            const int64_t at = ((item.start + token) * item.shape.kv_heads + item.kv_head) * head_dim;
             write_row(grad_k + token * head_dim, 1.0f, head_dim, to_grad_k + at);
             write_row(grad_v + token * head_dim, 1.0f, head_dim, to_grad_v + at);
         }
@@ -336,10 +336,10 @@ struct Backward {
 
    private:
     void do_tile(int64_t start, int64_t group_head, T *to_grad_q) {
-        const int64_t tile = std::min(TILE, unit.length - start), end = round_up(start + tile, KEY_BLOCK);
+        const int64_t tile = std::min(TILE, item.length - start), end = round_up(start + tile, KEY_BLOCK);
         const int64_t rows = round_up(tile, ROWS), depth = rows / PAIR<T>;
-        unit.queries(query, group_head).pack_rows(tile_q, start, rows);
-        unit.queries(grad, group_head).pack_rows(tile_grad, start, rows);
+        item.queries(query, group_head).pack_rows(tile_q, start, rows);
+        item.queries(grad, group_head).pack_rows(tile_grad, start, rows);
         for (int64_t first = 0; first < tile; first += ROWS)
             do_strip(start + first, std::min(ROWS, tile - first), first, end, group_head, to_grad_q);
         multiply<T>({tile_grad_scores, 1, padded}, end, tile_q, head_dim, depth, head_dim, scale, grad_k, head_dim,
@@ -349,13 +349,13 @@ struct Backward {
 
     void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t group_head, T *to_grad_q) {
         const int64_t end = round_up(token + rows, KEY_BLOCK);
-        const LeftOperand q_strip = unit.queries(query, group_head).strip(token, rows, copies);
-        const LeftOperand grad_strip = unit.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
+        const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copies);
+        const LeftOperand grad_strip = item.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
         multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
         multiply<T>(grad_strip, ROWS, v_columns, padded, head_words, end, 1.0f, grad_probs, padded);
         for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
             const int64_t visible = row < rows ? token + row + 1 : 0;
-            const int64_t at = unit.row(token + std::min(row, rows - 1), group_head);
+            const int64_t at = item.row(token + std::min(row, rows - 1), group_head);
             softmax_backward_row(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
                           probs + row * padded, grad_scores + row * padded);
         }
@@ -367,7 +367,7 @@ struct Backward {
         multiply<T>(left_of(grad_scores, padded), ROWS, k_rows, head_dim, end / PAIR<T>, head_dim, scale, grad_q,
                     head_dim);
         for (int64_t row = 0; row < rows; row++)
-            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + unit.row(token + row, group_head) * head_dim);
+            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + item.row(token + row, group_head) * head_dim);
     }
 
     void keep_pair(const T *rows, uint32_t *to, int64_t end, int64_t tile_end) {
@@ -380,11 +380,11 @@ template <class T>
 void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
                      const int32_t *cu_q, const int32_t *cu_k, int64_t count, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, float scale, T *grad_q, T *grad_k, T *grad_v) {
-    const auto units = list_units(cu_q, cu_k, count, {heads, kv_heads, head_dim});
+    const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
 #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < units.size(); each++) {
-        Arena arena(Backward<T>::words(units[each]));
-        Backward<T>(units[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
+    for (size_t each = 0; each < items.size(); each++) {
+        Arena arena(Backward<T>::words(items[each]));
+        Backward<T>(items[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
     }
 }
 

@@ -51,7 +51,7 @@ inline void store(Floats numbers, bf16 *to) {
 }
 #endif
 
-// Products alloc 32 bits of each factor at a time: a float, or a pair of bfloat16 along the depth of the product.
+// Products take 32 bits of each factor at a time: a float, or a pair of bfloat16 along the depth of the product.
 template <class T>
 constexpr int64_t PAIR = sizeof(uint32_t) / sizeof(T);
 

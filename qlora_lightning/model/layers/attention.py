@@ -164,8 +164,8 @@ def flat_attention(
             query, key, value = (each.to(dtype) for each in (query, key, value))
             if samples.expanded.has_shared:
                 key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
-            return SampleAttention.apply(query, key, value, samples, scaling), None
-        if has_ragged_kernel(query.device, query.dtype):
+            return VarlenAttention.apply(query, key, value, samples, scaling), None
+        if has_ragged_kernel(query, value):
             attend = functools.partial(_attend_ragged, window=window)
     return _attend_expanded(attend, query, key, value, samples, scaling), None
 
@@ -183,10 +183,16 @@ def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
-def has_ragged_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has FlashAttention over ragged samples: from compute capability 8.0 on, in 16 bits."""
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and is_half and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether torch has FlashAttention over ragged samples: from compute capability 8.0 on, in 16 bits.
+
+    Its heads have one width, at most 256: those of Gemma 4's global layers are wider, those of MLA unlike.
+    """
+    width, device = query.shape[-1], query.device
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    fits = width == value.shape[-1] and width <= 256 and width % 8 == 0
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend_expanded(
@@ -276,7 +282,7 @@ def _attend_capped(
     return (probs @ value).transpose(1, 2)
 
 
-class SampleAttention(torch.autograd.Function):
+class VarlenAttention(torch.autograd.Function):
     """Compute ``softmax(scale · Q Kᵀ + causal) V`` per sample by the C++ loops.
 
     On a CPU torch's flash kernel runs at a fraction of the speed of matrix products, one sample at a time. The loops

@@ -44,7 +44,7 @@ PIECE_TOKENS = 8192  # that the MLP of a checkpointed layer takes at a time
 Casts = Mapping[Tensor, Tensor]
 
 
-class NormedLinears(torch.autograd.Function):
+class RMSNormLinears(torch.autograd.Function):
     """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
 
     Kept for backward are x, its inverse root mean squares and the products with A; the normed input is made again. The
@@ -193,7 +193,7 @@ class FusedDecoderLayer(Fused):
         """Compute ``hidden + attention(RMSNorm(hidden))``; ``options`` are more arguments of the attention."""
         attention, norm = self.self_attn, self.input_layernorm
         adapters, linears = _split([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype, casts)
-        projected = NormedLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        projected = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
         if hasattr(attention, "q_norm"):
             query = HeadNorm.apply(query, attention.q_norm.weight, attention.q_norm.variance_epsilon)
@@ -212,7 +212,7 @@ class FusedDecoderLayer(Fused):
         """Compute ``hidden + MLP(RMSNorm(hidden))``."""
         norm, mlp = self.post_attention_layernorm, self.mlp
         adapters, linears = _split([mlp.gate_proj, mlp.up_proj], hidden.dtype, casts)
-        gate, up = NormedLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
+        gate, up = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype, casts)
         return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
 

@@ -53,6 +53,7 @@ class StepMemory:
         fixed: Bytes by part of what does not depend on tokens.
         hidden: Bytes of a token's hidden state, which is the input of each layer.
         logits: Bytes of a token's logits.
+        holds_logits: Whether those of all tokens exist at once: of a type that runs a row at a time.
         itemsize: Of a number in the dtype of the products.
         layers: Number of decoder layers from the first that trains on; those below keep nothing.
         saved: Bytes a token that one of these keeps for backward, its input included.
@@ -69,6 +70,7 @@ class StepMemory:
     fixed: dict[str, int]
     hidden: int
     logits: int
+    holds_logits: bool
     itemsize: int
     layers: int
     saved: float
@@ -100,6 +102,8 @@ class StepMemory:
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
         rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
         in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
+        if self.holds_logits:  # of each row, together, and their gradient
+            in_head += 3 * tokens * self.logits
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
         return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}
 
@@ -150,6 +154,7 @@ def build_step_memory(
         fixed,
         hidden=causal_lm.config.hidden_size * dtype.itemsize,
         logits=len(causal_lm.get_output_embeddings().weight) * dtype.itemsize,
+        holds_logits=not runs_flat(causal_lm.config),
         itemsize=dtype.itemsize,
         layers=len(layers),
         saved=saved,

@@ -16,7 +16,7 @@ from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import format_locations, row_locations, samples_of
+from qlora_lightning.model.step.batch import format_locations, is_flat, row_locations, samples_of
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
@@ -197,7 +197,7 @@ class MicroBatchSize:
 
         Args:
             module: The module whose pass this is.
-            batch: The largest batch at work.
+            batch: The current batch, whose rows a message names.
             compute: Computes it.
             before_retry: Called before it is computed again.
 
@@ -208,7 +208,7 @@ class MicroBatchSize:
             try:
                 return compute()
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or not is_flat(batch):  # any other batch cannot be cut
                     raise
                 words = str(error).partition("\n")[0]
             if module.sharded_base is not None:  # the other processes wait in their passes
@@ -222,6 +222,7 @@ class MicroBatchSize:
     def _reduce(self, module: Any, batch: Any, words: str) -> None:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
         parts = module.micro_batches(batch)
         tokens, largest = max(((each["input_ids"].numel(), each) for each in parts), key=lambda item: item[0])
         rows = (len(largest.get("cu_seqlens", (0, 1))) - 1) // (2 if largest.get("pairs") else 1)
@@ -250,13 +251,13 @@ class MicroBatchSize:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run restores."""
-        return {"tokens": self.tokens, "checkpointing": list(self.choices[0])}
+        return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a run had found, unless a number is set."""
         if not self.is_auto:
             return
-        self.tokens, self._is_measured, self._planned = state["tokens"], True, ""
+        self.tokens, self._is_measured, self._planned = state["tokens"], state.get("is_measured", True), ""
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from qlora_lightning.model.step.layout import IGNORED, Layout, OfBatch
+from qlora_lightning.model.step.layout import IGNORED, BatchBound, Layout
 from qlora_lightning.support.errors import UserError
 
 _PER_TOKEN, _PER_ROW = (
@@ -104,7 +104,7 @@ def slice_samples(batch: Mapping[str, Any], first: int, last: int, cu_seqlens: S
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatches(OfBatch):
+class MicroBatches(BatchBound):
     """A flat batch, cut into parts of whole rows.
 
     Attributes:
@@ -147,7 +147,7 @@ def cut_batch(
 
 
 def filler_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch of the first row, without labels and of no row's number: it takes a pass, and changes nothing."""
+    """Return the first row without labels: an empty pass for a process that has fewer micro-batches than others."""
     cu_seqlens = batch["cu_seqlens"].tolist()
     first = slice_samples(batch, 0, 2 if batch.get("pairs") else 1, cu_seqlens)
     labels, row_ids = torch.full_like(first["labels"], IGNORED), torch.full_like(first["row_ids"], -1)

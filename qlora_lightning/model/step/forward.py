@@ -11,8 +11,7 @@ from torch import Tensor
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, has_dropout
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
-from qlora_lightning.model.step.batch import check_row_length
-from qlora_lightning.model.step.layout import Layout, add_noise, lay_out
+from qlora_lightning.model.step.layout import Layout, add_noise
 from qlora_lightning.support.errors import UserError
 
 
@@ -23,23 +22,6 @@ def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -
     """
     is_flat = fast and runs_flat(causal_lm.config)
     return is_flat and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
-
-
-def build_layout(causal_lm: Any, batch: Mapping[str, Any], noise_alpha: float | None, *, fast: bool) -> Layout:
-    """Lay a flat batch out as a model computes it, on the host.
-
-    Args:
-        causal_lm: The model of transformers.
-        batch: See :func:`~qlora_lightning.model.step.layout.lay_out`.
-        noise_alpha: See :func:`compute_states`.
-        fast: Whether tokens that no label needs may be left out.
-
-    Raises:
-        UserError: A row is too long for the base's rotary embedding.
-    """
-    layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, noise_alpha, fast=fast))
-    check_row_length(causal_lm.config, layout.samples.longest)
-    return layout
 
 
 def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *, fast: bool) -> Tensor:

@@ -47,7 +47,7 @@ def next_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[1:], (0, 1), value=IGNORED)
 
 
-class _Moves:
+class _DeviceMovable:
     """Goes to a device with all its tensors, as Lightning moves a batch."""
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Self:
@@ -68,7 +68,7 @@ def move(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Expansion(_Moves):
+class Expansion(_DeviceMovable):
     """Expands the stream to every token of its samples, some of which share tokens.
 
     Attributes:
@@ -87,7 +87,7 @@ class Expansion(_Moves):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(_Moves):
+class Samples(_DeviceMovable):
     """Where the tokens of samples are in a stream; what attention must know.
 
     Attributes:
@@ -109,7 +109,7 @@ class Samples(_Moves):
 
 
 @dataclass(frozen=True, eq=False)
-class OfBatch(_Moves):
+class BatchBound(_DeviceMovable):
     """Belongs to a flat batch, and notices if that has changed: a subclass or callback may put other labels in.
 
     Attributes:
@@ -134,7 +134,7 @@ def _versions(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout(OfBatch):
+class Layout(BatchBound):
     """The stream that is computed of a batch.
 
     Attributes:
@@ -163,7 +163,7 @@ class ComputedTokens:
     Attributes:
         lengths: How many tokens of each sample, from its first, something is predicted from; at least 1.
         shared: How many of these another sample begins with too, which computes them.
-        order: The samples, each behind the one that computes what it shares; empty where none does.
+        order: Samples sorted by their tokens; each may share a beginning with the one before it. Empty where none does.
     """
 
     lengths: list[int]

@@ -1,4 +1,4 @@
-"""Next-token loss on the labelled tokens only; the full ``(tokens, vocabulary)`` logits never exist."""
+"""Next-token loss on the labelled tokens only; all ``(tokens, vocabulary)`` logits exist of no flat batch."""
 # mypy: allow-untyped-calls
 
 from collections.abc import Callable, Mapping, Sequence

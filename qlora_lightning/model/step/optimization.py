@@ -110,7 +110,12 @@ def group_parameters(
 
     # PEFT gives the groups only as those of an optimizer, of whatever class.
     sgd = create_loraplus_optimizer(
-        model, SGD, lr=learning_rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=weight_decay
+        model,
+        SGD,
+        lr=learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_lr_embedding=learning_rate,  # PEFT has 1e-6 for adapters of embeddings
+        loraplus_weight_decay=weight_decay,
     )
     names = ("params", "lr", "weight_decay")
     return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]

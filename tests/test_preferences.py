@@ -62,31 +62,13 @@ ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
 @pytest.mark.parametrize(
     ("row", "options"),
     [
-        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),  # TRL's
-        ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # TRL's, the prompt implicit
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),
         ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
-        ({"prompt": ASKED, "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),
-        ({"messages": json.dumps(ASKED), "chosen": GOOD, "rejected": BAD}, {}),
-        ({"prompt": "Hi?", "chosen": GOOD, "rejected": BAD}, {}),
-        ({"instruction": "Hi?", "input": "", "chosen": "Hello.", "rejected": "No"}, {}),  # LLaMA-Factory's Alpaca
-        (
-            {
-                "conversations": [{"from": "human", "value": "Hi?"}],
-                "chosen": {"from": "gpt", "value": "Hello."},
-                "rejected": {"from": "gpt", "value": "No"},
-            },
-            {},
-        ),
         ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
-        ({"prompt": json.dumps(ASKED), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD[0])}, {}),  # from CSV
-        ({"prompt": "Hi?", "chosen": json.dumps(ASKED + GOOD), "rejected": json.dumps(ASKED + BAD)}, {}),
         ({"prompt": ASKED_BY_NAME, "chosen": GOOD_BY_NAME, "rejected": BAD_BY_NAME}, {"roles": ROLES}),
         ({"chosen": ASKED_BY_NAME + GOOD_BY_NAME, "rejected": ASKED_BY_NAME + BAD_BY_NAME}, {"roles": ROLES}),
     ],
-    ids=[
-        *("messages", "implicit", "with-text", "with-messages", "json", "answers", "alpaca", "sharegpt", "columns"),
-        *("csv", "csv-implicit", "roles", "roles-implicit"),
-    ],
+    ids=["messages", "implicit-with-text", "columns", "roles", "roles-implicit"],
 )
 def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
     found = make_data(tmp_path, smollm2_folder, [row], **options)
@@ -107,29 +89,16 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
     [
         ({"chosen": "a", "rejected": "b"}, "needs a prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ({"prompt": "a", "chosen": "b", "rejected": ""}, "is empty"),
         ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
         ({"chosen": ASKED + GOOD, "rejected": ASKED}, "has no answer"),
-        ({"chosen": ASKED + GOOD, "rejected": ASKED + GOOD}, "are the same"),
-        ({"prompt": "a", "chosen": [], "rejected": "b"}, "'chosen' or 'rejected' is an empty list"),
-        ({"prompt": "a", "chosen": str(GOOD), "rejected": str(BAD)}, "'chosen': not JSON"),
         ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
-        ({"messages": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
-        ({"question": "a", "chosen": "b", "rejected": "c"}, "name its column by `columns: {theirs: prompt}`"),
         ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
     with pytest.raises(UserError, match=rf"train\.jsonl:2.*{words}"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], row])
-
-
-def test_an_answer_that_is_json_of_something_else_is_a_text(tmp_path, smollm2_folder):
-    row = {"prompt": "Book.", "chosen": '[{"from": "Rome", "to": "Oslo"}]', "rejected": "{Rome}"}
-    samples = make_data(tmp_path, smollm2_folder, [row])
-    ids, labels, *_ = samples.samples["train"][0]
-    assert row["chosen"] in samples.tokenizer.decode(ids[labels >= 0])
 
 
 ASKED_ON = [*ASKED, {**GOOD[0], "reasoning_content": "A greeting."}, *ASKED]
@@ -155,35 +124,22 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
     with pytest.raises(UserError, match=r"1 of 2 rows .*; 1: the chat template makes several samples of an answer"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], turns], chat_template=QWEN3)
     alike = {"prompt": "Count.", "chosen": "1 " * 40 + "2", "rejected": "1 " * 40 + "3"}
-    data = make_data(tmp_path, smollm2_folder, [ROWS[0], alike], max_length=48)
+    long = {"prompt": "Count. " * 40, "chosen": "1", "rejected": "2 " * 20}
+    data = make_data(tmp_path, smollm2_folder, [ROWS[0], alike, long], max_length=56)
     assert data.samples["train"].row_ids.tolist() == [0]
     assert "1 rows dropped: their two answers are the same within max_length" in caplog.text
+    assert "1 rows dropped: their prompt is too long for the two answers to share" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"train_on": "all"}, "train_on: all trains the prompt too"),
-        ({"format": "alpaca"}, "format: expected auto or the dotted path of a function .* found 'alpaca'"),
-    ],
-)
-def test_a_setting_that_does_not_fit_pairs_is_rejected(tmp_path, smollm2_folder, options, words):
-    with pytest.raises(UserError, match=words):
-        make_data(tmp_path, smollm2_folder, **options)
-
-
-def test_a_pair_whose_answers_would_keep_other_parts_of_the_prompt_is_left_out(tmp_path, smollm2_folder, caplog):
-    long = {"prompt": "Count. " * 40, "chosen": "1", "rejected": "2 " * 20}
-    data = make_data(tmp_path, smollm2_folder, [ROWS[0], long], max_length=64)
-    assert data.samples["train"].row_ids.tolist() == [0]
-    assert "too long for the two answers to share" in caplog.text
+def test_training_the_prompt_too_does_not_fit_pairs(tmp_path, smollm2_folder):
+    with pytest.raises(UserError, match="train_on: all trains the prompt too"):
+        make_data(tmp_path, smollm2_folder, train_on="all")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo has no use for"),
-        ({"objective": "dpo", "gamma": 0.5}, "gamma is 0.5, which dpo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
         ({"sft_share": -1.0}, "sft_share is -1"),
         ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
@@ -255,12 +211,6 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_certain_answer_has_a_gradient(tiny_base):
-    mean = torch.tensor([[-0.0, -1.0]], requires_grad=True)
-    PreferenceModule(str(tiny_base), objective="orpo")._losses(mean[:, 0] - mean[:, 1], mean).sum().backward()
-    assert mean.grad.isfinite().all()
-
-
 def test_smoothing_and_the_share_of_imitation_add_their_terms(tmp_path, tiny_base):
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
     module = make_module(tiny_base, label_smoothing=0.2, sft_share=0.5, quantization="none")
@@ -305,13 +255,10 @@ VERDICTS = [
 @pytest.mark.parametrize(
     ("row", "options"),
     [
-        ({"prompt": "Hi?", "completion": "Hello.", "label": True}, {}),  # TRL's
         ({"prompt": ASKED, "completion": GOOD, "label": "true"}, {}),
-        ({"messages": ASKED + GOOD, "kto_tag": True}, {}),  # LLaMA-Factory's
-        ({"instruction": "Hi?", "output": "Hello.", "thumbs": "up"}, {}),
         ({"question": "Hi?", "answer": "Hello.", "good": True}, {"columns": {"good": "desirable"}}),
     ],
-    ids=["trl", "messages", "tag", "thumbs", "columns"],
+    ids=["messages", "columns"],
 )
 def test_every_shape_of_verdict_gives_the_same_sample(tmp_path, smollm2_folder, row, options):
     data = make_data(tmp_path, smollm2_folder, [row], **options)
@@ -425,43 +372,24 @@ def read_metrics(run):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path):
-    whole, cut = (["--evaluation", "null", "--trainer.default_root_dir", name] for name in ("whole", "cut"))
-    assert main(["fit", *config, *whole]) == 0
-    assert main(["fit", *config, *cut, "--trainer.max_steps", "4"]) == 0
-    assert main(["fit", *config, *cut, "--ckpt_path", "last"]) == 0
+@pytest.mark.parametrize(("objective", "rows"), [("dpo", ROWS), ("kto", VERDICTS)])
+def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path, objective, rows):
+    write_rows(tmp_path / "train.jsonl", rows)
+    options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir"]
+    assert main(["fit", *config, *options, "whole"]) == 0
+    assert main(["fit", *config, *options, "cut", "--trainer.max_steps", "4"]) == 0
+    assert main(["fit", *config, *options, "cut", "--ckpt_path", "last"]) == 0
     one, other = (read_checkpoint(tmp_path / run) for run in ("whole", "cut"))
     assert one["global_step"] == 6
     for part in ("state_dict", "optimizer_states", "reference_log_probs"):
         assert same(one[part], other[part]), part
     lines = read_metrics(tmp_path / "whole")
-    accuracies = [float(line["val_accuracy"]) for line in lines if line.get("val_accuracy")]
-    margins = [float(line["train_margin"]) for line in lines if line.get("train_margin")]
-    assert accuracies[-1] == 1.0
+    accuracies, margins = (
+        [float(line[name]) for line in lines if line.get(name)] for name in ("val_accuracy", "val_margin")
+    )
+    assert accuracies[-1] > 0.8
     assert margins[-1] > margins[0]
     assert "val_token_accuracy" not in lines[0]
-
-
-def test_a_run_of_kto_learns_from_verdicts_and_resumes_bit_for_bit(config, tmp_path):
-    write_rows(tmp_path / "train.jsonl", VERDICTS)
-    options = ["--model.objective", "kto", "--evaluation", "null", "--trainer.default_root_dir"]
-    assert main(["fit", *config, *options, "whole"]) == 0
-    assert main(["fit", *config, *options, "cut", "--trainer.max_steps", "4"]) == 0
-    assert main(["fit", *config, *options, "cut", "--ckpt_path", "last"]) == 0
-    one, other = (read_checkpoint(tmp_path / run) for run in ("whole", "cut"))
-    assert all(same(one[part], other[part]) for part in ("state_dict", "optimizer_states", "reference_log_probs"))
-    lines = read_metrics(tmp_path / "whole")
-    margins = [float(line["val_margin"]) for line in lines if line.get("val_margin")]
-    assert margins[-1] > margins[0]
-    assert [float(line["val_accuracy"]) for line in lines if line.get("val_accuracy")][-1] > 0.8
-
-
-def test_the_end_of_a_fit_compares_validation_rows_with_their_own_reference(config, tmp_path):
-    write_rows(tmp_path / "val.jsonl", ROWS[::-1])
-    options = ["--data.val", "val.jsonl", "--trainer.default_root_dir", "run", "--evaluation.rows", "0"]
-    assert main(["fit", *config, *options]) == 0
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["metrics"]["loss"]["base"]
-    assert found["value"] == pytest.approx(math.log(2), rel=1e-3)  # the base is where the adapter started
 
 
 def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_path):
@@ -517,7 +445,8 @@ def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_
 
 
 def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path, capsys):
-    fit = ["fit", *config, "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]
+    write_rows(tmp_path / "val.jsonl", ROWS[::-1])  # each has a reference of its own
+    fit = ["fit", *config, "--data.val", "val.jsonl", "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]
     assert main([*fit, "--evaluation.rows", "2", "--evaluation.max_new_tokens", "4"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     accuracy = found["metrics"]["preference_accuracy"]

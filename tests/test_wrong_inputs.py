@@ -106,7 +106,6 @@ def compress() -> None:
 
 
 ALPACA = {"instruction": "Say it.", "output": "it"}
-TWO = '{"instruction": "Say it.", "output": "it", "output": "no"}'
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
 CODE = "model: !!python/object/apply:os.mkdir [ran]\n"
 EVIL = "validate --config c.yaml --data.val rows.jsonl --ckpt_path wrong.ckpt"
@@ -182,7 +181,6 @@ WRONG = [
     wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
     wrong("--data.train wrong.jsonl", "wrong.jsonl", "empty", prepare=write("wrong.jsonl", "")),
     wrong("--data.train wrong.jsonl", "wrong.jsonl:2", prepare=rows(ALPACA, "{'a"), lines=9),
-    wrong("--data.train wrong.jsonl", "wrong.jsonl:2", "'output'", "twice", prepare=rows(ALPACA, TWO), lines=9),
     wrong("--data.train wrong.jsonl", "wrong.jsonl", "format", prepare=rows({"a": "b", "c": "d"})),
     wrong("--data.chat_template t.jinja", "t.jinja", prepare=write("t.jinja", "{% for m in %}")),
     wrong("validate --config c.yaml", "data.val"),

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.support.errors import UserError
 
-_log = logging.getLogger(__name__)
-_LAYOUT = 8  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 9  # of what is stored; counts up when the same rows would give other samples, or would be refused
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
@@ -38,49 +35,33 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
     return found
 
 
-def describe_sources(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return all that the rows of sources depend on: what a key holds of them."""
-    return [
-        {
-            "path": source.path,
-            "files": [str(file) for file in source.files],
-            "hash": hash_source(source),
-            "read": repr([source.split, source.name, source.revision, source.data_files]),  # the hash tells the rest
-            "settings": repr(source.settings),
-        }
-        for source in sources
-    ]
+def can_be_kept(source: Source) -> bool:
+    """Whether it is known what the rows of a source depend on.
+
+    A function of the user's may depend on anything, and only a download tells what is behind a URL.
+    """
+    return "." not in source.settings.format and not any(isinstance(file, str) for file in source.files)
 
 
-def cached_samples(key: Mapping[str, Any], label: str, prepare: Callable[[], Prepared]) -> Prepared:
+def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepare: Callable[[], Prepared]) -> Prepared:
     """Return what ``prepare`` makes, from the cache if it was made before, mapped into memory.
 
-    The key is everything that the samples depend on; the label is for ``qlora-lightning cache list``. If the cache
-    cannot be written, the samples stay in memory.
+    Sources and settings are everything that the samples depend on.
     """
-    made: list[Prepared] = []
-    begun = False
-
-    def build(folder: Path) -> None:
-        nonlocal begun
-        begun = True
-        samples, report = prepare()
-        made.append((samples, report))
-        samples.save(folder)
-        (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
-
-    versions = {
+    key = {
+        "sources": [[repr(replace(source, weight=None)), hash_source(source)] for source in sources],
+        "settings": json.dumps(settings, sort_keys=True, default=str),
         "layout": _LAYOUT,
         "qlora_lightning": qlora_lightning.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
     }
-    try:
-        folder = cached_folder("samples", {**key, **versions}, build, label)
-    except UserError as error:
-        if begun and not made:  # what `prepare` raised of the rows
-            raise
-        _log.warning("The samples of %s are not kept for the next start: %s", label, error)
-        return made[0] if made else prepare()
-    report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    return SampleSet.load(folder), report
+
+    def build(folder: Path) -> None:
+        samples, report = prepare()
+        samples.save(folder)
+        (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+
+    folder = cached_folder("samples", key, build, ", ".join(source.path for source in sources))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return SampleSet.load(folder), Report(**report)

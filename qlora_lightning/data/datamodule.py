@@ -1,12 +1,11 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
-import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,61 +14,50 @@ from typing_extensions import override
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
-from qlora_lightning.data.cache import cached_samples, describe_sources, identify
+from qlora_lightning.data.cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_tokenizer, tokenizer_of_base
-from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, prepare
+from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, divide, prepare
 from qlora_lightning.data.report import Report
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.conversation import Chat, Judged, Pair
-from qlora_lightning.data.rows.convert import RowConverter
+from qlora_lightning.data.rows.conversation import Chat
+from qlora_lightning.data.rows.convert import find_conversations
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
-from qlora_lightning.data.samples import SampleSet, hold_out
+from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
-_CHOICES = {
-    "train_on": ("assistant", "last", "all"),
-    "reasoning": ("template", "drop"),
-    "too_long": ("truncate", "drop", "split"),
-}
+_BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers; one that it lacks had its default.
-_REMEMBERED = (
-    *("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS),
-    *("batch_size", "tokens_per_batch", "shuffle"),
-)
+_REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class InstructionDataModule(LightningDataModule):
-    """Instruction data as flat batches without padding, in an order from which a run can stop and resume exactly.
+    """Instruction data as flat batches without padding, in an order that is a pure function of seed and epoch.
 
-    The order is a pure function of seed and epoch. The seed is that of ``seed_everything`` (the environment variable
-    ``PL_GLOBAL_SEED``), else ``torch.initial_seed()`` at the first ``setup``; a resumed run keeps the checkpoint's.
+    The seed is that of ``seed_everything`` (the environment variable ``PL_GLOBAL_SEED``), else ``torch.initial_seed()``
+    at the first ``setup``; a resumed run keeps the checkpoint's.
 
     Args:
-        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``, also
-            compressed), a folder, a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of
-            these. Without weights an epoch is every row once; with weights it has as many rows as all sources
-            together, each source its share of them.
-        val: what to validate on.
+        train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), a folder,
+            a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of these. With weights an
+            epoch has as many rows as all sources together, each source its share; without, every row once.
+        val: what to validate on; without, the validation files of a folder in ``train``, as ``test`` likewise.
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function
-            ``row -> conversation``.
+            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one.
         encoding: of text files: ``latin-1`` for example.
-        chat_template: ``llama3``, ``chatml``, ``chatml-tools``, ``alpaca`` or a ``.jinja`` file; by default the
-            tokenizer's own.
+        chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
-            they are saved inside the adapter's template. A template that asks for today's date gets 26 July 2024,
-            unless ``strftime_now: 2026-11-27`` or a variable of its own names another.
+            they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
         reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
@@ -84,8 +72,8 @@ class InstructionDataModule(LightningDataModule):
         val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
-        accept_changed_data: resume from a checkpoint although training or validation samples differ now. It is not
-            written to config.yaml. If validation samples differ, the ranking of the best adapter starts over.
+        accept_changed_data: resume although training or validation samples are not those of the checkpoint. With
+            other validation samples the ranking of the best adapter starts over. It is not written to config.yaml.
     """
 
     pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
@@ -120,15 +108,12 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
-        self.encoding = encoding
+        self.encoding, self.on_bad_row, self.missing = encoding, on_bad_row, missing or []
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
-        self.max_length, self.too_long, self.on_bad_row = max_length, too_long, on_bad_row
-        self.missing = missing or []
-        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.shuffle, self.deduplicate = shuffle, deduplicate
-        self.val_fraction = val_fraction
-        self.accept_changed_data = accept_changed_data
+        self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
+        self.batch_size, self.tokens_per_batch, self.shuffle = batch_size, tokens_per_batch, shuffle
+        self.val_fraction, self.accept_changed_data = val_fraction, accept_changed_data
         self._check_settings()
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
@@ -144,23 +129,26 @@ class InstructionDataModule(LightningDataModule):
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
     def _check_settings(self) -> None:
-        for name, known in _CHOICES.items():
+        for name, known in (
+            ("train_on", ("assistant", "last", "all")),
+            ("reasoning", ("template", "drop")),
+            ("too_long", ("truncate", "drop", "split")),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}: expected {', '.join(known)}, found {getattr(self, name)!r}.")
         for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: expected at least {least}, found {value}.")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
-        values = {**self.files, **vars(self), "shuffle: false": not self.shuffle}
-        for one, other, reason in (
-            ("val", "val_fraction", "both name the rows to validate on"),
-            ("batch_size", "tokens_per_batch", "both say how large a batch is"),
-            ("shuffle: false", "tokens_per_batch", "packing does not keep the order of the files"),
-        ):
-            if all(values[name] is not None and values[name] is not False for name in (one, other)):
-                raise UserError(f"{one} and {other} are both given, but {reason}: leave one of them out.")
+        if self.val_fraction is not None:
+            if not 0 < self.val_fraction < 1:
+                raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
+            if self.files["val"] is not None:
+                raise UserError("val and val_fraction are both given, both name rows to validate on: leave one out.")
+        if self.batch_size is not None and self.tokens_per_batch is not None:
+            raise UserError("batch_size and tokens_per_batch are both given, which size a batch: leave one out.")
+        if self.tokens_per_batch is not None and not self.shuffle:
+            raise UserError("shuffle: false and tokens_per_batch are both given, but packing does not keep the order.")
 
     # ---- what it is made with ------------------------------------------------------------------------------------
 
@@ -168,9 +156,8 @@ class InstructionDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer with the chosen chat template, loaded when it is first needed."""
         if self._tokenizer is None:
-            self._tokenizer = choose_chat_template(
-                load_chosen_tokenizer(self._tokenizer_choice), self.chat_template, self.template_options
-            )
+            plain = load_chosen_tokenizer(self._tokenizer_choice)
+            self._tokenizer = choose_chat_template(plain, self.chat_template, self.template_options)
         return self._tokenizer
 
     @property
@@ -188,10 +175,8 @@ class InstructionDataModule(LightningDataModule):
     @property
     def identity(self) -> dict[str, Any]:
         """Hashes of training and validation samples, tokenizer and template, and the settings that made batches."""
-        return {
-            **identify(self.samples, self.tokenizer),
-            "settings": {name: getattr(self, name) for name in _REMEMBERED},
-        }
+        settings = {name: getattr(self, name) for name in _REMEMBERED}
+        return {**identify(self.samples, self.tokenizer), "settings": settings}
 
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
@@ -247,14 +232,7 @@ class InstructionDataModule(LightningDataModule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        stored, own = state_dict.get("seed", self._seed), self._seed
-        depends = self.val_fraction is not None or (self.trainer is not None and self.trainer.training)
-        if depends and own not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
-            rank_zero_info(
-                f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them "
-                "are held out for validation, stay as they were."
-            )
-        self._seed = stored
+        self._seed = state_dict.get("seed", self._seed)
         if self._pool is not None:
             self._divide()
 
@@ -262,15 +240,14 @@ class InstructionDataModule(LightningDataModule):
 
     def _prepare(self, split: str) -> None:
         """Prepare a split unless it is ready or there is none."""
-        if split in self.reports:
-            return
         if split == "val" and self.val_fraction is not None:
-            self._prepare("train")  # which holds the validation rows out
+            split = "train"  # which holds the validation rows out
+        sources = [] if self._has_own_rows() else self.sources(split)
+        if split in self.reports or not (sources or self._has_own_rows()):
             return
-        found = self._read(split)
-        if found is None or not found[1].rows:
+        samples, report = self._read(split, sources)
+        if not report.rows:
             return
-        samples, report = found
         report.check(self.on_bad_row == "skip", self.lenient)
         if split == "train" and self.val_fraction is not None:
             self._pool = samples, report
@@ -291,26 +268,24 @@ class InstructionDataModule(LightningDataModule):
                 rank_zero_info(f"{split} rows are not compared with the training rows: {error}")
         return "train" in self.samples
 
-    def _read(self, split: str) -> Prepared | None:
+    def _read(self, split: str, sources: Sequence[Source]) -> Prepared:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
-        sources = [] if self._has_own_rows() else self.sources(split)
-        rows = self._rows_by_source(split, sources)
-        if not rows:
-            return None
         if split == "train" and sources and sources[0].weight is not None:
             self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
             recipe = Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
             for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
+            rows = self._rows_by_source(split, sources)
             samples, report, prompts = prepare(rows, recipe, split, self.deduplicate, for_prompts, show)
             self._prompts = prompts or self._prompts
             return samples, report
 
-        key = None if split == "predict" else self._key(sources)
-        if key is None:
+        if split == "predict" or not all(map(can_be_kept, sources)) or not sources or self._tokenizer_choice is None:
             return make()
-        samples, report = cached_samples(key, ", ".join(source.path for source in sources), make)
+        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
+        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "template_options", "missing", "pairs")}
+        samples, report = cached_samples(sources, {"tokenizer": tokenizer, **settings}, make)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 
@@ -323,85 +298,41 @@ class InstructionDataModule(LightningDataModule):
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
         """Read rows of a split again, as conversations by their number; a row of raw text or tokens is left out."""
-        found, number = dict[int, Chat](), 0
-        held_out = split == "val" and self.val_fraction is not None
-        sources = self.sources("train" if held_out else split)
-        for settings, rows in self._rows_by_source("train" if held_out else split, sources):
-            converter = RowConverter(settings, pairs=self.pairs)
-            for row in rows:
-                if number in numbers and isinstance(row, Row):
-                    content = converter.convert(row)
-                    chat = content[0] if isinstance(content, Pair | Judged) else content
-                    if isinstance(chat, Chat):
-                        found[number] = chat
-                number += 1
-        return found
+        if split == "val" and self.val_fraction is not None:
+            split = "train"
+        return find_conversations(self._rows_by_source(split, self.sources(split)), numbers, self.pairs)
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
-        """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template.
-
-        Args:
-            source: A path, or as an entry of ``train``: ``{path: …, format: text}``.
-            rows: At most so many.
-        """
+        """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template."""
         names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
-        other = InstructionDataModule(test=[{"rows": rows, **entry}], tokenizer=self._tokenizer_choice, **options)
+        other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self._tokenizer_choice, **options)
         other.setup("test")
         samples = other.samples["test"]
         return [collate_rows(samples, [*range(len(samples))[at : at + 8]]) for at in range(0, len(samples), 8)]
 
     def _divide(self) -> None:
-        """Hold validation rows out of the training rows; what became of rows before is reported with those."""
+        """Hold validation rows out of the training rows."""
         assert self._pool is not None
-        samples, whole = self._pool
-        self.samples["train"], self.samples["val"] = hold_out(samples, self.val_fraction or 0.0, self._seed or 0)
-        left_out = sum(whole.dropped.values()) + whole.bad_rows
-        for report, more in ((replace(whole), left_out), (Report("val", formats=whole.formats, files=whole.files), 0)):
-            own = self.samples[report.split]
-            report.rows = len(np.unique(own.row_ids)) + more
-            report.count_samples(own)
-            report.count_duplicates(own)
-            self.reports[report.split] = report
+        for samples, report in divide(*self._pool, self.val_fraction or 0.0, self._seed or 0):
+            self.samples[report.split], self.reports[report.split] = samples, report
             rank_zero_info(report.describe())
 
     def sources(self, split: str) -> list[Source]:
         """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
         value: Any = self.files[split]
-        given = self.files["train"]
-        in_folder = split in ("val", "test") and not (split == "val" and self.val_fraction is not None)
-        if value is None and in_folder:
-            entries: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-            value = [each for each in entries if isinstance(each, str | os.PathLike) and has_split(each, split)] or None
-        if value is None:
+        if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
+            train: Any = self.files["train"]
+            paths = [each for each in (train if isinstance(train, list) else [train]) if isinstance(each, str | Path)]
+            value = [path for path in paths if has_split(path, split)]
+        if not value:
             return []
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
-        sources = find_sources(value, split, settings=settings, encoding=self.encoding)
-        if split == "train" and not self.shuffle and sources[0].weight is not None:
-            raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
-        return sources
+        return find_sources(value, split, settings=settings, encoding=self.encoding)
 
     def _has_own_rows(self) -> bool:
         return type(self).load_rows is not InstructionDataModule.load_rows
-
-    def _key(self, sources: Sequence[Source]) -> dict[str, Any] | None:
-        """Return everything that samples depend on; None if nobody can tell."""
-        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
-        if not sources or tokenizer is None:
-            return None
-        for source in sources:
-            # a function of the user's may depend on anything, and only a download tells what is behind a URL
-            if "." in source.settings.format or any(isinstance(file, str) for file in source.files):
-                return None
-        return {
-            "sources": describe_sources(sources),
-            "tokenizer": tokenizer,
-            "template_options": json.dumps(self.template_options, sort_keys=True, default=str),
-            **{name: getattr(self, name) for name in _SAMPLE_SETTINGS},
-            "missing": ",".join(map(repr, self.missing)),
-            **({"pairs": True} if self.pairs else {}),
-        }
 
     def _take_tokenizer_of_base(self) -> None:
         """Take the tokenizer of the module's base; what was prepared with that of another base is made again."""

@@ -1,8 +1,7 @@
 """What became of the rows of one split."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.samples import SampleSet, find_repeats
@@ -10,13 +9,13 @@ from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20
 _MEANS_NONE = {"n/a", "na", "null", "nan", "none", "nil", "-"}  # in lower case
-_LISTED = 5
+_LISTED = 10
 _MAX_UNUSABLE = 0.05
 
 
 @dataclass
 class Report:
-    """What became of the rows of one split; plain values."""
+    """What became of the rows of one split; plain values. Of many rows the first 20 are listed."""
 
     split: str
     rows: int = 0  # read, bad and dropped ones included
@@ -26,19 +25,17 @@ class Report:
     labelled: int = 0  # of the tokens
     desirable: int | None = None  # samples with that verdict, if they have verdicts
     shortened: int = 0  # samples cut to max_length
-    lost_tokens: int = 0  # that max_length cut off or, with too_long: drop, left out with their rows
-    lost_labels: int = 0  # of these
-    turn_by_turn: int = 0  # rows that became a sample per turn, since the template renders earlier answers otherwise
+    lost_labels: int = 0  # labelled tokens that max_length cut off or, with too_long: drop, left out with their rows
     dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
     unusable: int = 0  # of these, rows that leave nothing to train on
     bad_rows: int = 0
-    bad: list[BadRow] = field(default_factory=list)  # the first of them
+    bad: dict[str, list[str]] = field(default_factory=dict)  # their places by reason
     duplicates: int = 0  # rows equal to an earlier one of the split
-    duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)  # the first ones, each with what it equals
+    duplicate_pairs: list[str] = field(default_factory=list)  # each with the row that it equals
     overlap: int = 0  # rows that are trained on too
-    overlap_pairs: list[tuple[str, str]] = field(default_factory=list)
+    overlap_pairs: list[str] = field(default_factory=list)
     suspicious: int = 0  # rows that are trained, and look as if something were missing
-    suspicious_rows: list[str] = field(default_factory=list)  # the first ones, each with why
+    suspicious_rows: list[str] = field(default_factory=list)  # each with why
     unread_columns: list[str] = field(default_factory=list)  # under our names
     files: list[str] = field(default_factory=list)  # that were read
 
@@ -46,10 +43,16 @@ class Report:
         """Count well-formed rows that are left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + rows
 
+    def leave_untrained(self, reason: str) -> None:
+        """Count a row that leaves nothing to train on."""
+        self.unusable += 1
+        self.drop(reason)
+
     def count_bad_row(self, row: BadRow) -> None:
         """Count a bad row."""
         self.bad_rows += 1
-        self.bad = [*self.bad, row][:_SHOWN]
+        if self.bad_rows <= _SHOWN:
+            self.bad.setdefault(row.reason, []).append(row.where)
 
     def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str]) -> None:
         """Note a row whose answer is a word for none, or whose question is empty."""
@@ -86,28 +89,20 @@ class Report:
             parts.append(f"{self.samples:,} samples")
         if self.shortened:
             parts.append(f"{self.shortened:,} shortened ({self.lost_labels:,} labelled tokens lost)")
-        if self.turn_by_turn:
-            parts.append(f"{self.turn_by_turn:,} rendered turn by turn")
         lines = [", ".join(parts)]
-        if self.files:
-            more = f" and {len(self.files) - _SHOWN:,} more" if len(self.files) > _SHOWN else ""
-            lines.append(f"  read from {', '.join(self.files[:_SHOWN])}{more}")
-        if self.unread_columns:
-            more = ", …" if len(self.unread_columns) > _SHOWN else ""
-            lines.append(f"  columns not read: {', '.join(self.unread_columns[:_SHOWN])}{more}")
-        lines += [f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items()]
-        if self.bad_rows:
-            bad = [f"{places} ({reason})" for reason, places in self._bad_places().items()]
-            lines += _list(f"{self.bad_rows:,} bad rows skipped", bad)
-        if self.suspicious:
-            lines += _list(f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows)
-        if self.duplicates:
-            pairs = [f"{here} = {first}" for here, first in self.duplicate_pairs]
-            lines += _list(f"{self.duplicates:,} rows equal an earlier one", pairs)
-        if self.overlap:
-            pairs = [f"{here} = {first}" for here, first in self.overlap_pairs]
-            lines += _list(f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", pairs)
-        return "\n".join(lines)
+        bad = [f"{', '.join(places)} ({reason})" for reason, places in self.bad.items()]
+        for title, places in (
+            ("read from", self.files),
+            ("columns not read", self.unread_columns),
+            (f"{self.bad_rows:,} bad rows skipped", bad),
+            (f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows),
+            (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
+            (f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", self.overlap_pairs),
+        ):
+            if places:
+                more = ", …" if len(places) > _LISTED else ""
+                lines.append(f"  {title}: {', '.join(places[:_LISTED])}{more}")
+        return "\n".join([*lines, *(f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items())])
 
     def check(self, skip_bad: bool, lenient: bool = False) -> None:
         """Reject a split that cannot be trained on as it is.
@@ -116,45 +111,19 @@ class Report:
             UserError: there are bad rows and they are not to be skipped; or no sample is left; or, unless ``lenient``,
                 more than 5 % of the rows leave nothing to train on.
         """
+        listed = [f"{self.bad_rows} {'row' if self.bad_rows == 1 else 'rows'} cannot be used:"]
+        listed += [f"  {', '.join(places)}: {reason}" for reason, places in self.bad.items()]
+        if self.bad_rows > _SHOWN:
+            listed.append(f"  and {self.bad_rows - _SHOWN} more")
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
         if self.bad_rows and not (skip_bad or lenient):
-            raise UserError(f"{self._list_bad()}\nCorrect them, or leave them out with `on_bad_row: skip`.")
+            raise UserError("\n".join([*listed, "Correct them, or leave them out with `on_bad_row: skip`."]))
         if self.samples == 0:
-            left = f"{self.split}: none of {self.rows:,} rows is left ({self._reasons()})."
-            raise UserError(self._list_bad() if self.bad_rows else left)
+            left = f"{self.split}: none of {self.rows:,} rows is left ({reasons})."
+            raise UserError("\n".join(listed) if self.bad_rows else left)
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
-                f"{_MAX_UNUSABLE:.0%}; {self._reasons()}). `qlora-lightning inspect` shows them; look at max_length, "
+                f"{_MAX_UNUSABLE:.0%}; {reasons}). `qlora-lightning inspect` shows them; look at max_length, "
                 "train_on and `train: false`."
             )
-
-    def _bad_places(self) -> dict[str, str]:
-        """Return the places of the first bad rows by their reason."""
-        places: dict[str, list[str]] = {}
-        for row in self.bad:
-            places.setdefault(row.reason, []).append(row.where)
-        return {reason: ", ".join(where) for reason, where in places.items()}
-
-    def _list_bad(self) -> str:
-        rows = "1 row cannot be used:" if self.bad_rows == 1 else f"{self.bad_rows} rows cannot be used:"
-        lines = [rows, *(f"  {places}: {reason}" for reason, places in self._bad_places().items())]
-        if self.bad_rows > len(self.bad):
-            lines.append(f"  and {self.bad_rows - len(self.bad)} more")
-        return "\n".join(lines)
-
-    def _reasons(self) -> str:
-        return "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
-        """Make it of its fields, back from JSON."""
-        report = cls(**values)
-        report.bad = [BadRow(*row) for row in report.bad]
-        for pairs in (report.duplicate_pairs, report.overlap_pairs):
-            pairs[:] = [(here, first) for here, first in pairs]
-        return report
-
-
-def _list(title: str, places: list[str]) -> list[str]:
-    more = ", …" if len(places) > _LISTED else ""
-    return [f"  {title}: {', '.join(places[:_LISTED])}{more}"]

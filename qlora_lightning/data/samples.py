@@ -187,10 +187,10 @@ class SampleSetBuilder:
 
 
 class Repeats(NamedTuple):
-    """The ids of rows that occur elsewhere too, and the places of the first 20, each with the first row like it."""
+    """The ids of rows that occur elsewhere too, and the first 20: ``place = place of the first row like it``."""
 
     row_ids: npt.NDArray[np.int64]
-    pairs: list[tuple[str, str]]
+    pairs: list[str]
 
 
 def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
@@ -207,7 +207,7 @@ def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
         is_first = earliest == repeated
         repeated, earliest = repeated[~is_first], earliest[~is_first]
     pairs = [
-        (samples.where(own), (among or samples).where(equal))
+        f"{samples.where(own)} = {(among or samples).where(equal)}"
         for own, equal in zip(rows[repeated[:_SHOWN]], earlier_rows[earliest[:_SHOWN]], strict=True)
     ]
     return Repeats(samples.row_ids[rows[repeated]], pairs)

@@ -61,7 +61,7 @@ def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, pr
     second = setup()
     assert prepared == ["train", "val"]
     assert contents(first) == contents(second)
-    assert second.reports["val"].overlap_pairs == [("val.jsonl:1", "train.jsonl:2")]
+    assert second.reports["val"].overlap_pairs == ["val.jsonl:1 = train.jsonl:2"]
     assert isinstance(second.samples["train"].ids.base, np.memmap)
 
 
@@ -85,8 +85,7 @@ def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
 
 def test_another_setting_is_prepared_again_and_each_is_kept(setup, prepared):
     settings = [{}, {"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
-    settings += [{"format": "prompt_completion"}, {"columns": {"prompt": "prompt"}}, {"chat_template": "own.jinja"}]
-    settings += [{"deduplicate": True}, {"reasoning": "drop"}]
+    settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"missing": ["N/A"]}]
     for _ in range(2):
         for each in settings:
             setup(**each)
@@ -95,8 +94,7 @@ def test_another_setting_is_prepared_again_and_each_is_kept(setup, prepared):
 
 def test_what_changes_no_sample_finds_the_same(setup, prepared):
     setup()
-    for settings in ({"batch_size": 3}, {"tokens_per_batch": 512}, {"on_bad_row": "skip"}, {"shuffle": False}):
-        setup(**settings)
+    setup(tokens_per_batch=512, on_bad_row="skip")
     for fraction, rows in ((0.25, 2), (0.5, 4)):
         assert len(setup(val=None, val_fraction=fraction).samples["val"]) == rows
     for stage, files in (("validate", {}), ("test", {"test": "val.jsonl"}), ("test", {"test": "train.jsonl"})):
@@ -129,15 +127,3 @@ def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache
         file.write(Path("train.jsonl").read_bytes())
     assert len(setup(train="memory://rows.jsonl", val=None).samples["train"]) == 8
     assert not cache.exists()
-
-
-def test_a_cache_that_cannot_be_written_prepares_in_memory_once_with_one_warning(setup, prepared, monkeypatch, caplog):
-    def save(self, folder):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qlora_lightning.data.samples.SampleSet.save", save)
-    data = setup(val=None)
-    assert (prepared, len(data.samples["train"])) == (["train"], 8)
-    (record,) = (each for each in caplog.records if each.levelname == "WARNING")
-    assert "The samples of train.jsonl are not kept for the next start" in record.message
-    assert "No space left on device" in record.message

@@ -27,22 +27,22 @@ A_LAST = ([1, 2, 3], [-100, -100, 3])  # the tokens of A, other labels
 
 
 def named(repeats):
-    return repeats.row_ids.tolist(), [(here[-1], there[-1]) for here, there in repeats.pairs]
+    return repeats.row_ids.tolist(), [pair.replace("train.jsonl:", "") for pair in repeats.pairs]
 
 
 def test_duplicates_are_named_with_the_first_of_them():
-    assert named(find_repeats(build(A, B, A, A_LAST, B, A))) == ([2, 4, 5], [("3", "1"), ("5", "2"), ("6", "1")])
+    assert named(find_repeats(build(A, B, A, A_LAST, B, A))) == ([2, 4, 5], ["3 = 1", "5 = 2", "6 = 1"])
     many = find_repeats(build(*[A] * 30))
-    assert (len(many.row_ids), len(many.pairs), many.pairs[-1]) == (29, 20, ("train.jsonl:21", "train.jsonl:1"))
+    assert (len(many.row_ids), len(many.pairs), many.pairs[-1]) == (29, 20, "train.jsonl:21 = train.jsonl:1")
     # a row in pieces equals another if all its pieces do
-    assert named(find_repeats(build([A, B], A, B, [A, A_LAST], [A, B]))) == ([4], [("5", "1")])
+    assert named(find_repeats(build([A, B], A, B, [A, A_LAST], [A, B]))) == ([4], ["5 = 1"])
 
 
 def test_overlap_names_both_files():
     train, val = build(A, B, B), build(A_LAST, B, ([7, 8], [-100, 8]), B, file="val.jsonl")
     found = find_repeats(val, among=train)
     assert found.row_ids.tolist() == [1, 3]
-    assert found.pairs == [("val.jsonl:2", "train.jsonl:2"), ("val.jsonl:4", "train.jsonl:2")]
+    assert found.pairs == ["val.jsonl:2 = train.jsonl:2", "val.jsonl:4 = train.jsonl:2"]
     for repeats in (find_repeats(build()), find_repeats(build(), train), find_repeats(train, build())):
         assert named(repeats) == ([], [])
 

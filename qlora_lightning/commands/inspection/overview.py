@@ -102,12 +102,10 @@ def _count(report: Report, stopping: int, begun: int) -> dict[str, str]:
         "samples": report.samples,
         "with a stop token": stopping,
         "with a BOS": begun,
-        "turn by turn": report.turn_by_turn,
         "shortened": report.shortened,
         "tokens": report.tokens,
         "labelled tokens": report.labelled,
         "labelled share": _share(report.labelled, report.tokens),
-        "tokens lost": report.lost_tokens,
         "labelled tokens lost": report.lost_labels,
         "desirable answers": report.desirable or 0,
         "duplicates": report.duplicates,
@@ -174,15 +172,12 @@ def count_ends(samples: SampleSet, stop_ids: Sequence[int], bos_id: int | None) 
 def list_findings(report: Report, stopping: int, begun: int, doubled: int) -> Iterator[tuple[str, list[str]]]:
     """Yield what a user should look at in a split: a title, and a line for each place or reason."""
     has_template = report.split != "predict" and _WITHOUT_TEMPLATE.isdisjoint(report.formats)
-    same, trained = (
-        [f"{row} = {first}" for row, first in pairs] for pairs in (report.duplicate_pairs, report.overlap_pairs)
-    )
-    bad = [f"{row.where}: {row.reason}" for row in report.bad]
+    bad = [f"{place}: {reason}" for reason, places in report.bad.items() for place in places]
     for count, title, places in (
         (report.bad_rows, "bad rows", bad),
         (report.suspicious, "rows that look incomplete; data.missing drops them", report.suspicious_rows),
-        (report.duplicates, "rows equal to an earlier one", same),
-        (report.overlap, f"rows also in train, so {report.split}_loss is too good", trained),
+        (report.duplicates, "rows equal to an earlier one", report.duplicate_pairs),
+        (report.overlap, f"rows also in train, so {report.split}_loss is too good", report.overlap_pairs),
     ):
         if count:
             yield f"{count:,} {title}", [*places, f"and {count - len(places):,} more"][:count]

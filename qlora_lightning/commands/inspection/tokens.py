@@ -50,7 +50,8 @@ def show_rows(
         end = f"{file}:{line}"
         of_line = np.flatnonzero(samples.line == int(line)).tolist()
         found = [show(number) for number in of_line if samples.where(number).endswith(end)]
-        bad = [(row.where, f"bad row: {row.reason}") for row in report.bad if row.where.endswith(end)]
+        listed = ((place, reason) for reason, places in report.bad.items() for place in places)
+        bad = [(place, f"bad row: {reason}") for place, reason in listed if place.endswith(end)]
         if not found and not bad:
             bad = [(f"{split} {place}", "no row begins in this line, or it was dropped or is in another split")]
         yield from [*found, *((_heading(*words), Text()) for words in bad)]

@@ -205,7 +205,7 @@ def _largest_batch(plan: EpochPlan, epoch: Epoch, skips_unlabelled: bool) -> dic
         predicts = [samples.labelled[span][1:] for span in spans]  # from each token the next is predicted
         return find_computed([samples.ids[span] for span in spans], predicts).count
 
-    rows = plan.find_largest(epoch.epochs, epoch.batches, count)
+    rows = plan.find_largest(epoch.batches)
     if not rows:
         raise UserError("There are no training rows.")
     lengths = [span.stop - span.start for span in samples.spans(rows)]

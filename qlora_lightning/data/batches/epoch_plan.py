@@ -1,7 +1,7 @@
 """Which rows make up each batch of an epoch: their order, mixed by weight or packed, and each rank's share of them."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,8 +12,6 @@ import torch
 
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
-
-_EPOCHS_SEARCHED, _ROWS_SEARCHED = 10, 500_000  # by `find_largest`: some five seconds
 
 
 class RankBatch(NamedTuple):
@@ -28,8 +26,8 @@ class EpochPlan:
     """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
     Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
-    first. Every epoch has the same number of batches. Under ``shares`` the number of bins may come out
-    differently: it is made that of epoch 0, by leaving out the emptiest bins or cutting the fullest in two.
+    first. Every epoch has the same number of batches: under ``shares``, where the number of bins may come out
+    differently, that of epoch 0.
 
     Raises:
         UserError: a weight or ``tokens_per_batch`` does not fit the samples.
@@ -52,11 +50,10 @@ class EpochPlan:
                 raise UserError(f"weight: source {number} has no usable row, so it has no share: leave it out.")
         lengths, budget = self.samples.lengths, self.tokens_per_batch
         if budget is not None and lengths.max(initial=0) > budget:
-            worst, longer = int(lengths.argmax()), int((lengths > budget).sum())
+            worst = int(lengths.argmax())
             raise UserError(
                 f"tokens_per_batch: expected room for the longest sample, {lengths[worst]:,} tokens "
-                f"({self.samples.where(worst)}), found {budget:,}, for which {longer:,} of {len(lengths):,} samples "
-                "are too long: raise it, or lower max_length, which shortens them (or as too_long says)."
+                f"({self.samples.where(worst)}), found {budget:,}: raise it, or lower max_length."
             )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -71,7 +68,7 @@ class EpochPlan:
         """Return one rank's batches of an epoch."""
         if self.batch_size is not None:
             return rank_batches(self.order(epoch).tolist(), self.batch_size, rank, self.world_size)
-        bins = make_count(self._pack(epoch), self.samples.lengths, self._bins)
+        bins = make_count(self._pack(epoch), self._bins)
         if self.shuffle:
             bins = [bins[number] for number in permute(len(bins), self.seed, epoch, "bins")]
         return rank_bins(bins, rank, self.world_size)
@@ -82,31 +79,11 @@ class EpochPlan:
             return count_batches(len(self.samples), self.batch_size, self.world_size)
         return count_batches(self._bins, 1, self.world_size)
 
-    def find_largest(
-        self, max_epochs: int | None, limit: int | None, count: Callable[[Sequence[int]], int]
-    ) -> list[int]:
-        """Return the rows of the largest batch on the first rank: the most computed tokens, then the longest row.
-
-        Small data that are shuffled are searched for ten epochs.
-
-        Args:
-            max_epochs: of the run; None if only steps end it.
-            limit: batches of each epoch; None for all.
-            count: counts the computed tokens of a batch of rows.
-        """
-        epochs = 1
-        if self.shuffle and self.tokens_per_batch is None:  # packed batches are as full in every epoch
-            epochs = min(_EPOCHS_SEARCHED, _ROWS_SEARCHED // max(1, len(self.samples)), max_epochs or 1)
+    def find_largest(self, limit: int | None = None) -> list[int]:
+        """Return the rows of the batch with most tokens among the first rank's of epoch 0, or the first ``limit``."""
         lengths = self.samples.lengths
-        batches = [batch.rows for epoch in range(max(1, epochs)) for batch in self.batches(epoch)[:limit]]
-        largest, most = list[int](), (-1, -1)
-        for rows in sorted(batches, key=lambda rows: -int(lengths[rows].sum())):
-            if int(lengths[rows].sum()) < most[0]:
-                break  # no more are computed than there are
-            cost = count(rows), int(lengths[rows].max())
-            if cost > most:
-                largest, most = rows, cost
-        return largest
+        batches = [batch.rows for batch in self.batches(0)[:limit]]
+        return max(batches, key=lambda rows: int(lengths[rows].sum()), default=list[int]())
 
     @cached_property
     def _bins(self) -> int:
@@ -221,14 +198,9 @@ def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]
     return bins
 
 
-def make_count(bins: list[list[int]], lengths: _Numbers, count: int) -> list[list[int]]:
-    """Return ``count`` bins, at most as many as rows: the emptiest are left out, or those with most rows cut in two."""
-    if len(bins) > count:
-        sizes = np.asarray(lengths)
-        fill = np.array([sizes[rows].sum() for rows in bins])
-        kept = np.sort(np.argsort(-fill, kind="stable")[:count])
-        return [bins[number] for number in kept.tolist()]
-    bins = list(bins)
+def make_count(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Return ``count`` bins, at most as many as rows: the last are left out, or those with most rows cut in two."""
+    bins = bins[:count]
     while len(bins) < count:
         number = max(range(len(bins)), key=lambda n: len(bins[n]))
         rows = bins[number]

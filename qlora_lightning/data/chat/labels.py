@@ -24,18 +24,11 @@ class Rendered(NamedTuple):
 
 
 class ChatRenderer:
-    """Renders conversations, texts and tokens with one tokenizer.
+    """Renders conversations, texts and tokens with one tokenizer; settings are those of the data module.
 
     A text is encoded as a whole, and the characters that each token stands for say which tokens are an answer. Every
     row is checked: the ids before an answer are those that generation would begin with, and the labelled ids decode to
     the answer and its stop token.
-
-    Args:
-        tokenizer: a tokenizer of transformers; for conversations with a chat template.
-        train_on: ``assistant``: every answer and its stop token; ``last``: only the last one; ``all``: every token.
-            An answer with ``train: false`` is never trained.
-        reasoning: of the answers before the last: ``template``: each answer is trained as the template renders it at
-            inference, whether it keeps earlier reasoning or not; ``drop``: it is left out.
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
@@ -68,7 +61,8 @@ class ChatRenderer:
             return []
         if isinstance(content, Text):
             return [self._write_document(content.text)]
-        messages = content.messages[: _count_used(content.messages)]
+        # what follows the last answer teaches nothing
+        messages = content.messages[: answer_indices(content.messages)[-1] + 1]
         self._check_messages(messages, content.tools)
         if self.train_on == "all" and not all(one.get("train", True) for one in messages):
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
@@ -108,25 +102,13 @@ class ChatRenderer:
         self._check_bos(encoded.ids)
         return encoded.ids
 
-    def split_answers(self, conversation: Conversation, tools: Tools, samples: int) -> list[list[int]]:
-        """Return the indices of the trained answers in each of the samples that a conversation became."""
-        trained = self._find_trained(conversation)
-        if samples == 1:
-            return [trained]
-        texts = self._text.render(conversation[: _count_used(conversation)], tools, trained)
-        return [[answer.message for answer in text.answers] for text in texts]
-
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
         """Render messages as one sample that trains the answers at these indices, the last message among them."""
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, self.encode([rendered.text])[0])
 
-    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
-        """Return a conversation without what ``reasoning: drop`` leaves out of it."""
-        return self._text.drop_earlier_reasoning(conversation[: _count_used(conversation)])
-
     def _write_document(self, text: str) -> RenderedText:
-        self._refuse_control(text, "the text contains")
+        self._check_text(text, "the text contains")
         begin = self.tokenizer.bos_token if self._writes_bos else ""
         return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
 
@@ -136,7 +118,7 @@ class ChatRenderer:
         return [number for number in wanted if conversation[number].get("train", True)]
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools) -> None:
-        """Refuse control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
+        """Reject control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise UserError(
                 f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
@@ -147,14 +129,18 @@ class ChatRenderer:
             for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
                 if key in message:
                     texts += "\n" + json.dumps(message[key], ensure_ascii=False)
-            self._refuse_control(texts, f"message {number} ({message['role']}) contains")
+            self._check_text(texts, f"message {number} ({message['role']}) contains")
         if tools:
-            self._refuse_control(json.dumps(tools, ensure_ascii=False), "'tools' contain")
+            self._check_text(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
-    def _refuse_control(self, text: str, subject: str) -> None:
+    def _check_text(self, text: str, subject: str) -> None:
         found = self._controls.pattern.search(text)
         if found:
             raise RowFault(f"{subject} the control token {found[0]!r} as text, which would end or begin a turn there")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowFault(f"{subject} half a character (a lone surrogate, as a cut \\ud83d leaves)") from None
 
     def _label(self, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token."""
@@ -180,11 +166,12 @@ class ChatRenderer:
         size = len(self.tokenizer)
         if not ids or len(ids) != len(labels):
             raise RowFault(f"expected token ids and as many labels, found {len(ids)} and {len(labels)}")
-        for at, (number, label) in enumerate(zip(ids, labels, strict=True)):
-            if not 0 <= number < size:
-                raise RowFault(f"the token id {number} is not in the vocabulary of {size:,}: of another tokenizer?")
-            if label not in (IGNORED, number):
-                raise RowFault(f"label {at} is {label}, expected {IGNORED} or the token id {number}: not shifted")
+        if not 0 <= min(ids) <= max(ids) < size:
+            raise RowFault(
+                f"token ids from {min(ids)} to {max(ids)}, in a vocabulary of {size:,}: another tokenizer's?"
+            )
+        if any(label not in (IGNORED, number) for number, label in zip(ids, labels, strict=True)):
+            raise RowFault(f"a label must be {IGNORED} or the token id itself, not shifted")
         return Rendered(ids, [IGNORED, *labels[1:]])
 
     def _find_start(self, text: str, encoded: "_Encoded", start: int, before: int = 0) -> int:
@@ -222,28 +209,18 @@ class ChatRenderer:
         return first
 
     def _check_bos(self, ids: list[int]) -> None:
-        """Refuse a template that writes two BOS, or none where the tokenizer itself would write one.
-
-        Raises:
-            UserError: with the beginning of the row as the model would see it.
-        """
+        """Reject a template that writes two BOS, or none where the tokenizer itself would write one."""
         bos = self.tokenizer.bos_token_id
         if bos is None or (ids[0] == bos and ids[1:2] != [bos]) or (ids[0] != bos and not self._writes_bos):
             return
         raise UserError(
             f"expected one BOS token ({self.tokenizer.bos_token}) at the beginning, found "
-            f"{'two' if ids[0] == bos else 'none'}: write {{{{ bos_token }}}} once in the chat template. The row "
-            f"begins: {self.tokenizer.decode(ids[:20])!r}"
+            f"{'two' if ids[0] == bos else 'none'}: write {{{{ bos_token }}}} once in the chat template."
         )
 
 
 def _label_all(ids: list[int]) -> Rendered:
     return Rendered(ids, [IGNORED, *ids[1:]])  # nothing predicts the first one
-
-
-def _count_used(conversation: Conversation) -> int:
-    """Count the messages up to the last answer; what follows it teaches nothing."""
-    return answer_indices(conversation)[-1] + 1
 
 
 def _is_same_text(decoded: str, wanted: str) -> bool:

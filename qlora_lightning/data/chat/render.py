@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.templates import find_reasoning_key
-from qlora_lightning.data.chat.tokenizer import PROBE, ControlTokens
+from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Conversation, Message, Tools
 from qlora_lightning.support.errors import UserError
@@ -18,9 +17,7 @@ _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning wit
 _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
 # a block without content, and the line breaks that templates write behind it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
-_FEW = 8  # answers of one conversation that are each found by rendering all that is before them
-_QUESTION, _ANSWER = PROBE
-_ADVICE = "Choose a template that knows tools: data.chat_template: chatml-tools (if the base has ChatML's tokens)"
+_ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
 
 
 class AnswerSpan(NamedTuple):
@@ -53,10 +50,6 @@ class ChatText:
     template under the name that it reads; to one that reads none, as ``<think>…</think>`` before the content. A block
     without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
 
-    Args:
-        tokenizer: a tokenizer of transformers with a chat template.
-        controls: its control tokens.
-        reasoning: of earlier answers: ``template``: as the template renders them; ``drop``: left out.
     """
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
@@ -77,15 +70,18 @@ class ChatText:
             UserError: it writes no stop token after an answer.
         """
         messages = self.drop_earlier_reasoning(messages)
-        text, spans = self._write(messages, tools, wanted)
+        text = self._apply(messages, tools)
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
-            span = spans[number]
+            span = self._find_span(messages, tools, number, text)
             if span is None:
-                raise _not_preserving(number)
+                raise RowFault(
+                    f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) "
+                    "otherwise than generation would see and continue it"
+                )
             answer = self._check_answer(messages[number], number, span)
             if span.text == text:
                 together.append(answer)
@@ -96,8 +92,9 @@ class ChatText:
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
         """Render what generation begins with; the earlier answers are those that training finds in the same text."""
         messages = self.drop_earlier_reasoning(messages, generation=True)
-        text, spans = self._write(messages, tools, answer_indices(messages), generation=True)
+        text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
+        spans = {number: self._find_span(messages, tools, number, text) for number in answer_indices(messages)}
         found = [(number, span) for number, span in spans.items() if span and span.text == text]
         return RenderedText(text, [AnswerSpan(number, span.start, span.end) for number, span in found])
 
@@ -130,62 +127,19 @@ class ChatText:
             plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
         return plain
 
-    def _write(
-        self, messages: Conversation, tools: Tools, wanted: Sequence[int], generation: bool = False
-    ) -> tuple[str, dict[int, _TurnSpan | None]]:
-        """Return the text of messages and the spans of answers; None for one that generation could not begin so.
+    def _find_span(self, messages: Conversation, tools: Tools, number: int, text: str) -> _TurnSpan | None:
+        """Return the span of an answer in the text, or else in the text of the conversation that it ends.
 
-        To render all that is before each of many answers would cost the square of their number. If the turns as they
-        are generated, one behind the other, are the text, then each is where it was put.
+        None if generation could not begin it so.
         """
-        text = self._apply(messages, tools, generation)
-        if len(wanted) > _FEW:
-            with suppress(RowFault):  # the template may refuse the short conversations that turns are rendered in
-                written, spans = self._write_as_generated(messages, tools, generation)
-                if written == text:
-                    return written, spans
-        return text, {number: self._find_span(messages, tools, number, text, generation) for number in wanted}
-
-    def _find_span(
-        self, messages: Conversation, tools: Tools, number: int, text: str, generation: bool
-    ) -> _TurnSpan | None:
-        """Return the span of an answer in the text, or else in the text of the conversation that it ends."""
         prompt = self._apply(messages[:number], tools, generation=True)
-        is_all = number == len(messages) - 1 and not generation
-        turn = _find_turn(messages[number], prompt, text if is_all else self._apply(messages[: number + 1], tools))
+        whole = text if number + 1 == len(messages) else self._apply(messages[: number + 1], tools)
+        turn = _find_turn(messages[number], prompt, whole)
         if turn is None:
             return None
         generated, block_end = turn
         alone = prompt + generated
         return _TurnSpan(text if text.startswith(alone) else alone, len(prompt) + block_end, len(alone))
-
-    def _write_as_generated(
-        self, messages: Conversation, tools: Tools, generation: bool
-    ) -> tuple[str, dict[int, _TurnSpan | None]]:
-        """Write each answer as it was generated, and between them what the template writes there.
-
-        Both are rendered behind a short question, whatever was asked: a template that makes a difference is found out
-        by the text, which is another then.
-        """
-        answers = answer_indices(messages)
-        short = [*(one for one in messages[:1] if one["role"] == "system"), _QUESTION]
-        prompt = self._apply(short, None, generation=True)
-        text, spans = self._apply(messages[: min(answers, default=len(messages))], tools, generation=True), {}
-        for number, following in zip(answers, [*answers[1:], len(messages)], strict=False):
-            turn = _find_turn(messages[number], prompt, self._apply([*short, messages[number]], None))
-            if turn is None:
-                raise _not_preserving(number)
-            generated, block_end = turn
-            spans[number] = len(text) + block_end, len(text) + len(generated)
-            text += generated
-            if following == len(messages) and not generation:
-                break
-            marked = self._apply([*short, _ANSWER, *messages[number + 1 : following]], None, generation=True)
-            behind = marked.rpartition(_ANSWER["content"])[2]
-            stop = self.controls.stop_pattern.search(text, spans[number][0])
-            end = self.controls.pattern.search(behind)  # of the turn, as the template itself writes it
-            text = text[: stop.end() if stop else None] + behind[end.end() if end else 0 :]
-        return text, {number: _TurnSpan(text, *span) for number, span in spans.items()}
 
     def _check_answer(self, message: Message, number: int, span: _TurnSpan) -> AnswerSpan:
         """Check that a turn holds its answer, and return it to the end of its stop token."""
@@ -199,8 +153,7 @@ class ChatText:
             )
         turn = text[start : stop.end()]
         thought, content = _split_reasoning(message)
-        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
-        if not all(part in turn for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
+        if (thought or "").strip() not in turn or content.strip() not in turn:
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {turn!r}")
         return AnswerSpan(number, start, stop.end())
 
@@ -229,18 +182,12 @@ def _find_turn(message: Message, prompt: str, whole: str) -> tuple[str, int] | N
     return generated, len(closing) if thought is None else 0
 
 
-def _not_preserving(number: int) -> RowFault:
-    return RowFault(
-        f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) otherwise than "
-        "generation would see and continue it"
-    )
-
-
 def _check_messages(messages: Sequence[Message], text: str) -> None:
     """Reject a template that leaves out or changes messages, beside the answers."""
     for number, message in enumerate(messages, start=1):
         content = message["content"].strip()
-        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
+        as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # how some templates write what a tool returned
+        if message["role"] != "assistant" and content not in text and as_json not in text:
             raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
             raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
@@ -262,20 +209,3 @@ def _without_reasoning(message: Message) -> Message:
     plain: Message = {**message, "content": content}
     plain.pop("reasoning_content", None)
     return plain
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers in a value, as they are in JSON without quotes."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield _as_json(value)
-
-
-def _as_json(value: str | float) -> str:
-    """Return a text or number as JSON has it, without quotes: how some templates write what a tool returned."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text[1:-1] if isinstance(value, str) else text

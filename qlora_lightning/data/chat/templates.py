@@ -8,9 +8,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
-from jinja2.meta import find_undeclared_variables
-
 from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
 from qlora_lightning.data.rows.conversation import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
@@ -19,35 +16,26 @@ from qlora_lightning.support.errors import UserError, nearest
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "chatml-tools": ("<|im_start|>", "<|im_end|>"),
+    "chatml-tools": ("<|im_start|>", "<|im_end|>"),  # the same: chatml once knew no tools
     "alpaca": (),
 }
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
-_CLOCK = "strftime_now"  # today's date, a function that transformers gives every template
-_STOPPED = re.compile(rf"\{{%- macro {_CLOCK}\(format\) %\}}.*?\{{%- endmacro %\}}\n")  # as an adapter has it
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
 _DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
-_PASSED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})  # to every template
-_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag that jinja itself does not know
-_PARSER = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
-    """Return a tokenizer that renders with the chosen template and ends where its assistant turns end.
+    """Return a copy of a tokenizer that renders with the chosen template and ends where its assistant turns end.
 
     The same row renders the same on every day and in every program: the options become defaults inside the template,
-    which whoever renders with it may still override, and a template that asks for today's date gets a fixed one.
-
-    The token that ends an assistant turn becomes its end-of-sequence token; the former one stays a stop id
-    (``find_stop_ids``). The vocabulary is never enlarged.
+    and a template that asks for today's date gets a fixed one. The token that ends an assistant turn becomes the
+    end-of-sequence token; the former one stays a stop id (``find_stop_ids``). The vocabulary is never enlarged.
 
     Args:
-        tokenizer: a tokenizer of transformers; it stays as it is, what is returned is a copy.
-        choice: a name of ``PRESETS``, or a file with a jinja template. ``None`` keeps the tokenizer's own template;
-            the tokenizer itself is returned where that ends its turns in a stop token already.
-        options: values of the template's variables, such as ``date_string``; ``strftime_now`` is the date
-            (``2026-11-27``) of a template that has no variable for it.
+        tokenizer: a tokenizer of transformers; itself is returned if nothing has to change.
+        choice: a name of ``PRESETS``, or a file with a jinja template. ``None`` keeps the tokenizer's own template.
+        options: values of the template's variables, such as ``date_string``.
 
     Raises:
         UserError: there is no such template or file, it does not fit the tokenizer, or it has no such variable.
@@ -56,10 +44,7 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
         return tokenizer  # the renderer refuses it
     chosen = tokenizer if choice is None else _put_template(tokenizer, choice)
     whose = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
-    try:
-        chosen = _set_variables(chosen, options or {}, whose)
-    except TemplateSyntaxError as error:
-        raise UserError(f"{whose} is damaged, line {error.lineno}: {error.message}") from error
+    chosen = _set_variables(chosen, options or {}, whose)
     try:
         end = find_turn_end(chosen)
     except Exception as error:  # a template may raise anything
@@ -105,7 +90,7 @@ def _put_template(tokenizer: Any, choice: str) -> Any:
             f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file."
         )
     _make_special(chosen, PRESETS[choice])
-    text = (_FOLDER / f"{choice}.jinja").read_text(encoding="utf-8")
+    text = (_FOLDER / f"{choice.removesuffix('-tools')}.jinja").read_text(encoding="utf-8")
     # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
     has_bos = choice == "llama3" or (tokenizer.bos_token not in PRESETS[choice] and writes_bos(tokenizer))
     chosen.chat_template = text if has_bos else text.removeprefix(_BOS)
@@ -128,55 +113,40 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template has no such variable, or a value cannot be written into it.
-        TemplateSyntaxError: it is not a template.
+        UserError: the template does not mention such a variable, or a value cannot be written into it.
     """
     own = tokenizer.chat_template
-    saved = own if isinstance(own, dict) else {"": own}
-    # the date of an adapter's template may be set again, as every other variable
-    texts = {name: _STOPPED.sub("", text) for name, text in saved.items()} if _CLOCK in options else saved
-    variables = {
-        name: find_undeclared_variables(_PARSER.parse(_GENERATION.sub("", text))) for name, text in texts.items()
-    }
-    passed = _PASSED.union(getattr(tokenizer, "special_tokens_map", ()))
-    known = set[str]().union(*variables.values()) - passed
+    texts = own if isinstance(own, dict) else {"": own}
+    words = {word for text in texts.values() for word in re.findall(r"[A-Za-z_]\w*", text)}
     for name, value in options.items():
-        if name not in known:
-            others = ", ".join(sorted(known)) or "none"
-            hint = nearest(name, known)
-            raise UserError(f"template_options: {whose} has no variable {name!r}, its variables: {others}.{hint}")
-        expected = "a date such as 2026-11-27"
+        if name not in words:
+            raise UserError(f"template_options: {whose} has no variable {name!r}.{nearest(name, words)}")
         try:
-            if name == _CLOCK:
-                date.fromisoformat(str(value))
-            else:
-                expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
-                json.dumps(value, allow_nan=False)  # what jinja has literals for
+            json.dumps(value, allow_nan=False)  # what jinja has literals for
         except (TypeError, ValueError) as error:
+            expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
             raise UserError(f"template_options: {name} must be {expected}, found {value!r}.") from error
     defaults = "".join(  # jinja's literals are Python's
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()
-        if name != _CLOCK
     )
-    clock = _stop_clock(date.fromisoformat(str(options.get(_CLOCK, _FIXED_DATE))))
     # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
-    changed = {
-        name: defaults + (clock if _CLOCK in variables[name] else "") + text.removeprefix(defaults)
-        for name, text in texts.items()
-    }
-    if changed == saved:
+    changed = {name: defaults + _stop_clock(text).removeprefix(defaults) for name, text in texts.items()}
+    if changed == texts:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = changed if isinstance(own, dict) else changed[""]
     return tokenizer
 
 
-def _stop_clock(day: date) -> str:
-    """Return a macro that stands for ``strftime_now`` and writes one date, at midnight."""
-    codes = {code: day.strftime(code) for code in _DATE_CODES} | {"%-d": str(day.day), "%F": day.isoformat()}
+def _stop_clock(template: str) -> str:
+    """Put a macro in the place of ``strftime_now``, today's date, that always writes the same date, at midnight."""
+    if "strftime_now" not in template or "macro strftime_now" in template:
+        return template
+    codes = {code: _FIXED_DATE.strftime(code) for code in _DATE_CODES}
+    codes |= {"%-d": str(_FIXED_DATE.day), "%F": _FIXED_DATE.isoformat()}
     filled = "".join(f" | replace({code!r}, {text!r})" for code, text in codes.items())
-    return f"{{%- macro {_CLOCK}(format) %}}{{{{- format{filled} }}}}{{%- endmacro %}}\n"
+    return f"{{%- macro strftime_now(format) %}}{{{{- format{filled} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _end_turns(tokenizer: Any, end: int) -> Any:

@@ -12,7 +12,6 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
 
 TokenizerChoice = str | dict[str, Any] | Any | None
-_KEYS = ("name", "revision", "trust_remote_code")
 
 
 def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code: bool = False) -> str | dict[str, Any]:
@@ -33,11 +32,8 @@ def load_chosen_tokenizer(choice: TokenizerChoice) -> Any:
     return load_tokenizer(**_as_arguments(choice))
 
 
-def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str | None:
-    """Hash all that a tokenizer and its template consist of, without loading it; None if that is unknown.
-
-    Of a name the files are hashed that tokenizer and stop tokens are read from.
-    """
+def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str:
+    """Hash all that a tokenizer and its template consist of; of a name the files that they are read from."""
     parts: list[Any] = [chat_template]
     if isinstance(choice, str | dict):
         for file in sorted(_find_folder(**_as_arguments(choice)).iterdir()):
@@ -45,20 +41,15 @@ def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, wi
                 parts.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
     else:
         tokenizer: Any = choice
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return None
-        parts += [backend.to_str(), tokenizer.chat_template if with_template else None, tokenizer.special_tokens_map]
+        template = tokenizer.chat_template if with_template else None
+        parts += [tokenizer.backend_tokenizer.to_str(), template, tokenizer.special_tokens_map]
     if chat_template is not None and Path(chat_template).expanduser().is_file():
         parts.append(Path(chat_template).expanduser().read_text(encoding="utf-8", errors="replace"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _as_arguments(choice: str | dict[str, Any]) -> dict[str, Any]:
-    arguments = {"name": choice} if isinstance(choice, str) else dict(choice)
-    if "name" not in arguments or arguments.keys() - set(_KEYS):
-        raise UserError(f"tokenizer: expected a name, or a mapping with {', '.join(_KEYS)}, found {choice!r}.")
-    return arguments
+    return {"name": choice} if isinstance(choice, str) else choice
 
 
 def _find_folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -100,7 +91,6 @@ PROBE: tuple[Message, Message] = (
     {"role": "user", "content": "A question."},
     {"role": "assistant", "content": "An answer, to be found again."},
 )
-_SHAPED_LIKE_A_CONTROL_TOKEN = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])")
 
 
 def find_stop_ids(tokenizer: Any) -> frozenset[int]:
@@ -122,8 +112,7 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
 def find_turn_end(tokenizer: Any) -> int | None:
     """Return the id of the first control token after an answer, as the chat template writes it; ``None`` without one.
 
-    A token of the vocabulary that is not special counts if it looks like a control token (``<|end|>``, ``[END]``) and
-    only white space is before it. Whatever the template raises is raised; a UserError if it changes the answer.
+    Whatever the template raises is raised; a UserError if it changes the answer.
     """
     text = tokenizer.apply_chat_template(list(PROBE), tokenize=False, add_generation_prompt=False)
     _, found, after = str(text).rpartition(PROBE[1]["content"])
@@ -133,7 +122,4 @@ def find_turn_end(tokenizer: Any) -> int | None:
         )
     controls = ControlTokens(tokenizer, ())
     first = controls.pattern.search(after)
-    shaped = _SHAPED_LIKE_A_CONTROL_TOKEN.match(after[: first.start() if first else None])
-    if shaped and shaped[1] in tokenizer.get_vocab():
-        return int(tokenizer.convert_tokens_to_ids(shaped[1]))
     return controls.ids[first[0]] if first else None

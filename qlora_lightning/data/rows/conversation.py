@@ -2,10 +2,9 @@
 
 import reprlib
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from qlora_lightning.data.rows.bad_rows import RowFault, check_characters, kind_of, parse_json, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, parse_json, read_string
 
 
 class Message(TypedDict):
@@ -100,7 +99,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise RowFault(f"{where} has the role {speaker!r}, expected {known}; name others by `roles: {{theirs: ours}}`")
     content = message.get("content", message.get("value"))
-    calls = message.get("tool_calls") or message.get("function_call")
+    calls = message.get("tool_calls")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
@@ -110,7 +109,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     text = _read_content("" if content is None and calls else content, where, role)
     read: Message = {"role": role, "content": text}
     if calls:
-        read["tool_calls"] = read_calls([calls] if isinstance(calls, dict) else calls, where)
+        calls = [calls] if isinstance(calls, dict) else calls
+        read["tool_calls"] = [_read_call(call, f"call {at} of {where}") for at, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
     if reasoning:
@@ -120,7 +120,7 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
             read[key] = read_string(message[key], f"{key!r} of {where}")
-    if not _is_trained(message, role, where) and role == "assistant":
+    if not _is_trained(message, where) and role == "assistant":
         read["train"] = False
     return read
 
@@ -131,34 +131,23 @@ def _read_content(content: Any, where: str, role: str) -> str:
         return read_string(content, f"the {role} content of {where}")
     text = ""
     for number, part in enumerate(content, start=1):
-        name = f"part {number} of {where}"
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise RowFault(f"{name} is {reprlib.repr(part)}, expected {{type: text, text: …}}: only text is read")
-        _refuse_unread(part, _UNREAD | {"train", "weight"}, name)
-        text += read_string(part.get("text", part.get("value")), f"the text of {name}")
-    check_characters(text, where)  # half a character in each of two parts
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            found = f"part {number} of {where} is {reprlib.repr(part)}"
+            raise RowFault(f"{found}, expected {{type: text, text: …}}: only text is read")
+        text += part["text"]
     return text
 
 
-def _is_trained(message: dict[str, Any], role: str, where: str) -> bool:
+def _is_trained(message: dict[str, Any], where: str) -> bool:
     """Whether an answer is trained: what ``train``, or OpenAI's ``weight``, of the message decides."""
-    if len(message) == 2:  # role and content alone, as most messages have
-        return True
-    _refuse_unread(message, _UNREAD, where)
+    for key in sorted(_UNREAD & message.keys()):
+        if message[key] not in (None, "", []):
+            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
     marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1):
-            expected = "true or false" if key == "train" else "0 or 1"
-            raise RowFault(f"{key!r} of {where} must be {expected}, found {reprlib.repr(value)}")
-        if value and role != "assistant":
-            raise RowFault(f"{where} ({role}) has {key}: {value}, but only answers are trained")
+            raise RowFault(f"{key!r} of {where} must be true or false, 1 or 0, found {reprlib.repr(value)}")
     return all(marks.values())
-
-
-def _refuse_unread(values: dict[str, Any], keys: set[str], where: str) -> None:
-    for key in sorted(keys & values.keys()):
-        if values[key] not in (None, "", []):
-            raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:
@@ -169,9 +158,6 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
         raise RowFault("a system message must come first, found one behind other messages")
     if turns[:1] != ["user"]:
         raise RowFault(f"the conversation must begin with a user turn, found {turns[0] if turns else 'none'}")
-    # after an assistant, which may call it in plain text, or another tool
-    if ("user", "tool") in pairwise(turns):
-        raise RowFault("a tool's message follows a user's: no assistant message that calls the tool is before it")
     if needs_answer and "assistant" not in turns:
         raise RowFault("no assistant turn, so there is nothing to train on")
 
@@ -179,28 +165,19 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 # Tools
 
 
-def find_tools(tools: Any, key: str = "tools") -> list[dict[str, Any]] | None:
+def find_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
-    tools = parse_json(tools or [], repr(key)) or []
-    if not isinstance(tools, list):
-        raise RowFault(f"{key!r} must be a list of JSON schemas, found {kind_of(tools)}")
-    functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(tools, start=1)]
+    schemas = parse_json(tools or [], "'tools'") or []
+    functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     return [{"type": "function", "function": function} for function in functions] or None
 
 
-def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Return the ``tool_calls`` of a message with their arguments as objects, which is what templates expect."""
-    if not isinstance(calls, list):
-        raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
-    return [_read_call(call, f"tool call {number} of {where}") for number, call in enumerate(calls, start=1)]
-
-
 def _read_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object, which is what templates expect."""
     function = _read_function(call, where)
     arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
     if not isinstance(arguments, dict):
         raise RowFault(f"the arguments of {where} must be an object, or a JSON string of one, found {arguments!r:.80}")
-    check_characters(arguments, where)
     read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if call.get("id") is not None:
         read["id"] = read_string(call["id"], f"the id of {where}")
@@ -212,6 +189,5 @@ def _read_function(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, dict) and value.get("type") in (None, "function"):
         function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
         if isinstance(function, dict) and isinstance(function.get("name"), str):
-            check_characters(function, where)
             return function
     raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")

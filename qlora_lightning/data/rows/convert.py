@@ -1,10 +1,10 @@
 """From a row to what it holds: columns renamed, its format recognised, its messages checked."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import RowFault, read_string
+from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, read_string
 from qlora_lightning.data.rows.conversation import (
     MEDIA,
     Chat,
@@ -17,7 +17,7 @@ from qlora_lightning.data.rows.conversation import (
     find_tools,
     read_message,
 )
-from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, advise_columns, find_format, recognise
+from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_format, recognise
 from qlora_lightning.data.rows.preferences import VERDICT_KEYS, count_shared, judge, preference_format, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
@@ -55,22 +55,19 @@ class RowConverter:
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
-        columns, remedy = self.settings.columns, ""
-        if columns:
-            remedy = " If the rows have another shape than those that `columns` is for, add `--data.columns null`."
+        columns = self.settings.columns
         found = list(dict.fromkeys(name for row in rows for name in row.values))
         for theirs, ours in columns.items():  # a misspelt name; those of other sources pass
             near = nearest(theirs, [name for name in found if name not in columns])
             if near and theirs not in found and ours not in found:
-                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}{remedy}")
+                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}")
         renamed = [self._rename(row) for row in rows]
-        if rows and not any(self._find_format(row) for row in renamed):
-            keys = ", ".join(renamed[0].values) or "(none)"
+        if rows and not any(map(self._find_format, renamed)):
             wanted = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
             raise UserError(
-                f"{rows[0].where}: no format is recognised by the keys {keys}; expected {wanted}."
-                f"{advise_columns(renamed[0].values)} Map other names with `columns: {{their name: our name}}`; for "
-                f"another shape name a function row -> conversation: `format: package.module.function`.{remedy}"
+                f"{rows[0].where}: no format is recognised by the keys {', '.join(renamed[0].values) or '(none)'}; "
+                f"expected {wanted}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
+                "`format: text`, any other shape by a function, `format: package.module.function`."
             )
 
     def convert(self, row: Row) -> Content | Pair | Judged:
@@ -82,16 +79,16 @@ class RowConverter:
         """
         row = self._rename(row)
         form = self._find_format(row)
-        if form is None:  # a row that has some columns of a format lacks the others
-            form = next((form for form in RECOGNISED if row.values.keys() & set(form.keys(self.needs_answer))), None)
         if form is None:
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
-        self._note(form, row)
+        if form.name not in self.formats:
+            self.formats.append(form.name)
+        if form.is_ours and self.needs_answer:
+            read = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
+            self.unread_columns += [key for key in row.values if key not in (*read, *self.unread_columns)]
         content = self._read(form, row.values)
-        if isinstance(content, Text | Tokens) and not self.pairs:
-            return content
         if not self.pairs:
-            return self._to_chat(content, row.values, form)
+            return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
         verdict = None if form is self._named else read_verdict(row.values)
         if isinstance(content, tuple) and isinstance(content[-1], bool):  # of a function of the user's
             content, verdict = content
@@ -126,14 +123,6 @@ class RowConverter:
             raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
         return form
 
-    def _note(self, form: Format, row: Row) -> None:
-        if form.name not in self.formats:
-            self.formats.append(form.name)
-        if form.is_ours and self.needs_answer:
-            unread = self.unread_columns
-            read = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
-            unread += [name for name in row.values if name not in read and name not in unread]
-
     def _read(self, form: Format, values: dict[str, Any]) -> Any:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
         if missing:
@@ -162,33 +151,41 @@ class RowConverter:
         system = read_string(own_system, "'system'") if own_system else self.settings.system
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
-        schemas = find_tools(tools)
-        if "functions" in form.other_keys:  # OpenAI's older name
-            functions = find_tools(values.get("functions"), "functions")
-            if schemas and functions and schemas != functions:
-                raise RowFault("the row has 'tools' and 'functions', which differ: keep one")
-            schemas = schemas or functions
-        return Chat(conversation, schemas)
+        return Chat(conversation, find_tools(tools))
+
+
+def find_conversations(
+    sources: Iterable[tuple[RowSettings, Iterable[Row | BadRow]]], numbers: Collection[int], pairs: bool
+) -> dict[int, Chat]:
+    """Return the conversations of some rows by their number: of a pair the chosen one, of texts and tokens none."""
+    found, number = dict[int, Chat](), 0
+    for settings, rows in sources:
+        converter = RowConverter(settings, pairs=pairs)
+        for row in rows:
+            if number in numbers and isinstance(row, Row):
+                content = converter.convert(row)
+                chat = content[0] if isinstance(content, Pair | Judged) else content
+                if isinstance(chat, Chat):
+                    found[number] = chat
+            number += 1
+    return found
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
     """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: all rows of its source are such."""
     for key, value in row.values.items():
-        reason = ""
         if key in MEDIA and (any(value.values()) if isinstance(value, dict) else value):  # {"bytes": None, "path": …}
-            reason = "but only text is read: its answer would be trained without what it is about"
-        elif not needs_answer:
+            reason = "only text is read: its answer would be trained without what it is about"
+        elif pairs or not needs_answer:
             continue
-        elif key == "rejected" and value and "chosen" in row.values and not pairs:
-            reason = "so it is a preference row, for PreferenceModule with PreferenceDataModule"
-        elif key in VERDICT_KEYS and not pairs and read_verdict({key: value}) is not None:
-            reason = (
-                "which says whether its answer is good: bad ones would be trained as well, but by PreferenceModule "
-            )
-            reason += "with `objective: kto` and PreferenceDataModule"
-        if reason:
-            raise UserError(
-                f"{row.where} has {key!r}, {reason}. Leave out what is not to be trained, and the column by "
-                f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows "
-                "by a function, `format: package.module.function`."
-            )
+        elif key == "rejected" and value and "chosen" in row.values:
+            reason = "a preference row is for PreferenceModule and PreferenceDataModule"
+        elif key in VERDICT_KEYS and read_verdict({key: value}) is not None:
+            reason = "a verdict on the answer is for PreferenceModule (`objective: kto`) and PreferenceDataModule"
+        else:
+            continue
+        raise UserError(
+            f"{row.where} has {key!r}, but {reason}. Leave out what is not to be trained, and the column by "
+            f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a "
+            "function, `format: package.module.function`."
+        )

@@ -75,8 +75,6 @@ def _read_tokens(values: dict[str, Any]) -> Tokens:
     for key, tokens in (("input_ids", ids), ("labels", labels)):
         if not isinstance(tokens, list) or not tokens or not all(type(number) is int for number in tokens):
             raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
-    if not all(parse_json(values.get("attention_mask"), "'attention_mask'") or (1,)):
-        raise RowFault("'attention_mask' has zeros: expected rows without padding")
     return Tokens(ids, labels)
 
 
@@ -84,15 +82,12 @@ FORMATS = {
     form.name: form
     for form in (
         Format("alpaca", ("instruction",), ("output",), read_alpaca, ("input", "history")),
-        Format("messages", ("messages",), (), lambda row: parse_json(row["messages"], "'messages'"), ("functions",)),
-        Format(
-            *("sharegpt", ("conversations",), ()),
-            *(lambda row: parse_json(row["conversations"], "'conversations'"), ("functions",)),
-        ),
+        Format("messages", ("messages",), (), lambda row: parse_json(row["messages"], "'messages'")),
+        Format("sharegpt", ("conversations",), (), lambda row: parse_json(row["conversations"], "'conversations'")),
         Format("prompt_completion", ("prompt",), ("completion",), _read_prompt_completion),
         Format("question_answer", ("question",), ("answer",), lambda row: exchange(row["question"], row.get("answer"))),
         Format("text", ("text",), (), _read_text, is_chat=False),
-        Format("tokens", ("input_ids", "labels"), (), _read_tokens, ("attention_mask",), is_chat=False),
+        Format("tokens", ("input_ids", "labels"), (), _read_tokens, is_chat=False),
     )
 }
 # Text is read only if `format:` names it: it may be a conversation with a template applied.
@@ -116,10 +111,7 @@ def find_format(name: str) -> Format:
     finally:
         sys.path.remove(folder)
     if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
-        raise UserError(
-            "format: expected a plain Python function of a module in the current folder or of an installed package, "
-            f"found {name!r}, which is {function!r}."
-        )
+        raise UserError(f"format: expected a plain Python function of yours, found {name!r}, which is {function!r}.")
     return Format(name, (), (), function)
 
 
@@ -138,28 +130,3 @@ def recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> For
         if fitting:
             return fitting[0]
     return None
-
-
-# names that other data sets have for our columns, the likeliest first
-_SYNONYMS = {
-    "instruction": ("instruction", "question", "query", "problem", "prompt", "input"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "answer", "completion", "solution", "target", "reply"),
-    "system": ("system", "system_prompt"),
-}
-
-
-def advise_columns(values: Mapping[str, Any]) -> str:
-    """Return what reads a row of no known format: a line of ``columns``, a format, or the nearest name."""
-    if "text" in values:
-        return " Raw text, every token of which is trained, is read by `format: text`."
-    columns: dict[str, str] = {}
-    for ours, names in _SYNONYMS.items():
-        theirs = next((name for name in names if isinstance(values.get(name), str) and name not in columns), None)
-        if theirs is not None:
-            columns[theirs] = ours
-    if {"instruction", "output"} <= set(columns.values()):
-        pairs = ", ".join(f"{theirs}: {ours}" for theirs, ours in columns.items() if theirs != ours)
-        return f" Did you mean `columns: {{{pairs}}}`?"
-    keys = [key for form in RECOGNISED for key in form.read_keys if key not in values]
-    return "".join(nearest(name, keys, 0.75).replace("?", f" by {name!r}?") for name in values)

@@ -5,7 +5,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import RowFault, parse_json
+from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Judged, is_answer
 from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
 
@@ -17,7 +17,7 @@ _VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, 
 
 def preference_format(roles: Mapping[str, str]) -> Format:
     """Return the format of preference rows, whose speakers may have other names."""
-    other_keys = (*_PROMPT_KEYS, "instruction", "input", "history", "functions")
+    other_keys = (*_PROMPT_KEYS, "instruction", "input", "history")
     return Format("preference", (), ("chosen", "rejected"), partial(_read_pair, roles=roles), other_keys)
 
 
@@ -47,7 +47,7 @@ def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, A
     The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
     without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
     """
-    answers = [_parse_messages(values[key], repr(key)) for key in ("chosen", "rejected")]
+    answers = [values[key] for key in ("chosen", "rejected")]
     if [] in answers:
         raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     if all(isinstance(answer, list) and not is_answer(answer[0], roles) for answer in answers):
@@ -67,7 +67,7 @@ def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, A
 def _read_prompt(values: dict[str, Any]) -> list[Any]:
     if values.get("instruction"):
         return read_alpaca({**values, "output": None})
-    prompt = next((_parse_messages(values[key], repr(key)) for key in _PROMPT_KEYS if values.get(key)), None)
+    prompt = next((values[key] for key in _PROMPT_KEYS if values.get(key)), None)
     if not prompt:
         raise RowFault(
             "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each; "
@@ -80,22 +80,6 @@ def _as_messages(answer: Any) -> list[Any]:
     if isinstance(answer, list):
         return answer
     return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
-
-
-def _parse_messages(value: Any, where: str) -> Any:
-    """Return the messages that a JSON string holds, as it does in CSV; any other text as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        parsed = parse_json(value, where)
-    except RowFault:
-        if value.startswith(("[{'role': ", "[{'content': ", "[{'from': ")):  # as Python shows a list of messages
-            raise
-        return value
-    messages = parsed if isinstance(parsed, list) else [parsed]
-    keys = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
-    is_chat = all(isinstance(each, dict) and any(names <= each.keys() for names in keys) for each in messages)
-    return messages if messages and is_chat else value
 
 
 def count_shared(chosen: Sequence[Any], rejected: Sequence[Any], roles: Mapping[str, str]) -> int:

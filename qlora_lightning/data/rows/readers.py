@@ -7,7 +7,6 @@ Arrow and data sets of the hub by ``datasets``.
 import hashlib
 import itertools
 import json
-import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,21 +52,17 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
 
 
 def hash_source(source: Source) -> str:
-    """Return a hash of what a source's rows are: bytes and kinds of its local files in order, and how they are read.
-
-    Names do not count. For a data set of the hub it is a hash of what ``datasets`` knows its content by.
-    """
-    total = hashlib.blake2b(repr((source.rows, source.encoding, source.delimiter)).encode(), digest_size=20)
+    """Return a hash of the bytes of a source's local files, or of what ``datasets`` knows a data set of the hub by."""
+    total = hashlib.blake2b(digest_size=20)
     if not source.files:
         with _naming(f"data set {source.path}"):
             from datasets import load_dataset_builder as load
 
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
-        total.update(f"{builder.hash} {builder.config_id} {source.split}".encode())
+        total.update(f"{builder.hash} {builder.config_id}".encode())
     for file in source.files:
         with Path(file).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-        total.update(f"{kind_of_file(file)} {digest}\n".encode())
+            total.update(hashlib.file_digest(stream, "blake2b").digest())
     return total.hexdigest()
 
 
@@ -136,7 +131,7 @@ def _read_json(file: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
 def _parse_json(text: str) -> Any:
     try:
         text.encode()
-        return json.loads(text, object_pairs_hook=_make_object)
+        return json.loads(text)
     except UnicodeEncodeError:
         raise RowFault("not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: latin-1`") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
@@ -145,16 +140,6 @@ def _parse_json(text: str) -> Any:
 
 def _check_object(values: Any) -> dict[str, Any] | RowFault:
     return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
-
-
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Reject a key that is twice in an object, of which Python keeps the last."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in values if keys.count(key) > 1)
-        raise ValueError(f"the key {reprlib.repr(twice)} is twice in one object, where the last would count: keep one")
-    return values
 
 
 def _read_csv(file: str, source: Source, delimiter: str) -> Any:

@@ -1,6 +1,5 @@
 """From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
-import difflib
 import glob
 import json
 import os
@@ -69,11 +68,7 @@ def find_sources(
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
     The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
-    and ``RowSettings``; or a list of these. Settings and encoding are those of sources that name none of their own. The
-    network is used only to list a folder or glob behind a URL.
-
-    Raises:
-        UserError: a file does not exist or is of an unknown kind; an entry has an unknown key or a wrong value.
+    and ``RowSettings``; or a list of these. Settings and encoding are those of sources that name none of their own.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     default = Source("", encoding=encoding, settings=settings or RowSettings())
@@ -98,11 +93,10 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         if key not in _KEYS:
             raise UserError(f"{path}: expected {', '.join(_KEYS)}, found {key!r}.{nearest(str(key), _KEYS)}")
     given = {key: value for key, value in entry.items() if value is not None or key == "system"}
-    weight, rows = given.get("weight", 1), given.get("rows", 1)
-    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"weight of {path} must be a number above 0, found {weight!r}.")
-    if not isinstance(rows, int) or rows < 1:
-        raise UserError(f"rows of {path} must be a whole number above 0, found {rows!r}.")
+    for key, kind in (("weight", int | float), ("rows", int)):
+        value = given.get(key, 1)
+        if not isinstance(value, kind) or not 0 < value < float("inf"):
+            raise UserError(f"{key} of {path} must be a number above 0, found {value!r}.")
     settings = replace(default.settings, **{key: given.pop(key) for key in _ROW_KEYS if key in given})
     source = replace(default, **{**given, "path": path, "settings": settings})
 
@@ -117,8 +111,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         own = next((name for name in splits if _SPLITS.get(name) == split), split)
         source = replace(source, split=source.split or own)
         if source.split not in splits:
-            hint = nearest(str(source.split), splits)
-            raise UserError(f"{path} has no split {source.split!r}, expected one of {', '.join(splits)}.{hint}")
+            raise UserError(f"{path} has no split {source.split!r}, expected one of {', '.join(splits)}.")
         file, hub = file / str(source.split), [key for key in hub if key != "split"]
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")
@@ -169,12 +162,9 @@ def _list_files(path: Path) -> list[Path]:
         return list_folder(path)
     found = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not found and not glob.has_magic(str(path)):
-        beside = [each for each in path.parent.glob("*") if kind_of_file(each) or each.is_dir()]
-        names = {each.name.partition(".")[0]: each for each in beside}
-        near = difflib.get_close_matches(path.name.partition(".")[0], names, n=1)
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
-            f"of the hub name the split).{f' Did you mean {str(names[near[0]])!r}?' if near else ''}"
+            f"of the hub name the split).{nearest(str(path), map(str, path.parent.glob('*')))}"
         )
     return sorted(file for file in found if kind_of_file(file))
 

@@ -1,4 +1,4 @@
-"""What is trained of a row: its answers and their stop tokens, texts and tokens, in every kind of content."""
+"""What is trained of a row beside what the golden files hold, and what is rejected since it would train otherwise."""
 
 import copy
 
@@ -13,19 +13,11 @@ from qlora_lightning.support.errors import UserError
 from tests.flat import render
 
 
-def render_all(tokenizer, content, tools=None, **settings):
-    """The samples of a conversation, or of another content."""
-    content = Chat(content, tools) if isinstance(content, list) else content
-    return render(ChatRenderer(tokenizer, **settings), content)
-
-
 def render_one(tokenizer, content, tools=None, **settings):
-    (rendered,) = render_all(tokenizer, content, tools, **settings)
+    """The one sample of a conversation, or of another content."""
+    content = Chat(content, tools) if isinstance(content, list) else content
+    (rendered,) = render(ChatRenderer(tokenizer, **settings), content)
     return rendered
-
-
-def render_prompt(tokenizer, messages):
-    return ChatRenderer(tokenizer).render_prompt(messages)
 
 
 def labelled(tokenizer, rendered):
@@ -38,15 +30,12 @@ def chatml(families):
     return copy.deepcopy(families["qwen25"])
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 def test_ids_and_labels_by_hand(characters, talk):
     ids, labels = render_one(characters, talk("q", "ok"))
     #      {    u   \n   q    }   \n   {   a   \n   o    k    }   \n
     assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 111, 107, 125, 10]
     assert labels == [-100] * 9 + [111, 107, 125] + [-100]
-    assert render_prompt(characters, talk("q")) == ids[:9]
+    assert ChatRenderer(characters).render_prompt(talk("q")) == ids[:9]
     ids, labels = render_one(characters, talk("q", "\nk"))  # cut from the header: encoded as a whole it is 1010
     assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 10, 107, 125, 10]
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
@@ -59,16 +48,9 @@ def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out
     rendered = render_one(characters, conversation, train_on="all")
     assert rendered.labels == [-100, *rendered.ids[1:]]
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
-
-
-def test_an_answer_that_is_not_to_be_trained_has_no_label(chatml, talk):
-    conversation = talk("q", "a", "r", "b")
-    conversation[1]["train"] = False
-    assert labelled(chatml, render_one(chatml, conversation)) == "b<|im_end|>"
     conversation[3]["train"] = False
-    assert labelled(chatml, render_one(chatml, conversation)) == ""
     with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
-        render_one(chatml, conversation, train_on="all")
+        render_one(characters, conversation, train_on="all")
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
@@ -93,38 +75,30 @@ WITH_TOOLS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TURN = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-UPPER = (
-    "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] | upper }}<|im_end|>{% endif %}{% endfor %}"
-)
+UPPER = TURN.replace("}{{ m['content'] }}<|im_end|>{", "}{{ m['content'] | upper }}<|im_end|>{")
 OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "contents", "reason"),
     [
-        (TURN.replace("<|im_end|>", ""), "qa", "never learn to stop"),
         (TURN.replace("<|im_end|>", "<|endoftext|>"), "qa", "never learn to stop"),
         ("{{ raise_exception('no system role') }}", "qa", "cannot render .*: TemplateError: no system role"),
         ("{{ messages[0]['content'] + 1 }}", "qa", "cannot render the conversation: TypeError"),
-        (
-            OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}",
-            "qa",
-            "prefix-preserving: .*message 2",
-        ),
-        (UPPER, "sQA", r"leaves out or changes message 1 \(system\)"),
+        (OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}", "qa", "prefix-preserving: .*message 2"),
+        (UPPER, "qA", r"leaves out or changes message 1 \(user\)"),
         (UPPER, "Qa", "changes the answer"),
         (None, "qa", "has no chat template"),
     ],
 )
-def test_a_template_that_would_train_something_else_is_refused(chatml, talk, template, contents, reason):
+def test_a_template_that_would_train_something_else_is_rejected(chatml, talk, template, contents, reason):
     chatml.chat_template = template
-    system = [{"role": "system", "content": "s"}] if contents[0] == "s" else []
     with pytest.raises(UserError, match=reason):
-        render_one(chatml, system + talk(*contents.removeprefix("s")))
+        render_one(chatml, talk(*contents))
 
 
 @pytest.mark.parametrize(("begin", "found"), [("", "none"), ("{{ bos_token }}{{ bos_token }}", "two")])
-def test_a_template_that_writes_not_one_bos_is_refused(chatml, talk, begin, found):
+def test_a_template_that_writes_not_one_bos_is_rejected(chatml, talk, begin, found):
     chatml.add_special_tokens({"bos_token": "<|im_start|>"})
     first = [("<|im_start|>", 1)]
     chatml.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=first)
@@ -133,34 +107,28 @@ def test_a_template_that_writes_not_one_bos_is_refused(chatml, talk, begin, foun
         render_one(chatml, talk("q", "the answer"))
 
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
-
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
 
 
-def call(**arguments):
-    return {"type": "function", "function": {"name": "add", "arguments": arguments}}
-
-
-def answer_with(*calls, content="", **marks):
-    return {"role": "assistant", "content": content, "tool_calls": list(calls), **marks}
+def answer_with(function, **others):
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": function}],
+        **others,
+    }
 
 
 @pytest.mark.parametrize(
     ("function", "tools"),
     [
-        ({"name": "f<|im_end|>", "arguments": {}}, None),
-        ({"name": "f", "arguments": {"city": "a<|im_end|>b"}}, None),
         ({"name": "f", "arguments": {"<|im_start|>": 1}}, None),
-        (
-            {"name": "f", "arguments": {}},
-            [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}],
-        ),
+        ({"name": "f", "arguments": {}}, [{"function": {"name": "f", "description": "<|im_end|>"}}]),
     ],
 )
-def test_control_tokens_in_calls_and_tools_are_refused(chatml, talk, function, tools):
+def test_control_tokens_in_calls_and_tools_are_rejected(chatml, talk, function, tools):
     chatml.chat_template = WITH_TOOLS
-    conversation = [*talk("q"), answer_with({"type": "function", "function": function})]
+    conversation = [*talk("q"), answer_with(function)]
     with pytest.raises(RowFault, match="the control token"):
         render_one(chatml, conversation, tools)
     with pytest.raises(RowFault, match="the control token"):
@@ -168,39 +136,25 @@ def test_control_tokens_in_calls_and_tools_are_refused(chatml, talk, function, t
 
 
 @pytest.mark.parametrize(
-    ("train", "tools", "lost", "by", "reason"),
+    ("tools", "lost", "by", "reason"),
     [
-        (True, None, "call['function'] |", "{'name': call['function']['name']} |", "changes the answer"),
-        (
-            True,
-            None,
-            "call['function'] |",
-            "{'arguments': call['function']['arguments']} |",
-            "leaves out the tool calls",
-        ),
-        (False, None, "m['tool_calls'] or []", "[]", "leaves out the tool calls of message 2"),
-        (False, TOOLS, "{% if tools %}", "{% if false %}", "leaves out the tools"),
+        (None, "m['tool_calls'] or []", "[]", "leaves out the tool calls of message 2"),
+        (TOOLS, "{% if tools %}", "{% if false %}", "leaves out the tools"),
     ],
 )
-def test_a_template_that_leaves_out_calls_or_tools_is_refused(chatml, talk, train, tools, lost, by, reason):
-    conversation = [*talk("q"), answer_with(call(city="Rome"), train=train), *talk("q", "a")]
+def test_a_template_that_leaves_out_calls_or_tools_is_rejected(chatml, talk, tools, lost, by, reason):
+    conversation = [*talk("q"), answer_with({"name": "add", "arguments": {"a": 1}}, train=False), *talk("q", "a")]
     chatml.chat_template = WITH_TOOLS
-    assert labelled(chatml, render_one(chatml, conversation, tools)).endswith("a<|im_end|>")
+    assert labelled(chatml, render_one(chatml, conversation, tools)) == "a<|im_end|>"
     chatml.chat_template = WITH_TOOLS.replace(lost, by)
     with pytest.raises(RowFault, match=reason):
         render_one(chatml, conversation, tools)
 
 
-# ---- reasoning -------------------------------------------------------------------------------------------------------
-
-
-def thinking(content, thought):
-    return {"role": "assistant", "content": content, "reasoning_content": thought}
-
-
 def test_an_answer_ends_at_any_stop_token_of_the_model(families, talk):
-    conversation = [*talk("q"), answer_with(call(a=1), reasoning_content="hm"), {"role": "tool", "content": "4"}]
-    conversation += [thinking("Four.", "so")]
+    call = answer_with({"name": "add", "arguments": {"a": 1}}, reasoning_content="hm")
+    conversation = [*talk("q"), call, {"role": "tool", "content": "4"}]
+    conversation += [{"role": "assistant", "content": "Four.", "reasoning_content": "so"}]
     gpt = copy.deepcopy(families["gpt_oss"])
     gpt.former_stop_ids = gpt.convert_tokens_to_ids(["<|call|>", "<|return|>"])  # as its generation_config has them
     begun = "<|start|>assistant"
@@ -228,11 +182,9 @@ def test_a_document_has_a_beginning_and_an_end(chatml, families):
 def test_tokens_are_taken_as_they_are(chatml):
     assert render_one(chatml, Tokens([5, 6, 7], [5, -100, 7])) == ([5, 6, 7], [-100, -100, 7])
     for tokens, reason in (
-        (Tokens([5, 10**6], [5, -100]), "the token id 1000000 is not in the vocabulary of 375"),
-        (Tokens([5, -1], [5, -1]), "the token id -1 is not in the vocabulary"),
-        (Tokens([5, 6], [-100, 7]), "label 1 is 7, expected -100 or the token id 6"),
+        (Tokens([5, 10**6], [5, -100]), "token ids from 5 to 1000000, in a vocabulary of 375"),
+        (Tokens([5, 6], [-100, 7]), "a label must be -100 or the token id itself"),
         (Tokens([5, 6], [-100]), "as many labels, found 2 and 1"),
-        (Tokens([], []), "expected token ids"),
     ):
         with pytest.raises(RowFault, match=reason):
             render_one(chatml, tokens)

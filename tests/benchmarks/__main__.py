@@ -69,7 +69,7 @@ class Benchmarks:
                         self._add(side, setting, measure(side, checkpointing))
 
     def measure_preferences(self) -> None:
-        """Compare a loss and its gradients; then train by DPO in turns: in the second epoch ours knows the reference.
+        """Compare a loss and its gradients; then train an epoch by DPO, in turns.
 
         The rows are the first of a file of pairs.
         """
@@ -90,8 +90,8 @@ class Benchmarks:
                 if "peer" in self._pythons:
                     apart = (gradients["ours"] - gradients["peer"]).norm() / gradients["peer"].norm()
                     self.setup[f"first loss by {objective}"] = f"{losses}; gradients differ by {float(apart):.1e}"
-            for epochs, _, side in itertools.product((1, 2), range(self._arguments.repeats), self._pythons):
-                self._add(side, f"DPO, epochs: {epochs}", measure(side, epochs=epochs))
+            for _, side in itertools.product(range(self._arguments.repeats), self._pythons):
+                self._add(side, "DPO", measure(side, epochs=1))
 
     def measure_8b(self, folder: Path) -> None:
         """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""

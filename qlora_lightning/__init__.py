@@ -11,7 +11,6 @@ from qlora_lightning.support.imports import without_garbage_collection
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
-        AdapterLine,
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
@@ -31,7 +30,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterCheckpoint",
-    "AdapterLine",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",

@@ -65,10 +65,9 @@ ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
         ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),
         ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
         ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
-        ({"prompt": ASKED_BY_NAME, "chosen": GOOD_BY_NAME, "rejected": BAD_BY_NAME}, {"roles": ROLES}),
         ({"chosen": ASKED_BY_NAME + GOOD_BY_NAME, "rejected": ASKED_BY_NAME + BAD_BY_NAME}, {"roles": ROLES}),
     ],
-    ids=["messages", "implicit-with-text", "columns", "roles", "roles-implicit"],
+    ids=["messages", "implicit-with-text", "columns", "roles"],
 )
 def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
     found = make_data(tmp_path, smollm2_folder, [row], **options)
@@ -89,11 +88,8 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
     [
         ({"chosen": "a", "rejected": "b"}, "needs a prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
-        ({"chosen": ASKED + GOOD, "rejected": ASKED}, "has no answer"),
         ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
-        ({**ROWS[0], "images": ["cat.png"]}, "has 'images', but only text is read"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
@@ -131,17 +127,11 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
     assert "1 rows dropped: their prompt is too long for the two answers to share" in caplog.text
 
 
-def test_training_the_prompt_too_does_not_fit_pairs(tmp_path, smollm2_folder):
-    with pytest.raises(UserError, match="train_on: all trains the prompt too"):
-        make_data(tmp_path, smollm2_folder, train_on="all")
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
-        ({"sft_share": -1.0}, "sft_share is -1"),
         ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
         ({"desirable_weight": 2.0}, "are of kto"),
     ],
@@ -252,24 +242,11 @@ VERDICTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("row", "options"),
-    [
-        ({"prompt": ASKED, "completion": GOOD, "label": "true"}, {}),
-        ({"question": "Hi?", "answer": "Hello.", "good": True}, {"columns": {"good": "desirable"}}),
-    ],
-    ids=["messages", "columns"],
-)
-def test_every_shape_of_verdict_gives_the_same_sample(tmp_path, smollm2_folder, row, options):
-    data = make_data(tmp_path, smollm2_folder, [row], **options)
-    (batch,) = data.train_dataloader()
-    labels = batch["labels"][0]
-    assert data.tokenizer.decode(labels[labels >= 0]) == "Hello.<|im_end|>"
-    assert batch["desirable"].tolist() == [True]
+def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(tmp_path, smollm2_folder, monkeypatch):
+    rows = [{"prompt": ASKED + BAD + ASKED, "completion": GOOD, "good": "true"}]
+    (batch,) = make_data(tmp_path, smollm2_folder, rows, columns={"good": "desirable"}).train_dataloader()
+    assert (int((batch["labels"] >= 0).sum()), batch["desirable"].tolist()) == (3, [True])  # Hello . <|im_end|>
     assert "pairs" not in batch
-
-
-def test_the_last_answer_is_trained_and_a_function_may_judge(tmp_path, smollm2_folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_verdicts.py").write_text("def read(row):\n    return row['turns'], row['stars'] > 3\n")
     rows = [{"turns": ASKED + GOOD + ASKED + BAD, "stars": stars} for stars in (2, 5)]
@@ -280,16 +257,13 @@ def test_the_last_answer_is_trained_and_a_function_may_judge(tmp_path, smollm2_f
     assert sorted(batch["desirable"].tolist()) == [False, True]
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([ROWS[0], VERDICTS[0]], "do not mix"),
-        ([{**VERDICTS[0], "label": "maybe"}], "'chosen' and 'rejected' is missing"),
-    ],
-)
-def test_rows_that_are_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_folder, rows, words):
-    with pytest.raises(UserError, match=rf"train\.jsonl:{len(rows)}.*{words}"):
-        make_data(tmp_path, smollm2_folder, rows)
+def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_folder):
+    with pytest.raises(UserError, match="train_on: all trains the prompt too"):
+        make_data(tmp_path, smollm2_folder, train_on="all")
+    with pytest.raises(UserError, match=r"train\.jsonl:2.*do not mix"):
+        make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
+    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing"):
+        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": "maybe"}])
 
 
 def test_an_objective_names_the_rows_that_it_needs(tmp_path, tiny_base):
@@ -372,8 +346,8 @@ def read_metrics(run):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-@pytest.mark.parametrize(("objective", "rows"), [("dpo", ROWS), ("kto", VERDICTS)])
-def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path, objective, rows):
+@pytest.mark.parametrize(("objective", "rows", "least"), [("dpo", ROWS, 1.0), ("kto", VERDICTS, 0.8)])
+def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path, objective, rows, least):
     write_rows(tmp_path / "train.jsonl", rows)
     options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir"]
     assert main(["fit", *config, *options, "whole"]) == 0
@@ -387,7 +361,7 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     accuracies, margins = (
         [float(line[name]) for line in lines if line.get(name)] for name in ("val_accuracy", "val_margin")
     )
-    assert accuracies[-1] > 0.8
+    assert accuracies[-1] >= least
     assert margins[-1] > margins[0]
     assert "val_token_accuracy" not in lines[0]
 

@@ -1,6 +1,6 @@
 """What happens around the loop: Lightning callbacks; those that take settings have a key of their own in the YAML."""
 
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, AdapterLine
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
 from qlora_lightning.callbacks.monitors import GPUMemoryMonitor, ThroughputMonitor
@@ -10,7 +10,6 @@ from qlora_lightning.callbacks.stop_signals import StopSignals
 
 __all__ = [
     "AdapterCheckpoint",
-    "AdapterLine",
     "Evaluation",
     "GPUMemoryMonitor",
     "GradientCheckpointing",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
@@ -22,9 +22,8 @@ from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_eve
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
 
 
@@ -32,11 +31,9 @@ class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
     What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
-    once if several are due, and write the PEFT folder. All of it is under ``trainer.default_root_dir``, which is kept
-    to one run, and to one process that trains at a time.
-
-    Each checkpoint is of the end of an optimizer step. Every file is written aside and renamed, ``last.ckpt`` as the
-    last one: a kill at any moment leaves a whole state.
+    once if several are due, each at the end of an optimizer step, and write the PEFT folder. The run folder is kept to
+    one run, and to one process. Every file is written aside and renamed, ``last.ckpt`` as the last one: a kill at any
+    moment leaves a whole state.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
@@ -61,19 +58,16 @@ class AdapterCheckpoint(Checkpoint):
         for name, value in (("every_n_train_steps", every_n_train_steps), ("every_minutes", every_minutes)):
             if value is not None and value <= 0:
                 raise UserError(f"adapter_checkpoint.{name} is {value:g}: expected more than 0, or null.")
-        if save_top_k < 0:
-            raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 0 or more.")
         if enabled and mode is None and not monitor.endswith(("loss", "perplexity")):
             raise UserError(
                 f"adapter_checkpoint.monitor is {monitor!r}, of which a small or a large value may be good: set "
                 "adapter_checkpoint.mode to min or to max."
             )
-        self.every_n_train_steps = every_n_train_steps
-        self.monitor = monitor
-        self.save_top_k = save_top_k
-        self.mode = mode
+        if save_top_k < 0:
+            raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 0 or more.")
+        self.every_n_train_steps, self.every_minutes = every_n_train_steps, every_minutes
+        self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled
-        self.every_minutes = every_minutes
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
         self._has_other_validation = False  # than the resumed checkpoint
@@ -92,8 +86,6 @@ class AdapterCheckpoint(Checkpoint):
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return tensors
 
-    # ---- the run folder --------------------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._has_other_validation = False
         self._lock.close()
@@ -104,20 +96,16 @@ class AdapterCheckpoint(Checkpoint):
         self._has_other_validation = has_other_validation(checkpoint, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not is_resumed(trainer):
-            self._reset_ranking(trainer, f"{trainer.ckpt_path} is of another run folder")
-            if self._writes(trainer):
-                refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
-        elif self._has_other_validation:
-            self._reset_ranking(trainer, f"The validation samples are not those of {trainer.ckpt_path}")
+        if self._has_other_validation or not is_resumed(trainer):
+            self.best, self._best_tensors = [], None
+        if self._writes(trainer) and not is_resumed(trainer):
+            refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._lock.close()
-
-    # ---- when it saves ---------------------------------------------------------------------------------------------
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Some log only at later validations, and report it: see Evaluation.logs.
@@ -128,9 +116,6 @@ class AdapterCheckpoint(Checkpoint):
         self._saved_step = self._last_step = trainer.global_step  # nothing new yet, also after a resume
         self._saved_at = time.monotonic()
         self._stops_later = False
-        stop = find_callback(trainer, StopSignals)
-        if stop is not None and trainer.ckpt_path and self._writes(trainer):
-            stop.saved = Path(trainer.ckpt_path)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,18 +136,11 @@ class AdapterCheckpoint(Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""
-        every = self.every_n_train_steps
-        stop = find_callback(trainer, StopSignals)
-        is_stopping = stop is not None and stop.stopping
-        is_asked = is_stopping or _ends_training(trainer) or (every and trainer.global_step % every == 0)
-        return bool(is_asked) or self._is_time(trainer)
-
-    def _is_time(self, trainer: Trainer) -> bool:
-        """Whether ``every_minutes`` have passed since the last save by any rank's clock; every rank must call it."""
-        if self.every_minutes is None or not self._writes(trainer):
-            return False
-        over = time.monotonic() - self._saved_at >= 60 * self.every_minutes
-        return trainer.strategy.reduce_boolean_decision(over, all=False)
+        every, minutes, stop = self.every_n_train_steps, self.every_minutes, find_callback(trainer, StopSignals)
+        if (stop and stop.stopping) or _ends_training(trainer) or (every and trainer.global_step % every == 0):
+            return True
+        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return minutes is not None and trainer.strategy.reduce_boolean_decision(is_late, all=False)
 
     def _read_monitor(self, trainer: Trainer) -> float:
         value = trainer.callback_metrics.get(self.monitor)
@@ -177,41 +155,32 @@ class AdapterCheckpoint(Checkpoint):
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)
 
-    # ---- how it saves ----------------------------------------------------------------------------------------------
-
     def _save(self, trainer: Trainer, pl_module: LightningModule, value: float = math.nan) -> None:
         """Write a checkpoint, and what belongs to the best if it is that by a monitored value."""
         if not self._writes(trainer):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
         dropped = [] if math.isnan(value) else self._rank(name, value)
-        if self._is_best(name):
+        is_best = bool(self.best) and self.best[0][1] == name
+        if is_best:
             self._best_tensors = {key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()}
         content = collect_checkpoint(trainer)
-        refuse_everywhere(trainer, lambda: self._write(trainer, pl_module, content, name, dropped))
+        adapter = pl_module if is_best or not self.best else None
+        refuse_everywhere(trainer, lambda: self._write(trainer, adapter, content, name, dropped))
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        stop = find_callback(trainer, StopSignals)
-        if stop is not None:
-            stop.saved = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
 
-    def _write(self, trainer: Trainer, pl_module: Any, content: Any, name: str, dropped: list[str]) -> None:
+    def _write(self, trainer: Trainer, adapter: Any, content: Any, name: str, dropped: list[str]) -> None:
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
         with reporting_disk_faults(trainer.default_root_dir):
-            if self._is_best(name) or not self.best:
-                self._write_adapter(trainer, pl_module)
+            if hasattr(adapter, "save_adapter"):
+                data = datamodule_of(trainer)
+                tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
+                adapter.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
             if self.save_top_k and any(kept == name for _, kept in self.best):
                 write_checkpoint(content, folder / name)
             write_checkpoint(content, folder / LAST)
             for each in dropped:
                 (folder / Path(each).name).unlink(missing_ok=True)
-
-    def _write_adapter(self, trainer: Trainer, pl_module: Any) -> None:
-        if hasattr(pl_module, "save_adapter"):
-            data = datamodule_of(trainer)
-            tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
-            pl_module.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-
-    # ---- the ranking -----------------------------------------------------------------------------------------------
 
     def _rank(self, name: str, value: float) -> list[str]:
         """Put a checkpoint among the best; return the names of those that no longer are."""
@@ -221,26 +190,10 @@ class AdapterCheckpoint(Checkpoint):
         self.best = ranked[:keep]
         return [name for _, name in ranked[keep:]]
 
-    def _is_best(self, name: str) -> bool:
-        return bool(self.best) and self.best[0][1] == name
-
-    def _reset_ranking(self, trainer: Trainer, why: str) -> None:
-        """Forget a ranking that does not hold here, and report where the best so far is."""
-        if self.best and trainer.ckpt_path and self._writes(trainer) and trainer.is_global_zero:
-            value, name = self.best[0]
-            file = Path(trainer.ckpt_path).with_name(name)
-            say(
-                f"{why}: the ranking of checkpoints starts over here. The best so far, with {self.monitor} "
-                f"{value:.4g}, {f'is {file}' if file.exists() else f'was {name}'}."
-            )
-        self.best, self._best_tensors = [], None
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the best values and names, so that a resumed run continues the ranking."""
         return {"best": [[value, name] for value, name in self.best]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the ranking of the run that is resumed."""
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
         self._best_tensors = None
 
@@ -257,11 +210,7 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _ends_training(trainer: Trainer) -> bool:
-    """Whether training ends with the batch that a Trainer has trained on.
-
-    Lightning ends the epoch before ``on_train_end``, even in its middle: a longer run could not resume exactly from a
-    checkpoint that is written there.
-    """
+    """Whether training ends with this batch: in ``on_train_end`` the epoch has ended too, even in its middle."""
     ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
 
@@ -280,13 +229,3 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
         yield
     finally:
         copy_tensors(module, last, "The last adapter")
-
-
-class AdapterLine(Callback):
-    """Report at the end where the adapter is; its folder's ``README.md`` has the lines that load it."""
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # after every on_fit_end
-        folder = Path(trainer.default_root_dir) / ADAPTER_FOLDER
-        written = (folder / IDENTITY).exists()
-        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer) and written:
-            say(f"Adapter: {folder} (README.md there says how to load it)")

@@ -38,10 +38,7 @@ def collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint aside and rename it: a kill or a full disk leaves the old file or the new one.
-
-    Lightning would copy the whole file in memory first, and take a detour through the folder for temporary files.
-    """
+    """Write a checkpoint aside and rename it: a kill or a full disk leaves the old file or the new one."""
     unfinished = file.with_name("unfinished")  # one name for all: the next save replaces what a kill left
     unfinished.unlink(missing_ok=True)  # it may be a link that leads elsewhere
     try:
@@ -73,17 +70,14 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
 
 
 def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
-    """Return the file that ``--ckpt_path`` means; ``last`` is the run folder's last checkpoint, ``None`` without one.
-
-    A kill during the very first save may leave a whole checkpoint under its own name alone: then it is the last.
-    """
+    """Return the file that ``--ckpt_path`` means; ``last`` is the run folder's last one, ``None`` without one."""
     if name != "last":
         return name
     file = Path(run_folder) / CHECKPOINTS / LAST
     if file.exists():
         check_checkpoint(file)
         return str(file)
-    found = find_newest(file.parent)
+    found = find_newest(file.parent)  # a kill during the very first save may leave one under its own name alone
     return None if found is None else str(found)
 
 

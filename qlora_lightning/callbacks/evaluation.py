@@ -29,17 +29,15 @@ class Evaluation(Callback):
     """Answer validation rows from their prompts alone, greedily, and score the answers.
 
     At the end of a fit base and best adapter are compared on all validation rows by their loss and on ``rows`` of them
-    by their answers; what is printed goes to ``evaluation.json`` too. The base comes free: it is the same model with
-    its adapters switched off. During validations, if asked for, the same rows are answered in the pass that
-    makes the loss, and ``val_exact_match`` and the like are logged.
+    by their answers; what is printed goes to ``evaluation.json`` too. During validations, if asked for, the same rows
+    are answered in the pass that makes the loss, and ``val_exact_match`` and the like are logged.
 
     Args:
         enabled: ``False`` leaves all of it out.
         rows: How many validation rows to answer, the first ones.
         every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
         max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
-        scores: Names of scores, or ``auto``: those that fit the expected answers; see
-            :func:`qlora_lightning.evaluation.scores.choose_scores`.
+        scores: Names of scores, or ``auto``: those that fit the expected answers.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
         general: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
@@ -60,13 +58,6 @@ class Evaluation(Callback):
         general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
-        least = {"rows": (rows, 0), "batch_size": (batch_size, 1), "samples": (samples, 0)}
-        least["general_rows"] = (general_rows, 1)
-        optional = {"every_n_validations": every_n_validations, "max_new_tokens": max_new_tokens}
-        least |= {name: (value, 1) for name, value in optional.items() if value is not None}
-        for name, (value, smallest) in least.items():
-            if value < smallest:
-                raise UserError(f"evaluation.{name} is {value}: expected {smallest} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.general, self.general_rows = general, general_rows
@@ -84,16 +75,11 @@ class Evaluation(Callback):
 
     def logs(self, name: str) -> bool:
         """Whether some validation of a fit logs a metric of that name."""
-        logged = {f"val_{score}" for score in (*SCORES, "stop_rate", "answer_tokens")}
+        logged = (f"val_{score}" for score in (*SCORES, "stop_rate", "answer_tokens"))
         return self.enabled and bool(self.every_n_validations) and name in logged
 
     def choose_settings(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> AnswerSettings | None:
-        """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered.
-
-        Args:
-            trainer: Its data module's tokenizer is used.
-            rows: Those of this process that are to be answered.
-        """
+        """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered."""
         asked = gather_lists(trainer, [row for row in rows if row.prompt is not None])
         data = datamodule_of(trainer)
         if not asked or not getattr(data, "tokenizer", None) or not getattr(data, "stop_ids", None):
@@ -105,10 +91,7 @@ class Evaluation(Callback):
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
     def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> Results | None:
-        """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file.
-
-        Arguments are those of :func:`~qlora_lightning.evaluation.row_results.evaluate_sides`; the data module reads.
-        """
+        """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file."""
         batches = self._general_batches or self.read_general(data)
         return evaluate_sides(module, batches, [], None, adapters, show, next_token=True) if batches else None
 
@@ -139,25 +122,21 @@ class Evaluation(Callback):
             self._rows += unpack_rows(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows, self._rows = self._rows, None
-        if rows is not None:
-            self._log_scores(trainer, pl_module, rows)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.validations += 1
-
-    def _share(self, trainer: Trainer) -> int:
-        """Return how many rows each process answers."""
-        return math.ceil(self.rows / trainer.world_size)
-
-    def _log_scores(self, trainer: Trainer, module: Any, rows: Sequence[EvaluationRow]) -> None:
+        module: Any = pl_module
+        rows, self._rows = self._rows or [], None
         asked = [row for row in rows if row.prompt is not None][: self._share(trainer)]
-        settings = self.choose_settings(trainer, asked)
+        settings = self.choose_settings(trainer, asked) if rows else None
         if settings is not None:
             answers = list(answer_rows(module, asked, settings).values())
             figures = [answer.figures for answer in gather_lists(trainer, answers)]
             means = {f"val_{name}": sum(each[name] for each in figures) / len(figures) for name in figures[0]}
             # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
             module.log_dict(means, sync_dist=True)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.validations += 1
+
+    def _share(self, trainer: Trainer) -> int:
+        return math.ceil(self.rows / trainer.world_size)  # rows that each process answers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of the adapter as it was before

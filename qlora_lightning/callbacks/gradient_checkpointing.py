@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.memory.micro_batch_size import Checkpointing
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
@@ -27,10 +26,6 @@ class GradientCheckpointing(Callback):
         every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
         offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
             is the same to the last bit. A CPU has them there in any case.
-
-    Raises:
-        UserError: ``every_n_layers`` is less than 1, or ``offload`` has nothing to keep.
-        RuntimeError: No layer with an adapter can be checkpointed.
     """
 
     def __init__(
@@ -43,9 +38,7 @@ class GradientCheckpointing(Callback):
                 "gradient_checkpointing.offload is true, but enabled is false, so that no layer is checkpointed: set "
                 "enabled to true, or offload to false."
             )
-        self.enabled = enabled
-        self.every_n_layers = every_n_layers
-        self.offload = offload
+        self.enabled, self.every_n_layers, self.offload = enabled, every_n_layers, offload
         self._model: Any = None  # of a fit
 
     def choices(self, on_cuda: bool) -> list[Checkpointing]:
@@ -65,8 +58,6 @@ class GradientCheckpointing(Callback):
         on_cuda = trainer.strategy.root_device.type == "cuda"
         module.micro_batch_size.choices = self.choices(on_cuda)
         module.micro_batch_size.apply = functools.partial(self._apply, module)
-        if self.offload and self.enabled and not on_cuda and trainer.is_global_zero:
-            say("gradient_checkpointing.offload does nothing here: without a GPU, inputs of layers are in host memory.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
@@ -80,21 +71,18 @@ class GradientCheckpointing(Callback):
         model = self._model = module.causal_lm
         enable_activation_checkpointing(model, choice.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
-        if not (layers := self._layers()):
+        layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+            and layer.gradient_checkpointing
+            and trainable_tensors(layer)  # what is below all adapters never runs again
+        ]
+        if not layers:
             raise RuntimeError("gradient_checkpointing is enabled, but no layer with an adapter can be checkpointed.")
         for layer in layers if choice.offload else ():
             checkpoint = layer._gradient_checkpointing_func
             layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
-
-    def _layers(self) -> list[Any]:
-        """Return the checkpointed layers that have something to train: what is below all adapters never runs again."""
-        return [
-            layer
-            for layer in self._model.modules()
-            if isinstance(layer, GradientCheckpointingLayer)
-            and layer.gradient_checkpointing
-            and trainable_tensors(layer)
-        ]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._switch_off()

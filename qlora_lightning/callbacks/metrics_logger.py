@@ -27,17 +27,14 @@ class MetricsLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Empty: the file is in the run folder itself."""
-        return ""
+        return ""  # the file is in the run folder itself
 
     @property
     def version(self) -> str:
-        """Empty likewise."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
         return str(self.file.parent)
 
     @rank_zero_only

@@ -1,5 +1,6 @@
 """Progress of a run: a bar that fits into a terminal of 80 columns, or a line now and then in a log file."""
 
+import math
 import sys
 import time
 from datetime import timedelta
@@ -31,11 +32,7 @@ def choose_progress_display() -> ProgressBar:
 
 
 class ShortProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with all its text in one line, which a narrow terminal cuts and does not wrap.
-
-    It counts epochs from 1, and shows the time left of the epoch, the learning rate and whatever is logged with
-    ``prog_bar=True``. The bar itself takes the rest of the line.
-    """
+    """Lightning's rich progress bar with all its text in one line, which a narrow terminal cuts and does not wrap."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         text = "{task.completed:.0f}/{task.total:.0f} {task.description}"
@@ -61,14 +58,7 @@ class ShortProgressBar(RichProgressBar):
 
 
 class ProgressLines(ProgressBar):
-    """A plain line of progress every so many seconds, for a standard output that is no terminal.
-
-    The first line follows the first optimizer step, the last one ends the training. The time left follows from the mean
-    of the steps that this process has taken.
-
-    Args:
-        every_seconds: The least time between two lines.
-    """
+    """A plain line after the first step, the last one, and every so many seconds: for an output that is no terminal."""
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         super().__init__()
@@ -77,68 +67,31 @@ class ProgressLines(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def disable(self) -> None:
+    def disable(self) -> None:  # as Lightning does on all ranks but the first
         self._enabled = False
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)  # which disables all ranks but the first
-        self._printed_at = time.monotonic()
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began = time.monotonic()
+        self._began, self._printed_at = time.monotonic(), -math.inf
         self._first_step = self._printed_step = trainer.global_step
 
-    # A step is printed at the start of what follows it, when all callbacks have logged it.
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._print_step_if_due(trainer)
+        if time.monotonic() - self._printed_at >= self._every:
+            self._print_step(trainer)  # the last one: now all callbacks have logged it
         self._epoch = _name_epoch(trainer)  # at the end of a run Lightning has counted one more
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._print_step_if_due(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_step(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._print_batch("validating", "total_val_batches_current_dataloader", *args)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._print_batch("testing", "total_test_batches_current_dataloader", *args)
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._print_batch("predicting", "total_predict_batches_current_dataloader", *args)
-
-    def _print(self, line: str) -> None:
-        if self._enabled:
-            print(line, flush=True)
-        self._printed_at = time.monotonic()
-
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._printed_at >= self._every
-
-    def _print_batch(
-        self, name: str, total: str, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.has_dataloader_changed(dataloader_idx)  # sets the current loader
-        if self._is_due():
-            self._print(f"{name} {batch_idx + 1}/{getattr(self, total)}")
-
-    def _print_step_if_due(self, trainer: Trainer) -> None:
-        if self._is_due() or self._printed_step == self._first_step:
-            self._print_step(trainer)
-
     def _print_step(self, trainer: Trainer) -> None:
         step, total = trainer.global_step, planned_steps(trainer)
-        if step == self._printed_step:
+        if step == self._printed_step or not self._enabled:
             return
-        self._printed_step = step
-        count = f"step {step}" if total is None else f"step {step}/{total}"
-        parts = [count, self._epoch.lower(), *_format_metrics(trainer)]
+        self._printed_step, self._printed_at = step, time.monotonic()
+        parts = [f"step {step}/{total or '?'}", self._epoch.lower(), *_format_metrics(trainer)]
         if total is not None:
             mean = (time.monotonic() - self._began) / (step - self._first_step)
             parts.append(f"{timedelta(seconds=round(mean * max(0, total - step)))} left")
-        self._print(", ".join(parts))
+        print(", ".join(parts), flush=True)
 
 
 def _name_epoch(trainer: Trainer) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.checkpoint_file import LAST, reporting_disk_faults
+from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -29,11 +29,7 @@ from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_tria
 
 
 class RunFolder(Callback):
-    """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume.
-
-    Args:
-        config: The whole config of the run, in the form that ``--config`` reads.
-    """
+    """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -42,10 +38,9 @@ class RunFolder(Callback):
         if is_trial_run(trainer):
             return
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            with reporting_disk_faults(folder):
-                write_whole(folder / CONFIG, text)
+            with reporting_disk_faults(trainer.default_root_dir):
+                write_whole(Path(trainer.default_root_dir) / CONFIG, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)
@@ -101,9 +96,6 @@ def locking(run_folder: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too.
 
     Without effect if the file system has no such locks (NFS has none for folders).
-
-    Raises:
-        UserError: The folder cannot be made, a folder of the run is a link, or another process trains in it.
     """
     folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
     refuse_links(folder, adapter, *adapter.glob("*/"))
@@ -127,9 +119,6 @@ def refuse_links(*folders: Path) -> None:
     """Reject links in the place of folders that a run writes into: a stranger's may lead to any folder of the user's.
 
     The run folder itself, which the user names, may be one.
-
-    Raises:
-        UserError: One of them is a link.
     """
     for folder in folders:
         if folder.is_symlink():
@@ -140,36 +129,24 @@ def refuse_links(*folders: Path) -> None:
 
 
 def is_resumed(trainer: Trainer) -> bool:
-    """Whether a fit continues the run of its folder: from a checkpoint of it, or with the Trainer that made it.
-
-    Args:
-        trainer: Not before ``on_fit_start``, when it knows its ``ckpt_path``.
-    """
-    file = trainer.ckpt_path
+    """Whether a fit continues the run of its folder: from a checkpoint of it, or with the Trainer that made it."""
+    file = trainer.ckpt_path  # known from on_fit_start on
     return _is_in(file, trainer.default_root_dir) if file else trainer.global_step > 0
 
 
 def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = None, table: bool = False) -> None:
-    """Reject a folder that holds a run already, unless that is the run that is resumed.
+    """Reject a folder that holds a run already, unless ``resumed`` is a checkpoint of it.
 
-    Args:
-        run_folder: Where a run is to write.
-        resumed: The checkpoint that is resumed.
-        table: Whether ``metrics.csv`` alone counts as a run.
-
-    Raises:
-        UserError: It holds another run.
+    With ``table``, ``metrics.csv`` alone counts as a run.
     """
     folder = Path(run_folder)
     if resumed is not None and _is_in(resumed, folder):
         return
     if any((folder / CHECKPOINTS).glob("*.ckpt")) or (table and (folder / METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
-        last = folder / CHECKPOINTS / LAST
-        in_python = f' (in Python: ckpt_path="{last}")' if last.exists() else ""
         raise UserError(
-            f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last`{in_python}, "
-            "or choose another folder with `--trainer.default_root_dir runs/NAME`."
+            f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last`, or choose "
+            "another folder with `--trainer.default_root_dir runs/NAME`."
         )
 
 

@@ -1,18 +1,14 @@
 """Writes what a run was into its folder: the manifest while it trains, the page when it ends."""
 
-import contextlib
 import importlib.metadata
-import logging
 import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,32 +25,26 @@ from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
-from qlora_lightning.model.checkpoint.format import plain_settings
-from qlora_lightning.model.checkpoint.resume import trainer_settings
 from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run_files import read_manifest, read_metrics, read_run, write_manifest
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped
-from qlora_lightning.support.files import CONFIG, METRICS
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, METRICS
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
-_PACKAGES = (
-    *("qlora-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets"),
-    *("accelerate", "safetensors", "torchmetrics", "numpy"),
-)
-_MOST_WARNINGS = 100  # different ones: a report is read by people
+_PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
 
 
 class RunReport(Callback):
     """Write ``manifest.json`` at the start, at each validation and at the end of a fit, and then ``report.html``.
 
-    Also if a fit ends early, by a signal or an error. Each attempt of a run that is resumed is listed with its begin,
-    end and steps; seconds and warnings are those of all of them. Nothing of it enters a checkpoint.
+    Also if a fit ends early, by a signal or an error. Each attempt of a run that is resumed is listed; seconds are
+    those of all of them. Nothing of it enters a checkpoint.
 
     Args:
-        config: The run's whole config; ``None``: the settings of module, data and Trainer.
+        config: The run's whole config, if it has one.
         command: What was typed, word by word; ``None``: what started this process.
     """
 
@@ -62,35 +52,22 @@ class RunReport(Callback):
         self.config = config
         self.command = list(sys.orig_argv if command is None else command)
         self._facts: dict[str, Any] | None = None  # of a run that has begun
-        self._listening = contextlib.ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._facts = None
         self._attempts: list[dict[str, Any]] = []  # the last one is this process's
-        self._warnings: dict[str, int] = {}  # how often each text came
         self._updates: dict[str, Any] | None = None  # of the trained adapter
         self._trained = False
-        self._listening.close()
-        if stage == "fit" and trainer.is_global_zero and not is_trial_run(trainer):
-            self._listening.enter_context(_noting_warnings(self.note_warning))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or is_trial_run(trainer):
             return
         earlier = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
-        verdict = (earlier.get("verdict") or {}).get("sentences", [])  # which may not hold of the longer run
-        for warning in earlier.get("warnings", []):
-            if warning["text"] not in verdict:
-                self._warnings.setdefault(warning["text"], warning["count"])
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
         self._attempts = [*earlier.get("lives", []), attempt]
-        self._began = time.perf_counter()
-        self._planned = planned_steps(trainer)
-        self._facts = _fixed_facts(trainer, pl_module, self.config)
+        self._began, self._planned = time.perf_counter(), planned_steps(trainer)
+        self._facts = _fixed_facts(trainer, pl_module, self.config or {})
         self._write(trainer, "running")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,7 +80,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._trained and trainer.global_step:  # nothing was left: a run that was killed at its end
-            self._begin(trainer, pl_module)
+            self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -116,18 +93,12 @@ class RunReport(Callback):
         else:
             self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
 
-    def note_warning(self, text: str) -> None:
-        """Count a warning."""
-        text = textwrap.shorten(text, 600, placeholder=" …")
-        if text in self._warnings or len(self._warnings) < _MOST_WARNINGS:
-            self._warnings[text] = self._warnings.get(text, 0) + 1
-
     def _end(self, trainer: Trainer, status: str, error: str | None = None) -> None:
-        self._listening.close()
         self._write(trainer, status, error)
         self._facts = None
 
     def _write(self, trainer: Trainer, status: str, error: str | None = None) -> None:
+        """Write the manifest, and of a run that ends what came of it, and its page."""
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
@@ -137,10 +108,12 @@ class RunReport(Callback):
             if status != "running":
                 verdict = judge(read_run(folder))
                 if verdict.kind == "diverged":
-                    content["warnings"].append({"text": verdict.sentences[0], "count": 1})
+                    content["warnings"] = [{"text": verdict.sentences[0], "count": 1}]
                 write_manifest(folder, content | {"verdict": asdict(verdict)})
                 if status == "finished":
                     say(" ".join(verdict.sentences))
+                    if (folder / ADAPTER_FOLDER / IDENTITY).exists():
+                        say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 say(f"Report: {write_run_page(folder)}")
@@ -152,12 +125,10 @@ class RunReport(Callback):
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
         speed, saved = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
-        counts = {"tokens": speed.tokens_seen, "labelled_tokens": speed.labelled_seen} if speed else {}
+        best = saved.best[0] if saved and saved.best else None
         again = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
         again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-        best = saved.best[0] if saved and saved.best else None
-        ends_here = self._planned is not None and trainer.global_step >= self._planned
         return {
             "status": status,
             "error": error,
@@ -167,7 +138,8 @@ class RunReport(Callback):
             "progress": {
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                **{name: count or None for name, count in counts.items()},
+                "tokens": speed.tokens_seen if speed else None,
+                "labelled_tokens": speed.labelled_seen if speed else None,
                 "seconds": sum(each["seconds"] for each in self._attempts),
                 "planned_steps": self._planned,
             },
@@ -175,72 +147,35 @@ class RunReport(Callback):
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and saved and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
-            "stopped_early": None if ends_here else _find_early_stop(trainer),
+            "stopped_early": _find_early_stop(trainer, self._planned),
             "lives": self._attempts,  # the key of the first manifests
-            "warnings": [{"text": text, "count": count} for text, count in self._warnings.items()],
+            "warnings": [],
         }
 
 
-@contextlib.contextmanager
-def _noting_warnings(note: Callable[[str], None]) -> Iterator[None]:
-    """Note the warnings of Python and of every logger, which are shown as before.
-
-    A handler on the root logger would miss loggers that do not propagate, and silence those that have none.
-    """
-    show, make = warnings.showwarning, logging.getLogRecordFactory()
-
-    def show_and_note(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-        note(f"{category.__name__}: {message}")
-        show(message, category, *args, **kwargs)
-
-    def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = make(*args, **kwargs)
-        if record.levelno >= logging.WARNING:
-            with contextlib.suppress(Exception):  # logging itself reports arguments that do not fit
-                note(record.getMessage())
-        return record
-
-    warnings.showwarning = show_and_note
-    logging.setLogRecordFactory(make_and_note)
-    try:
-        yield
-    finally:
-        warnings.showwarning = show
-        logging.setLogRecordFactory(make)
-
-
-def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[str, Any] | None) -> dict[str, Any]:
+def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what does not change during a run whose model and data are loaded."""
-    module: Any = pl_module
-    data, files = datamodule_of(trainer), getattr(datamodule_of(trainer), "files", {})
+    data = datamodule_of(trainer)
     hashes = identity_of_data(trainer)
     settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})
-    if config is None:
-        config = {
-            "model": plain_settings(getattr(module, "hparams", {})),
-            "data": plain_settings({**files, **settings}),
-            "trainer": trainer_settings(trainer),
-        }
     identity = {name: value for name, value in getattr(module, "identity", {}).items() if name != "data"}
     adapter = identity.pop("adapter", None)
     trainable, total = count_parameters(module)
-    seed = data.state_dict().get("seed") if data is not None else None  # orders the rows
-    seed = os.environ.get("PL_GLOBAL_SEED") if seed is None else seed
     return {
         "written_by": f"qlora_lightning {__version__}",
         "base": identity,
         "adapter": adapter,
         "parameters": {"trainable": trainable, "all": total},
         "data": {
-            "files": {split: value for split, value in files.items() if value is not None},
+            "files": {split: value for split, value in getattr(data, "files", {}).items() if value is not None},
             "splits": {split: asdict(report) for split, report in getattr(data, "reports", {}).items()},
             "hashes": hashes,
             "settings": settings,
         },
         "config": dict(config),
-        "seed": int(seed) if seed else seed,
+        "seed": None if data is None else data.state_dict().get("seed"),  # it orders the rows
         "device": _device_facts(trainer),
-        "packages": _package_versions(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git": _git_state(),
@@ -249,29 +184,20 @@ def _fixed_facts(trainer: Trainer, pl_module: LightningModule, config: Mapping[s
 
 def _device_facts(trainer: Trainer) -> dict[str, Any]:
     device, cpus = trainer.strategy.root_device, Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8", errors="replace").splitlines() if cpus.exists() else []
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
+    processor = [*names, platform.processor(), platform.machine()][0]
     return {
         "kind": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "memory_gib": device_memory_gib(device),
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
         "nodes": trainer.num_nodes,
         "strategy": type(trainer.strategy).__name__,
-        "precision": str(trainer.precision),
     }
-
-
-def _package_versions() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 def _git_state() -> dict[str, Any] | None:
@@ -309,10 +235,11 @@ def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
     }
 
 
-def _find_early_stop(trainer: Trainer) -> str | None:
+def _find_early_stop(trainer: Trainer, planned: int | None) -> str | None:
     """Return why Lightning's EarlyStopping ended this fit; ``None`` if it did not."""
     stopper = find_callback(trainer, EarlyStopping)
-    if stopper is None or not trainer.should_stop:  # what a checkpoint holds of the run before does not count
+    ends_here = planned is not None and trainer.global_step >= planned
+    if stopper is None or ends_here or not trainer.should_stop:  # a checkpoint may hold that of the run before
         return None
     return (stopper.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.") or None
 

@@ -1,6 +1,5 @@
 """Ends a command when a signal asks for it, training where it can be resumed exactly."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,8 +12,10 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from qlora_lightning.callbacks.checkpoint_file import LAST
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
+from qlora_lightning.support.files import CHECKPOINTS
 
 
 class StopSignals(Callback):
@@ -26,40 +27,52 @@ class StopSignals(Callback):
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
     job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
     have nothing to save: SIGTERM and SIGHUP end them at once.
-
-    Attributes:
-        explains_resume: Whether a stopped fit reports how to resume it, as ``fit`` and Python scripts do.
-        received: The first signal that this process got.
-        stopping: Whether all ranks agreed to stop.
-        saved: The checkpoint of the last step that was saved, set by who saves.
     """
 
-    def __init__(self) -> None:
-        self.explains_resume = True
-        self.received: int | None = None
-        self.stopping = False
-        self.saved: Path | None = None
-        self._requeue_signal: int | None = None
-        self._step = 0
+    explains_resume = True  # of a stopped fit; a sweep resumes by itself
+    stopping = False  # all ranks agreed to
+    received: int | None = None  # the first signal that this process got
+    _requeue_signal: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.received, self.stopping, self.saved = None, False, None
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        self.received, self.stopping = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
+        """Take the signals over from Lightning."""
         self._step = trainer.global_step
-        self._agree(trainer)
+        connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
+        environment = getattr(connector, "cluster_environment", None)
+        preemption = getattr(signal, "SIGUSR1", None)
+        if isinstance(environment, SLURMEnvironment):
+            preemption = environment.requeue_signal or preemption
+            self._requeue_signal = preemption if environment.auto_requeue else None
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.received is None:
+                self.received = number
+                if trainer.is_global_zero:  # not by print, in which the signal may have come
+                    name = signal.Signals(number).name
+                    text = f"\n{name}: saving at the end of this step or validation. Ctrl-C leaves without saving.\n"
+                    os.write(2, text.encode())
+            elif number == signal.SIGINT:
+                raise KeyboardInterrupt
+
+        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, preemption)), note)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._leave_if_asked(trainer)
+        """End the fit if all ranks agreed to, and report how to resume it."""
+        if not self.stopping:
+            return
+        last = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
+        how = " To resume, add `--ckpt_path last` to the same command." if self.explains_resume else ""
+        where = f", saved in {last}.{how}" if last.exists() else ". Nothing was saved."
+        self.end(trainer, f"Stopped at step {trainer.global_step} in epoch {trainer.current_epoch}{where}")
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.on_train_batch_start(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        pl_module.window.counts["stops"] = float(
-            self.received is not None
-        )  # added up over all ranks with the gradients
+        pl_module.window.counts["stops"] = float(self.received is not None)  # added up over ranks with the gradients
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step != self._step:  # else it is inside an accumulation window, which ends first
@@ -69,9 +82,6 @@ class StopSignals(Callback):
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agree(trainer)
@@ -87,20 +97,10 @@ class StopSignals(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _end_at_signals(trainer)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _end_at_signals(trainer)
+    on_predict_start = on_test_start
 
-    def _leave_if_asked(self, trainer: Trainer) -> None:
-        """End the fit if all ranks agreed to, and report how to resume it."""
-        if not self.stopping:
-            return
-        moment = f"at step {trainer.global_step} in epoch {trainer.current_epoch}"
-        if self.saved is None:
-            why = "there is no AdapterCheckpoint, or it is off" if trainer.global_step else "no step was taken yet"
-            self.end(trainer, f"Stopped {moment}. Nothing was saved: {why}.")
-        how = f'add `--ckpt_path last` to the same command; in Python: trainer.fit(…, ckpt_path="{self.saved}").'
-        how = f" To resume, {how}" if self.explains_resume else ""
-        self.end(trainer, f"Stopped {moment}, saved in {self.saved}.{how}")
+    def _agree(self, trainer: Trainer) -> None:
+        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
     def end(self, trainer: Trainer, message: str) -> NoReturn:
         """End with the code of the signal, after a last message."""
@@ -113,36 +113,11 @@ class StopSignals(Callback):
                 subprocess.run(["scontrol", "requeue", name], check=False)
         raise TrainingStopped(128 + number)
 
-    def _agree(self, trainer: Trainer) -> None:
-        self.stopping = self.stopping or trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
-
-    def _listen(self, trainer: Trainer) -> None:
-        """Take the signals over from Lightning."""
-        connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
-        environment = getattr(connector, "cluster_environment", None)
-        preemption = getattr(signal, "SIGUSR1", None)
-        if isinstance(environment, SLURMEnvironment):
-            preemption = environment.requeue_signal or preemption
-            self._requeue_signal = preemption if environment.auto_requeue else None
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.received is None:
-                self.received = number
-                again = " Ctrl-C again leaves at once, without saving." if number == signal.SIGINT else ""
-                name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-                ends = "validation" if trainer.validating else "step"
-                _announce(trainer, f"{name}: saving at the end of this {ends}.{again}")
-            elif number == signal.SIGINT:
-                raise KeyboardInterrupt
-
-        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, preemption)), note)
-
 
 def _end_at_signals(trainer: Trainer) -> None:
     """Let SIGTERM and SIGHUP end the process where it is."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        _announce(trainer, f"{signal.Signals(number).name}: the command ends here, unfinished.")
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(number)  # the processes that this one has started
         raise TrainingStopped(128 + number)
@@ -156,13 +131,6 @@ def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
         for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
                 signal.signal(number, handler)
-
-
-def _announce(trainer: Trainer, text: str) -> None:
-    """Print a line from inside a handler; not by print, in which the signal may have come."""
-    if trainer.is_global_zero:
-        with contextlib.suppress(OSError):
-            os.write(2, f"\n{text}\n".encode())
 
 
 def was_requeued() -> bool:

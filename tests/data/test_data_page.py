@@ -90,21 +90,16 @@ def test_no_format_is_missing():
     assert {name.strip("`") for name, _ in table_of("`format:`")} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("row", "source"), table_of("pair"), ids=lambda cell: cell[:20].strip("`"))
-def test_every_pair_of_answers_is_read_alike(row, source, tmp_path, families):
+@pytest.mark.parametrize(
+    ("row", "source"), [*table_of("pair"), *table_of("judged answer")], ids=lambda cell: cell[:20].strip("`")
+)
+def test_every_pair_of_answers_and_every_judged_answer_is_read_alike(row, source, tmp_path, families):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
     data = PreferenceDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen25"])
     data.setup("fit")
-    assert re.findall("⟦(.*?)⟧", trained(data, 0)) == ["4<|im_end|>", "5<|im_end|>"]
-
-
-@pytest.mark.parametrize(("row", "source"), table_of("judged answer"), ids=lambda cell: cell[:20].strip("`"))
-def test_every_judged_answer_is_read_with_its_verdict(row, source, tmp_path, families):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
-    data = PreferenceDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen25"])
-    data.setup("fit")
-    good = bool(data.samples["train"].desirable[0])
-    assert re.findall("⟦(.*?)⟧", trained(data, 0)) == ["4<|im_end|>" if good else "5<|im_end|>"]
+    verdicts, answers = data.samples["train"].desirable, ["4<|im_end|>", "5<|im_end|>"]
+    expected = answers if verdicts is None else [answers[0] if verdicts[0] else answers[1]]
+    assert re.findall("⟦(.*?)⟧", trained(data, 0)) == expected
 
 
 @pytest.mark.parametrize(("row", "why"), table_of("row"), ids=lambda cell: cell[:20].strip("`"))

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError
+from tests.data.conftest import prepare_rows
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
@@ -44,7 +45,6 @@ def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overf
 
 SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
-    ({"max_length": 1}, "max_length: expected at least 2, found 1"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
@@ -61,9 +61,8 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
     data = make(val=None)
     data.setup("fit")
     assert not is_overridden("val_dataloader", data)  # so Lightning does not validate
-    for stage, split in (("validate", "val"), ("test", "test"), ("predict", "predict")):
-        with pytest.raises(UserError, match=f"{split} rows are needed.*data.{split}"):
-            data.setup(stage)
+    with pytest.raises(UserError, match=r"val rows are needed.*data\.val"):
+        data.setup("validate")
 
 
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
@@ -105,39 +104,22 @@ OTHER_TASKS = [
 @pytest.mark.parametrize(("row", "advice"), OTHER_TASKS)
 def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write, row, advice):
     write("other.jsonl", [PAIR, {"prompt": "q"}, row])
-    for split, stage in (("train", "fit"), ("val", "validate")):
-        with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
-            make(**{split: "other.jsonl"}, on_bad_row="skip").setup(stage)
-        assert advice in str(error.value)
+    with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
+        make(train="other.jsonl", on_bad_row="skip").setup("fit")
+    assert advice in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({**PAIR, "label": "sport"}, {}),  # a class
-        ({**PAIR, "images": [], "image": None, "audio": {"bytes": None, "path": ""}}, {}),
-        ({**PAIR, "chosen": None, "rejected": None}, {}),  # columns of another source of the same data set
+        ({**PAIR, "label": "sport", "images": [], "audio": {"bytes": None, "path": ""}, "rejected": None}, {}),
         ({"prompt": "q", "chosen": "k", "rejected": "b"}, {"chosen": "completion"}),
         ({**PAIR, "label": True, "images": ["a.png"]}, {"label": None, "images": None}),
     ],
 )
-def test_what_only_looks_like_another_task_and_what_the_user_names_trains(make, write, row, columns):
-    write("rows.jsonl", [row])
-    data = make(train="rows.jsonl", columns=columns)
-    data.setup("fit")
+def test_what_only_looks_like_another_task_and_what_the_user_names_trains(characters, row, columns):
+    data = prepare_rows([row], characters, columns=columns)
     assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
-
-
-def test_rows_from_elsewhere(characters):
-    class Mine(InstructionDataModule):
-        def load_rows(self, split):
-            return [{"prompt": "q", "completion": "k" if split == "train" else ""}]
-
-    data = Mine(tokenizer=characters)
-    with pytest.raises(UserError, match="val:1: the answer"):
-        data.setup("fit")
-    (batch,) = data.train_dataloader()
-    assert batch["row_ids"].tolist() == [0]
 
 
 def test_rows_to_predict(make, write):
@@ -147,7 +129,6 @@ def test_rows_to_predict(make, write):
     first, second = data.predict_dataloader()
     assert "".join(map(chr, first["prompt_ids"][0])) == "{s\nS}\n{u\nq}\n{a\n"
     assert data.samples["predict"].labelled_counts.tolist() == [0, 0, 0]
-    assert data.samples["predict"].where(2) == "ask.jsonl:3"
     assert (first["references"], second["references"], second["row_ids"]) == ([None, None], ["k"], [2])
     assert data.stop_ids == [125]
 
@@ -178,18 +159,14 @@ def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_t
     assert judge.reports["test"].overlap == 0
 
 
-def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_asked(write, characters):
+def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_asked(characters):
     answers = ["yes", "N/A", "null", "None of them", "nan"]
     rows = [{"prompt": f"q{number}", "completion": answer} for number, answer in enumerate(answers)]
-    write("train.jsonl", [*rows, {"prompt": " ", "completion": "k"}])
-    data = InstructionDataModule("train.jsonl", tokenizer=characters)
-    data.setup("fit")
-    report = data.reports["train"]
+    rows.append({"prompt": " ", "completion": "k"})
+    report = prepare_rows(rows, characters).reports["train"]
     reasons = ["the answer is 'N/A'", "the answer is 'null'", "the answer is 'nan'", "the question is empty"]
-    places = [f"train.jsonl:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
+    places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
     assert (report.suspicious, report.suspicious_rows, report.samples) == (4, places, 6)
-    assert "4 rows look incomplete; data.missing drops them: train.jsonl:2 (the answer is 'N/A')" in report.describe()
-    data = InstructionDataModule("train.jsonl", tokenizer=characters, missing=["N/A", "null"])
-    data.setup("fit")
-    assert data.reports["train"].dropped == {"an answer is one of data.missing": 2}
-    assert data.reports["train"].suspicious == 2
+    assert "4 rows look incomplete; data.missing drops them: train:2 (the answer is 'N/A')" in report.describe()
+    report = prepare_rows(rows, characters, missing=["N/A", "null"]).reports["train"]
+    assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 2)

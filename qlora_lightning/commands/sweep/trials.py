@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Timer
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.callbacks import AdapterLine, Evaluation, StopSignals
+from qlora_lightning.callbacks import Evaluation, StopSignals
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
 from qlora_lightning.callbacks.evaluation import validation_batches
 from qlora_lightning.callbacks.run_folder import refuse_links
@@ -149,7 +149,7 @@ def _run_trial(sweep: Sweep, value: Any, arguments: Sequence[str]) -> Trial:
         stops.explains_resume = False  # the sweep does
     # evaluation of the run, and how to use it, are left out; its losses are computed instead
     losses = _Losses(value if sweep.rises else None)
-    callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, Evaluation | AdapterLine)]
+    callbacks = [each for each in callbacks_of(trainer) if not isinstance(each, Evaluation)]
     trainer.callbacks = [*callbacks, losses]
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.checkpoint)
     return Trial(

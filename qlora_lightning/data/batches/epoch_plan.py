@@ -28,9 +28,6 @@ class EpochPlan:
     Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
     first. Every epoch has the same number of batches: under ``shares``, where the number of bins may come out
     differently, that of epoch 0.
-
-    Raises:
-        UserError: a weight or ``tokens_per_batch`` does not fit the samples.
     """
 
     samples: SampleSet

@@ -30,10 +30,6 @@ class FlatLoader:
     torch's ``DataLoader`` has no position to save. Here the state counts batches handed out, which under Lightning
     (it fetches nothing ahead from a sized loader) are batches consumed. There are no worker processes: laying ready
     tokens end to end takes less time than sending them.
-
-    Args:
-        plan: of all epochs, the same on every rank.
-        rank: of this process.
     """
 
     batch_sampler = None  # Lightning reads it wherever there is a `sampler`

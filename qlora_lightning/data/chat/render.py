@@ -49,7 +49,6 @@ class ChatText:
     An answer is what the template writes behind the prompt that generation would see. Its reasoning is handed to the
     template under the name that it reads; to one that reads none, as ``<think>…</think>`` before the content. A block
     without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
-
     """
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:

@@ -73,7 +73,7 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
-_UNREAD = {*MEDIA, "loss", "mask"}  # keys whose meaning would be lost without a word
+_UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost without a word
 
 
 def is_answer(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning import InstructionDataModule
 from qlora_lightning.support.errors import UserError
-from tests.data.conftest import make_families
+from tests.data.conftest import make_families, prepare_rows
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = sorted(FOLDER.glob("*.txt"))
@@ -34,10 +33,8 @@ def render(tokenizer, header):
     """What a row becomes: its samples, one below the other."""
     row = json.loads(header)
     settings = row.pop("settings", {})
-    rows = type("Rows", (InstructionDataModule,), {"load_rows": lambda self, split: [row] if split == "train" else []})
-    data = rows(tokenizer=tokenizer, **settings)
     try:
-        data.setup("fit")
+        data = prepare_rows([row], tokenizer, **settings)
     except UserError as error:
         return f"rejected: {str(error).splitlines()[1].partition(': ')[2]}"
     samples = [show(data.tokenizer, sample.ids.tolist(), sample.labels.tolist()) for sample in data.samples["train"]]

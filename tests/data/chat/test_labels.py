@@ -84,7 +84,6 @@ OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_e
     [
         (TURN.replace("<|im_end|>", "<|endoftext|>"), "qa", "never learn to stop"),
         ("{{ raise_exception('no system role') }}", "qa", "cannot render .*: TemplateError: no system role"),
-        ("{{ messages[0]['content'] + 1 }}", "qa", "cannot render the conversation: TypeError"),
         (OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}", "qa", "prefix-preserving: .*message 2"),
         (UPPER, "qA", r"leaves out or changes message 1 \(user\)"),
         (UPPER, "Qa", "changes the answer"),
@@ -111,12 +110,8 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
 
 
 def answer_with(function, **others):
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": function}],
-        **others,
-    }
+    call = {"type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **others}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
-"""Chat templates and tokenizers: presets, files, stop tokens, variables and dates, and what they are known by."""
+"""Chat templates and tokenizers: presets, files, stop tokens, variables and dates."""
 
 import copy
-import itertools
 import json
 from datetime import date, datetime
 from pathlib import Path
@@ -27,28 +26,25 @@ def base(families):
     """A family's tokenizer as its base model has it: without template, and with the end of a text as its end."""
     ends = {"llama31": "<|end_of_text|>", "qwen25": "<|endoftext|>"}
 
-    def make(name):
+    def make(name, template=None):
         tokenizer = copy.deepcopy(families[name])
-        tokenizer.chat_template = None
+        tokenizer.chat_template = template
         tokenizer.eos_token = ends.get(name, tokenizer.eos_token)
         return tokenizer
 
     return make
 
 
-def show(tokenizer, messages, generation=False):
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-
-
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
     tokenizer = base("qwen25")
     tokenizer.bos_token = "<|endoftext|>"
-    assert show(choose_chat_template(tokenizer, "chatml"), talk("q", "a")).startswith("<|im_start|>")
+    shown = choose_chat_template(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
+    assert shown.startswith("<|im_start|>")
     first = [("<|endoftext|>", tokenizer.bos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=first
-    )
-    assert show(choose_chat_template(tokenizer, "chatml"), talk("q", "a")).startswith("<|endoftext|><|im_start|>")
+    single = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=first)
+    tokenizer.backend_tokenizer.post_processor = single
+    shown = choose_chat_template(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
+    assert shown.startswith("<|endoftext|><|im_start|>")
 
 
 @pytest.mark.parametrize(
@@ -60,30 +56,23 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
         ("qwen25", "alpaca", "<|endoftext|>"),
     ],
 )
-def test_a_preset_trains_each_answer_and_its_stop_token(base, talk, name, choice, stop):
+def test_a_preset_trains_each_answer_and_its_stop_token_and_is_saved(base, talk, tmp_path, name, choice, stop):
     answer = "\n\n yes é🙂\n\n"
     tokenizer = base(name)
+    before = tokenizer.backend_tokenizer.to_str()
     chosen = choose_chat_template(tokenizer, choice)
-    ((ids, labels),) = render(ChatRenderer(chosen), Chat(SYSTEM + talk("q", answer, "r", "no")))
+    ((ids, labels),) = samples = render(ChatRenderer(chosen), Chat(SYSTEM + talk("q", answer, "r", "no")))
     wanted = answer.strip() if choice == "llama3" else answer
     assert chosen.decode([label for label in labels if label != -100]) == f"{wanted}{stop}no{stop}"
-    assert chosen.eos_token == stop
     assert find_stop_ids(chosen) == {chosen.eos_token_id, tokenizer.eos_token_id}
     assert ids.count(chosen.bos_token_id) == (chosen.bos_token is not None)
-
-
-def test_the_tokenizer_given_stays_as_it_is_no_id_is_added_and_what_is_saved_keeps_the_choice(base, talk, tmp_path):
-    tokenizer = base("llama31")
-    before = tokenizer.backend_tokenizer.to_str()
-    chosen = choose_chat_template(tokenizer, "llama3")
-    assert (tokenizer.chat_template, tokenizer.eos_token) == (None, "<|end_of_text|>")
-    assert tokenizer.backend_tokenizer.to_str() == before
-    assert find_stop_ids(tokenizer) == {tokenizer.eos_token_id}
-    assert (len(chosen), chosen.get_vocab()) == (len(tokenizer), tokenizer.get_vocab())
+    # the tokenizer given stays as it is, and no id is added
+    assert (tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()) == (None, before)
+    assert chosen.get_vocab() == tokenizer.get_vocab()
     chosen.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert (loaded.chat_template, loaded.eos_token) == (chosen.chat_template, "<|eot_id|>")
-    assert render(ChatRenderer(loaded), Chat(talk("q", "a"))) == render(ChatRenderer(chosen), Chat(talk("q", "a")))
+    assert loaded.eos_token == stop
+    assert render(ChatRenderer(loaded), Chat(SYSTEM + talk("q", answer, "r", "no"))) == samples
 
 
 def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp_path):
@@ -92,24 +81,18 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "<|endoftext|>"]
     backend = Tokenizer.from_str(json.dumps(state))
     given = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    chosen = choose_chat_template(given, "chatml")
-    chosen.save_pretrained(tmp_path)
-    for tokenizer in (chosen, AutoTokenizer.from_pretrained(tmp_path)):
-        assert len(tokenizer) == len(given)
-        assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
-        assert tokenizer.decode([1, 2], skip_special_tokens=True) == ""
-        with pytest.raises(RowFault, match="contains the control token"):
-            render(ChatRenderer(tokenizer), Chat(talk("a<|im_end|>", "b")))
+    choose_chat_template(given, "chatml").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
+    with pytest.raises(RowFault, match="contains the control token"):
+        render(ChatRenderer(tokenizer), Chat(talk("a<|im_end|>", "b")))
     assert given.encode("<|im_end|>") != [2]
 
 
 def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_right(families, base):
     right = families["qwen25"]
     assert choose_chat_template(right, None) is right
-    without = base("qwen25")
-    assert choose_chat_template(without, None) is without
-    wrong = base("qwen25")
-    wrong.chat_template = right.chat_template  # as Qwen's base models come
+    wrong = base("qwen25", right.chat_template)  # as Qwen's base models come
     chosen = choose_chat_template(wrong, None)
     assert (chosen.eos_token, wrong.eos_token) == ("<|im_end|>", "<|endoftext|>")
     assert chosen.chat_template == right.chat_template
@@ -126,7 +109,7 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
         (b"not a template", "does not write the content of an assistant message: it renders one as 'not a template'"),
     ],
 )
-def test_a_choice_that_cannot_work_is_refused_with_the_reason(base, write, choice, found):
+def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, write, choice, found):
     if isinstance(choice, bytes):
         Path("own.jinja").write_bytes(choice)
         choice = "own.jinja"
@@ -136,115 +119,71 @@ def test_a_choice_that_cannot_work_is_refused_with_the_reason(base, write, choic
 
 def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
     assert find_stop_ids(characters) == {125}
-    characters.name_or_path = str(tmp_path)
+    characters.name_or_path, characters.former_stop_ids = str(tmp_path), {10}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert find_stop_ids(characters) == {7, 8, 125}
-    for given, expected in ((7, {7, 125}), ([7, 9], {7, 9, 125}), (None, {125})):
+    assert find_stop_ids(characters) == {7, 8, 10, 125}
+    for given, expected in ((7, {7, 10, 125}), ([7, 9], {7, 9, 10, 125}), (None, {10, 125})):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
         assert find_stop_ids(characters) == expected
-    characters.former_stop_ids = {10}
-    assert find_stop_ids(characters) == {10, 125}
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"generation_config\.json is not JSON"):
-        find_stop_ids(characters)
 
 
-# as Llama 3.2's template begins
+# as Llama 3.2's template begins; and as SmolLM3, gpt-oss and Mistral ask for the date, without a variable
 DATE = """{%- if not date_string is defined %}
-    {%- if strftime_now is defined %}
-        {%- set date_string = strftime_now("%d %b %Y") %}
-    {%- else %}
-        {%- set date_string = "26 Jul 2024" %}
-    {%- endif %}
+    {%- set date_string = strftime_now("%d %b %Y") %}
 {%- endif %}
 """
-# as SmolLM3, gpt-oss and Mistral ask for it, without a variable
 TODAY = '{%- set today = strftime_now("%A, %-d %B %Y (%F, %j)") %}\n{{- today }}{{- motto | default("") }}'
-CONVERSATION = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "Saturday."}]
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Set the day that templates see."""
-
-    def set_day(year, month, day):
-        class Clock(datetime):
-            @classmethod
-            def now(cls, tz=None):
-                return cls(year, month, day)
-
-        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
-
-    set_day(2026, 11, 27)
-    return set_day
 
 
 @pytest.fixture
 def tokenizers(families):
-    """Tokenizers whose templates have a date, a switch, or markers around answers, by what they have."""
-
-    def with_template(name, template):
-        tokenizer = copy.deepcopy(families[name])
-        tokenizer.chat_template = template
-        return tokenizer
-
+    """Tokenizers whose templates have a date, several names, or no variable for the date."""
     llama = families["llama31"].chat_template.replace("{%- set date =", DATE + "{%- set date =", 1)
-    marked = TODAY + families["markers"].chat_template
-    thinking = "{%- if add_generation_prompt %}\n    {%- if enable_thinking is defined and enable_thinking is false %}"
-    switch = families["qwen25"].chat_template + thinking + "{{- '<think></think>' }}{%- endif %}{%- endif %}"
-    return {
-        "date": with_template("llama31", llama),
-        "marked": with_template("markers", marked),
-        "switch": with_template("qwen25", switch),
-        "named": with_template("llama31", {"default": llama, "tool_use": "{# tools #}" + llama}),
-    }
+    templates = {"date": ("llama31", llama), "today": ("markers", TODAY + families["markers"].chat_template)}
+    templates["named"] = ("llama31", {"default": llama, "tool_use": "{# tools #}" + llama})
+    made = {name: copy.deepcopy(families[family]) for name, (family, _) in templates.items()}
+    for name, (_, template) in templates.items():
+        made[name].chat_template = template
+    return made
 
 
 @pytest.fixture
-def prepare(write, tmp_path, monkeypatch):
-    """Prepare one row with a tokenizer; with a cache of its own each time."""
-    write("rows.jsonl", [{"messages": CONVERSATION}])
-    numbers = itertools.count()
+def prepare(write, talk):
+    """Prepare one row with a tokenizer."""
+    write("rows.jsonl", [{"messages": talk("What day is it?", "Saturday.")}])
 
-    def prepare(tokenizer, split="train", **options):
-        monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / f"cache-{next(numbers)}"))
-        data = InstructionDataModule(**{split: "rows.jsonl"}, tokenizer=tokenizer, **options)
-        data.setup("fit" if split == "train" else split)
-        (sample,) = data.samples[split]
+    def prepare(tokenizer, **options):
+        data = InstructionDataModule("rows.jsonl", tokenizer=tokenizer, **options)
+        data.setup("fit")
+        (sample,) = data.samples["train"]
         return data, sample.ids.tolist(), data.tokenizer.decode(sample.ids)
 
     return prepare
 
 
-def test_options_set_variables_of_the_template_in_samples_and_prompts(tokenizers, prepare):
-    for value in ("27 Nov 2026", "a\"b'c\n{{ x }} %} \\ é🙂"):
-        assert f"Today Date: {value}\n" in prepare(tokenizers["date"], template_options={"date_string": value})[2]
-    for options, end in ((None, ""), ({"enable_thinking": False}, "<think></think>")):
-        _, _, text = prepare(tokenizers["switch"], split="predict", template_options=options)
-        assert text.endswith(f"<|im_start|>assistant\n{end}")
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "found", "fixed"),
     [
-        ("date", {"date_string": '27 Nov "2026"'}, 'Today Date: 27 Nov "2026"\n', "Today Date: 26 Jul 2024\n"),
-        ("named", {"date_string": '27 Nov "2026"'}, 'Today Date: 27 Nov "2026"\n', "Today Date: 26 Jul 2024\n"),
-        ("marked", {"motto": "Be brief."}, "Be brief.", "Friday, 26 July 2024 (2024-07-26, 208)"),
+        ("date", {"date_string": "a\"b'c\n{{ x }} %} \\ é"}, "Today Date: a\"b'c\n{{ x }} %} \\ é\n", "26 Jul 2024\n"),
+        ("named", {"date_string": "27 Nov 2026"}, "Today Date: 27 Nov 2026\n", "Today Date: 26 Jul 2024\n"),
+        ("today", {"motto": "Be brief."}, "Be brief.", "Friday, 26 July 2024 (2024-07-26, 208)"),
     ],
 )
 def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
-    tokenizers, prepare, clock, kind, options, found, fixed
+    tokenizers, prepare, talk, monkeypatch, kind, options, found, fixed
 ):
     before, first, text = prepare(tokenizers[kind])
     assert fixed in text
     data, ids, text = prepare(tokenizers[kind], template_options=options)
     assert found in text
     data.tokenizer.save_pretrained("saved")
-    clock(2027, 1, 5)
+    later = type("Clock", (datetime,), {"now": classmethod(lambda cls, tz=None: cls(2027, 1, 5))})
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", later)
     after, second, _ = prepare(tokenizers[kind])
     assert first == second
     assert before.identity["chat_template"] == after.identity["chat_template"]
-    assert AutoTokenizer.from_pretrained("saved").apply_chat_template(CONVERSATION, return_dict=False) == ids
+    conversation = talk("What day is it?", "Saturday.")
+    assert AutoTokenizer.from_pretrained("saved").apply_chat_template(conversation, return_dict=False) == ids
     for same in (None, options):  # as `chat` opens it, and as `fit` and `evaluate` do with the config of the run
         again, same_ids, _ = prepare("saved", template_options=same)
         assert same_ids == ids
@@ -252,12 +191,12 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "words"),
+    ("options", "words"),
     [
-        ("switch", {"enable_thinkin": False}, "has no variable 'enable_thinkin'. Did you mean 'enable_thinking'"),
-        ("date", {"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
+        ({"date_strin": "now"}, "has no variable 'date_strin'. Did you mean 'date_string'"),
+        ({"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
     ],
 )
-def test_options_that_no_template_has_or_can_hold_are_refused_by_name(tokenizers, prepare, kind, options, words):
+def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, prepare, options, words):
     with pytest.raises(UserError, match=words):
-        prepare(tokenizers[kind], template_options=options)
+        prepare(tokenizers["date"], template_options=options)

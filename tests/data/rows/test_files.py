@@ -41,13 +41,6 @@ def source(value, **entry):
     return found
 
 
-def read(content, name="a.jsonl", **entry):
-    """Write a file and return (line, values) or (place, reason) of each row."""
-    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    rows = read_rows(source(name, **entry))
-    return [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows]
-
-
 def values(value, **entry):
     return [row.values for row in read_rows(source(value, **entry))]
 
@@ -86,14 +79,11 @@ def test_every_kind_is_read_from_a_file_and_from_a_url(kind, suffix):
 
 def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
-    for kind in KINDS:
-        Path("d", f"a{kind}").write_bytes(content(kind))
-    Path("d/b.json").write_bytes(content(".jsonl"))  # lines under the other name
+    for name, kind in (("b.json", ".jsonl"), ("a.csv", ".csv"), ("a.parquet", ".parquet")):  # lines in a .json
+        Path("d", name).write_bytes(content(kind))
     rows = list(read_rows(source("d")))
-    first = [f"d/a{kind}:1" for kind in sorted(KINDS)] + ["d/b.json:1"]
-    assert [row.where for row in rows if row.values["x"] == "0"] == first
+    assert [row.where for row in rows if row.values["x"] == "0"] == ["d/a.csv:1", "d/a.parquet:1", "d/b.json:1"]
     assert list(read_rows(source("d", rows=17))) == rows[:17]
-    assert list(read_rows(source("d", rows=1000))) == rows
 
 
 def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
@@ -108,40 +98,39 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
 
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
-    ("a.jsonl", '{"x": {"a": null, "b": "0"}, "y": {}}', [(1, {"x": {"a": None, "b": "0"}, "y": {}})]),
     ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
     ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read: not JSON: Expecting value: line 2 column 7"),
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
     ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
-    ("a.csv", 'x,y\n0,0\n1,"a\n3,3\n', "a.csv cannot be read: Error tokenizing data"),
     ("a.csv", "x,y\n0,0\n1,2,3\n", "a.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3"),
     ("a.csv", "x,y\n1,2,3\n", "a.csv cannot be read: Length of header or names does not match length of data"),
     ("a.csv", b"x,y\n1,\xff\n", "Name its encoding, as in `encoding: latin-1`"),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
-    ("a.jsonl.gz", gzip.compress(content(".jsonl") * 9, mtime=0)[:99], "a.jsonl.gz cannot be read"),
     ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz cannot be read"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), FILES)
 def test_files(name, content, expected):
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if not isinstance(expected, str):
-        assert read(content, name) == expected
+        rows = read_rows(source(name))
+        assert [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows] == expected
         return
     with pytest.raises(UserError) as error:
-        read(content, name)
+        list(read_rows(source(name)))
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "encoding"), [("a.jsonl", "latin-1"), ("a.json", "utf-16"), ("a.csv", "utf-16")])
-def test_an_encoding_and_a_delimiter_can_be_named(name, encoding):
+def test_an_encoding_and_a_delimiter_can_be_named():
     rows = [{"x": "é" * number, "y": "Ä;\n"} for number in range(1, 5)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     records = "\n".join(["x;y", *(f'{row["x"]};"{row["y"]}"' for row in rows)])
-    text = {"a.jsonl": "\n".join(lines), "a.json": f"[{','.join(lines)}]", "a.csv": records}[name]
-    assert [row for _, row in read(text.encode(encoding), name, encoding=encoding, delimiter=";")] == rows
+    Path("a.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    Path("a.csv").write_bytes(records.encode("utf-16"))
+    assert values("a.jsonl", encoding="latin-1") == values("a.csv", encoding="utf-16", delimiter=";") == rows
 
 
 def test_keys_that_arrow_fills_in_are_left_out():
@@ -149,15 +138,12 @@ def test_keys_that_arrow_fills_in_are_left_out():
     rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
     table = pa.Table.from_pylist(rows)
     pq.write_table(table, "a.parquet")
-    with pa.ipc.new_file("a.arrow", table.schema) as writer:  # as Feather and polars write it
-        writer.write_table(table)
-    assert values("a.parquet") == values("a.arrow") == rows
+    assert values("a.parquet") == rows
 
 
 def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(tmp_path, monkeypatch):
     """`datasets` reads a folder of that name as it reads a data set of the hub, without a network."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    # The environment may have been read before the session's fixture set it.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(300)]
@@ -172,8 +158,7 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     assert [row.values for row in whole] == rows
     assert whole[16].where == "org/data:17"
     assert count(split="train[:10%]") == 30
-    assert count(split="train", data_files="test-0.parquet") == 2
-    assert count(split="train", rows=270) == 270
+    assert count(split="train", data_files="test-0.parquet", rows=1) == 1
     with pytest.raises(UserError, match=r"^data set org/data cannot be read: Unknown split"):
         count(split="validation")
 
@@ -181,7 +166,7 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
 # ---- what names a source ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_a_folder_and_a_glob(monkeypatch):
+def test_a_file_a_folder_and_a_glob():
     def find(value):
         return [[str(file) for file in source.files] for source in find_sources(value, "train")]
 
@@ -192,14 +177,10 @@ def test_a_file_a_folder_and_a_glob(monkeypatch):
     assert find("d/[ab].*") == find("d/*") == [["d/a.json", "d/b.jsonl"]]
     assert find(["d/b.jsonl", {"path": "d/a.json"}]) == [["d/b.jsonl"], ["d/a.json"]]
     assert find("a[1].jsonl") == [["a[1].jsonl"]]  # which looks like a glob
-    monkeypatch.setenv("HOME", str(Path("d").absolute()))
-    assert find("~/a.json") == find("~/*.json") == [[str(Path("d/a.json").absolute())]]
 
 
 def test_names_that_are_no_paths_are_data_sets_of_the_hub():
-    assert find_sources("org/data-v1.5", "train") == [Source("org/data-v1.5", split="train")]
-    assert find_sources("org/data", "val")[0].split == "validation"
-    assert find_sources("org/data", "predict") == [Source("org/data", split="test")]
+    assert find_sources("org/data-v1.5", "val") == [Source("org/data-v1.5", split="validation")]
     entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
     entry["data_files"] = ["a.json"]
     assert find_sources(entry, "train") == [Source("org/data", (), 2, "train[:10%]", "main", "v1", ["a.json"])]
@@ -210,15 +191,16 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("data/trian.jsonl", "data.train: data file data/trian.jsonl does not exist"),
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
-        ("data/othr", "Did you mean 'data/other'?"),
-        *((value, "does not exist") for value in ("../org/data", "org/train.jsonl", "/no/data", "~/data", "squad", 3)),
+        *(
+            (value, f"data.train: data file {value} does not exist")
+            for value in ("org/train.jsonl", "/no/data", "squad")
+        ),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
         ([], "data.train: expected at least one source"),
         ("", "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {'path': ''}."),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
-        *(({"path": "a.jsonl", "weight": value}, "must be a number above 0") for value in (0, "3", float("nan"))),
+        ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "rows": 2.5}, "rows of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "split": "train"}, "split is for data sets of the hub, but a.jsonl is a path."),
         ([{"path": "a.jsonl", "weight": 1}, "a.jsonl"], "a weight for all of them or for none."),
@@ -253,7 +235,6 @@ def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
     assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
     assert names("test") == ["d/test/b.csv"]
     assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
-    touch("e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl", "f/train.jsonl")
+    touch("e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl")
     assert len(find_sources("e", "train")[0].files) == 3
-    assert [str(file) for file in find_sources("f", "test")[0].files] == ["f/train.jsonl"]  # asked for by name
     assert len(find_sources("d/*.jsonl", "train")[0].files) == 3

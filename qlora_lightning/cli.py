@@ -8,19 +8,15 @@ import contextlib
 import importlib
 import logging
 import os
-import signal
 import sys
-import textwrap
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from traceback import extract_tb
-from types import FrameType
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import read_configs, shorten_parse_error
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped, UserError, nearest
+from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
 
 COMMANDS = {
@@ -69,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:  # an installed command does not look there, where people keep their classes
         sys.path.append(os.getcwd())
     try:
-        with _ending_at_signals(), _logging_to_terminal():
+        with _logging_to_terminal():
             return _run(arguments)
     except TrainingStopped as stop:
         return int(str(stop.code))
@@ -85,9 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug or (known is None and of_a_run):
             raise
         shown = known or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-        # processes mostly fail for the same reason: all but the first are brief
-        rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
-        shown = f"(process {rank}) {textwrap.shorten(shown, 120, placeholder=' …')}" if rank else shown
         print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
         return 1 if known is None else 2
 
@@ -108,32 +101,12 @@ def _find_known_error(error: BaseException, command: str) -> str | None:
     """Return the message of a user's mistake, which a library may have wrapped; None for any other error."""
     if isinstance(error, argparse.ArgumentError):
         return f"{shorten_parse_error(str(error))} See `qlora-lightning {command} --help`."
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename}: permission denied. Choose another path."
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
+        return f"{error.filename}: {str(error.strerror).lower()}. Choose another path."
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
     return None if cause is None else str(cause)
-
-
-@contextlib.contextmanager
-def _ending_at_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, taking back what it has half written; a fit does better."""
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = [number for number in ENDING_SIGNALS if is_main and signal.getsignal(number) == signal.SIG_DFL]
-
-    def end(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(OSError):  # not print: the signal may have come inside one
-            os.write(2, f"\nqlora-lightning: ended by {signal.Signals(number).name}.\n".encode())
-        raise TrainingStopped(128 + number)
-
-    for number in taken:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The program: its help, its exit codes, its one line for an error, and the files that commands write."""
+"""The program: its help, its exit codes, its one line for an error, and the short forms of options."""
 
 import errno
 import importlib.metadata
@@ -13,6 +13,7 @@ import yaml
 import qlora_lightning
 from qlora_lightning import cli
 from qlora_lightning.cli import COMMANDS, main
+from qlora_lightning.commands.training import EXAMPLES, QLoRACLI
 
 
 def python(code):
@@ -90,3 +91,30 @@ def test_an_installed_command_finds_classes_of_the_current_folder_and_its_figure
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["memory"]["parts"]["base"] > 0
     assert "Memory of a step" in done.stderr
+
+
+LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
+
+
+def test_one_is_a_batch_and_one_point_nought_all_of_them():
+    given = dict(zip(LIMITS, ("1", "1.0", "0.25", "1"), strict=True))
+    options = [f"--trainer.{name}={value}" for name, value in given.items()]
+    read = QLoRACLI(["--config", "configs/quickstart.yaml", *options], with_trainer=False).config["trainer"]
+    assert {name: str(read[name]) for name in LIMITS} == given
+
+
+def test_names_with_commas_are_a_list_and_an_expression_stays_one():
+    expression = r".*\.[01]{1,2}\.mlp.*"
+    for typed, read in (("q_proj, v_proj", ["q_proj", "v_proj"]), (expression, expression)):
+        options = ["--config", "configs/quickstart.yaml", "--model.target_modules", typed]
+        model = QLoRACLI(options, with_trainer=False).config["model"]["init_args"]
+        assert model["target_modules"] == read
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_usage_and_shows_its_examples(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: qlora-lightning {command} ")
+    assert EXAMPLES.get(command, "") in shown

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import stat
 import subprocess
 
 import pytest
@@ -62,7 +61,6 @@ def snapshot(folder):
     "line",
     [
         "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 2",
-        "plan --adapter run/adapter",
         "merge --adapter run/adapter --out OUT --rows 2",
         "chat --adapter run/adapter --prompt here --max-new-tokens 8 --base base",
         "report run",
@@ -111,13 +109,6 @@ def test_rows_that_would_run_code_or_ask_the_network_are_not_read(settings, fold
     assert not list(folder.rglob("ran"))
 
 
-def test_a_config_of_aliases_is_named(folder, tmp_path, capsys):
-    run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
-    (run / "config.yaml").write_text("data: {template_options: {a: &a [x, x], b: [*a, *a]}}\n")
-    assert main(["plan", "--adapter", str(run / "adapter")]) == 2
-    assert "has YAML aliases: name it by --config" in capsys.readouterr().err
-
-
 def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path, capsys):
     """Else an evaluation of the adapter alone would judge rows that were trained."""
     run = tmp_path / "run"
@@ -130,16 +121,6 @@ def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path
         assert main(["evaluate", *map(str, named), "--out", str(out), "--max-new-tokens", "1"]) == 0
         rows.append([json.loads(line)["place"] for line in (out / "predictions.jsonl").read_text().splitlines()])
     assert sorted(rows[0]) == sorted(rows[1]) != []
-
-
-def test_a_recipe_replaces_a_link_and_follows_none(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").symlink_to(tmp_path / "victim")
-    assert main(["recipes", "copy", "quickstart", "--force"]) == 0
-    assert (tmp_path / "victim").read_text() == "mine"
-    assert not (tmp_path / "configs" / "quickstart.yaml").is_symlink()
 
 
 def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
@@ -175,24 +156,9 @@ def test_no_run_writes_into_a_folder_behind_a_link(command, name, tiny_base, row
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 def test_compiled_code_is_kept_in_the_users_own_folder(cache):
-    own = cache.parent / "of_user" / "qlora_lightning"
-    program = (
-        "from qlora_lightning.model.cpu.library import load_library\n"
-        "import logging; logging.basicConfig()\n"
-        "print(load_library() is not None)"
-    )
+    program = "import logging; logging.basicConfig()\n"
+    program += "from qlora_lightning.model.cpu.library import load_library; print(load_library() is not None)"
     result = subprocess.run(["python", "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout + result.stderr == "True\n"
     assert not cache.exists()  # a folder that QLORA_LIGHTNING_CACHE names may be anybody's
-    assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    assert len(list(own.glob("kernels/*/attention.so"))) == 1
-
-
-@pytest.mark.parametrize("weight_map", [{"a": "../victim.safetensors"}, ["x"]])
-def test_an_index_names_files_beside_it(weight_map, tiny_base, rows_file, tmp_path, capsys):
-    base = shutil.copytree(tiny_base, tmp_path / "base")
-    (base / "model.safetensors").rename(tmp_path / "victim.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    line = ["fit", "--model.base", str(base), "--data.train", str(rows_file), "--trainer.accelerator", "cpu"]
-    assert main([*line, "--trainer.default_root_dir", str(tmp_path / "run")]) == 2
-    assert "must name files beside it" in capsys.readouterr().err
+    assert len(list((cache.parent / "of_user" / "qlora_lightning").glob("kernels/*/attention.so"))) == 1

@@ -1,6 +1,5 @@
 """``qlora-lightning cache``: what the cache holds, and clearing it."""
 
-import sys
 from collections.abc import Sequence
 from typing import get_args
 
@@ -11,12 +10,11 @@ from qlora_lightning.base.cache import CacheEntry, Kind, cache_root, clear_entri
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.console import say, terminal
-from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled attention, kept for the next start."
 _EPILOG = """examples:
   qlora-lightning cache list
-  qlora-lightning cache clear --kind quantized --yes
+  qlora-lightning cache clear --kind quantized
 
 The cache is in $QLORA_LIGHTNING_CACHE, else in ~/.cache/qlora_lightning. All of it can be made again:
 clearing costs time at the next start, nothing else."""
@@ -27,10 +25,7 @@ def main(argv: list[str]) -> int:
     parser = OptionParser("cache", _DESCRIPTION, _EPILOG)
     parser.add_argument("action", choices=("list", "clear"), help="list entries with sizes and paths, or remove them")
     parser.add_argument("--kind", choices=get_args(Kind), help="of this kind only")
-    parser.add_argument("--yes", action="store_true", help="clear without asking")
     options = parser.parse_args(argv)
-    if cache_root().is_file():
-        raise UserError(f"The cache's folder {cache_root()} is a file: name a folder by QLORA_LIGHTNING_CACHE.")
     entries = list_entries(options.kind)
     if not entries:
         say(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
@@ -38,12 +33,6 @@ def main(argv: list[str]) -> int:
     _print_table(entries)
     if options.action == "list":
         return 0
-    if not options.yes:
-        if not sys.stdin.isatty():
-            raise UserError("Clearing the cache asks for a yes, and there is no terminal to ask on. Add --yes.")
-        if input("Remove all of these? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("Nothing removed.")
-            return 1
     removed = clear_entries(options.kind)
     say(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
     return 0
@@ -57,7 +46,7 @@ def _print_table(entries: Sequence[CacheEntry]) -> None:
         used = entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
         table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), used, escape(str(entry.path)))
     console = terminal()
-    if not sys.stdout.isatty():  # in a pipe rich would assume 80 columns, and fold the paths that a script looks for
+    if not console.is_terminal:  # in a pipe rich would assume 80 columns, and fold the paths that a script looks for
         console.width = 500
     console.print(table)
     say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")

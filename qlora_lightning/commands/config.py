@@ -3,16 +3,15 @@
 import difflib
 import inspect
 import itertools
-import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
+from qlora_lightning.support.files import load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -22,9 +21,8 @@ CALLBACKS = {
     "evaluation": "Evaluation",
 }
 """Callbacks with a key of their own, by the names of their classes: ``inspect`` imports none of them."""
-METHOD_KEYS = ("ckpt_path", "weights_only", "verbose", "return_predictions")
-"""Arguments of the Trainer's methods."""
-_KEYS = ("seed_everything", "model", "data", "trainer", *CALLBACKS, *METHOD_KEYS, "config", "print_config", "help")
+_KEYS = ("seed_everything", "model", "data", "trainer", *CALLBACKS, "ckpt_path", "config", "print_config", "help")
+_CLASS_KEYS = ("class_path", "init_args", "help")
 _OTHER_NAMES = {"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"}  # of peers
 
 
@@ -68,52 +66,40 @@ def _read_config(name: str) -> dict[str, Any]:
 def check_keys(arguments: Sequence[str], configs: Mapping[str, Mapping[str, Any]], classes: Mapping[str, type]) -> None:
     """Reject keys that nothing reads, with the nearest right one: jsonargparse lets an empty section pass.
 
-    Args:
-        arguments: the command line.
-        configs: the config files that it names.
-        classes: sections of a config, each with the class whose arguments its keys are.
+    ``configs`` are the files that the command line names, ``classes`` have the keys of a section as arguments.
     """
-    typed = [("on the command line", word[2:].partition("=")[0]) for word in arguments if word.startswith("--")]
-    # what is like no key is left to the parser
-    typed = [(origin, key) for origin, key in typed if "." in key or difflib.get_close_matches(key, _KEYS)]
+    typed = [(word[2:].partition("=")[0], "on the command line") for word in arguments if word.startswith("--")]
     for name, config in configs.items():
+        typed += [(str(section), f"in {name}") for section in config]
         for section, values in config.items():
-            keys = values if isinstance(values, dict) else ()
-            typed += [(f"in {name}", str(section)), *((f"in {name}", f"{section}.{key}") for key in keys)]
+            typed += [(f"{section}.{key}", f"in {name}") for key in (values if isinstance(values, dict) else ())]
+    typed = [(".".join(key.rstrip("+").split(".")[:2]), origin) for key, origin in typed]
+    keys = {section: [*inspect.signature(kind).parameters, *_CLASS_KEYS] for section, kind in classes.items()}
+    known = [*_KEYS, *(f"{section}.{key}" for section, names in keys.items() for key in names)]
     # jsonargparse checks the keys of a class of the user's own
-    foreign = {key.partition(".")[0] for _, key in typed if re.match(r"\w+\.class_path\b", key)}
-    known = {section: {*inspect.signature(kind).parameters} - {"kwargs"} for section, kind in classes.items()}
-    # of a name in several sections the first counts
-    elsewhere = {name: f"{section}.{name}" for section in reversed(known) for name in known[section]} | _OTHER_NAMES
-    for origin, key in typed:
-        section, dot, rest = key.partition(".")
-        _check_key("", section, _KEYS, origin, elsewhere)
-        if dot and section in known and section not in foreign:
-            names = known[section] | {"init_args", "class_path", "help"}
-            _check_key(f"{section}.", rest.partition(".")[0], names, origin, elsewhere)
-
-
-def _check_key(section: str, key: str, known: Collection[str], origin: str, elsewhere: Mapping[str, str]) -> None:
-    if key.rstrip("+") not in known:
-        near = elsewhere.get(key) or next((section + name for name in difflib.get_close_matches(key, known, n=1)), None)
-        hint = f"Did you mean {near}?" if near else f"Keys are {', '.join(sorted(known))}."
-        raise UserError(f"There is no key {section + key!r}. {hint} ({origin})")
+    foreign = {key.partition(".")[0] for key, _ in typed if key.endswith(".class_path")}
+    for key, origin in typed:
+        section, dot, name = key.partition(".")
+        if key in known or (dot and section in foreign):
+            continue
+        alias = _OTHER_NAMES.get(name or section)
+        elsewhere = [each for each in known if each.endswith(f".{name or section}")]
+        near = [alias] if alias else elsewhere or difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"There is no key {key!r}.{hint} ({origin})")
 
 
 def shorten_parse_error(message: str) -> str:
     """Return jsonargparse's words for a wrong value in one line: its key, the innermost reason, and the value."""
-    keys, lines = ".".join(re.findall(r'Parser key "([\w.]+)"', message)), message.splitlines()
-    reason = max(lines, key=lambda line: len(line) - len(line.lstrip(" -")))  # indented most
-    number = lines.index(reason)
-    values = [line.strip() for line in lines[number:] if line.strip().startswith("Given value:")]
-    words = [reason.strip(" -")]
-    if number and "Problem with given class_path" in lines[number - 1]:
-        words.insert(0, lines[number - 1].strip(" -:"))
-    elif "Got value" not in reason:
-        words += values[:1]
-    text = re.sub(r"an? <class '([\w.]+)'>", r"\1", ". ".join(words))
-    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
-    return f"{keys}: {text}.{' 4 bits are nf4.' if text.endswith('4bit') else ''}".removeprefix(": ")
+    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    reason = max(message.splitlines(), key=lambda line: len(line) - len(line.lstrip(" -")))  # indented most
+    # not of our own classes, whose values are all settings
+    details = re.findall(
+        r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name).*", message
+    )
+    text = ". ".join([reason.strip(" -"), *details[-1:]])
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))
+    return f"{keys}: {text}.".removeprefix(": ")
 
 
 # ---- short forms -----------------------------------------------------------------------------------------------------
@@ -150,28 +136,3 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
             word = f"{name}.enabled={str(value.lower() == 'true').lower()}"
         expanded.append(word)
     return expanded
-
-
-def refuse_moved_run(configs: Mapping[str, Mapping[str, Any]], run_folder: str | Path) -> None:
-    """Reject a run's own config that names another folder than its own: the run was moved.
-
-    There would be no checkpoint and no adapter: ``fit`` would start fresh, ``validate`` would evaluate the base.
-    ``run_folder`` is ``trainer.default_root_dir``, wherever it was set.
-    """
-    for name, config in configs.items():
-        folder = Path(name).expanduser().parent
-        trainer = config.get("trainer")
-        named = trainer.get("default_root_dir") if isinstance(trainer, dict) else None
-        is_run = Path(name).name == CONFIG and (folder / MANIFEST).exists()
-        if not is_run or not isinstance(named, str) or _normalize(named) != _normalize(run_folder):
-            continue
-        if Path(named).expanduser().resolve() != folder.resolve():
-            raise UserError(
-                f"--config {name} belongs to the run in {folder}, but has trainer.default_root_dir: {named}, which is "
-                "another folder: the run was moved, or the current folder is another. Add "
-                f"`--trainer.default_root_dir {folder}` to continue that run, or name another to begin one."
-            )
-
-
-def _normalize(path: str | Path) -> str:
-    return os.path.normpath(os.path.expanduser(path))

@@ -7,10 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import qlora_lightning
-from qlora_lightning.commands.options import OptionParser, write_output
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.files import load_yaml, write_whole
 
 _EPILOG = """examples:
   qlora-lightning recipes
@@ -60,7 +60,7 @@ def _copy(config: Path, *, force: bool) -> None:
                 f"{target} exists here and differs from the recipe's. Move it away, or overwrite it with --force."
             )
     for source, target in copies.items():
-        write_output(target, source.read_bytes())
+        write_whole(target, source.read_bytes())
         print(f"wrote {target}")
     data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
     named = [data[split] for split in ("train", "val") if data.get(split)]

@@ -12,14 +12,13 @@ from qlora_lightning.commands.options import (
     add_json_option,
     check_output,
     tables_beside,
-    write_output,
 )
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
 from qlora_lightning.report.run_files import Run, read_runs
 from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import terminal
-from qlora_lightning.support.files import PAGE
+from qlora_lightning.support.files import PAGE, write_whole
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
 
@@ -31,7 +30,6 @@ _EXAMPLES = """examples:
 
 RUN is what trainer.default_root_dir of a fit was; one that is still training works too. Without --out the page of one
 run is its report.html, that of several is comparison.html here, and an earlier one is overwritten."""
-_BESIDE = 4  # runs in a table of the terminal: more would not fit into 80 columns
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,11 +47,10 @@ def main(argv: Sequence[str]) -> int:
     rendered = render_report(runs)
     console = terminal()
     with tables_beside(figures):
-        for first in range(0, len(runs), _BESIDE):
-            console.print(_table(runs, slice(first, first + _BESIDE)))
-        write_output(page, rendered)
+        console.print(_table(runs))
+        write_whole(page, rendered)
         if figures is not None:
-            write_output(
+            write_whole(
                 figures,
                 {
                     "format": "qlora_lightning report",
@@ -66,11 +63,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _table(runs: Sequence[Run], shown: slice) -> Table:
-    table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in runs[shown]))
-    table.add_row("status", *(Text(run.status, "" if run.status == "finished" else "yellow") for run in runs[shown]))
+def _table(runs: Sequence[Run]) -> Table:
+    table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in runs))
+    table.add_row("status", *(Text(run.status, "" if run.status == "finished" else "yellow") for run in runs))
     for heading, cells in figure_table(runs)[1]:
-        table.add_row(heading, *(Text(text, "bold green" if note else "") for text, note in cells[shown]))
+        table.add_row(heading, *(Text(text, "bold green" if note else "") for text, note in cells))
     return table
 
 

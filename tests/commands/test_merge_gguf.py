@@ -8,16 +8,12 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
 from tests.adapters import make_run
-from tests.data import conftest as data
-from tests.families import WINDOW
-from tests.random_base import save_family, save_random_llama
-
-families = data.families  # tokenizers in the style of known models
+from tests.random_base import save_family
 
 
 def merge(*arguments, code=0):
@@ -44,7 +40,7 @@ def with_run(folder, small_run):
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_transformers_reads_the_same_model(model_type, folder, small_base):
     make_run(folder / "run", save_family(folder / "base", model_type, small_base))
     merge("--gguf", "f16", "--dtype", "fp32")
@@ -54,19 +50,17 @@ def test_transformers_reads_the_same_model(model_type, folder, small_base):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for name in (*names, "vocab_size", "rms_norm_eps", "rope_parameters"):
         assert getattr(config, name) == pytest.approx(getattr(written, name)), name
-    # llama.cpp attends to all in these architectures, which is the same up to the window
-    assert config.max_position_embeddings == (256 if model_type == "llama" else WINDOW)
-    model = AutoModelForCausalLM.from_pretrained(**place, config=config if model_type == "mistral" else written)
+    model = AutoModelForCausalLM.from_pretrained(**place, config=written)
     for name, tensor in load_file("merged/model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor), name
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
-    assert check["written: model-f16.gguf"]["kl"] < 1e-4
+    assert check["model-f16.gguf"]["kl"] < 1e-4
 
 
 def test_other_families_are_refused_before_the_work(folder, small_base, capsys):
     make_run(folder / "run", save_family(folder / "base", "phi3", small_base))
     merge("--gguf", "f16", code=2)
-    assert "llama, mistral, qwen2, qwen3, not of phi3" in capsys.readouterr().err
+    assert "llama, qwen2, qwen3, not of phi3" in capsys.readouterr().err
     assert not (folder / "merged").exists()
 
 
@@ -82,28 +76,6 @@ def test_a_tokenizer_of_qwen_is_named_so(with_run):
     assert reader.get_field("tokenizer.ggml.pre").contents() == "qwen2"
 
 
-def test_a_tokenizer_of_llama_2_is_written(folder, families):
-    families["llama2"].save_pretrained(folder / "base")
-    save_random_llama(folder / "base", torch.float32, hidden_size=64, intermediate_size=128)
-    make_run(folder / "run", folder / "base")
-    merge("--gguf", "f16", "--rows", "0")
-    tokenizer = AutoTokenizer.from_pretrained("merged")
-    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
-    expected = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": False}
-    assert {name: reader.get_field(name).contents() for name in expected} == expected
-    assert reader.get_field("tokenizer.ggml.tokens").contents() == tokenizer.convert_ids_to_tokens(
-        range(len(tokenizer))
-    )
-    scores = reader.get_field("tokenizer.ggml.scores").contents()
-    merges = json.loads((folder / "merged" / "tokenizer.json").read_text())["model"]["merges"]
-    made = list(dict.fromkeys("".join(pair) for pair in merges))  # in the order in which they are merged
-    assert sorted(made, key=lambda piece: -scores[tokenizer.convert_tokens_to_ids(piece)]) == made
-    assert len({scores[tokenizer.convert_tokens_to_ids(piece)] for piece in made}) == len(made)
-    kinds = reader.get_field("tokenizer.ggml.token_type").contents()
-    counted = (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)
-    assert [kinds.count(kind) for kind in counted] == [1, 2, 256]
-
-
 def put_quantizer(folder, monkeypatch, script):
     """Put a program of that name alone on the PATH."""
     program = folder / "bin" / "llama-quantize"
@@ -117,15 +89,13 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
     put_quantizer(with_run, monkeypatch, 'echo "$3" > asked; cp "$1" "$2"')
     merge("--gguf", "q4_k_m", "--dtype", "fp32")
     out = capsys.readouterr().out
-    assert "written: model-q4_k_m.gguf: loss" in out
+    assert "model-q4_k_m.gguf: loss" in out
     assert (with_run / "asked").read_text() == "Q4_K_M\n"
     assert sorted(file.name for file in (with_run / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
     modelfile = (with_run / "merged" / "gguf" / "Modelfile").read_text()
     assert modelfile == 'FROM ./model-q4_k_m.gguf\nPARAMETER stop "<|im_end|>"\n'
-    card = (with_run / "merged" / "README.md").read_text()
-    for command in ("ollama create my-model -f %sgguf/Modelfile", "llama-cli -m %sgguf/model-q4_k_m.gguf"):
-        assert command % "merged/" in out
-        assert f"\n    {command % ''}\n" in card  # a block of its own, to paste
+    for command in ("ollama create my-model -f merged/gguf/Modelfile", "llama-cli -m merged/gguf/model-q4_k_m.gguf"):
+        assert f"\n    {command}\n" in out  # to paste
 
 
 def test_a_program_that_fails_leaves_nothing_and_without_it_f16_is_written_and_the_command_printed(
@@ -140,21 +110,3 @@ def test_a_program_that_fails_leaves_nothing_and_without_it_f16_is_written_and_t
     command = "llama-quantize merged/gguf/model-f16.gguf merged/gguf/model-q5_k_m.gguf Q5_K_M"
     assert f"\n    {command}\n" in capsys.readouterr().out
     assert (with_run / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_llama_cpp_computes_the_same(model_type, folder, tiny_base):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    make_run(folder / "run", save_family(folder / "base", model_type, tiny_base))
-    merge("--gguf", "f16", "--rows", "0", "--dtype", "fp32")
-    tokenizer = AutoTokenizer.from_pretrained("merged")
-    model = llama_cpp.Llama("merged/gguf/model-f16.gguf", n_ctx=64, logits_all=True, verbose=False)
-    text = "It's 12:30.\n\nGrüße"
-    assert model.tokenize(text.encode(), add_bos=False) == tokenizer(text).input_ids
-    ids = list(range(5, 5 + WINDOW))
-    model.eval(ids)
-    with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained("merged")(torch.tensor([ids])).logits[0].log_softmax(-1)
-    found = torch.from_numpy(model.scores[: len(ids)]).log_softmax(-1)
-    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3

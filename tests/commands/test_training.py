@@ -1,36 +1,19 @@
 """`fit`, `validate`, `test` and `predict` on a config: what the run folder then holds, and what counts as its run."""
 
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 from datetime import date
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-
-from qlora_lightning.cli import main
-from tests.commands.conftest import CONFIG
-
-RESEARCHER = """
-from qlora_lightning import InstructionDataModule, QLoRAModule
-
-
-class Mine(QLoRAModule):
-    def __init__(self, loud: int = 1, **kwargs):
-        super().__init__(**kwargs)
-        print(f"loud is {loud}")
-
-
-class MyRows(InstructionDataModule):
-    def __init__(self, count: int, **kwargs):
-        super().__init__(**kwargs)
-        self.count = count
-
-    def load_rows(self, split):
-        return [{"instruction": "Say it.", "output": "it"}] * self.count if split == "train" else []
-"""
 
 
 def adapter_file(folder):
@@ -116,22 +99,6 @@ def test_null_and_false_switch_callbacks_off_in_yaml_and_on_the_command_line(
     assert not {"private_memory_gib", "tokens_seen"} & read_metrics("off")[0].keys()
 
 
-def test_a_subclass_is_named_by_class_path_beside_flat_keys_or_with_init_args(command, tmp_path):
-    (tmp_path / "researcher.py").write_text(RESEARCHER)
-    config = {
-        "model": {"class_path": "researcher.Mine", "base": "tiny", "loud": 7},
-        "data": {"class_path": "researcher.MyRows", "init_args": {"count": 4, "batch_size": 2}},
-        "trainer": {**CONFIG["trainer"], "default_root_dir": "mine"},
-    }
-    (tmp_path / "sub.yaml").write_text(yaml.safe_dump(config))
-    out = command("fit", config="sub.yaml")
-    assert "loud is 7" in out
-    assert "train: 4 rows" in out
-    saved = read_config(tmp_path / "mine")
-    assert (saved["model"]["class_path"], saved["model"]["loud"]) == ("researcher.Mine", 7)
-    assert (saved["data"]["class_path"], saved["data"]["count"]) == ("researcher.MyRows", 4)
-
-
 def test_a_trial_run_leaves_a_finished_run_alone(command, files_of):
     before = files_of("run")
     command("fit", "--trainer.fast_dev_run", "true")
@@ -150,7 +117,7 @@ def test_an_adapter_folder_is_trained_further_by_its_key(command, tmp_path):
     assert "Adapter:" not in command("validate", *again[2:], "--model.adapter", "run", config=again[1])
 
 
-def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path, write_config, capsys):
+def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path, write_config):
     shutil.copytree(tmp_path / "tiny", tmp_path / "dated")
     template = tmp_path / "dated" / "chat_template.jinja"
     dated = "{%- set today = strftime_now('%d %b %Y') %}{{- today + (motto | default('')) }}"
@@ -164,12 +131,73 @@ def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path
     question = [{"role": "user", "content": "What day is it?"}]
     prompt = plain.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert prompt.startswith("26 Jul 20242026-11-27<|im_start|>system\n")
-    common = ["--adapter", "new/adapter", "--data.val", "rows.jsonl", "--rows", "1"]
-    (tmp_path / "new" / "config.yaml").unlink()  # evaluated with the adapter folder alone
-    for motto, code, words in (
-        (["--data.template_options.motto", "Be rude."], 0, "another data.chat_template, so"),
-        (["--data.template_options.moto", "Be rude."], 2, "Did you mean 'motto'?"),
-    ):
-        assert main(["evaluate", *common, *motto]) == code
-        captured = capsys.readouterr()
-        assert words in " ".join((captured.out + captured.err).split())
+
+
+def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(command):
+    options = ("--trainer.enable_progress_bar=true", "--trainer.default_root_dir=new", "--evaluation=null")
+    written = command("fit", *options, "--trainer.num_sanity_val_steps=0", "--trainer.max_epochs=2")
+    numbers = r"loss \d+\.\d{3}, (val \d+\.\d{3}, )?lr [\d.e+-]+, \d+ tok/s, \d+\.\d\d GiB, \d:\d\d:\d\d left"
+    first, last = (line for line in written.splitlines() if line.startswith(("step", "validating")))
+    assert re.fullmatch(rf"step 1/6, epoch 1/2, {numbers}", first)
+    assert re.fullmatch(rf"step 6/6, epoch 2/2, {numbers}", last)
+    assert not re.search(r"[\r\x1b]|it/s", written)
+
+
+OWN = """
+import torch
+from qlora_lightning import QLoRAModule
+from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.load.base_model import load_base
+
+
+class Own(QLoRAModule):
+    def build_model(self):
+        return add_adapters(load_base(self.base, compute_dtype=torch.float32).model, rank=4)
+"""
+
+
+def test_a_subclass_with_a_build_model_of_its_own_is_trained_and_evaluated(
+    command, write_config, read_metrics, tmp_path
+):
+    (tmp_path / "own_modules.py").write_text(OWN)
+    model = {"class_path": "own_modules.Own", "dropout": 0.0, "compute_dtype": "fp32", "learning_rate": 0.03}
+    config = write_config(model=model, evaluation={"rows": 0}, trainer={"default_root_dir": "own"})
+    command("fit", config=config)
+    trained = float(read_metrics("own", "val_loss")[-1]["val_loss"])
+    assert read_config(tmp_path / "own")["model"]["class_path"] == "own_modules.Own"
+    validated = command("validate", config=config)
+    loss = float(next(line.split("│")[2] for line in validated.splitlines() if "val_loss" in line))
+    assert loss == pytest.approx(trained, rel=1e-5)
+    command("evaluate", "--json", "found.json", config=config)
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]["loss"]
+    assert found["adapter"]["value"] == pytest.approx(trained, rel=1e-5)
+    assert found["difference"]["value"] != 0.0
+
+
+OFFLINE = """
+import socket
+
+asked = []
+
+def refuse(*args, **kwargs):
+    asked.append(args[-1] if args else kwargs)
+    raise OSError("no network here")
+
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+socket.getaddrinfo = socket.create_connection = refuse
+
+from qlora_lightning.cli import main
+
+for line in ("fit --ckpt_path last --trainer.max_epochs 2", "validate", "predict"):
+    assert main([*line.split(), "--config", "c.yaml"]) == 0
+assert asked == [], asked
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("command")
+def test_no_network_is_asked_if_no_hub_id_is_named(tmp_path):
+    online = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    environment = {**online, "HF_HOME": str(tmp_path / "hub")}
+    subprocess.run([sys.executable, "-c", OFFLINE], env=environment, check=True)

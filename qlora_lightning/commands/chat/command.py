@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qlora_lightning.commands.adapter_config import name_adapters
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -17,8 +17,7 @@ _EPILOG = """examples:
   qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
 
 Several adapters, and with --compare the base, answer one below the other; the conversation continues with the answer
-of the first adapter. While talking: /system TEXT, /reset, /quit. Ctrl-C stops an answer.
-Lines that come through a pipe are turns of one conversation."""
+of the first adapter. Ctrl-C stops an answer. Lines that come through a pipe are turns of one conversation."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,13 +26,11 @@ def main(argv: Sequence[str]) -> int:
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: expected a message.")
     adapters = name_adapters(options.adapter)
-    options.json = check_output("--json", options.json, options.force)
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.chat.session import chat
 
-    with tables_beside(options.json):
-        chat(options, adapters)
+    chat(options, adapters)
     return 0
 
 
@@ -52,13 +49,7 @@ def _parser() -> OptionParser:
     add("--compare", action="store_true", help="let the base answer beside the adapters")
     add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
     add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
-    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, from all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
-    add("--min-p", type=float, metavar="P", help="sample from tokens P times as likely as the likeliest")
-    penalty = "make tokens that were there already X times less likely (default: 1, no less)"
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
     add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer at TEXT, too; may be repeated")
     add("--seed", type=int, metavar="N", help="of sampling")
-    add_json_option(parser)
     return parser

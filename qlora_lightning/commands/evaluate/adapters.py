@@ -7,11 +7,9 @@ from typing import Any
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
-from qlora_lightning.commands.config import refuse_moved_run
-from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, Server, Verdict, judge_server, make_requests
-from qlora_lightning.commands.options import quiet_lightning, write_output
+from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, Server, add_served, make_requests
+from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.comparison import Comparison
 from qlora_lightning.evaluation.row_results import (
@@ -33,37 +31,27 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
+    write_whole,
 )
 from qlora_lightning.support.trainer import find_callback
 
-_ONE_DEVICE = (
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-)
+_ONE_DEVICE = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
+_QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
 
 
 def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str]) -> int:
-    """Evaluate, print and write; return the exit code.
-
-    Args:
-        options: the command's own.
-        adapters: folders by name; none: that of the run folder.
-        arguments: options of ``fit``, among them those of ``evaluation``.
-    """
+    """Evaluate, print and write; return the exit code. Without ``adapters`` it is that of the run folder."""
     server = None
     if options.server is not None:  # before minutes of loading
         server = Server(options.server, options.served_name, options.timeout, options.parallel)
     with quiet_lightning():
-        run = QLoRACLI([*arguments, *_ONE_DEVICE])
+        run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET])
         if run.config["ckpt_path"] is not None or run.names_adapter:
             raise UserError("evaluate takes adapter folders, by --adapter DIR, not --ckpt_path or --model.adapter.")
         trainer: Any = run.trainer
         module: Any = run.model
         data: Any = run.datamodule
-        adapters = adapters or _find_adapter_of_run(trainer.default_root_dir, run.configs)
+        adapters = adapters or _find_adapter_of_run(trainer.default_root_dir)
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
@@ -73,31 +61,28 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
             say(f"{report.describe()}\n  what shortens rows: data.max_length, data.too_long")
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
-        asked = rows[: evaluation.rows]
+        asked, served = rows[: evaluation.rows], None
         requests = [] if server is None else make_requests(data, options.split, asked)
         settings = evaluation.choose_settings(trainer, asked)
-        served = []
-        if server is not None:  # first: it may fail
+        if server is not None:  # before the base: it may fail
             if settings is None:
                 raise UserError("--server: no row has a prompt that it could answer.")
             served = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
-        names = _load(module, adapters)
-        by_name, on_answers = dict(zip(adapters, names, strict=True)), _answer_writer(options.out)
+        by_name = dict(zip(adapters, _load(module, adapters), strict=True))
+        on_answers = _answer_writer(options.out)
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
         general = evaluation.evaluate_general(module, data, by_name, show=True)
         verdict = None
-        if settings is not None and served:
-            verdict = judge_server(served, asked, settings, results)
+        if served is not None and settings is not None:
+            verdict = add_served(served, asked, settings, results)
             if general is not None:
                 general[SERVED] = [NOTHING] * len(general[BASE])
-        comparison = Comparison(rows, results, settings, general)
-        _report(comparison, adapters, options, evaluation.samples, verdict)
-        return int(verdict is not None and verdict.served != "adapter")
+        _report(Comparison(rows, results, settings, general), adapters, options, evaluation.samples, verdict)
+        return int(verdict is not None and verdict["verdict"] != "adapter")
 
 
-def _find_adapter_of_run(run_folder: str, configs: Mapping[str, Any]) -> dict[str, Path]:
-    refuse_moved_run(configs, run_folder)
+def _find_adapter_of_run(run_folder: str) -> dict[str, Path]:
     folder = Path(run_folder) / ADAPTER_FOLDER
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"There is no adapter in {folder}: pass --adapter DIR, or run `fit` first.")
@@ -123,7 +108,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
 
 
 def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[list[Any], list[EvaluationRow]]:
-    """Return batches of a split and their rows, each with its place, source and group.
+    """Return batches of a split and their rows, each with its place and source.
 
     They are the first ``--rows``, else those within the Trainer's limit of batches.
     """
@@ -145,38 +130,25 @@ def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[
     read_from = "train" if split == "val" and data.val_fraction is not None else split
     samples, sources = data.samples.get(split), [source.path for source in data.sources(read_from)]
     places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
-    groups = _read_groups(data, read_from, options.group_by) if options.group_by else {}
     for row in rows:
         row.place = places.get(row.number, f"row {row.number}")
         row.source = sources[int(row.source)] if sources else row.source
-        row.group = groups.get(row.number, "(none)") if options.group_by else ""
     return batches, rows
 
 
 def _answer_writer(folder: Path | None) -> OnAnswers:
     """Return a function that writes answers as they come into the folder of the results, if there is one."""
-    file = None if folder is None else folder / UNFINISHED_PREDICTIONS
-    if file is not None:
-        file.unlink(missing_ok=True)
+    if folder is None:
+        return lambda side, rows, answers: None
+    file = folder / UNFINISHED_PREDICTIONS
+    file.unlink(missing_ok=True)
 
     def write(side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
-        if file is not None:
-            pairs = zip(rows, answers, strict=True)
-            lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
-            append_json_lines(file, lines)
+        pairs = zip(rows, answers, strict=True)
+        lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
+        append_json_lines(file, lines)
 
     return write
-
-
-def _read_groups(data: Any, split: str, column: str) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for number, row in enumerate(data.load_rows(split)):
-        values = row.values if isinstance(row, Row) else row if isinstance(row, dict) else {}
-        if values.get(column) is not None:
-            found[number] = str(values[column])
-    if not found:
-        raise UserError(f"--group-by {column}: no row of {split} has that column.")
-    return found
 
 
 def _warn_of_other_prompts(name: str, folder: Path, own: Mapping[str, Any]) -> None:
@@ -198,15 +170,14 @@ def _report(
     adapters: Mapping[str, Path],
     options: argparse.Namespace,
     samples: int,
-    verdict: Verdict | None,
+    verdict: Mapping[str, Any] | None,
 ) -> None:
     """Print the tables, and write the files that were asked for."""
     rows = "validation rows" if options.split == "val" else "test rows"
     comparison.print(rows)
     sources = comparison.split(lambda row: row.source)
-    groups = comparison.split(lambda row: row.group) if options.group_by else {}
-    for parts in (sources if len(sources) > 1 else {}, groups):
-        for name, part in parts.items():
+    if len(sources) > 1:
+        for name, part in sources.items():
             part.print_metrics(f"{rows} of {name}")
     hardest = comparison.hardest_first()
     wrong = [place for place in hardest if comparison.is_wrong(place)][:samples]
@@ -214,22 +185,20 @@ def _report(
         say(f"The hardest rows for {comparison.adapters[0]}:")
     comparison.print_rows(wrong)
     if verdict is not None:
-        say(verdict.sentence)
-
+        say(verdict["sentence"])
     summary = comparison.summary(samples)
     summary |= {
         "split": options.split,
         "adapters": {name: str(folder) for name, folder in adapters.items()},
         "hardest": [comparison.rows[place].number for place in hardest],
         "sources": {name: part.figures() for name, part in sources.items()},
-        "groups": {name: part.figures() for name, part in groups.items()},
-        **({} if verdict is None else {SERVED: verdict.figures}),
+        **({} if verdict is None else {SERVED: verdict}),
     }
     if options.json is not None:
-        write_output(options.json, summary)
+        write_whole(options.json, summary)
     if options.out is not None:
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
-        write_output(predictions, format_json_lines(comparison.predictions(hardest)))
-        write_output(figures, summary)
+        write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
+        write_whole(figures, summary)
         (options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")

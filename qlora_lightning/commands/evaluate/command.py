@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from qlora_lightning.commands.adapter_config import BASE, add_config, name_adapters
+from qlora_lightning.commands.adapter_config import add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.console import say
@@ -13,8 +13,6 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
 from qlora_lightning.support.imports import without_garbage_collection
 
-# keys of evaluation.json and predictions.jsonl
-_RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source", "group")
 _DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
 
@@ -27,12 +25,11 @@ _EPILOG = """examples:
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
   qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
 
-With --server URL an inference server that speaks OpenAI's chat completions answers the same rows, and is judged: its
-answers are those of the adapter (exit code 0), of the base, or of neither (exit code 1). A key, if it needs one, is
-taken from the environment variable OPENAI_API_KEY.
+With --server URL an inference server that speaks OpenAI's chat completions answers the same rows: as the adapter (exit
+code 0), as the base, or as neither (exit code 1). A key, if it needs one, is taken from OPENAI_API_KEY.
 
-Without --adapter it is the run folder's own. Nothing is written but what --out and --json name: --out writes
-evaluation.json (all figures) and predictions.jsonl (a line per row, the hardest first) into a folder.
+Without --adapter it is the run folder's own. --out writes evaluation.json (all figures) and predictions.jsonl (a line
+per row, the hardest first) into a folder.
 
 Scores: exact_match; json_valid and json_f1 (fields) of JSON; numeric_match (GSM8K's `#### 18`, else the last number);
 rouge_l; chrf. Those that fit the expected answers are taken, unless --scores names some. stop_rate is the share of
@@ -42,7 +39,9 @@ answers that end by themselves. A row is an answer's last turn, answered from al
 def main(argv: Sequence[str]) -> int:
     """Evaluate; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
-    adapters = name_adapters(options.adapter, _RESERVED, single="adapter")
+    adapters = name_adapters(options.adapter)
+    if len(adapters) == 1 and "=" not in options.adapter[0]:
+        adapters = {"adapter": next(iter(adapters.values()))}
     if options.server and len(adapters) > 1:
         raise UserError("--server is compared with one adapter: pass one --adapter.")
     if not adapters and not rest:
@@ -55,11 +54,8 @@ def main(argv: Sequence[str]) -> int:
     if options.rows is not None:
         arguments += ["--evaluation.rows", str(options.rows)]
     options.json = check_output("--json", options.json, options.force)
-    if options.out is not None:
-        options.out = options.out.expanduser()
-        options.out.mkdir(parents=True, exist_ok=True)
-        for name in (EVALUATION, PREDICTIONS):
-            check_output("--out", options.out / name, options.force)
+    for name in (EVALUATION, PREDICTIONS) if options.out else ():
+        check_output("--out", options.out / name, options.force)
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.evaluate.adapters import evaluate
@@ -77,10 +73,8 @@ def _parser() -> OptionParser:
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
     add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
-    add("--group-by", metavar="COLUMN", help="also a table by the values of a column of the rows")
     add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
-    add("--batch-size", dest="evaluation.batch_size", metavar="N", help="rows answered together, at most")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
     add("--general", dest="evaluation.general", metavar="FILE", help="other text, whose loss tells what was forgotten")

@@ -1,4 +1,4 @@
-"""A server beside base and adapter: it answers the same rows, and is judged by whose answers they are."""
+"""A server beside base and adapter: it answers the same rows, and its answers are found to be those of one of them."""
 
 import json
 import math
@@ -6,8 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 from rich.progress import track
@@ -22,35 +21,15 @@ from qlora_lightning.support.errors import UserError
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
 SERVED = "served"
 NOTHING = RowResult(math.nan, 0, 0)  # of a server's losses
-
-
-class ServedAnswer(NamedTuple):
-    """What a server answered.
-
-    Attributes:
-        text: Without space around it; calls of tools as Hermes and Qwen write them.
-        tokens: How many it counts; 0 if it does not say.
-        stopped: Whether it ended by itself, and not at the limit.
-        prompt_tokens: How many tokens it counts in the prompt; ``None`` if it does not say.
-    """
-
-    text: str
-    tokens: int
-    stopped: bool
-    prompt_tokens: int | None
+ServedAnswer = tuple[Answer, int | None]
+"""An answer without scores, and how many tokens the server counts in the prompt, if it says so."""
 
 
 class Server:
-    """An inference server that speaks OpenAI's chat completions.
+    """An inference server that speaks OpenAI's chat completions: ``http://localhost:8000/v1``.
 
-    Args:
-        url: Up to and with its version: ``http://localhost:8000/v1``.
-        name: Of the served model; ``None`` if there is only one.
-        timeout: Seconds that an answer may take.
-        parallel: Requests at a time.
-
-    Raises:
-        UserError: Nothing answers there, or it serves no model of that name.
+    ``name`` is that of the served model, ``None`` if there is only one; ``timeout`` the seconds that an answer may
+    take, ``parallel`` the requests at a time.
     """
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
@@ -58,14 +37,10 @@ class Server:
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
         served = [model["id"] for model in self._send("GET", "models").get("data") or []]
-        if name is None and len(served) == 1:
-            name = served[0]
-        elif name not in served and f"{name}:latest" in served:  # as Ollama completes it
-            name = f"{name}:latest"
-        if name is None or (served and name not in served):
-            asked = "Name a model by --served-name" if name is None else f"It serves no {name}"
-            raise UserError(f"--server {url}: {asked}: expected one of {', '.join(served)}.")
-        self.name = name
+        self.name = served[0] if name is None and len(served) == 1 else name
+        if self.name is None or (served and self.name not in served):
+            names = " or ".join(served)
+            raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[ServedAnswer]:
         """Answer chat requests greedily, several at a time, in their order, and show how many are done."""
@@ -77,7 +52,7 @@ class Server:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
         found = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
         if not found.get("choices"):
-            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(str(found))}")
+            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(found)}")
         choice, usage = found["choices"][0], found.get("usage") or {}
         message = choice["message"]
         thoughts = message.get("reasoning_content") or message.get("reasoning")
@@ -86,48 +61,31 @@ class Server:
         for call in message.get("tool_calls") or []:
             function = {"name": call["function"]["name"], "arguments": _parse(call["function"]["arguments"])}
             texts.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
-        return ServedAnswer(
-            "\n".join(texts).strip(),
-            usage.get("completion_tokens", 0),
-            choice.get("finish_reason") in ("stop", "tool_calls"),
-            usage.get("prompt_tokens"),
-        )
+        stopped = choice.get("finish_reason") in ("stop", "tool_calls")
+        answer = Answer("\n".join(texts).strip(), usage.get("completion_tokens", 0), stopped, {})
+        return answer, usage.get("prompt_tokens")
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        url = f"{self.url}/{path}"
         try:
-            response = httpx.request(
-                method, f"{self.url}/{path}", json=body, headers=self._headers, timeout=self._timeout
-            )
-            if response.is_success:
-                return response.json()
-        except httpx.TimeoutException as error:
-            raise UserError(f"--server {self.url} did not answer in time: --timeout gives it more.") from error
+            response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
+            response.raise_for_status()
+            return response.json()
+        except httpx.HTTPStatusError as error:
+            fault = f"{error.response.status_code}: {error.response.text}"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise UserError(
-                f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(error)}"
-            ) from error
-        text = self._hide_key(response.text)
-        hint = f" A key is taken from {KEY_VARIABLE}." if response.status_code in (401, 403) else ""
-        raise UserError(f"--server {self.url} answered /{path} with {response.status_code}: {text}{hint}")
+            fault = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(fault)} (a key is taken from "
+            f"{KEY_VARIABLE}, --timeout gives it more seconds)"
+        )
 
-    def _hide_key(self, words: object) -> str:
-        text = " ".join(str(words).split())[:300]
+    def _hide_key(self, fault: object) -> str:
+        text = " ".join(str(fault).split())[:300]
         return text.replace(self._key, "…") if self._key else text
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whose answers a server gave.
-
-    Attributes:
-        served: ``adapter``, ``base`` or ``neither``.
-        sentence: Of it, for people.
-        figures: Of it, for programs.
-    """
-
-    served: str
-    sentence: str
-    figures: dict[str, Any]
+# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
@@ -173,117 +131,87 @@ def _parse(arguments: Any) -> Any:
         return arguments
 
 
-def judge_server(
+# ---- verdict ---------------------------------------------------------------------------------------------------------
+
+
+def add_served(
     answers: Sequence[ServedAnswer],
     rows: Sequence[EvaluationRow],
     settings: AnswerSettings,
     results: dict[str, list[RowResult]],
-) -> Verdict:
-    """Score a server's answers of the rows that have a prompt, add them to ``results``, and judge them."""
+) -> dict[str, Any]:
+    """Score a server's answers of the rows that have a prompt, add them to ``results``, and return the verdict."""
     asked = [index for index, row in enumerate(rows) if row.prompt is not None]
-    adapter = next(side for side in results if side != BASE)
-    served, prompts = [NOTHING] * len(results[BASE]), []
-    for index, found in zip(asked, answers, strict=True):
-        row = rows[index]
-        scores = settings.score(found.text, row)
-        served[index] = NOTHING._replace(answer=Answer(found.text, found.tokens, found.stopped, scores))
-        prompts.append((row.place, len(row.prompt or ()), found.prompt_tokens))
-    results[SERVED] = served
-    sides = {BASE: BASE, "adapter": adapter, SERVED: SERVED}
-    texts = {
-        name: [answer for index in asked if (answer := results[side][index].answer)] for name, side in sides.items()
-    }
-    expected = [settings.decode(rows[index].expected) for index in asked]
-    return judge(texts, expected, prompts, settings.scores[0])
+    results[SERVED] = [NOTHING] * len(results[BASE])
+    prompts = []
+    for index, (answer, prompt_tokens) in zip(asked, answers, strict=True):
+        scores = settings.score(answer.text, rows[index])
+        results[SERVED][index] = NOTHING._replace(answer=answer._replace(scores=scores))
+        prompts.append((rows[index].place, len(rows[index].prompt or ()), prompt_tokens))
+    sides = [[found for index in asked if (found := each[index].answer)] for each in results.values()]
+    return judge_answers(sides[0], sides[1], sides[2], prompts, settings.scores[0])
 
 
-def judge(
-    answers: Mapping[str, Sequence[Answer]],
-    expected: Sequence[str],
+def judge_answers(
+    base: Sequence[Answer],
+    adapter: Sequence[Answer],
+    served: Sequence[Answer],
     prompts: Sequence[tuple[str, int, int | None]],
     score: str,
-) -> Verdict:
-    """Find whose answers a server gave: those of the adapter, of the base, or of neither.
+) -> dict[str, Any]:
+    """Find whose answers a server gave: those of the adapter, of the base, or of neither, in figures and a sentence.
 
     They are a side's if most of them, in rows that both sides answer differently, are nearer to its own by chrF than to
-    the other's and than these are to each other, and the score differs by no more than the interval of the difference;
-    for the adapter chrF beside what was expected too. Equality would ask too much: the last digits of two programs
-    differ, and a long answer may part somewhere without a fault.
-
-    Args:
-        answers: By side: ``base``, ``adapter`` and ``served``, of the same rows.
-        expected: What each row answers.
-        prompts: Of each row, where it is from, the tokens of its prompt, and how many the server counted.
-        score: Name of the score that counts.
+    the other's and than these are to each other, and the score differs by no more than the interval of the difference.
+    Equality would ask too much: the last digits of two programs differ, and a long answer may part somewhere.
+    ``prompts`` says of each row where it is from, the tokens of its prompt, and how many the server counted.
     """
-    base, adapter, served = (answers[side] for side in (BASE, "adapter", SERVED))
     texts = [(mine.text, other.text, found.text) for mine, other, found in zip(adapter, base, served, strict=True)]
-    telling = [row for row in texts if row[0] != row[1]]
-    nearer = {"adapter": 0, BASE: 0}
-    for mine, other, found in telling:
+    differing = [row for row in texts if row[0] != row[1]]
+    nearer, gaps = {"adapter": 0, BASE: 0}, {}
+    for mine, other, found in differing:
         to_adapter, to_base = ((found == text, chrf(found, text)) for text in (mine, other))
         apart = (False, chrf(other, mine))  # nonsense is farther from both than these are from each other
         nearer["adapter"] += to_adapter > max(to_base, apart)
         nearer[BASE] += to_base > max(to_adapter, apart)
-    equal = {"adapter": sum(row[2] == row[0] for row in texts), BASE: sum(row[2] == row[1] for row in texts)}
-    verdict, differences = "neither", {}
-    for side in (BASE, "adapter"):
-        pair = {name: [(each.figures[score], 1.0) for each in answers[name]] for name in (side, SERVED)}
-        difference = differences[side] = measure(score, pair).differences[SERVED]
-        gaps = [difference]
-        if side != BASE:  # which answers otherwise in other bits, and talks freely
-            overlaps = {
-                name: [(chrf(each.text, text), 1.0) for each, text in zip(answers[name], expected, strict=True)]
-                for name in (side, SERVED)
-            }
-            gaps.append(measure("chrf", overlaps).differences[SERVED])
-        if 2 * nearer[side] > len(telling) and all(each.low <= 0 <= each.high for each in gaps):
-            verdict = side
-    gap = differences["adapter"]
+    for side, answers in (("adapter", adapter), (BASE, base)):
+        values = {
+            name: [(each.figures[score], 1.0) for each in own] for name, own in ((side, answers), (SERVED, served))
+        }
+        gaps[side] = measure(score, values).differences[SERVED]
+    fits = [side for side, gap in gaps.items() if 2 * nearer[side] > len(differing) and gap.low <= 0 <= gap.high]
+    verdict, gap = (fits or ["neither"])[0], gaps["adapter"]
+
+    rows, equal = len(texts), [sum(row[2] == row[side] for row in texts) for side in (0, 1)]
     figures: dict[str, Any] = {
         "verdict": verdict,
-        "rows": len(texts),
-        "telling_rows": len(telling),
-        "equal_to_adapter": equal["adapter"] / len(texts),
-        "equal_to_base": equal[BASE] / len(texts),
+        "rows": rows,
+        "differing_rows": len(differing),
+        "equal_to_adapter": equal[0] / rows,
+        "equal_to_base": equal[1] / rows,
         "score": score,
         "difference_from_adapter": gap._asdict(),
     }
-    share = f"{equal['adapter']:,} of {len(texts):,} answers are equal to the adapter's, {equal[BASE]:,} to the base's"
-    change = f"{score} differs from the adapter's by {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
-    if verdict == BASE:
-        sentence = (
-            f"The server answers as the base: it has not loaded the adapter ({share}). Look at the names that the"
-        )
-        return Verdict(verdict, f"{sentence} server logs when it loads the adapter, and at --served-name.", figures)
-    others = [(where, ours, theirs) for where, ours, theirs in prompts if theirs not in (None, ours)]
+    names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
+    sentence = (
+        f"The server answers {names[verdict]}. {equal[0]:,} of {rows:,} answers are equal to the adapter's, "
+        f"{equal[1]:,} to the base's; {score} differs from the adapter's by {gap.value:+.3f} "
+        f"[{gap.low:+.3f}, {gap.high:+.3f}]."
+    )
+    others = [prompt for prompt in prompts if prompt[2] not in (None, prompt[1])]
     if others:
         where, ours, theirs = others[0]
         figures["prompt_tokens"] = {"row": where, "ours": ours, "server": theirs, "rows": len(others)}
-    template = (
-        f" Its prompts are others in {len(others):,} rows (that of {others[0][0]} has {others[0][2]:,} tokens, in "
-        f"training {others[0][1]:,}): compare its chat template."
-        if others
-        else ""
-    )
-    if verdict == "adapter":
-        return Verdict(verdict, f"The server answers as the adapter: {share}; {change}.{template}", figures)
-    if not telling:
-        return Verdict(
-            verdict, f"Base and adapter answer these {len(texts):,} rows alike: nothing tells them.", figures
+        sentence += (
+            f" Its prompts are others in {len(others):,} rows ({where}: {theirs:,} tokens, in training {ours:,})."
         )
-    first = next((number for number, row in enumerate(texts) if row[2] != row[0]), 0)
-    figures["first_difference"] = {
-        "row": prompts[first][0],
-        "adapter": texts[first][0],
-        SERVED: texts[first][2],
-    }
-    looks = "" if template else " Its prompts have as many tokens as in training."
-    if sum(each.stopped for each in served) < sum(each.stopped for each in adapter):
-        looks += " Fewer of its answers end by themselves: look at its stop tokens."
-    sentence = (
-        f"The server answers like neither base nor adapter: {share}; {change}. First {prompts[first][0]}: "
-        f"{texts[first][2][:80]!r}, the adapter {texts[first][0][:80]!r}.{template}{looks} What is left is "
-        "quantization: compare an export in f16."
-    )
-    return Verdict(verdict, sentence, figures)
+    if verdict == "neither":
+        first = next((number for number, row in enumerate(texts) if row[2] != row[0]), 0)
+        mine, _, found = texts[first]
+        figures["first_difference"] = {"row": prompts[first][0], "adapter": mine, SERVED: found}
+        ended = [sum(each.stopped for each in answers) for answers in (served, adapter)]
+        sentence += (
+            f" First {prompts[first][0]}: {found[:80]!r}, the adapter {mine[:80]!r}. Look at its chat template, its "
+            f"stop tokens ({ended[0]:,} answers end by themselves, {ended[1]:,} of the adapter's) and its quantization."
+        )
+    return {**figures, "sentence": sentence}

@@ -4,19 +4,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning, write_output
+from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.imports import without_garbage_collection
 
 _SPLITS = ("train", "val", "test", "predict")
-# nothing is fetched and nothing runs, whatever the rows hold
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Data</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>{stylesheet}</style></head>
-<body><pre>{code}</pre></body></html>
-"""
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
 
 The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
@@ -48,18 +42,11 @@ def main(argv: Sequence[str]) -> int:
     console = terminal(record=page is not None)
     print_inspection(data, splits, run.config, options, console)
     if page is not None:
-        write_output(page, console.export_html(code_format=_PAGE))
+        write_whole(page, console.export_html())
         say(f"\nPage: {page}")
     sys.stdout.flush()
-    reports = [data.reports[split] for split in splits]
-    bad = [f"{report.bad_rows:,} in {report.split}" for report in reports if report.bad_rows]
-    if bad and data.on_bad_row == "error":
-        raise UserError(
-            f"There are bad rows ({', '.join(bad)}), listed above: `fit` stops at them. Correct them, or leave them "
-            "out with `on_bad_row: skip`."
-        )
-    for report in reports:
-        report.check(skip_bad=True)
+    for split in splits:
+        data.reports[split].check(skip_bad=data.on_bad_row == "skip")
     return 0
 
 

@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from jsonargparse.typing import NonNegativeInt
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
 
-Layer by layer, in fp32, never into 4 bits. Onto the dequantized base that the adapter was trained on, or with
---onto original onto the 16-bit weights that it never saw. The result is then compared with base and adapter on
-validation rows, and kept only if they agree."""
+Layer by layer, in fp32, never into 4 bits, onto the dequantized base that the adapter was trained on. The result is
+compared with base and adapter on validation rows, and kept only if they agree; merge.json in it has the figures."""
 _EPILOG = """examples:
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/merged
   qlora-lightning merge --adapter runs/quickstart/adapter --out runs/quickstart/gguf --gguf q8_0 --rows 16
@@ -32,15 +31,13 @@ def main(argv: Sequence[str]) -> int:
     options.fit = rest  # options of fit, which choose rows for the check
     if rest and not options.rows:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.json = check_output("--json", options.json, options.force)
     _check_folder(options.out, options.force)
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.merge.merged_folder import merge
 
-    with tables_beside(options.json):
-        merge(options)
+    merge(options)
     return 0
 
 
@@ -62,27 +59,10 @@ def _parser() -> OptionParser:
     add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
-    add(
-        "--onto",
-        choices=("dequantized", "original"),
-        default="dequantized",
-        help="dequantized (default): the base as the adapter saw it; original: the weights before quantization",
-    )
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
-    add(
-        "--gguf",
-        choices=(*K_QUANTS, "q8_0", "f16"),
-        help="write a GGUF file for llama.cpp, and a Modelfile for Ollama, too",
-    )
+    gguf_help = "write a GGUF file for llama.cpp, and a Modelfile for Ollama, too"
+    add("--gguf", choices=(*K_QUANTS, "q8_0", "f16"), help=gguf_help)
     rows_help = "validation rows to check on (default: 8; 0: no check)"
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
-    add(
-        "--max-kl",
-        type=NonNegativeFloat,
-        metavar="NATS",
-        help="keep nothing if what is written diverges from base and adapter by more, in nats per token "
-        "(default: onto dequantized 0.01, or 0.001 if trained and written in fp32; 0.5 onto original; at least 0.01 "
-        "for a GGUF file, 0.05 for q6_k, 0.15 for q5_k_m and 0.25 for q4_k_m)",
-    )
-    add_json_option(parser)
+    add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
     return parser

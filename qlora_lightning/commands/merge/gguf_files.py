@@ -1,6 +1,5 @@
 """GGUF files for llama.cpp: a merged model, tensor by tensor, with its tokenizer."""
 
-import functools
 import json
 import math
 import re
@@ -24,26 +23,16 @@ Array = npt.NDArray[Any]
 # llama.cpp's architecture of each type of which the files are verified
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
-_UNKNOWN_SPLIT = (
-    "--gguf: llama.cpp's name for how this tokenizer splits text is unknown here, and a wrong one would change "
-    f"prompts silently. {_CONVERT}"
-)
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of the expressions by which tokenizers split text
 _SPLITS = {
     rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
     rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "qwen2",
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-        rf"\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
-    ): "tekken",
 }
 
 
@@ -80,10 +69,13 @@ class GGUFModelWriter:
         if factors is not None:
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         self._types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
+        names = gguf.get_tensor_name_map(architecture_of(self._config), self._config.num_hidden_layers)
         for name, shape in plan.shapes.items():
             block, block_bytes = gguf.GGML_QUANT_SIZES[self._types[name]]
             size = math.prod(shape) // block * block_bytes
-            gguf_name = _map_name(name, self._config)
+            gguf_name = names.get_name(name, (".weight", ".bias"))
+            if gguf_name is None:
+                raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
             writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -103,18 +95,6 @@ class GGUFModelWriter:
 
 
 # ---- tensors and shape -----------------------------------------------------------------------------------------------
-
-
-def _map_name(name: str, config: Any) -> str:
-    """Return llama.cpp's name of a tensor."""
-    names = _name_map(architecture_of(config), config.num_hidden_layers)
-    found: str | None = names.get_name(name, (".weight", ".bias"))
-    if found is None:
-        raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
-    return found
-
-
-_name_map = functools.cache(gguf.get_tensor_name_map)  # it takes 10 ms to make
 
 
 def _permute_rows(name: str, rows: Array, config: Any) -> Array:
@@ -144,9 +124,7 @@ def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
 def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
-    # llama.cpp knows no sliding windows in these architectures; up to the window they make no difference
-    window = getattr(config, "sliding_window", None)
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -181,51 +159,24 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
-    if model.get("type") != "BPE":
-        raise UserError(f"--gguf writes BPE tokenizers; this one is of the kind {model.get('type')}. {_CONVERT}")
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
     types = gguf.TokenType
     tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
-    if model.get("byte_fallback"):
-        listed = [(text, _kind_of_piece(text, kind, model["unk_token"])) for text, kind in listed]
-        _add_pieces(writer, content, [text for text, _ in listed])
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
-    special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocabulary)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     template = folder / "chat_template.jinja"
     if special.chat_template is None and template.is_file():  # gguf before 0.19 does not read it
         special.chat_template = template.read_text(encoding="utf-8")
     # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
-
-
-def _kind_of_piece(text: str, kind: gguf.TokenType, unknown: str | None) -> gguf.TokenType:
-    if text == unknown:
-        return gguf.TokenType.UNKNOWN
-    return gguf.TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else kind
-
-
-def _add_pieces(writer: gguf.GGUFWriter, content: dict[str, Any], pieces: list[str]) -> None:
-    """Write a tokenizer of Llama 2's kind: llama.cpp merges the neighbours whose piece has the highest score first."""
-    merges = ("".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in content["model"]["merges"])
-    ranks: dict[str, int] = {}
-    for rank, piece in enumerate(merges):
-        ranks.setdefault(piece, rank)
-    before = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    # a space before each text between control tokens; without it only before the first, and prompts begin with a BOS
-    has_prefix = '"Prepend"' in before
-    if not has_prefix and not re.search('"prepend_scheme": "(first|never)"', before):
-        raise UserError(_UNKNOWN_SPLIT)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_add_space_prefix(has_prefix)
-    writer.add_token_scores([-float(ranks.get(piece, len(ranks))) for piece in pieces])
 
 
 def _read_split(base: BaseFolder) -> str | None:
@@ -246,4 +197,4 @@ def _name_split(pre_tokenizer: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
-    raise UserError(_UNKNOWN_SPLIT)
+    raise UserError(f"--gguf: llama.cpp's name for how this tokenizer splits text is unknown here. {_CONVERT}")

@@ -3,34 +3,23 @@
 import re
 from collections.abc import Sequence
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.commands.adapter_config import add_config
-from qlora_lightning.commands.options import (
-    OptionParser,
-    add_json_option,
-    check_output,
-    quiet_lightning,
-    tables_beside,
-    write_output,
-)
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, quiet_lightning, tables_beside
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
 The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
-is read and nothing is fetched; the data are read if they are on this machine. Nothing is written except the file that
---json names. With --adapter, the plan is to train that adapter further, by the config of its run."""
+is read or fetched; the data are read if they are on this machine."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
-  qlora-lightning plan --adapter runs/quickstart/adapter
 
 It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
 is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
-is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned; all else is measured in
-training."""
+is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned."""
 _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
@@ -39,9 +28,6 @@ def main(argv: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
     file = check_output("--json", own.json, own.force)
-    if own.adapter is not None:
-        adapter = find_adapter_folder(own.adapter)
-        rest = [*add_config(adapter, rest, needs_rows=False), "--model.adapter", str(adapter)]
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         import_bitsandbytes()  # before the planner imports PEFT, which would
@@ -53,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         figures, model = plan_run(rest, memory)
         print_plan(figures, model, terminal())
     if file is not None:
-        write_output(file, figures)
+        write_whole(file, figures)
     return 0 if figures["memory"]["fits"] else 1
 
 
@@ -67,9 +53,8 @@ def read_size(text: str) -> int:
 
 
 def _parser() -> OptionParser:
-    usage = "qlora-lightning plan --config FILE [--adapter DIR] [options] [options of fit]"
+    usage = "qlora-lightning plan --config FILE [options] [options of fit]"
     parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder to train further (model.adapter)")
     memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
     parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
     add_json_option(parser)

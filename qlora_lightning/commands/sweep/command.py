@@ -4,16 +4,16 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside, write_output
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
 
-Start at 8 and double: the sweep continues while the loss on the validation rows falls by more than its noise: that of
-the rows (a paired bootstrap over them) and that of the training, the largest difference between --seeds trainings with
-the first value. alpha is 2 × rank, data and their order are the same.
+Start at 8 and double: the sweep continues while the loss on the validation rows falls by more than its noise, the
+largest difference between --seeds trainings with the first value. alpha is 2 × rank.
 Every other option is one of `fit`. Each trial has a folder of its own in RUN/sweep-rank; the same command continues
 after a kill. With --target-modules or --learning-rates all values are tried, and the one with the fewest parameters
 is chosen among those that the best does not beat by more than noise, of equals the one of the lowest loss."""
@@ -27,7 +27,7 @@ RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` ta
 def main(argv: Sequence[str]) -> int:
     """Sweep; return the exit code."""
     options, rest = _parser().parse_known_args(argv)
-    setting, values = "rank", tuple(sorted(options.ranks or (8, 16, 32, 64)))
+    setting, values = "rank", sorted(options.ranks or (8, 16, 32, 64))
     if options.target_modules:
         setting, values = "target_modules", options.target_modules
     elif options.learning_rates:
@@ -35,12 +35,12 @@ def main(argv: Sequence[str]) -> int:
     options.json = check_output("--json", options.json, options.force)
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.sweep.trials import Sweep, run_sweep
+        from qlora_lightning.commands.sweep.trials import run_sweep
 
     with tables_beside(options.json):
-        figures = run_sweep(Sweep(setting, values, options.min_gain, options.seeds), rest)
+        figures = run_sweep(setting, values, options.seeds, rest)
     if options.json is not None:
-        write_output(options.json, figures)
+        write_whole(options.json, figures)
     return 0
 
 
@@ -48,11 +48,19 @@ def _parser() -> OptionParser:
     usage = "qlora-lightning sweep-rank --config FILE [--ranks N,N,…] [--json FILE] [options of fit]"
     parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, usage)
     one = parser.add_mutually_exclusive_group().add_argument
-    one("--ranks", type=_values_of(PositiveInt), metavar="N,N,…", help="ranks to try (default: 8,16,32,64)")
+    one(
+        "--ranks",
+        type=_values_of(lambda text: int(PositiveInt(text))),
+        metavar="N,N,…",
+        help="ranks to try (default: 8,16,32,64)",
+    )
     one("--target-modules", type=_values_of(str), metavar="NAME,…", help="instead: what carries an adapter")
-    one("--learning-rates", type=_values_of(PositiveFloat), metavar="X,…", help="instead: learning rates to try")
-    least = "nats per token that a gain must reach beside being above noise (default: 0)"
-    parser.add_argument("--min-gain", type=NonNegativeFloat, default=0.0, metavar="X", help=least)
+    one(
+        "--learning-rates",
+        type=_values_of(lambda text: float(PositiveFloat(text))),
+        metavar="X,…",
+        help="instead: learning rates to try",
+    )
     seeds_help = "trainings with the first value, to measure what another seed alone does (default: 3; 1: do not)"
     parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help=seeds_help)
     add_json_option(parser)

@@ -142,8 +142,6 @@ class Evaluation(Callback):
         if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of the adapter as it was before
             (Path(trainer.default_root_dir) / EVALUATION).unlink(missing_ok=True)
 
-    # ---- at the end of a fit ---------------------------------------------------------------------------------------
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         has_adapter = hasattr(getattr(module, "model", None), "disable_adapter")

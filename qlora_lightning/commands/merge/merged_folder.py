@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
-from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
+from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
@@ -74,6 +74,8 @@ def _explain_gguf(file: Path, kind: str) -> None:
     if file != wanted:
         say("llama-quantize of llama.cpp is not on the PATH. It quantizes:")
         say(f"    llama-quantize {file} {wanted} {kind.upper()}")
+    if kind in KEPT:
+        say(f"Of an adapter for GSM8K on SmolLM2-135M, {kind} kept {KEPT[kind]} of the gain in loss.")
     say("Run it with llama.cpp, or with Ollama, to whose Modelfile a system prompt of the training is to be added:")
     say(f"    llama-cli -m {file}")
     say(f"    ollama create my-model -f {file.parent / 'Modelfile'}")

@@ -14,7 +14,7 @@ import qlora_lightning
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.data.chat.tokenizer import hash_tokenizer
 from qlora_lightning.data.prepare import Prepared
-from qlora_lightning.data.report import Report
+from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
@@ -64,4 +64,4 @@ def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepa
 
     folder = cached_folder("samples", key, build, ", ".join(source.path for source in sources))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return SampleSet.load(folder), Report(**report)
+    return SampleSet.load(folder), DataReport(**report)

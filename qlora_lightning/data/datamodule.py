@@ -18,7 +18,7 @@ from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_tokenizer, tokenizer_of_base
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, divide, prepare
-from qlora_lightning.data.report import Report
+from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.data.rows.convert import find_conversations
@@ -119,7 +119,7 @@ class InstructionDataModule(LightningDataModule):
         self.lenient = False  # `inspect` looks at what training refuses
         self._own_rows = type(self).load_rows is not InstructionDataModule.load_rows
         self.samples: dict[str, SampleSet] = {}
-        self.reports: dict[str, Report] = {}
+        self.reports: dict[str, DataReport] = {}
         self._named_tokenizer = self._tokenizer_choice = tokenizer
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
-from qlora_lightning.data.report import Report
+from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Judged, Pair, Text
 from qlora_lightning.data.rows.convert import RowConverter
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 Rows = Iterable[Row | BadRow]
 Sources = Sequence[tuple[RowSettings, Rows]]
 """How the rows of each source are read, and the rows."""
-Prepared = tuple[SampleSet, Report]
+Prepared = tuple[SampleSet, DataReport]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def prepare(
     deduplicate: bool = False,
     for_prompts: bool = False,
     show: bool = False,
-) -> tuple[SampleSet, Report, list[Prompt]]:
+) -> tuple[SampleSet, DataReport, list[Prompt]]:
     """Turn all rows of a split into samples, or into prompts for generation.
 
     A source is read, and its settings are checked, when its turn comes.
@@ -124,13 +124,13 @@ def prepare(
     return samples, report, preparation.prompts
 
 
-def divide(samples: SampleSet, report: Report, fraction: float, seed: int) -> list[Prepared]:
+def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
     """Hold validation rows out of training rows; what became of rows before is reported with the training rows."""
     train, val = hold_out(samples, fraction, seed)
     left_out = sum(report.dropped.values()) + report.bad_rows
     divided = [
         (train, replace(report, rows=len(np.unique(train.row_ids)) + left_out)),
-        (val, Report("val", len(np.unique(val.row_ids)), formats=report.formats, files=report.files)),
+        (val, DataReport("val", len(np.unique(val.row_ids)), formats=report.formats, files=report.files)),
     ]
     for own, report in divided:
         report.count_samples(own)
@@ -143,7 +143,7 @@ class _Preparation:
 
     def __init__(self, recipe: Recipe, split: str, for_prompts: bool) -> None:
         self._recipe, self._for_prompts = recipe, for_prompts
-        self.report, self.builder, self.prompts = Report(split), SampleSetBuilder(), list[Prompt]()
+        self.report, self.builder, self.prompts = DataReport(split), SampleSetBuilder(), list[Prompt]()
         self._kind: type | None = None  # of all rows
 
     def add(self, source: int, converter: RowConverter, rows: Sequence[Row | BadRow]) -> None:

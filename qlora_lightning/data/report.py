@@ -14,7 +14,7 @@ _MAX_UNUSABLE = 0.05
 
 
 @dataclass
-class Report:
+class DataReport:
     """What became of the rows of one split; plain values. Of many rows the first 20 are listed."""
 
     split: str

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import TOO_LONG
-from qlora_lightning.data.report import Report
+from qlora_lightning.data.report import DataReport
 from qlora_lightning.support.errors import UserError
 from tests.data.conftest import prepare_rows
 
@@ -29,7 +29,7 @@ def test_rows_become_samples_and_a_report(characters):
     assert read(samples, 1) == "{u\nqqqqqq}\n{a\nk}"  # of 31 tokens
     assert [samples.where(n) for n in range(2)] == ["train:1", "train:2"]
     counts = {"tokens": 29, "labelled": 5, "shortened": 1}
-    assert data.reports["train"] == Report("train", rows=2, samples=2, formats=["prompt_completion"], **counts)
+    assert data.reports["train"] == DataReport("train", rows=2, samples=2, formats=["prompt_completion"], **counts)
     report = prepare_rows([pair("q", "k" * 20)], characters, max_length=16).reports["train"]
     assert (report.shortened, report.lost_labels) == (1, 14)  # 7 of 21 are left, without }
 

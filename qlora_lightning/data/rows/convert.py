@@ -18,7 +18,13 @@ from qlora_lightning.data.rows.conversation import (
     read_message,
 )
 from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_format, recognise
-from qlora_lightning.data.rows.preferences import VERDICT_KEYS, count_shared, judge, preference_format, read_verdict
+from qlora_lightning.data.rows.preferences import (
+    VERDICT_KEYS,
+    attach_verdict,
+    count_shared,
+    preference_format,
+    read_verdict,
+)
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError, nearest
@@ -93,7 +99,7 @@ class RowConverter:
         if isinstance(content, tuple) and isinstance(content[-1], bool):  # of a function of the user's
             content, verdict = content
         if verdict is not None:
-            return judge(self._to_chat(content, row.values, form), verdict)
+            return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         chosen, rejected = (self._to_chat(each, row.values, form) for each in content)

@@ -30,7 +30,7 @@ def read_verdict(values: Mapping[str, Any]) -> bool | None:
     return next(iter(found), None)
 
 
-def judge(chat: Chat, desirable: bool) -> Judged:
+def attach_verdict(chat: Chat, desirable: bool) -> Judged:
     """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
     roles = [message["role"] for message in chat.messages]
     last = max((at for at, role in enumerate(roles) if role == "assistant"), default=0)

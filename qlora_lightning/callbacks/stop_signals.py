@@ -29,7 +29,6 @@ class StopSignals(Callback):
     have nothing to save: SIGTERM and SIGHUP end them at once.
     """
 
-    explains_resume = True  # of a stopped fit; a sweep resumes by itself
     stopping = False  # all ranks agreed to
     received: int | None = None  # the first signal that this process got
     _requeue_signal: int | None = None
@@ -64,8 +63,8 @@ class StopSignals(Callback):
         if not self.stopping:
             return
         last = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
-        how = " To resume, add `--ckpt_path last` to the same command." if self.explains_resume else ""
-        where = f", saved in {last}.{how}" if last.exists() else ". Nothing was saved."
+        how = "To resume a fit, add `--ckpt_path last` to the same command."
+        where = f", saved in {last}. {how}" if last.exists() else ". Nothing was saved."
         self.end(trainer, f"Stopped at step {trainer.global_step} in epoch {trainer.current_epoch}{where}")
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """Base and adapters side by side: tables for the terminal, ``evaluation.json`` and ``predictions.jsonl``."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -78,11 +78,11 @@ class Comparison:
         if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 
-    def split(self, name_of: Callable[[EvaluationRow], str]) -> "dict[str, Comparison]":
-        """Return a comparison for each name of rows."""
+    def by_source(self) -> "dict[str, Comparison]":
+        """Return a comparison for each source of rows."""
         parts: dict[str, list[int]] = {}
         for index, row in enumerate(self.rows):
-            parts.setdefault(name_of(row), []).append(index)
+            parts.setdefault(row.source, []).append(index)
         return {
             name: Comparison(
                 [self.rows[index] for index in indices],
@@ -224,8 +224,6 @@ class Comparison:
         for index in order:
             row, settings = self.rows[index], self.settings
             line: dict[str, Any] = {"row": row.number, "place": row.place, "source": row.source}
-            if row.group:
-                line["group"] = row.group
             if settings is not None and row.prompt is not None:
                 line["prompt"] = settings.tokenizer.decode(row.prompt)
                 line["expected"] = settings.decode(row.expected)

@@ -35,7 +35,6 @@ class EvaluationRow:
     prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
-    group: str = ""  # what it is counted under, if the user groups rows
     is_preference: bool = False  # whether it is two answers to compare, or one with a verdict
 
 

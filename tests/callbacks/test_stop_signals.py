@@ -33,7 +33,7 @@ def test_a_signal_ends_with_its_code_and_reports_how_to_resume(fit, tmp_path, ca
     said = capfd.readouterr()
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert f"{number.name}: saving at the end of this step" in said.err
-    assert f"Stopped at step 3 in epoch 0, saved in {last}. To resume, add `--ckpt_path last`" in said.out
+    assert f"Stopped at step 3 in epoch 0, saved in {last}. To resume a fit, add `--ckpt_path last`" in said.out
     assert read_checkpoint(tmp_path / "run")["global_step"] == 3
     assert {each: signal.getsignal(each) for each in before} == before
 

@@ -113,7 +113,7 @@ def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole
     assert summary["duels"]["adapter"] == {"score": "exact_match", "wins": [7], "losses": [], "ties": 0}
     assert summary["metrics"]["exact_match"]["difference"]["value"] == 1.0
     assert summary["metrics"]["loss"]["base"]["value"] == pytest.approx(1.5)
-    parts = comparison.split(lambda row: row.source)
+    parts = comparison.by_source()
     assert {name: part.figures()["rows"] for name, part in parts.items()} == {"a.jsonl": 1, "1": 1}
 
     first, second = comparison.predictions([1, 0])

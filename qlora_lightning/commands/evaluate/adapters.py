@@ -175,7 +175,7 @@ def _report(
     """Print the tables, and write the files that were asked for."""
     rows = "validation rows" if options.split == "val" else "test rows"
     comparison.print(rows)
-    sources = comparison.split(lambda row: row.source)
+    sources = comparison.by_source()
     if len(sources) > 1:
         for name, part in sources.items():
             part.print_metrics(f"{rows} of {name}")

@@ -128,8 +128,8 @@ def test_each_row_has_its_prediction_in_order_and_a_kill_leaves_those_that_there
 
 def test_a_kill_in_an_evaluation_leaves_the_answers_that_there_are(tiny_base, dies_at, tmp_path):
     make_run(tmp_path / "run", tiny_base)
-    command = ["evaluate", "--adapter", str(tmp_path / "run/adapter"), "--out", str(tmp_path / "out"), "--batch-size=2"]
-    dies_at(3)
+    command = ["evaluate", "--adapter", str(tmp_path / "run/adapter"), "--out", str(tmp_path / "out")]
+    dies_at(2)
     with pytest.raises(MachineFailed):
         main([*command, "--rows", "4"])
     unfinished = read_lines(tmp_path / "out" / "predictions.unfinished.jsonl")

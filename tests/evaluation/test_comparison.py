@@ -80,7 +80,7 @@ def ids(text):
 
 ROWS = [
     EvaluationRow(7, "a.jsonl", ids("you are.user\nhi."), ids("ho."), "a.jsonl:8"),
-    EvaluationRow(9, "1", None, ids("all."), "b.jsonl:1", group="g"),
+    EvaluationRow(9, "1", None, ids("all."), "b.jsonl:1"),
 ]
 
 
@@ -117,7 +117,7 @@ def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole
     assert {name: part.figures()["rows"] for name, part in parts.items()} == {"a.jsonl": 1, "1": 1}
 
     first, second = comparison.predictions([1, 0])
-    assert (first["row"], first["group"], first["source"], first["adapter"]["answer"]) == (9, "g", "1", None)
+    assert (first["row"], first["source"], first["adapter"]["answer"]) == (9, "1", None)
     assert "prompt" not in first
     assert (second["prompt"], second["expected"]) == ("you are<stop>user\nhi<stop>", "ho")
     assert second["adapter"] == {

@@ -89,6 +89,7 @@ def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, o
         ({"chosen": "a", "rejected": "b"}, "needs a prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
+        ({"prompt": "q", "chosen": json.dumps(GOOD), "rejected": "b"}, "'chosen' is a list of messages as text"),
         ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
     ],
 )

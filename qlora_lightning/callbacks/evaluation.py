@@ -58,6 +58,17 @@ class Evaluation(Callback):
         general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
+        counts: dict[str, int | None] = {
+            "rows": rows,
+            "samples": samples,
+            "batch_size": batch_size,
+            "general_rows": general_rows,
+        }
+        counts |= {"max_new_tokens": max_new_tokens, "every_n_validations": every_n_validations}
+        for name, value in counts.items():
+            least = 0 if name in ("rows", "samples") else 1
+            if value is not None and value < least:
+                raise UserError(f"evaluation.{name} is {value}: expected {least} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.general, self.general_rows = general, general_rows
@@ -105,8 +116,11 @@ class Evaluation(Callback):
         return self._general_batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled:
-            self.read_general(datamodule_of(trainer))
+        if not self.enabled:
+            return
+        data = datamodule_of(trainer)
+        if self.read_general(data) and "val" not in getattr(data, "samples", {"val": None}):
+            raise UserError("evaluation.general is compared beside validation rows: set data.val or data.val_fraction.")
 
     # ---- during validation -----------------------------------------------------------------------------------------
 
@@ -123,9 +137,9 @@ class Evaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        rows, self._rows = self._rows or [], None
+        is_due, rows, self._rows = self._rows is not None, self._rows or [], None
         asked = [row for row in rows if row.prompt is not None][: self._share(trainer)]
-        settings = self.choose_settings(trainer, asked) if rows else None
+        settings = self.choose_settings(trainer, asked) if is_due else None  # of all processes, if one has no row
         if settings is not None:
             answers = list(answer_rows(module, asked, settings).values())
             figures = [answer.figures for answer in gather_lists(trainer, answers)]

@@ -23,7 +23,7 @@ from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 # keys of evaluation.json and predictions.jsonl, beside which adapters have names
 _RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source")
-_RENDERING = ("system", "train_on", "max_length", "too_long")  # settings of the training that other rows share
+_RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
 # what counts of a config that nobody has typed
 _KEYS = {
     "model": (
@@ -34,7 +34,7 @@ _KEYS = {
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
         *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
-        *("deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
+        *("missing", "deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
     ),
     "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples", "general", "general_rows"),
     "trainer": ("limit_val_batches", "limit_test_batches", "precision", "accelerator"),
@@ -55,7 +55,8 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not equals or "/" in name:
             whole, folder = Path(value).expanduser().absolute(), value
             name = (whole.parent if whole.name == ADAPTER_FOLDER else whole).name
-        if not name or name in _RESERVED or name in found:
+        is_shown = equals or len(values) > 1  # a single adapter is called so
+        if not name or (is_shown and name in _RESERVED) or name in found:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         found[name] = find_adapter_folder(folder)
         if (found[name] / RECORD).is_file():

@@ -54,7 +54,9 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
     if str(name) == "-":
         return Path("/dev/stdout")
     file = Path(name).expanduser()
-    if file.exists() and not (force and file.is_file()):
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: name a file.")
+    if file.is_file() and not force:
         raise UserError(f"{option} {file} exists already. Name another file, or add --force to overwrite it.")
     return file
 

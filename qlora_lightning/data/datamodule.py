@@ -63,7 +63,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
             is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        missing: answers that mean that there is none, such as ``[N/A, NULL]``: rows that have one are dropped.
+        missing: answers that mean that there is none, such as ``[N/A, "NULL"]``: rows that have one are dropped.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -225,7 +225,14 @@ class InstructionDataModule(LightningDataModule):
         return {} if self._seed is None else {"seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seed = state_dict.get("seed", self._seed)
+        stored, own = state_dict.get("seed", self._seed), self._seed
+        depends = self.val_fraction is not None or (self.trainer is not None and self.trainer.training)
+        if depends and own not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
+            rank_zero_info(
+                f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them "
+                "are held out for validation, stay as they were."
+            )
+        self._seed = stored
         if self._pool is not None:
             self._divide()
 
@@ -266,6 +273,8 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str, sources: Sequence[Source]) -> Prepared:
         """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
         if split == "train" and sources and sources[0].weight is not None:
+            if not self.shuffle:
+                raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
             self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:

@@ -81,12 +81,14 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
     if run.status != "finished":
         return []
     steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
+    unchecked = " --rows 0"  # without rows to compare
     if data.get("val") or data.get("test") or data.get("val_fraction"):
+        unchecked = ""
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"
         steps.append(("evaluate it, with its hardest rows", evaluate))
     if verdict.kind in ("learned", "unknown"):
-        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged"
+        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged{unchecked}"
         steps.append(("merge it, to serve it", merge))
     return steps
 

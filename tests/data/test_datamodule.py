@@ -139,6 +139,8 @@ def test_weights_give_each_source_its_share_of_an_epoch(make, write):
     data.setup("fit")
     sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
     assert (sources.count(0), sources.count(1)) == (10, 20)  # of 26 + 4 rows
+    with pytest.raises(UserError, match="which weights mix"):
+        make(train=[{"path": "train.jsonl", "weight": 1}], shuffle=False).setup("fit")
     data = make(train=["train.jsonl", "few.jsonl"])  # without weights every row is trained once
     data.setup("fit")
     assert sorted(row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()) == list(range(30))

@@ -192,6 +192,8 @@ def judge_answers(
         "score": score,
         "difference_from_adapter": gap._asdict(),
     }
+    if not differing:
+        return {**figures, "sentence": f"Base and adapter answer these {rows:,} rows alike: nothing tells them apart."}
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
     sentence = (
         f"The server answers {names[verdict]}. {equal[0]:,} of {rows:,} answers are equal to the adapter's, "

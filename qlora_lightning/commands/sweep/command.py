@@ -18,7 +18,7 @@ Every other option is one of `fit`. Each trial has a folder of its own in RUN/sw
 after a kill. With --target-modules or --learning-rates all values are tried, and the one with the fewest parameters
 is chosen among those that the best does not beat by more than noise, of equals the one of the lowest loss."""
 _EPILOG = """examples:
-  qlora-lightning sweep-rank --config configs/quickstart.yaml --ranks 4,8 --trainer.max_steps 8
+  qlora-lightning sweep-rank --config configs/quickstart.yaml --ranks 4,8 --trainer.limit_train_batches 8
   qlora-lightning sweep-rank --config configs/quickstart.yaml --learning-rates 5e-4,1e-3 --seeds 1
 
 RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` takes."""

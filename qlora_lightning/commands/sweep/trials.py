@@ -73,6 +73,11 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             trial.run()
         found = read_run(own)
         figures, parameters = find_figures(found), found.manifest["parameters"]["trainable"]
+        if "val_loss" not in figures:
+            raise UserError(
+                f"{own} has no validation loss to compare: it ended before its first validation. Shorten the epoch by "
+                "trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
+            )
         say(f"{own.name}: val_loss {figures['val_loss'].value:.4f}")
         return Trial(own.name, value, parameters, figures["val_loss"].value, figures["minutes"].value)
 

@@ -107,6 +107,10 @@ class ChatRenderer:
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, self.encode([rendered.text])[0])
 
+    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+        """Return a conversation, up to its last answer, without what ``reasoning: drop`` leaves out of it."""
+        return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
+
     def _write_document(self, text: str) -> RenderedText:
         self._check_text(text, "the text contains")
         begin = self.tokenizer.bos_token if self._writes_bos else ""

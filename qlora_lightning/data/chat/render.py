@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.templates import find_reasoning_key
@@ -152,7 +152,8 @@ class ChatText:
             )
         turn = text[start : stop.end()]
         thought, content = _split_reasoning(message)
-        if (thought or "").strip() not in turn or content.strip() not in turn:
+        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+        if not all(part in turn for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
             raise RowFault(f"the chat template changes the answer (message {number + 1}) to {turn!r}")
         return AnswerSpan(number, start, stop.end())
 
@@ -185,8 +186,7 @@ def _check_messages(messages: Sequence[Message], text: str) -> None:
     """Reject a template that leaves out or changes messages, beside the answers."""
     for number, message in enumerate(messages, start=1):
         content = message["content"].strip()
-        as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # how some templates write what a tool returned
-        if message["role"] != "assistant" and content not in text and as_json not in text:
+        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
             raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
             raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
@@ -208,3 +208,20 @@ def _without_reasoning(message: Message) -> Message:
     plain: Message = {**message, "content": content}
     plain.pop("reasoning_content", None)
     return plain
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value, as they are in JSON without quotes."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield _as_json(value)
+
+
+def _as_json(value: str | float) -> str:
+    """Return a text or number as JSON has it, without quotes: how some templates write what a tool returned."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text[1:-1] if isinstance(value, str) else text

@@ -110,6 +110,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     read: Message = {"role": role, "content": text}
     if calls:
         calls = [calls] if isinstance(calls, dict) else calls
+        if not isinstance(calls, list):
+            raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
         read["tool_calls"] = [_read_call(call, f"call {at} of {where}") for at, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
@@ -168,6 +170,8 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 def find_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
     schemas = parse_json(tools or [], "'tools'") or []
+    if not isinstance(schemas, list):
+        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     return [{"type": "function", "function": function} for function in functions] or None
 

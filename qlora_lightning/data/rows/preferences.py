@@ -48,6 +48,9 @@ def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, A
     without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
     """
     answers = [values[key] for key in ("chosen", "rejected")]
+    for key in ("chosen", "rejected", *_PROMPT_KEYS):
+        if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
+            raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
     if [] in answers:
         raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     if all(isinstance(answer, list) and not is_answer(answer[0], roles) for answer in answers):

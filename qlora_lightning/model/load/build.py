@@ -120,7 +120,6 @@ class AdapterSource:
     Attributes:
         identity: What its ``qlora_lightning.json`` says; empty if another tool wrote the folder.
         quantization: ``None`` if the folder does not say.
-        is_stored_quantized: Whether the base's own folder holds quantized weights.
         tokenizer_folder: The adapter folder, or if it holds no tokenizer the base's.
     """
 
@@ -130,7 +129,6 @@ class AdapterSource:
     quantization: Quantization | None
     double_quant: bool
     compute_dtype: torch.dtype
-    is_stored_quantized: bool
     tokenizer_folder: Path
 
 
@@ -157,7 +155,6 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
         quantization=held.get("quantization"),
         double_quant=held.get("double_quant", True),
         compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
-        is_stored_quantized=settings is not None,
         tokenizer_folder=folder if has_tokenizer else source.folder,
     )
 

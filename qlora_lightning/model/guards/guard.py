@@ -1,5 +1,6 @@
 """Stops a run that would train for nothing: losses that are not finite, adapters that do not learn."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class TrainingGuard(Callback):
         numbers = torch.stack([each.detach().double() for each in (*means.values(), *totals.values())]).cpu()
         on_host = {name: number.float() for name, number in zip(means, numbers, strict=False)}
         counted = dict(zip(totals, numbers[len(means) :].tolist(), strict=True))
-        bad = [name for name in ("loss", "grad_norm") if not on_host[name].isfinite()]
+        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(on_host[name])]
         if self not in callbacks_of(trainer):
             # Lightning's search for a learning rate runs without them, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bool(bad)

@@ -15,13 +15,21 @@ import torch
 from qlora_lightning.model.step.layout import IGNORED, BatchBound, Layout
 from qlora_lightning.support.errors import UserError
 
-_PER_TOKEN, _PER_ROW = (
-    ("input_ids", "position_ids", "labels"),
-    ("row_ids", "source", "desirable"),
-)  # tensors of a flat batch
+# The tensors of a flat batch.
+_PER_TOKEN = ("input_ids", "position_ids", "labels")
+_PER_ROW = ("row_ids", "source", "desirable")
 # Types whose positions are a table.
 _LEARNED_POSITIONS = (
-    *("gpt2", "gpt_bigcode", "gpt-sw3", "gpt_neo", "opt", "biogpt", "ctrl", "openai-gpt", "codegen", "gptj"),
+    "gpt2",
+    "gpt_bigcode",
+    "gpt-sw3",
+    "gpt_neo",
+    "opt",
+    "biogpt",
+    "ctrl",
+    "openai-gpt",
+    "codegen",
+    "gptj",
 )
 _MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
 _NAMED = 8  # rows in a message

@@ -1,4 +1,4 @@
-"""A folder with a config, its data and finished runs of it: made once, copied for each test."""
+"""Folders with a config, its data and finished runs of it: one that each test gets a copy of, one to evaluate in."""
 
 import csv
 import json
@@ -12,6 +12,7 @@ import yaml
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
+from tests.adapters import make_adapter
 from tests.random_base import save_random_llama, save_tokenizer
 
 CONFIG = yaml.safe_load("""
@@ -28,6 +29,19 @@ trainer:
   enable_progress_bar: false
   default_root_dir: run
 """)
+
+EVALUATED_CONFIG = """
+seed_everything: 3
+model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.03, warmup_ratio: 0.0}
+data: {train: rows.jsonl, val: [rows.jsonl, events.jsonl], batch_size: 4}
+evaluation: {rows: 3, max_new_tokens: 3, scores: [chrf, exact_match], samples: 2}
+trainer:
+  {accelerator: cpu, max_steps: 4, limit_val_batches: 2, enable_progress_bar: false, default_root_dir: runs/quickstart}
+"""
+EVENTS = [
+    {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
+    for word in ("lunch", "dinner", "dance", "lecture")
+]
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +69,25 @@ def finished(tiny_base, tmp_path_factory):
         assert main(["fit", "--config", "c.yaml"]) == 0
         whole = ["--trainer.max_epochs", "2", "--trainer.default_root_dir", "whole", "--evaluation", "null"]
         assert main(["fit", "--config", "c.yaml", *whole]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory):
+    """A folder with a run, two more adapters on its base, and rows; what is evaluated in it names its own files."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 9)]
+    for name, content in {"rows": rows, "events": EVENTS, "more": rows[:3]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "configs").mkdir()
+    (folder / "configs" / "quickstart.yaml").write_text(EVALUATED_CONFIG)
+    (folder / "tiny").symlink_to(tiny_base)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "configs/quickstart.yaml"]) == 0
+        make_adapter(folder / "runs/b/adapter", "tiny", target_modules="attention", std=0.5)
+    shutil.copytree(folder / "runs/quickstart/adapter", folder / "runs/a/adapter")
+    shutil.copy(folder / "runs/quickstart/config.yaml", folder / "runs/b")
     return folder
 
 

@@ -7,40 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.cli import main
-from tests.adapters import make_adapter
 from tests.help_examples import help_examples
-
-CONFIG = """
-seed_everything: 3
-model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.03, warmup_ratio: 0.0}
-data: {train: rows.jsonl, val: [rows.jsonl, events.jsonl], batch_size: 4}
-evaluation: {rows: 3, max_new_tokens: 3, scores: [chrf, exact_match], samples: 2}
-trainer:
-  {accelerator: cpu, max_steps: 4, limit_val_batches: 2, enable_progress_bar: false, default_root_dir: runs/quickstart}
-"""
-EVENTS = [
-    {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
-    for word in ("lunch", "dinner", "dance", "lecture")
-]
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_base, tmp_path_factory):
-    """A folder with a run, two more adapters on its base, and rows; what is evaluated in it names its own files."""
-    folder = tmp_path_factory.mktemp("trained")
-    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 9)]
-    for name, content in {"rows": rows, "events": EVENTS, "more": rows[:3]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    (folder / "configs").mkdir()
-    (folder / "configs" / "quickstart.yaml").write_text(CONFIG)
-    (folder / "tiny").symlink_to(tiny_base)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["fit", "--config", "configs/quickstart.yaml"]) == 0
-        make_adapter(folder / "runs/b/adapter", "tiny", target_modules="attention", std=0.5)
-    shutil.copytree(folder / "runs/quickstart/adapter", folder / "runs/a/adapter")
-    shutil.copy(folder / "runs/quickstart/config.yaml", folder / "runs/b")
-    return folder
 
 
 @pytest.fixture

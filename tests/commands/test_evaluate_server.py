@@ -20,7 +20,6 @@ import pytest
 from qlora_lightning.cli import main
 from qlora_lightning.commands.evaluate.server import judge_answers
 from qlora_lightning.evaluation.row_results import Answer
-from tests.commands.test_evaluate import trained  # noqa: F401  # a fixture
 
 KEY = "sk-never-shown"
 QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
@@ -65,7 +64,7 @@ def serving(answer_to, names=("mine",), prompt_tokens=None):
 
 
 @pytest.fixture
-def evaluate(trained, tmp_path, monkeypatch, capsys):  # noqa: F811
+def evaluate(trained, tmp_path, monkeypatch, capsys):
     """Run the command beside a server; return its exit code, what it printed and its figures."""
     monkeypatch.chdir(trained)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

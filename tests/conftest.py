@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +58,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) ->
     sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512, "tie_word_embeddings": True}
     save_random_llama(folder, torch.float32, **sizes)
     return folder
+
+
+@pytest.fixture(scope="session")
+def quickstart(session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the quickstart was trained as the README says, on all cores, and what the command printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    shutil.copytree(Path(__file__).parents[1] / "configs", folder / "configs")
+    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "configs/quickstart.yaml"]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
 
 
 @pytest.fixture

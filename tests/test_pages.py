@@ -82,6 +82,17 @@ def test_the_table_of_what_fits_is_what_plan_says(base, rank, cells, tmp_path, m
     assert " | ".join(planned) == cells
 
 
+RECIPES = re.findall(r"^\| `(\S+)` \| .* from (\d+) GB on", PAGES["configs"], flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "size"), RECIPES)
+def test_a_recipe_fits_the_card_that_its_page_names(recipe, size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    no_data = ["--data.train=null", "--data.val=null"]
+    assert main(["plan", f"--config=configs/{recipe}.yaml", f"--device-memory={size}GiB", *no_data]) == 0
+
+
 TOP_TOKENS = """
 import json, torch
 top = []

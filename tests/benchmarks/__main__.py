@@ -93,6 +93,17 @@ class Benchmarks:
             for _, side in itertools.product(range(self._arguments.repeats), self._pythons):
                 self._add(side, "DPO", measure(side, epochs=1))
 
+    def measure_scarce(self, spare_bytes: int) -> None:
+        """Train in steps of 16 rows, with ample memory and with so many bytes: steps fit themselves, by parts."""
+        options = {"source": {"path": self._arguments.data, "rows": self._arguments.rows}, "batch_size": 16}
+        for _ in range(self._arguments.repeats):
+            losses = {}
+            for setting, spare in (("ample memory", 1 << 40), ("scarce memory", spare_bytes)):
+                figures = self._run("ours", checkpointing=False, accelerator="cpu", spare_bytes=spare, **options)
+                self._add("ours", setting, figures)
+                losses[setting] = figures["loss"]
+            self.setup["last losses"] = losses
+
     def measure_8b(self, folder: Path) -> None:
         """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""
         print(f"8B-shaped base in {folder}: made and quantized, unless it is there …", flush=True)
@@ -141,6 +152,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--base", help=base_help)
     pairs_help = "measure DPO on a file of prompt, chosen and rejected, not training on DATA; on a CPU"
     parser.add_argument("--preferences", metavar="FILE", help=pairs_help)
+    scarce_help = "measure steps of 16 rows in ample memory and in N bytes beside what loading took; on a CPU"
+    parser.add_argument("--scarce", metavar="N", type=int, help=scarce_help)
     llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
     parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, every run's too, after each")
@@ -161,6 +174,8 @@ def main() -> None:
     try:
         if arguments.preferences is not None:
             benchmarks.measure_preferences()
+        elif arguments.scarce is not None:
+            benchmarks.measure_scarce(arguments.scarce)
         else:
             benchmarks.measure_sides()
         if arguments.llama_8b is not None and not on_gpu:

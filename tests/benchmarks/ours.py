@@ -1,8 +1,10 @@
 """Our side: one epoch with QLoRAModule and InstructionDataModule, as research code would write it."""
 
 import itertools
+import resource
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -60,6 +62,18 @@ class Meter(Callback):
         return figures | {"versions": child.versions_of("lightning")}
 
 
+class MemoryLimit(Callback):
+    """Leave so many bytes of address space to the process when training starts."""
+
+    def __init__(self, spare_bytes: int) -> None:
+        self._spare_bytes = spare_bytes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        taken = pages * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + self._spare_bytes, resource.RLIM_INFINITY))
+
+
 def measure(
     base: str,
     source: dict[str, Any],
@@ -67,6 +81,8 @@ def measure(
     dtype: Any,
     checkpointing: bool,
     steps: int = -1,
+    batch_size: int = child.BATCH_SIZE,
+    spare_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Train one epoch.
 
@@ -77,13 +93,17 @@ def measure(
         dtype: Of products: ``bf16``, ``fp16`` or ``fp32``.
         checkpointing: Whether to train with gradient checkpointing.
         steps: Of the epoch, at the most; -1: all.
+        batch_size: Rows of a step.
+        spare_bytes: Memory that is left for training, in which a step has to fit itself; ``None``: all.
     """
     lightning.seed_everything(child.SEED)
-    module = make_module(base, dtype)
+    module = make_module(base, dtype, micro_batch_tokens="auto" if spare_bytes is None else 1 << 20)
     meter = Meter()
-    trainer = make_trainer(accelerator, GradientCheckpointing(checkpointing), meter, max_epochs=1, max_steps=steps)
-    trainer.fit(module, make_data(base, source))
-    return meter.figures()
+    callbacks: list[Callback] = [GradientCheckpointing(checkpointing), meter]
+    callbacks += [] if spare_bytes is None else [MemoryLimit(spare_bytes)]
+    trainer = make_trainer(accelerator, *callbacks, max_epochs=1, max_steps=steps)
+    trainer.fit(module, make_data(base, source, batch_size))
+    return meter.figures() | {"loss": float(trainer.callback_metrics["train_loss"])}
 
 
 def make_module(base: str, dtype: Any, cls: Any = QLoRAModule, **options: Any) -> Any:
@@ -92,9 +112,9 @@ def make_module(base: str, dtype: Any, cls: Any = QLoRAModule, **options: Any) -
     return cls(base, compute_dtype=dtype, schedule="linear", warmup_ratio=0.0, **common, **options)
 
 
-def make_data(base: str, source: dict[str, Any]) -> InstructionDataModule:
+def make_data(base: str, source: dict[str, Any], batch_size: int = child.BATCH_SIZE) -> InstructionDataModule:
     """Return the rows in the order of their file; the last answer of each is trained on."""
-    sizes = {"max_length": child.MAX_LENGTH, "batch_size": child.BATCH_SIZE}
+    sizes = {"max_length": child.MAX_LENGTH, "batch_size": batch_size}
     return InstructionDataModule(source, **sizes, shuffle=False, tokenizer=base, train_on="last")
 
 

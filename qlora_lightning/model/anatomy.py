@@ -14,14 +14,13 @@ from qlora_lightning.support.errors import UserError
 FLAT_TYPES: tuple[str, ...] = (
     *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
-    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4"),
+    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text", "glm", "glm4"),
     *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
     *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax"),
     *("internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "llama", "mellum", "minicpm3"),
     *("minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"),
     *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
-    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma"),
-    *("youtu",),
+    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
 # Found there too, and rejected.
 _NOT_CAUSAL = (

@@ -8,7 +8,7 @@ to the same numbers within rounding:
 * else, and as the plain way, torch's attention for one sample after the other.
 
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
-with a mask; a soft cap on the scores (Gemma 2) takes the last way, its scores written out.
+with a mask.
 
 Outside of it, as when transformers generates, this is torch's attention with transformers' mask.
 """
@@ -39,7 +39,6 @@ NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
 _HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
-_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types that hand their window to the mask alone, and not to attention
 
 
 class FlatBatch(NamedTuple):
@@ -113,7 +112,6 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     *,
     fast: bool = True,
     **kwargs: Any,
@@ -131,7 +129,6 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
             a flat batch the mask has it.
-        softcap: Scores become ``softcap · tanh(score / softcap)``.
         fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: More that transformers hands on.
 
@@ -139,27 +136,22 @@ def flat_attention(
         attn_out ``(1, tokens, heads, head_dim)``, and no weights.
 
     Raises:
-        RuntimeError: The model hands on what is not computed here, as attention sinks.
+        RuntimeError: The model hands on what is not computed here, as attention sinks or a soft cap.
     """
     unknown = [name for name, each in kwargs.items() if each is not None and name not in _HARMLESS]
     if unknown:
         raise RuntimeError(f"{type(module).__name__} hands {unknown[0]} on to attention, which flat batches lack.")
     batch = current_batch()
     samples = None if batch is None else batch.samples
-    if samples is None and softcap is not None:
-        return _attend_capped(query, key, value, attention_mask, scaling, dropout, softcap), None
     if samples is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    config: Any = getattr(module, "config", None)
-    window = config.sliding_window if getattr(config, "model_type", None) in _WINDOW_IN_MASK else sliding_window
-    window = window if window is not None and window < samples.longest else None
-    attend: Callable[..., Tensor]
-    attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
-    if fast and dropout == 0.0 and softcap is None:
+    window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
+    attend: Callable[..., Tensor] = functools.partial(attend_per_sample, dropout=dropout, window=window)
+    if fast and dropout == 0.0:
         if window is None and has_cpu_kernel(query, key, value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
             if samples.expanded.has_shared:
@@ -244,9 +236,8 @@ def attend_per_sample(
     scaling: float | None,
     dropout: float,
     window: int | None,
-    softcap: float | None,
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA; with a soft cap written out."""
+    """Attend for one sample after the other by torch's SDPA."""
     if query.is_cuda:  # where the kernels of older cards, and those with a mask, take no grouped heads
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     outputs = []
@@ -254,32 +245,9 @@ def attend_per_sample(
         states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
         if window is not None and window < end - start:
             mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
-        if softcap is not None:
-            outputs.append(_attend_capped(*states, mask, scaling, dropout, softcap))
-            continue
         options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
         outputs.append(F.scaled_dot_product_attention(*states, mask, **options).transpose(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-def _attend_capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-) -> Tensor:
-    """Attend as Gemma 2 does: torch's kernels have no soft cap. Without a mask it is causal."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    if mask is None:  # the queries are of the last tokens
-        mask = query.new_ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return (probs @ value).transpose(1, 2)
 
 
 class VarlenAttention(torch.autograd.Function):

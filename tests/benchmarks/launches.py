@@ -81,7 +81,7 @@ def make_model(*, fast: bool) -> Any:
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        attn_implementation=register_flat_attention(fast) if fast else "sdpa",
+        attn_implementation=register_flat_attention() if fast else "sdpa",
     )
     base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     for name, linear in list(base.named_modules()):

@@ -51,8 +51,8 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
-            with flat_batch(FlatBatch(samples)):
-                return flat_attention(None, *qkv, None, fast=fast)[0]
+            with flat_batch(FlatBatch(samples, fast=fast)):
+                return flat_attention(None, *qkv, None)[0]
 
     return attend
 

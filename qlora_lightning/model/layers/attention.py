@@ -29,11 +29,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import are_cpu_tensors, call, has_function
+from qlora_lightning.model.cpu.library import call, has_function
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
-FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
+FLAT_ATTENTION = "qlora_flat"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
@@ -48,10 +48,12 @@ class FlatBatch(NamedTuple):
         samples: Where its samples are.
         casts: A and B of adapters in the dtype of the products, by the float32 ones; see
             :func:`~qlora_lightning.model.layers.decoder_layer.cast_adapters`.
+        fast: ``False`` takes torch's attention, one sample after the other.
     """
 
     samples: Samples
     casts: Mapping[Tensor, Tensor] | None = None
+    fast: bool = True
 
 
 _flat_batch: ContextVar[FlatBatch | None] = ContextVar("flat_batch", default=None)
@@ -81,18 +83,14 @@ def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], flat_b
     return contextlib.nullcontext(), flat_batch(current_batch())
 
 
-def register_flat_attention(fast: bool = True) -> str:
+def register_flat_attention() -> str:
     """Make flat attention known to transformers, and return the name for ``attn_implementation``.
 
     Registration is transformers' public way in: the model keeps its own code and calls our function by name.
-
-    Args:
-        fast: ``False`` returns the name of torch's own attention, called for one sample after the other.
     """
-    for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
-    return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
+    AttentionInterface.register(FLAT_ATTENTION, flat_attention)
+    AttentionMaskInterface.register(FLAT_ATTENTION, sdpa_mask)
+    return FLAT_ATTENTION
 
 
 def has_dropout(causal_lm: Any) -> bool:
@@ -112,8 +110,6 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    *,
-    fast: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sample of the stream, as transformers calls an attention.
@@ -129,7 +125,6 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
             a flat batch the mask has it.
-        fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: More that transformers hands on.
 
     Returns:
@@ -142,16 +137,16 @@ def flat_attention(
     if unknown:
         raise RuntimeError(f"{type(module).__name__} hands {unknown[0]} on to attention, which flat batches lack.")
     batch = current_batch()
-    samples = None if batch is None else batch.samples
-    if samples is None:
+    if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
+    samples = batch.samples
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
     attend: Callable[..., Tensor] = functools.partial(attend_per_sample, dropout=dropout, window=window)
-    if fast and dropout == 0.0:
+    if batch.fast and dropout == 0.0:
         if window is None and has_cpu_kernel(query, key, value, dtype):
             query, key, value = (each.to(dtype) for each in (query, key, value))
             if samples.expanded.has_shared:
@@ -162,17 +157,13 @@ def flat_attention(
     return _attend_expanded(attend, query, key, value, samples, scaling), None
 
 
-def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
-    return flat_attention(*args, fast=False, **kwargs)
-
-
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
     """Whether the C++ loops take states ``(…, head_dim)`` in a dtype; bfloat16 takes a CPU with AVX512-BF16."""
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read beyond
         return False
-    return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    is_here = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"  # torch's tracers have others
+    return is_here and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:

@@ -63,7 +63,7 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
         fast: ``False`` lets none run fused.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if (name := attention_of(causal_lm.config, fast)) is not None:
+    if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whatever set another one
     _checkpoint_in_our_way(causal_lm)
     fusion, family = Fusion({}, {}), _modeling_of(model)
@@ -111,10 +111,10 @@ def _knows_flat_batch(function: Any) -> bool:
     return any("context_fn" in getattr(part, "keywords", {}) for part in parts)
 
 
-def attention_of(config: Any, fast: bool = True) -> str | None:
+def attention_of(config: Any) -> str | None:
     """Return ``attn_implementation`` of a type: ours in flat batches; ``None`` leaves it to transformers."""
     if runs_flat(config):
-        return register_flat_attention(fast)
+        return register_flat_attention()
     return "eager" if config.model_type in EAGER_TYPES else None
 
 

@@ -252,7 +252,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
         return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
 
-    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION, "sdpa"):
+    for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
     options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
     try:  # int8 layers warn in each run that they round their input to float16

@@ -21,7 +21,8 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
-from qlora_lightning.model.load.build import check_quantization, meta_model
+from qlora_lightning.model.load.base_model import check_quantization
+from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
@@ -54,7 +55,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
-    double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
+    stored = getattr(config, "quantization_config", None)
+    double_quant = check_quantization(stored, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
 

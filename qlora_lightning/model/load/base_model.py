@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -57,17 +57,14 @@ def load_base(
     settings_of_base = read_config(source.folder, name)
     check_type(settings_of_base.get("model_type"), name, trust_remote_code and "auto_map" in settings_of_base)
     stored = settings_of_base.get("quantization_config")
-    load = partial(_load, dtype=compute_dtype, device=device, trust_remote_code=trust_remote_code)
-    settings = None
-    if stored is not None:
-        double_quant = check_stored_quantization(stored, quantization, name)
-    elif quantization != "none":
-        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-    if settings is not None and cache:
-        model = load(quantized_folder(source, quantization, double_quant, compute_dtype, load))
-    else:
-        check_entry(source.folder)  # an unpacked GGUF
-        model = load(source.folder, settings)
+    double_quant = check_quantization(stored, quantization, double_quant, name)
+    folder, settings = source.folder, None
+    if stored is None and quantization != "none":
+        if cache:
+            folder = quantized_folder(source, quantization, double_quant, compute_dtype, device, trust_remote_code)
+        else:
+            settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+    model = _load(folder, settings, compute_dtype, device, trust_remote_code)
     if stored is not None:
         _set_compute_dtype(model, compute_dtype)
     trim_malloc()  # copies in 16 and 32 bits that quantizing has made
@@ -89,9 +86,10 @@ def quantized_folder(
     quantization: Quantization,
     double_quant: bool,
     dtype: torch.dtype,
-    load: Callable[[Path, BitsAndBytesConfig], PreTrainedModel] | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Return the cache's folder of a quantized base, which ``load`` (by default a CPU) quantizes if it is not there.
+    """Return the cache's folder of a quantized base, which the device quantizes if it is not there.
 
     A GPU gives the same layout.
     """
@@ -100,8 +98,7 @@ def quantized_folder(
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        check_entry(source.folder)  # an unpacked GGUF
-        model = (load or partial(_load, dtype=dtype))(source.folder, settings)
+        model = _load(source.folder, settings, dtype, device, trust_remote_code)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
@@ -119,12 +116,13 @@ def quantized_folder(
 
 def _load(
     folder: Path,
-    settings: BitsAndBytesConfig | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
+    settings: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
+    check_entry(folder)  # as an unpacked GGUF, whose weights are read here first
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
     if settings is not None:
@@ -207,17 +205,25 @@ def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
     return str(kind), bool(settings.get("bnb_4bit_use_double_quant", False))
 
 
-def check_stored_quantization(settings: Mapping[str, Any], quantization: Quantization, name: str) -> bool:
-    """Return whether the scales of a quantized base are too; reject one stored otherwise than asked for, or in part."""
-    kind, double_quant = stored_quantization(settings)
+def check_quantization(
+    stored: Mapping[str, Any] | None, quantization: Quantization, double_quant: bool, name: str
+) -> bool:
+    """Return whether the scales are quantized; a base that is stored quantized tells it by its config.
+
+    Args:
+        stored: ``quantization_config`` of the base, if it has one.
+        quantization: What is asked for.
+        double_quant: What is asked for.
+        name: The base's, for the message.
+    """
+    if stored is None:
+        return double_quant
+    kind, double_quant = stored_quantization(stored)
     if kind != quantization:
         raise UserError(
             f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
             f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits."
         )
-    skipped = {*(settings.get("llm_int8_skip_modules") or [])} - {"lm_head"}
-    if skipped:
-        raise UserError(f"model.base {name} is stored quantized without {', '.join(skipped)}: name a base in 16 bits.")
     return double_quant
 
 

@@ -28,12 +28,7 @@ from qlora_lightning.model.anatomy import (
     runs_flat,
 )
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
-from qlora_lightning.model.load.base_model import (
-    Quantization,
-    check_stored_quantization,
-    load_base,
-    stored_quantization,
-)
+from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -77,16 +72,6 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     model = inject(base, read_lora_config(folder))
     fill_adapter(model, folder)
     return model
-
-
-def check_quantization(config: Any, quantization: Quantization, double_quant: bool, name: str) -> bool:
-    """Return whether the scales are quantized; of a base that is stored quantized, its config tells.
-
-    Raises:
-        UserError: The base is stored otherwise than asked for.
-    """
-    stored = getattr(config, "quantization_config", None)
-    return double_quant if stored is None else check_stored_quantization(stored, quantization, name)
 
 
 @rank_zero_only

@@ -134,7 +134,7 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
         ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
-        ({"desirable_weight": 2.0}, "are of kto"),
+        ({"desirable_weight": 2.0}, "which dpo has no use for: it is of kto"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_rejected(options, words):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
-from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.batch import is_flat, samples_of
+from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
@@ -25,6 +24,13 @@ Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _LOGGED_BY_KTO = ("accuracy", "margin", "kl")
+_USED_BY = {  # options that not every objective has a use for
+    "gamma": ("simpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "sft_share": ("dpo", "ipo", "simpo", "orpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
 _REFERENCE = "reference"  # name of the adapter that the reference has
 
 
@@ -80,18 +86,12 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"model.label_smoothing is {label_smoothing:g}: expected a share in [0, 0.5).")
-        if gamma is not None and objective != "simpo":
-            raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
-        if label_smoothing and objective not in ("dpo", "simpo"):
-            raise UserError(
-                f"model.label_smoothing is {label_smoothing:g}, which {objective} has no use for: only dpo and simpo."
-            )
-        if objective != "kto" and (desirable_weight is not None or undesirable_weight is not None):
-            raise UserError(
-                f"model.desirable_weight and undesirable_weight are of kto: {objective} has no use for them."
-            )
-        if objective == "kto" and sft_share:
-            raise UserError(f"model.sft_share is {sft_share:g}, which kto has no use for.")
+        options = (gamma, label_smoothing or None, sft_share or None, desirable_weight, undesirable_weight)
+        for (name, users), value in zip(_USED_BY.items(), options, strict=True):
+            if value is not None and objective not in users:
+                raise UserError(
+                    f"model.{name} is {value:g}, which {objective} has no use for: it is of {', '.join(users)}."
+                )
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
@@ -200,21 +200,6 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the divergence of kto ---------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        before = super().on_before_batch_transfer
-        if self.objective == "kto" and is_flat(batch):
-            return {**before(batch, dataloader_idx), "mismatched": before(self._mismatch(batch), dataloader_idx)}
-        return before(batch, dataloader_idx)
-
-    def _mismatch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return mismatch_answers(batch, getattr(datamodule_of(self._trainer), "max_length", None))
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        after = super().on_after_batch_transfer
-        if isinstance(batch, Mapping) and "mismatched" in batch:
-            return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
-        return after(batch, dataloader_idx)
-
     def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         parts = self.micro_batches(batch)
         if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
@@ -230,9 +215,8 @@ class PreferenceModule(QLoRAModule):
         total, rows = torch.zeros((), device=self.device), 0
         if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
             return total
-        mismatched = batch["mismatched"] if "mismatched" in batch else self._mismatch(batch)
         with torch.no_grad():
-            for part in self.micro_batches(mismatched):
+            for part in self.micro_batches(mismatch_answers(batch)):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
                 total += (own - self._reference_log_probs(part)).sum()
                 rows += sum(map(bool, part["layout"].counts))
@@ -254,26 +238,23 @@ class PreferenceModule(QLoRAModule):
 
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Compute the reference's log-probability of each answer, ``(answers,)``."""
-        noise, self.neftune_alpha = self.neftune_alpha, None
-        drops = self.training and has_dropout(self.causal_lm)
+        was_training = self.training
+        self.eval()  # without dropout and noise
         try:
-            self.model.train(self.training and not drops)
             with torch.no_grad(), self.reference():
                 return -_sum_pieces(self._token_losses(batch), batch["layout"].counts)
         finally:
-            self.neftune_alpha = noise
-            self.model.train(self.training)
+            self.train(was_training)
 
 
-def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) -> dict[str, Any]:
-    """Return a flat batch of each prompt with the answer of the row before, of the first with the last row's.
+def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a flat batch, on the host, of each prompt with the answer of the row before, of the first with the last's.
 
-    It begins at the first labelled token, and is cut where a row has ``max_length`` tokens, by default as many as the
-    longest of the batch.
+    It begins at the first labelled token, and is cut where a row has as many tokens as the longest of the batch.
     """
-    bounds, ids, labels = batch["cu_seqlens"].tolist(), batch["input_ids"][0], batch["labels"][0]
+    bounds, (ids, labels) = batch["cu_seqlens"].tolist(), (batch[name][0].cpu() for name in ("input_ids", "labels"))
     rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
-    longest = max_length or max(len(own) for own, _ in rows)
+    longest = max(len(own) for own, _ in rows)
     prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
     mixed = [
         tuple(torch.cat([mine[:prompt], theirs[other:]])[:longest] for mine, theirs in zip(row, before, strict=True))
@@ -283,9 +264,9 @@ def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) ->
     tokens, targets = (torch.cat(each)[None] for each in zip(*mixed, strict=True))
     return {
         "input_ids": tokens,
-        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None].to(tokens.device),
+        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
         "labels": targets,
-        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(tokens.device),
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
         "longest": int(lengths.max()),
         "row_ids": batch["row_ids"],
         "source": batch["source"],

@@ -52,19 +52,20 @@ def attend_ragged(
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
-    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``;
-    ``longest`` is the longest sample's length, ``scale`` by default ``head_dim ** -0.5``. A token sees ``window``
-    tokens, itself included, or all before it.
+    ``query`` is ``(1, heads, tokens, head_dim)``, ``key`` and ``value`` are ``(1, kv_heads, tokens, head_dim)``, the
+    result is ``(1, tokens, heads, head_dim)``; ``longest`` is the longest sample's length, ``scale`` by default
+    ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
     earlier = -1 if window is None else window - 1  # -1: every one
     options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
     if _takes_grouped_heads(varlen_attn):
         options["enable_gqa"] = True
     else:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
+    return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))[None]
 
 
 @functools.cache  # every layer of every step asks

@@ -140,8 +140,8 @@ def pretending(launches: Launches) -> Iterator[None]:
         return launches.run_region(attend_at_once, *arguments)
 
     def attend_at_once(query: Any, key: Any, value: Any, bounds: Any, longest: int, scale: Any, window: Any) -> Any:
-        by_head = (each.transpose(0, 1)[None] for each in (query, key, value))
-        return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
     pretended: list[tuple[Any, str, Any]] = [
         (elementwise, "run_region", launches.run_region),

@@ -15,9 +15,8 @@ Outside of it, as when transformers generates, this is torch's attention with tr
 # mypy: allow-untyped-calls
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from typing import Any, NamedTuple
 
@@ -145,16 +144,20 @@ def flat_attention(
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
-    attend: Callable[..., Tensor] = functools.partial(attend_per_sample, dropout=dropout, window=window)
-    if batch.fast and dropout == 0.0:
-        if window is None and has_cpu_kernel(query, key, value, dtype):
-            query, key, value = (each.to(dtype) for each in (query, key, value))
-            if samples.expanded.has_shared:
-                key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
-            return VarlenAttention.apply(query, key, value, samples, scaling), None
-        if has_ragged_kernel(query, value):
-            attend = functools.partial(_attend_ragged, window=window)
-    return _attend_expanded(attend, query, key, value, samples, scaling), None
+    is_fast, expanded = batch.fast and dropout == 0.0, samples.expanded
+    if is_fast and window is None and has_cpu_kernel(query, key, value, dtype):
+        query, key, value = (each.to(dtype) for each in (query, key, value))
+        if expanded.has_shared:
+            key, value = (_Expand.apply(each, expanded) for each in (key, value))
+        return VarlenAttention.apply(query, key, value, samples, scaling), None
+    if expanded.has_shared:
+        query, key, value = (_Expand.apply(each, expanded) for each in (query, key, value))
+    if is_fast and has_ragged_kernel(query, value):
+        attn_out = attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)
+    else:
+        attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, window)
+    # of a shared token the copies have the same result
+    return attn_out.index_select(1, expanded.first_expanded) if expanded.has_shared else attn_out, None
 
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
@@ -176,16 +179,6 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
         return False
     fits = width == value.shape[-1] and width <= 256 and width % 8 == 0
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _attend_expanded(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
-) -> Tensor:
-    """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
-    if not samples.expanded.has_shared:
-        return attend(query, key, value, samples, scaling)
-    expanded = (_Expand.apply(each, samples.expanded) for each in (query, key, value))
-    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_expanded)
 
 
 class _Expand(torch.autograd.Function):
@@ -212,13 +205,6 @@ class _Expand(torch.autograd.Function):
         return summed.view(-1, *by_token.shape[1:]).transpose(0, 1)[None], None
 
 
-def _attend_ragged(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, window: int | None
-) -> Tensor:
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
-    return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)[None]
-
-
 def attend_per_sample(
     query: Tensor,
     key: Tensor,
@@ -228,7 +214,7 @@ def attend_per_sample(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA."""
+    """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`flat_attention`."""
     if query.is_cuda:  # where the kernels of older cards, and those with a mask, take no grouped heads
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     outputs = []

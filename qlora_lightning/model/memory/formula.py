@@ -249,8 +249,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if query.shape[-1] != value.shape[-1]:  # no kernel has it
             return flat.flat_attention(module, query, key, value, mask, **options)
-        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
+        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None), None
 
     for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)

@@ -238,7 +238,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        return choose_layers(self.causal_lm, self.fast)
+        return choose_layers(self.causal_lm)
 
     def _choose_autocast(self) -> None:
         """Choose it once: inside evaluations PEFT switches off what trains."""

@@ -18,6 +18,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class FlatBatch(NamedTuple):
     """
 
     samples: Samples
-    casts: Mapping[Tensor, Tensor] | None = None
+    casts: Mapping[Tensor, Tensor] = MappingProxyType({})
     fast: bool = True
 
 

@@ -46,7 +46,7 @@ def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
-    return choose_layers(model, fast)
+    return choose_layers(model)
 
 
 def _modeling_of(model: Any) -> str | None:
@@ -55,13 +55,8 @@ def _modeling_of(model: Any) -> str | None:
     return f"transformers.models.{family}.modeling_{family}" if family in FUSED_TYPES else None
 
 
-def choose_layers(model: Any, fast: bool = True) -> Fusion:
-    """Choose attention, and for each layer whether it runs fused: anyone may have changed or watched its parts.
-
-    Args:
-        model: A model of PEFT or transformers.
-        fast: ``False`` lets none run fused.
-    """
+def choose_layers(model: Any) -> Fusion:
+    """Choose attention, and for each layer of a model whether it runs fused: anyone may have changed its parts."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whatever set another one
@@ -69,9 +64,9 @@ def choose_layers(model: Any, fast: bool = True) -> Fusion:
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            reason = fusion.linears[name] = _plain_reason_of_linear(module) if fast else "model.fast is false"
+            reason = fusion.linears[name] = _plain_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
-            reason = fusion.layers[name] = _plain_reason_of_layer(module, family) if fast else "model.fast is false"
+            reason = fusion.layers[name] = _plain_reason_of_layer(module, family)
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion

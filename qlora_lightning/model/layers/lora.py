@@ -2,7 +2,7 @@
 # mypy: allow-untyped-calls
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import bitsandbytes as bnb
@@ -11,6 +11,8 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.layers.attention import current_batch
 
 _FEW_ROWS = 64  # on a GPU bitsandbytes chooses for so few: to read the packed weight itself, or to make it dense
 
@@ -231,19 +233,19 @@ class FusedLoRA(Fused):
         return output if autocasts else output.to(x.dtype)
 
 
-def linear_parts(
-    layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None
-) -> tuple[Tensor | None, Tensor | None, LinearParts]:
+def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, LinearParts]:
     """Return A and B of a linear, which may train, and all that it computes with in ``dtype``.
 
-    ``casts`` may have A and B in that dtype. Where no adapter acts, they are ``None``.
+    The flat batch that is computed may have A and B in that dtype. Where no adapter acts, they are ``None``.
     """
     base = base_linear(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     lora_A, lora_B = active_lora(layer)
     if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
         return None, None, LinearParts(base.weight, bias)
-    cast_A, cast_B = (each.detach().to(dtype) if casts is None else casts[each] for each in (lora_A, lora_B))
+    batch = current_batch()
+    casts = {} if batch is None else batch.casts
+    cast_A, cast_B = (casts[each] if each in casts else each.detach().to(dtype) for each in (lora_A, lora_B))
     return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
 
 

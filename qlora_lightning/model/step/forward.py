@@ -49,7 +49,7 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         )
     if not runs_flat(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, layout, tokens)))
-    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None
+    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else {}
     with flat_batch(FlatBatch(layout.samples, casts, fast)):
         hidden: Tensor = causal_lm.base_model(
             **tokens, position_ids=layout.position_ids, attention_mask=NO_MASK, use_cache=False

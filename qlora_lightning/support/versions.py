@@ -1,10 +1,8 @@
 """What differs between versions: of the libraries that this package works with, and of the files that it writes."""
 
-import contextlib
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_lightning.support.errors import UserError
@@ -71,21 +69,3 @@ def attend_ragged(
 @functools.cache  # every layer of every step asks
 def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(kernel).parameters
-
-
-@contextlib.contextmanager
-def without_peft_warnings() -> Iterator[None]:
-    """Silence what PEFT warns of without need, and what users can do nothing about.
-
-    PEFT 0.19 takes head and embedding for tied where they are not; PEFT 0.21 asks transformers 5.24 for an attribute by
-    its old name.
-    """
-    with warnings.catch_warnings():
-        # of targets that PEFT moves to fused experts, which add_adapters rejects
-        for kind in ("rank", "alpha"):
-            words = f"The following {kind}_pattern keys did not match"
-            warnings.filterwarnings("ignore", message=words, category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield

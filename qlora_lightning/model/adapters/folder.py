@@ -4,6 +4,7 @@ import copy
 import filecmp
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
-from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
+from qlora_lightning.support.versions import FORMAT_VERSION
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
@@ -177,7 +178,7 @@ def add_named_adapter(
     """
     # the shape of its first adapter may be another
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):  # as in adapters/lora.py
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

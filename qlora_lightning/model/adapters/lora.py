@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import PreTrainedModel
 from qlora_lightning.model.adapters.targets import resolve_targets
 from qlora_lightning.model.anatomy import names_of_ends
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -109,7 +109,8 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     On a base on the meta device the adapter's tensors are shapes alone too.
     """
     on_meta = model.device.type == "meta"
-    with torch.random.fork_rng(devices=[]), without_peft_warnings():
+    # PEFT warns of what is of no use to users, and of what is rejected above
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             try:

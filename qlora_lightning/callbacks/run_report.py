@@ -75,7 +75,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        if self._facts is not None or getattr(pl_module, "sharded_base", None) is not None:  # which all must gather
+        if self._facts is not None and getattr(pl_module, "sharded_base", None) is None:  # of a sharded one none has W
             self._updates = _measure_updates(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,10 +222,9 @@ def _find_peak(trainer: Trainer) -> dict[str, float]:
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
     """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that is not possible."""
-    base = getattr(module, "sharded_base", None)
     try:
         with best_adapter(trainer, module):
-            table = measure_updates(module.model, () if base is None else base.whole_modules())
+            table = measure_updates(module.model)
     except Exception as fault:  # a model of another make: no reason to fail a run that has trained
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None

@@ -114,14 +114,6 @@ class ShardedBase:
         """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
-    def whole_modules(self) -> Iterator[nn.Module]:
-        """Yield each sharded module while it is whole. All processes must iterate to the end."""
-        for module in filter(None, [*self._parts_of_body, self._head]):
-            module.unshard()
-            _restore_weights(_quantized_linears(module))
-            yield module
-            module.reshard()
-
     @contextlib.contextmanager
     def collective_passes(self) -> Iterator[None]:
         """See the function of this name."""

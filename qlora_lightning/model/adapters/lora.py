@@ -135,13 +135,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
 
 
-def lora_matrices(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
-    """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear, or of an embedding."""
-    if adapter in layer.lora_A:
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-
-
 @contextlib.contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
     """Disable the adapters; afterwards the same tensors train."""

@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -95,9 +94,3 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return cast(Any, linear).in_features, cast(Any, linear).out_features
-
-
-def dense_weight(linear: Any) -> torch.Tensor:
-    """Return the weight of a dense linear, ``(out, in)``."""
-    weight: torch.Tensor = linear.weight.detach()
-    return weight.t() if isinstance(linear, Conv1D) else weight

@@ -12,21 +12,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
-from qlora_lightning.model.anatomy import (
-    LINEARS,
-    check_experts,
-    check_type,
-    dense_weight,
-    layer_of,
-    linear_sizes,
-    runs_flat,
-)
+from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
@@ -217,7 +210,8 @@ def meta_model(
 
 def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
-    weight, sizes = dense_weight(linear), (*linear_sizes(linear), linear.bias is not None)
+    weight, sizes = linear.weight.detach(), (*linear_sizes(linear), linear.bias is not None)
+    weight = weight.t() if isinstance(linear, Conv1D) else weight  # (out, in)
     quantized: Any
     if quantization == "int8":
         quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)

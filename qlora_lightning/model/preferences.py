@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
@@ -102,13 +101,6 @@ class PreferenceModule(QLoRAModule):
 
     def configure_model(self) -> None:
         is_new = self.model is None
-        trains = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self.trainer.ckpt_path
-        is_reference = self._has_reference and self.adapter is not None and self.adapter == self._reference_adapter
-        if is_reference and not trains:
-            raise UserError(
-                f"The adapter {self.adapter} would be compared with itself: model.adapter names the reference of "
-                f"{self.objective}. Evaluate a run by its own config.yaml, or name its checkpoint by --ckpt_path."
-            )
         super().configure_model()
         if is_new and self._reference_adapter is not None and self._has_reference:
             self.add_adapter(_REFERENCE, find_adapter_folder(self._reference_adapter))

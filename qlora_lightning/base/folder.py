@@ -114,9 +114,6 @@ class TensorFiles:
         self.folder, self.name = folder, name
         self._files = {key: file for file in weight_files(folder, name) for key in tensor_names(file)}
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -1,6 +1,5 @@
 """Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
 
-import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
+from qlora_lightning.model.adapters.lora import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.layout import IGNORED
@@ -222,18 +221,12 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the reference -----------------------------------------------------------------------------------------------
 
-    def reference(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model be what it was when training began."""
-        if self._reference_adapter is None:
-            return without_adapters(self.model)
-        return with_adapter(self.model, _REFERENCE)
-
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Compute the reference's log-probability of each answer, ``(answers,)``."""
         was_training = self.training
         self.eval()  # without dropout and noise
         try:
-            with torch.no_grad(), self.reference():
+            with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
                 return -_sum_pieces(self._token_losses(batch), batch["layout"].counts)
         finally:
             self.train(was_training)

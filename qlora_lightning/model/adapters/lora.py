@@ -135,36 +135,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
 
 
-@contextlib.contextmanager
-def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters; afterwards the same tensors train."""
-    with _training_as_before(model), model.disable_adapter():
-        yield
+def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Disable the adapters; afterwards all is as before."""
+    return with_adapter(model, None)
 
 
 @contextlib.contextmanager
-def with_adapter(model: Any, name: str) -> Iterator[None]:
-    """Switch to another adapter, also within :func:`without_adapters`; afterwards all is as before."""
-    active, was_disabled = model.active_adapter, model.get_model_status().enabled is False
-    with _training_as_before(model):
-        model.set_adapter(name)
-        model.enable_adapter_layers()
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-            if was_disabled:
-                model.disable_adapter_layers()
-
-
-@contextlib.contextmanager
-def _training_as_before(model: nn.Module) -> Iterator[None]:
-    """Let the same tensors train afterwards: PEFT's switches let all of an active adapter train."""
+def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Switch to another adapter, or to none; afterwards all is as before, and the same tensors train."""
+    active, was_enabled = model.active_adapter, model.get_model_status().enabled is not False
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        if name is None:
+            model.disable_adapter_layers()
+        else:
+            model.set_adapter(name)
+            model.enable_adapter_layers()
         yield
     finally:
-        for parameter, trains in trained:
+        if name is not None:
+            model.set_adapter(active)
+        (model.enable_adapter_layers if was_enabled else model.disable_adapter_layers)()
+        for parameter, trains in trained:  # PEFT's switches let all of an active adapter train
             parameter.requires_grad_(trains)
 
 

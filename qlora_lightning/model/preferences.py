@@ -123,17 +123,14 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.objective {self.objective} learns from {kind}, which the rows of data are not.")
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
-        nll = self._token_losses(batch)
-        reference = self._reference_log_probs(batch) if self._has_reference else None
-        if not any(layout.counts):  # a filler
-            zeros = nll.new_zeros(())
-            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(self._logged, zeros))
-        log_probs = -_sum_pieces(nll, layout.counts)  # a number for each answer
+        rows = len(layout.counts) if any(layout.counts) else 0  # a filler has none
+        log_probs = -_sum_pieces(self._token_losses(batch), layout.counts)[:rows]  # a number for each answer
+        reference = self._reference_log_probs(batch)[:rows] if self._has_reference else None
         if self.objective == "kto":
             assert reference is not None
             return self._sum_kto(batch, log_probs - reference)
         log_probs = log_probs.view(-1, 2)  # (pairs, 2)
-        counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2).to(self.device, non_blocking=True)
+        counts = torch.tensor(layout.counts[:rows]).view(-1, 2).to(self.device, non_blocking=True)
         mean = log_probs / counts  # per token
         if reference is not None:
             ratios = log_probs - reference.view(-1, 2)
@@ -141,13 +138,14 @@ class PreferenceModule(QLoRAModule):
             compared = ratios / counts if self.objective == "ipo" else rewards
         else:
             rewards = compared = self.beta * mean
-        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
-        rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]
-        logged = ((margins > 0).float(), margins, rewards[:, 0], rewards[:, 1])
-        sums = {name: each.sum() for name, each in zip(_LOGGED, logged, strict=True)}
-        likelier = (mean[:, 0] > mean[:, 1]).sum()
-        return LossSums(losses.sum(), torch.full((), len(counts), device=self.device), likelier, sums)
+        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
+        return self._sum(losses, mean[:, 0] > mean[:, 1], margins > 0, margins, rewards[:, 0], rewards[:, 1])
+
+    def _sum(self, losses: Tensor, correct: Tensor, *logged: Tensor) -> LossSums:
+        """Sum the losses of rows, ``(rows,)``, which of them are correct, and what is logged of each."""
+        sums = {name: each.detach().float().sum() for name, each in zip(self._logged, logged, strict=True)}
+        return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), correct.sum(), sums)
 
     def _losses(self, difference: Tensor, mean: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``.
@@ -170,14 +168,12 @@ class PreferenceModule(QLoRAModule):
 
     def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:
         """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer, ``(rows,)`` (Ethayarajh et al., equation 8)."""
-        desirable = batch["desirable"]
+        desirable = batch["desirable"][: len(ratios)]
         kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
         margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
         of_desirable, of_others = self._weights() if self.training else (1.0, 1.0)
         losses = torch.where(desirable, of_desirable, of_others) * torch.sigmoid(-margins)
-        right, margins = (margins > 0).sum(), margins.detach()
-        sums = {"accuracy": right.float(), "margin": margins.sum(), "kl": kl * len(ratios)}
-        return LossSums(losses.sum(), torch.full((), len(ratios), device=self.device), right, sums)
+        return self._sum(losses, margins > 0, margins > 0, margins, kl.expand(len(ratios)))
 
     def _weights(self) -> tuple[float, float]:
         """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import bitsandbytes as bnb
 import peft
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
@@ -22,7 +23,6 @@ from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.step.layout import IGNORED
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
-_TOKENS = 64  # compared at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
 # ---- a base's weights ------------------------------------------------------------------------------------------------
@@ -158,12 +158,7 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
 
 def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
     """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same tokens."""
-    figures = []  # (3, tokens): negative log-likelihood, KL, same first token
-    pieces = (torch.split(each, _TOKENS) for each in (reference, logits, labels))
-    for p_logits, q_logits, targets in zip(*pieces, strict=True):
-        log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-        nll = -log_q.gather(1, targets.unsqueeze(1))[:, 0]
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
-        same = p_logits.argmax(-1) == q_logits.argmax(-1)
-        figures.append(torch.stack([each.double() for each in (nll, kl, same)]))
-    return Agreement(*torch.cat(figures, dim=1).mean(1).tolist())
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
+    same = reference.argmax(-1) == logits.argmax(-1)
+    return Agreement(float(F.nll_loss(log_q, labels)), float(kl), float(same.float().mean()))

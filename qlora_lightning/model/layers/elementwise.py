@@ -4,7 +4,6 @@ Each is a region: element-wise code, which a GPU runs as one compiled kernel, an
 """
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -52,8 +51,6 @@ def mark_tokens(arguments: Iterable[Any]) -> None:
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton makes a kernel here: it takes a C compiler, Python's headers and a card that is not too old."""
-    if importlib.util.find_spec("triton") is None:
-        return False
     try:
         torch.compile(torch.sin)(torch.zeros(1, device="cuda"))
     except Exception as error:  # of Triton, of its compiler or of torch's

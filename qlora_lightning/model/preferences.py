@@ -1,6 +1,5 @@
 """Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -233,29 +232,25 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     It begins at the first labelled token, and is cut where a row has as many tokens as the longest of the batch.
     """
-    bounds, (ids, labels) = batch["cu_seqlens"].tolist(), (batch[name][0].cpu() for name in ("input_ids", "labels"))
-    rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
-    longest = max(len(own) for own, _ in rows)
-    prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
-    mixed = [
-        tuple(torch.cat([mine[:prompt], theirs[other:]])[:longest] for mine, theirs in zip(row, before, strict=True))
-        for row, before, prompt, other in zip(rows, _rotate(rows), prompts, _rotate(prompts), strict=True)
-    ]
-    lengths = torch.tensor([len(each) for each, _ in mixed])
-    tokens, targets = (torch.cat(each)[None] for each in zip(*mixed, strict=True))
+    lengths = batch["cu_seqlens"].diff().tolist()
+    stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()
+    rows = torch.split(stacked, lengths, dim=1)  # (2, tokens) each
+    prompts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
+    mixed = []
+    for n, row in enumerate(rows):  # rows[n - 1] of the first is the last
+        prompt, answer = row[:, : prompts[n]], rows[n - 1][:, prompts[n - 1] :]
+        mixed.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
+    tokens, targets = torch.cat(mixed, 1)
+    sizes = torch.tensor([each.shape[1] for each in mixed])
     return {
-        "input_ids": tokens,
-        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None],
-        "labels": targets,
-        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int(),
-        "longest": int(lengths.max()),
+        "input_ids": tokens[None],
+        "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mixed])[None],
+        "labels": targets[None],
+        "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
+        "longest": int(sizes.max()),
         "row_ids": batch["row_ids"],
         "source": batch["source"],
     }
-
-
-def _rotate(values: Sequence[Any]) -> list[Any]:
-    return [*values[-1:], *values[:-1]]
 
 
 def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:

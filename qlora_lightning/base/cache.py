@@ -100,31 +100,13 @@ def cached_folder(
 def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) -> Path | None:
     """Return the folder for ``key`` if it is complete and matches its checksums; None otherwise.
 
-    Without ``check_weights`` those of ``*.safetensors`` are left out, which takes no time.
+    Without ``check_weights`` those of ``*.safetensors`` are left out, as nobody compares those of a downloaded base.
     """
     folder = cache_root(kind) / kind / hash_key(key)
     try:
         return folder if _find_damage(folder, check_weights) is None else None
     except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
         return None
-
-
-def check_entry(folder: Path) -> None:
-    """Compare a folder with its checksums before its weights are read, if it is an entry of the cache.
-
-    Raises:
-        UserError: the entry is damaged; it is removed at the next start.
-    """
-    if not (folder / _ENTRY_FILE).is_file():
-        return
-    name = _find_damage(folder)
-    if name is not None:
-        with suppress(OSError):
-            (folder / _ENTRY_FILE).unlink()
-        raise UserError(
-            f"The cached {folder / name} is damaged: it does not match its checksum. Start again: it is then made "
-            "again. If this comes back, check the disk and the memory."
-        )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ _FORMAT = 1  # raised whenever the same GGUF would be unpacked into another fold
 def unpack_gguf(file: Path, name: str) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF, from the cache.
 
-    Weights are not compared with their checksums, since a usual start reads config and tokenizer alone: whoever reads
-    them calls ``check_entry``.
+    Weights are not compared with their checksums: a usual start reads config and tokenizer alone.
     """
     file = file.resolve()
 

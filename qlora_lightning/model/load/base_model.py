@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import Json, cached_folder, check_entry
+from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
@@ -122,7 +122,6 @@ def _load(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
-    check_entry(folder)  # as an unpacked GGUF, whose weights are read here first
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
     if settings is not None:

@@ -28,13 +28,13 @@ class UpdateNorm(NamedTuple):
 
 @torch.no_grad()
 def measure_updates(model: nn.Module) -> dict[str, dict[int | None, UpdateNorm]]:
-    """Measure the update of each LoRA layer, by kind of module (``q_proj``, …) and then by decoder layer.
+    """Measure the update of each LoRA linear, by kind of module (``q_proj``, …) and then by decoder layer.
 
     A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
     """
     table: dict[str, dict[int | None, UpdateNorm]] = defaultdict(dict)
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:  # an embedding's A is elsewhere
             table[name.rpartition(".")[2]][layer_of(name)] = _measure(layer)
     return dict(table)
 
@@ -45,11 +45,7 @@ def _measure(layer: Any) -> UpdateNorm:
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
     the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
     """
-    if ADAPTER in layer.lora_A:
-        lora_A, lora_B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    else:  # of an embedding
-        lora_A, lora_B = layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
-    lora_A, lora_B = lora_A.double().cpu(), lora_B.double().cpu()
+    lora_A, lora_B = (pair[ADAPTER].weight.double().cpu() for pair in (layer.lora_A, layer.lora_B))
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
     values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
     base = layer.get_base_layer()

@@ -99,7 +99,7 @@ class SwiGLUDown(torch.autograd.Function):
         (xa,) = apply_A(hidden, [down])
         ctx.save_for_backward(gate[0], up[0], xa, lora_A, lora_B)
         ctx.down = down
-        return apply_linear(hidden, xa, down, residual)[None]
+        return apply_linear(hidden, xa, down, residual[0])[None]
 
     @staticmethod
     @once_differentiable
@@ -200,7 +200,8 @@ class FusedDecoderLayer(Fused):
         options |= {"scaling": attention.scaling, "sliding_window": window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype)
-        return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))
+        attn_out, residual = attn_out.flatten(-2).squeeze(0), hidden.squeeze(0)  # whose backward is a view
+        return cast(Tensor, LoRALinearFunction.apply(attn_out, lora_A, lora_B, o_proj, residual)).unsqueeze(0)
 
     def _apply_mlp(self, hidden: Tensor) -> Tensor:
         """Compute ``hidden + MLP(RMSNorm(hidden))``."""

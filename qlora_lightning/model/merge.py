@@ -64,22 +64,21 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once."""
+    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once.
+
+    ``config`` is the base's, without quantization.
+    """
 
     model: peft.PeftModel
     shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def config(self) -> Any:
-        """The base's config, without quantization."""
-        return self.model.get_base_model().config
+    config: Any
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
     base = meta_base(base_folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes)
+    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config)
 
 
 class MergedWeights:
@@ -89,7 +88,12 @@ class MergedWeights:
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
-        self._weights, self._changed = weights, changed_modules(plan)
+        self._weights, kinds = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
+        self._changed = {  # by the names of what they change
+            re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
+            for name, module in plan.model.get_base_model().named_modules()
+            if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
+        }
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
@@ -108,16 +112,6 @@ class MergedWeights:
         base_layer.weight = meta_weight
         module.merged_adapters.clear()
         return merged
-
-
-def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:
-    """Return PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
-    kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
-    return {
-        re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
-        for name, module in plan.model.get_base_model().named_modules()
-        if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
-    }
 
 
 # ---- compared --------------------------------------------------------------------------------------------------------

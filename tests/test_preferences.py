@@ -131,7 +131,7 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is 0.1, which ipo has no use for"),
+        ({"objective": "ipo", "gamma": 0.1}, "gamma is 0.1, which ipo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
         ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
         ({"desirable_weight": 2.0}, "which dpo has no use for: it is of kto"),
@@ -202,14 +202,14 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_smoothing_and_the_share_of_imitation_add_their_terms(tmp_path, tiny_base):
+def test_the_share_of_imitation_adds_its_term(tmp_path, tiny_base):
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
-    module = make_module(tiny_base, label_smoothing=0.2, sft_share=0.5, quantization="none")
+    module = make_module(tiny_base, sft_share=0.5, quantization="none")
     own, counts = plain_log_probs(module.model, batch)
     with without_adapters(module.model):
         reference, _ = plain_log_probs(module.model, batch)
     ahead = 0.1 * ((own - reference) @ torch.tensor([1.0, -1.0]))
-    expected = -0.8 * F.logsigmoid(ahead) - 0.2 * F.logsigmoid(-ahead) - 0.5 * (own / counts)[:, 0]
+    expected = -F.logsigmoid(ahead) - 0.5 * (own / counts)[:, 0]
     torch.testing.assert_close(module.compute_loss(batch).nll_sum, expected.sum(), rtol=1e-5, atol=0)
 
 

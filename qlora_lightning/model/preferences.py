@@ -23,7 +23,6 @@ _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _LOGGED_BY_KTO = ("accuracy", "margin", "kl")
 _USED_BY = {  # options that not every objective has a use for
     "gamma": ("simpo",),
-    "label_smoothing": ("dpo", "simpo"),
     "sft_share": ("dpo", "ipo", "simpo", "orpo"),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
@@ -52,7 +51,6 @@ class PreferenceModule(QLoRAModule):
         beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
             of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
         gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
-        label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
         sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
         desirable_weight: Of ``kto``: factor of the loss of desirable answers in training; ``None``: the rarer kind of
             the training rows weighs as much more as it is rarer.
@@ -68,7 +66,6 @@ class PreferenceModule(QLoRAModule):
         objective: Objective = "dpo",
         beta: float | None = None,
         gamma: float | None = None,
-        label_smoothing: float = 0.0,
         sft_share: float = 0.0,
         desirable_weight: float | None = None,
         undesirable_weight: float | None = None,
@@ -81,9 +78,7 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
         if not 0 <= sft_share < math.inf:
             raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"model.label_smoothing is {label_smoothing:g}: expected a share in [0, 0.5).")
-        options = (gamma, label_smoothing or None, sft_share or None, desirable_weight, undesirable_weight)
+        options = (gamma, sft_share or None, desirable_weight, undesirable_weight)
         for (name, users), value in zip(_USED_BY.items(), options, strict=True):
             if value is not None and objective not in users:
                 raise UserError(
@@ -92,7 +87,7 @@ class PreferenceModule(QLoRAModule):
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
-        self.label_smoothing, self.sft_share = label_smoothing, sft_share
+        self.sft_share = sft_share
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
         self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
@@ -160,9 +155,7 @@ class PreferenceModule(QLoRAModule):
             log_odds = certain - torch.log(-torch.expm1(certain))
             losses = -mean[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
         else:  # Rafailov et al., equation 7; Meng et al., equation 6
-            ahead = difference - self.gamma
-            right, wrong = F.logsigmoid(ahead), F.logsigmoid(-ahead)
-            losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
+            losses = -F.logsigmoid(difference - self.gamma)
         return losses - self.sft_share * mean[:, 0]
 
     def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:

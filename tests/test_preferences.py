@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
         ({"objective": "ipo", "gamma": 0.1}, "gamma is 0.1, which ipo has no use for"),
         ({"beta": math.inf}, "beta is inf: expected a positive number"),
         ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
-        ({"desirable_weight": 2.0}, "which dpo has no use for: it is of kto"),
+        ({"objective": "kto", "sft_share": 0.5}, "sft_share is 0.5, which kto has no use for"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_rejected(options, words):
@@ -290,10 +291,11 @@ def other_answers(batch):
     return {"input_ids": ids, "labels": labels, "cu_seqlens": bounds}
 
 
-def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_path, tiny_base):
+def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_path, tiny_base, monkeypatch):
     batch = next(iter(make_data(tmp_path, tiny_base, VERDICTS).train_dataloader()))
-    options = {"desirable_weight": 1.0, "undesirable_weight": 1.5}
-    module = make_module(tiny_base, objective="kto", quantization="none", **options)
+    module = make_module(tiny_base, objective="kto", quantization="none")
+    samples = SimpleNamespace(desirable=torch.tensor([True, True, True, False, False]))  # of the training rows
+    monkeypatch.setattr("qlora_lightning.model.preferences.samples_of", lambda data, split: samples)
     trained = list(trainable_tensors(module).values())
 
     own = plain_log_probs(module.model, batch)[0].flatten()

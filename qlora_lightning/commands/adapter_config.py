@@ -29,7 +29,6 @@ _KEYS = {
     "model": (
         *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter", "fast"),
         *("objective", "beta", "gamma", "sft_share"),
-        *("desirable_weight", "undesirable_weight"),
     ),
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),

@@ -21,12 +21,6 @@ Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
 _LOGGED_BY_KTO = ("accuracy", "margin", "kl")
-_USED_BY = {  # options that not every objective has a use for
-    "gamma": ("simpo",),
-    "sft_share": ("dpo", "ipo", "simpo", "orpo"),
-    "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",),
-}
 _REFERENCE = "reference"  # name of the adapter that the reference has
 
 
@@ -52,9 +46,6 @@ class PreferenceModule(QLoRAModule):
             of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
         gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
         sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
-        desirable_weight: Of ``kto``: factor of the loss of desirable answers in training; ``None``: the rarer kind of
-            the training rows weighs as much more as it is rarer.
-        undesirable_weight: And of the others.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
 
@@ -67,8 +58,6 @@ class PreferenceModule(QLoRAModule):
         beta: float | None = None,
         gamma: float | None = None,
         sft_share: float = 0.0,
-        desirable_weight: float | None = None,
-        undesirable_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
@@ -78,14 +67,11 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
         if not 0 <= sft_share < math.inf:
             raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
-        options = (gamma, sft_share or None, desirable_weight, undesirable_weight)
-        for (name, users), value in zip(_USED_BY.items(), options, strict=True):
-            if value is not None and objective not in users:
-                raise UserError(
-                    f"model.{name} is {value:g}, which {objective} has no use for: it is of {', '.join(users)}."
-                )
+        if gamma is not None and objective != "simpo":
+            raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
+        if sft_share and objective == "kto":
+            raise UserError(f"model.sft_share is {sft_share:g}, which kto has no use for.")
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
-        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.sft_share = sft_share
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
@@ -171,11 +157,10 @@ class PreferenceModule(QLoRAModule):
         """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""
         samples = samples_of(datamodule_of(self._trainer), "train")
         verdicts = None if samples is None else samples.desirable
-        good, bad = (1, 1) if verdicts is None else (int(verdicts.sum()), int((~verdicts).sum()))
-        by_numbers = (max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1)))
-        asked = (self.desirable_weight, self.undesirable_weight)
-        first, second = (found if own is None else own for own, found in zip(asked, by_numbers, strict=True))
-        return first, second
+        if verdicts is None:
+            return 1.0, 1.0
+        good, bad = int(verdicts.sum()), int((~verdicts).sum())
+        return max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1))
 
     # ---- the divergence of kto ---------------------------------------------------------------------------------------
 

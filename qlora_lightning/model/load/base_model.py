@@ -65,8 +65,9 @@ def load_base(
         else:
             settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
     model = _load(folder, settings, compute_dtype, device, trust_remote_code)
-    if stored is not None:
-        _set_compute_dtype(model, compute_dtype)
+    for module in model.modules() if stored is not None else ():  # transformers takes the dtype that was stored
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     trim_malloc()  # copies in 16 and 32 bits that quantizing has made
     freeze(model)
     unnest_scales(model)
@@ -185,13 +186,6 @@ def unnest(state: Any) -> None:
     """Replace the quantized scales of a bitsandbytes ``QuantState`` by plain ones."""
     state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     state.nested, state.state2, state.offset = False, None, None
-
-
-def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in the dtype that was asked for: transformers takes that of a stored quantization."""
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = module.weight.quant_state.dtype = dtype
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:

@@ -107,15 +107,10 @@ class SwiGLUDown(torch.autograd.Function):
         gate, up, xa, _, _ = ctx.saved_tensors
         grad = grad_output[0]  # (n_tokens, width)
         grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.down])
-        grad_gate = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
-            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
-            grad_gate, grad_up = grad_gate[None], grad_up[None]
-        else:
-            hidden = swiglu(gate, up)
+        grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
+        hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
         (grad_A,) = gradients_of_A(grad_xa, hidden, [ctx.down])
-        return grad_gate, grad_up, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[5] else None
+        return grad_gate[None], grad_up[None], grad_A, grad_B, None, grad_output
 
 
 class HeadNorm(torch.autograd.Function):

@@ -239,16 +239,12 @@ class ShardedDDPStrategy(DDPStrategy):
     Args:
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used. One process
             alone may do so too.
-        timeout: After which a process that is silent is given up.
         kwargs: More arguments of ``DDPStrategy``.
     """
 
-    def __init__(
-        self, *, offload: bool = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
-    ) -> None:
-        super().__init__(timeout=timeout, **kwargs)
+    def __init__(self, *, offload: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.offload = offload
-        self._silence_limit = timeout
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -257,13 +253,14 @@ class ShardedDDPStrategy(DDPStrategy):
         module: Any = self.lightning_module
         if module.sharded_base is not None:
             return
-        group = dist.new_group(timeout=self._silence_limit)  # gives a silent process up as DDP's does
-        module.sharded_base = ShardedBase(module.causal_lm, group, self.root_device, self.offload)
+        module.sharded_base = ShardedBase(module.causal_lm, dist.new_group(), self.root_device, self.offload)
         module.to(self.root_device)
         module.sharded_base.start()
 
 
 def register_strategies() -> None:
     """Let Lightning's Trainer know the sharded strategies by their names; the command line does so."""
+    # a silent process is given up after ten minutes; Lightning waits for thirty
+    options: dict[str, Any] = {"override": True, "timeout": timedelta(minutes=10)}
     for name, offload in SHARDED_STRATEGIES.items():
-        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", override=True, offload=offload)
+        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", offload=offload, **options)

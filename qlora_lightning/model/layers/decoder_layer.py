@@ -133,18 +133,18 @@ class HeadNorm(torch.autograd.Function):
 
 
 class FusedDecoderLayer(Fused):
-    """A decoder layer of transformers, whose flat batches take a fused forward.
+    """A decoder layer of transformers, whose flat batches take a fused forward."""
 
-    Attributes:
-        compute_dtype: Of hidden states and all products, where it runs fused.
-    """
-
-    compute_dtype: torch.dtype
     gradient_checkpointing: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of hidden states and all products, where it runs fused."""
+        return cast(torch.dtype, self.input_layernorm.weight.dtype)
 
     def linears(self) -> list[nn.Module]:
         """Return all of its linears."""

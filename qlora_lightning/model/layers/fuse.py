@@ -141,7 +141,6 @@ def _plain_reason_of_layer(layer: Any, family: str | None) -> str | None:
     linears = layer.linears()
     for reason in filter(None, map(_plain_reason_of_linear, linears)):
         return reason
-    layer.compute_dtype = layer.input_layernorm.weight.dtype
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
         return f"the base is in {layer.compute_dtype}, and computes in another dtype"
     return None

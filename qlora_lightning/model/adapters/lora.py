@@ -10,7 +10,6 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -62,10 +61,8 @@ def add_adapters(
         **options,
     )
     adapted = inject(model, config)
-    names = {
-        name.removeprefix("base_model.model.") for name, each in adapted.named_modules() if isinstance(each, LoraLayer)
-    }
-    if missing := [name for name in targets if name not in names]:  # PEFT moves some to fused experts
+    found = adapted.base_model.targeted_module_names
+    if missing := [name for name in targets if name not in found]:  # PEFT moves some to fused experts
         raise UserError(
             f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
             "expected other modules, such as attention."

@@ -16,8 +16,8 @@ Outside of it, as when transformers generates, this is torch's attention with tr
 
 import contextlib
 import itertools
-from collections.abc import Mapping
-from contextvars import ContextVar, Token
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -64,21 +64,17 @@ def current_batch() -> FlatBatch | None:
     return _flat_batch.get()
 
 
-class flat_batch:  # a context that may be entered again: backward may run twice
+@contextlib.contextmanager
+def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
     """Compute a flat batch inside this context."""
-
-    def __init__(self, batch: FlatBatch | None) -> None:
-        self._batch = batch
-        self._tokens: list[Token[FlatBatch | None]] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(_flat_batch.set(self._batch))
-
-    def __exit__(self, *_: object) -> None:
-        _flat_batch.reset(self._tokens.pop())
+    token = _flat_batch.set(batch)
+    try:
+        yield
+    finally:
+        _flat_batch.reset(token)
 
 
-def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], flat_batch]:
+def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
     return contextlib.nullcontext(), flat_batch(current_batch())
 

@@ -74,6 +74,7 @@ class PreferenceModule(QLoRAModule):
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.sft_share = sft_share
+        self._has_reference = objective in ("dpo", "ipo", "kto")
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
         self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
@@ -83,10 +84,6 @@ class PreferenceModule(QLoRAModule):
         super().configure_model()
         if is_new and self._reference_adapter is not None and self._has_reference:
             self.add_adapter(_REFERENCE, find_adapter_folder(self._reference_adapter))
-
-    @property
-    def _has_reference(self) -> bool:
-        return self.objective in ("dpo", "ipo", "kto")
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 

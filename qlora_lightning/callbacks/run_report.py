@@ -25,7 +25,7 @@ from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
-from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
+from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_memory
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run_files import read_manifest, read_metrics, read_run, write_manifest
 from qlora_lightning.report.verdict import judge
@@ -217,7 +217,7 @@ def _find_peak(trainer: Trainer) -> dict[str, float]:
     device = trainer.strategy.root_device
     name = peak_metric_name(device)  # on CUDA what is read now is reset at each logging
     logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
-    return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
+    return {name: max([read_memory(device)[name], *(value for _, value in logged)])}
 
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:

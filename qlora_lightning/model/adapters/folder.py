@@ -139,7 +139,6 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    config.base_model_name_or_path = None  # PEFT sets it, and would warn if another name was there
     return config
 
 

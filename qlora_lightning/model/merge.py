@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
 from qlora_lightning.model.adapters.lora import ADAPTER
@@ -76,7 +77,7 @@ class MergePlan:
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
-    base = meta_base(base_folder)
+    base = meta_base(AutoConfig.from_pretrained(base_folder, local_files_only=True))
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config)
 

@@ -1,6 +1,5 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
@@ -175,10 +174,8 @@ def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
     """Make a frozen base of shapes alone, on the meta device.
 
-    ``config`` is transformers' config, or the folder that holds it; what it says of quantization is left out.
+    What transformers' config says of quantization is taken out of it.
     """
-    is_folder = isinstance(config, Path)
-    config = AutoConfig.from_pretrained(config, local_files_only=True) if is_folder else copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     check_type(config.model_type, config.name_or_path)

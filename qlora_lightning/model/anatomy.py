@@ -71,12 +71,6 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def names_of_ends(causal_lm: Any) -> dict[nn.Module, str]:
-    """Return the names of embedding and head, without what they are in: ``embed_tokens`` and ``lm_head``."""
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    return {module: name.rpartition(".")[2] for name, module in causal_lm.named_modules() if module in ends}
-
-
 def check_experts(causal_lm: Any, name: str) -> None:
     """Reject a mixture of experts whose fused weights, of three dimensions, would stay in 16 bits."""
     weights = {parameter: parameter.dim() for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.targets import resolve_targets
-from qlora_lightning.model.anatomy import names_of_ends
 from qlora_lightning.support.errors import UserError
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
@@ -92,11 +91,13 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
             raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
-    ends, ties = names_of_ends(model), getattr(model.config, "tie_word_embeddings", False)
-    if ties and {*ends.values()} & {name.rpartition(".")[2] for name in alone}:
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+    ties = getattr(model.config, "tie_word_embeddings", False)
+    if ties and {*names.values()} & {name.rpartition(".")[2] for name in alone}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{ends[model.get_input_embeddings()]}], ensure_weight_tying: true}}."
+            f"{{modules_to_save: [{names[ends[0]]}], ensure_weight_tying: true}}."
         )
 
 

@@ -45,16 +45,10 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
     path, commit = resolve_base(name, revision, weights=weights)
     is_gguf = path.is_file()
     folder = unpack_gguf(path, name) if is_gguf else path
-    check_model_folder(folder, name, weights=weights)
-    return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
-
-
-def check_model_folder(folder: Path, name: str, *, weights: bool = True) -> None:
-    """Check that a folder holds a model that this package trains as it is; ``name`` is what the user wrote."""
     read_config(folder, name)
-    if weights:
-        for file in weight_files(folder, name):
-            open_tensors(file)
+    for file in weight_files(folder, name) if weights else []:
+        open_tensors(file)
+    return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:

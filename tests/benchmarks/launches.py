@@ -30,7 +30,7 @@ from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
-from qlora_lightning.model.load.base_model import freeze, unnest
+from qlora_lightning.model.load.base_model import freeze
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.layout import lay_out
 from tests.steps import make_batch
@@ -92,8 +92,10 @@ def make_model(*, fast: bool) -> Any:
             base.set_submodule(name, quantized.to("cpu"))
     freeze(base)
     for module in base.modules():
-        if fast and isinstance(module, bnb.nn.Linear4bit):
-            unnest(module.weight.quant_state)
+        if fast and isinstance(module, bnb.nn.Linear4bit):  # as unnest_scales does on a GPU
+            state = module.weight.quant_state
+            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
     model = add_adapters(base)
     if fast:
         fuse_layers(model)

@@ -179,13 +179,8 @@ def unnest_scales(model: nn.Module) -> None:
     more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
     if 20 * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
         for state in nested:
-            unnest(state)
-
-
-def unnest(state: Any) -> None:
-    """Replace the quantized scales of a bitsandbytes ``QuantState`` by plain ones."""
-    state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    state.nested, state.state2, state.offset = False, None, None
+            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:

@@ -56,27 +56,22 @@ class FlatBatch(NamedTuple):
     fast: bool = True
 
 
-_flat_batch: ContextVar[FlatBatch | None] = ContextVar("flat_batch", default=None)
-
-
-def current_batch() -> FlatBatch | None:
-    """Return the flat batch that is being computed, if one is."""
-    return _flat_batch.get()
+current_batch: ContextVar[FlatBatch | None] = ContextVar("current_batch", default=None)  # that is being computed
 
 
 @contextlib.contextmanager
 def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
     """Compute a flat batch inside this context."""
-    token = _flat_batch.set(batch)
+    token = current_batch.set(batch)
     try:
         yield
     finally:
-        _flat_batch.reset(token)
+        current_batch.reset(token)
 
 
 def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
-    return contextlib.nullcontext(), flat_batch(current_batch())
+    return contextlib.nullcontext(), flat_batch(current_batch.get())
 
 
 def register_flat_attention() -> str:
@@ -132,7 +127,7 @@ def flat_attention(
     unknown = [name for name, each in kwargs.items() if each is not None and name not in _HARMLESS]
     if unknown:
         raise RuntimeError(f"{type(module).__name__} hands {unknown[0]} on to attention, which flat batches lack.")
-    batch = current_batch()
+    batch = current_batch.get()
     if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -154,7 +154,7 @@ class FusedDecoderLayer(Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        if current_batch() is None or args or not self._computes_fused(hidden_states):
+        if current_batch.get() is None or args or not self._computes_fused(hidden_states):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         hidden_states = self._attend(hidden_states, **kwargs)
         if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):

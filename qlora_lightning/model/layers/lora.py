@@ -239,7 +239,7 @@ def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, T
     lora_A, lora_B = active_lora(layer)
     if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
         return None, None, LinearParts(base.weight, bias)
-    batch = current_batch()
+    batch = current_batch.get()
     casts = {} if batch is None else batch.casts
     cast_A, cast_B = (casts[each] if each in casts else each.detach().to(dtype) for each in (lora_A, lora_B))
     return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)

@@ -159,19 +159,3 @@ def _has_own_hooks(module: nn.Module) -> bool:
     own = module.__dict__  # torch has no public way to ask
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own
-
-
-def explain_plain_layers(fusion: Fusion, *, autocasts: bool) -> str | None:
-    """Report why decoder layers take the plain path of PEFT and transformers in training; ``None`` if none does.
-
-    ``autocasts`` says that the module computes under autocast, which no fused layer does.
-    """
-    reasons = [reason for reason in fusion.layers.values() if reason is not None]
-    if autocasts and not reasons:
-        reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
-    if not reasons:
-        return None
-    listed = "; ".join(dict.fromkeys(reasons))
-    return (
-        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: {listed}."
-    )

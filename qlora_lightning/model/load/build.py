@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
-from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
+from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
@@ -72,7 +72,9 @@ def report_model(module: Any, fusion: Fusion) -> None:
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
-    autocasts, config = module.autocast_dtype is not None, module.causal_lm.config
+    reasons, config = [each for each in fusion.layers.values() if each is not None], module.causal_lm.config
+    if module.autocast_dtype is not None and not reasons:  # under autocast no layer runs fused
+        reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
@@ -80,7 +82,10 @@ def report_model(module: Any, fusion: Fusion) -> None:
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto"
         else None,
-        explain_plain_layers(fusion, autocasts=autocasts) if module.fast else None,
+        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: "
+        f"{'; '.join(dict.fromkeys(reasons))}."
+        if reasons and module.fast
+        else None,
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:

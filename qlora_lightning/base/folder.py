@@ -34,11 +34,6 @@ class BaseFolder:
     kind: Literal["hub", "folder", "gguf"]
     revision: str | None
 
-    @property
-    def model_type(self) -> str | None:
-        """What ``config.json`` says."""
-        return read_config(self.folder, self.name).get("model_type")
-
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
     """Find a base, unpack it if it is a GGUF, and check what is there, its weights only if they are wanted."""

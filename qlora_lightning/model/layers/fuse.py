@@ -152,10 +152,6 @@ def _trains(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module, or one inside it, has hooks or a forward of its own."""
-    return any(map(_has_own_hooks, module.modules()))
-
-
-def _has_own_hooks(module: nn.Module) -> bool:
-    own = module.__dict__  # torch has no public way to ask
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own
+    # torch has no public way to ask
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(each) or any(vars(each)[name] for name in hooks) for each in module.modules())

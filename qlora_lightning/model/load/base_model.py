@@ -196,13 +196,10 @@ def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
 def check_quantization(
     stored: Mapping[str, Any] | None, quantization: Quantization, double_quant: bool, name: str
 ) -> bool:
-    """Return whether the scales are quantized; a base that is stored quantized tells it by its config.
+    """Return whether the scales are quantized; of a base that is stored quantized, its ``quantization_config`` tells.
 
-    Args:
-        stored: ``quantization_config`` of the base, if it has one.
-        quantization: What is asked for.
-        double_quant: What is asked for.
-        name: The base's, for the message.
+    Raises:
+        UserError: The base is stored otherwise than asked for.
     """
     if stored is None:
         return double_quant

@@ -32,7 +32,8 @@ _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes 
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
 
 
-def collective_passes(module: Any) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def collective_passes(module: Any) -> Iterator[None]:
     """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
 
     Such a pass gathers layers, which takes all processes. Inside this context a process announces each pass, and one
@@ -40,7 +41,15 @@ def collective_passes(module: Any) -> contextlib.AbstractContextManager[None]:
     nothing if the base of the module is not sharded.
     """
     base: ShardedBase | None = getattr(module, "sharded_base", None)
-    return contextlib.nullcontext() if base is None else base.collective_passes()
+    if base is None or base.announces or base.group.size() == 1:
+        yield
+        return
+    base.announces = True
+    try:
+        yield
+        base.sync_pass(_DONE)
+    finally:
+        base.announces = False
 
 
 class ShardedBase:
@@ -63,7 +72,7 @@ class ShardedBase:
             )
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        self._group, self._device, self._announces = group, device, False
+        self.group, self._device, self.announces = group, device, False
         mesh = DeviceMesh.from_group(group, device.type)
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
@@ -85,13 +94,13 @@ class ShardedBase:
             self._parts_of_body.insert(0, shard(embedding))
             self._parts_of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head))
-            self._head.register_forward_pre_hook(lambda *_: self._sync_pass(_HEAD), prepend=True)
+            self._head.register_forward_pre_hook(lambda *_: self.sync_pass(_HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
         for before, layer in pairwise([layers[0], *layers]):
             layer.set_modules_to_backward_prefetch([before])
-        self._body.register_forward_pre_hook(lambda *_: self._sync_pass(_BODY), prepend=True)
+        self._body.register_forward_pre_hook(lambda *_: self.sync_pass(_BODY), prepend=True)
         for root in filter(None, (self._body, self._head)):
             root.register_forward_hook(_reset_pass_order)
 
@@ -114,25 +123,12 @@ class ShardedBase:
         """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
-    @contextlib.contextmanager
-    def collective_passes(self) -> Iterator[None]:
-        """See the function of this name."""
-        if self._announces or self._group.size() == 1:
-            yield
-            return
-        self._announces = True
-        try:
-            yield
-            self._sync_pass(_DONE)
-        finally:
-            self._announces = False
-
-    def _sync_pass(self, wanted: int) -> None:
+    def sync_pass(self, wanted: int) -> None:
         """Wait until the smallest pass that a process asks for is this one's; meanwhile join the others' gathers.
 
         When all ask for ``_DONE``, all have run what they had to run.
         """
-        if not self._announces:
+        if not self.announces:
             return
         now = self._all_reduce_min(wanted)
         while now != wanted:
@@ -142,12 +138,12 @@ class ShardedBase:
             now = self._all_reduce_min(wanted)
 
     def largest(self, number: int) -> int:
-        """Return the largest number that a process has; inside :meth:`collective_passes` its own."""
-        return number if self._announces else -self._all_reduce_min(-number)
+        """Return the largest number that a process has; inside :func:`collective_passes` its own."""
+        return number if self.announces else -self._all_reduce_min(-number)
 
     def _all_reduce_min(self, number: int) -> int:
         smallest = torch.tensor(number, device=self._device)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, self.group)
         return int(smallest)
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -118,20 +118,6 @@ class MergedWeights:
 # ---- compared --------------------------------------------------------------------------------------------------------
 
 
-class Agreement(NamedTuple):
-    """How far a model agrees with a reference, at the labelled tokens.
-
-    Attributes:
-        loss: Mean negative log-likelihood of the labels, in nats.
-        kl: Mean Kullback-Leibler divergence of the model from the reference, in nats.
-        top1: Share of tokens at which both put the same token first.
-    """
-
-    loss: float
-    kl: float
-    top1: float
-
-
 @torch.no_grad()
 def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
     """Run each sample of flat batches alone through a causal language model's own forward.
@@ -151,9 +137,14 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
     return torch.cat(logits), torch.cat(labels)
 
 
-def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
-    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same tokens."""
+def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of
+        the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
+    """
     log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
     kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
     same = reference.argmax(-1) == logits.argmax(-1)
-    return Agreement(float(F.nll_loss(log_q, labels)), float(kl), float(same.float().mean()))
+    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}

@@ -65,8 +65,6 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.objective is {objective!r}: expected {', '.join(_BETAS)}.")
         if beta is not None and not 0 < beta < math.inf:
             raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
-        if not 0 <= sft_share < math.inf:
-            raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
         if gamma is not None and objective != "simpo":
             raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
         if sft_share and objective == "kto":

@@ -79,17 +79,15 @@ def load_tokenizer(
     folder = Path(name).expanduser()
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
-    remedy = "Set data.tokenizer to a folder or hub id with a tokenizer.json."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many classes for bad files
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). {remedy}"
+            f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). Set "
+            "data.tokenizer to a folder or hub id with a tokenizer.json."
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # names code that comes with it: no folder that we write shall
-    if not tokenizer.is_fast:
-        raise UserError(f"Tokenizer {name}: expected a fast one, found {type(tokenizer).__name__}. {remedy}")
     return tokenizer
 
 
@@ -97,7 +95,6 @@ class TensorFiles:
     """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
         self._files = {key: file for file in weight_files(folder, name) for key in tensor_names(file)}
 
     def __iter__(self) -> Iterator[str]:
@@ -105,8 +102,6 @@ class TensorFiles:
 
     def read(self, name: str) -> "Tensor":
         """Read one tensor, in the dtype in which it is stored."""
-        if name not in self._files:
-            raise UserError(f"Base {self.name}: there is no tensor {name} in {self.folder}. {_REMEDY}")
         tensor: Tensor = open_tensors(self._files[name]).get_tensor(name)
         return tensor
 

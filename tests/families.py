@@ -25,7 +25,6 @@ from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import without_peft_warnings
 from tests.steps import distance, loss_and_gradients, make_batch, make_module
 
 LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
@@ -119,7 +118,7 @@ def save_random(folder, model_type, **settings):
 def plain_model(folder, adapter):
     """The base with an adapter, by transformers and PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):
         return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
 

@@ -1,13 +1,12 @@
 """The classifier that the model's page shows is LlamaForSequenceClassification with the adapter that it saves."""
 
 import re
+import warnings
 from pathlib import Path
 
 import peft
 import torch
 from transformers import AutoModelForSequenceClassification
-
-from qlora_lightning.support.versions import without_peft_warnings
 
 PAGE = Path(__file__).parents[1] / "qlora_lightning" / "model" / "README.md"
 
@@ -20,14 +19,14 @@ def test_the_classifier_of_the_page_is_llamas(tiny_base, tmp_path, monkeypatch):
         "logger=False", "logger=False, accelerator='cpu'"
     )
     page = {"__name__": "page"}
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):
         exec(code.replace("load_base(self.base,", 'load_base(self.base, quantization="none",'), page)
     own = page["classifier"].eval()
 
     card = Path("runs/classifier/adapter/README.md").read_text(encoding="utf-8")
     assert "by PEFT's class for the task SEQ_CLS" in card
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):
         plain = peft.PeftModel.from_pretrained(plain, "runs/classifier/adapter").eval()
     (batch, *_) = page["data"].train_dataloader()
     with torch.no_grad():

@@ -71,18 +71,19 @@ def cached_folder(
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into an empty folder.
         label: for messages and ``qlora-lightning cache list``.
-        check_weights: see :func:`find_entry`.
+        check_weights: ``False`` leaves out the checksums of ``*.safetensors``, as nobody compares those of a
+            downloaded base.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = cache_root(kind) / kind / hash_key(key)
-    if find_entry(kind, key, check_weights) is None:
+    if not _is_whole(folder, check_weights):
         try:
             make_root(kind)
             folder.parent.mkdir(exist_ok=True)
             with _lock(folder):
-                if find_entry(kind, key, check_weights) is None:  # else the process that we waited for has built it
+                if not _is_whole(folder, check_weights):  # else the process that we waited for has built it
                     _build_entry(folder, key, build, label)
         except OSError as error:
             is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see raising_os_errors
@@ -95,36 +96,6 @@ def cached_folder(
     with suppress(OSError):  # a read-only cache does not note when it was used
         os.utime(folder / _ENTRY_FILE)
     return folder
-
-
-def find_entry(kind: Kind, key: Mapping[str, Json], check_weights: bool = True) -> Path | None:
-    """Return the folder for ``key`` if it is complete and matches its checksums; None otherwise.
-
-    Without ``check_weights`` those of ``*.safetensors`` are left out, which takes no time.
-    """
-    folder = cache_root(kind) / kind / hash_key(key)
-    try:
-        return folder if _find_damage(folder, check_weights) is None else None
-    except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
-        return None
-
-
-def check_entry(folder: Path) -> None:
-    """Compare a folder with its checksums before its weights are read, if it is an entry of the cache.
-
-    Raises:
-        UserError: the entry is damaged; it is removed at the next start.
-    """
-    if not (folder / _ENTRY_FILE).is_file():
-        return
-    name = _find_damage(folder)
-    if name is not None:
-        with suppress(OSError):
-            (folder / _ENTRY_FILE).unlink()
-        raise UserError(
-            f"The cached {folder / name} is damaged: it does not match its checksum. Start again: it is then made "
-            "again. If this comes back, check the disk and the memory."
-        )
 
 
 @dataclass(frozen=True)
@@ -168,15 +139,17 @@ def _lock(folder: Path, timeout: float = -1) -> FileLock:
     return FileLock(folder.with_name(f"{folder.name}.lock"), timeout)
 
 
-def _find_damage(folder: Path, check_weights: bool = True) -> str | None:
-    """Return the first file of an entry that does not match its checksum."""
-    for name, checksum in json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["crc32"].items():
-        file = folder / name
-        if not check_weights and file.suffix == ".safetensors":
-            continue
-        if _crc32(file, file.stat().st_mtime_ns) != checksum:
-            return str(name)
-    return None
+def _is_whole(folder: Path, check_weights: bool) -> bool:
+    """Whether an entry is complete and matches its checksums."""
+    try:
+        for name, checksum in json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["crc32"].items():
+            file = folder / name
+            is_checked = check_weights or file.suffix != ".safetensors"
+            if is_checked and _crc32(file, file.stat().st_mtime_ns) != checksum:
+                return False
+    except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
+        return False
+    return True
 
 
 @functools.cache  # a process opens the same base several times, as for each trial of a sweep

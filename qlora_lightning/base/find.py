@@ -18,8 +18,8 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
     Returns:
         A GGUF file, or a folder that is still unchecked; and the commit of a hub snapshot, else None.
     """
-    if is_hub_id(name):
-        folder = download_snapshot(name, revision, weights=weights)
+    if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+        folder = _download_snapshot(name, revision, weights)
         return folder, folder.name
     if revision is not None:
         raise UserError(f"Base {name}: only a hub id has revisions. Remove model.revision.")
@@ -32,12 +32,7 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
     return path.absolute(), None
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name means the hub: it has the form of a hub id, and nothing of that name is here."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).expanduser().exists()
-
-
-def download_snapshot(name: str, revision: str | None, *, weights: bool) -> Path:
+def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
 
     ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.cache import Json, cached_folder, find_entry
+from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
@@ -20,34 +20,25 @@ _FORMAT = 1  # raised whenever the same GGUF would be unpacked into another fold
 def unpack_gguf(file: Path, name: str) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF, from the cache.
 
-    Weights are not compared with their checksums, since a usual start reads config and tokenizer alone: whoever reads
-    them calls ``check_entry``.
+    Weights are not compared with their checksums: a usual start reads config and tokenizer alone.
     """
     file = file.resolve()
-
-    def build(folder: Path) -> None:
-        size = format_bytes(file.stat().st_size)
-        _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
-        with quiet_loggers(logging.ERROR, "transformers"), redirect_stderr(io.StringIO()):
-            _unpack(file, folder, name)
-
-    return cached_folder("unpacked", _key(file), build, label=file.name, check_weights=False)
-
-
-def find_unpacked(file: Path) -> Path | None:
-    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None if it would have to make it."""
-    return find_entry("unpacked", _key(file.resolve()), check_weights=False)
-
-
-def _key(file: Path) -> dict[str, Json]:
     status = file.stat()
-    return {
+    key: dict[str, Json] = {
         "path": str(file),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "format": _FORMAT,
         "transformers": version("transformers"),
     }
+
+    def build(folder: Path) -> None:
+        size = format_bytes(status.st_size)
+        _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
+        with quiet_loggers(logging.ERROR, "transformers"), redirect_stderr(io.StringIO()):
+            _unpack(file, folder, name)
+
+    return cached_folder("unpacked", key, build, label=file.name, check_weights=False)
 
 
 def _unpack(file: Path, folder: Path, name: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.model.load.machine import peak_metric_name, read_memory, read_peak_gib
+from qlora_lightning.model.load.machine import peak_metric_name, read_memory
 from qlora_lightning.support.console import say
 
 
@@ -26,7 +26,8 @@ class GPUMemoryMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and trainer.is_global_zero:
-            say(f"Memory after loading: {read_peak_gib(pl_module.device):.2f} GiB at its peak")
+            peak = read_memory(pl_module.device)[peak_metric_name(pl_module.device)]
+            say(f"Memory after loading: {peak:.2f} GiB at its peak")
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step

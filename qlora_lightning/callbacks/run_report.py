@@ -25,7 +25,7 @@ from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
-from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_peak_gib
+from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_memory
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run_files import read_manifest, read_metrics, read_run, write_manifest
 from qlora_lightning.report.verdict import judge
@@ -75,7 +75,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        if self._facts is not None or getattr(pl_module, "sharded_base", None) is not None:  # which all must gather
+        if self._facts is not None and getattr(pl_module, "sharded_base", None) is None:  # of a sharded one none has W
             self._updates = _measure_updates(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,15 +217,14 @@ def _find_peak(trainer: Trainer) -> dict[str, float]:
     device = trainer.strategy.root_device
     name = peak_metric_name(device)  # on CUDA what is read now is reset at each logging
     logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
-    return {name: max([read_peak_gib(device), *(value for _, value in logged)])}
+    return {name: max([read_memory(device)[name], *(value for _, value in logged)])}
 
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
     """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that is not possible."""
-    base = getattr(module, "sharded_base", None)
     try:
         with best_adapter(trainer, module):
-            table = measure_updates(module.model, () if base is None else base.whole_modules())
+            table = measure_updates(module.model)
     except Exception as fault:  # a model of another make: no reason to fail a run that has trained
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None

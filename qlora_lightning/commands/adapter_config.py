@@ -28,8 +28,7 @@ _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of
 _KEYS = {
     "model": (
         *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter", "fast"),
-        *("objective", "beta", "gamma", "label_smoothing", "sft_share"),
-        *("desirable_weight", "undesirable_weight"),
+        *("objective", "beta", "gamma", "sft_share"),
     ),
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),

@@ -2,7 +2,6 @@
 
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -14,14 +13,13 @@ from qlora_lightning.support.errors import UserError
 FLAT_TYPES: tuple[str, ...] = (
     *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
-    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4"),
+    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text", "glm", "glm4"),
     *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
     *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax"),
     *("internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "llama", "mellum", "minicpm3"),
     *("minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"),
     *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
-    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma"),
-    *("youtu",),
+    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
 # Found there too, and rejected.
 _NOT_CAUSAL = (
@@ -73,12 +71,6 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
-def names_of_ends(causal_lm: Any) -> dict[nn.Module, str]:
-    """Return the names of embedding and head, without what they are in: ``embed_tokens`` and ``lm_head``."""
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    return {module: name.rpartition(".")[2] for name, module in causal_lm.named_modules() if module in ends}
-
-
 def check_experts(causal_lm: Any, name: str) -> None:
     """Reject a mixture of experts whose fused weights, of three dimensions, would stay in 16 bits."""
     weights = {parameter: parameter.dim() for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
@@ -96,9 +88,3 @@ def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return cast(Any, linear).in_features, cast(Any, linear).out_features
-
-
-def dense_weight(linear: Any) -> torch.Tensor:
-    """Return the weight of a dense linear, ``(out, in)``."""
-    weight: torch.Tensor = linear.weight.detach()
-    return weight.t() if isinstance(linear, Conv1D) else weight

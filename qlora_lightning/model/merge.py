@@ -5,15 +5,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
 from qlora_lightning.model.adapters.lora import ADAPTER
@@ -22,7 +24,6 @@ from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.step.layout import IGNORED
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
-_TOKENS = 64  # compared at a time: 64 x 128,256 x 4 bytes are 33 MB
 
 
 # ---- a base's weights ------------------------------------------------------------------------------------------------
@@ -64,22 +65,21 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once."""
+    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once.
+
+    ``config`` is the base's, without quantization.
+    """
 
     model: peft.PeftModel
     shapes: dict[str, tuple[int, ...]]
-
-    @property
-    def config(self) -> Any:
-        """The base's config, without quantization."""
-        return self.model.get_base_model().config
+    config: Any
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
-    base = meta_base(base_folder)
+    base = meta_base(AutoConfig.from_pretrained(base_folder, local_files_only=True))
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes)
+    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config)
 
 
 class MergedWeights:
@@ -89,7 +89,12 @@ class MergedWeights:
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
-        self._weights, self._changed = weights, changed_modules(plan)
+        self._weights, kinds = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
+        self._changed = {  # by the names of what they change
+            re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
+            for name, module in plan.model.get_base_model().named_modules()
+            if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
+        }
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
@@ -110,31 +115,7 @@ class MergedWeights:
         return merged
 
 
-def changed_modules(plan: MergePlan) -> dict[str, nn.Module]:
-    """Return PEFT's layers by the names of what they change: LoRA, modules trained whole, tokens."""
-    kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
-    return {
-        re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
-        for name, module in plan.model.get_base_model().named_modules()
-        if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
-    }
-
-
 # ---- compared --------------------------------------------------------------------------------------------------------
-
-
-class Agreement(NamedTuple):
-    """How far a model agrees with a reference, at the labelled tokens.
-
-    Attributes:
-        loss: Mean negative log-likelihood of the labels, in nats.
-        kl: Mean Kullback-Leibler divergence of the model from the reference, in nats.
-        top1: Share of tokens at which both put the same token first.
-    """
-
-    loss: float
-    kl: float
-    top1: float
 
 
 @torch.no_grad()
@@ -156,14 +137,14 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
     return torch.cat(logits), torch.cat(labels)
 
 
-def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> Agreement:
-    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same tokens."""
-    figures = []  # (3, tokens): negative log-likelihood, KL, same first token
-    pieces = (torch.split(each, _TOKENS) for each in (reference, logits, labels))
-    for p_logits, q_logits, targets in zip(*pieces, strict=True):
-        log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
-        nll = -log_q.gather(1, targets.unsqueeze(1))[:, 0]
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding may put it below
-        same = p_logits.argmax(-1) == q_logits.argmax(-1)
-        figures.append(torch.stack([each.double() for each in (nll, kl, same)]))
-    return Agreement(*torch.cat(figures, dim=1).mean(1).tolist())
+def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of
+        the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
+    """
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
+    same = reference.argmax(-1) == logits.argmax(-1)
+    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qlora_lightning.base import open_base
 from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
@@ -189,7 +189,8 @@ class QLoRAModule(lightning.LightningModule):
         """
         device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
-            model_type = open_base(self.base, self.revision, weights=False).model_type
+            source = open_base(self.base, self.revision, weights=False)
+            model_type = read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
         if self._trainer is not None and self.trainer.state.fn == "fit" and self.micro_batch_size.is_auto:
             self.micro_batch_size.plan(self, dtype)
@@ -238,7 +239,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        return choose_layers(self.causal_lm, self.fast)
+        return choose_layers(self.causal_lm)
 
     def _choose_autocast(self) -> None:
         """Choose it once: inside evaluations PEFT switches off what trains."""

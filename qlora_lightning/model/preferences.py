@@ -1,21 +1,17 @@
 """Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
 
-import contextlib
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import with_adapter, without_adapters
-from qlora_lightning.model.layers.attention import has_dropout
+from qlora_lightning.model.adapters.lora import with_adapter
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.batch import is_flat, samples_of
+from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
@@ -49,11 +45,7 @@ class PreferenceModule(QLoRAModule):
         beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
             of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
         gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
-        label_smoothing: Of ``dpo`` and ``simpo``: the share of pairs that are labelled the wrong way around.
         sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
-        desirable_weight: Of ``kto``: factor of the loss of desirable answers in training; ``None``: the rarer kind of
-            the training rows weighs as much more as it is rarer.
-        undesirable_weight: And of the others.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
 
@@ -65,10 +57,7 @@ class PreferenceModule(QLoRAModule):
         objective: Objective = "dpo",
         beta: float | None = None,
         gamma: float | None = None,
-        label_smoothing: float = 0.0,
         sft_share: float = 0.0,
-        desirable_weight: float | None = None,
-        undesirable_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
@@ -76,46 +65,23 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.objective is {objective!r}: expected {', '.join(_BETAS)}.")
         if beta is not None and not 0 < beta < math.inf:
             raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
-        if not 0 <= sft_share < math.inf:
-            raise UserError(f"model.sft_share is {sft_share:g}: expected 0 (off) or more.")
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"model.label_smoothing is {label_smoothing:g}: expected a share in [0, 0.5).")
         if gamma is not None and objective != "simpo":
             raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
-        if label_smoothing and objective not in ("dpo", "simpo"):
-            raise UserError(
-                f"model.label_smoothing is {label_smoothing:g}, which {objective} has no use for: only dpo and simpo."
-            )
-        if objective != "kto" and (desirable_weight is not None or undesirable_weight is not None):
-            raise UserError(
-                f"model.desirable_weight and undesirable_weight are of kto: {objective} has no use for them."
-            )
-        if objective == "kto" and sft_share:
+        if sft_share and objective == "kto":
             raise UserError(f"model.sft_share is {sft_share:g}, which kto has no use for.")
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
-        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
-        self.label_smoothing, self.sft_share = label_smoothing, sft_share
+        self.sft_share = sft_share
+        self._has_reference = objective in ("dpo", "ipo", "kto")
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
         self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
 
     def configure_model(self) -> None:
         is_new = self.model is None
-        trains = self._trainer is None or self.trainer.state.fn == TrainerFn.FITTING or self.trainer.ckpt_path
-        is_reference = self._has_reference and self.adapter is not None and self.adapter == self._reference_adapter
-        if is_reference and not trains:
-            raise UserError(
-                f"The adapter {self.adapter} would be compared with itself: model.adapter names the reference of "
-                f"{self.objective}. Evaluate a run by its own config.yaml, or name its checkpoint by --ckpt_path."
-            )
         super().configure_model()
         if is_new and self._reference_adapter is not None and self._has_reference:
             self.add_adapter(_REFERENCE, find_adapter_folder(self._reference_adapter))
-
-    @property
-    def _has_reference(self) -> bool:
-        return self.objective in ("dpo", "ipo", "kto")
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -132,17 +98,14 @@ class PreferenceModule(QLoRAModule):
             raise UserError(f"model.objective {self.objective} learns from {kind}, which the rows of data are not.")
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
-        nll = self._token_losses(batch)
-        reference = self._reference_log_probs(batch) if self._has_reference else None
-        if not any(layout.counts):  # a filler
-            zeros = nll.new_zeros(())
-            return LossSums(nll.sum() * 0.0, zeros.long(), zeros.long(), dict.fromkeys(self._logged, zeros))
-        log_probs = -_sum_pieces(nll, layout.counts)  # a number for each answer
+        rows = len(layout.counts) if any(layout.counts) else 0  # a filler has none
+        log_probs = -_sum_pieces(self._token_losses(batch), layout.counts)[:rows]  # a number for each answer
+        reference = self._reference_log_probs(batch)[:rows] if self._has_reference else None
         if self.objective == "kto":
             assert reference is not None
             return self._sum_kto(batch, log_probs - reference)
         log_probs = log_probs.view(-1, 2)  # (pairs, 2)
-        counts = torch.tensor(layout.counts, dtype=torch.float32).view(-1, 2).to(self.device, non_blocking=True)
+        counts = torch.tensor(layout.counts[:rows]).view(-1, 2).to(self.device, non_blocking=True)
         mean = log_probs / counts  # per token
         if reference is not None:
             ratios = log_probs - reference.view(-1, 2)
@@ -150,13 +113,14 @@ class PreferenceModule(QLoRAModule):
             compared = ratios / counts if self.objective == "ipo" else rewards
         else:
             rewards = compared = self.beta * mean
-        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
-        rewards = rewards.detach()
         margins = rewards[:, 0] - rewards[:, 1]
-        logged = ((margins > 0).float(), margins, rewards[:, 0], rewards[:, 1])
-        sums = {name: each.sum() for name, each in zip(_LOGGED, logged, strict=True)}
-        likelier = (mean[:, 0] > mean[:, 1]).sum()
-        return LossSums(losses.sum(), torch.full((), len(counts), device=self.device), likelier, sums)
+        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
+        return self._sum(losses, mean[:, 0] > mean[:, 1], margins > 0, margins, rewards[:, 0], rewards[:, 1])
+
+    def _sum(self, losses: Tensor, correct: Tensor, *logged: Tensor) -> LossSums:
+        """Sum the losses of rows, ``(rows,)``, which of them are correct, and what is logged of each."""
+        sums = {name: each.detach().float().sum() for name, each in zip(self._logged, logged, strict=True)}
+        return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), correct.sum(), sums)
 
     def _losses(self, difference: Tensor, mean: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``.
@@ -172,48 +136,28 @@ class PreferenceModule(QLoRAModule):
             log_odds = certain - torch.log(-torch.expm1(certain))
             losses = -mean[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
         else:  # Rafailov et al., equation 7; Meng et al., equation 6
-            ahead = difference - self.gamma
-            right, wrong = F.logsigmoid(ahead), F.logsigmoid(-ahead)
-            losses = -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
+            losses = -F.logsigmoid(difference - self.gamma)
         return losses - self.sft_share * mean[:, 0]
 
     def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:
         """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer, ``(rows,)`` (Ethayarajh et al., equation 8)."""
-        desirable = batch["desirable"]
+        desirable = batch["desirable"][: len(ratios)]
         kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
         margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
         of_desirable, of_others = self._weights() if self.training else (1.0, 1.0)
         losses = torch.where(desirable, of_desirable, of_others) * torch.sigmoid(-margins)
-        right, margins = (margins > 0).sum(), margins.detach()
-        sums = {"accuracy": right.float(), "margin": margins.sum(), "kl": kl * len(ratios)}
-        return LossSums(losses.sum(), torch.full((), len(ratios), device=self.device), right, sums)
+        return self._sum(losses, margins > 0, margins > 0, margins, kl.expand(len(ratios)))
 
     def _weights(self) -> tuple[float, float]:
         """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""
         samples = samples_of(datamodule_of(self._trainer), "train")
         verdicts = None if samples is None else samples.desirable
-        good, bad = (1, 1) if verdicts is None else (int(verdicts.sum()), int((~verdicts).sum()))
-        by_numbers = (max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1)))
-        asked = (self.desirable_weight, self.undesirable_weight)
-        first, second = (found if own is None else own for own, found in zip(asked, by_numbers, strict=True))
-        return first, second
+        if verdicts is None:
+            return 1.0, 1.0
+        good, bad = int(verdicts.sum()), int((~verdicts).sum())
+        return max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1))
 
     # ---- the divergence of kto ---------------------------------------------------------------------------------------
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        before = super().on_before_batch_transfer
-        if self.objective == "kto" and is_flat(batch):
-            return {**before(batch, dataloader_idx), "mismatched": before(self._mismatch(batch), dataloader_idx)}
-        return before(batch, dataloader_idx)
-
-    def _mismatch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return mismatch_answers(batch, getattr(datamodule_of(self._trainer), "max_length", None))
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        after = super().on_after_batch_transfer
-        if isinstance(batch, Mapping) and "mismatched" in batch:
-            return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
-        return after(batch, dataloader_idx)
 
     def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         parts = self.micro_batches(batch)
@@ -230,9 +174,8 @@ class PreferenceModule(QLoRAModule):
         total, rows = torch.zeros((), device=self.device), 0
         if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
             return total
-        mismatched = batch["mismatched"] if "mismatched" in batch else self._mismatch(batch)
         with torch.no_grad():
-            for part in self.micro_batches(mismatched):
+            for part in self.micro_batches(mismatch_answers(batch)):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
                 total += (own - self._reference_log_probs(part)).sum()
                 rows += sum(map(bool, part["layout"].counts))
@@ -246,54 +189,41 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the reference -----------------------------------------------------------------------------------------------
 
-    def reference(self) -> contextlib.AbstractContextManager[None]:
-        """Let the model be what it was when training began."""
-        if self._reference_adapter is None:
-            return without_adapters(self.model)
-        return with_adapter(self.model, _REFERENCE)
-
     def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
         """Compute the reference's log-probability of each answer, ``(answers,)``."""
-        noise, self.neftune_alpha = self.neftune_alpha, None
-        drops = self.training and has_dropout(self.causal_lm)
+        was_training = self.training
+        self.eval()  # without dropout and noise
         try:
-            self.model.train(self.training and not drops)
-            with torch.no_grad(), self.reference():
+            with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
                 return -_sum_pieces(self._token_losses(batch), batch["layout"].counts)
         finally:
-            self.neftune_alpha = noise
-            self.model.train(self.training)
+            self.train(was_training)
 
 
-def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) -> dict[str, Any]:
-    """Return a flat batch of each prompt with the answer of the row before, of the first with the last row's.
+def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a flat batch, on the host, of each prompt with the answer of the row before, of the first with the last's.
 
-    It begins at the first labelled token, and is cut where a row has ``max_length`` tokens, by default as many as the
-    longest of the batch.
+    It begins at the first labelled token, and is cut where a row has as many tokens as the longest of the batch.
     """
-    bounds, ids, labels = batch["cu_seqlens"].tolist(), batch["input_ids"][0], batch["labels"][0]
-    rows = [(ids[start:end], labels[start:end]) for start, end in itertools.pairwise(bounds)]
-    longest = max_length or max(len(own) for own, _ in rows)
-    prompts = [int((own != IGNORED).nonzero()[0]) if (own != IGNORED).any() else len(own) for _, own in rows]
-    mixed = [
-        tuple(torch.cat([mine[:prompt], theirs[other:]])[:longest] for mine, theirs in zip(row, before, strict=True))
-        for row, before, prompt, other in zip(rows, _rotate(rows), prompts, _rotate(prompts), strict=True)
-    ]
-    lengths = torch.tensor([len(each) for each, _ in mixed])
-    tokens, targets = (torch.cat(each)[None] for each in zip(*mixed, strict=True))
+    lengths = batch["cu_seqlens"].diff().tolist()
+    stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()
+    rows = torch.split(stacked, lengths, dim=1)  # (2, tokens) each
+    prompts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
+    mixed = []
+    for n, row in enumerate(rows):  # rows[n - 1] of the first is the last
+        prompt, answer = row[:, : prompts[n]], rows[n - 1][:, prompts[n - 1] :]
+        mixed.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
+    tokens, targets = torch.cat(mixed, 1)
+    sizes = torch.tensor([each.shape[1] for each in mixed])
     return {
-        "input_ids": tokens,
-        "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None].to(tokens.device),
-        "labels": targets,
-        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(tokens.device),
-        "longest": int(lengths.max()),
+        "input_ids": tokens[None],
+        "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mixed])[None],
+        "labels": targets[None],
+        "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
+        "longest": int(sizes.max()),
         "row_ids": batch["row_ids"],
         "source": batch["source"],
     }
-
-
-def _rotate(values: Sequence[Any]) -> list[Any]:
-    return [*values[-1:], *values[:-1]]
 
 
 def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:

@@ -32,7 +32,8 @@ _BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes 
 _BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
 
 
-def collective_passes(module: Any) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def collective_passes(module: Any) -> Iterator[None]:
     """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
 
     Such a pass gathers layers, which takes all processes. Inside this context a process announces each pass, and one
@@ -40,7 +41,15 @@ def collective_passes(module: Any) -> contextlib.AbstractContextManager[None]:
     nothing if the base of the module is not sharded.
     """
     base: ShardedBase | None = getattr(module, "sharded_base", None)
-    return contextlib.nullcontext() if base is None else base.collective_passes()
+    if base is None or base.announces or base.group.size() == 1:
+        yield
+        return
+    base.announces = True
+    try:
+        yield
+        base.sync_pass(_DONE)
+    finally:
+        base.announces = False
 
 
 class ShardedBase:
@@ -63,7 +72,7 @@ class ShardedBase:
             )
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        self._group, self._device, self._announces = group, device, False
+        self.group, self._device, self.announces = group, device, False
         mesh = DeviceMesh.from_group(group, device.type)
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         trainable = {parameter for parameter in causal_lm.parameters() if parameter.requires_grad}
@@ -85,13 +94,13 @@ class ShardedBase:
             self._parts_of_body.insert(0, shard(embedding))
             self._parts_of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head))
-            self._head.register_forward_pre_hook(lambda *_: self._sync_pass(_HEAD), prepend=True)
+            self._head.register_forward_pre_hook(lambda *_: self.sync_pass(_HEAD), prepend=True)
             vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
         fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
         # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
         for before, layer in pairwise([layers[0], *layers]):
             layer.set_modules_to_backward_prefetch([before])
-        self._body.register_forward_pre_hook(lambda *_: self._sync_pass(_BODY), prepend=True)
+        self._body.register_forward_pre_hook(lambda *_: self.sync_pass(_BODY), prepend=True)
         for root in filter(None, (self._body, self._head)):
             root.register_forward_hook(_reset_pass_order)
 
@@ -114,33 +123,12 @@ class ShardedBase:
         """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
-    def whole_modules(self) -> Iterator[nn.Module]:
-        """Yield each sharded module while it is whole. All processes must iterate to the end."""
-        for module in filter(None, [*self._parts_of_body, self._head]):
-            module.unshard()
-            _restore_weights(_quantized_linears(module))
-            yield module
-            module.reshard()
-
-    @contextlib.contextmanager
-    def collective_passes(self) -> Iterator[None]:
-        """See the function of this name."""
-        if self._announces or self._group.size() == 1:
-            yield
-            return
-        self._announces = True
-        try:
-            yield
-            self._sync_pass(_DONE)
-        finally:
-            self._announces = False
-
-    def _sync_pass(self, wanted: int) -> None:
+    def sync_pass(self, wanted: int) -> None:
         """Wait until the smallest pass that a process asks for is this one's; meanwhile join the others' gathers.
 
         When all ask for ``_DONE``, all have run what they had to run.
         """
-        if not self._announces:
+        if not self.announces:
             return
         now = self._all_reduce_min(wanted)
         while now != wanted:
@@ -150,12 +138,12 @@ class ShardedBase:
             now = self._all_reduce_min(wanted)
 
     def largest(self, number: int) -> int:
-        """Return the largest number that a process has; inside :meth:`collective_passes` its own."""
-        return number if self._announces else -self._all_reduce_min(-number)
+        """Return the largest number that a process has; inside :func:`collective_passes` its own."""
+        return number if self.announces else -self._all_reduce_min(-number)
 
     def _all_reduce_min(self, number: int) -> int:
         smallest = torch.tensor(number, device=self._device)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, self.group)
         return int(smallest)
 
 
@@ -247,16 +235,12 @@ class ShardedDDPStrategy(DDPStrategy):
     Args:
         offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used. One process
             alone may do so too.
-        timeout: After which a process that is silent is given up.
         kwargs: More arguments of ``DDPStrategy``.
     """
 
-    def __init__(
-        self, *, offload: bool = False, timeout: timedelta | None = timedelta(minutes=10), **kwargs: Any
-    ) -> None:
-        super().__init__(timeout=timeout, **kwargs)
+    def __init__(self, *, offload: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.offload = offload
-        self._silence_limit = timeout
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -265,13 +249,14 @@ class ShardedDDPStrategy(DDPStrategy):
         module: Any = self.lightning_module
         if module.sharded_base is not None:
             return
-        group = dist.new_group(timeout=self._silence_limit)  # gives a silent process up as DDP's does
-        module.sharded_base = ShardedBase(module.causal_lm, group, self.root_device, self.offload)
+        module.sharded_base = ShardedBase(module.causal_lm, dist.new_group(), self.root_device, self.offload)
         module.to(self.root_device)
         module.sharded_base.start()
 
 
 def register_strategies() -> None:
     """Let Lightning's Trainer know the sharded strategies by their names; the command line does so."""
+    # a silent process is given up after ten minutes; Lightning waits for thirty
+    options: dict[str, Any] = {"override": True, "timeout": timedelta(minutes=10)}
     for name, offload in SHARDED_STRATEGIES.items():
-        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", override=True, offload=offload)
+        StrategyRegistry.register(name, ShardedDDPStrategy, "DDP, the base sharded", offload=offload, **options)

@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,15 +43,11 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
             stream.write(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=file.parent)
-    unfinished = Path(name)
+    unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
+    unfinished.unlink(missing_ok=True)  # of a process that was killed
     try:
-        with open(descriptor, "wb") as stream:
+        with unfinished.open("xb") as stream:  # which follows no link
             stream.write(data)
-        if file.is_file() and not file.is_symlink():
-            shutil.copymode(file, unfinished)
-        else:
-            set_usual_mode(unfinished)
         put_in_place(unfinished, file)
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)
@@ -73,7 +67,7 @@ def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def set_usual_mode(file: Path) -> None:
-    """Set the mode that the umask wants: safetensors and ``tempfile`` let nobody but the owner read what they write."""
+    """Set the mode that the umask wants: safetensors lets nobody but the owner read what it writes."""
     mask = os.umask(0)  # which can only be read by setting it
     os.umask(mask)
     file.chmod(0o666 & ~mask)
@@ -157,13 +151,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"the key {name!r} is in line {lines[name]} and again in line {line}: keep one")
             lines[name] = line
         return node
-
-
-# A date stays text, as it was typed: jsonargparse reads it as any other value.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def load_yaml(text: str) -> Any:

@@ -1,10 +1,8 @@
 """What differs between versions: of the libraries that this package works with, and of the files that it writes."""
 
-import contextlib
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from qlora_lightning.support.errors import UserError
@@ -52,39 +50,22 @@ def attend_ragged(
 
     torch 2.11 wants as many heads of keys and values as of queries; later ones take fewer, by ``enable_gqa``.
 
-    ``query`` and the result are ``(tokens, heads, head_dim)``, ``key`` and ``value`` ``(tokens, kv_heads, head_dim)``;
-    ``longest`` is the longest sample's length, ``scale`` by default ``head_dim ** -0.5``. A token sees ``window``
-    tokens, itself included, or all before it.
+    ``query`` is ``(1, heads, tokens, head_dim)``, ``key`` and ``value`` are ``(1, kv_heads, tokens, head_dim)``, the
+    result is ``(1, tokens, heads, head_dim)``; ``longest`` is the longest sample's length, ``scale`` by default
+    ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
     earlier = -1 if window is None else window - 1  # -1: every one
     options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
     if _takes_grouped_heads(varlen_attn):
         options["enable_gqa"] = True
     else:
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))
+    return cast("Tensor", varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options))[None]
 
 
 @functools.cache  # every layer of every step asks
 def _takes_grouped_heads(kernel: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(kernel).parameters
-
-
-@contextlib.contextmanager
-def without_peft_warnings() -> Iterator[None]:
-    """Silence what PEFT warns of without need, and what users can do nothing about.
-
-    PEFT 0.19 takes head and embedding for tied where they are not; PEFT 0.21 asks transformers 5.24 for an attribute by
-    its old name.
-    """
-    with warnings.catch_warnings():
-        # of targets that PEFT moves to fused experts, which add_adapters rejects
-        for kind in ("rank", "alpha"):
-            words = f"The following {kind}_pattern keys did not match"
-            warnings.filterwarnings("ignore", message=words, category=RuntimeWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield

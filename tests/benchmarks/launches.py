@@ -30,7 +30,7 @@ from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
-from qlora_lightning.model.load.base_model import freeze, unnest
+from qlora_lightning.model.load.base_model import freeze
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.layout import lay_out
 from tests.steps import make_batch
@@ -81,7 +81,7 @@ def make_model(*, fast: bool) -> Any:
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        attn_implementation=register_flat_attention(fast) if fast else "sdpa",
+        attn_implementation=register_flat_attention() if fast else "sdpa",
     )
     base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     for name, linear in list(base.named_modules()):
@@ -92,8 +92,10 @@ def make_model(*, fast: bool) -> Any:
             base.set_submodule(name, quantized.to("cpu"))
     freeze(base)
     for module in base.modules():
-        if fast and isinstance(module, bnb.nn.Linear4bit):
-            unnest(module.weight.quant_state)
+        if fast and isinstance(module, bnb.nn.Linear4bit):  # as unnest_scales does on a GPU
+            state = module.weight.quant_state
+            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
     model = add_adapters(base)
     if fast:
         fuse_layers(model)
@@ -140,8 +142,8 @@ def pretending(launches: Launches) -> Iterator[None]:
         return launches.run_region(attend_at_once, *arguments)
 
     def attend_at_once(query: Any, key: Any, value: Any, bounds: Any, longest: int, scale: Any, window: Any) -> Any:
-        by_head = (each.transpose(0, 1)[None] for each in (query, key, value))
-        return F.scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
     pretended: list[tuple[Any, str, Any]] = [
         (elementwise, "run_region", launches.run_region),

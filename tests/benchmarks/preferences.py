@@ -86,8 +86,7 @@ def _make_ours(base: str, rows: str, dtype: Any, objective: str = "dpo") -> tupl
     from tests.benchmarks.ours import make_module
 
     data = PreferenceDataModule(rows, max_length=child.MAX_LENGTH, batch_size=PAIRS, shuffle=False, tokenizer=base)
-    weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0} if objective == "kto" else {}  # TRL's
-    return make_module(base, dtype, PreferenceModule, beta=BETA, objective=objective, **weights), data
+    return make_module(base, dtype, PreferenceModule, beta=BETA, objective=objective), data
 
 
 def _make_peer(base: str, rows: str, dtype: str, epochs: int, folder: str, objective: str = "dpo") -> Any:

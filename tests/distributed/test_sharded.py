@@ -76,9 +76,6 @@ def assert_same(runs, name, other=None):
     for column in ("train_loss", "grad_norm"):
         assert metrics(one, column) == metrics(other, column)
         assert metrics(one, column)
-    moved, as_whole = (json.loads((each / "manifest.json").read_text())["adapter_updates"] for each in (one, other))
-    assert moved["q_proj"]
-    assert moved == as_whole
 
 
 @pytest.mark.usefixtures("usual")

@@ -51,8 +51,8 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
                 patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
-            with flat_batch(FlatBatch(samples)):
-                return flat_attention(None, *qkv, None, fast=fast)[0]
+            with flat_batch(FlatBatch(samples, fast=fast)):
+                return flat_attention(None, *qkv, None)[0]
 
     return attend
 
@@ -124,10 +124,10 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 
 
 def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
-    qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
+    qkv = [torch.empty(1, heads, 25, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
     bounds = torch.tensor([0, 5, 25], dtype=torch.int32, device="meta")
     output = attend_ragged(*qkv, bounds, 20, None)
-    assert output.shape == (25, 4, 64)
+    assert output.shape == (1, 25, 4, 64)
     assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 

@@ -1,5 +1,7 @@
 """A whole module: every quantization, fp16, a base of one's own; and what would train wrongly is stopped."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -7,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.lora import trainable_tensors
-from qlora_lightning.support.versions import without_peft_warnings
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
 
 
@@ -59,7 +60,7 @@ class OwnBase(QLoRAModule):
     def build_model(self):
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
         assert base.config._attn_implementation == "sdpa"
-        with without_peft_warnings():
+        with warnings.catch_warnings(action="ignore"):
             return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
 
 

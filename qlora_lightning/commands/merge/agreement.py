@@ -36,19 +36,19 @@ def check_written(
     """
     trained_on = dataclasses.replace(source, quantization=source.quantization or "none")
     reference, labels = labelled_logits(open_adapter(trained_on)[0].eval(), batches)
-    loss = compare_logits(reference, reference, labels).loss
+    loss = compare_logits(reference, reference, labels)["loss"]
     say(f"Checked on {len(batches)} validation rows, {len(labels):,} labelled tokens: base + adapter: loss {loss:.4f}")
     figures: dict[str, Any] = {"rows": len(batches), "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     for file in (None, gguf_file) if gguf_file else (None,):
         name, kind = ("merged", "") if file is None else (file.name, file.stem.removeprefix("model-"))
         logits, _ = labelled_logits(_load_written(folder, file), batches)
         found = compare_logits(reference, logits, labels)
-        figures[name] = found._asdict()
-        say(f"  {name}: loss {found.loss:.4f}, KL {found.kl:.1e}, same top token {found.top1:.2%}")
+        figures[name] = found
+        say(f"  {name}: loss {found['loss']:.4f}, KL {found['kl']:.1e}, same top token {found['top1']:.2%}")
         limit = _MAX_KL_OF_GGUF.get(kind, _MAX_KL)
-        if not found.kl <= limit:  # NaN is a fault
+        if not found["kl"] <= limit:  # NaN is a fault
             raise UserError(
-                f"The merged model is not kept: {name} differs from base and adapter (KL {found.kl:.2g} nats per "
+                f"The merged model is not kept: {name} differs from base and adapter (KL {found['kl']:.2g} nats per "
                 f"token, more than {limit:g}). Merge in fp32, or choose a --gguf type of more bits."
             )
     return figures

@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from qlora_lightning.base.cache import check_entry
 from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
@@ -37,7 +36,6 @@ def merge(options: argparse.Namespace) -> None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
     else:
         weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
-    check_entry(source.base.folder)  # of an unpacked GGUF
     plan = plan_merge(source.base.folder, source.folder)
     if options.gguf is not None:
         architecture_of(plan.config)  # before the work

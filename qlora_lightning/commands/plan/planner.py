@@ -10,9 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.folder import check_model_folder
-from qlora_lightning.base.gguf import find_unpacked
+from qlora_lightning.base.folder import open_base
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
@@ -21,7 +19,8 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
-from qlora_lightning.model.load.build import check_quantization, meta_model
+from qlora_lightning.model.load.base_model import check_quantization
+from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
@@ -54,7 +53,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
-    double_quant = check_quantization(config, module.quantization, module.double_quant, module.base)
+    stored = getattr(config, "quantization_config", None)
+    double_quant = check_quantization(stored, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
 
@@ -166,26 +166,20 @@ def _largest_allowed(data: Any) -> dict[str, int]:
 def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
     """Return transformers' config of what ``model.base`` takes, and where it comes from.
 
-    A hub id that cannot be asked is looked up among the shapes that come with the recipes. Of a GGUF that is not
-    unpacked yet only the header is read.
+    A hub id that cannot be asked is looked up among the shapes that come with the recipes.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        path, _ = resolve_base(name, revision, weights=False)
-        folder = path if path.is_dir() else find_unpacked(path)
-        origin = str(path if folder is None else folder / "config.json")
+        folder = open_base(name, revision, weights=False).folder
+        origin = str(folder / "config.json")
     except UserError:
         shapes = sorted((recipes_folder() / "shapes").glob("*/config.json"))
         shape: Path | None = next((file for file in shapes if file.parent.name in name.lower()), None)
-        if shape is None:
+        if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    if folder is None:
-        folder, options["gguf_file"] = path.parent, path.name
-    else:
-        check_model_folder(folder, name, weights=False)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, **options), origin
-    except Exception as error:  # each check of transformers, gguf and numpy raises a class of its own
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each check of transformers raises a class of its own
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"Base {name}: transformers cannot use the config in {folder}: {reason}") from error
+    return config, origin

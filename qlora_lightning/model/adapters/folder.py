@@ -4,6 +4,7 @@ import copy
 import filecmp
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
-from qlora_lightning.support.versions import FORMAT_VERSION, without_peft_warnings
+from qlora_lightning.support.versions import FORMAT_VERSION
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
-_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of A and B
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -90,9 +90,6 @@ def save_adapter_folder(
     weights_target = targets.pop(staging / _WEIGHTS)
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
         weights_target.unlink(missing_ok=True)
-    stale = folder / "chat_template.jinja"  # of an adapter whose tokenizer had one
-    if stale not in targets.values():
-        stale.unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         put_in_place(file, target)
@@ -141,13 +138,7 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
-        raise UserError(
-            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
-            "weights: it belongs to a base that is not the one it names."
-        )
     config.inference_mode = False
-    config.base_model_name_or_path = None  # PEFT sets it, and would warn if another name was there
     return config
 
 
@@ -177,7 +168,7 @@ def add_named_adapter(
     """
     # the shape of its first adapter may be another
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):  # as in adapters/lora.py
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

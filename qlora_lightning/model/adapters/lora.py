@@ -3,20 +3,18 @@
 import contextlib
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.targets import resolve_targets
-from qlora_lightning.model.anatomy import names_of_ends
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import without_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -62,10 +60,8 @@ def add_adapters(
         **options,
     )
     adapted = inject(model, config)
-    names = {
-        name.removeprefix("base_model.model.") for name, each in adapted.named_modules() if isinstance(each, LoraLayer)
-    }
-    if missing := [name for name in targets if name not in names]:  # PEFT moves some to fused experts
+    found = adapted.base_model.targeted_module_names
+    if missing := [name for name in targets if name not in found]:  # PEFT moves some to fused experts
         raise UserError(
             f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
             "expected other modules, such as attention."
@@ -95,11 +91,13 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
             raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
     alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
-    ends, ties = names_of_ends(model), getattr(model.config, "tie_word_embeddings", False)
-    if ties and {*ends.values()} & {name.rpartition(".")[2] for name in alone}:
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+    ties = getattr(model.config, "tie_word_embeddings", False)
+    if ties and {*names.values()} & {name.rpartition(".")[2] for name in alone}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{ends[model.get_input_embeddings()]}], ensure_weight_tying: true}}."
+            f"{{modules_to_save: [{names[ends[0]]}], ensure_weight_tying: true}}."
         )
 
 
@@ -109,7 +107,8 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     On a base on the meta device the adapter's tensors are shapes alone too.
     """
     on_meta = model.device.type == "meta"
-    with torch.random.fork_rng(devices=[]), without_peft_warnings():
+    # PEFT warns of what is of no use to users, and of what is rejected above
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             try:
@@ -134,43 +133,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
 
 
-def lora_matrices(layer: LoraLayer, adapter: str = ADAPTER) -> tuple[Tensor, Tensor]:
-    """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear, or of an embedding."""
-    if adapter in layer.lora_A:
-        return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Disable the adapters; afterwards all is as before."""
+    return with_adapter(model, None)
 
 
 @contextlib.contextmanager
-def without_adapters(model: Any) -> Iterator[None]:
-    """Disable the adapters; afterwards the same tensors train."""
-    with _training_as_before(model), model.disable_adapter():
-        yield
-
-
-@contextlib.contextmanager
-def with_adapter(model: Any, name: str) -> Iterator[None]:
-    """Switch to another adapter, also within :func:`without_adapters`; afterwards all is as before."""
-    active, was_disabled = model.active_adapter, model.get_model_status().enabled is False
-    with _training_as_before(model):
-        model.set_adapter(name)
-        model.enable_adapter_layers()
-        try:
-            yield
-        finally:
-            model.set_adapter(active)
-            if was_disabled:
-                model.disable_adapter_layers()
-
-
-@contextlib.contextmanager
-def _training_as_before(model: nn.Module) -> Iterator[None]:
-    """Let the same tensors train afterwards: PEFT's switches let all of an active adapter train."""
+def with_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """Switch to another adapter, or to none; afterwards all is as before, and the same tensors train."""
+    active, was_enabled = model.active_adapter, model.get_model_status().enabled is not False
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
+        if name is None:
+            model.disable_adapter_layers()
+        else:
+            model.set_adapter(name)
+            model.enable_adapter_layers()
         yield
     finally:
-        for parameter, trains in trained:
+        if name is not None:
+            model.set_adapter(active)
+        (model.enable_adapter_layers if was_enabled else model.disable_adapter_layers)()
+        for parameter, trains in trained:  # PEFT's switches let all of an active adapter train
             parameter.requires_grad_(trains)
 
 

@@ -15,16 +15,12 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     """Return the full name of every module that is to carry an adapter, in the model's order.
 
     Args:
-        model: The base; adapters on it are not seen.
+        model: The base, without adapters.
         target_modules: ``all-linear`` (every linear of the decoder layers), ``attention``, ``mlp``, a list of names
             (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
     """
-    candidates = [
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if isinstance(module, (*LINEARS, nn.Embedding)) and ".lora_" not in name
-    ]
+    candidates = [name for name, module in model.named_modules() if isinstance(module, (*LINEARS, nn.Embedding))]
     in_layers = {each for layer in decoder_layers(model) for each in layer.modules()}
     names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
     selected = _select_by_name(candidates, names_in_layers, target_modules)

@@ -1,8 +1,6 @@
 """How far an adapter moves each weight of the base, and how many directions of its rank the update uses."""
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
-from qlora_lightning.model.adapters.lora import ADAPTER, lora_matrices
+from qlora_lightning.model.adapters.lora import ADAPTER
 from qlora_lightning.model.anatomy import layer_of
 
 
@@ -29,23 +27,15 @@ class UpdateNorm(NamedTuple):
 
 
 @torch.no_grad()
-def measure_updates(
-    model: nn.Module, whole_modules: Iterable[nn.Module] = ()
-) -> dict[str, dict[int | None, UpdateNorm]]:
-    """Measure the update of each LoRA layer, by kind of module (``q_proj``, …) and then by decoder layer.
+def measure_updates(model: nn.Module) -> dict[str, dict[int | None, UpdateNorm]]:
+    """Measure the update of each LoRA linear, by kind of module (``q_proj``, …) and then by decoder layer.
 
-    A module outside of the decoder layers (``lm_head``) has ``None`` as its layer. ``whole_modules`` are those of a
-    sharded base, see ``ShardedBase.whole_modules``.
+    A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
     """
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    updates: dict[nn.Module, UpdateNorm] = {}
-    for module in itertools.chain(whole_modules, [model]):
-        for layer in module.modules():
-            if layer in names and layer not in updates:
-                updates[layer] = _measure(layer)
     table: dict[str, dict[int | None, UpdateNorm]] = defaultdict(dict)
-    for layer, name in names.items():
-        table[name.rpartition(".")[2]][layer_of(name)] = updates[layer]
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:  # an embedding's A is elsewhere
+            table[name.rpartition(".")[2]][layer_of(name)] = _measure(layer)
     return dict(table)
 
 
@@ -55,7 +45,7 @@ def _measure(layer: Any) -> UpdateNorm:
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
     the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
     """
-    lora_A, lora_B = (matrix.double().cpu() for matrix in lora_matrices(layer))
+    lora_A, lora_B = (pair[ADAPTER].weight.double().cpu() for pair in (layer.lora_A, layer.lora_B))
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
     values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
     base = layer.get_base_layer()

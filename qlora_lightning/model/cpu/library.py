@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
@@ -77,11 +77,6 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 def has_function(name: str, dtype: torch.dtype) -> bool:
     """Whether a function has been compiled for a dtype."""
     return _function(name, dtype) is not None
-
-
-def are_cpu_tensors(*tensors: Tensor) -> bool:
-    """Whether tensors are in this machine's memory; those of torch's tracers are not."""
-    return all(type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu" for each in tensors)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:

@@ -8,17 +8,17 @@ to the same numbers within rounding:
 * else, and as the plain way, torch's attention for one sample after the other.
 
 A sliding window that no sample is longer than changes nothing. A narrower one takes the ragged kernel or the last way,
-with a mask; a soft cap on the scores (Gemma 2) takes the last way, its scores written out.
+with a mask.
 
 Outside of it, as when transformers generates, this is torch's attention with transformers' mask.
 """
 # mypy: allow-untyped-calls
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,17 +29,16 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import are_cpu_tensors, call, has_function
+from qlora_lightning.model.cpu.library import call, has_function
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
-FLAT_ATTENTION, PLAIN_FLAT_ATTENTION = "qlora_flat", "qlora_flat_plain"
+FLAT_ATTENTION = "qlora_flat"
 # As attention_mask of a flat batch it keeps transformers from making one of (tokens, tokens) for its many samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # What transformers may hand on, and needs not be computed here: none of it changes a flat batch's attention.
 _HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
 _HARMLESS |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
-_WINDOW_IN_MASK = ("qwen2_moe", "phimoe")  # types that hand their window to the mask alone, and not to attention
 
 
 class FlatBatch(NamedTuple):
@@ -49,51 +48,40 @@ class FlatBatch(NamedTuple):
         samples: Where its samples are.
         casts: A and B of adapters in the dtype of the products, by the float32 ones; see
             :func:`~qlora_lightning.model.layers.decoder_layer.cast_adapters`.
+        fast: ``False`` takes torch's attention, one sample after the other.
     """
 
     samples: Samples
-    casts: Mapping[Tensor, Tensor] | None = None
+    casts: Mapping[Tensor, Tensor] = MappingProxyType({})
+    fast: bool = True
 
 
-_flat_batch: ContextVar[FlatBatch | None] = ContextVar("flat_batch", default=None)
+current_batch: ContextVar[FlatBatch | None] = ContextVar("current_batch", default=None)  # that is being computed
 
 
-def current_batch() -> FlatBatch | None:
-    """Return the flat batch that is being computed, if one is."""
-    return _flat_batch.get()
-
-
-class flat_batch:  # a context that may be entered again: backward may run twice
+@contextlib.contextmanager
+def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
     """Compute a flat batch inside this context."""
-
-    def __init__(self, batch: FlatBatch | None) -> None:
-        self._batch = batch
-        self._tokens: list[Token[FlatBatch | None]] = []
-
-    def __enter__(self) -> None:
-        self._tokens.append(_flat_batch.set(self._batch))
-
-    def __exit__(self, *_: object) -> None:
-        _flat_batch.reset(self._tokens.pop())
+    token = current_batch.set(batch)
+    try:
+        yield
+    finally:
+        current_batch.reset(token)
 
 
-def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], flat_batch]:
+def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
-    return contextlib.nullcontext(), flat_batch(current_batch())
+    return contextlib.nullcontext(), flat_batch(current_batch.get())
 
 
-def register_flat_attention(fast: bool = True) -> str:
+def register_flat_attention() -> str:
     """Make flat attention known to transformers, and return the name for ``attn_implementation``.
 
     Registration is transformers' public way in: the model keeps its own code and calls our function by name.
-
-    Args:
-        fast: ``False`` returns the name of torch's own attention, called for one sample after the other.
     """
-    for name, attend in ((FLAT_ATTENTION, flat_attention), (PLAIN_FLAT_ATTENTION, plain_flat_attention)):
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
-    return FLAT_ATTENTION if fast else PLAIN_FLAT_ATTENTION
+    AttentionInterface.register(FLAT_ATTENTION, flat_attention)
+    AttentionMaskInterface.register(FLAT_ATTENTION, sdpa_mask)
+    return FLAT_ATTENTION
 
 
 def has_dropout(causal_lm: Any) -> bool:
@@ -113,9 +101,6 @@ def flat_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    fast: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sample of the stream, as transformers calls an attention.
@@ -131,48 +116,40 @@ def flat_attention(
         dropout: Probability with which attention weights are dropped.
         sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
             a flat batch the mask has it.
-        softcap: Scores become ``softcap · tanh(score / softcap)``.
-        fast: ``False`` takes torch's attention, one sample after the other.
         kwargs: More that transformers hands on.
 
     Returns:
         attn_out ``(1, tokens, heads, head_dim)``, and no weights.
 
     Raises:
-        RuntimeError: The model hands on what is not computed here, as attention sinks.
+        RuntimeError: The model hands on what is not computed here, as attention sinks or a soft cap.
     """
     unknown = [name for name, each in kwargs.items() if each is not None and name not in _HARMLESS]
     if unknown:
         raise RuntimeError(f"{type(module).__name__} hands {unknown[0]} on to attention, which flat batches lack.")
-    batch = current_batch()
-    samples = None if batch is None else batch.samples
-    if samples is None and softcap is not None:
-        return _attend_capped(query, key, value, attention_mask, scaling, dropout, softcap), None
-    if samples is None:
+    batch = current_batch.get()
+    if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
+    samples = batch.samples
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    config: Any = getattr(module, "config", None)
-    window = config.sliding_window if getattr(config, "model_type", None) in _WINDOW_IN_MASK else sliding_window
-    window = window if window is not None and window < samples.longest else None
-    attend: Callable[..., Tensor]
-    attend = functools.partial(attend_per_sample, dropout=dropout, window=window, softcap=softcap)
-    if fast and dropout == 0.0 and softcap is None:
-        if window is None and has_cpu_kernel(query, key, value, dtype):
-            query, key, value = (each.to(dtype) for each in (query, key, value))
-            if samples.expanded.has_shared:
-                key, value = (_Expand.apply(each, samples.expanded) for each in (key, value))
-            return VarlenAttention.apply(query, key, value, samples, scaling), None
-        if has_ragged_kernel(query, value):
-            attend = functools.partial(_attend_ragged, window=window)
-    return _attend_expanded(attend, query, key, value, samples, scaling), None
-
-
-def plain_flat_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Attend as :func:`flat_attention` by torch's SDPA, for one sample after the other."""
-    return flat_attention(*args, fast=False, **kwargs)
+    window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
+    is_fast, expanded = batch.fast and dropout == 0.0, samples.expanded
+    if is_fast and window is None and has_cpu_kernel(query, key, value, dtype):
+        query, key, value = (each.to(dtype) for each in (query, key, value))
+        if expanded.has_shared:
+            key, value = (_Expand.apply(each, expanded) for each in (key, value))
+        return VarlenAttention.apply(query, key, value, samples, scaling), None
+    if expanded.has_shared:
+        query, key, value = (_Expand.apply(each, expanded) for each in (query, key, value))
+    if is_fast and has_ragged_kernel(query, value):
+        attn_out = attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)
+    else:
+        attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, window)
+    # of a shared token the copies have the same result
+    return attn_out.index_select(1, expanded.first_expanded) if expanded.has_shared else attn_out, None
 
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
@@ -180,7 +157,8 @@ def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read beyond
         return False
-    return are_cpu_tensors(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    is_here = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"  # torch's tracers have others
+    return is_here and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
@@ -193,16 +171,6 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
         return False
     fits = width == value.shape[-1] and width <= 256 and width % 8 == 0
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _attend_expanded(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None
-) -> Tensor:
-    """Let all tokens of samples that share some attend, and return one of each: the copies have the same result."""
-    if not samples.expanded.has_shared:
-        return attend(query, key, value, samples, scaling)
-    expanded = (_Expand.apply(each, samples.expanded) for each in (query, key, value))
-    return attend(*expanded, samples, scaling).index_select(1, samples.expanded.first_expanded)
 
 
 class _Expand(torch.autograd.Function):
@@ -229,13 +197,6 @@ class _Expand(torch.autograd.Function):
         return summed.view(-1, *by_token.shape[1:]).transpose(0, 1)[None], None
 
 
-def _attend_ragged(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, window: int | None
-) -> Tensor:
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
-    return attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)[None]
-
-
 def attend_per_sample(
     query: Tensor,
     key: Tensor,
@@ -244,9 +205,8 @@ def attend_per_sample(
     scaling: float | None,
     dropout: float,
     window: int | None,
-    softcap: float | None,
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA; with a soft cap written out."""
+    """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`flat_attention`."""
     if query.is_cuda:  # where the kernels of older cards, and those with a mask, take no grouped heads
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     outputs = []
@@ -254,32 +214,9 @@ def attend_per_sample(
         states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
         if window is not None and window < end - start:
             mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
-        if softcap is not None:
-            outputs.append(_attend_capped(*states, mask, scaling, dropout, softcap))
-            continue
         options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
         outputs.append(F.scaled_dot_product_attention(*states, mask, **options).transpose(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-def _attend_capped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-) -> Tensor:
-    """Attend as Gemma 2 does: torch's kernels have no soft cap. Without a mask it is causal."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    if mask is None:  # the queries are of the last tokens
-        mask = query.new_ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
-    return (probs @ value).transpose(1, 2)
 
 
 class VarlenAttention(torch.autograd.Function):

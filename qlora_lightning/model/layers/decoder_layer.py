@@ -5,9 +5,8 @@ also of each head's queries and keys, rotary positions, SwiGLU.
 """
 # mypy: allow-untyped-calls
 
-import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import current_batch, flat_attention
+from qlora_lightning.model.layers.attention import again_in_backward, current_batch, flat_attention
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
@@ -40,8 +39,6 @@ from qlora_lightning.model.layers.lora import (
 )
 
 PIECE_TOKENS = 8192  # that the MLP of a checkpointed layer takes at a time
-
-Casts = Mapping[Tensor, Tensor]
 
 
 class RMSNormLinears(torch.autograd.Function):
@@ -102,7 +99,7 @@ class SwiGLUDown(torch.autograd.Function):
         (xa,) = apply_A(hidden, [down])
         ctx.save_for_backward(gate[0], up[0], xa, lora_A, lora_B)
         ctx.down = down
-        return apply_linear(hidden, xa, down, residual)[None]
+        return apply_linear(hidden, xa, down, residual[0])[None]
 
     @staticmethod
     @once_differentiable
@@ -110,15 +107,10 @@ class SwiGLUDown(torch.autograd.Function):
         gate, up, xa, _, _ = ctx.saved_tensors
         grad = grad_output[0]  # (n_tokens, width)
         grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.down])
-        grad_gate = grad_up = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
-            hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
-            grad_gate, grad_up = grad_gate[None], grad_up[None]
-        else:
-            hidden = swiglu(gate, up)
+        grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
+        hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
         (grad_A,) = gradients_of_A(grad_xa, hidden, [ctx.down])
-        return grad_gate, grad_up, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[5] else None
+        return grad_gate[None], grad_up[None], grad_A, grad_B, None, grad_output
 
 
 class HeadNorm(torch.autograd.Function):
@@ -141,18 +133,18 @@ class HeadNorm(torch.autograd.Function):
 
 
 class FusedDecoderLayer(Fused):
-    """A decoder layer of transformers, whose flat batches take a fused forward.
+    """A decoder layer of transformers, whose flat batches take a fused forward."""
 
-    Attributes:
-        compute_dtype: Of hidden states and all products, where it runs fused.
-    """
-
-    compute_dtype: torch.dtype
     gradient_checkpointing: bool
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of hidden states and all products, where it runs fused."""
+        return cast(torch.dtype, self.input_layernorm.weight.dtype)
 
     def linears(self) -> list[nn.Module]:
         """Return all of its linears."""
@@ -162,16 +154,14 @@ class FusedDecoderLayer(Fused):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; what is not a flat batch over plain linears goes the usual way."""
-        batch = current_batch()
-        if batch is None or args or not self._computes_fused(hidden_states):
+        if current_batch.get() is None or args or not self._computes_fused(hidden_states):
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        casts = batch.casts
-        hidden_states = self._attend(hidden_states, casts, **kwargs)
+        hidden_states = self._attend(hidden_states, **kwargs)
         if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):
-            return self._apply_mlp(hidden_states, casts)
+            return self._apply_mlp(hidden_states)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again_in_backward}
         pieces = hidden_states.split(PIECE_TOKENS, dim=1)
-        run = functools.partial(checkpoint, self._apply_mlp, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([run(piece, casts) for piece in pieces], dim=1)
+        return torch.cat([checkpoint(self._apply_mlp, piece, **options) for piece in pieces], dim=1)
 
     def _computes_fused(self, hidden_states: Tensor) -> bool:
         """Whether a call takes the fused forward: what may change between two passes is looked at here."""
@@ -185,14 +175,13 @@ class FusedDecoderLayer(Fused):
     def _attend(
         self,
         hidden: Tensor,
-        casts: Casts | None,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """Compute ``hidden + attention(RMSNorm(hidden))``; ``options`` are more arguments of the attention."""
         attention, norm = self.self_attn, self.input_layernorm
-        adapters, linears = _split([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype, casts)
+        adapters, linears = _split([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype)
         projected = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
         query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in projected)
         if hasattr(attention, "q_norm"):
@@ -205,23 +194,22 @@ class FusedDecoderLayer(Fused):
             window = config.sliding_window
         options |= {"scaling": attention.scaling, "sliding_window": window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
-        (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype, casts)
-        return cast(Tensor, LoRALinearFunction.apply(attn_out.flatten(-2), lora_A, lora_B, o_proj, hidden))
+        (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype)
+        attn_out, residual = attn_out.flatten(-2).squeeze(0), hidden.squeeze(0)  # whose backward is a view
+        return cast(Tensor, LoRALinearFunction.apply(attn_out, lora_A, lora_B, o_proj, residual)).unsqueeze(0)
 
-    def _apply_mlp(self, hidden: Tensor, casts: Casts | None) -> Tensor:
+    def _apply_mlp(self, hidden: Tensor) -> Tensor:
         """Compute ``hidden + MLP(RMSNorm(hidden))``."""
         norm, mlp = self.post_attention_layernorm, self.mlp
-        adapters, linears = _split([mlp.gate_proj, mlp.up_proj], hidden.dtype, casts)
+        adapters, linears = _split([mlp.gate_proj, mlp.up_proj], hidden.dtype)
         gate, up = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
-        (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype, casts)
+        (lora_A, lora_B), (down,) = _split([mlp.down_proj], hidden.dtype)
         return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
 
 
-def _split(
-    linears: Sequence[nn.Module], dtype: torch.dtype, casts: Casts | None
-) -> tuple[list[Tensor | None], tuple[LinearParts, ...]]:
+def _split(linears: Sequence[nn.Module], dtype: torch.dtype) -> tuple[list[Tensor | None], tuple[LinearParts, ...]]:
     """Return A and B of each linear in turn, and what each computes with."""
-    parts = [linear_parts(linear, dtype, casts) for linear in linears]
+    parts = [linear_parts(linear, dtype) for linear in linears]
     return [matrix for *adapter, _ in parts for matrix in adapter], tuple(frozen for *_, frozen in parts)
 
 

@@ -4,7 +4,6 @@ Each is a region: element-wise code, which a GPU runs as one compiled kernel, an
 """
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
@@ -52,8 +51,6 @@ def mark_tokens(arguments: Iterable[Any]) -> None:
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton makes a kernel here: it takes a C compiler, Python's headers and a card that is not too old."""
-    if importlib.util.find_spec("triton") is None:
-        return False
     try:
         torch.compile(torch.sin)(torch.zeros(1, device="cuda"))
     except Exception as error:  # of Triton, of its compiler or of torch's
@@ -127,27 +124,24 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate both, ``(1, heads, n_tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
         ctx.save_for_backward(cos, sin)
-        return _rotate(query, key, cos, sin, False)
+        return _rotate(query, key, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return *_rotate(grad_q, grad_k, cos, sin, True), None, None
+        return *_rotate(grad_q, grad_k, cos, sin, -1), None, None
 
 
 @_region
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """Rotate, or backward, the other way: each number by the angle where forward had put it."""
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """Rotate, or in backward, with a ``sign`` of -1, the other way. Both halves of the angles are the same."""
     cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
-    first, second = sin[..., :half], sin[..., half:]
-    if backward:
-        first, second = second, first
 
     def rotate(states: Tensor) -> Tensor:
         rotated = states * cos
-        rotated[..., :half].addcmul_(states[..., half:], first, value=1 if backward else -1)
-        rotated[..., half:].addcmul_(states[..., :half], second, value=-1 if backward else 1)
+        rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-sign)
+        rotated[..., half:].addcmul_(states[..., :half], sin[..., half:], value=sign)
         return rotated
 
     return rotate(query), rotate(key)

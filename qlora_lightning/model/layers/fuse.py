@@ -46,7 +46,7 @@ def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
-    return choose_layers(model, fast)
+    return choose_layers(model)
 
 
 def _modeling_of(model: Any) -> str | None:
@@ -55,23 +55,18 @@ def _modeling_of(model: Any) -> str | None:
     return f"transformers.models.{family}.modeling_{family}" if family in FUSED_TYPES else None
 
 
-def choose_layers(model: Any, fast: bool = True) -> Fusion:
-    """Choose attention, and for each layer whether it runs fused: anyone may have changed or watched its parts.
-
-    Args:
-        model: A model of PEFT or transformers.
-        fast: ``False`` lets none run fused.
-    """
+def choose_layers(model: Any) -> Fusion:
+    """Choose attention, and for each layer of a model whether it runs fused: anyone may have changed its parts."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if (name := attention_of(causal_lm.config, fast)) is not None:
+    if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whatever set another one
     _checkpoint_in_our_way(causal_lm)
     fusion, family = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            reason = fusion.linears[name] = _plain_reason_of_linear(module) if fast else "model.fast is false"
+            reason = fusion.linears[name] = _plain_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
-            reason = fusion.layers[name] = _plain_reason_of_layer(module, family) if fast else "model.fast is false"
+            reason = fusion.layers[name] = _plain_reason_of_layer(module, family)
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
@@ -111,10 +106,10 @@ def _knows_flat_batch(function: Any) -> bool:
     return any("context_fn" in getattr(part, "keywords", {}) for part in parts)
 
 
-def attention_of(config: Any, fast: bool = True) -> str | None:
+def attention_of(config: Any) -> str | None:
     """Return ``attn_implementation`` of a type: ours in flat batches; ``None`` leaves it to transformers."""
     if runs_flat(config):
-        return register_flat_attention(fast)
+        return register_flat_attention()
     return "eager" if config.model_type in EAGER_TYPES else None
 
 
@@ -146,7 +141,6 @@ def _plain_reason_of_layer(layer: Any, family: str | None) -> str | None:
     linears = layer.linears()
     for reason in filter(None, map(_plain_reason_of_linear, linears)):
         return reason
-    layer.compute_dtype = layer.input_layernorm.weight.dtype
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
         return f"the base is in {layer.compute_dtype}, and computes in another dtype"
     return None
@@ -158,26 +152,6 @@ def _trains(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module, or one inside it, has hooks or a forward of its own."""
-    return any(map(_has_own_hooks, module.modules()))
-
-
-def _has_own_hooks(module: nn.Module) -> bool:
-    own = module.__dict__  # torch has no public way to ask
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or "forward" in own
-
-
-def explain_plain_layers(fusion: Fusion, *, autocasts: bool) -> str | None:
-    """Report why decoder layers take the plain path of PEFT and transformers in training; ``None`` if none does.
-
-    ``autocasts`` says that the module computes under autocast, which no fused layer does.
-    """
-    reasons = [reason for reason in fusion.layers.values() if reason is not None]
-    if autocasts and not reasons:
-        reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
-    if not reasons:
-        return None
-    listed = "; ".join(dict.fromkeys(reasons))
-    return (
-        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: {listed}."
-    )
+    # torch has no public way to ask
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in vars(each) or any(vars(each)[name] for name in hooks) for each in module.modules())

@@ -2,7 +2,7 @@
 # mypy: allow-untyped-calls
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import bitsandbytes as bnb
@@ -11,6 +11,8 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.layers.attention import current_batch
 
 _FEW_ROWS = 64  # on a GPU bitsandbytes chooses for so few: to read the packed weight itself, or to make it dense
 
@@ -49,7 +51,7 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
         x: ``(n_tokens, in)``.
         xa: ``x Aᵀ``, ``(n_tokens, rank)``; ``None`` without an adapter.
         linear: Its parts.
-        residual: ``(…, out)``, as many rows; left as it is.
+        residual: ``(n_tokens, out)``; left as it is.
     """
     output = None
     if xa is not None and linear.lora_B is not None:
@@ -64,7 +66,7 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
     if linear.bias is not None:
         output.add_(linear.bias)
     # last the residual: its numbers are larger, and each sum with them is rounded as they are
-    return output if residual is None else output.add_(residual.reshape(output.shape))
+    return output if residual is None else output.add_(residual)
 
 
 def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, linears: Sequence[LinearParts]) -> Tensor:
@@ -152,24 +154,20 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, linear: LinearParts, residual: Tensor | None
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (n_tokens, in)
-        (xa,) = apply_A(flat, [linear])
-        output = apply_linear(flat, xa, linear, residual)
+        """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``."""
+        (xa,) = apply_A(x, [linear])
         # A and B, so that autograd notices if they change before backward
-        ctx.save_for_backward(None if xa is None else flat, xa, lora_A, lora_B)
-        ctx.linear, ctx.shape = linear, x.shape
-        return output if x.dim() == 2 else output.view(*x.shape[:-1], output.shape[-1])
+        ctx.save_for_backward(None if xa is None else x, xa, lora_A, lora_B)
+        ctx.linear = linear
+        return apply_linear(x, xa, linear, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        flat, xa, _, _ = ctx.saved_tensors
-        grad = grad_output.reshape(-1, grad_output.shape[-1])  # (n_tokens, out)
-        grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.linear])
-        (grad_A,) = gradients_of_A(grad_xa, flat, [ctx.linear])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = input_gradient([grad], grad_xa, [ctx.linear]).view(ctx.shape)
+        x, xa, _, _ = ctx.saved_tensors
+        grad_xa, (grad_B,) = gradients_of_B([grad_output], [xa], [ctx.linear])
+        (grad_A,) = gradients_of_A(grad_xa, x, [ctx.linear])
+        grad_x = input_gradient([grad_output], grad_xa, [ctx.linear]) if ctx.needs_input_grad[0] else None
         return grad_x, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[4] else None
 
 
@@ -231,19 +229,19 @@ class FusedLoRA(Fused):
         return output if autocasts else output.to(x.dtype)
 
 
-def linear_parts(
-    layer: nn.Module, dtype: torch.dtype, casts: Mapping[Tensor, Tensor] | None = None
-) -> tuple[Tensor | None, Tensor | None, LinearParts]:
+def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, LinearParts]:
     """Return A and B of a linear, which may train, and all that it computes with in ``dtype``.
 
-    ``casts`` may have A and B in that dtype. Where no adapter acts, they are ``None``.
+    The flat batch that is computed may have A and B in that dtype. Where no adapter acts, they are ``None``.
     """
     base = base_linear(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
     lora_A, lora_B = active_lora(layer)
     if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
         return None, None, LinearParts(base.weight, bias)
-    cast_A, cast_B = (each.detach().to(dtype) if casts is None else casts[each] for each in (lora_A, lora_B))
+    batch = current_batch.get()
+    casts = {} if batch is None else batch.casts
+    cast_A, cast_B = (casts[each] if each in casts else each.detach().to(dtype) for each in (lora_A, lora_B))
     return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
 
 

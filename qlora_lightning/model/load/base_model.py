@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.base.cache import Json, cached_folder, check_entry
+from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
@@ -57,19 +57,17 @@ def load_base(
     settings_of_base = read_config(source.folder, name)
     check_type(settings_of_base.get("model_type"), name, trust_remote_code and "auto_map" in settings_of_base)
     stored = settings_of_base.get("quantization_config")
-    load = partial(_load, dtype=compute_dtype, device=device, trust_remote_code=trust_remote_code)
-    settings = None
-    if stored is not None:
-        double_quant = check_stored_quantization(stored, quantization, name)
-    elif quantization != "none":
-        settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-    if settings is not None and cache:
-        model = load(quantized_folder(source, quantization, double_quant, compute_dtype, load))
-    else:
-        check_entry(source.folder)  # an unpacked GGUF
-        model = load(source.folder, settings)
-    if stored is not None:
-        _set_compute_dtype(model, compute_dtype)
+    double_quant = check_quantization(stored, quantization, double_quant, name)
+    folder, settings = source.folder, None
+    if stored is None and quantization != "none":
+        if cache:
+            folder = quantized_folder(source, quantization, double_quant, compute_dtype, device, trust_remote_code)
+        else:
+            settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+    model = _load(folder, settings, compute_dtype, device, trust_remote_code)
+    for module in model.modules() if stored is not None else ():  # transformers takes the dtype that was stored
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     trim_malloc()  # copies in 16 and 32 bits that quantizing has made
     freeze(model)
     unnest_scales(model)
@@ -89,9 +87,10 @@ def quantized_folder(
     quantization: Quantization,
     double_quant: bool,
     dtype: torch.dtype,
-    load: Callable[[Path, BitsAndBytesConfig], PreTrainedModel] | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Return the cache's folder of a quantized base, which ``load`` (by default a CPU) quantizes if it is not there.
+    """Return the cache's folder of a quantized base, which the device quantizes if it is not there.
 
     A GPU gives the same layout.
     """
@@ -100,8 +99,7 @@ def quantized_folder(
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        check_entry(source.folder)  # an unpacked GGUF
-        model = (load or partial(_load, dtype=dtype))(source.folder, settings)
+        model = _load(source.folder, settings, dtype, device, trust_remote_code)
         freeze(model)  # packed weights would be saved wrongly, see there
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
@@ -119,10 +117,10 @@ def quantized_folder(
 
 def _load(
     folder: Path,
-    settings: BitsAndBytesConfig | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str = "cpu",
-    trust_remote_code: bool = False,
+    settings: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -181,20 +179,8 @@ def unnest_scales(model: nn.Module) -> None:
     more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
     if 20 * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
         for state in nested:
-            unnest(state)
-
-
-def unnest(state: Any) -> None:
-    """Replace the quantized scales of a bitsandbytes ``QuantState`` by plain ones."""
-    state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    state.nested, state.state2, state.offset = False, None, None
-
-
-def _set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Compute in the dtype that was asked for: transformers takes that of a stored quantization."""
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = module.weight.quant_state.dtype = dtype
+            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested, state.state2, state.offset = False, None, None
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
@@ -207,17 +193,22 @@ def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
     return str(kind), bool(settings.get("bnb_4bit_use_double_quant", False))
 
 
-def check_stored_quantization(settings: Mapping[str, Any], quantization: Quantization, name: str) -> bool:
-    """Return whether the scales of a quantized base are too; reject one stored otherwise than asked for, or in part."""
-    kind, double_quant = stored_quantization(settings)
+def check_quantization(
+    stored: Mapping[str, Any] | None, quantization: Quantization, double_quant: bool, name: str
+) -> bool:
+    """Return whether the scales are quantized; of a base that is stored quantized, its ``quantization_config`` tells.
+
+    Raises:
+        UserError: The base is stored otherwise than asked for.
+    """
+    if stored is None:
+        return double_quant
+    kind, double_quant = stored_quantization(stored)
     if kind != quantization:
         raise UserError(
             f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
             f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits."
         )
-    skipped = {*(settings.get("llm_int8_skip_modules") or [])} - {"lm_head"}
-    if skipped:
-        raise UserError(f"model.base {name} is stored quantized without {', '.join(skipped)}: name a base in 16 bits.")
     return double_quant
 
 

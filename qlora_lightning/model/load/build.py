@@ -1,6 +1,5 @@
 """Base and adapters put together: to train, as an adapter folder names them, or as shapes without numbers."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,29 +10,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
-from qlora_lightning.model.anatomy import (
-    LINEARS,
-    check_experts,
-    check_type,
-    dense_weight,
-    layer_of,
-    linear_sizes,
-    runs_flat,
-)
-from qlora_lightning.model.layers.fuse import Fusion, attention_of, explain_plain_layers, fuse_layers
-from qlora_lightning.model.load.base_model import (
-    Quantization,
-    check_stored_quantization,
-    load_base,
-    stored_quantization,
-)
+from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
+from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
+from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -79,23 +66,15 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     return model
 
 
-def check_quantization(config: Any, quantization: Quantization, double_quant: bool, name: str) -> bool:
-    """Return whether the scales are quantized; of a base that is stored quantized, its config tells.
-
-    Raises:
-        UserError: The base is stored otherwise than asked for.
-    """
-    stored = getattr(config, "quantization_config", None)
-    return double_quant if stored is None else check_stored_quantization(stored, quantization, name)
-
-
 @rank_zero_only
 def report_model(module: Any, fusion: Fusion) -> None:
     """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
-    autocasts, config = module.autocast_dtype is not None, module.causal_lm.config
+    reasons, config = [each for each in fusion.layers.values() if each is not None], module.causal_lm.config
+    if module.autocast_dtype is not None and not reasons:  # under autocast no layer runs fused
+        reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
@@ -103,7 +82,10 @@ def report_model(module: Any, fusion: Fusion) -> None:
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto"
         else None,
-        explain_plain_layers(fusion, autocasts=autocasts) if module.fast else None,
+        f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: "
+        f"{'; '.join(dict.fromkeys(reasons))}."
+        if reasons and module.fast
+        else None,
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:
@@ -197,10 +179,8 @@ def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
     """Make a frozen base of shapes alone, on the meta device.
 
-    ``config`` is transformers' config, or the folder that holds it; what it says of quantization is left out.
+    What transformers' config says of quantization is taken out of it.
     """
-    is_folder = isinstance(config, Path)
-    config = AutoConfig.from_pretrained(config, local_files_only=True) if is_folder else copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     check_type(config.model_type, config.name_or_path)
@@ -232,7 +212,8 @@ def meta_model(
 
 def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
     """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
-    weight, sizes = dense_weight(linear), (*linear_sizes(linear), linear.bias is not None)
+    weight, sizes = linear.weight.detach(), (*linear_sizes(linear), linear.bias is not None)
+    weight = weight.t() if isinstance(linear, Conv1D) else weight  # (out, in)
     quantized: Any
     if quantization == "int8":
         quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)

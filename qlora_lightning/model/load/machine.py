@@ -71,11 +71,6 @@ def read_memory(device: torch.device) -> dict[str, float]:
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
-def read_peak_gib(device: torch.device) -> float:
-    """Read the most memory that was in use, in GiB: of the CUDA device, or resident of this process."""
-    return read_memory(device)[peak_metric_name(device)]
-
-
 def peak_metric_name(device: torch.device) -> str:
     """Return the name under which a device's peak memory is logged."""
     return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]

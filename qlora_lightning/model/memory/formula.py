@@ -247,12 +247,11 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
         return tensor
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if options.get("softcap") is not None or query.shape[-1] != value.shape[-1]:  # no kernel has it
+        if query.shape[-1] != value.shape[-1]:  # no kernel has it
             return flat.flat_attention(module, query, key, value, mask, **options)
-        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
+        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None), None
 
-    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION, "sdpa"):
+    for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
     options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
     try:  # int8 layers warn in each run that they round their input to float16

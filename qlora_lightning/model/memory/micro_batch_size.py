@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.base.tensors import GIB, format_gib
-from qlora_lightning.model.load.build import check_quantization, meta_model
+from qlora_lightning.model.load.base_model import check_quantization
+from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -132,7 +133,8 @@ class MicroBatchSize:
         if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
             return  # code of its own need not run without numbers
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        double_quant = check_quantization(config, module.quantization, module.double_quant, source.name)
+        stored = getattr(config, "quantization_config", None)
+        double_quant = check_quantization(stored, module.quantization, module.double_quant, source.name)
         folder = None if module.adapter is None else find_adapter_folder(module.adapter)
         model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device

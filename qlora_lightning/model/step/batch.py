@@ -31,7 +31,6 @@ _LEARNED_POSITIONS = (
     "codegen",
     "gptj",
 )
-_MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
 _NAMED = 8  # rows in a message
 
 
@@ -166,16 +165,11 @@ def filler_of(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_row_length(config: Any, longest: int) -> None:
-    """Refuse rows that are too long: for scores that are held, or since their angles would depend on the longest one.
+    """Refuse rows that are too long: for a table of positions, or since their angles would depend on the longest one.
 
     The rotary types ``dynamic`` (NTK) and ``longrope`` scale all angles by a row that is beyond the length of the
     base's pre-training.
     """
-    if getattr(config, "attn_logit_softcapping", None) is not None and longest > _MOST_CAPPED:
-        raise UserError(
-            f"A {config.model_type} caps attention's scores, which no kernel does: they are held for all pairs of a "
-            f"row's tokens, and rows here may have {longest:,}. Set data.max_length to {_MOST_CAPPED} or less."
-        )
     if config.model_type in _LEARNED_POSITIONS and longest > config.max_position_embeddings:
         raise UserError(
             f"A {config.model_type} has positions for {config.max_position_embeddings:,} tokens, and rows here may "

@@ -34,7 +34,7 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         causal_lm: The model of transformers, its adapters in it.
         layout: Of the batch, on the model's device.
         noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
-        fast: Whether a GPU's adapters are cast all at once.
+        fast: Whether attention is fast, and a GPU's adapters are cast all at once.
     """
     tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
     embedding = causal_lm.get_input_embeddings()
@@ -49,8 +49,8 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         )
     if not runs_flat(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, layout, tokens)))
-    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else None
-    with flat_batch(FlatBatch(layout.samples, casts)):
+    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else {}
+    with flat_batch(FlatBatch(layout.samples, casts, fast)):
         hidden: Tensor = causal_lm.base_model(
             **tokens, position_ids=layout.position_ids, attention_mask=NO_MASK, use_cache=False
         ).last_hidden_state  # (1, n_tokens, width)

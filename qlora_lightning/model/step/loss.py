@@ -116,7 +116,7 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
 def lm_head_of(causal_lm: Any) -> nn.Module:
     """Return what maps last hidden states to logits as the model's own forward.
 
-    Granite divides them by a scale, Cohere multiplies, HyperCLOVA X too, Gemma 2 caps them.
+    Granite divides them by a scale, Cohere multiplies, HyperCLOVA X too, Gemma 4 caps them.
     """
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)

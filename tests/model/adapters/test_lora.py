@@ -1,6 +1,7 @@
 """What trains: adapters on the modules and as the options ask, drawn from the seed alone; and what trains beside."""
 
 import copy
+import warnings
 
 import peft
 import pytest
@@ -10,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora_lightning.model.adapters.lora import add_adapters, trainable_tensors
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import without_peft_warnings
 from tests.steps import make_batch, make_module
 
 
@@ -90,7 +90,7 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
         assert module.causal_lm.get_input_embeddings().weight is module.causal_lm.get_output_embeddings().weight
     module.save_adapter(tmp_path)
     plain = load_base(str(folder), quantization=quantization, compute_dtype=torch.float32).model
-    with without_peft_warnings():
+    with warnings.catch_warnings(action="ignore"):
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
     assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())

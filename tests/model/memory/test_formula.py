@@ -15,6 +15,8 @@ from tests import steps
 
 
 def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
+    if not isinstance(config, LlamaConfig):
+        config = LlamaConfig.from_pretrained(config)
     model = put_adapters(meta_base(config, dtype, quantization), None, **{"rank": 4, **options}).to("meta")
     fuse_layers(model)
     return model

@@ -84,10 +84,8 @@ class Code:
 
 ALPACA = {"instruction": "Say it.", "output": "it"}
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
-EVIL = "validate --config c.yaml --data.val rows.jsonl --ckpt_path wrong.ckpt"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
-FILE_HANDLER = {"other": json.dumps({"class_path": "logging.FileHandler", "init_args": {"filename": "ran"}})}
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
 SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl"
@@ -141,12 +139,6 @@ WRONG = [
     ),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(f"--ckpt_path {LAST}", "last.ckpt is damaged", "checksum", prepare=flip_a_bit),
-    wrong(
-        EVIL,
-        "wrong.ckpt names the optimizer evil.X",
-        prepare=edit_checkpoint(lambda ours: ours["settings"].update(optimizer="evil.X")),
-    ),
-    wrong(CKPT, prepare=edit_checkpoint(lambda ours: ours["settings"].update(lora_options=FILE_HANDLER))),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     # adapters
     wrong("--model.adapter none", "none", "adapter_config.json"),

@@ -1,7 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ from qlora_lightning.commands.config import (
 )
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
 from qlora_lightning.support.console import say
@@ -109,9 +107,8 @@ class QLoRACLI(LightningCLI):
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
+        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)  # as jsonargparse 5 does
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-        # a checkpoint's settings, too, are parsed: none may make an object of a class that a text in it names
-        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
         options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         super().__init__(
             QLoRAModule,
@@ -141,17 +138,22 @@ class QLoRACLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without Lightning's warning that arguments come both from Python and from the command line.
-
-        What neither config nor command line says is the checkpoint's.
-        """
-        self.config = self.parse(args)
+        """Parse, without Lightning's warning that arguments come both from Python and from the command line."""
+        self.config = parser.parse_args(args)
+        folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
+        self.config["trainer"]["default_root_dir"] = folder
+        if os.path.isfile(folder):
+            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
+        model = self.config["model"].get("init_args") or {}
+        targets = model.get("target_modules")
+        if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
+            model["target_modules"] = re.split(", ?", targets)
         if not self._with_trainer:
             for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
                 self.config["trainer"][name] = None
         if self.verb is None:
             return
-        folder, asked = self.config["trainer"]["default_root_dir"], self.config["ckpt_path"]
+        asked = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
             asked = "last"  # whatever its command says
         if asked not in (None, "last"):
@@ -160,22 +162,7 @@ class QLoRACLI(LightningCLI):
         self._starts_fresh = asked is not None and self.checkpoint is None  # `last` of a folder that has none yet
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
-        if self.checkpoint is not None:
-            stored = _read_stored_settings(self.checkpoint, self.config["model"])
-            self.config = self.parse(["--config", json.dumps({"model": stored}), *args])
         self.config["ckpt_path"] = self.checkpoint
-
-    def parse(self, args: Any) -> Any:
-        """Parse; ``~`` in the run folder is the home folder, and ``q_proj,v_proj`` a list."""
-        config = self.parser.parse_args(args)
-        folder = config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
-        if os.path.isfile(folder):
-            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
-        model = config["model"].get("init_args") or {}
-        targets = model.get("target_modules")
-        if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):
-            model["target_modules"] = re.split(", ?", targets)
-        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
@@ -245,20 +232,6 @@ class QLoRACLI(LightningCLI):
 def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
     """The tokenizer that the user named, else the base's."""
     return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
-
-
-def _read_stored_settings(checkpoint: str, model: Any) -> dict[str, Any]:
-    """Return the settings of a checkpoint that the model's class takes, and that class; see :func:`usable_settings`."""
-    settings = read_content(read_checkpoint(checkpoint, mmap=True), checkpoint)["settings"]
-    own = vars(model["init_args"]) if "init_args" in model else {}  # all that the class has
-    foreign = find_foreign_class(settings)
-    if foreign is not None and own.get("optimizer") is None:
-        raise UserError(
-            f"{checkpoint} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
-            f"trust it, name it yourself by `--model.optimizer {foreign}`."
-        )
-    class_path = model["class_path"]
-    return {"class_path": class_path, **usable_settings(settings, own, class_path.rpartition(".")[2])}
 
 
 def main(argv: Sequence[str]) -> int:

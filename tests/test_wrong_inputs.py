@@ -100,10 +100,14 @@ WRONG = [
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
     # keys
-    wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank? (on the command line)"),
+    wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
     wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
-    wrong("--config wrong.yaml", "max_epochs? (in wrong.yaml)", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
+    wrong(
+        "--config wrong.yaml",
+        "Did you mean trainer.max_epochs?",
+        prepare=write("wrong.yaml", "trainer: {max_epoch: 3}"),
+    ),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
-from qlora_lightning.commands.config import find_configs, read_configs
+from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
@@ -86,7 +86,7 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
 
 def _read_run_config(file: Path) -> dict[str, Any]:
     """Return what counts of the config of a run that the user has not named, and report what does not."""
-    config, ignored = read_configs(["--config", str(file)])[str(file)], list[str]()
+    config, ignored = read_config(str(file)), list[str]()
     settings: dict[str, Any] = {}
     for section, keys in _KEYS.items():
         given = config.get(section)

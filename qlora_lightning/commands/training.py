@@ -23,13 +23,7 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.config import (
-    CALLBACKS,
-    check_keys,
-    expand_arguments,
-    expand_config,
-    read_configs,
-)
+from qlora_lightning.commands.config import CALLBACKS, expand_arguments, expand_config, shorten_parse_error
 from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
@@ -41,7 +35,6 @@ from qlora_lightning.support.trainer import is_trial_run
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
-_SECTIONS = {"trainer": Trainer, "model": QLoRAModule, "data": InstructionDataModule, **_CALLBACKS}
 _PARSER_MODE = "qlora_yaml"
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -103,7 +96,6 @@ class QLoRACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], verb: str | None = None, with_trainer: bool = True) -> None:
         self.verb, self._with_trainer, self._starts_fresh = verb, with_trainer, False
-        check_keys(args, read_configs(args), _SECTIONS)
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
@@ -139,7 +131,12 @@ class QLoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without Lightning's warning that arguments come both from Python and from the command line."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            known = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
+            fault = shorten_parse_error(error.message, known)
+            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):

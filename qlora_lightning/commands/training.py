@@ -24,7 +24,6 @@ from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.config import CALLBACKS, expand_arguments, expand_config, shorten_parse_error
-from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
@@ -45,7 +44,6 @@ TRAINER_DEFAULTS = {
 }
 _say = rank_zero_only(say)
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
-_BASE_KEYS = ("base", "revision", "trust_remote_code")
 
 
 class _Trainer(Trainer):
@@ -123,11 +121,6 @@ class QLoRACLI(LightningCLI):
             parser.add_lightning_class_args(kind, key)
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
-        parser.link_arguments(
-            (*(f"model.init_args.{name}" for name in _BASE_KEYS), "data.init_args.tokenizer"),
-            "data.init_args.tokenizer",
-            compute_fn=_choose_tokenizer,
-        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without Lightning's warning that arguments come both from Python and from the command line."""
@@ -161,6 +154,10 @@ class QLoRACLI(LightningCLI):
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         self.config["ckpt_path"] = self.checkpoint
 
+    def after_instantiate_classes(self) -> None:
+        if self.verb is None:  # under a Trainer that runs, the data ask its module themselves
+            self.datamodule.take_tokenizer_of_base(self.model)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
         if not self._with_trainer:
@@ -186,16 +183,12 @@ class QLoRACLI(LightningCLI):
 
     def short_config(self) -> dict[str, Any]:
         """Return the config as users write it: model and data flat, with a ``class_path`` only if it is another one."""
-        config: dict[str, Any] = yaml.safe_load(
-            self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
-        )
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
         for key, usual in _CLASSES.items():
             class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
             config[key] = settings if class_path == usual else {"class_path": class_path, **settings}
-        if config["data"].get("tokenizer") == tokenizer_of_base(*(config["model"].get(name) for name in _BASE_KEYS)):
-            config["data"]["tokenizer"] = None  # so that it follows the base when that is changed
         config["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
         return config
 
@@ -216,7 +209,7 @@ class QLoRACLI(LightningCLI):
 
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
-        if self.checkpoint is not None or self.names_adapter or not hasattr(self.model, "adapter"):
+        if self.checkpoint is not None or self.names_adapter:
             return
         folder = Path(self.trainer.default_root_dir) / ADAPTER_FOLDER
         if (folder / "adapter_config.json").exists():
@@ -224,11 +217,6 @@ class QLoRACLI(LightningCLI):
             self.model.adapter = str(folder)
         elif self.model.adapter is None:
             _say("No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone.")
-
-
-def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
-    """The tokenizer that the user named, else the base's."""
-    return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
 
 
 def main(argv: Sequence[str]) -> int:

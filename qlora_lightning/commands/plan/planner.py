@@ -25,7 +25,6 @@ from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -41,8 +40,6 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     run = QLoRACLI(arguments, with_trainer=False)
     module: Any = run.model
     data: Any = run.datamodule
-    if not isinstance(module, QLoRAModule):
-        raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
     trainer, checkpointing = run.config["trainer"], GradientCheckpointing(**run.config["gradient_checkpointing"])
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.cache import Json, cached_folder, find_entry
+from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.tensors import format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
@@ -32,11 +32,6 @@ def unpack_gguf(file: Path, name: str) -> Path:
             _unpack(file, folder, name)
 
     return cached_folder("unpacked", _key(file), build, label=file.name, check_weights=False)
-
-
-def find_unpacked(file: Path) -> Path | None:
-    """Return the folder that :func:`unpack_gguf` has made of a GGUF; None if it would have to make it."""
-    return find_entry("unpacked", _key(file.resolve()), check_weights=False)
 
 
 def _key(file: Path) -> dict[str, Json]:

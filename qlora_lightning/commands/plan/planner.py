@@ -10,9 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.folder import check_model_folder
-from qlora_lightning.base.gguf import find_unpacked
+from qlora_lightning.base.folder import open_base
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
@@ -46,7 +44,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     is_cuda = device["kind"] == "cuda"
     # a card that is not here is taken for one of this decade
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
-    offload = _read_offload(trainer["strategy"])
+    offload = SHARDED_STRATEGIES.get(str(trainer["strategy"]))  # None: the base is not sharded
     if offload is not None:
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
@@ -123,14 +121,6 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     return {"kind": kind, "memory": memory, "named": not here}
 
 
-def _read_offload(strategy: Any) -> bool | None:
-    """Return what a sharded base offloads; ``None`` if the base is not sharded."""
-    if isinstance(strategy, str):
-        return SHARDED_STRATEGIES.get(strategy)
-    is_sharded = strategy["class_path"].rpartition(".")[2] == ShardedDDPStrategy.__name__
-    return strategy["init_args"]["offload"] if is_sharded else None
-
-
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,26 +153,16 @@ def _largest_allowed(data: Any) -> dict[str, int]:
 def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
     """Return transformers' config of what ``model.base`` takes, and where it comes from.
 
-    A hub id that cannot be asked is looked up among the shapes that come with the recipes. Of a GGUF that is not
-    unpacked yet only the header is read.
+    A hub id that cannot be asked is looked up among the shapes that come with the recipes.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        path, _ = resolve_base(name, revision, weights=False)
-        folder = path if path.is_dir() else find_unpacked(path)
-        origin = str(path if folder is None else folder / "config.json")
+        folder = open_base(name, revision, weights=False).folder
+        origin = str(folder / "config.json")
     except UserError:
         shapes = sorted((recipes_folder() / "shapes").glob("*/config.json"))
         shape: Path | None = next((file for file in shapes if file.parent.name in name.lower()), None)
         if shape is None:
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    if folder is None:
-        folder, options["gguf_file"] = path.parent, path.name
-    else:
-        check_model_folder(folder, name, weights=False)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, **options), origin
-    except Exception as error:  # each check of transformers, gguf and numpy raises a class of its own
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"Base {name}: transformers cannot use the config in {folder}: {reason}") from error
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return config, origin

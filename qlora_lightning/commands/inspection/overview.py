@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.epoch import Epoch, plan_epoch
+from qlora_lightning.commands.epoch import plan_epoch
 from qlora_lightning.commands.inspection.tokens import MARKS, show_rows
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
@@ -58,7 +58,12 @@ def print_inspection(
             console.print(_source_table(data.samples[split], sources))
     if "train" in splits:
         heading("An epoch of train")
-        console.print(_epoch_table(plan_epoch(data.train_dataloader().plan, config["trainer"]), data))
+        epoch = plan_epoch(data.train_dataloader().plan, config["trainer"])
+        size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
+        on_each = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
+        console.print(Text(f"{epoch.batches:,} batches of {size}{on_each}; {epoch.tokens:,} tokens, no padding"))
+        in_all = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
+        console.print(Text(f"{epoch.steps:,} optimizer steps; {in_all}"))
     heading(f"Rows of {first} as the model sees them")
     console.print(MARKS)
     for where, tokens in rows:
@@ -77,9 +82,9 @@ def _count_stopping(samples: SampleSet, stop_ids: Sequence[int]) -> int:
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(headings))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number and any(headings) else "left", overflow="fold")
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for line in lines:
         table.add_row(*map(Text, line))
     return table
@@ -106,20 +111,6 @@ def _length_table(samples: dict[str, SampleSet]) -> Table:
                 found = np.percentile(values, list(_PERCENTILES.values()), method="inverted_cdf")  # values that occur
                 lines.append([f"{split} {kind}", *(f"{int(value):,}" for value in found)])
     return _table(["", *_PERCENTILES], lines)
-
-
-def _epoch_table(epoch: Epoch, data: Any) -> Table:
-    budget = data.tokens_per_batch
-    size = f"up to {budget:,} tokens" if budget else f"{data.batch_size:,} rows"
-    devices = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
-    every = "" if epoch.accumulate == 1 else f", a step every {epoch.accumulate}"
-    run = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
-    lines = [
-        ("batches", f"{epoch.batches:,} of {size}{devices}"),
-        ("tokens", f"{epoch.tokens:,}, no padding; {epoch.mean_tokens:,.0f} in a batch on average"),
-        ("optimizer steps", f"{epoch.steps:,}{every}; {run}"),
-    ]
-    return _table(["", ""], lines)
 
 
 def _share(part: float, whole: float) -> str:

@@ -137,8 +137,6 @@ def _plan_batches(data: Any) -> EpochPlan:
 def _largest_batch(plan: EpochPlan, epoch: Epoch) -> dict[str, int]:
     lengths = plan.samples.lengths
     rows = plan.find_largest(epoch.batches)
-    if not rows:
-        raise UserError("There are no training rows.")
     return {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths[rows].max())}
 
 

@@ -3,7 +3,6 @@
 Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from traceback import extract_tb
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config import read_configs, shorten_parse_error
+from qlora_lightning.commands.config import check_configs
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
 from qlora_lightning.support.imports import without_garbage_collection
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        known = _find_known_error(error, arguments[0])
+        known = _find_known_error(error)
         # a run whose Trainer was at work cannot be repeated for its traceback
         of_a_run = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
         if debug or (known is None and of_a_run):
@@ -89,7 +88,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
-    read_configs(arguments)  # a misspelt name shows before seconds of imports
+    check_configs(arguments)
     module, _ = COMMANDS[arguments[0]]
     with without_garbage_collection():
         found = importlib.import_module(f"qlora_lightning.commands.{module}")
@@ -97,10 +96,8 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _find_known_error(error: BaseException, command: str) -> str | None:
+def _find_known_error(error: BaseException) -> str | None:
     """Return the message of a user's mistake, which a library may have wrapped; None for any other error."""
-    if isinstance(error, argparse.ArgumentError):
-        return f"{shorten_parse_error(str(error))} See `qlora-lightning {command} --help`."
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
         return f"{error.filename}: {str(error.strerror).lower()}. Choose another path."
     cause: BaseException | None = error

@@ -30,15 +30,10 @@ def folder(tiny_base, tmp_path_factory):
     data = place / "run" / f"val{ESCAPE}.jsonl".replace("/", "")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model": {"class_path": "evil.Evil", "base": str(base), "trust_remote_code": True, "optimizer": "evil.Evil"},
-        "data": {
-            "class_path": "evil.Evil",
-            "format": "evil.rows",
-            "tokenizer": {"name": str(base), "trust_remote_code": True},
-        },
+        "model": {"base": str(base), "optimizer": "evil.Evil"},
         "trainer": {"default_root_dir": str(place / "run"), "callbacks": [{"class_path": "evil.Evil"}]},
     }
-    settings["data"]["val"] = {"path": str(place / "run" / "val*.jsonl"), "columns": {"key": None}}
+    settings["data"] = {"val": {"path": str(place / "run" / "val*.jsonl"), "columns": {"key": None}}}
     (place / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     tokenizer = place / "run" / "adapter" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
@@ -79,32 +74,38 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
     after = snapshot(folder)
     after.pop(str(folder / "run" / "report.html"), None)
     assert after == before
-    if line.startswith("evaluate"):
-        ignored = ("model.class_path: 'evil.Evil'", "model.trust_remote_code: True", "model.optimizer: 'evil.Evil'")
-        ignored += ("data.format: 'evil.rows'", "data.class_path: 'evil.Evil'", "data.tokenizer: {")
-        assert [each for each in ignored if each not in out] == []
-        assert f"`--config {folder / 'run' / 'config.yaml'}` takes them too" in out
     if line.startswith("merge"):
         assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("section", "key", "value"),
     [
-        {"data": {"val": "[{path: val.jsonl, format: evil.rows}] # *"}},
-        {"data": {"val": ["val.jsonl", "https://localhost:9/rows.jsonl"]}},
-        {"data": {"val": {"path": "org/rows", "split": "train"}}},
-        {"data": {"val": {"path": "val.jsonl", "format": '"subprocess\\u002ecall"'}}},
+        ("model", "class_path", "evil.Evil"),
+        ("model", "trust_remote_code", True),
+        ("model", "init_args", {"optimizer": "evil.Evil"}),
+        ("data", "class_path", "evil.Evil"),
+        ("data", "format", "evil.rows"),
+        ("data", "tokenizer", {"name": "base", "trust_remote_code": True}),
+        ("data", "val", "[{path: val.jsonl, format: evil.rows}] # *"),
+        ("data", "val", ["val.jsonl", "https://localhost:9/rows.jsonl"]),
+        ("data", "val", {"path": "org/rows", "split": "train"}),
+        ("data", "val", {"path": "val.jsonl", "format": '"subprocess\\u002ecall"'}),
     ],
 )
-def test_rows_that_would_run_code_or_ask_the_network_are_not_read(settings, folder, tmp_path, monkeypatch, capsys):
+def test_a_config_that_would_run_code_or_fetch_rows_is_not_taken(
+    section, key, value, folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(folder)
     run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    settings = {"model": {"base": "base"}, "data": {"val": "val.jsonl"}}
+    settings[section][key] = value
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "val.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     assert main(["evaluate", "--adapter", str(run / "adapter")]) == 2
     captured = capsys.readouterr()
-    assert "Ignored: data.val: " in captured.out
+    assert f"would run code or fetch rows: {section}.{key}: " in captured.out
+    assert f"`--config {run / 'config.yaml'}` takes it" in captured.out
     assert "Nothing names the rows" in captured.err
     assert not list(folder.rglob("ran"))
 

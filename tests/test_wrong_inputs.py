@@ -84,10 +84,8 @@ class Code:
 
 ALPACA = {"instruction": "Say it.", "output": "it"}
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
-EVIL = "validate --config c.yaml --data.val rows.jsonl --ckpt_path wrong.ckpt"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
-FILE_HANDLER = {"other": json.dumps({"class_path": "logging.FileHandler", "init_args": {"filename": "ran"}})}
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
 SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl"
@@ -102,10 +100,14 @@ WRONG = [
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
     # keys
-    wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank? (on the command line)"),
+    wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
     wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
-    wrong("--config wrong.yaml", "max_epochs? (in wrong.yaml)", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
+    wrong(
+        "--config wrong.yaml",
+        "Did you mean trainer.max_epochs?",
+        prepare=write("wrong.yaml", "trainer: {max_epoch: 3}"),
+    ),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
@@ -141,12 +143,6 @@ WRONG = [
     ),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(f"--ckpt_path {LAST}", "last.ckpt is damaged", "checksum", prepare=flip_a_bit),
-    wrong(
-        EVIL,
-        "wrong.ckpt names the optimizer evil.X",
-        prepare=edit_checkpoint(lambda ours: ours["settings"].update(optimizer="evil.X")),
-    ),
-    wrong(CKPT, prepare=edit_checkpoint(lambda ours: ours["settings"].update(lora_options=FILE_HANDLER))),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     # adapters
     wrong("--model.adapter none", "none", "adapter_config.json"),
@@ -178,7 +174,7 @@ WRONG = [
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu'"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
-    wrong(EVALUATE, "There is no adapter in new/adapter: pass --adapter DIR"),
+    wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]
 if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Adapter folders on a command line: their names, and the config of their run or of the folder itself.
 
-Either may come from anybody: of a config that the user has not typed only plain values of a short list count.
+Either may come from anybody: a config that the user has not named is taken only if it holds plain values alone.
 """
 
 import glob
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
-from qlora_lightning.commands.config import find_configs, read_configs
+from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
@@ -21,28 +21,10 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
-# keys of evaluation.json and predictions.jsonl, beside which adapters have names
-_RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source")
+_RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
 _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
-# what counts of a config that nobody has typed
-_KEYS = {
-    "model": (
-        *("class_path", "base", "revision", "quantization", "double_quant", "compute_dtype", "adapter", "fast"),
-        *("objective", "beta", "gamma", "sft_share"),
-    ),
-    "data": (
-        *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
-        *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
-        *("missing", "deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
-    ),
-    "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples", "general", "general_rows"),
-    "trainer": ("limit_val_batches", "limit_test_batches", "precision", "accelerator"),
-}
+_LIMITS = ("limit_val_batches", "limit_test_batches", "precision", "accelerator")  # of a run's trainer
 _ROWS = ("train", "val", "test", "path", "general")  # files, or a file of a source
-_OWN_CLASSES = (
-    *("qlora_lightning.QLoRAModule", "qlora_lightning.PreferenceModule"),
-    *("qlora_lightning.InstructionDataModule", "qlora_lightning.PreferenceDataModule"),
-)
 _CODE = ("class_path", "init_args", "optimizer", "trust_remote_code")  # name what is imported, or let it run
 
 
@@ -54,8 +36,7 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not equals or "/" in name:
             whole, folder = Path(value).expanduser().absolute(), value
             name = (whole.parent if whole.name == ADAPTER_FOLDER else whole).name
-        is_shown = equals or len(values) > 1  # a single adapter is called so
-        if not name or (is_shown and name in _RESERVED) or name in found:
+        if not name or name in _RESERVED or name in found:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         found[name] = find_adapter_folder(folder)
         if (found[name] / RECORD).is_file():
@@ -84,52 +65,48 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
 
 
 def _read_run_config(file: Path) -> dict[str, Any]:
-    """Return what counts of the config of a run that the user has not named, and report what does not."""
-    config, ignored = read_configs(["--config", str(file)])[str(file)], list[str]()
-    settings: dict[str, Any] = {}
-    for section, keys in _KEYS.items():
-        given = config.get(section)
-        given = dict(given) if isinstance(given, dict) else {}
-        arguments = given.pop("init_args", None)
-        given |= arguments if isinstance(arguments, dict) else {}
-        plain = {key: value for key, value in given.items() if _is_harmless(value, key)}
-        settings[section] = {key: value for key, value in plain.items() if key in keys}
-        unread = given.keys() & {*keys, *_CODE} - plain.keys()
-        ignored += [f"{section}.{key}: {reprlib.repr(given[key])}" for key in sorted(unread)]
-    if type(config.get("seed_everything")) is int:  # which chooses the rows that are held out
-        settings["seed_everything"] = config["seed_everything"]
-    if ignored:
+    """Return the config of a run that the user has not named; nothing if it would run code or fetch rows."""
+    config = read_config(str(file))
+    sections = {name: config.get(name) for name in ("model", "data", "evaluation", "trainer")}
+    settings = {name: dict(section) for name, section in sections.items() if isinstance(section, dict)}
+    settings["trainer"] = {name: value for name, value in settings.get("trainer", {}).items() if name in _LIMITS}
+    settings.get("model", {}).pop("optimizer", None)  # of the training alone
+    faults = [
+        f"{name}.{key}: {reprlib.repr(value)}"
+        for name, section in settings.items()
+        for key, value in section.items()
+        if not _is_harmless(value, key)
+    ]
+    if faults:
         say(
-            f"{file} is not named by --config, so only plain settings of it count. Ignored: {', '.join(ignored)}. "
-            f"If you trust its author, `--config {file}` takes them too."
+            f"{file} is not named by --config, and not taken, since it would run code or fetch rows: "
+            f"{', '.join(faults)}. If you trust its author, `--config {file}` takes it."
         )
-    return settings
+        return {}
+    seed = config.get("seed_everything")  # which chooses the rows that are held out
+    return {**settings, "seed_everything": seed} if type(seed) is int else settings
 
 
 def _is_harmless(value: Any, key: str) -> bool:
-    """Whether a setting of a config from elsewhere, with all that is in it, imports no code and asks no network."""
+    """Whether a setting of a config from elsewhere, with all that is in it, imports no code and fetches no rows."""
     if isinstance(value, dict):
-        return all(_is_harmless(each, key if name == "name" else str(name)) for name, each in value.items())
+        return all(_is_harmless(each, name) for name, each in value.items())
     if isinstance(value, list):
         return all(_is_harmless(each, key) for each in value)
     if key in _CODE:
-        return value in (None, False, *_OWN_CLASSES)
+        return value in (None, False) or (key == "class_path" and str(value).startswith("qlora_lightning."))
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse reads YAML where a setting may have several types
         parsed = load_yaml(value)
     except yaml.YAMLError:
         return False
-    if isinstance(parsed, dict | list) or (isinstance(parsed, str) and parsed != value):
+    if isinstance(parsed, dict | list | str) and parsed != value:
         return False
-    if key == "format":
-        return "." not in value
-    if key == "tokenizer":
-        return value.startswith("package:") or Path(value).expanduser().is_dir()
     if key in _ROWS:
         is_here = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
         return is_here and "://" not in value
-    return True
+    return key != "format" or "." not in value
 
 
 def _settings_of(adapter: Path) -> dict[str, Any]:
@@ -137,11 +114,7 @@ def _settings_of(adapter: Path) -> dict[str, Any]:
     identity = read_identity(adapter)
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
-    loaded_from = str(read_adapter_config(adapter).get("base_model_name_or_path"))
-    base = str(identity.get("base") or loaded_from)
-    is_path = identity.get("revision") is None and not base.startswith("package:")  # a hub id has a revision
-    is_lost = is_path and not Path(base).expanduser().exists()
-    model["base"] = loaded_from if is_lost else base  # a path is relative to where it was trained
+    model["base"] = identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path")
     if identity.get("compute_dtype") == "float32":
         model["compute_dtype"] = "fp32"
     trained = (identity.get("data") or {}).get("settings") or {}

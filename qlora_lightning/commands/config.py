@@ -1,10 +1,9 @@
 """The config files of a command line: checked before a second is spent, and the short forms that users type in them."""
 
 import difflib
-import inspect
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ CALLBACKS = {
     "evaluation": "Evaluation",
 }
 """Callbacks with a key of their own, by the names of their classes: ``inspect`` imports none of them."""
-_KEYS = ("seed_everything", "model", "data", "trainer", *CALLBACKS, "ckpt_path", "config", "print_config", "help")
-_CLASS_KEYS = ("class_path", "init_args", "help")
 _OTHER_NAMES = {"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"}  # of peers
 
 
@@ -33,16 +30,18 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
     return [name for name in found if not name.startswith("{")]
 
 
-def read_configs(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read the config files that a command line names, by their names as they were typed."""
+def check_configs(arguments: Sequence[str]) -> None:
+    """Reject config files of a command line that cannot be read, before seconds of imports."""
     for option, name in itertools.pairwise(arguments):
         is_alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
         if is_alone and name.endswith((".yaml", ".yml")):
             raise UserError(f"{name} stands alone: a config is named as --config {name}.")
-    return {name: _read_config(name) for name in find_configs(arguments)}
+    for name in find_configs(arguments):
+        read_config(name)
 
 
-def _read_config(name: str) -> dict[str, Any]:
+def read_config(name: str) -> dict[str, Any]:
+    """Read a config file, by its name as it was typed."""
     try:
         config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,38 +59,19 @@ def _read_config(name: str) -> dict[str, Any]:
     return config
 
 
-# ---- keys and values -------------------------------------------------------------------------------------------------
+def shorten_parse_error(message: str, known: Sequence[str]) -> str:
+    """Return jsonargparse's words in one line: for a key that nothing reads the nearest of the ``known`` ones.
 
-
-def check_keys(arguments: Sequence[str], configs: Mapping[str, Mapping[str, Any]], classes: Mapping[str, type]) -> None:
-    """Reject keys that nothing reads, with the nearest right one: jsonargparse lets an empty section pass.
-
-    ``configs`` are the files that the command line names, ``classes`` have the keys of a section as arguments.
+    For a wrong value they are its key, the innermost reason, and the value.
     """
-    typed = [(word[2:].partition("=")[0], "on the command line") for word in arguments if word.startswith("--")]
-    for name, config in configs.items():
-        typed += [(str(section), f"in {name}") for section in config]
-        for section, values in config.items():
-            typed += [(f"{section}.{key}", f"in {name}") for key in (values if isinstance(values, dict) else ())]
-    typed = [(".".join(key.rstrip("+").split(".")[:2]), origin) for key, origin in typed]
-    keys = {section: [*inspect.signature(kind).parameters, *_CLASS_KEYS] for section, kind in classes.items()}
-    known = [*_KEYS, *(f"{section}.{key}" for section, names in keys.items() for key in names)]
-    # jsonargparse checks the keys of a class of the user's own
-    foreign = {key.partition(".")[0] for key, _ in typed if key.endswith(".class_path")}
-    for key, origin in typed:
-        section, dot, name = key.partition(".")
-        if key in known or (dot and section in foreign):
-            continue
-        alias = _OTHER_NAMES.get(name or section)
-        elsewhere = [each for each in known if each.endswith(f".{name or section}")]
-        near = [alias] if alias else elsewhere or difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"There is no key {key!r}.{hint} ({origin})")
-
-
-def shorten_parse_error(message: str) -> str:
-    """Return jsonargparse's words for a wrong value in one line: its key, the innermost reason, and the value."""
-    keys = ".".join(re.findall(r'Parser key "([\w.]+)"', message))
+    sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
+    unread = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    if unread:
+        key = ".".join([*sections, unread[1]])
+        name = key.rpartition(".")[2]
+        named_so = [_OTHER_NAMES.get(name), *(each for each in known if each.endswith(f".{name}"))]
+        near = next(filter(None, [*named_so, *difflib.get_close_matches(key, known, n=1)]), None)
+        return f"There is no key {key!r}." + (f" Did you mean {near}?" if near else "")
     reason = max(message.splitlines(), key=lambda line: len(line) - len(line.lstrip(" -")))  # indented most
     # not of our own classes, whose values are all settings
     details = re.findall(
@@ -99,7 +79,7 @@ def shorten_parse_error(message: str) -> str:
     )
     text = ". ".join([reason.strip(" -"), *details[-1:]])
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))
-    return f"{keys}: {text}.".removeprefix(": ")
+    return f"{'.'.join(sections)}: {text}.".removeprefix(": ")
 
 
 # ---- short forms -----------------------------------------------------------------------------------------------------

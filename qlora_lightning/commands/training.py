@@ -1,11 +1,9 @@
 """``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module, data and callbacks."""
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning import callbacks
@@ -24,16 +21,8 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.config import (
-    CALLBACKS,
-    check_keys,
-    expand_arguments,
-    expand_config,
-    read_configs,
-)
-from qlora_lightning.data.chat.tokenizer import tokenizer_of_base
+from qlora_lightning.commands.config import CALLBACKS, expand_arguments, expand_config, shorten_parse_error
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.model.checkpoint.format import find_foreign_class, read_checkpoint, read_content, usable_settings
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
 from qlora_lightning.support.console import say
@@ -43,7 +32,6 @@ from qlora_lightning.support.trainer import is_trial_run
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
-_SECTIONS = {"trainer": Trainer, "model": QLoRAModule, "data": InstructionDataModule, **_CALLBACKS}
 _PARSER_MODE = "qlora_yaml"
 TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -54,11 +42,10 @@ TRAINER_DEFAULTS = {
 }
 _say = rank_zero_only(say)
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
-_BASE_KEYS = ("base", "revision", "trust_remote_code")
 
 
 class _Trainer(Trainer):
-    """Lightning's Trainer, of whose settings 1 is one batch and 1.0 all of them."""
+    """Lightning's Trainer, of whose limits 1 is one batch and 1.0 all of them."""
 
     # jsonargparse tries the types of a union in their order; typing takes Lightning's Union[int, float] and
     # Union[float, int] for the same, and returns whichever a library made first
@@ -70,8 +57,6 @@ class _Trainer(Trainer):
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
-        overfit_batches: int | float = 0.0,
-        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -79,8 +64,6 @@ class _Trainer(Trainer):
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
             limit_predict_batches=limit_predict_batches,
-            overfit_batches=overfit_batches,
-            val_check_interval=val_check_interval,
             **kwargs,
         )
 
@@ -94,8 +77,8 @@ class QLoRACLI(LightningCLI):
 
     Args:
         args: the options, without a command in front.
-        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; by default nothing.
-        with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
+        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; without it no Trainer is made, and no logger,
+            callback, plugin or profiler that it would have.
 
     Attributes:
         checkpoint: file of the checkpoint to run with.
@@ -103,15 +86,13 @@ class QLoRACLI(LightningCLI):
 
     checkpoint: str | None = None
 
-    def __init__(self, args: Sequence[str], verb: str | None = None, with_trainer: bool = True) -> None:
-        self.verb, self._with_trainer, self._starts_fresh = verb, with_trainer, False
-        check_keys(args, read_configs(args), _SECTIONS)
+    def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
+        self.verb, self._starts_fresh = verb, False
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
+        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)  # as jsonargparse 5 does
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-        # a checkpoint's settings, too, are parsed: none may make an object of a class that a text in it names
-        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)
         options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         super().__init__(
             QLoRAModule,
@@ -134,24 +115,28 @@ class QLoRACLI(LightningCLI):
             parser.add_lightning_class_args(kind, key)
         parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
-        parser.link_arguments(
-            (*(f"model.init_args.{name}" for name in _BASE_KEYS), "data.init_args.tokenizer"),
-            "data.init_args.tokenizer",
-            compute_fn=_choose_tokenizer,
-        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without Lightning's warning that arguments come both from Python and from the command line.
-
-        What neither config nor command line says is the checkpoint's.
-        """
-        self.config = self.parse(args)
-        if not self._with_trainer:
+        """Parse, without Lightning's warning that arguments come both from Python and from the command line."""
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            known = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
+            fault = shorten_parse_error(error.message, known)
+            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
+        folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
+        self.config["trainer"]["default_root_dir"] = folder
+        if os.path.isfile(folder):
+            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
+        model = self.config["model"].get("init_args") or {}
+        targets = model.get("target_modules")
+        if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
+            model["target_modules"] = re.split(", ?", targets)
+        if self.verb is None:
             for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
                 self.config["trainer"][name] = None
-        if self.verb is None:
             return
-        folder, asked = self.config["trainer"]["default_root_dir"], self.config["ckpt_path"]
+        asked = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
             asked = "last"  # whatever its command says
         if asked not in (None, "last"):
@@ -160,26 +145,14 @@ class QLoRACLI(LightningCLI):
         self._starts_fresh = asked is not None and self.checkpoint is None  # `last` of a folder that has none yet
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
-        if self.checkpoint is not None:
-            stored = _read_stored_settings(self.checkpoint, self.config["model"])
-            self.config = self.parse(["--config", json.dumps({"model": stored}), *args])
         self.config["ckpt_path"] = self.checkpoint
 
-    def parse(self, args: Any) -> Any:
-        """Parse; ``~`` in the run folder is the home folder, and ``q_proj,v_proj`` a list."""
-        config = self.parser.parse_args(args)
-        folder = config["trainer"]["default_root_dir"] = os.path.expanduser(config["trainer"]["default_root_dir"])
-        if os.path.isfile(folder):
-            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
-        model = config["model"].get("init_args") or {}
-        targets = model.get("target_modules")
-        if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):
-            model["target_modules"] = re.split(", ?", targets)
-        return config
+    def after_instantiate_classes(self) -> None:
+        self.datamodule.take_tokenizer_of_base(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
-        if not self._with_trainer:
+        if self.verb is None:
             return None
         settings = self.config_init["trainer"]
         folder, chosen = settings["default_root_dir"], settings["logger"]
@@ -202,16 +175,12 @@ class QLoRACLI(LightningCLI):
 
     def short_config(self) -> dict[str, Any]:
         """Return the config as users write it: model and data flat, with a ``class_path`` only if it is another one."""
-        config: dict[str, Any] = yaml.safe_load(
-            self.parser.dump(self.config, skip_unset=False, skip_link_targets=False)
-        )
+        config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
         for key, usual in _CLASSES.items():
             class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
             config[key] = settings if class_path == usual else {"class_path": class_path, **settings}
-        if config["data"].get("tokenizer") == tokenizer_of_base(*(config["model"].get(name) for name in _BASE_KEYS)):
-            config["data"]["tokenizer"] = None  # so that it follows the base when that is changed
         config["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
         return config
 
@@ -232,7 +201,7 @@ class QLoRACLI(LightningCLI):
 
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
-        if self.checkpoint is not None or self.names_adapter or not hasattr(self.model, "adapter"):
+        if self.checkpoint is not None or self.names_adapter:
             return
         folder = Path(self.trainer.default_root_dir) / ADAPTER_FOLDER
         if (folder / "adapter_config.json").exists():
@@ -242,30 +211,8 @@ class QLoRACLI(LightningCLI):
             _say("No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone.")
 
 
-def _choose_tokenizer(base: str, revision: str | None, trust_remote_code: bool, chosen: Any) -> Any:
-    """The tokenizer that the user named, else the base's."""
-    return tokenizer_of_base(base, revision, trust_remote_code) if chosen is None else chosen
-
-
-def _read_stored_settings(checkpoint: str, model: Any) -> dict[str, Any]:
-    """Return the settings of a checkpoint that the model's class takes, and that class; see :func:`usable_settings`."""
-    settings = read_content(read_checkpoint(checkpoint, mmap=True), checkpoint)["settings"]
-    own = vars(model["init_args"]) if "init_args" in model else {}  # all that the class has
-    foreign = find_foreign_class(settings)
-    if foreign is not None and own.get("optimizer") is None:
-        raise UserError(
-            f"{checkpoint} names the optimizer {foreign}, and a file must not decide which module is imported: if you "
-            f"trust it, name it yourself by `--model.optimizer {foreign}`."
-        )
-    class_path = model["class_path"]
-    return {"class_path": class_path, **usable_settings(settings, own, class_path.rpartition(".")[2])}
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command that ``argv`` begins with; return the exit code."""
-    # a silent process is given up after ten minutes; Lightning waits for thirty
-    limit = timedelta(minutes=10)
-    StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0

@@ -192,7 +192,7 @@ class InstructionDataModule(LightningDataModule):
             self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
             if self.trainer is not None and self.trainer.world_size > 1:
                 self._seed = self.trainer.strategy.broadcast(self._seed)  # without seed_everything each has its own
-        self._take_tokenizer_of_base()
+        self.take_tokenizer_of_base(getattr(self.trainer, "lightning_module", None))
         needed = _STAGES.get(stage or "", tuple(self.files))
         for split in needed:
             self._prepare(split)
@@ -335,9 +335,8 @@ class InstructionDataModule(LightningDataModule):
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
         return find_sources(value, split, settings=settings, encoding=self.encoding)
 
-    def _take_tokenizer_of_base(self) -> None:
-        """Take the tokenizer of the module's base; what was prepared with that of another base is made again."""
-        module = getattr(self.trainer, "lightning_module", None)
+    def take_tokenizer_of_base(self, module: Any) -> None:
+        """Take the tokenizer of a module's base; what was prepared with that of another base is made again."""
         base = getattr(module, "base", None)
         if self._named_tokenizer is not None or not isinstance(base, str):
             return

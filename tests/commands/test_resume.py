@@ -1,15 +1,8 @@
 """What a resume by the command line makes of a folder; that it ends as a run that never stopped: ``distributed/``."""
 
-import csv
 import json
-import shutil
 
-import pytest
-import yaml
-
-from qlora_lightning.cli import main
 from tests import equality
-from tests.commands.conftest import CONFIG
 
 NEW = ("--trainer.default_root_dir", "new")
 LAST = ("--ckpt_path", "last")
@@ -51,38 +44,14 @@ def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command
     assert json.loads((run / "evaluation.json").read_text())["metrics"] == evaluation["metrics"]
 
 
-@pytest.fixture(scope="module")
-def stopped(finished, tmp_path_factory):
-    """A run of two steps whose rank and learning rate were on the command line."""
-    folder = tmp_path_factory.mktemp("stopped")
-    shutil.copytree(finished, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run", "whole"))
-    model = {name: value for name, value in CONFIG["model"].items() if name not in ("rank", "learning_rate")}
-    (folder / "few.yaml").write_text(yaml.safe_dump({**CONFIG, "model": model}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        words = "fit --config few.yaml --trainer.max_steps 2 --model.rank 3 --model.learning_rate 0.25"
-        assert main(words.split()) == 0
-    return folder
-
-
-def test_the_command_line_beats_the_config_which_beats_the_checkpoint_and_what_differs_is_printed(
-    stopped, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(stopped, tmp_path, symlinks=True, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    config = yaml.safe_load((tmp_path / "few.yaml").read_text())
-    (tmp_path / "few.yaml").write_text(yaml.safe_dump({**config, "model": {**config["model"], "learning_rate": 0.5}}))
-    changed = ["--trainer.max_steps=3", "--model.learning_rate=0.125", "--model.weight_decay=0.5"]
-    assert main(["fit", "--config", "few.yaml", *LAST, *changed]) == 0
-    with open("run/metrics.csv", newline="") as handle:
-        assert float([row["learning_rate"] for row in csv.DictReader(handle) if row["learning_rate"]][2]) == 0.125
-    differing = capsys.readouterr().out.split("Settings that differ")[1].split("\n\n")[0]
-    assert "trainer.max_steps: 2 → 3" in differing
+def test_the_command_line_beats_the_config_and_what_differs_is_printed(command, tmp_path, read_metrics, write_config):
+    changed = ("--model.learning_rate", 0.125, "--model.weight_decay", 0.5, "--evaluation", "null")
+    out = command("fit", *LONGER, *changed, config=write_config(model={"learning_rate": 0.5}))
+    assert float(read_metrics("run", "learning_rate")[-1]["learning_rate"]) == 0.125
+    differing = out.split("Settings that differ")[1].split("\n\n")[0]
     found = [line.strip() for line in differing.splitlines() if "model." in line and "→" in line]
-    assert found == ["model.learning_rate: 0.25 → 0.125", "model.weight_decay: 0.0 → 0.5"]
+    assert found == ["model.learning_rate: 0.01 → 0.125", "model.weight_decay: 0.0 → 0.5"]
     checkpoint = equality.read_checkpoint(tmp_path / "run")
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == 0.5
-    assert checkpoint["qlora_lightning"]["settings"]["rank"] == 3  # of the checkpoint
     assert "hyper_parameters" not in checkpoint  # it would beat the command line

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from qlora_lightning.commands.adapter_config import name_adapters
 from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
@@ -22,28 +21,9 @@ of the first adapter. Ctrl-C stops an answer. Lines that come through a pipe are
 
 def main(argv: Sequence[str]) -> int:
     """Talk; return the exit code."""
-    options = _parser().parse_args(argv)
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("--prompt is empty: expected a message.")
-    adapters = name_adapters(options.adapter)
-
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.chat.session import chat
-
-    chat(options, adapters)
-    return 0
-
-
-def _parser() -> OptionParser:
     parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
     add = parser.add_argument
-    add(
-        "--adapter",
-        required=True,
-        action="append",
-        metavar="[NAME=]DIR",
-        help="adapter folder; of several, each answers",
-    )
+    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
     add("--prompt", metavar="TEXT", help="answer this one message, and end")
     add("--compare", action="store_true", help="let the base answer beside the adapters")
@@ -52,4 +32,11 @@ def _parser() -> OptionParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
     add("--seed", type=int, metavar="N", help="of sampling")
-    return parser
+    options = parser.parse_args(argv)
+    adapters = name_adapters(options.adapter)
+
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.chat.session import chat
+
+    chat(options, adapters)
+    return 0

@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from qlora_lightning.commands.adapter_config import add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
@@ -38,37 +38,7 @@ answers that end by themselves. A row is an answer's last turn, answered from al
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate; return the exit code."""
-    options, rest = _parser().parse_known_args(argv)
-    adapters = name_adapters(options.adapter)
-    if len(adapters) == 1 and "=" not in options.adapter[0]:
-        adapters = {"adapter": next(iter(adapters.values()))}
-    if options.server and len(adapters) > 1:
-        raise UserError("--server is compared with one adapter: pass one --adapter.")
-    if not adapters and not rest:
-        raise UserError("Nothing to evaluate: pass --adapter or --config.")
-    first = next(iter(adapters.values()), None)
-    arguments = add_config(first, rest)
-    for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
-        if key.startswith("evaluation.") and value is not None:
-            arguments += [f"--{key}", value]
-    if options.rows is not None:
-        arguments += ["--evaluation.rows", str(options.rows)]
-    options.json = check_output("--json", options.json, options.force)
-    for name in (EVALUATION, PREDICTIONS) if options.out else ():
-        check_output("--out", options.out / name, options.force)
-
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.evaluate.adapters import evaluate
-
-    with tables_beside(options.json):
-        if len(adapters) > 1 and not find_configs(rest):
-            say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
-        return evaluate(options, adapters, arguments)
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]"
-    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, usage)
+    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
@@ -83,4 +53,25 @@ def _parser() -> OptionParser:
     add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
     add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
     add_json_option(parser)
-    return parser
+    options, rest = parser.parse_known_args(argv)
+    adapters = name_adapters(options.adapter)
+    if len(adapters) == 1 and "=" not in options.adapter[0]:
+        adapters = {"adapter": next(iter(adapters.values()))}
+    if options.server and len(adapters) > 1:
+        raise UserError("--server is compared with one adapter: pass one --adapter.")
+    first = next(iter(adapters.values()), None)
+    arguments = add_config(first, rest)
+    for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
+        if key.startswith("evaluation.") and value is not None:
+            arguments += [f"--{key}", value]
+    if options.rows is not None:
+        arguments += ["--evaluation.rows", str(options.rows)]
+    for name in (EVALUATION, PREDICTIONS) if options.out else ():
+        check_output("--out", options.out / name, options.force)
+    with json_output(options) as figures:
+        with without_garbage_collection():  # here, so that --help and mistakes answer at once
+            from qlora_lightning.commands.evaluate.adapters import evaluate
+
+        if len(adapters) > 1 and not find_configs(rest):
+            say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
+        return evaluate(options, adapters, arguments, figures)

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, quiet_lightning, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
@@ -25,22 +24,22 @@ _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 def main(argv: Sequence[str]) -> int:
     """Plan a config; return the exit code."""
-    own, rest = _parser().parse_known_args(argv)
+    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
+    add_json_option(parser)
+    own, rest = parser.parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
-    file = check_output("--json", own.json, own.force)
+    with json_output(own) as output, quiet_lightning():
+        with without_garbage_collection():  # here, so that --help and mistakes answer at once
+            import_bitsandbytes()  # before the planner imports PEFT, which would
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        import_bitsandbytes()  # before the planner imports PEFT, which would
+            from qlora_lightning.commands.plan.planner import plan_run, print_plan
 
-        from qlora_lightning.commands.plan.planner import plan_run
-        from qlora_lightning.commands.plan.tables import print_plan
-
-    with quiet_lightning(), tables_beside(file):
         figures, model = plan_run(rest, memory)
         print_plan(figures, model, terminal())
-    if file is not None:
-        write_whole(file, figures)
-    return 0 if figures["memory"]["fits"] else 1
+        output.update(figures)
+        return 0 if figures["memory"]["fits"] else 1
 
 
 def read_size(text: str) -> int:
@@ -50,12 +49,3 @@ def read_size(text: str) -> int:
     if not size:
         raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
     return size
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning plan --config FILE [options] [options of fit]"
-    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
-    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
-    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
-    add_json_option(parser)
-    return parser

@@ -1,30 +1,35 @@
-"""Plans a config: its model without numbers, its batches, and the memory of a step."""
+"""Plans a config: its model without numbers, its batches, and the memory of a step; in figures and as tables."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.model.adapters.lora import count_parameters
+from qlora_lightning.model.adapters.lora import ADAPTER, count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
-from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing, find_fit, usable_bytes
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -37,18 +42,16 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
     Returns all figures, in bytes, as the JSON has them; and the model without numbers.
     """
-    run = QLoRACLI(arguments, with_trainer=False)
+    run = QLoRACLI(arguments)
     module: Any = run.model
     data: Any = run.datamodule
-    if not isinstance(module, QLoRAModule):
-        raise UserError(f"model.class_path names {type(module).__name__}: plan knows QLoRAModule and its subclasses.")
     trainer, checkpointing = run.config["trainer"], GradientCheckpointing(**run.config["gradient_checkpointing"])
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
     is_cuda = device["kind"] == "cuda"
     # a card that is not here is taken for one of this decade
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
-    offload = _read_offload(trainer["strategy"])
+    offload = SHARDED_STRATEGIES.get(str(trainer["strategy"]))  # None: the base is not sharded
     if offload is not None:
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
@@ -126,14 +129,6 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     return {"kind": kind, "memory": memory, "named": not here}
 
 
-def _read_offload(strategy: Any) -> bool | None:
-    """Return what a sharded base offloads; ``None`` if the base is not sharded."""
-    if isinstance(strategy, str):
-        return SHARDED_STRATEGIES.get(strategy)
-    is_sharded = strategy["class_path"].rpartition(".")[2] == ShardedDDPStrategy.__name__
-    return strategy["init_args"]["offload"] if is_sharded else None
-
-
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -150,8 +145,6 @@ def _plan_batches(data: Any) -> EpochPlan:
 def _largest_batch(plan: EpochPlan, epoch: Epoch) -> dict[str, int]:
     lengths = plan.samples.lengths
     rows = plan.find_largest(epoch.batches)
-    if not rows:
-        raise UserError("There are no training rows.")
     return {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths[rows].max())}
 
 
@@ -177,9 +170,82 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # each check of transformers raises a class of its own
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"Base {name}: transformers cannot use the config in {folder}: {reason}") from error
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     return config, origin
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
+    """Print the figures of a plan and its model."""
+    base, trained = plan["base"], plan["adapters"]["parameters"]
+    console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
+    console.print(_model_table(model))
+    share = trained / (base["parameters"] + trained)
+    console.print(f"{base['parameters']:,} parameters are frozen, {trained:,} train ({share:.2%}).")
+    console.print(_memory_table(plan))
+    console.print(_describe_fit(plan))
+    if host := plan["memory"]["pinned_bytes"]:
+        console.print(f"Each process keeps {format_bytes(host)} in host memory, pinned.")
+    console.print(_run_table(plan))
+    for note in plan["notes"]:
+        console.print(Text(note))
+
+
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    parts, peak = plan["memory"]["parts"], plan["memory"]["peak_bytes"]
+    total = sum(parts.values())
+    table = Table("part", "bytes", "", title="Memory of a step, on each device", title_justify="left")
+    for part, size in parts.items():
+        if size:
+            table.add_row(part, format_bytes(size), format_gib(size))
+    table.add_section()
+    table.add_row("in all" if peak is None else "peak", format_bytes(total), format_gib(total))
+    return table
+
+
+def _describe_fit(plan: Mapping[str, Any]) -> Text:
+    device, memory = plan["device"], plan["memory"]
+    total = sum(memory["parts"].values())
+    machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
+    numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
+    if not memory["fits"]:
+        remedy = f". A tenth is kept back. What is left: {REMEDIES}"
+        return Text.assemble(("It does not fit", "bold red"), f": {numbers}{remedy}.")
+    if memory["peak_bytes"] is None:
+        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
+    how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
+    longest = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
+    return Text.assemble(("It fits", "bold green"), f"{how}: {numbers}{longest}.")
+
+
+def _run_table(plan: Mapping[str, Any]) -> Table:
+    run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
+    table = Table(title="The run", title_justify="left", show_header=False)
+    which = "at most, as the settings allow" if run is None else "the largest"
+    table.add_row("batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {which}")
+    table.add_row("micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}")
+    if run is None:
+        table.add_row("steps, tokens", "unknown: the data were not read")
+        return table
+    steps = run["steps"]
+    table.add_row("optimizer steps", "no end: set trainer.max_steps" if steps is None else f"{steps:,}")
+    if steps is not None:
+        table.add_row("tokens of the run", f"{run['tokens']:,}")
+    return table
+
+
+def _model_table(model: Any) -> Table:
+    """List what carries an adapter, of equal modules of all layers once."""
+    causal_lm = model.get_base_model()
+    config, counts = causal_lm.config, Counter[tuple[str, ...]]()
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            shape, rank = f"{module.in_features:,} → {module.out_features:,}", f"{module.r[ADAPTER]}"
+            counts[re.sub(r".*\.\d+\.", "", name), shape, rank] += 1
+    title = f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size:,} wide"
+    table = Table("adapter on", "shape", "rank", "layers", title=title, title_justify="left")
+    for cells, count in counts.items():
+        table.add_row(*cells, str(count))
+    return table

@@ -45,7 +45,7 @@ def folder(tiny_base, tmp_path_factory):
     escapes = {"type": "Replace", "pattern": {"String": "e"}, "content": ESCAPE}
     content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], escapes]}
     tokenizer.write_text(json.dumps(content))
-    manifest = {"status": f"finished{ESCAPE}", "config": settings, "warnings": [{"text": ESCAPE, "count": 1}]}
+    manifest = {"status": f"finished{ESCAPE}", "config": settings, "error": ESCAPE}
     write_manifest(place / "run", {**MANIFEST, **manifest})
     (place / "victim").write_text("mine")
     for name in ("report.html", "report.html.unfinished"):

@@ -107,8 +107,6 @@ class RunReport(Callback):
             write_manifest(folder, content)
             if status != "running":
                 verdict = judge(read_run(folder))
-                if verdict.kind == "diverged":
-                    content["warnings"] = [{"text": verdict.sentences[0], "count": 1}]
                 write_manifest(folder, content | {"verdict": asdict(verdict)})
                 if status == "finished":
                     say(" ".join(verdict.sentences))
@@ -149,7 +147,6 @@ class RunReport(Callback):
             "adapter_updates": self._updates,
             "stopped_early": _find_early_stop(trainer, self._planned),
             "lives": self._attempts,  # the key of the first manifests
-            "warnings": [],
         }
 
 

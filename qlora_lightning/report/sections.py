@@ -4,6 +4,7 @@ import shlex
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import yaml
@@ -155,20 +156,14 @@ def data_table(run: Run) -> PageTable:
     return ["", *splits], rows
 
 
-def update_map(run: Run) -> tuple[list[int], list[tuple[str, list[tuple[float, str]]]]]:
-    """Return the decoder layers, and for each kind of module a cell per layer: opacity and ‖ΔW‖/‖W‖ in words."""
-    ratios = {
-        kind: {update["layer"]: update["ratio"] for update in own if update["layer"] is not None}
-        for kind, own in (run.manifest.get("adapter_updates") or {}).items()
-    }
-    layers = sorted({layer for own in ratios.values() for layer in own})
-    largest = max((ratio for own in ratios.values() for ratio in own.values()), default=0.0) or 1.0
-
-    def cell(kind: str, layer: int) -> tuple[float, str]:
-        ratio = ratios[kind].get(layer)
-        return (0.0, "") if ratio is None else (round(ratio / largest, 2), f"{kind} of layer {layer}: {ratio:.2%}")
-
-    return layers, [(kind, [cell(kind, layer) for layer in layers]) for kind in ratios]
+def starts_table(run: Run) -> PageTable:
+    """Return when a run that was resumed was started, and how each of its attempts ended."""
+    rows = []
+    for each in run.manifest.get("lives") or []:
+        steps, took = f"{each['from_step']:,} to {each['to_step']:,}", timedelta(seconds=round(each["seconds"]))
+        cells = (steps, str(took), each.get("error") or each["status"])
+        rows.append((each["started"].replace("T", " "), [(cell, "") for cell in cells]))
+    return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
 
 
 def update_table(run: Run) -> PageTable:

@@ -49,7 +49,6 @@ MANIFEST = {
         {"started": "2026-11-25T10:00:00+00:00", "seconds": 30.0, "from_step": 0, "to_step": 8, "status": "stopped"},
         {"started": "2026-11-25T11:00:00+00:00", "seconds": 60.0, "from_step": 8, "to_step": 20, "status": "finished"},
     ],
-    "warnings": [{"text": "UserWarning: slow", "count": 3}],
 }
 EVALUATION = {
     "rows": 1,

@@ -100,7 +100,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     peaks = run.manifest.get("peak_memory_gib") or {name: max(logged[name]) for name in MEMORY if name in logged}
     peak = next((peaks[name] for name in MEMORY if name in peaks), None)
     add("peak_memory_gib", "peak memory", "{:.2f}\u00a0GiB", peak)
-    if run.status not in ("running", "killed"):  # the manifest has the seconds at the last validation
+    if run.status != "running":  # the manifest has the seconds at the last validation
         add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)
     last_step = max((points[-1][0] for points in run.metrics.values() if points), default=None)
     add("steps", "optimizer steps", "{:,.0f}", progress.get("steps") or last_step)

@@ -74,11 +74,10 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
             return []
         lower = max(rate for _, rate in rates) / 3
         return [("start again with a lower learning rate", f"{again} --model.learning_rate {lower:.1g}")]
-    if run.status in ("stopped", "failed", "killed") and command.startswith("qlora-lightning fit"):
-        words = [word for word in shlex.split(command) if not word.startswith("--ckpt_path=")]
-        if "--ckpt_path" in words:
-            del words[words.index("--ckpt_path") : words.index("--ckpt_path") + 2]
-        return [("resume it, from the same working folder", shlex.join([*words, "--ckpt_path", "last"]))]
+    if run.status != "finished" and command.startswith("qlora-lightning fit"):
+        again = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
+        what = "resume it" if run.status != "running" else "resume it if it was killed"
+        return [(f"{what}, from the same working folder", again)]
     if run.status != "finished":
         return []
     steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}

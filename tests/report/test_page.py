@@ -97,7 +97,7 @@ def test_a_page_is_small_however_long_the_run_was_and_is_made_of_whatever_there_
     (bare / "metrics.csv").write_text("step,train_loss\n")
     page = Reader(write_run_page(bare).read_text())
     assert page.texts("h2") == ["What was trained on what", "Config"]
-    assert "killed: nothing wrote how it ended" in page.text
+    assert "still training, or killed" in page.text
 
 
 def test_what_cannot_be_seen_is_shown():

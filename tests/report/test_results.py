@@ -54,7 +54,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     ("status", "command", "kind", "commands"),
     [
         ("stopped", "qlora-lightning fit --config a.yaml", "unknown", ["RESUME"]),
-        ("failed", "qlora-lightning fit --config a.yaml --ckpt_path runs/old.ckpt", "learned", ["RESUME"]),
+        ("failed", "qlora-lightning fit --config a.yaml --ckpt_path last", "learned", ["RESUME"]),
         ("stopped", "python train.py", "learned", []),
         ("finished", "", "worse", ["qlora-lightning chat", "qlora-lightning evaluate"]),
         ("finished", "", "diverged", ["qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"]),

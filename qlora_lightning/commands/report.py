@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
 def _table(runs: Sequence[Run]) -> Table:
     table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in runs))
     table.add_row("status", *(Text(run.status, "" if run.status == "finished" else "yellow") for run in runs))
-    for heading, cells in figure_table(runs)[1]:
-        table.add_row(heading, *(Text(text, "bold green" if note else "") for text, note in cells))
+    for cells in figure_table(runs)[1]:
+        table.add_row(*map(Text, cells))
     return table
 
 

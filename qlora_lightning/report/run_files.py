@@ -28,7 +28,7 @@ class Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # as the fit wrote it, not `evaluate`
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -39,6 +39,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
+    evaluation = _read_json(folder / EVALUATION)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
@@ -46,7 +47,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         manifest=manifest,
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
-        evaluation=_read_json(folder / EVALUATION),
+        evaluation={} if "adapters" in evaluation else evaluation,
     )
 
 

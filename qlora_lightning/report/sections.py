@@ -53,9 +53,9 @@ def headline(run: Run) -> Facts:
         if metric in comparison.metrics:
             base, adapter, _ = (side.value for side in comparison.metrics[metric])
             form = ".3f" if metric == "loss" else ".0%"
-            words = f"{comparison.split} loss" if metric == "loss" else describe_metric(metric)
+            words = "validation loss" if metric == "loss" else describe_metric(metric)
             shown.append((f"{base:{form}} → {adapter:{form}}", f"{words}, base\u00a0→\u00a0adapter"))
-    if "val_loss" in figures and (comparison.split == "test" or not shown):
+    if "val_loss" in figures and not shown:
         shown.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
     planned = (run.manifest.get("progress") or {}).get("planned_steps")
     for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
@@ -148,10 +148,10 @@ def data_table(run: Run) -> PageTable:
         **{f"− {reason}": [(report.get("dropped") or {}).get(reason, 0) for report in reports] for reason in reasons},
         **{heading: [report[key] for report in reports] for heading, key in _COUNTS.items()},
     }
-    rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
+    rows = [[heading, *(f"{count:,}" for count in found)] for heading, found in counts.items() if any(found)]
     files = [textwrap.shorten(", ".join(report.get("files") or []), 200, placeholder=" …") for report in reports]
     if any(files):
-        rows.insert(0, ("read from", [(names, "") for names in files]))
+        rows.insert(0, ["read from", *files])
     return ["", *splits], rows
 
 
@@ -160,8 +160,7 @@ def starts_table(run: Run) -> PageTable:
     rows = []
     for each in run.manifest.get("lives") or []:
         steps, took = f"{each['from_step']:,} to {each['to_step']:,}", timedelta(seconds=round(each["seconds"]))
-        cells = (steps, str(took), each.get("error") or each["status"])
-        rows.append((each["started"].replace("T", " "), [(cell, "") for cell in cells]))
+        rows.append([each["started"].replace("T", " "), steps, str(took), each.get("error") or each["status"]])
     return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
 
 
@@ -174,15 +173,14 @@ def update_table(run: Run) -> PageTable:
         ratio, used, rank = (
             statistics.median(update[name] for update in own) for name in ("ratio", "effective_rank", "rank")
         )
-        cells = [f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"]
-        rows.append((kind, [(cell, "") for cell in cells]))
+        rows.append([kind, f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"])
     return ["", "‖ΔW‖/‖W‖, median", "largest", "effective rank, median"], rows
 
 
 def difference_table(runs: Sequence[Run]) -> PageTable:
     """Return the settings in which runs differ."""
     differences = find_differences([run.config for run in runs])
-    rows = [(name, [(format_setting(value), "") for value in values]) for name, values in differences.items()]
+    rows = [[name, *map(format_setting, values)] for name, values in differences.items()]
     return ["", *(run.name for run in runs)], rows
 
 

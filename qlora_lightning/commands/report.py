@@ -15,7 +15,7 @@ from qlora_lightning.commands.options import (
 )
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
-from qlora_lightning.report.run_files import Run, read_runs
+from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.files import PAGE, write_whole
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     add_json_option(parser)
     options = parser.parse_args(argv)
-    runs = read_runs(options.runs)
+    runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
     usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = options.out or usual
     page = check_output("--out", page, options.force or page is usual) or usual

@@ -34,13 +34,14 @@ def render_report(runs: Sequence[Run]) -> str:
         undefined=jinja2.ChainableUndefined,  # a manifest may lack anything
     )
     environment.filters["visible"] = lambda text: show_controls(str(text))
-    names = [run.name for run in runs]
     return environment.get_template("report.html").render(
-        title=f"{' · '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+        title=" · ".join(run.name for run in runs),
         runs=[(run, sections.describe_run(run)) for run in runs],
         charts=draw_charts(charts_of(runs)),
+        results=figure_table(runs) if len(runs) > 1 else None,
+        differences=sections.difference_table(runs),
         version=__version__,
-        **_describe_one(runs[0]) if len(runs) == 1 else _describe_several(runs),
+        **(_describe_one(runs[0]) if len(runs) == 1 else {}),
     )
 
 
@@ -60,7 +61,3 @@ def _describe_one(run: Run) -> dict[str, Any]:
         "starts": sections.starts_table(run),
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     }
-
-
-def _describe_several(runs: Sequence[Run]) -> dict[str, Any]:
-    return {"results": figure_table(runs), "differences": sections.difference_table(runs)}

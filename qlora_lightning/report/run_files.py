@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,6 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         metrics=read_metrics(folder / METRICS),
         evaluation={} if "adapters" in evaluation else evaluation,
     )
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several run folders, named by their last part if that tells them apart, else as they were typed."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

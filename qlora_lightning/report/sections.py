@@ -100,14 +100,15 @@ def training_facts(run: Run) -> Facts:
     flat = {**flatten(run.config), **flatten(applied, "data.")}
     counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
     trained = [f"{progress[name]:,} {words}" for words, name in counts.items() if progress.get(name) is not None]
-    values = {name.removesuffix(".enabled").rpartition(".")[2]: flat.get(name) for name in _SETTINGS}
-    settings = [f"{name} {format_setting(value)}" for name, value in values.items() if value not in (None, -1)]
+    base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
+    trainable, total = parameters.get("trainable", 0), parameters.get("all", 0)
     facts = [
-        ("base", _describe_base(manifest.get("base") or {}, flat)),
-        ("adapter", _describe_adapter(run)),
+        ("base", _list_settings(base, ("base", "revision", "quantization", "double_quant", "compute_dtype"))),
+        ("adapter", _list_settings(adapter, ("rank", "alpha", "dropout", "target_modules"))),
+        ("parameters", total and f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
         ("continued from", flat.get("model.adapter")),
         *((split, format_setting(file)) for split, file in _files(run).items()),
-        ("settings", ", ".join(settings)),
+        ("settings", _list_settings(flat, _SETTINGS)),
         ("trained", ", ".join(trained)),
         ("stopped early", manifest.get("stopped_early")),
         ("best checkpoint", best and f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"),
@@ -115,26 +116,9 @@ def training_facts(run: Run) -> Facts:
     return [(heading, text) for heading, text in facts if text]
 
 
-def _describe_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
-    name, revision, quantization = (
-        base.get(key) or flat.get(f"model.{key}") for key in ("base", "revision", "quantization")
-    )
-    if not name:
-        return ""
-    double = " with double quantization" if base.get("double_quant") and quantization in ("nf4", "fp4") else ""
-    dtype = f", computed in {base['compute_dtype']}" if base.get("compute_dtype") else ""
-    return f"{name}{f' at {revision}' if revision else ''}, {quantization}{double}{dtype}"
-
-
-def _describe_adapter(run: Run) -> str:
-    adapter = run.manifest.get("adapter") or {}
-    parts = [f"{name} {adapter[name]}" for name in ("rank", "alpha", "dropout") if adapter.get(name) is not None]
-    if adapter.get("target_modules"):
-        parts.append(f"on {', '.join(adapter['target_modules'])} of {len(adapter.get('layers') or [])} layers")
-    parameters = run.manifest.get("parameters") or {}
-    trainable, total = parameters.get("trainable"), parameters.get("all")
-    share = f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})" if trainable and total else ""
-    return ": ".join(filter(None, [", ".join(parts), share]))
+def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    shown = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in shown.items() if value not in (None, -1))
 
 
 def data_table(run: Run) -> PageTable:

@@ -36,7 +36,11 @@ def test_a_run_has_every_section_and_its_facts(pages):
     ]
     for words in (
         *("qlora-lightning fit --config a.yaml", "1 ✓", "1234567890abcdef on main, with"),
-        *("package:tiny, nf4 with double quantization", "on q_proj of 2 layers: 1,000 of 50,000 parameters (2.00%)"),
+        *(
+            "base package:tiny, quantization nf4, double_quant true",
+            "target_modules [q_proj]",
+            "1,000 of 50,000 (2.00%)",
+        ),
         *("20 optimizer steps, 2,000 tokens, 500 labelled tokens", "learning_rate 0.001, gradient_clip_val 1.0, batch"),
         *("step-000020.ckpt, val_loss 0.5000", "− bad rows", "empty answer", "seed"),
         *("labelled tokens cut away", "A CPU, 16 GiB", "ab" * 8, "torch 2.13.0"),

@@ -17,7 +17,7 @@ from qlora_lightning.evaluation.row_results import (
     limit_batches,
     unpack_rows,
 )
-from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
+from qlora_lightning.evaluation.scores import check_scores, choose_scores
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -83,11 +83,6 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
-
-    def logs(self, name: str) -> bool:
-        """Whether some validation of a fit logs a metric of that name."""
-        logged = (f"val_{score}" for score in (*SCORES, "stop_rate", "answer_tokens"))
-        return self.enabled and bool(self.every_n_validations) and name in logged
 
     def choose_settings(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> AnswerSettings | None:
         """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered."""

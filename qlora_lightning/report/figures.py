@@ -84,8 +84,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     add("train_loss", "training loss, last", "{:.4f}", logged.get("train_loss", [math.nan])[-1])
     speeds = logged.get("tokens_per_second", [math.nan])
     add("tokens_per_second", "tokens/s, median", "{:,.0f}", statistics.median(speeds))
-    peaks = run.manifest.get("peak_memory_gib") or {name: max(logged[name]) for name in MEMORY if name in logged}
-    peak = next((peaks[name] for name in MEMORY if name in peaks), None)
+    peak = next((max(logged[name]) for name in MEMORY if name in logged), None)
     add("peak_memory_gib", "peak memory", "{:.2f}\u00a0GiB", peak)
     if run.status != "running":  # the manifest has the seconds at the last validation
         add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)

@@ -65,7 +65,6 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert found["data"]["hashes"]["train"] == trainer.datamodule.identity["train"]
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # one may say +cu132
     assert found["device"]["kind"] == "cpu"
-    assert found["peak_memory_gib"]["peak_rss_gib"] > 0.1
     assert (progress["steps"], progress["planned_steps"]) == (2, 2)
     assert 0 < progress["labelled_tokens"] < progress["tokens"]
     assert progress["seconds"] == found["lives"][0]["seconds"] > 0

@@ -36,7 +36,6 @@ MANIFEST = {
     "command": "qlora-lightning fit --config a.yaml",
     "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
     "progress": {"steps": 20, "planned_steps": 40, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},
-    "peak_memory_gib": {"peak_rss_gib": 1.5},
     "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
     "adapter_updates": {
         "q_proj": [

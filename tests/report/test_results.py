@@ -33,7 +33,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         ("20 of 40", "optimizer steps"),
         ("0:01:30", "wall time, h:mm:ss"),
         ("60", "tokens/s, median"),
-        ("1.50\u00a0GiB", "peak memory"),
+        ("1.25\u00a0GiB", "peak memory"),
     ]
     verdict = judge(run)
     assert verdict.kind == "learned"

@@ -63,8 +63,7 @@ class PredictionWriter(Callback):
         name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
         self._unfinished = Path(trainer.default_root_dir) / name
         self._lines: list[dict[str, Any]] = []
-        if not is_trial_run(trainer):
-            self._unfinished.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -76,13 +75,10 @@ class PredictionWriter(Callback):
             for answer, row_id, reference, row in columns
         ]
         self._lines += lines
-        if not is_trial_run(trainer):
-            append_json_lines(self._unfinished, lines)
+        append_json_lines(self._unfinished, lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
-        if is_trial_run(trainer):
-            return
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / PREDICTIONS
             write_whole(file, format_json_lines(lines))

@@ -34,6 +34,7 @@ def render_report(runs: Sequence[Run]) -> str:
         undefined=jinja2.ChainableUndefined,  # a manifest may lack anything
     )
     environment.filters["visible"] = lambda text: show_controls(str(text))
+    environment.filters["pairs"] = lambda facts: ", ".join(f"{name} {fact}" for name, fact in (facts or {}).items())
     return environment.get_template("report.html").render(
         title=" · ".join(run.name for run in runs),
         runs=[(run, sections.describe_run(run)) for run in runs],

@@ -31,11 +31,11 @@ def test_a_run_has_every_section_and_its_facts(pages):
     page = Reader(pages["one"])
     assert page.texts("h2") == [
         *["In short", "What to do next", "Curves", "Before and after", "Samples", "What the adapter changes"],
-        *["What was trained on what", "Data", "Machine", "Starts", "Versions and fingerprints", "To do it again"],
+        *["What was trained on what", "Data", "Starts", "Machine, versions and fingerprints", "To do it again"],
         "Config",
     ]
     for words in (
-        *("qlora-lightning fit --config a.yaml", "1 ✓", "1234567890abcdef on main, with"),
+        *("qlora-lightning fit --config a.yaml", "1 ✓", "commit 1234567890abcdef1234, branch main"),
         *(
             "base package:tiny, quantization nf4, double_quant true",
             "target_modules [q_proj]",
@@ -43,7 +43,7 @@ def test_a_run_has_every_section_and_its_facts(pages):
         ),
         *("20 optimizer steps, 2,000 tokens, 500 labelled tokens", "learning_rate 0.001, gradient_clip_val 1.0, batch"),
         *("step-000020.ckpt, val_loss 0.5000", "− bad rows", "empty answer", "seed"),
-        *("labelled tokens cut away", "A CPU, 16 GiB", "ab" * 8, "torch 2.13.0"),
+        *("labelled tokens cut away", "name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),
         *("4.00% in layer 1", "2.5 of 8", "2026-11-25 11:00:00", "8 to 20", "0:01:00"),
     ):
         assert words in page.text

@@ -152,6 +152,7 @@ class RunReport(Callback):
 def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what does not change during a run whose model and data are loaded."""
     data = datamodule_of(trainer)
+    reports = getattr(data, "reports", {})
     hashes = identity_of_data(trainer)
     settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})
     identity = {name: value for name, value in getattr(module, "identity", {}).items() if name != "data"}
@@ -164,7 +165,8 @@ def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> di
         "parameters": {"trainable": trainable, "all": total},
         "data": {
             "files": {split: value for split, value in getattr(data, "files", {}).items() if value is not None},
-            "splits": {split: asdict(report) for split, report in getattr(data, "reports", {}).items()},
+            "splits": {split: asdict(report) for split, report in reports.items()},
+            "description": "\n".join(report.describe() for report in reports.values()),
             "hashes": hashes,
             "settings": settings,
         },

@@ -58,7 +58,6 @@ def _describe_one(run: Run) -> dict[str, Any]:
         "update_charts": draw_charts([update_chart(run)]),
         "updates": sections.update_table(run),
         "training": sections.training_facts(run),
-        "data": sections.data_table(run),
         "starts": sections.starts_table(run),
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     }

@@ -2,7 +2,6 @@
 
 import shlex
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,15 +21,6 @@ _SETTINGS = (
     *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch"),
     *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
 )
-_COUNTS = {  # of a split's rows: heading → key of the manifest
-    "samples": "samples",
-    "tokens": "tokens",
-    "labelled tokens": "labelled",
-    "samples cut to max_length": "shortened",
-    "labelled tokens cut away": "lost_labels",
-    "rows equal to an earlier one": "duplicates",
-    "rows that are trained on too, so that the loss is too good": "overlap",
-}
 
 
 def describe_run(run: Run) -> str:
@@ -119,24 +109,6 @@ def training_facts(run: Run) -> Facts:
 def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
     shown = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
     return ", ".join(f"{name} {format_setting(value)}" for name, value in shown.items() if value not in (None, -1))
-
-
-def data_table(run: Run) -> PageTable:
-    """Return what became of the rows of each split, and why some were left out."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    reports = list(splits.values())
-    reasons = dict.fromkeys(reason for report in reports for reason in report.get("dropped") or {})
-    counts = {
-        "rows read": [report["rows"] for report in reports],
-        "− bad rows": [report["bad_rows"] for report in reports],
-        **{f"− {reason}": [(report.get("dropped") or {}).get(reason, 0) for report in reports] for reason in reasons},
-        **{heading: [report[key] for report in reports] for heading, key in _COUNTS.items()},
-    }
-    rows = [[heading, *(f"{count:,}" for count in found)] for heading, found in counts.items() if any(found)]
-    files = [textwrap.shorten(", ".join(report.get("files") or []), 200, placeholder=" …") for report in reports]
-    if any(files):
-        rows.insert(0, ["read from", *files])
-    return ["", *splits], rows
 
 
 def starts_table(run: Run) -> PageTable:

@@ -42,8 +42,8 @@ def test_a_run_has_every_section_and_its_facts(pages):
             "1,000 of 50,000 (2.00%)",
         ),
         *("20 optimizer steps, 2,000 tokens, 500 labelled tokens", "learning_rate 0.001, gradient_clip_val 1.0, batch"),
-        *("step-000020.ckpt, val_loss 0.5000", "− bad rows", "empty answer", "seed"),
-        *("labelled tokens cut away", "name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),
+        *("step-000020.ckpt, val_loss 0.5000", "train: 12 rows, 400 tokens", "empty answer", "seed"),
+        *("name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),
         *("4.00% in layer 1", "2.5 of 8", "2026-11-25 11:00:00", "8 to 20", "0:01:00"),
     ):
         assert words in page.text

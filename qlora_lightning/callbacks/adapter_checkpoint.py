@@ -24,7 +24,7 @@ from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
-from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -55,22 +55,17 @@ class AdapterCheckpoint(Checkpoint):
         enabled: bool = True,
         every_minutes: float | None = 10,
     ) -> None:
-        for name, value in (("every_n_train_steps", every_n_train_steps), ("every_minutes", every_minutes)):
-            if value is not None and value <= 0:
-                raise UserError(f"adapter_checkpoint.{name} is {value:g}: expected more than 0, or null.")
         if enabled and mode is None and not monitor.endswith(("loss", "perplexity")):
             raise UserError(
                 f"adapter_checkpoint.monitor is {monitor!r}, of which a small or a large value may be good: set "
                 "adapter_checkpoint.mode to min or to max."
             )
-        if save_top_k < 0:
-            raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 0 or more.")
+        if save_top_k < 1:
+            raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 1 or more.")
         self.every_n_train_steps, self.every_minutes = every_n_train_steps, every_minutes
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
-        self._best_tensors: dict[str, Tensor] | None = None  # of the best adapter, if this process trained it
-        self._has_other_validation = False  # than the resumed checkpoint
         self._saved_step = self._last_step = -1
         self._stops_later = False  # when the open window ends
         self._saved_at = 0.0  # by a clock that no change of the time moves
@@ -78,27 +73,26 @@ class AdapterCheckpoint(Checkpoint):
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
         """Return the best adapter's tensors by the module's names, if there is a best and its file was kept."""
-        if self._best_tensors is not None or not self.best:
-            return self._best_tensors
-        file = Path(run_folder) / CHECKPOINTS / self.best[0][1]
-        if not file.exists():
+        files = [Path(run_folder) / CHECKPOINTS / name for _, name in self.best[:1]]
+        if not files or not files[0].exists():
             return None
-        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        tensors: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
         return tensors
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._has_other_validation = False
         self._lock.close()
         if stage == "fit" and self._writes(trainer):
             refuse_everywhere(trainer, lambda: self._lock.enter_context(locking(trainer.default_root_dir)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._has_other_validation = has_other_validation(checkpoint, trainer)
+        if has_other_validation(checkpoint, trainer):  # the ranking starts over
+            checkpoint["callbacks"][self.state_key] = {"best": []}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._has_other_validation or not is_resumed(trainer):
-            self.best, self._best_tensors = [], None
-        if self._writes(trainer) and not is_resumed(trainer):
+        if is_resumed(trainer):
+            return
+        self.best = []
+        if self._writes(trainer):
             refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -106,11 +100,6 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._lock.close()
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Some log only at later validations, and report it: see Evaluation.logs.
-        if not any(each.logs(self.monitor) for each in callbacks_of(trainer) if hasattr(each, "logs")):
-            self._read_monitor(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = self._last_step = trainer.global_step  # nothing new yet, also after a resume
@@ -145,11 +134,8 @@ class AdapterCheckpoint(Checkpoint):
     def _read_monitor(self, trainer: Trainer) -> float:
         value = trainer.callback_metrics.get(self.monitor)
         if value is None and self.enabled:
-            later = " If later ones do, set trainer.num_sanity_val_steps to 0." if trainer.sanity_checking else ""
             known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
-            raise UserError(
-                f"adapter_checkpoint.monitor is {self.monitor!r}, which no validation logs: it logs {known}.{later}"
-            )
+            raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {known}.")
         return math.nan if value is None else float(value)
 
     def _writes(self, trainer: Trainer) -> bool:
@@ -162,8 +148,6 @@ class AdapterCheckpoint(Checkpoint):
         name = f"step-{trainer.global_step:06d}.ckpt"
         dropped = [] if math.isnan(value) else self._rank(name, value)
         is_best = bool(self.best) and self.best[0][1] == name
-        if is_best:
-            self._best_tensors = {key: tensor.to("cpu", copy=True) for key, tensor in pl_module.state_dict().items()}
         content = collect_checkpoint(trainer)
         adapter = pl_module if is_best or not self.best else None
         refuse_everywhere(trainer, lambda: self._write(trainer, adapter, content, name, dropped))
@@ -176,7 +160,7 @@ class AdapterCheckpoint(Checkpoint):
                 data = datamodule_of(trainer)
                 tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
                 adapter.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-            if self.save_top_k and any(kept == name for _, kept in self.best):
+            if any(kept == name for _, kept in self.best):
                 write_checkpoint(content, folder / name)
             write_checkpoint(content, folder / LAST)
             for each in dropped:
@@ -186,16 +170,14 @@ class AdapterCheckpoint(Checkpoint):
         """Put a checkpoint among the best; return the names of those that no longer are."""
         others = [entry for entry in self.best if entry[1] != name]
         ranked = sorted([*others, (value, name)], key=lambda entry: entry[0], reverse=self.mode == "max")
-        keep = max(self.save_top_k, 1)  # the best is remembered even if no file of it is kept
-        self.best = ranked[:keep]
-        return [name for _, name in ranked[keep:]]
+        self.best = ranked[: self.save_top_k]
+        return [name for _, name in ranked[self.save_top_k :]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": [[value, name] for value, name in self.best]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
-        self._best_tensors = None
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:

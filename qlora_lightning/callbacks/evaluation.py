@@ -17,7 +17,7 @@ from qlora_lightning.evaluation.row_results import (
     limit_batches,
     unpack_rows,
 )
-from qlora_lightning.evaluation.scores import SCORES, check_scores, choose_scores
+from qlora_lightning.evaluation.scores import check_scores, choose_scores
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -58,17 +58,8 @@ class Evaluation(Callback):
         general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
-        counts: dict[str, int | None] = {
-            "rows": rows,
-            "samples": samples,
-            "batch_size": batch_size,
-            "general_rows": general_rows,
-        }
-        counts |= {"max_new_tokens": max_new_tokens, "every_n_validations": every_n_validations}
-        for name, value in counts.items():
-            least = 0 if name in ("rows", "samples") else 1
-            if value is not None and value < least:
-                raise UserError(f"evaluation.{name} is {value}: expected {least} or more.")
+        if batch_size < 1:
+            raise UserError(f"evaluation.batch_size is {batch_size}: expected 1 or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.general, self.general_rows = general, general_rows
@@ -84,11 +75,6 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
 
-    def logs(self, name: str) -> bool:
-        """Whether some validation of a fit logs a metric of that name."""
-        logged = (f"val_{score}" for score in (*SCORES, "stop_rate", "answer_tokens"))
-        return self.enabled and bool(self.every_n_validations) and name in logged
-
     def choose_settings(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> AnswerSettings | None:
         """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered."""
         asked = gather_lists(trainer, [row for row in rows if row.prompt is not None])
@@ -103,24 +89,16 @@ class Evaluation(Callback):
 
     def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> Results | None:
         """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file."""
-        batches = self._general_batches or self.read_general(data)
+        batches = self._general_batches or self._read_general(data)
         return evaluate_sides(module, batches, [], None, adapters, show, next_token=True) if batches else None
 
-    def read_general(self, data: Any) -> Sequence[Any]:
-        """Read the rows of ``general``: before a fit, so that a file that is not there is found at once."""
-        if self.general is not None:
-            try:
-                self._general_batches = data.read_other_rows(self.general, self.general_rows)
-            except UserError as error:
-                raise UserError(f"evaluation.general: {error}") from error
-        return self._general_batches
+    def _read_general(self, data: Any) -> Sequence[Any]:
+        batches: Sequence[Any] = data.read_other_rows(self.general, self.general_rows) if self.general else ()
+        return batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
-            return
-        data = datamodule_of(trainer)
-        if self.read_general(data) and "val" not in getattr(data, "samples", {"val": None}):
-            raise UserError("evaluation.general is compared beside validation rows: set data.val or data.val_fraction.")
+        if self.enabled:  # a file that is not there is found at once
+            self._general_batches = self._read_general(datamodule_of(trainer))
 
     # ---- during validation -----------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class GradientCheckpointing(Callback):
-    """Switch activation checkpointing on, non-reentrant, for the fit; it is off again after it.
+    """Switch activation checkpointing on, non-reentrant, at the beginning of a fit. Only training is changed by it.
 
     transformers' switch alone would let the gradient run on below the adapters, down to the embedding.
 
@@ -33,13 +33,7 @@ class GradientCheckpointing(Callback):
     ) -> None:
         if every_n_layers < 1:
             raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
-        if offload and not enabled:
-            raise UserError(
-                "gradient_checkpointing.offload is true, but enabled is false, so that no layer is checkpointed: set "
-                "enabled to true, or offload to false."
-            )
         self.enabled, self.every_n_layers, self.offload = enabled, every_n_layers, offload
-        self._model: Any = None  # of a fit
 
     def choices(self, on_cuda: bool) -> list[Checkpointing]:
         """Return what may be done about memory, in the order in which it is."""
@@ -68,7 +62,7 @@ class GradientCheckpointing(Callback):
     def _apply(self, module: Any, choice: Checkpointing) -> None:
         if not choice.every_n_layers:
             return
-        model = self._model = module.causal_lm
+        model = module.causal_lm
         enable_activation_checkpointing(model, choice.every_n_layers, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
         layers = [
@@ -83,18 +77,6 @@ class GradientCheckpointing(Callback):
         for layer in layers if choice.offload else ():
             checkpoint = layer._gradient_checkpointing_func
             layer._gradient_checkpointing_func = functools.partial(_checkpoint_offloaded, checkpoint)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._switch_off()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._switch_off()  # no teardown follows
-
-    def _switch_off(self) -> None:
-        for module in self._model.modules() if self._model is not None else []:
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-        self._model = None
 
 
 def _checkpoint_offloaded(checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any) -> Any:

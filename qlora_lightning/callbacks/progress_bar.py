@@ -38,23 +38,16 @@ class ShortProgressBar(RichProgressBar):
         text = "{task.completed:.0f}/{task.total:.0f} {task.description}"
         return [TextColumn(text, table_column=Column(no_wrap=True, overflow="ellipsis")), BarColumn(bar_width=None)]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        self._describe(_name_epoch(trainer))
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
-        if self.is_enabled:
+        if self.progress is not None and self.train_progress_bar_id is not None:
             left = self.train_progress_bar.time_remaining
             shown = "-:--:--" if left is None else timedelta(seconds=int(left))
-            self._describe(f"{_name_epoch(trainer)} -{shown} {' '.join(_format_metrics(trainer))}")
+            text = escape(f"{_name_epoch(trainer)} -{shown} {' '.join(_format_metrics(trainer))}")
+            self.progress.update(self.train_progress_bar_id, description=text)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {}  # Lightning's own column of them would wrap
-
-    def _describe(self, text: str) -> None:
-        if self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, description=escape(text))
 
 
 class ProgressLines(ProgressBar):

@@ -14,7 +14,6 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
-    ADAPTER_FOLDER,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -64,8 +63,7 @@ class PredictionWriter(Callback):
         name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
         self._unfinished = Path(trainer.default_root_dir) / name
         self._lines: list[dict[str, Any]] = []
-        if not is_trial_run(trainer):
-            self._unfinished.unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -77,13 +75,10 @@ class PredictionWriter(Callback):
             for answer, row_id, reference, row in columns
         ]
         self._lines += lines
-        if not is_trial_run(trainer):
-            append_json_lines(self._unfinished, lines)
+        append_json_lines(self._unfinished, lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
-        if is_trial_run(trainer):
-            return
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / PREDICTIONS
             write_whole(file, format_json_lines(lines))
@@ -97,8 +92,7 @@ def locking(run_folder: str | Path) -> Iterator[None]:
 
     Without effect if the file system has no such locks (NFS has none for folders).
     """
-    folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
-    refuse_links(folder, adapter, *adapter.glob("*/"))
+    folder = Path(run_folder) / CHECKPOINTS
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -113,19 +107,6 @@ def locking(run_folder: str | Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def refuse_links(*folders: Path) -> None:
-    """Reject links in the place of folders that a run writes into: a stranger's may lead to any folder of the user's.
-
-    The run folder itself, which the user names, may be one.
-    """
-    for folder in folders:
-        if folder.is_symlink():
-            raise UserError(
-                f"{folder} is a link, and a run writes into no folder behind one: remove it, or choose a run folder "
-                "on the other disk with `--trainer.default_root_dir PATH`."
-            )
 
 
 def is_resumed(trainer: Trainer) -> bool:

@@ -25,13 +25,13 @@ from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
-from qlora_lightning.model.load.machine import device_memory_gib, peak_metric_name, read_memory
+from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run_files import read_manifest, read_metrics, read_run, write_manifest
+from qlora_lightning.report.run_files import read_manifest, read_run, write_manifest
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, METRICS
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
@@ -107,8 +107,6 @@ class RunReport(Callback):
             write_manifest(folder, content)
             if status != "running":
                 verdict = judge(read_run(folder))
-                if verdict.kind == "diverged":
-                    content["warnings"] = [{"text": verdict.sentences[0], "count": 1}]
                 write_manifest(folder, content | {"verdict": asdict(verdict)})
                 if status == "finished":
                     say(" ".join(verdict.sentences))
@@ -143,19 +141,18 @@ class RunReport(Callback):
                 "seconds": sum(each["seconds"] for each in self._attempts),
                 "planned_steps": self._planned,
             },
-            "peak_memory_gib": {} if status == "running" else _find_peak(trainer),
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and saved and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
             "stopped_early": _find_early_stop(trainer, self._planned),
             "lives": self._attempts,  # the key of the first manifests
-            "warnings": [],
         }
 
 
 def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what does not change during a run whose model and data are loaded."""
     data = datamodule_of(trainer)
+    reports = getattr(data, "reports", {})
     hashes = identity_of_data(trainer)
     settings, _ = hashes.pop("settings", {}), hashes.pop("samples", {})
     identity = {name: value for name, value in getattr(module, "identity", {}).items() if name != "data"}
@@ -168,7 +165,8 @@ def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> di
         "parameters": {"trainable": trainable, "all": total},
         "data": {
             "files": {split: value for split, value in getattr(data, "files", {}).items() if value is not None},
-            "splits": {split: asdict(report) for split, report in getattr(data, "reports", {}).items()},
+            "splits": {split: asdict(report) for split, report in reports.items()},
+            "description": "\n".join(report.describe() for report in reports.values()),
             "hashes": hashes,
             "settings": settings,
         },
@@ -210,14 +208,6 @@ def _git_state() -> dict[str, Any] | None:
     lines = done.stdout.splitlines()
     heads = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
     return {"commit": heads["branch.oid"], "branch": heads["branch.head"], "dirty": len(lines) > len(heads)}
-
-
-def _find_peak(trainer: Trainer) -> dict[str, float]:
-    """Return the most memory in GiB that was logged in the whole run, or that this process has held."""
-    device = trainer.strategy.root_device
-    name = peak_metric_name(device)  # on CUDA what is read now is reset at each logging
-    logged = read_metrics(Path(trainer.default_root_dir) / METRICS).get(name, [])
-    return {name: max([read_memory(device)[name], *(value for _, value in logged)])}
 
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
-from qlora_lightning.report.run_files import Run, read_runs
+from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.files import PAGE, write_whole
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     add_json_option(parser)
     options = parser.parse_args(argv)
-    runs = read_runs(options.runs)
+    runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
     usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = check_output("--out", options.out, options.force) or usual
     with json_output(options) as figures:
@@ -49,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
 def _table(runs: Sequence[Run]) -> Table:
     table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in runs))
     table.add_row("status", *(Text(run.status, "" if run.status == "finished" else "yellow") for run in runs))
-    for heading, cells in figure_table(runs)[1]:
-        table.add_row(heading, *(Text(text, "bold green" if note else "") for text, note in cells))
+    for cells in figure_table(runs)[1]:
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -139,23 +139,20 @@ class Comparison:
 
     def print_metrics(self, rows: str) -> None:
         """Print a table of all metrics with their intervals, which a narrow terminal has below their values."""
-        headings = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
-        lines = [["", *self.results, *headings]]
+        is_wide = terminal().width >= 100
+        cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
+        count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
+        table = Table("", title=escape(f"{count}{cut}, with 95 % intervals"), title_justify="left")
+        gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
+        for heading in (*self.results, *gains):
+            table.add_column(escape(heading), justify="right")
         for name, metric in self.metrics.items():
             digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
             sides = [format_interval(each, is_share(name), "", digits) for each in metric.sides.values()]
             found = [metric.differences[adapter] for adapter in self.adapters]
             gains = [format_interval(each, is_share(name), "+", digits) for each in found]
-            lines.append([describe_metric(name), *sides, *gains])
-        cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
-        count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
-        table = Table(title=escape(f"{count}{cut}, with 95 % intervals"), title_justify="left")
-        for heading in lines[0]:
-            table.add_column(escape(heading), justify="right" if heading else "left")
-        needed = sum(3 + max(map(len, column)) for column in zip(*lines, strict=True)) + 1
-        fits = needed <= terminal().width
-        for name, *cells in lines[1:]:
-            table.add_row(name, *(escape(cell if fits else cell.replace(" [", "\n[")) for cell in cells))
+            cells = [each if is_wide else each.replace(" [", "\n[") for each in (*sides, *gains)]
+            table.add_row(describe_metric(name), *map(escape, cells))
         terminal().print(table)
 
     def print_rows(self, indices: Sequence[int]) -> None:

@@ -154,32 +154,22 @@ def evaluate_sides(
                 model.set_adapter(adapters[side])
             hidden = without_adapters(model) if side == BASE else nullcontext()
             with hidden, collective_passes(module), dense_weights(model):
-                found = evaluate_rows(module, batches, count, next_token)
+                found = _evaluate_rows(module, batches, count, next_token)
                 answers = answer_rows(module, rows, settings, count, partial(on_answers, side)) if settings else {}
             results[side] = [each._replace(answer=answers.get(index)) for index, each in enumerate(found)]
     return results
 
 
 @torch.no_grad()
-def evaluate_rows(
-    module: Any,
-    batches: Iterable[Mapping[str, Any]],
-    watch: ProgressCounter = lambda steps: None,
-    next_token: bool = False,
-) -> list[RowResult]:
-    """Compute the loss of every row of some batches, as a loader gives them, by a module as it is now.
-
-    The module's training mode is restored. ``watch`` is called for each row.
-    """
-    was_training = module.training
+def _evaluate_rows(module: Any, batches: Iterable[Any], watch: ProgressCounter, next_token: bool) -> list[RowResult]:
+    """Compute the loss of every row of some batches by a module as it is now, whose training mode is restored."""
+    was_training, results = module.training, []
     module.eval()
-    results = []
     try:
-        with collective_passes(module), dense_weights(module.model):
-            for batch in batches:
-                for sums in row_losses(module, batch, next_token):
-                    results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
-                    watch(1)
+        for batch in batches:
+            for sums in row_losses(module, batch, next_token):
+                results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
+                watch(1)
     finally:
         module.train(was_training)
     return results
@@ -227,12 +217,11 @@ def answer_rows(
             indices = longest_first[start : start + settings.batch_size]
             own = [rows[index] for index in indices]
             ids = module.answer([row.prompt for row in own], settings.stop_ids, limit, batch_size=len(own), watch=watch)
-            answers = [_score(answer, row, settings) for answer, row in zip(ids, own, strict=True)]
+            texts = [settings.decode(answer) for answer in ids]
+            answers = [
+                Answer(text, len(answer), len(answer) < limit, settings.score(text, row))
+                for text, answer, row in zip(texts, ids, own, strict=True)
+            ]
             found |= zip(indices, answers, strict=True)
             on_answers(own, answers)
     return {index: found[index] for index in prompts}
-
-
-def _score(ids: Sequence[int], row: EvaluationRow, settings: AnswerSettings) -> Answer:
-    text = settings.decode(ids)
-    return Answer(text, len(ids), len(ids) < settings.max_new_tokens, settings.score(text, row))

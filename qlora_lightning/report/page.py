@@ -1,7 +1,6 @@
 """The report as one HTML page that needs nothing beside itself: of one run, or of several side by side."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import yaml
 
 from qlora_lightning import __version__
 from qlora_lightning.report import sections
-from qlora_lightning.report.charts import charts_of, draw_charts
+from qlora_lightning.report.charts import charts_of, draw_charts, update_chart
 from qlora_lightning.report.figures import comparison_table, figure_table, find_samples
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.verdict import judge
@@ -35,14 +34,15 @@ def render_report(runs: Sequence[Run]) -> str:
         undefined=jinja2.ChainableUndefined,  # a manifest may lack anything
     )
     environment.filters["visible"] = lambda text: show_controls(str(text))
-    environment.filters["duration"] = lambda seconds: str(timedelta(seconds=round(seconds or 0)))
-    names = [run.name for run in runs]
+    environment.filters["pairs"] = lambda facts: ", ".join(f"{name} {fact}" for name, fact in (facts or {}).items())
     return environment.get_template("report.html").render(
-        title=f"{' · '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}",
+        title=" · ".join(run.name for run in runs),
         runs=[(run, sections.describe_run(run)) for run in runs],
         charts=draw_charts(charts_of(runs)),
+        results=figure_table(runs) if len(runs) > 1 else None,
+        differences=sections.difference_table(runs),
         version=__version__,
-        **_describe_one(runs[0]) if len(runs) == 1 else _describe_several(runs),
+        **(_describe_one(runs[0]) if len(runs) == 1 else {}),
     )
 
 
@@ -55,13 +55,9 @@ def _describe_one(run: Run) -> dict[str, Any]:
         "next_steps": sections.next_steps(run, verdict),
         "comparison": comparison_table(run),
         "samples": find_samples(run)[:20],
-        "update_map": sections.update_map(run),
-        "update_table": sections.update_table(run),
+        "update_charts": draw_charts([update_chart(run)]),
+        "updates": sections.update_table(run),
         "training": sections.training_facts(run),
-        "data": sections.data_table(run),
+        "starts": sections.starts_table(run),
         "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     }
-
-
-def _describe_several(runs: Sequence[Run]) -> dict[str, Any]:
-    return {"figures": figure_table(runs), "differences": sections.difference_table(runs)}

@@ -2,22 +2,13 @@
 
 import csv
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import (
-    CHECKPOINTS,
-    EVALUATION,
-    MANIFEST,
-    METRICS,
-    lock_folder,
-    read_json_object,
-    write_whole,
-)
+from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
 from qlora_lightning.support.versions import PEAK_NAMES
 
 MEMORY = tuple(PEAK_NAMES.values())
@@ -33,11 +24,11 @@ class Run:
 
     folder: Path  # as the user typed it
     name: str  # distinguishes the run from the others of a report
-    status: str  # finished, stopped (by a signal), failed, running, killed (nothing wrote its end)
+    status: str  # finished, stopped (by a signal), failed, running (or killed: nothing wrote its end)
     manifest: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # as the fit wrote it, not `evaluate`
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -48,24 +39,16 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
-    is_killed = manifest["status"] == "running" and not _is_training(folder)
+    evaluation = _read_json(folder / EVALUATION)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status="killed" if is_killed else manifest["status"],
+        status=manifest["status"],
         manifest=manifest,
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
-        evaluation=_read_json(folder / EVALUATION),
+        evaluation={} if "adapters" in evaluation else evaluation,
     )
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several run folders, named by their last part if that tells them apart, else as they were typed."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -104,16 +87,3 @@ def read_metrics(file: Path) -> dict[str, Points]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     return read_json_object(file, "Move it away to make the report without it.") if file.is_file() else {}
-
-
-def _is_training(folder: Path) -> bool:
-    """Whether a process holds the lock that ``fit`` takes on the folder of its checkpoints."""
-    if not (folder / CHECKPOINTS).is_dir():
-        return False
-    try:
-        descriptor = lock_folder(folder / CHECKPOINTS, shared=True)
-    except BlockingIOError:
-        return True
-    if descriptor is not None:
-        os.close(descriptor)
-    return False

@@ -2,8 +2,8 @@
 
 import shlex
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import yaml
@@ -21,15 +21,6 @@ _SETTINGS = (
     *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch"),
     *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
 )
-_COUNTS = {  # of a split's rows: heading → key of the manifest
-    "samples": "samples",
-    "tokens": "tokens",
-    "labelled tokens": "labelled",
-    "samples cut to max_length": "shortened",
-    "labelled tokens cut away": "lost_labels",
-    "rows equal to an earlier one": "duplicates",
-    "rows that are trained on too, so that the loss is too good": "overlap",
-}
 
 
 def describe_run(run: Run) -> str:
@@ -52,9 +43,9 @@ def headline(run: Run) -> Facts:
         if metric in comparison.metrics:
             base, adapter, _ = (side.value for side in comparison.metrics[metric])
             form = ".3f" if metric == "loss" else ".0%"
-            words = f"{comparison.split} loss" if metric == "loss" else describe_metric(metric)
+            words = "validation loss" if metric == "loss" else describe_metric(metric)
             shown.append((f"{base:{form}} → {adapter:{form}}", f"{words}, base\u00a0→\u00a0adapter"))
-    if "val_loss" in figures and (comparison.split == "test" or not shown):
+    if "val_loss" in figures and not shown:
         shown.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
     planned = (run.manifest.get("progress") or {}).get("planned_steps")
     for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
@@ -73,11 +64,10 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
             return []
         lower = max(rate for _, rate in rates) / 3
         return [("start again with a lower learning rate", f"{again} --model.learning_rate {lower:.1g}")]
-    if run.status in ("stopped", "failed", "killed") and command.startswith("qlora-lightning fit"):
-        words = [word for word in shlex.split(command) if not word.startswith("--ckpt_path=")]
-        if "--ckpt_path" in words:
-            del words[words.index("--ckpt_path") : words.index("--ckpt_path") + 2]
-        return [("resume it, from the same working folder", shlex.join([*words, "--ckpt_path", "last"]))]
+    if run.status != "finished" and command.startswith("qlora-lightning fit"):
+        again = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
+        what = "resume it" if run.status != "running" else "resume it if it was killed"
+        return [(f"{what}, from the same working folder", again)]
     if run.status != "finished":
         return []
     steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
@@ -100,14 +90,15 @@ def training_facts(run: Run) -> Facts:
     flat = {**flatten(run.config), **flatten(applied, "data.")}
     counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
     trained = [f"{progress[name]:,} {words}" for words, name in counts.items() if progress.get(name) is not None]
-    values = {name.removesuffix(".enabled").rpartition(".")[2]: flat.get(name) for name in _SETTINGS}
-    settings = [f"{name} {format_setting(value)}" for name, value in values.items() if value not in (None, -1)]
+    base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
+    trainable, total = parameters.get("trainable", 0), parameters.get("all", 0)
     facts = [
-        ("base", _describe_base(manifest.get("base") or {}, flat)),
-        ("adapter", _describe_adapter(run)),
+        ("base", _list_settings(base, ("base", "revision", "quantization", "double_quant", "compute_dtype"))),
+        ("adapter", _list_settings(adapter, ("rank", "alpha", "dropout", "target_modules"))),
+        ("parameters", total and f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
         ("continued from", flat.get("model.adapter")),
         *((split, format_setting(file)) for split, file in _files(run).items()),
-        ("settings", ", ".join(settings)),
+        ("settings", _list_settings(flat, _SETTINGS)),
         ("trained", ", ".join(trained)),
         ("stopped early", manifest.get("stopped_early")),
         ("best checkpoint", best and f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"),
@@ -115,60 +106,18 @@ def training_facts(run: Run) -> Facts:
     return [(heading, text) for heading, text in facts if text]
 
 
-def _describe_base(base: Mapping[str, Any], flat: Mapping[str, Any]) -> str:
-    name, revision, quantization = (
-        base.get(key) or flat.get(f"model.{key}") for key in ("base", "revision", "quantization")
-    )
-    if not name:
-        return ""
-    double = " with double quantization" if base.get("double_quant") and quantization in ("nf4", "fp4") else ""
-    dtype = f", computed in {base['compute_dtype']}" if base.get("compute_dtype") else ""
-    return f"{name}{f' at {revision}' if revision else ''}, {quantization}{double}{dtype}"
+def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    shown = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in shown.items() if value not in (None, -1))
 
 
-def _describe_adapter(run: Run) -> str:
-    adapter = run.manifest.get("adapter") or {}
-    parts = [f"{name} {adapter[name]}" for name in ("rank", "alpha", "dropout") if adapter.get(name) is not None]
-    if adapter.get("target_modules"):
-        parts.append(f"on {', '.join(adapter['target_modules'])} of {len(adapter.get('layers') or [])} layers")
-    parameters = run.manifest.get("parameters") or {}
-    trainable, total = parameters.get("trainable"), parameters.get("all")
-    share = f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})" if trainable and total else ""
-    return ": ".join(filter(None, [", ".join(parts), share]))
-
-
-def data_table(run: Run) -> PageTable:
-    """Return what became of the rows of each split, and why some were left out."""
-    splits: Mapping[str, Any] = (run.manifest.get("data") or {}).get("splits") or {}
-    reports = list(splits.values())
-    reasons = dict.fromkeys(reason for report in reports for reason in report.get("dropped") or {})
-    counts = {
-        "rows read": [report["rows"] for report in reports],
-        "− bad rows": [report["bad_rows"] for report in reports],
-        **{f"− {reason}": [(report.get("dropped") or {}).get(reason, 0) for report in reports] for reason in reasons},
-        **{heading: [report[key] for report in reports] for heading, key in _COUNTS.items()},
-    }
-    rows = [(heading, [(f"{count:,}", "") for count in found]) for heading, found in counts.items() if any(found)]
-    files = [textwrap.shorten(", ".join(report.get("files") or []), 200, placeholder=" …") for report in reports]
-    if any(files):
-        rows.insert(0, ("read from", [(names, "") for names in files]))
-    return ["", *splits], rows
-
-
-def update_map(run: Run) -> tuple[list[int], list[tuple[str, list[tuple[float, str]]]]]:
-    """Return the decoder layers, and for each kind of module a cell per layer: opacity and ‖ΔW‖/‖W‖ in words."""
-    ratios = {
-        kind: {update["layer"]: update["ratio"] for update in own if update["layer"] is not None}
-        for kind, own in (run.manifest.get("adapter_updates") or {}).items()
-    }
-    layers = sorted({layer for own in ratios.values() for layer in own})
-    largest = max((ratio for own in ratios.values() for ratio in own.values()), default=0.0) or 1.0
-
-    def cell(kind: str, layer: int) -> tuple[float, str]:
-        ratio = ratios[kind].get(layer)
-        return (0.0, "") if ratio is None else (round(ratio / largest, 2), f"{kind} of layer {layer}: {ratio:.2%}")
-
-    return layers, [(kind, [cell(kind, layer) for layer in layers]) for kind in ratios]
+def starts_table(run: Run) -> PageTable:
+    """Return when a run that was resumed was started, and how each of its attempts ended."""
+    rows = []
+    for each in run.manifest.get("lives") or []:
+        steps, took = f"{each['from_step']:,} to {each['to_step']:,}", timedelta(seconds=round(each["seconds"]))
+        rows.append([each["started"].replace("T", " "), steps, str(took), each.get("error") or each["status"]])
+    return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
 
 
 def update_table(run: Run) -> PageTable:
@@ -180,15 +129,14 @@ def update_table(run: Run) -> PageTable:
         ratio, used, rank = (
             statistics.median(update[name] for update in own) for name in ("ratio", "effective_rank", "rank")
         )
-        cells = [f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"]
-        rows.append((kind, [(cell, "") for cell in cells]))
+        rows.append([kind, f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"])
     return ["", "‖ΔW‖/‖W‖, median", "largest", "effective rank, median"], rows
 
 
 def difference_table(runs: Sequence[Run]) -> PageTable:
     """Return the settings in which runs differ."""
     differences = find_differences([run.config for run in runs])
-    rows = [(name, [(format_setting(value), "") for value in values]) for name, values in differences.items()]
+    rows = [[name, *map(format_setting, values)] for name, values in differences.items()]
     return ["", *(run.name for run in runs)], rows
 
 

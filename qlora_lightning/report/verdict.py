@@ -4,7 +4,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.evaluation.intervals import format_interval
+from qlora_lightning.evaluation.scores import describe_metric, is_share
 from qlora_lightning.report.figures import BaseComparison, read_comparison
 from qlora_lightning.report.run_files import Run
 
@@ -30,8 +31,7 @@ def judge(run: Run) -> Verdict:
     if steps < _FEWEST_STEPS:
         return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_FEWEST_STEPS}."])
     comparison = read_comparison(run)
-    has_base = comparison.split == "validation" and "loss" in comparison.metrics
-    base = comparison.metrics["loss"].base.value if has_base else math.nan
+    base = comparison.metrics["loss"].base.value if "loss" in comparison.metrics else math.nan
     against, compared = _against_base(comparison)
     why = _divergence(run, base)
     if why:
@@ -90,15 +90,12 @@ def _against_base(comparison: BaseComparison) -> tuple[str, list[str]]:
     if metric not in comparison.metrics or math.isnan(comparison.metrics[metric].difference.value):
         return "", []
     difference = comparison.metrics[metric].difference
-    digits, factor, unit = (3, 1, "") if metric == "loss" else (1, 100, " points")
-    factor = -factor if difference.value < 0 else factor
-    amount, *reach = (f"{factor * value:.{digits}f}".replace("-", "−") for value in difference)
-    low, high = reach if factor > 0 else reversed(reach)
-    interval = "" if math.isnan(difference.low) else f" (95 % interval {low} to {high})"
-    direction = "lower" if factor < 0 else "higher"
-    better = "better" if (direction == "lower") == (metric == "loss") else "worse"
+    text = format_interval(difference, is_share(metric), "+", 3).replace("-", "−")
+    unit = " points" if is_share(metric) else ""
+    reach = "" if math.isnan(difference.low) else " (95 % interval)"
+    better = "better" if (difference.value < 0) == (metric == "loss") else "worse"
     verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
     return verdict, [
-        f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {amount}{unit} "
-        f"{direction}{interval} on {comparison.rows}."
+        f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {text}{unit}{reach} "
+        f"on {comparison.rows}."
     ]

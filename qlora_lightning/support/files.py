@@ -94,7 +94,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
 
     Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) has no such locks.
@@ -108,7 +108,7 @@ def lock_folder(folder: Path, *, shared: bool = False) -> int | None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):

@@ -68,7 +68,7 @@ NAN = float("nan")
     ("scores", "options", "kept"),
     [
         ((2.0, 4.0, 1.0, 3.0), {"mode": "min", "save_top_k": 2}, [6, 2]),
-        ((2.0, 4.0, 1.0, 3.0), {"mode": "max", "save_top_k": 0}, [4]),
+        ((2.0, 4.0, 1.0, 3.0), {"mode": "max"}, [4]),
         ((NAN, 4.0, NAN, 5.0), {"mode": "min", "save_top_k": 2}, [4, 8]),  # NaN is never the best
     ],
 )
@@ -83,7 +83,7 @@ def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(fit, scored, tmp_
     fit(checkpoint, Remember(), module=scored(*scores), limit_val_batches=1, val_check_interval=2)
     run, best = tmp_path / "run", [name for _, name in checkpoint.best]
     assert best == [f"step-{step:06d}.ckpt" for step in kept]
-    assert checkpoint_names(run) == ["last.ckpt", *(sorted(best) if options["save_top_k"] else [])]
+    assert checkpoint_names(run) == ["last.ckpt", *sorted(best)]
     for name in checkpoint_names(run):
         content = read_checkpoint(run, name)
         assert same(content["state_dict"], saved[content["global_step"]])
@@ -111,12 +111,10 @@ def test_it_saves_once_however_much_is_due_and_never_before_a_validation_that_fo
     assert diary.text() == expected
 
 
-@pytest.mark.parametrize("sanity", [0, 1])
-def test_a_monitor_that_is_never_logged_is_rejected_before_training_or_at_the_first_validation(fit, sanity):
-    with pytest.raises(UserError, match=r"'val_los'.* it logs val_loss, val_perplexity, val_token_accuracy\.") as error:
-        fit(diary := Diary(), AdapterCheckpoint(4, "val_los", mode="min"), num_sanity_val_steps=sanity)
-    assert ("num_sanity_val_steps" in str(error.value)) == bool(sanity)
-    assert diary.entries[:1] == ([("validation", 0)] if sanity else [("save", 4)])
+def test_a_monitor_that_is_never_logged_is_rejected_at_the_first_validation(fit):
+    with pytest.raises(UserError, match=r"'val_los'.* logs val_loss, val_perplexity, val_token_accuracy\."):
+        fit(diary := Diary(), AdapterCheckpoint(4, "val_los", mode="min"))
+    assert diary.entries[:1] == [("save", 4)]
 
 
 SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}

@@ -65,7 +65,6 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert found["data"]["hashes"]["train"] == trainer.datamodule.identity["train"]
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # one may say +cu132
     assert found["device"]["kind"] == "cpu"
-    assert found["peak_memory_gib"]["peak_rss_gib"] > 0.1
     assert (progress["steps"], progress["planned_steps"]) == (2, 2)
     assert 0 < progress["labelled_tokens"] < progress["tokens"]
     assert progress["seconds"] == found["lives"][0]["seconds"] > 0
@@ -79,7 +78,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert "RunReport" not in checkpoint["callbacks"]
     page = (run / "report.html").read_text()
     assert all(words in page for words in ("token accuracy", "Count to"))
-    assert page.count("<figure") == 5
+    assert page.count("<figure") == 6
     out = capsys.readouterr().out
     assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in out
     assert f"Report: {run / 'report.html'}" in out
@@ -95,7 +94,6 @@ def test_a_run_that_diverged_says_so_everywhere(fit, manifest, make_module, tmp_
     found = manifest()
     (sentence,) = found["verdict"]["sentences"]
     assert found["verdict"]["kind"] == "diverged"
-    assert sentence in [warning["text"] for warning in found["warnings"]]
     assert sentence in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
     assert sentence in page

@@ -45,7 +45,7 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     out = capsys.readouterr().out
     assert out.rstrip().endswith("Page: comparison.html")
     assert rows_of(out)[:3] == [
-        *[["run", "one", "two"], ["status", "finished", "killed"], ["validation loss", "0.4500", "0.2500"]]
+        *[["run", "runs/one", "runs/two"], ["status", "finished", "running"], ["validation loss", "0.4500", "0.2500"]]
     ]
     assert not (tmp_path / "runs/one/report.html").exists()
     found = json.loads((tmp_path / "both.json").read_text())

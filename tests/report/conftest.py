@@ -13,10 +13,6 @@ CONFIG = {
     "data": {"train": "rows.jsonl", "val": "val.jsonl", "batch_size": 4},
     "trainer": {"default_root_dir": "runs/a", "max_epochs": 1, "gradient_clip_val": 1.0},
 }
-_SPLIT = {
-    **{"rows": 12, "samples": 9, "tokens": 400, "labelled": 100, "shortened": 2, "lost_labels": 5},
-    **{"dropped": {"empty answer": 2}, "bad_rows": 1, "duplicates": 0, "overlap": 0},
-}
 MANIFEST = {
     **{"status": "finished", "error": None, "seed": 42, "python": "3.11.9", "platform": "Linux"},
     "base": {"base": "package:tiny", "fingerprint": "ab" * 32, "quantization": "nf4", "double_quant": True},
@@ -24,7 +20,8 @@ MANIFEST = {
     "parameters": {"trainable": 1000, "all": 50_000},
     "data": {
         "files": {"train": "rows.jsonl", "val": "val.jsonl"},
-        "splits": {"train": _SPLIT},
+        "splits": {"train": {"rows": 12}},
+        "description": "train: 12 rows, 400 tokens\n  2 rows dropped: empty answer",
         "hashes": {"train": "cd" * 32, "val": "ef" * 32},
     },
     "device": {
@@ -36,7 +33,6 @@ MANIFEST = {
     "command": "qlora-lightning fit --config a.yaml",
     "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
     "progress": {"steps": 20, "planned_steps": 40, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},
-    "peak_memory_gib": {"peak_rss_gib": 1.5},
     "best": {"monitor": "val_loss", "value": 0.5, "checkpoint": "step-000020.ckpt"},
     "adapter_updates": {
         "q_proj": [
@@ -49,7 +45,6 @@ MANIFEST = {
         {"started": "2026-11-25T10:00:00+00:00", "seconds": 30.0, "from_step": 0, "to_step": 8, "status": "stopped"},
         {"started": "2026-11-25T11:00:00+00:00", "seconds": 60.0, "from_step": 8, "to_step": 20, "status": "finished"},
     ],
-    "warnings": [{"text": "UserWarning: slow", "count": 3}],
 }
 EVALUATION = {
     "rows": 1,

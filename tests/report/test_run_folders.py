@@ -1,25 +1,9 @@
 """Any run folder is read: whole, half, still training; a damaged one is rejected by name."""
 
-import fcntl
-import os
-
 import pytest
 
 from qlora_lightning.report.run_files import read_metrics, read_run
 from qlora_lightning.support.errors import UserError
-
-
-def test_a_locked_folder_is_of_a_run_that_is_training(make_run):
-    folder = make_run(status="running")
-    (folder / "checkpoints").mkdir()
-    assert read_run(folder).status == "killed"
-    descriptor = os.open(folder / "checkpoints", os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # reading left no lock behind
-        assert read_run(folder).status == "running"
-    finally:
-        os.close(descriptor)
-    assert read_run(folder).status == "killed"
 
 
 def test_what_is_no_run_is_rejected(make_run, tmp_path):

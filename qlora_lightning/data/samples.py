@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qlora_lightning.data.chat.labels import IGNORED
 from qlora_lightning.support.errors import UserError
@@ -20,17 +19,8 @@ from qlora_lightning.support.errors import UserError
 _SHOWN = 20
 
 
-class Sample(NamedTuple):
-    """One conversation or piece of text."""
-
-    ids: torch.Tensor  # (length,) int32
-    labels: torch.Tensor  # aligned with ids, -100 where nothing is trained, as the first always; (length,) int32
-    row_id: int
-    source: int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SampleSet(Sequence[Sample]):
+@dataclass(frozen=True, eq=False)
+class SampleSet:
     """N samples with T tokens in all; none is empty, and pieces of one row follow each other."""
 
     ids: npt.NDArray[np.int32]  # (T,), sample after sample
@@ -115,19 +105,8 @@ class SampleSet(Sequence[Sample]):
         pairs = zip(begins.tolist(), middles, ends.tolist(), strict=True)
         return [span for begin, middle, end in pairs for span in (slice(begin, middle), slice(middle, end))]
 
-    def __repr__(self) -> str:
-        return f"SampleSet({len(self):,} samples, {len(self.ids):,} tokens)"
-
     def __len__(self) -> int:
         return len(self.starts) - 1
-
-    def __getitem__(self, n: int) -> Sample:  # type: ignore[override]  # no slices: `take` copies samples
-        at = range(len(self))[n]  # negative numbers count from the end, and beyond it is an IndexError
-        span = slice(self.starts[at], self.starts[at + 1])
-        ids = self.ids[span].copy()  # torch warns of an array that cannot be written to
-        labels = np.where(self.labelled[span], ids, np.int32(IGNORED))
-        row_id, source = int(self.row_ids[at]), int(self.source[at])
-        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), row_id, source)
 
 
 class SampleSetBuilder:

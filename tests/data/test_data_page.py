@@ -12,6 +12,7 @@ import yaml
 from qlora_lightning import InstructionDataModule, PreferenceDataModule
 from qlora_lightning.data.rows.formats import FORMATS
 from qlora_lightning.support.errors import UserError
+from tests.flat import unpack
 
 PAGE = (Path(__file__).parents[2] / "qlora_lightning" / "data" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+) ?(\S*)\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -52,8 +53,8 @@ def folder(tmp_path, monkeypatch):
 
 def trained(data, number):
     """The text of a sample, what is trained in brackets."""
-    ids, labels, *_ = data.samples["train"][number]
-    runs = groupby(zip(ids.tolist(), (labels != -100).tolist(), strict=True), lambda token: token[1])
+    sample = unpack(data.samples["train"])[number]
+    runs = groupby(zip(*sample, strict=True), lambda token: token[1] != -100)
     texts = [(labelled, data.tokenizer.decode([token for token, _ in run])) for labelled, run in runs]
     return "".join(f"⟦{text}⟧" if labelled else text for labelled, text in texts).strip()
 

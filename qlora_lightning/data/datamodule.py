@@ -16,7 +16,7 @@ from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, Prompt
 from qlora_lightning.data.cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_tokenizer, tokenizer_of_base
+from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer_of_base
 from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, divide, prepare
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
@@ -285,11 +285,11 @@ class InstructionDataModule(LightningDataModule):
             self._prompts = prompts or self._prompts
             return samples, report
 
-        if split == "predict" or not all(map(can_be_kept, sources)) or not sources or self._tokenizer_choice is None:
+        if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
             return make()
-        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
-        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "template_options", "missing", "pairs")}
-        samples, report = cached_samples(sources, {"tokenizer": tokenizer, **settings}, make)
+        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+        settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
+        samples, report = cached_samples(sources, settings, make)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 

@@ -17,7 +17,7 @@ from qlora_lightning.data.cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer_of_base
-from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, divide, prepare
+from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.conversation import Chat
@@ -278,12 +278,11 @@ class InstructionDataModule(LightningDataModule):
             self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
-            recipe = Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
-            for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
-            rows = self._rows_by_source(split, sources)
-            samples, report, prompts = prepare(rows, recipe, split, self.deduplicate, for_prompts, show)
-            self._prompts = prompts or self._prompts
-            return samples, report
+            options = (self.max_length, self.too_long, self.pairs, self.missing)
+            preparation = Preparation(self.renderer, split, *options)
+            prepared = preparation.prepare(self._rows_by_source(split, sources), self.deduplicate)
+            self._prompts = preparation.prompts or self._prompts
+            return prepared
 
         if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
             return make()

@@ -6,21 +6,21 @@ import fsspec
 import numpy as np
 import pytest
 
-from qlora_lightning.data import datamodule
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.prepare import Preparation
 from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
-    splits, prepare = [], datamodule.prepare
+    splits, prepare = [], Preparation.prepare
 
-    def record(rows, recipe, split, *settings):
-        splits.append(split)
-        return prepare(rows, recipe, split, *settings)
+    def record(self, *settings):
+        splits.append(self.split)
+        return prepare(self, *settings)
 
-    monkeypatch.setattr(datamodule, "prepare", record)
+    monkeypatch.setattr(Preparation, "prepare", record)
     return splits
 
 

@@ -27,10 +27,11 @@ Tools = list[dict[str, Any]] | None
 
 
 class Chat(NamedTuple):
-    """A conversation, and the schemas of the tools that may be called in it."""
+    """A conversation, the schemas of the tools that may be called in it, and perhaps a verdict on its last answer."""
 
     messages: Conversation
     tools: Tools = None
+    desirable: bool | None = None
 
 
 class Text(NamedTuple):
@@ -54,13 +55,6 @@ class Pair(NamedTuple):
 
     chosen: Chat
     rejected: Chat
-
-
-class Judged(NamedTuple):
-    """One answer, its conversation, with a verdict on it."""
-
-    chat: Chat
-    desirable: bool
 
 
 ROLES = ("system", "user", "assistant", "tool")

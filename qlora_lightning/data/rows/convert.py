@@ -9,7 +9,6 @@ from qlora_lightning.data.rows.conversation import (
     MEDIA,
     Chat,
     Content,
-    Judged,
     Pair,
     Text,
     Tokens,
@@ -76,7 +75,7 @@ class RowConverter:
                 "`format: text`, any other shape by a function, `format: package.module.function`."
             )
 
-    def convert(self, row: Row) -> Content | Pair | Judged:
+    def convert(self, row: Row) -> Content | Pair:
         """Convert one row.
 
         Raises:
@@ -96,7 +95,7 @@ class RowConverter:
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
         verdict = None if form is self._named else read_verdict(row.values)
-        if isinstance(content, tuple) and isinstance(content[-1], bool):  # of a function of the user's
+        if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
             content, verdict = content
         if verdict is not None:
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
@@ -146,7 +145,7 @@ class RowConverter:
         """Check a conversation, and put system prompt and tools beside it."""
         messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, Chat):
-            messages, tools = content
+            messages, tools = content.messages, content.tools
         if not isinstance(messages, list) or not messages:
             raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
         roles = self.settings.roles
@@ -170,7 +169,7 @@ def find_conversations(
         for row in rows:
             if number in numbers and isinstance(row, Row):
                 content = converter.convert(row)
-                chat = content[0] if isinstance(content, Pair | Judged) else content
+                chat = content[0] if isinstance(content, Pair) else content
                 if isinstance(chat, Chat):
                     found[number] = chat
             number += 1

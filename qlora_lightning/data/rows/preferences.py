@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat, Judged, is_answer
+from qlora_lightning.data.rows.conversation import Chat, is_answer
 from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
 
 _IDENTICAL = "'chosen' and 'rejected' are the same"
@@ -30,7 +30,7 @@ def read_verdict(values: Mapping[str, Any]) -> bool | None:
     return next(iter(found), None)
 
 
-def attach_verdict(chat: Chat, desirable: bool) -> Judged:
+def attach_verdict(chat: Chat, desirable: bool) -> Chat:
     """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
     roles = [message["role"] for message in chat.messages]
     last = max((at for at, role in enumerate(roles) if role == "assistant"), default=0)
@@ -38,7 +38,7 @@ def attach_verdict(chat: Chat, desirable: bool) -> Judged:
     for message in chat.messages[:asked]:
         if message["role"] == "assistant":
             message["train"] = False
-    return Judged(chat, desirable)
+    return chat._replace(desirable=desirable)
 
 
 def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, Any]:

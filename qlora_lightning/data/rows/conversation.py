@@ -70,10 +70,10 @@ _SPEAKERS = {
 _UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost without a word
 
 
-def is_answer(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
-    """Whether an assistant speaks, by a name that is known or in ``roles``."""
-    speaker = str(message.get("role", message.get("from")))
-    return roles.get(speaker, _SPEAKERS.get(speaker, speaker)) == "assistant"
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant speaks, by a name that is known."""
+    speaker = message.get("role", message.get("from"))
+    return speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant"
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:

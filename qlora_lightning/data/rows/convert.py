@@ -17,13 +17,7 @@ from qlora_lightning.data.rows.conversation import (
     read_message,
 )
 from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_format, recognise
-from qlora_lightning.data.rows.preferences import (
-    VERDICT_KEYS,
-    attach_verdict,
-    count_shared,
-    preference_format,
-    read_verdict,
-)
+from qlora_lightning.data.rows.preferences import PREFERENCE, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError, nearest
@@ -51,7 +45,7 @@ class RowConverter:
         self.unread_columns: list[str] = []
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
-            self._named = preference_format(settings.roles)
+            self._named = PREFERENCE
         if pairs and settings.format in FORMATS:
             raise UserError(
                 "format: expected auto or the dotted path of a function that returns two answers, "
@@ -101,13 +95,7 @@ class RowConverter:
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
-        chosen, rejected = (self._to_chat(each, row.values, form) for each in content)
-        if not form.is_ours:
-            shared = count_shared(chosen.messages, rejected.messages, {})
-            for message in (*chosen.messages[:shared], *rejected.messages[:shared]):
-                if message["role"] == "assistant":
-                    message["train"] = False
-        return Pair(chosen, rejected)
+        return pair_up(*(self._to_chat(each, row.values, form) for each in content))
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""

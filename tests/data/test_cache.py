@@ -99,7 +99,8 @@ def test_bad_rows_are_rejected_from_the_cache_too(setup, prepared, write):
     assert (data.reports["train"].rows, len(data.samples["train"])) == (2, 1)
 
 
-def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_path):
+def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     role = "{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['completion']}"
     Path("converting.py").write_text(f"def convert(row):\n    return [{role}]\n")
     with fsspec.open("memory://rows.jsonl", "wb") as file:

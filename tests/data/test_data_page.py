@@ -41,6 +41,7 @@ def row_of(cell):
 def folder(tmp_path, monkeypatch):
     """A folder with every file that the page shows."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as the command does
     before = set(sys.modules)
     for _, name, text in BLOCKS:
         if name:

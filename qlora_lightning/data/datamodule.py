@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,8 @@ from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.conversation import Chat
-from qlora_lightning.data.rows.convert import find_conversations
+from qlora_lightning.data.rows.conversation import Chat, Pair
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.samples import SampleSet
@@ -300,10 +301,19 @@ class InstructionDataModule(LightningDataModule):
         return [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
-        """Read rows of a split again, as conversations by their number; a row of raw text or tokens is left out."""
+        """Read rows of a split again, as conversations by their number; of a pair the chosen one, of texts none."""
         if split == "val" and self.val_fraction is not None:
             split = "train"
-        return find_conversations(self._rows_by_source(split, self.sources(split)), numbers, self.pairs)
+        found, counting = dict[int, Chat](), count()
+        for settings, rows in self._rows_by_source(split, self.sources(split)):
+            converter = RowConverter(settings, pairs=self.pairs)
+            for row, number in zip(rows, counting, strict=False):
+                if number in numbers and isinstance(row, Row):
+                    content = converter.convert(row)
+                    chat = content.chosen if isinstance(content, Pair) else content
+                    if isinstance(chat, Chat):
+                        found[number] = chat
+        return found
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template."""

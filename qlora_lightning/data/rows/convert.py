@@ -1,10 +1,10 @@
 """From a row to what it holds: columns renamed, its format recognised, its messages checked."""
 
 import reprlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, read_string
 from qlora_lightning.data.rows.conversation import (
     MEDIA,
     Chat,
@@ -145,23 +145,6 @@ class RowConverter:
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return Chat(conversation, find_tools(tools))
-
-
-def find_conversations(
-    sources: Iterable[tuple[RowSettings, Iterable[Row | BadRow]]], numbers: Collection[int], pairs: bool
-) -> dict[int, Chat]:
-    """Return the conversations of some rows by their number: of a pair the chosen one, of texts and tokens none."""
-    found, number = dict[int, Chat](), 0
-    for settings, rows in sources:
-        converter = RowConverter(settings, pairs=pairs)
-        for row in rows:
-            if number in numbers and isinstance(row, Row):
-                content = converter.convert(row)
-                chat = content[0] if isinstance(content, Pair) else content
-                if isinstance(chat, Chat):
-                    found[number] = chat
-            number += 1
-    return found
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:

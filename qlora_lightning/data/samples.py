@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -79,22 +79,14 @@ class SampleSet:
     def take(self, indices: Sequence[int] | npt.NDArray[Any]) -> "SampleSet":
         """Return the samples of these numbers, copied, in this order; a number may occur twice."""
         chosen = np.asarray(indices, dtype=np.int64)
-        starts = np.zeros(len(chosen) + 1, dtype=np.int64)
-        np.cumsum(self.lengths[chosen], out=starts[1:])
-        begins, ends = self.starts[chosen].tolist(), self.starts[chosen + 1].tolist()
-        spans = [slice(0, 0), *map(slice, begins, ends)]
-        return SampleSet(
-            np.concatenate([self.ids[span] for span in spans]),
-            np.concatenate([self.labelled[span] for span in spans]),
-            starts,
-            self.row_ids[chosen],
-            self.source[chosen],
-            self.file[chosen],
-            self.line[chosen],
-            self.files,
-            None if self.first is None else self.first[chosen],
-            None if self.desirable is None else self.desirable[chosen],
-        )
+        spans = [slice(0, 0), *map(slice, self.starts[chosen].tolist(), self.starts[chosen + 1].tolist())]
+        arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[chosen])])}
+        for name in ("ids", "labelled"):
+            arrays[name] = np.concatenate([getattr(self, name)[span] for span in spans])
+        for name in ("row_ids", "source", "file", "line", "first", "desirable"):
+            values = getattr(self, name)
+            arrays[name] = None if values is None else values[chosen]
+        return replace(self, **arrays)
 
     def spans(self, rows: Sequence[int]) -> list[slice]:
         """Return where the tokens of some samples are; of preferences, those of each answer."""

@@ -23,7 +23,7 @@ from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 # keys of evaluation.json and predictions.jsonl, beside which adapters have names
 _RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source")
-_RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
+_RENDERING = ("system", "train_on", "max_length", "too_long")  # of the training, which other rows share
 # what counts of a config that nobody has typed
 _KEYS = {
     "model": (
@@ -33,7 +33,7 @@ _KEYS = {
     ),
     "data": (
         *("class_path", "train", "val", "test", "val_fraction", "format", "columns", "roles", "system", "encoding"),
-        *("chat_template", "template_options", "reasoning", "train_on", "max_length", "too_long", "on_bad_row"),
+        *("chat_template", "template_options", "train_on", "max_length", "too_long", "on_bad_row"),
         *("missing", "deduplicate", "batch_size", "tokens_per_batch", "shuffle", "tokenizer"),
     ),
     "evaluation": ("rows", "max_new_tokens", "scores", "batch_size", "samples", "general", "general_rows"),

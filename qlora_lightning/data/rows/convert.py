@@ -20,7 +20,7 @@ from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_
 from qlora_lightning.data.rows.preferences import PREFERENCE, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError
 
 
 class RowConverter:
@@ -53,13 +53,7 @@ class RowConverter:
             )
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
-        columns = self.settings.columns
-        found = list(dict.fromkeys(name for row in rows for name in row.values))
-        for theirs, ours in columns.items():  # a misspelt name; those of other sources pass
-            near = nearest(theirs, [name for name in found if name not in columns])
-            if near and theirs not in found and ours not in found:
-                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}")
+        """Raise a UserError if no format fits the first rows of the source."""
         renamed = [self._rename(row) for row in rows]
         if rows and not any(map(self._find_format, renamed)):
             wanted = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)

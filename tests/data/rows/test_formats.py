@@ -83,7 +83,6 @@ ROWS = [  # row, what it becomes, settings
     # columns and formats
     ({"q": "u", "a": "a", "input": "no"}, [U, A], {"columns": {"q": "instruction", "a": "output", "input": None}}),
     ({"question": "a", "answer": "u"}, [U, A], {"columns": {"question": "answer", "answer": "question"}}),
-    ({"question": "u", "answer": "a"}, "Did you mean 'question'", {"columns": {"qestion": "prompt"}}),
     ({"question": "u", "answer": "a"}, "two of question, answer the same name", {"columns": {"question": "answer"}}),
     ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
     ({"instuction": "a", "output": "b"}, "Map other names with `columns: {their name: our name}`", {}),

@@ -16,7 +16,7 @@ from qlora_lightning.data.rows.conversation import (
     find_tools,
     read_message,
 )
-from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_format, recognise
+from qlora_lightning.data.rows.formats import RECOGNISED, Format, find_format, recognise
 from qlora_lightning.data.rows.preferences import PREFERENCE, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
@@ -46,11 +46,6 @@ class RowConverter:
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
             self._named = PREFERENCE
-        if pairs and settings.format in FORMATS:
-            raise UserError(
-                "format: expected auto or the dotted path of a function that returns two answers, "
-                f"found {settings.format!r}."
-            )
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise a UserError if no format fits the first rows of the source."""
@@ -82,7 +77,7 @@ class RowConverter:
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
-        verdict = None if form is self._named else read_verdict(row.values)
+        verdict = read_verdict(row.values) if form.is_ours and form is not PREFERENCE else None
         if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
             content, verdict = content
         if verdict is not None:

@@ -105,11 +105,9 @@ class SampleSetBuilder:
     """Gathers samples, and makes one ``SampleSet`` of them."""
 
     def __init__(self) -> None:
-        self._ids, self._labelled = array("i"), bytearray()
-        self._starts, self._row_ids, self._source = array("q", [0]), array("q"), array("i")
-        self._file, self._line, self._first = array("i"), array("q"), array("q")
+        self._ids, self._labelled, self._desirable = array("i"), bytearray(), bytearray()
+        self._starts, self._rows = array("q", [0]), array("q")  # of each row five numbers
         self._files: dict[str, int] = {}
-        self._desirable = bytearray()
 
     def add(
         self,
@@ -133,21 +131,17 @@ class SampleSetBuilder:
         self._ids.extend(ids)
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
-        self._row_ids.append(row_id)
-        self._source.append(source)
-        self._file.append(-1 if file is None else self._files.setdefault(file, len(self._files)))
-        self._line.append(line)
-        self._first.append(first)
+        number = -1 if file is None else self._files.setdefault(file, len(self._files))
+        self._rows.extend((row_id, source, number, line, first))
         if desirable is not None:
             self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
-        """Return all that was added, without copying it; the builder is used up."""
-        ids, file, source = (np.frombuffer(each, np.int32) for each in (self._ids, self._file, self._source))
-        starts, row_ids, line, first = (
-            np.frombuffer(each, np.int64) for each in (self._starts, self._row_ids, self._line, self._first)
-        )
-        labelled, first_ids = np.frombuffer(self._labelled, np.bool_), first if first.any() else None
+        """Return all that was added; the builder is used up."""
+        ids, starts = np.frombuffer(self._ids, np.int32), np.frombuffer(self._starts, np.int64)
+        row_ids, sources, files, line, first = np.frombuffer(self._rows, np.int64).reshape(-1, 5).T.copy()
+        source, file, first_ids = sources.astype(np.int32), files.astype(np.int32), first if first.any() else None
+        labelled = np.frombuffer(self._labelled, np.bool_)
         desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
         return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids, desirable)
 

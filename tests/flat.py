@@ -1,9 +1,12 @@
 """Samples and flat batches of plain lists, and the samples of one row."""
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
+from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Content
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
@@ -19,6 +22,13 @@ def gather(*rows: tuple[Any, ...]) -> SampleSet:
 def collate(*rows: tuple[Any, ...]) -> Batch:
     """Lay samples, as ``gather`` takes them, end to end."""
     return collate_rows(gather(*rows), range(len(rows)))
+
+
+def unpack(samples: SampleSet) -> list[Rendered]:
+    """Return ids and labels of each sample."""
+    labels = np.where(samples.labelled, samples.ids, IGNORED)
+    spans = [slice(*span) for span in pairwise(samples.starts.tolist())]
+    return [Rendered(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]
 
 
 def render(renderer: ChatRenderer, content: Content) -> list[Rendered]:

@@ -106,6 +106,7 @@ QWEN3 = str(Path(__file__).parent / "data" / "model_templates" / "qwen3.jinja") 
 @pytest.mark.parametrize("template", ["chatml", QWEN3], ids=["chatml", "qwen3"])
 def test_a_function_gives_the_same_pair_as_a_row(tmp_path, smollm2_folder, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_pairs.py").write_text("def read(row):\n    return row['good'], row['bad']\n")
     one, other = ASKED_ON + GOOD, ASKED_ON + BAD
     implicit = make_data(tmp_path, smollm2_folder, [{"chosen": one, "rejected": other}], chat_template=template)
@@ -250,6 +251,7 @@ def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(t
     assert (int((batch["labels"] >= 0).sum()), batch["desirable"].tolist()) == (3, [True])  # Hello . <|im_end|>
     assert "pairs" not in batch
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_verdicts.py").write_text("def read(row):\n    return row['turns'], row['stars'] > 3\n")
     rows = [{"turns": ASKED + GOOD + ASKED + BAD, "stars": stars} for stars in (2, 5)]
     data = make_data(tmp_path, smollm2_folder, rows, format="my_verdicts.read")

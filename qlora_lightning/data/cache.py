@@ -12,7 +12,6 @@ import transformers
 
 import qlora_lightning
 from qlora_lightning.base.cache import cached_folder
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer
 from qlora_lightning.data.prepare import Prepared
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.readers import hash_source
@@ -27,7 +26,8 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
     found: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
     if found:
         found["samples"] = {split: len(samples[split]) for split in found}
-    found["tokenizer"] = hash_tokenizer(tokenizer, with_template=False)
+    parts = [None, tokenizer.backend_tokenizer.to_str(), None, tokenizer.special_tokens_map]  # as checkpoints have it
+    found["tokenizer"] = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     template = tokenizer.chat_template  # a text, or several by name
     if template is not None:
         text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,19 +17,19 @@ from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, Prompt
 from qlora_lightning.data.cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import hash_tokenizer, load_chosen_tokenizer, tokenizer_of_base
-from qlora_lightning.data.prepare import Prepared, Prompt, Recipe, Sources, divide, prepare
+from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer_of_base
+from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.conversation import Chat
-from qlora_lightning.data.rows.convert import find_conversations
+from qlora_lightning.data.rows.conversation import Chat, Pair
+from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-_SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
+_SAMPLE_SETTINGS = ("train_on", "max_length", "too_long", "deduplicate")
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers; one that it lacks had its default.
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
@@ -57,7 +58,6 @@ class InstructionDataModule(LightningDataModule):
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
-        reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
@@ -90,7 +90,6 @@ class InstructionDataModule(LightningDataModule):
         encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
-        reasoning: Literal["template", "drop"] = "template",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
@@ -109,8 +108,7 @@ class InstructionDataModule(LightningDataModule):
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row, self.missing = encoding, on_bad_row, missing or []
         self.chat_template, self.template_options = chat_template, template_options or {}
-        self.reasoning, self.train_on = reasoning, train_on
-        self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
+        self.train_on, self.max_length, self.too_long, self.deduplicate = train_on, max_length, too_long, deduplicate
         self.batch_size, self.tokens_per_batch, self.shuffle = batch_size, tokens_per_batch, shuffle
         self.val_fraction, self.accept_changed_data = val_fraction, accept_changed_data
         self._check_settings()
@@ -131,7 +129,6 @@ class InstructionDataModule(LightningDataModule):
     def _check_settings(self) -> None:
         for name, known in (
             ("train_on", ("assistant", "last", "all")),
-            ("reasoning", ("template", "drop")),
             ("too_long", ("truncate", "drop", "split")),
         ):
             if getattr(self, name) not in known:
@@ -164,7 +161,7 @@ class InstructionDataModule(LightningDataModule):
     def renderer(self) -> ChatRenderer:
         """Renders conversations and prompts with the tokenizer and the settings of this data module."""
         if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, reasoning=self.reasoning)
+            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on)
         return self._renderer
 
     @property
@@ -278,18 +275,17 @@ class InstructionDataModule(LightningDataModule):
             self._shares = [source.weight or 0.0 for source in sources]
 
         def make() -> Prepared:
-            recipe = Recipe(self.renderer, self.max_length, self.too_long, self.pairs, tuple(self.missing))
-            for_prompts, show = split == "predict", self._rank_and_world_size()[0] == 0
-            rows = self._rows_by_source(split, sources)
-            samples, report, prompts = prepare(rows, recipe, split, self.deduplicate, for_prompts, show)
-            self._prompts = prompts or self._prompts
-            return samples, report
+            options = (self.max_length, self.too_long, self.pairs, self.missing)
+            preparation = Preparation(self.renderer, split, *options)
+            prepared = preparation.prepare(self._rows_by_source(split, sources), self.deduplicate)
+            self._prompts = preparation.prompts or self._prompts
+            return prepared
 
-        if split == "predict" or not all(map(can_be_kept, sources)) or not sources or self._tokenizer_choice is None:
+        if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
             return make()
-        tokenizer = hash_tokenizer(self._tokenizer_choice, self.chat_template)
-        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "template_options", "missing", "pairs")}
-        samples, report = cached_samples(sources, {"tokenizer": tokenizer, **settings}, make)
+        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+        settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
+        samples, report = cached_samples(sources, settings, make)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 
@@ -301,14 +297,23 @@ class InstructionDataModule(LightningDataModule):
         return [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
-        """Read rows of a split again, as conversations by their number; a row of raw text or tokens is left out."""
+        """Read rows of a split again, as conversations by their number; of a pair the chosen one, of texts none."""
         if split == "val" and self.val_fraction is not None:
             split = "train"
-        return find_conversations(self._rows_by_source(split, self.sources(split)), numbers, self.pairs)
+        found, counting = dict[int, Chat](), count()
+        for settings, rows in self._rows_by_source(split, self.sources(split)):
+            converter = RowConverter(settings, pairs=self.pairs)
+            for row, number in zip(rows, counting, strict=False):
+                if number in numbers and isinstance(row, Row):
+                    content = converter.convert(row)
+                    chat = content.chosen if isinstance(content, Pair) else content
+                    if isinstance(chat, Chat):
+                        found[number] = chat
+        return found
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template."""
-        names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
+        names = ("encoding", "chat_template", "template_options", "max_length")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self._tokenizer_choice, **options)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qlora_lightning.data.chat.labels import IGNORED
 from qlora_lightning.support.errors import UserError
@@ -20,17 +19,8 @@ from qlora_lightning.support.errors import UserError
 _SHOWN = 20
 
 
-class Sample(NamedTuple):
-    """One conversation or piece of text."""
-
-    ids: torch.Tensor  # (length,) int32
-    labels: torch.Tensor  # aligned with ids, -100 where nothing is trained, as the first always; (length,) int32
-    row_id: int
-    source: int
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SampleSet(Sequence[Sample]):
+@dataclass(frozen=True, eq=False)
+class SampleSet:
     """N samples with T tokens in all; none is empty, and pieces of one row follow each other."""
 
     ids: npt.NDArray[np.int32]  # (T,), sample after sample
@@ -89,22 +79,14 @@ class SampleSet(Sequence[Sample]):
     def take(self, indices: Sequence[int] | npt.NDArray[Any]) -> "SampleSet":
         """Return the samples of these numbers, copied, in this order; a number may occur twice."""
         chosen = np.asarray(indices, dtype=np.int64)
-        starts = np.zeros(len(chosen) + 1, dtype=np.int64)
-        np.cumsum(self.lengths[chosen], out=starts[1:])
-        begins, ends = self.starts[chosen].tolist(), self.starts[chosen + 1].tolist()
-        spans = [slice(0, 0), *map(slice, begins, ends)]
-        return SampleSet(
-            np.concatenate([self.ids[span] for span in spans]),
-            np.concatenate([self.labelled[span] for span in spans]),
-            starts,
-            self.row_ids[chosen],
-            self.source[chosen],
-            self.file[chosen],
-            self.line[chosen],
-            self.files,
-            None if self.first is None else self.first[chosen],
-            None if self.desirable is None else self.desirable[chosen],
-        )
+        spans = [slice(0, 0), *map(slice, self.starts[chosen].tolist(), self.starts[chosen + 1].tolist())]
+        arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[chosen])])}
+        for name in ("ids", "labelled"):
+            arrays[name] = np.concatenate([getattr(self, name)[span] for span in spans])
+        for name in ("row_ids", "source", "file", "line", "first", "desirable"):
+            values = getattr(self, name)
+            arrays[name] = None if values is None else values[chosen]
+        return replace(self, **arrays)
 
     def spans(self, rows: Sequence[int]) -> list[slice]:
         """Return where the tokens of some samples are; of preferences, those of each answer."""
@@ -115,30 +97,17 @@ class SampleSet(Sequence[Sample]):
         pairs = zip(begins.tolist(), middles, ends.tolist(), strict=True)
         return [span for begin, middle, end in pairs for span in (slice(begin, middle), slice(middle, end))]
 
-    def __repr__(self) -> str:
-        return f"SampleSet({len(self):,} samples, {len(self.ids):,} tokens)"
-
     def __len__(self) -> int:
         return len(self.starts) - 1
-
-    def __getitem__(self, n: int) -> Sample:  # type: ignore[override]  # no slices: `take` copies samples
-        at = range(len(self))[n]  # negative numbers count from the end, and beyond it is an IndexError
-        span = slice(self.starts[at], self.starts[at + 1])
-        ids = self.ids[span].copy()  # torch warns of an array that cannot be written to
-        labels = np.where(self.labelled[span], ids, np.int32(IGNORED))
-        row_id, source = int(self.row_ids[at]), int(self.source[at])
-        return Sample(torch.from_numpy(ids), torch.from_numpy(labels), row_id, source)
 
 
 class SampleSetBuilder:
     """Gathers samples, and makes one ``SampleSet`` of them."""
 
     def __init__(self) -> None:
-        self._ids, self._labelled = array("i"), bytearray()
-        self._starts, self._row_ids, self._source = array("q", [0]), array("q"), array("i")
-        self._file, self._line, self._first = array("i"), array("q"), array("q")
+        self._ids, self._labelled, self._desirable = array("i"), bytearray(), bytearray()
+        self._starts, self._rows = array("q", [0]), array("q")  # of each row five numbers
         self._files: dict[str, int] = {}
-        self._desirable = bytearray()
 
     def add(
         self,
@@ -162,21 +131,17 @@ class SampleSetBuilder:
         self._ids.extend(ids)
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
-        self._row_ids.append(row_id)
-        self._source.append(source)
-        self._file.append(-1 if file is None else self._files.setdefault(file, len(self._files)))
-        self._line.append(line)
-        self._first.append(first)
+        number = -1 if file is None else self._files.setdefault(file, len(self._files))
+        self._rows.extend((row_id, source, number, line, first))
         if desirable is not None:
             self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
-        """Return all that was added, without copying it; the builder is used up."""
-        ids, file, source = (np.frombuffer(each, np.int32) for each in (self._ids, self._file, self._source))
-        starts, row_ids, line, first = (
-            np.frombuffer(each, np.int64) for each in (self._starts, self._row_ids, self._line, self._first)
-        )
-        labelled, first_ids = np.frombuffer(self._labelled, np.bool_), first if first.any() else None
+        """Return all that was added; the builder is used up."""
+        ids, starts = np.frombuffer(self._ids, np.int32), np.frombuffer(self._starts, np.int64)
+        row_ids, sources, files, line, first = np.frombuffer(self._rows, np.int64).reshape(-1, 5).T.copy()
+        source, file, first_ids = sources.astype(np.int32), files.astype(np.int32), first if first.any() else None
+        labelled = np.frombuffer(self._labelled, np.bool_)
         desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
         return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids, desirable)
 

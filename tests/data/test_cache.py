@@ -1,27 +1,26 @@
 """What a data module takes from the cache, and what makes it prepare its rows again."""
 
-import shutil
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
-from qlora_lightning.data import datamodule
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.prepare import Preparation
 from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture
 def prepared(monkeypatch):
     """The splits that were prepared, rather than taken from the cache."""
-    splits, prepare = [], datamodule.prepare
+    splits, prepare = [], Preparation.prepare
 
-    def record(rows, recipe, split, *settings):
-        splits.append(split)
-        return prepare(rows, recipe, split, *settings)
+    def record(self, *settings):
+        splits.append(self.split)
+        return prepare(self, *settings)
 
-    monkeypatch.setattr(datamodule, "prepare", record)
+    monkeypatch.setattr(Preparation, "prepare", record)
     return splits
 
 
@@ -32,7 +31,8 @@ def setup(write, families, tmp_path, monkeypatch):
     write("train.jsonl", [{"prompt": f"q{number}", "completion": "k"} for number in range(8)])
     write("val.jsonl", [{"prompt": "q1", "completion": "k"}])
     families["qwen25"].save_pretrained("tok")
-    shutil.copy("tok/chat_template.jinja", "own.jinja")
+    Path("tok/generation_config.json").write_text('{"eos_token_id": 2}')
+    Path("own.jinja").write_text("{# mine #}" + Path("tok/chat_template.jinja").read_text())
 
     def setup(stage="fit", **kwargs):
         data = InstructionDataModule(**{"train": "train.jsonl", "val": "val.jsonl", "tokenizer": "tok"} | kwargs)
@@ -42,9 +42,8 @@ def setup(write, families, tmp_path, monkeypatch):
     return setup
 
 
-def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, prepared, monkeypatch):
+def test_the_second_time_samples_are_mapped(setup, prepared):
     first = setup()
-    monkeypatch.setattr(datamodule, "load_chosen_tokenizer", lambda *arguments: pytest.fail("the tokenizer was loaded"))
     second = setup()
     assert prepared == ["train", "val"]
     assert first.reports == second.reports
@@ -59,7 +58,8 @@ def test_the_second_time_samples_are_mapped_and_no_tokenizer_is_loaded(setup, pr
     ("file", "old", "new", "again"),
     [
         ("train.jsonl", "q1", "r1", ["train"]),
-        ("tok/tokenizer.json", "}", "} ", ["train", "val"]),
+        ("tok/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}', ["train", "val"]),
+        ("tok/generation_config.json", "2", "[2, 0]", ["train", "val"]),
         ("own.jinja", "{", "{##}{", ["train", "val"]),
     ],
 )
@@ -99,7 +99,8 @@ def test_bad_rows_are_rejected_from_the_cache_too(setup, prepared, write):
     assert (data.reports["train"].rows, len(data.samples["train"])) == (2, 1)
 
 
-def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_path):
+def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     role = "{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['completion']}"
     Path("converting.py").write_text(f"def convert(row):\n    return [{role}]\n")
     with fsspec.open("memory://rows.jsonl", "wb") as file:

@@ -12,6 +12,7 @@ import yaml
 from qlora_lightning import InstructionDataModule, PreferenceDataModule
 from qlora_lightning.data.rows.formats import FORMATS
 from qlora_lightning.support.errors import UserError
+from tests.flat import unpack
 
 PAGE = (Path(__file__).parents[2] / "qlora_lightning" / "data" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+) ?(\S*)\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -40,6 +41,7 @@ def row_of(cell):
 def folder(tmp_path, monkeypatch):
     """A folder with every file that the page shows."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as the command does
     before = set(sys.modules)
     for _, name, text in BLOCKS:
         if name:
@@ -52,8 +54,8 @@ def folder(tmp_path, monkeypatch):
 
 def trained(data, number):
     """The text of a sample, what is trained in brackets."""
-    ids, labels, *_ = data.samples["train"][number]
-    runs = groupby(zip(ids.tolist(), (labels != -100).tolist(), strict=True), lambda token: token[1])
+    sample = unpack(data.samples["train"])[number]
+    runs = groupby(zip(*sample, strict=True), lambda token: token[1] != -100)
     texts = [(labelled, data.tokenizer.decode([token for token, _ in run])) for labelled, run in runs]
     return "".join(f"⟦{text}⟧" if labelled else text for labelled, text in texts).strip()
 

@@ -67,7 +67,7 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
 
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
     def held(data):
-        return [sample.row_id for sample in data.val_dataloader().samples]
+        return data.val_dataloader().samples.row_ids.tolist()
 
     data = make(val=None, val_fraction=0.25)
     data.setup("validate")
@@ -119,7 +119,7 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
 )
 def test_what_only_looks_like_another_task_and_what_the_user_names_trains(characters, row, columns):
     data = prepare_rows([row], characters, columns=columns)
-    assert "".join(map(chr, data.samples["train"][0].ids.tolist())) == "{u\nq}\n{a\nk}\n"
+    assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
 
 
 def test_rows_to_predict(make, write):

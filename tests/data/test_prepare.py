@@ -11,6 +11,7 @@ from qlora_lightning.data.prepare import TOO_LONG
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.support.errors import UserError
 from tests.data.conftest import prepare_rows
+from tests.flat import unpack
 
 
 def pair(prompt="q", completion="k"):
@@ -18,14 +19,14 @@ def pair(prompt="q", completion="k"):
 
 
 def read(samples, n):
-    return "".join(map(chr, samples[n].ids.tolist()))
+    return "".join(map(chr, unpack(samples)[n].ids))
 
 
 def test_rows_become_samples_and_a_report(characters):
     data = prepare_rows([pair("q", "ok"), pair("q" * 20, "k")], characters, max_length=16)
     samples = data.samples["train"]
     assert read(samples, 0) == "{u\nq}\n{a\nok}\n"
-    assert samples[0].labels.tolist() == [-100] * 9 + [111, 107, 125, -100]
+    assert unpack(samples)[0].labels == [-100] * 9 + [111, 107, 125, -100]
     assert read(samples, 1) == "{u\nqqqqqq}\n{a\nk}"  # of 31 tokens
     assert [samples.where(n) for n in range(2)] == ["train:1", "train:2"]
     counts = {"tokens": 29, "labelled": 5, "shortened": 1}
@@ -102,7 +103,7 @@ def test_rows_of_all_kinds_stay_in_their_order(families, talk):
     turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
     rows = [pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z")]
     samples = prepare_rows(rows, chatml, on_bad_row="skip").samples["train"]
-    trained = [chatml.decode([label for label in sample.labels.tolist() if label != -100]) for sample in samples]
+    trained = [chatml.decode([label for label in sample.labels if label != -100]) for sample in unpack(samples)]
     thoughts = ["<think>hm</think>a<|im_end|>", "b<|im_end|>"]
     assert trained == ["k<|im_end|>", chatml.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
     assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]

@@ -27,7 +27,7 @@ class EpochPlan:
 
     Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
     first. Every epoch has the same number of batches: under ``shares``, where the number of bins may come out
-    differently, that of epoch 0.
+    differently, that of epoch 0: the last bins are left out, or the first come twice.
     """
 
     samples: SampleSet
@@ -65,7 +65,8 @@ class EpochPlan:
         """Return one rank's batches of an epoch."""
         if self.batch_size is not None:
             return rank_batches(self.order(epoch).tolist(), self.batch_size, rank, self.world_size)
-        bins = make_count(self._pack(epoch), self._bins)
+        packed = self._pack(epoch)
+        bins = [packed[number % len(packed)] for number in range(self._bins)]
         if self.shuffle:
             bins = [bins[number] for number in permute(len(bins), self.seed, epoch, "bins")]
         return rank_bins(bins, rank, self.world_size)
@@ -192,15 +193,4 @@ def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]
             bins.append([row])
         with_room[room - size].append(number)
         rooms |= 1 << (room - size)
-    return bins
-
-
-def make_count(bins: list[list[int]], count: int) -> list[list[int]]:
-    """Return ``count`` bins, at most as many as rows: the last are left out, or those with most rows cut in two."""
-    bins = bins[:count]
-    while len(bins) < count:
-        number = max(range(len(bins)), key=lambda n: len(bins[n]))
-        rows = bins[number]
-        bins[number] = rows[::2]
-        bins.append(rows[1::2])
     return bins

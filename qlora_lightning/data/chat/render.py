@@ -35,14 +35,6 @@ class RenderedText(NamedTuple):
     answers: list[AnswerSpan]
 
 
-class _TurnSpan(NamedTuple):
-    """Where an answer is in a text: its first character, and the one behind its turn."""
-
-    text: str
-    start: int
-    end: int
-
-
 class ChatText:
     r"""Renders conversations as text with the chat template of one tokenizer.
 
@@ -51,8 +43,8 @@ class ChatText:
     without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
     """
 
-    def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
-        self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
+    def __init__(self, tokenizer: Any, controls: ControlTokens) -> None:
+        self.tokenizer, self.controls = tokenizer, controls
         self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
@@ -68,42 +60,31 @@ class ChatText:
                 otherwise than generation would begin it.
             UserError: it writes no stop token after an answer.
         """
-        messages = self.drop_earlier_reasoning(messages)
         text = self._apply(messages, tools)
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         apart, together = list[RenderedText](), list[AnswerSpan]()
         for number in wanted:
-            span = self._find_span(messages, tools, number, text)
-            if span is None:
+            found = self._find_span(messages, tools, number, text)
+            if found is None:
                 raise RowFault(
                     f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) "
                     "otherwise than generation would see and continue it"
                 )
-            answer = self._check_answer(messages[number], number, span)
-            if span.text == text:
+            answer = self._check_answer(messages[number], *found)
+            if found[0] == text:
                 together.append(answer)
             else:
-                apart.append(RenderedText(span.text, [answer]))
+                apart.append(RenderedText(found[0], [answer]))
         return [*apart, RenderedText(text, together)] if together or not apart else apart
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
         """Render what generation begins with; the earlier answers are those that training finds in the same text."""
-        messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
-        spans = {number: self._find_span(messages, tools, number, text) for number in answer_indices(messages)}
-        found = [(number, span) for number, span in spans.items() if span and span.text == text]
-        return RenderedText(text, [AnswerSpan(number, span.start, span.end) for number, span in found])
-
-    def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
-        if self.reasoning != "drop":
-            return list(messages)
-        answers = answer_indices(messages)
-        earlier = set(answers if generation else answers[:-1])
-        return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
+        found = [self._find_span(messages, tools, number, text) for number in answer_indices(messages)]
+        return RenderedText(text, [each[1] for each in found if each and each[0] == text])
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         plain = [self._as_read(message) for message in messages]
@@ -126,8 +107,10 @@ class ChatText:
             plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
         return plain
 
-    def _find_span(self, messages: Conversation, tools: Tools, number: int, text: str) -> _TurnSpan | None:
-        """Return the span of an answer in the text, or else in the text of the conversation that it ends.
+    def _find_span(
+        self, messages: Sequence[Message], tools: Tools, number: int, text: str
+    ) -> tuple[str, AnswerSpan] | None:
+        """Return the text, or else that of the conversation that an answer ends, with the span of its turn there.
 
         None if generation could not begin it so.
         """
@@ -138,11 +121,12 @@ class ChatText:
             return None
         generated, block_end = turn
         alone = prompt + generated
-        return _TurnSpan(text if text.startswith(alone) else alone, len(prompt) + block_end, len(alone))
+        span = AnswerSpan(number, len(prompt) + block_end, len(alone))
+        return text if text.startswith(alone) else alone, span
 
-    def _check_answer(self, message: Message, number: int, span: _TurnSpan) -> AnswerSpan:
+    def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
         """Check that a turn holds its answer, and return it to the end of its stop token."""
-        text, start, limit = span
+        number, start, limit = span
         stop = self.controls.stop_pattern.search(text, start, limit)
         if stop is None:
             raise UserError(
@@ -199,15 +183,6 @@ def _split_reasoning(message: Message) -> tuple[str | None, str]:
         return thought, content
     inline = _INLINE.match(content)
     return (inline[2], content[inline.end() :]) if inline else (None, content)
-
-
-def _without_reasoning(message: Message) -> Message:
-    thought, content = _split_reasoning(message)
-    if thought is None:
-        return message
-    plain: Message = {**message, "content": content}
-    plain.pop("reasoning_content", None)
-    return plain
 
 
 def _leaves(value: Any) -> Iterator[str]:

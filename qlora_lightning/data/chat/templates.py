@@ -22,7 +22,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
-_DATE_CODES = ("%d", "%m", "%y", "%Y", "%b", "%B", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
@@ -140,13 +139,9 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
 
 
 def _stop_clock(template: str) -> str:
-    """Put a macro in the place of ``strftime_now``, today's date, that always writes the same date, at midnight."""
-    if "strftime_now" not in template or "macro strftime_now" in template:
-        return template
-    codes = {code: _FIXED_DATE.strftime(code) for code in _DATE_CODES}
-    codes |= {"%-d": str(_FIXED_DATE.day), "%F": _FIXED_DATE.isoformat()}
-    filled = "".join(f" | replace({code!r}, {text!r})" for code, text in codes.items())
-    return f"{{%- macro strftime_now(format) %}}{{{{- format{filled} }}}}{{%- endmacro %}}\n{template}"
+    """Put a fixed date in the place of each call of ``strftime_now``, which writes today's."""
+    call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+    return re.sub(call, lambda found: repr(_FIXED_DATE.strftime(found[2])), template)
 
 
 def _end_turns(tokenizer: Any, end: int) -> Any:

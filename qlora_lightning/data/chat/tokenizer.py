@@ -1,7 +1,5 @@
 """A tokenizer: what it is named by and consists of, its control tokens, and those at which generation stops."""
 
-import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,8 +9,6 @@ from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
 
-TokenizerChoice = str | dict[str, Any] | Any | None
-
 
 def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code: bool = False) -> str | dict[str, Any]:
     """Return the choice that is the base's own tokenizer, of the same revision."""
@@ -21,7 +17,7 @@ def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code:
     return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
 
 
-def load_chosen_tokenizer(choice: TokenizerChoice) -> Any:
+def load_chosen_tokenizer(choice: str | dict[str, Any] | Any | None) -> Any:
     """Load a tokenizer by hub id, folder, ``package:NAME`` or ``{name, revision, trust_remote_code}``; or return it."""
     if choice is None:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
@@ -29,34 +25,7 @@ def load_chosen_tokenizer(choice: TokenizerChoice) -> Any:
         return choice
     from qlora_lightning.base.folder import load_tokenizer
 
-    return load_tokenizer(**_as_arguments(choice))
-
-
-def hash_tokenizer(choice: TokenizerChoice, chat_template: str | None = None, with_template: bool = True) -> str:
-    """Hash all that a tokenizer and its template consist of; of a name the files that they are read from."""
-    parts: list[Any] = [chat_template]
-    if isinstance(choice, str | dict):
-        for file in sorted(_find_folder(**_as_arguments(choice)).iterdir()):
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".safetensors" not in file.name:
-                parts.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
-    else:
-        tokenizer: Any = choice
-        template = tokenizer.chat_template if with_template else None
-        parts += [tokenizer.backend_tokenizer.to_str(), template, tokenizer.special_tokens_map]
-    if chat_template is not None and Path(chat_template).expanduser().is_file():
-        parts.append(Path(chat_template).expanduser().read_text(encoding="utf-8", errors="replace"))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _as_arguments(choice: str | dict[str, Any]) -> dict[str, Any]:
-    return {"name": choice} if isinstance(choice, str) else choice
-
-
-def _find_folder(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    from qlora_lightning.base.folder import open_base
-
-    folder = Path(name).expanduser()
-    return folder if revision is None and folder.is_dir() else open_base(name, revision, weights=False).folder
+    return load_tokenizer(**({"name": choice} if isinstance(choice, str) else choice))
 
 
 class ControlTokens:

@@ -27,10 +27,11 @@ Tools = list[dict[str, Any]] | None
 
 
 class Chat(NamedTuple):
-    """A conversation, and the schemas of the tools that may be called in it."""
+    """A conversation, the schemas of the tools that may be called in it, and perhaps a verdict on its last answer."""
 
     messages: Conversation
     tools: Tools = None
+    desirable: bool | None = None
 
 
 class Text(NamedTuple):
@@ -56,13 +57,6 @@ class Pair(NamedTuple):
     rejected: Chat
 
 
-class Judged(NamedTuple):
-    """One answer, its conversation, with a verdict on it."""
-
-    chat: Chat
-    desirable: bool
-
-
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
@@ -76,10 +70,10 @@ _SPEAKERS = {
 _UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost without a word
 
 
-def is_answer(message: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
-    """Whether an assistant speaks, by a name that is known or in ``roles``."""
-    speaker = str(message.get("role", message.get("from")))
-    return roles.get(speaker, _SPEAKERS.get(speaker, speaker)) == "assistant"
+def is_answer(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant speaks, by a name that is known."""
+    speaker = message.get("role", message.get("from"))
+    return speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant"
 
 
 def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message:

@@ -1,15 +1,14 @@
 """From a row to what it holds: columns renamed, its format recognised, its messages checked."""
 
 import reprlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, read_string
+from qlora_lightning.data.rows.bad_rows import RowFault, read_string
 from qlora_lightning.data.rows.conversation import (
     MEDIA,
     Chat,
     Content,
-    Judged,
     Pair,
     Text,
     Tokens,
@@ -17,17 +16,11 @@ from qlora_lightning.data.rows.conversation import (
     find_tools,
     read_message,
 )
-from qlora_lightning.data.rows.formats import FORMATS, RECOGNISED, Format, find_format, recognise
-from qlora_lightning.data.rows.preferences import (
-    VERDICT_KEYS,
-    attach_verdict,
-    count_shared,
-    preference_format,
-    read_verdict,
-)
+from qlora_lightning.data.rows.formats import RECOGNISED, Format, find_format, recognise
+from qlora_lightning.data.rows.preferences import PREFERENCE, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError
 
 
 class RowConverter:
@@ -52,21 +45,10 @@ class RowConverter:
         self.unread_columns: list[str] = []
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
-            self._named = preference_format(settings.roles)
-        if pairs and settings.format in FORMATS:
-            raise UserError(
-                "format: expected auto or the dotted path of a function that returns two answers, "
-                f"found {settings.format!r}."
-            )
+            self._named = PREFERENCE
 
     def check(self, rows: Sequence[Row]) -> None:
-        """Raise a UserError if the settings do not fit the first rows of the source, or no format does."""
-        columns = self.settings.columns
-        found = list(dict.fromkeys(name for row in rows for name in row.values))
-        for theirs, ours in columns.items():  # a misspelt name; those of other sources pass
-            near = nearest(theirs, [name for name in found if name not in columns])
-            if near and theirs not in found and ours not in found:
-                raise UserError(f"columns: no row has {theirs!r}, found {', '.join(found)}.{near}")
+        """Raise a UserError if no format fits the first rows of the source."""
         renamed = [self._rename(row) for row in rows]
         if rows and not any(map(self._find_format, renamed)):
             wanted = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
@@ -76,7 +58,7 @@ class RowConverter:
                 "`format: text`, any other shape by a function, `format: package.module.function`."
             )
 
-    def convert(self, row: Row) -> Content | Pair | Judged:
+    def convert(self, row: Row) -> Content | Pair:
         """Convert one row.
 
         Raises:
@@ -95,20 +77,14 @@ class RowConverter:
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
-        verdict = None if form is self._named else read_verdict(row.values)
-        if isinstance(content, tuple) and isinstance(content[-1], bool):  # of a function of the user's
+        verdict = read_verdict(row.values) if form.is_ours and form is not PREFERENCE else None
+        if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
             content, verdict = content
         if verdict is not None:
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
-        chosen, rejected = (self._to_chat(each, row.values, form) for each in content)
-        if not form.is_ours:
-            shared = count_shared(chosen.messages, rejected.messages, {})
-            for message in (*chosen.messages[:shared], *rejected.messages[:shared]):
-                if message["role"] == "assistant":
-                    message["train"] = False
-        return Pair(chosen, rejected)
+        return pair_up(*(self._to_chat(each, row.values, form) for each in content))
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
@@ -146,7 +122,7 @@ class RowConverter:
         """Check a conversation, and put system prompt and tools beside it."""
         messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, Chat):
-            messages, tools = content
+            messages, tools = content.messages, content.tools
         if not isinstance(messages, list) or not messages:
             raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
         roles = self.settings.roles
@@ -158,23 +134,6 @@ class RowConverter:
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return Chat(conversation, find_tools(tools))
-
-
-def find_conversations(
-    sources: Iterable[tuple[RowSettings, Iterable[Row | BadRow]]], numbers: Collection[int], pairs: bool
-) -> dict[int, Chat]:
-    """Return the conversations of some rows by their number: of a pair the chosen one, of texts and tokens none."""
-    found, number = dict[int, Chat](), 0
-    for settings, rows in sources:
-        converter = RowConverter(settings, pairs=pairs)
-        for row in rows:
-            if number in numbers and isinstance(row, Row):
-                content = converter.convert(row)
-                chat = content[0] if isinstance(content, Pair | Judged) else content
-                if isinstance(chat, Chat):
-                    found[number] = chat
-            number += 1
-    return found
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:

@@ -5,7 +5,6 @@ import pkgutil
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import RowFault, parse_json, read_string
@@ -102,14 +101,10 @@ def find_format(name: str) -> Format:
         known = ["auto", *FORMATS]
         expected = f"{', '.join(known)} or the dotted path of a function"
         raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, known)}")
-    folder = str(Path.cwd())
-    sys.path.append(folder)  # an installed command does not look there, where people keep their function
     try:
         function = pkgutil.resolve_name(name)
     except Exception as error:
         raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.") from error
-    finally:
-        sys.path.remove(folder)
     if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
         raise UserError(f"format: expected a plain Python function of yours, found {name!r}, which is {function!r}.")
     return Format(name, (), (), function)

@@ -1,47 +1,54 @@
 """Rows of preferences: two answers to one prompt, of which the first is better, or one answer and a verdict on it."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat, Judged, is_answer
+from qlora_lightning.data.rows.conversation import Chat, Message, Pair, is_answer
 from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
 
-_IDENTICAL = "'chosen' and 'rejected' are the same"
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
 _VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV
 
 
-def preference_format(roles: Mapping[str, str]) -> Format:
-    """Return the format of preference rows, whose speakers may have other names."""
-    other_keys = (*_PROMPT_KEYS, "instruction", "input", "history")
-    return Format("preference", (), ("chosen", "rejected"), partial(_read_pair, roles=roles), other_keys)
-
-
 def read_verdict(values: Mapping[str, Any]) -> bool | None:
     """Return whether a row says that its one answer is desirable; ``None`` if it has no such column."""
-    words = {str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values}
-    found = {_VERDICTS[word] for word in words & _VERDICTS.keys()}
-    if len(found) > 1:
-        raise RowFault(f"{', '.join(key for key in VERDICT_KEYS if key in values)} contradict each other")
-    return next(iter(found), None)
+    words = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
+    return next((_VERDICTS[word] for word in words if word in _VERDICTS), None)
 
 
-def attach_verdict(chat: Chat, desirable: bool) -> Judged:
+def attach_verdict(chat: Chat, desirable: bool) -> Chat:
     """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
     roles = [message["role"] for message in chat.messages]
     last = max((at for at, role in enumerate(roles) if role == "assistant"), default=0)
     asked = max((at for at, role in enumerate(roles[:last]) if role == "user"), default=0)
-    for message in chat.messages[:asked]:
+    _leave_untrained(chat.messages[:asked])
+    return chat._replace(desirable=desirable)
+
+
+def pair_up(chosen: Chat, rejected: Chat) -> Pair:
+    """Return two conversations as a pair; the messages with which both begin are the prompt that each must answer."""
+    one, other = chosen.messages, rejected.messages
+    if one == other:
+        raise RowFault("'chosen' and 'rejected' are the same")
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    if not shared or not all(each[shared:] and each[shared]["role"] == "assistant" for each in (one, other)):
+        raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
+    if one[shared - 1]["role"] == "assistant":
+        raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
+    _leave_untrained([*one[:shared], *other[:shared]])
+    return Pair(chosen, rejected)
+
+
+def _leave_untrained(prompt: Sequence[Message]) -> None:
+    for message in prompt:
         if message["role"] == "assistant":
             message["train"] = False
-    return Judged(chat, desirable)
 
 
-def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, Any]:
+def _read_pair(values: dict[str, Any]) -> list[Any]:
     """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
 
     The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
@@ -53,18 +60,9 @@ def _read_pair(values: dict[str, Any], roles: Mapping[str, str]) -> tuple[Any, A
             raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
     if [] in answers:
         raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
-    if all(isinstance(answer, list) and not is_answer(answer[0], roles) for answer in answers):
-        shared = count_shared(answers[0], answers[1], roles)
-        prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
-    else:
-        prompt = _read_prompt(values)
-        if is_answer(prompt[-1], roles):
-            raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
-    asked = [{**message, "train": False} for message in prompt]
-    chosen, rejected = ([*asked, *_as_messages(answer)] for answer in answers)
-    if chosen == rejected:
-        raise RowFault(_IDENTICAL)
-    return chosen, rejected
+    is_whole = all(isinstance(answer, list) and not is_answer(answer[0]) for answer in answers)
+    prompt = [] if is_whole else _read_prompt(values)
+    return [[*prompt, *_as_messages(answer)] for answer in answers]
 
 
 def _read_prompt(values: dict[str, Any]) -> list[Any]:
@@ -85,11 +83,6 @@ def _as_messages(answer: Any) -> list[Any]:
     return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
 
 
-def count_shared(chosen: Sequence[Any], rejected: Sequence[Any], roles: Mapping[str, str]) -> int:
-    """Count the messages with which two whole conversations begin: their prompt, which each of them must answer."""
-    if chosen == rejected:
-        raise RowFault(_IDENTICAL)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    if not shared or not all(each[shared:] and is_answer(each[shared], roles) for each in (chosen, rejected)):
-        raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
-    return shared
+PREFERENCE = Format(
+    "preference", (), ("chosen", "rejected"), _read_pair, (*_PROMPT_KEYS, "instruction", "input", "history")
+)

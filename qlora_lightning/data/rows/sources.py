@@ -1,7 +1,6 @@
 """From what ``data.train`` names to files, local or behind a URL, or to a data set of the hub."""
 
 import glob
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from qlora_lightning.support.errors import UserError, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
+_BESIDE = re.compile(r"cache-.*\.arrow|(dataset_info|dataset_dict|state)\.json")  # what ``datasets`` keeps beside rows
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
 # of the hub's data sets, by what a key, a file or a folder is named
@@ -40,8 +40,8 @@ class Source:
     path: str  # as the user wrote it
     files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
     weight: float | None = None  # its share in a mixture, relative to the other sources
-    split: str | None = None  # of a hub data set, as ``datasets`` takes it; or of a saved ``DatasetDict``
-    name: str | None = None  # of a hub data set, as the next two: the configuration
+    split: str | None = None  # of a hub data set, as ``datasets`` takes it, as the next three
+    name: str | None = None  # the configuration
     revision: str | None = None
     data_files: Any = None
     rows: int | None = None  # at most so many are read, from the first
@@ -105,14 +105,6 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     is_hub_id = _HUB_ID.fullmatch(path) and not kind_of_file(path) and (hub or not file.parent.is_dir())
     if is_hub_id and not file.exists():
         return replace(source, split=source.split or split)
-    saved = file / "dataset_dict.json"
-    if saved.is_file():
-        splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
-        own = next((name for name in splits if _SPLITS.get(name) == split), split)
-        source = replace(source, split=source.split or own)
-        if source.split not in splits:
-            raise UserError(f"{path} has no split {source.split!r}, expected one of {', '.join(splits)}.")
-        file, hub = file / str(source.split), [key for key in hub if key != "split"]
     if hub:
         raise UserError(f"{hub[0]} is for data sets of the hub, but {path} is a path.")
     files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
@@ -128,7 +120,8 @@ def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
     named = {file: _split_of(str(file).removeprefix(folder)) for file in files}
     if split == "train":
         return [file for file, name in named.items() if name in ("train", None)]
-    return [file for file, name in named.items() if name == split] or files
+    own = [file for file, name in named.items() if name == split]
+    return own or [file for file, name in named.items() if name is None]
 
 
 def _split_of(path: str) -> str | None:
@@ -170,12 +163,9 @@ def _list_files(path: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """List data files at any depth, without hidden ones; of ``save_to_disk`` those that ``state.json`` names."""
-    state = folder / "state.json"
-    if state.is_file() and (folder / "dataset_info.json").is_file():
-        return [folder / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    """List data files at any depth, without hidden ones and what ``datasets`` keeps beside rows that it saved."""
     found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return sorted(file for file in found if kind_of_file(file) and file.is_file())
+    return sorted(file for file in found if kind_of_file(file) and file.is_file() and not _BESIDE.fullmatch(file.name))
 
 
 def kind_of_file(file: DataFile) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from qlora_lightning.support.errors import UserError
 from tests.data.conftest import make_families, prepare_rows
+from tests.flat import unpack
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = sorted(FOLDER.glob("*.txt"))
@@ -37,7 +38,7 @@ def render(tokenizer, header):
         data = prepare_rows([row], tokenizer, **settings)
     except UserError as error:
         return f"rejected: {str(error).splitlines()[1].partition(': ')[2]}"
-    samples = [show(data.tokenizer, sample.ids.tolist(), sample.labels.tolist()) for sample in data.samples["train"]]
+    samples = [show(data.tokenizer, *sample) for sample in unpack(data.samples["train"])]
     return "\n---\n".join(text.removesuffix("\n") for text in samples)
 
 

@@ -6,6 +6,7 @@ from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.chat.lengths import split_up
 from qlora_lightning.support.errors import UserError
 from tests.data.conftest import prepare_rows
+from tests.flat import unpack
 
 TALK = ["First, a question that is earlier.", "An answer that is earlier.", "And now?", "Four."]
 
@@ -30,10 +31,10 @@ def steps(result="t0"):
 def shorten(conversation, max_length, tokenizer):
     """Return text, trained text and report of the one sample that a conversation becomes."""
     data = prepare_rows([{"messages": conversation}], tokenizer, max_length=max_length)
-    (sample,) = data.samples["train"]
+    (sample,) = unpack(data.samples["train"])
     assert len(sample.ids) <= max_length
-    trained = tokenizer.decode([label for label in sample.labels.tolist() if label != -100])
-    return tokenizer.decode(sample.ids.tolist()), trained, data.reports["train"]
+    trained = tokenizer.decode([label for label in sample.labels if label != -100])
+    return tokenizer.decode(sample.ids), trained, data.reports["train"]
 
 
 def test_turns_are_never_welded_together(families):

@@ -16,7 +16,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.support.errors import UserError
-from tests.flat import render
+from tests.flat import render, unpack
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 
@@ -155,8 +155,8 @@ def prepare(write, talk):
     def prepare(tokenizer, **options):
         data = InstructionDataModule("rows.jsonl", tokenizer=tokenizer, **options)
         data.setup("fit")
-        (sample,) = data.samples["train"]
-        return data, sample.ids.tolist(), data.tokenizer.decode(sample.ids)
+        (sample,) = unpack(data.samples["train"])
+        return data, sample.ids, data.tokenizer.decode(sample.ids)
 
     return prepare
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -84,7 +83,6 @@ ROWS = [  # row, what it becomes, settings
     # columns and formats
     ({"q": "u", "a": "a", "input": "no"}, [U, A], {"columns": {"q": "instruction", "a": "output", "input": None}}),
     ({"question": "a", "answer": "u"}, [U, A], {"columns": {"question": "answer", "answer": "question"}}),
-    ({"question": "u", "answer": "a"}, "Did you mean 'question'", {"columns": {"qestion": "prompt"}}),
     ({"question": "u", "answer": "a"}, "two of question, answer the same name", {"columns": {"question": "answer"}}),
     ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
     ({"instuction": "a", "output": "b"}, "Map other names with `columns: {their name: our name}`", {}),
@@ -173,11 +171,10 @@ BEGIN = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; 
         ("return ('a',)", "expected a list of messages by the format rows_of_mine.convert, found ('a',)"),
     ],
 )
-def test_a_function_in_the_current_folder_reads_any_row(body, expected, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "rows_of_mine", raising=False)
-    Path("rows_of_mine.py").write_text(f"def convert(row):\n    {body}\n")
-    before, row = list(sys.path), {"q": "u", "label": False, "images": ["x"]}
+    (tmp_path / "rows_of_mine.py").write_text(f"def convert(row):\n    {body}\n")
+    row = {"q": "u", "label": False, "images": ["x"]}
     check(row, expected, format="rows_of_mine.convert", columns={"i": "no column of ours"})
     check(row, "cannot import 'rows_of_mine.convrt': AttributeError", format="rows_of_mine.convrt")
-    assert sys.path == before

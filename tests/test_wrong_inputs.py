@@ -97,6 +97,8 @@ WRONG = [
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
     wrong("fit c.yaml", "c.yaml stands alone: a config is named as --config c.yaml."),
     wrong("fit --config quickstart", "`qlora-lightning recipes copy quickstart` writes the recipe."),
+    wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes copy quickstart` writes the recipe."),
+    wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
     # keys

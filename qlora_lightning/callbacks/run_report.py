@@ -28,6 +28,7 @@ from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.report.page import write_run_page
 from qlora_lightning.report.run_files import read_manifest, read_run, write_manifest
+from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped
@@ -106,7 +107,8 @@ class RunReport(Callback):
             content = self._content(trainer, self._facts, status, error)
             write_manifest(folder, content)
             if status != "running":
-                verdict = judge(read_run(folder))
+                run = read_run(folder)
+                verdict = judge(run)
                 write_manifest(folder, content | {"verdict": asdict(verdict)})
                 if status == "finished":
                     say(" ".join(verdict.sentences))
@@ -115,6 +117,8 @@ class RunReport(Callback):
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 say(f"Report: {write_run_page(folder)}")
+                for purpose, command in next_steps(run, verdict)[:1]:
+                    say(f"Next, {purpose}: {command}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 

@@ -47,8 +47,9 @@ def read_config(name: str) -> dict[str, Any]:
     except OSError as error:
         from qlora_lightning.commands.recipes import recipes_folder  # here: nobody else waits for its imports
 
-        is_recipe = (recipes_folder() / f"{name}.yaml").is_file()
-        hint = f" `qlora-lightning recipes copy {name}` writes the recipe." if is_recipe else ""
+        recipe = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
+        is_recipe = (recipes_folder() / f"{recipe}.yaml").is_file()
+        hint = f" `qlora-lightning recipes copy {recipe}` writes the recipe." if is_recipe else ""
         raise UserError(
             f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
         ) from error

@@ -21,7 +21,13 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
 from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.config import CALLBACKS, expand_arguments, expand_config, shorten_parse_error
+from qlora_lightning.commands.config import (
+    CALLBACKS,
+    expand_arguments,
+    expand_config,
+    find_configs,
+    shorten_parse_error,
+)
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
@@ -123,7 +129,8 @@ class QLoRACLI(LightningCLI):
         except argparse.ArgumentError as error:
             known = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
             fault = shorten_parse_error(error.message, known)
-            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
+            hint = "" if find_configs(args) else " A config is named as --config FILE."
+            raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):

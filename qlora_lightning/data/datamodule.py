@@ -282,10 +282,11 @@ class InstructionDataModule(LightningDataModule):
             return prepared
 
         if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
-            return make()
-        settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
-        settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
-        samples, report = cached_samples(sources, settings, make)
+            samples, report = make()
+        else:
+            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+            settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
+            samples, report = cached_samples(sources, settings, make)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 

@@ -95,7 +95,10 @@ class DataReport:
             ("read from", self.files),
             ("columns not read", self.unread_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
-            (f"{self.suspicious:,} rows look incomplete; data.missing drops them", self.suspicious_rows),
+            (
+                f"{self.suspicious:,} rows look incomplete; data.missing drops answers",
+                self.suspicious_rows,
+            ),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
             (f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", self.overlap_pairs),
         ):

@@ -77,7 +77,7 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"
         steps.append(("evaluate it, with its hardest rows", evaluate))
-    if verdict.kind in ("learned", "unknown"):
+    if verdict.kind == "learned":
         merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged{unchecked}"
         steps.append(("merge it, to serve it", merge))
     return steps

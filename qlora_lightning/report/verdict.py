@@ -28,14 +28,14 @@ def judge(run: Run) -> Verdict:
     steps = max([*last_steps, (run.manifest.get("progress") or {}).get("steps") or 0])
     if not steps:
         return Verdict("unknown", [])
-    if steps < _FEWEST_STEPS:
-        return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_FEWEST_STEPS}."])
     comparison = read_comparison(run)
     base = comparison.metrics["loss"].base.value if "loss" in comparison.metrics else math.nan
     against, compared = _against_base(comparison)
     why = _divergence(run, base)
     if why:
         return Verdict("diverged", [f"It diverged: {why}. A lower learning rate may do.", *compared])
+    if steps < _FEWEST_STEPS:
+        return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_FEWEST_STEPS}."])
     kind, sentences = _learned(run, base)
     return Verdict("worse" if against == "worse" else kind, [*sentences, *compared])
 
@@ -47,7 +47,7 @@ def _divergence(run: Run, base: float) -> str:
         if validation and _is_above(validation[-1], start):
             return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     training = [value for _, value in run.metrics.get("train_loss", [])]
-    some = max(3, len(training) // 10)
+    some = max(min(3, len(training) // 2), len(training) // 10, 1)
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
     if first > 0 and last > _BLOWN_UP * first:
         return f"the training loss rose from {first:.3f} to {last:.3f}"

@@ -169,6 +169,6 @@ def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_as
     reasons = ["the answer is 'N/A'", "the answer is 'null'", "the answer is 'nan'", "the question is empty"]
     places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
     assert (report.suspicious, report.suspicious_rows, report.samples) == (4, places, 6)
-    assert "4 rows look incomplete; data.missing drops them: train:2 (the answer is 'N/A')" in report.describe()
+    assert "4 rows look incomplete; data.missing drops answers: train:2 (the answer is 'N/A')" in report.describe()
     report = prepare_rows(rows, characters, missing=["N/A", "null"]).reports["train"]
     assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 2)

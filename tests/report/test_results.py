@@ -56,6 +56,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         ("stopped", "qlora-lightning fit --config a.yaml", "unknown", ["RESUME"]),
         ("failed", "qlora-lightning fit --config a.yaml --ckpt_path last", "learned", ["RESUME"]),
         ("stopped", "python train.py", "learned", []),
+        ("finished", "", "unknown", ["qlora-lightning chat", "qlora-lightning evaluate"]),
         ("finished", "", "worse", ["qlora-lightning chat", "qlora-lightning evaluate"]),
         ("finished", "", "diverged", ["qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"]),
     ],
@@ -97,6 +98,10 @@ def test_a_training_loss_alone_may_show_divergence_and_a_few_steps_show_nothing(
     evaluation = {"metrics": {"loss": sides(2.0, 0.5, -1.6, -1.4)}, "rows": 5}
     verdict = judge(make(metrics={"val_loss": [(2, 2.0), (9, 0.5)]}, evaluation=evaluation))
     assert verdict == Verdict("unknown", ["Too short to judge: 9 optimizer steps, of at least 10."])
+    short = judge(make(metrics={"train_loss": [(1, 2.1), (2, 2.0), (3, 40.0)]}))
+    assert short.sentences == [
+        "It diverged: the training loss rose from 2.100 to 40.000. A lower learning rate may do."
+    ]
 
 
 @pytest.mark.parametrize("is_own", [True, False])

@@ -127,9 +127,10 @@ def _read_content(content: Any, where: str, role: str) -> str:
         return read_string(content, f"the {role} content of {where}")
     text = ""
     for number, part in enumerate(content, start=1):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text or any(value is not None for key, value in part.items() if key not in ("type", "text")):
             found = f"part {number} of {where} is {reprlib.repr(part)}"
-            raise RowFault(f"{found}, expected {{type: text, text: …}}: only text is read")
+            raise RowFault(f"{found}, expected {{type: text, text: …}}: only text is read, and no mark of a part")
         text += part["text"]
     return text
 

@@ -111,6 +111,7 @@ MESSAGES = [  # the last messages of a row that begins with a user turn, and wha
     ({**A, "tool_calls": [{**CALL, "id": "c1"}]}, {**A, "tool_calls": [{**CALL, "id": "c1"}]}),
     *((said(speaker, "a"), A) for speaker in ("gpt", "chatgpt", "bing", "bard", "bot", "model")),
     (said("oracle", "x"), "message 2 has the role 'oracle', expected system, user, assistant, tool"),
+    ({**A, "content": [{"type": "text", "text": "a", "train": False}]}, "only text is read, and no mark of a part"),
     ({"role": "user"}, "the user content of message 2 must be a string, found null"),
     (said("assistant", " \n"), "the answer (message 2) is empty"),
     ({**A, "content": "", "reasoning": "Hm."}, "the answer (message 2) is empty"),

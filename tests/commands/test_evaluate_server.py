@@ -124,9 +124,8 @@ def test_nonsense_is_neither():
     names = ("Ana", "Tom", "Zoe", "Hugo", "Kim") * 4
     base = [f"Sure, I have added lunch with {name} to your calendar." for name in names]
     adapter = [f'{{"title": "lunch with {name}", "day": "Friday"}}' for name in names]  # scores as the base: 0
-    prompts = [("row", 5, 5)] * 20
     for served, verdict in ((["The weather is fine today."] * 20, "neither"), (adapter, "adapter"), (base, "base")):
-        found = judge_answers(*map(answers, (base, adapter, served)), prompts, "exact_match")
+        found = judge_answers(*map(answers, (base, adapter, served)), ["row"] * 20, "exact_match")
         assert found["verdict"] == verdict
 
 

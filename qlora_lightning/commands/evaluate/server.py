@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +11,7 @@ import httpx
 from rich.progress import track
 
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.intervals import measure
+from qlora_lightning.evaluation.intervals import Interval, measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 from qlora_lightning.evaluation.scores import chrf
 from qlora_lightning.support.console import terminal
@@ -59,8 +58,8 @@ class Server:
         texts = [f"<think>\n{thoughts.strip()}\n</think>\n"] if thoughts else []
         texts.append(message.get("content") or "")
         for call in message.get("tool_calls") or []:
-            function = {"name": call["function"]["name"], "arguments": _parse(call["function"]["arguments"])}
-            texts.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
         stopped = choice.get("finish_reason") in ("stop", "tool_calls")
         answer = Answer("\n".join(texts).strip(), usage.get("completion_tokens", 0), stopped, {})
         return answer, usage.get("prompt_tokens")
@@ -91,14 +90,13 @@ class Server:
 def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
     """Return a chat request for each row that has a prompt, of the messages that its file has.
 
-    A row that is no conversation, or of which several samples were made, gets no prompt any more: it is not answered.
+    A row that is no conversation gets no prompt any more: it is not answered.
     """
-    pieces = Counter(row.number for row in rows)
-    chats = data.load_conversations(split, set(pieces))
+    chats = data.load_conversations(split, {row.number for row in rows})
     requests = []
     for row in rows:
         chat = chats.get(row.number)
-        if chat is None or pieces[row.number] > 1:
+        if chat is None:
             row.prompt = None
         if chat is None or row.prompt is None:
             continue
@@ -124,13 +122,6 @@ def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "tool_calls": calls} if calls else found
 
 
-def _parse(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments)
-    except (TypeError, ValueError):  # an object already; cut at the limit of tokens
-        return arguments
-
-
 # ---- verdict ---------------------------------------------------------------------------------------------------------
 
 
@@ -143,77 +134,79 @@ def add_served(
     """Score a server's answers of the rows that have a prompt, add them to ``results``, and return the verdict."""
     asked = [index for index, row in enumerate(rows) if row.prompt is not None]
     results[SERVED] = [NOTHING] * len(results[BASE])
-    prompts = []
+    others = []  # prompts that have another length there
     for index, (answer, prompt_tokens) in zip(asked, answers, strict=True):
-        scores = settings.score(answer.text, rows[index])
-        results[SERVED][index] = NOTHING._replace(answer=answer._replace(scores=scores))
-        prompts.append((rows[index].place, len(rows[index].prompt or ()), prompt_tokens))
-    sides = [[found for index in asked if (found := each[index].answer)] for each in results.values()]
-    return judge_answers(sides[0], sides[1], sides[2], prompts, settings.scores[0])
+        row, length = rows[index], len(rows[index].prompt or ())
+        scored = answer._replace(scores=settings.score(answer.text, row))
+        results[SERVED][index] = NOTHING._replace(answer=scored)
+        if prompt_tokens not in (None, length):
+            others.append({"row": row.place, "ours": length, "server": prompt_tokens})
+    base, adapter, served = ([found for index in asked if (found := each[index].answer)] for each in results.values())
+    figures = judge_answers(base, adapter, served, [rows[index].place for index in asked], settings.scores[0])
+    if others:
+        figures["prompt_tokens"] = {**others[0], "rows": len(others)}
+        figures["sentence"] += (
+            f" Its prompts are others in {len(others):,} rows ({others[0]['row']}: {others[0]['server']:,} tokens, in "
+            f"training {others[0]['ours']:,})."
+        )
+    return figures
 
 
 def judge_answers(
-    base: Sequence[Answer],
-    adapter: Sequence[Answer],
-    served: Sequence[Answer],
-    prompts: Sequence[tuple[str, int, int | None]],
-    score: str,
+    base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], places: Sequence[str], score: str
 ) -> dict[str, Any]:
     """Find whose answers a server gave: those of the adapter, of the base, or of neither, in figures and a sentence.
 
     They are a side's if most of them, in rows that both sides answer differently, are nearer to its own by chrF than to
     the other's and than these are to each other, and the score differs by no more than the interval of the difference.
     Equality would ask too much: the last digits of two programs differ, and a long answer may part somewhere.
-    ``prompts`` says of each row where it is from, the tokens of its prompt, and how many the server counted.
     """
     texts = [(mine.text, other.text, found.text) for mine, other, found in zip(adapter, base, served, strict=True)]
-    differing = [row for row in texts if row[0] != row[1]]
-    nearer, gaps = {"adapter": 0, BASE: 0}, {}
-    for mine, other, found in differing:
-        to_adapter, to_base = ((found == text, chrf(found, text)) for text in (mine, other))
-        apart = (False, chrf(other, mine))  # nonsense is farther from both than these are from each other
-        nearer["adapter"] += to_adapter > max(to_base, apart)
-        nearer[BASE] += to_base > max(to_adapter, apart)
-    for side, answers in (("adapter", adapter), (BASE, base)):
-        values = {
-            name: [(each.figures[score], 1.0) for each in own] for name, own in ((side, answers), (SERVED, served))
-        }
-        gaps[side] = measure(score, values).differences[SERVED]
-    fits = [side for side, gap in gaps.items() if 2 * nearer[side] > len(differing) and gap.low <= 0 <= gap.high]
+    # nonsense is farther from both than these are from each other
+    near = [
+        (_likeness(found, mine), _likeness(found, other), chrf(other, mine))
+        for mine, other, found in texts
+        if mine != other
+    ]
+    nearer = {"adapter": sum(to_adapter > max(to_base, apart) for to_adapter, to_base, apart in near)}
+    nearer[BASE] = sum(to_base > max(to_adapter, apart) for to_adapter, to_base, apart in near)
+    gaps = {side: _gap(score, answers, served) for side, answers in (("adapter", adapter), (BASE, base))}
+    fits = [side for side, gap in gaps.items() if 2 * nearer[side] > len(near) and gap.low <= 0 <= gap.high]
     verdict, gap = (fits or ["neither"])[0], gaps["adapter"]
-
     rows, equal = len(texts), [sum(row[2] == row[side] for row in texts) for side in (0, 1)]
     figures: dict[str, Any] = {
         "verdict": verdict,
         "rows": rows,
-        "differing_rows": len(differing),
+        "differing_rows": len(near),
         "equal_to_adapter": equal[0] / rows,
         "equal_to_base": equal[1] / rows,
         "score": score,
         "difference_from_adapter": gap._asdict(),
     }
-    if not differing:
+    if not near:
         return {**figures, "sentence": f"Base and adapter answer these {rows:,} rows alike: nothing tells them apart."}
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
-    sentence = (
+    figures["sentence"] = (
         f"The server answers {names[verdict]}. {equal[0]:,} of {rows:,} answers are equal to the adapter's, "
         f"{equal[1]:,} to the base's; {score} differs from the adapter's by {gap.value:+.3f} "
         f"[{gap.low:+.3f}, {gap.high:+.3f}]."
     )
-    others = [prompt for prompt in prompts if prompt[2] not in (None, prompt[1])]
-    if others:
-        where, ours, theirs = others[0]
-        figures["prompt_tokens"] = {"row": where, "ours": ours, "server": theirs, "rows": len(others)}
-        sentence += (
-            f" Its prompts are others in {len(others):,} rows ({where}: {theirs:,} tokens, in training {ours:,})."
-        )
     if verdict == "neither":
-        first = next((number for number, row in enumerate(texts) if row[2] != row[0]), 0)
-        mine, _, found = texts[first]
-        figures["first_difference"] = {"row": prompts[first][0], "adapter": mine, SERVED: found}
-        ended = [sum(each.stopped for each in answers) for answers in (served, adapter)]
-        sentence += (
-            f" First {prompts[first][0]}: {found[:80]!r}, the adapter {mine[:80]!r}. Look at its chat template, its "
-            f"stop tokens ({ended[0]:,} answers end by themselves, {ended[1]:,} of the adapter's) and its quantization."
+        first = next((number for number, (mine, _, found) in enumerate(texts) if found != mine), 0)
+        figures["first_difference"] = {"row": places[first], "adapter": texts[first][0], SERVED: texts[first][2]}
+        figures["sentence"] += (
+            f" First {places[first]}: {texts[first][2][:80]!r}, the adapter {texts[first][0][:80]!r}. Look at its chat "
+            "template, its stop tokens and its quantization."
         )
-    return {**figures, "sentence": sentence}
+    return figures
+
+
+def _likeness(text: str, other: str) -> float:
+    return 1.0 if text == other else chrf(text, other)  # which is 0 for two empty ones
+
+
+def _gap(score: str, own: Sequence[Answer], served: Sequence[Answer]) -> Interval:
+    """Return by how much the served answers' score differs from that of a side's own."""
+    sides = {"own": own, SERVED: served}
+    values = {name: [(each.figures[score], 1.0) for each in answers] for name, answers in sides.items()}
+    return measure(score, values).differences[SERVED]

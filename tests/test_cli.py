@@ -99,7 +99,7 @@ LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_ch
 def test_one_is_a_batch_and_one_point_nought_all_of_them():
     given = dict(zip(LIMITS, ("1", "1.0", "0.25", "1"), strict=True))
     options = [f"--trainer.{name}={value}" for name, value in given.items()]
-    read = QLoRACLI(["--config", "configs/quickstart.yaml", *options], with_trainer=False).config["trainer"]
+    read = QLoRACLI(["--config", "configs/quickstart.yaml", *options]).config["trainer"]
     assert {name: str(read[name]) for name in LIMITS} == given
 
 
@@ -107,7 +107,7 @@ def test_names_with_commas_are_a_list_and_an_expression_stays_one():
     expression = r".*\.[01]{1,2}\.mlp.*"
     for typed, read in (("q_proj, v_proj", ["q_proj", "v_proj"]), (expression, expression)):
         options = ["--config", "configs/quickstart.yaml", "--model.target_modules", typed]
-        model = QLoRACLI(options, with_trainer=False).config["model"]["init_args"]
+        model = QLoRACLI(options).config["model"]["init_args"]
         assert model["target_modules"] == read
 
 

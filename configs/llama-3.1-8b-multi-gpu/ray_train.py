@@ -38,7 +38,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus", action="store_true", help="a GPU for each worker; else a CPU core")
     own, options = parser.parse_known_args()
-    QLoRACLI(options, with_trainer=False)  # a mistake in the options ends here, and not in each worker
+    QLoRACLI(options)  # a mistake in the options ends here, and not in each worker
     TorchTrainer(
         train,
         train_loop_config={"folder": os.getcwd(), "options": options},

@@ -14,7 +14,6 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning import callbacks
@@ -83,8 +82,8 @@ class QLoRACLI(LightningCLI):
 
     Args:
         args: the options, without a command in front.
-        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; by default nothing.
-        with_trainer: ``False`` makes no Trainer, and no logger, callback, plugin or profiler that it would have.
+        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; without it no Trainer is made, and no logger,
+            callback, plugin or profiler that it would have.
 
     Attributes:
         checkpoint: file of the checkpoint to run with.
@@ -92,8 +91,8 @@ class QLoRACLI(LightningCLI):
 
     checkpoint: str | None = None
 
-    def __init__(self, args: Sequence[str], verb: str | None = None, with_trainer: bool = True) -> None:
-        self.verb, self._with_trainer, self._starts_fresh = verb, with_trainer, False
+    def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
+        self.verb, self._starts_fresh = verb, False
         args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
         register_strategies()
@@ -138,10 +137,9 @@ class QLoRACLI(LightningCLI):
         targets = model.get("target_modules")
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
             model["target_modules"] = re.split(", ?", targets)
-        if not self._with_trainer:
+        if self.verb is None:
             for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
                 self.config["trainer"][name] = None
-        if self.verb is None:
             return
         asked = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
@@ -155,12 +153,11 @@ class QLoRACLI(LightningCLI):
         self.config["ckpt_path"] = self.checkpoint
 
     def after_instantiate_classes(self) -> None:
-        if self.verb is None:  # under a Trainer that runs, the data ask its module themselves
-            self.datamodule.take_tokenizer_of_base(self.model)
+        self.datamodule.take_tokenizer_of_base(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
-        if not self._with_trainer:
+        if self.verb is None:
             return None
         settings = self.config_init["trainer"]
         folder, chosen = settings["default_root_dir"], settings["logger"]
@@ -221,9 +218,6 @@ class QLoRACLI(LightningCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that ``argv`` begins with; return the exit code."""
-    # a silent process is given up after ten minutes; Lightning waits for thirty
-    limit = timedelta(minutes=10)
-    StrategyRegistry.register("ddp", DDPStrategy, "DDP", override=True, start_method="popen", timeout=limit)
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0

@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
     if options.server is not None:  # before minutes of loading
         server = Server(options.server, options.served_name, options.timeout, options.parallel)
     with quiet_lightning():
-        run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET])
+        run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET], "validate")
         if run.config["ckpt_path"] is not None or run.names_adapter:
             raise UserError("evaluate takes adapter folders, by --adapter DIR, not --ckpt_path or --model.adapter.")
         trainer: Any = run.trainer

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         from qlora_lightning.commands.training import QLoRACLI
 
     with quiet_lightning():
-        run = QLoRACLI(rest, with_trainer=False)
+        run = QLoRACLI(rest)
         data: Any = run.datamodule
         data.lenient = True  # bad rows are listed, and the rest is prepared
         data.setup()

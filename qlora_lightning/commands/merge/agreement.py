@@ -79,7 +79,7 @@ def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabular
         if options.base is not None:
             arguments += ["--model.base", options.base]
         with quiet_lightning():
-            data: Any = QLoRACLI(arguments, with_trainer=False).datamodule
+            data: Any = QLoRACLI(arguments).datamodule
             data.setup("validate")
     except UserError as error:
         raise UserError(f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked.") from error

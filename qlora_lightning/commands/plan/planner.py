@@ -35,7 +35,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
     Returns all figures, in bytes, as the JSON has them; and the model without numbers.
     """
-    run = QLoRACLI(arguments, with_trainer=False)
+    run = QLoRACLI(arguments)
     module: Any = run.model
     data: Any = run.datamodule
     trainer, checkpointing = run.config["trainer"], GradientCheckpointing(**run.config["gradient_checkpointing"])

@@ -40,7 +40,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
         seeds: Trainings with the first value; what another seed makes of the loss is noise.
         arguments: Options of ``fit``.
     """
-    asked = QLoRACLI(arguments, with_trainer=False)
+    asked = QLoRACLI(arguments)
     config = asked.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")

@@ -1,6 +1,5 @@
 """A sweep: fits in a loop, compared by their validation losses; a table, a picture and files of them."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -69,7 +68,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             if trial.trainer.world_size > 1:
                 raise UserError("A sweep needs --trainer.devices 1.")
             if config["data"].get("val_fraction") is not None:
-                os.environ["PL_GLOBAL_SEED"] = str(seed)  # by which rows are held out: in all trials the same
+                trial.datamodule.load_state_dict({"seed": seed})  # it holds out the same rows in all trials
             trial.run()
         found = read_run(own)
         figures, parameters = find_figures(found), found.manifest["parameters"]["trainable"]

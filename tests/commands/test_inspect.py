@@ -127,15 +127,9 @@ def test_each_source_is_counted_with_its_share(folder):
     assert "of up to 128 tokens on each of 2 devices; " in out
 
 
-def test_samples_without_a_stop_token_are_reported(folder):
-    _, out, _ = inspect("--data.max_length", "45", "--data.on_bad_row", "skip", "--split", "train")
-    assert "samples without a stop token: they do not teach the model to stop" in " ".join(out.split())
-
-
 def test_rows_to_predict_are_shown_as_generation_begins(folder):
     write(folder / "questions.jsonl", [{"instruction": "Who?"}, {"instruction": "Why?", "output": "So."}])
     _, out, _ = inspect("--data.predict", "questions.jsonl", "--split", "predict", "--row", "2")
     assert "predict: 2 rows" in out
     assert "│<|im_start|>│ass│istant│↵" in out
     assert "So" not in out.partition("Rows of predict")[2]
-    assert "without a stop token" not in out

@@ -15,7 +15,6 @@ from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
-_WITHOUT_STOPS = {"text", "tokens"}  # formats that have no chat template
 
 
 def print_inspection(
@@ -42,13 +41,7 @@ def print_inspection(
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
     heading("Rows")
     for split in splits:
-        report, samples = data.reports[split], data.samples[split]
-        console.print(Text(report.describe()))
-        stopping = _count_stopping(samples, data.stop_ids)
-        if split != "predict" and _WITHOUT_STOPS.isdisjoint(report.formats) and stopping < len(samples):
-            counts = f"{len(samples) - stopping:,} of {len(samples):,} samples without a stop token"
-            reason = "they do not teach the model to stop: an answer that was cut, or a piece of a long row"
-            console.print(Text(f"  {counts}: {reason}"))
+        console.print(Text(data.reports[split].describe()))
     heading("Tokens per sample")
     console.print(_length_table({split: data.samples[split] for split in splits}))
     for split in splits:
@@ -70,12 +63,6 @@ def print_inspection(
         console.print()
         console.print(where)
         console.print(tokens)
-
-
-def _count_stopping(samples: SampleSet, stop_ids: Sequence[int]) -> int:
-    """Count the samples that train a stop token."""
-    stops = np.flatnonzero(np.isin(samples.ids, stop_ids) & samples.labelled)
-    return len(np.unique(np.searchsorted(samples.starts, stops, side="right")))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

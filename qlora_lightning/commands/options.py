@@ -13,12 +13,15 @@ from qlora_lightning.support.errors import UserError
 
 
 class OptionParser(argparse.ArgumentParser):
-    """The parser of a command, which raises a mistake in one sentence, without a page of usage."""
+    """The parser of a command, which raises a mistake in one sentence, without a page of usage.
 
-    def __init__(self, command: str, description: str, examples: str, usage: str | None = None) -> None:
+    With ``fit`` the command takes options of ``fit`` beside its own.
+    """
+
+    def __init__(self, command: str, description: str, examples: str, fit: bool = False) -> None:
         super().__init__(
             prog=f"qlora-lightning {command}",
-            usage=usage,
+            usage=f"qlora-lightning {command} [options] [options of fit]" if fit else None,
             description=description,
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,12 +7,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_lightning.commands.options import (
-    OptionParser,
-    add_json_option,
-    check_output,
-    tables_beside,
-)
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
 from qlora_lightning.report.run_files import Run, read_runs
@@ -41,8 +36,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     runs = read_runs(options.runs)
     usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
-    page = options.out or usual
-    page = check_output("--out", page, options.force or page is usual) or usual
+    page = check_output("--out", options.out, options.force) or usual
     figures = check_output("--json", options.json, options.force)
     rendered = render_report(runs)
     console = terminal()
@@ -50,15 +44,8 @@ def main(argv: Sequence[str]) -> int:
         console.print(_table(runs))
         write_whole(page, rendered)
         if figures is not None:
-            write_whole(
-                figures,
-                {
-                    "format": "qlora_lightning report",
-                    "format_version": 1,
-                    "runs": [_summarize(run) for run in runs],
-                    "differing_settings": find_differences([run.config for run in runs]),
-                },
-            )
+            summary = {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
+            write_whole(figures, {**summary, "differing_settings": find_differences([run.config for run in runs])})
         console.print(f"Page: {page}", markup=False, soft_wrap=True)
     return 0
 

@@ -22,7 +22,18 @@ of the first adapter. Ctrl-C stops an answer. Lines that come through a pipe are
 
 def main(argv: Sequence[str]) -> int:
     """Talk; return the exit code."""
-    options = _parser().parse_args(argv)
+    parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
+    add = parser.add_argument
+    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
+    add("--prompt", metavar="TEXT", help="answer this one message, and end")
+    add("--compare", action="store_true", help="let the base answer beside the adapters")
+    add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
+    add("--seed", type=int, metavar="N", help="of sampling")
+    options = parser.parse_args(argv)
     if options.prompt is not None and not options.prompt.strip():
         raise UserError("--prompt is empty: expected a message.")
     adapters = name_adapters(options.adapter)
@@ -32,24 +43,3 @@ def main(argv: Sequence[str]) -> int:
 
     chat(options, adapters)
     return 0
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
-    add = parser.add_argument
-    add(
-        "--adapter",
-        required=True,
-        action="append",
-        metavar="[NAME=]DIR",
-        help="adapter folder; of several, each answers",
-    )
-    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
-    add("--prompt", metavar="TEXT", help="answer this one message, and end")
-    add("--compare", action="store_true", help="let the base answer beside the adapters")
-    add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
-    add("--seed", type=int, metavar="N", help="of sampling")
-    return parser

@@ -38,7 +38,22 @@ answers that end by themselves. A row is an answer's last turn, answered from al
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate; return the exit code."""
-    options, rest = _parser().parse_known_args(argv)
+    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, fit=True)
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
+    add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
+    add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
+    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
+    add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
+    add("--general", dest="evaluation.general", metavar="FILE", help="other text, whose loss tells what was forgotten")
+    add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
+    add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
+    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
+    add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
+    add_json_option(parser)
+    options, rest = parser.parse_known_args(argv)
     adapters = name_adapters(options.adapter)
     if len(adapters) == 1 and "=" not in options.adapter[0]:
         adapters = {"adapter": next(iter(adapters.values()))}
@@ -64,23 +79,3 @@ def main(argv: Sequence[str]) -> int:
         if len(adapters) > 1 and not find_configs(rest):
             say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
         return evaluate(options, adapters, arguments)
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning evaluate [--config FILE] [--adapter [NAME=]DIR …] [options] [options of fit]"
-    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, usage)
-    add = parser.add_argument
-    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
-    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
-    add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
-    add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
-    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
-    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
-    add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
-    add("--general", dest="evaluation.general", metavar="FILE", help="other text, whose loss tells what was forgotten")
-    add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
-    add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
-    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
-    add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
-    add_json_option(parser)
-    return parser

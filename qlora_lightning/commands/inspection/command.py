@@ -25,7 +25,18 @@ The exit code is 2 if `fit` would stop at bad rows (`on_bad_row: error`)."""
 
 def main(argv: Sequence[str]) -> int:
     """Report on the data of a config; return the exit code."""
-    options, rest = _parser().parse_known_args(argv)
+    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, fit=True)
+    add = parser.add_argument
+    add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
+    row_help = (
+        "show the row in line N of its file, as messages name it (row N of .parquet and hub data); FILE:N if a split "
+        "has several files; may be repeated"
+    )
+    add("--row", action="append", default=[], metavar="N", help=row_help)
+    add("--longest", action="store_true", help="show the longest row")
+    add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
+    add("--force", action="store_true", help="overwrite a file that is there already")
+    options, rest = parser.parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.inspection.overview import print_inspection
@@ -48,19 +59,3 @@ def main(argv: Sequence[str]) -> int:
     for split in splits:
         data.reports[split].check(skip_bad=data.on_bad_row == "skip")
     return 0
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning inspect --config FILE [options] [options of fit]"
-    parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, usage)
-    add = parser.add_argument
-    add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
-    row_help = (
-        "show the row in line N of its file, as messages name it (row N of .parquet and hub data); FILE:N if a split "
-        "has several files; may be repeated"
-    )
-    add("--row", action="append", default=[], metavar="N", help=row_help)
-    add("--longest", action="store_true", help="show the longest row")
-    add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
-    add("--force", action="store_true", help="overwrite a file that is there already")
-    return parser

@@ -26,35 +26,7 @@ it is not on the PATH, f16 is written, and the command that quantizes it is prin
 
 def main(argv: Sequence[str]) -> int:
     """Merge an adapter; return the exit code."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    options.fit = rest  # options of fit, which choose rows for the check
-    if rest and not options.rows:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    _check_folder(options.out, options.force)
-    read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
-
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.merge.merged_folder import merge
-
-    merge(options)
-    return 0
-
-
-def _check_folder(target: Path, force: bool) -> None:
-    """Reject a folder that exists, unless it is empty, or holds a merged model and may be replaced."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not force or not (target / RECORD).is_file():
-        raise UserError(
-            f"--out {target} exists: choose another folder. --force replaces one that an earlier merge wrote "
-            f"(with {RECORD} in it)."
-        )
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning merge --adapter DIR --out DIR [options] [--config FILE] [--data.KEY VALUE …]"
-    parser = OptionParser("merge", _DESCRIPTION, _EPILOG, usage)
+    parser = OptionParser("merge", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
@@ -65,4 +37,19 @@ def _parser() -> OptionParser:
     rows_help = "validation rows to check on (default: 8; 0: no check)"
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
-    return parser
+    options, rest = parser.parse_known_args(argv)
+    options.fit = rest  # options of fit, which choose rows for the check
+    if rest and not options.rows:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.out.exists() and not (options.force and (options.out / RECORD).is_file()):
+        raise UserError(
+            f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "
+            f"(with {RECORD} in it)."
+        )
+    read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
+
+    with without_garbage_collection():  # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.merge.merged_folder import merge
+
+    merge(options)
+    return 0

@@ -25,7 +25,11 @@ _UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 def main(argv: Sequence[str]) -> int:
     """Plan a config; return the exit code."""
-    own, rest = _parser().parse_known_args(argv)
+    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
+    add_json_option(parser)
+    own, rest = parser.parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
     file = check_output("--json", own.json, own.force)
 
@@ -50,12 +54,3 @@ def read_size(text: str) -> int:
     if not size:
         raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
     return size
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning plan --config FILE [options] [options of fit]"
-    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, usage)
-    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
-    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
-    add_json_option(parser)
-    return parser

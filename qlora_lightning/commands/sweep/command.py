@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
 from qlora_lightning.support.files import write_whole
@@ -26,7 +26,15 @@ RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` ta
 
 def main(argv: Sequence[str]) -> int:
     """Sweep; return the exit code."""
-    options, rest = _parser().parse_known_args(argv)
+    parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, fit=True)
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--ranks", type=_values_of(int), metavar="N,N,…", help="ranks to try (default: 8,16,32,64)")
+    one("--target-modules", type=_values_of(str), metavar="NAME,…", help="instead: what carries an adapter")
+    one("--learning-rates", type=_values_of(float), metavar="X,…", help="instead: learning rates to try")
+    seeds_help = "trainings with the first value, to measure what another seed alone does (default: 3; 1: do not)"
+    parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help=seeds_help)
+    add_json_option(parser)
+    options, rest = parser.parse_known_args(argv)
     setting, values = "rank", sorted(options.ranks or (8, 16, 32, 64))
     if options.target_modules:
         setting, values = "target_modules", options.target_modules
@@ -42,29 +50,6 @@ def main(argv: Sequence[str]) -> int:
     if options.json is not None:
         write_whole(options.json, figures)
     return 0
-
-
-def _parser() -> OptionParser:
-    usage = "qlora-lightning sweep-rank --config FILE [--ranks N,N,…] [--json FILE] [options of fit]"
-    parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, usage)
-    one = parser.add_mutually_exclusive_group().add_argument
-    one(
-        "--ranks",
-        type=_values_of(lambda text: int(PositiveInt(text))),
-        metavar="N,N,…",
-        help="ranks to try (default: 8,16,32,64)",
-    )
-    one("--target-modules", type=_values_of(str), metavar="NAME,…", help="instead: what carries an adapter")
-    one(
-        "--learning-rates",
-        type=_values_of(lambda text: float(PositiveFloat(text))),
-        metavar="X,…",
-        help="instead: learning rates to try",
-    )
-    seeds_help = "trainings with the first value, to measure what another seed alone does (default: 3; 1: do not)"
-    parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help=seeds_help)
-    add_json_option(parser)
-    return parser
 
 
 def _values_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:

@@ -174,7 +174,7 @@ WRONG = [
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu'"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
-    wrong(EVALUATE, "There is no adapter in new/adapter: pass --adapter DIR"),
+    wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]
 if not torch.cuda.is_available():

@@ -21,8 +21,7 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
-# keys of evaluation.json and predictions.jsonl, beside which adapters have names
-_RESERVED = (BASE, "served", "difference", "differences", "prompt", "expected", "row", "place", "source")
+_RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
 _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
 _LIMITS = ("limit_val_batches", "limit_test_batches", "precision", "accelerator")  # of a run's trainer
 _ROWS = ("train", "val", "test", "path", "general")  # files, or a file of a source
@@ -41,8 +40,7 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not equals or "/" in name:
             whole, folder = Path(value).expanduser().absolute(), value
             name = (whole.parent if whole.name == ADAPTER_FOLDER else whole).name
-        is_shown = equals or len(values) > 1  # a single adapter is called so
-        if not name or (is_shown and name in _RESERVED) or name in found:
+        if not name or name in _RESERVED or name in found:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         found[name] = find_adapter_folder(folder)
         if (found[name] / RECORD).is_file():
@@ -120,11 +118,7 @@ def _settings_of(adapter: Path) -> dict[str, Any]:
     identity = read_identity(adapter)
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
-    loaded_from = str(read_adapter_config(adapter).get("base_model_name_or_path"))
-    base = str(identity.get("base") or loaded_from)
-    is_path = identity.get("revision") is None and not base.startswith("package:")  # a hub id has a revision
-    is_lost = is_path and not Path(base).expanduser().exists()
-    model["base"] = loaded_from if is_lost else base  # a path is relative to where it was trained
+    model["base"] = identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path")
     if identity.get("compute_dtype") == "float32":
         model["compute_dtype"] = "fp32"
     trained = (identity.get("data") or {}).get("settings") or {}

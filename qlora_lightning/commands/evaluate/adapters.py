@@ -51,7 +51,7 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         trainer: Any = run.trainer
         module: Any = run.model
         data: Any = run.datamodule
-        adapters = adapters or _find_adapter_of_run(trainer.default_root_dir)
+        adapters = adapters or {"adapter": Path(trainer.default_root_dir) / ADAPTER_FOLDER}
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
@@ -82,13 +82,6 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
         return int(verdict is not None and verdict["verdict"] != "adapter")
 
 
-def _find_adapter_of_run(run_folder: str) -> dict[str, Path]:
-    folder = Path(run_folder) / ADAPTER_FOLDER
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"There is no adapter in {folder}: pass --adapter DIR, or run `fit` first.")
-    return {"adapter": folder}
-
-
 def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
     """Load the base with the first adapter and put the others beside it; return PEFT's names of them."""
     first, *others = adapters.values()
@@ -112,10 +105,8 @@ def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[
 
     They are the first ``--rows``, else those within the Trainer's limit of batches.
     """
-    split = options.split
-    limit = trainer.limit_val_batches if split == "val" else trainer.limit_test_batches
-    batches, rows = [], list[EvaluationRow]()
-    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    split, batches, rows = options.split, [], list[EvaluationRow]()
+    loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
     for batch in limit_batches(loader, limit) if options.rows is None else loader:
         batches.append(batch)
         rows += unpack_rows(batch)

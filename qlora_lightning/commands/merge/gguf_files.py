@@ -71,8 +71,7 @@ class GGUFModelWriter:
         self._types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
         names = gguf.get_tensor_name_map(architecture_of(self._config), self._config.num_hidden_layers)
         for name, shape in plan.shapes.items():
-            block, block_bytes = gguf.GGML_QUANT_SIZES[self._types[name]]
-            size = math.prod(shape) // block * block_bytes
+            size = math.prod(gguf.quant_shape_to_byte_shape(shape, self._types[name]))
             gguf_name = names.get_name(name, (".weight", ".bias"))
             if gguf_name is None:
                 raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
@@ -171,9 +170,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
     writer.add_token_list([text for text, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    template = folder / "chat_template.jinja"
-    if special.chat_template is None and template.is_file():  # gguf before 0.19 does not read it
-        special.chat_template = template.read_text(encoding="utf-8")
     # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.folder import BaseFolder
+from qlora_lightning.base.folder import BaseFolder, TensorFiles
 from qlora_lightning.model.merge import MergePlan
+from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -45,52 +46,49 @@ def architecture_of(config: Any) -> Any:
     return _ARCHITECTURES[config.model_type]
 
 
-class GGUFModelWriter:
-    """Takes the tensors of a merged model in the order of the plan, and writes each at once.
+def write_gguf(folder: Path, plan: MergePlan, kind: str, base: BaseFolder) -> Path:
+    """Write a merged model's folder as a GGUF file, tensor by tensor, and return that.
 
     Args:
-        file: where to.
-        plan: what the tensors are.
-        kind: of matrices, ``f16`` or ``q8_0``.
-        tokenizer: folder with the tokenizer's files.
-        base: whose own file, if it is a GGUF, says how text is split.
+        folder: Of the merged model; the file gets a folder of its own in it: beside a tokenizer's files transformers
+            misreads the tokenizer in a GGUF.
+        plan: What the tensors are.
+        kind: Of matrices, ``f16`` or ``q8_0``.
+        base: Whose own file, if it is a GGUF, says how text is split.
     """
-
-    def __init__(self, file: Path, plan: MergePlan, kind: str, tokenizer: Path, base: BaseFolder) -> None:
-        self._file, self._config = file, plan.config
-        self._writer = writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(plan.config)])
-        writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(Path(base.name).name)
-        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_shape(writer, self._config)
-        _add_tokenizer(writer, tokenizer, self._config.vocab_size, base)
-        factors = _rope_factors(plan)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-        self._types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
-        names = gguf.get_tensor_name_map(architecture_of(self._config), self._config.num_hidden_layers)
-        for name, shape in plan.shapes.items():
-            size = math.prod(gguf.quant_shape_to_byte_shape(shape, self._types[name]))
-            gguf_name = names.get_name(name, (".weight", ".bias"))
-            if gguf_name is None:
-                raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
-            writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=self._types[name])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor."""
-        values = _permute_rows(name, tensor.float().numpy(), self._config)
-        self._writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), self._types[name]))
-
-    def finish(self) -> Path:
-        """Close the file, and return it."""
-        self._writer.close()
-        return self._file
+    config, file = plan.config, folder / "gguf" / f"model-{kind}.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(base.name).name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, folder, config.vocab_size, base)
+    factors = _rope_factors(plan)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    types = {name: _choose_type(shape, kind) for name, shape in plan.shapes.items()}
+    names = gguf.get_tensor_name_map(architecture_of(config), config.num_hidden_layers)
+    for name, shape in plan.shapes.items():
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        if gguf_name is None:
+            raise UserError(f"--gguf: llama.cpp has no place for the tensor {name}. Leave --gguf out.")
+        writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    tensors = TensorFiles(folder, str(folder))
+    with progress_counter("gguf", len(types)) as advance:
+        for name, quantization in types.items():
+            values = _permute_rows(name, tensors.read(name).float().numpy(), config)
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), quantization))
+            advance(1)
+    writer.close()
+    return file
 
 
 # ---- tensors and shape -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
-from qlora_lightning.commands.merge.gguf_files import GGUFModelWriter, architecture_of
+from qlora_lightning.commands.merge.gguf_files import architecture_of, write_gguf
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
@@ -50,7 +50,8 @@ def merge(options: argparse.Namespace) -> None:
     }
     with _whole_folder(options.out) as folder:
         _write_companions(source, folder, options)
-        gguf_file = _write_weights(source, plan, weights, folder, options)
+        _write_weights(plan, weights, folder, getattr(torch, DTYPES[options.dtype]))
+        gguf_file = _write_gguf(source, plan, folder, options.gguf) if options.gguf else None
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(source, folder, gguf_file, batches) if batches else None
@@ -59,13 +60,6 @@ def merge(options: argparse.Namespace) -> None:
         say(f"{options.out / name}  {format_bytes(size)}")
     if gguf_file is not None:
         _explain_gguf(options.out / "gguf" / gguf_file.name, options.gguf)
-
-
-def _write_modelfile(file: Path, tokenizer: Any) -> None:
-    """Write a ``Modelfile`` for Ollama beside a GGUF file; the chat template it finds in the file, if it knows it."""
-    stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
-    lines = [f"FROM ./{file.name}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
-    (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _explain_gguf(file: Path, kind: str) -> None:
@@ -97,43 +91,34 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_weights(
-    source: AdapterSource, plan: MergePlan, weights: Weights, folder: Path, options: argparse.Namespace
-) -> Path | None:
-    """Merge tensor by tensor, write each into the shards and the GGUF file, and return that file if there is one."""
-    dtype: torch.dtype = getattr(torch, DTYPES[options.dtype])
+def _write_weights(plan: MergePlan, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+    """Merge tensor by tensor, and write the shards."""
     merged = MergedWeights(plan, weights)
     shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.shapes.items()}
-    # a larger tensor would change the order
-    shard_bytes = max(_SHARD_BYTES, *(each.nbytes for each in shapes.values()))
-    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
-    writer = None
-    if options.gguf is not None:
-        # in a folder of its own: beside a tokenizer's files transformers misreads the tokenizer in a GGUF
-        kind = "f16" if options.gguf in K_QUANTS else options.gguf
-        file = folder / "gguf" / f"model-{kind}.gguf"
-        file.parent.mkdir()
-        writer = GGUFModelWriter(file, plan, kind, folder, source.base)
+    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
     with progress_counter("merging", len(plan.shapes)) as advance:
         for shard, names in shards.filename_to_tensors.items():
             tensors = {}
             for name in names:
-                tensor = merged(name)
-                tensors[name] = tensor.to(dtype).contiguous()
-                if writer is not None:
-                    writer.add(name, tensor)
+                tensors[name] = merged(name).to(dtype).contiguous()
                 advance(1)
             save_file(tensors, folder / shard, {"format": "pt"})
             set_usual_mode(folder / shard)  # a server may be another user
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_whole(folder / "model.safetensors.index.json", index)
-    if writer is None:
-        return None
-    file = writer.finish()
-    if options.gguf in K_QUANTS and shutil.which("llama-quantize"):
-        file = _quantize(file, options.gguf)
-    _write_modelfile(file, load_tokenizer(str(folder)))
+
+
+def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str) -> Path:
+    """Write a merged model as a GGUF file of a kind, f16 where nothing here makes that kind, and its Modelfile."""
+    file = write_gguf(folder, plan, "f16" if kind in K_QUANTS else kind, source.base)
+    if kind in K_QUANTS and shutil.which("llama-quantize"):
+        file = _quantize(file, kind)
+    tokenizer = load_tokenizer(str(folder))
+    stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
+    lines = [f"FROM ./{file.name}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    # for Ollama, which finds the chat template in the file, if it knows it
+    (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 

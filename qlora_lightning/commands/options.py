@@ -6,10 +6,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import write_whole
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -57,16 +58,19 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
     if str(name) == "-":
         return Path("/dev/stdout")
     file = Path(name).expanduser()
-    if file.is_dir():
-        raise UserError(f"{option} {file} is a folder: name a file.")
     if file.is_file() and not force:
         raise UserError(f"{option} {file} exists already. Name another file, or add --force to overwrite it.")
     return file
 
 
 @contextlib.contextmanager
-def tables_beside(file: Path | None) -> Iterator[None]:
-    """Print to standard error while a file is standard output, so that it can be piped."""
-    is_piped = file is not None and str(file) == "/dev/stdout"
-    with contextlib.redirect_stdout(sys.stderr) if is_piped else contextlib.nullcontext():
-        yield
+def json_output(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a dictionary for figures, which ``--json`` has at the end.
+
+    While that is standard output, so that it can be piped, all that is printed goes to standard error.
+    """
+    file, figures = check_output("--json", options.json, options.force), dict[str, Any]()
+    with contextlib.redirect_stdout(sys.stderr) if options.json == "-" else contextlib.nullcontext():
+        yield figures
+    if file is not None:
+        write_whole(file, figures)

@@ -7,12 +7,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import render_report
 from qlora_lightning.report.run_files import Run, read_runs
 from qlora_lightning.report.sections import find_differences
-from qlora_lightning.support.console import terminal
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.files import PAGE, write_whole
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
@@ -37,16 +37,12 @@ def main(argv: Sequence[str]) -> int:
     runs = read_runs(options.runs)
     usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = check_output("--out", options.out, options.force) or usual
-    figures = check_output("--json", options.json, options.force)
-    rendered = render_report(runs)
-    console = terminal()
-    with tables_beside(figures):
-        console.print(_table(runs))
-        write_whole(page, rendered)
-        if figures is not None:
-            summary = {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
-            write_whole(figures, {**summary, "differing_settings": find_differences([run.config for run in runs])})
-        console.print(f"Page: {page}", markup=False, soft_wrap=True)
+    with json_output(options) as figures:
+        terminal().print(_table(runs))
+        write_whole(page, render_report(runs))
+        say(f"Page: {page}")
+        figures |= {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
+        figures["differing_settings"] = find_differences([run.config for run in runs])
     return 0
 
 

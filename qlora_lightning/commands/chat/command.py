@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from qlora_lightning.commands.adapter_config import name_adapters
 from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
@@ -34,8 +33,6 @@ def main(argv: Sequence[str]) -> int:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
     add("--seed", type=int, metavar="N", help="of sampling")
     options = parser.parse_args(argv)
-    if options.prompt is not None and not options.prompt.strip():
-        raise UserError("--prompt is empty: expected a message.")
     adapters = name_adapters(options.adapter)
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once

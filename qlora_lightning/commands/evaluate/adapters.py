@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from qlora_lightning.evaluation.comparison import Comparison
 from qlora_lightning.evaluation.row_results import (
     Answer,
     EvaluationRow,
-    OnAnswers,
     evaluate_sides,
     limit_batches,
     unpack_rows,
@@ -39,8 +39,10 @@ _ONE_DEVICE = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strate
 _QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
 
 
-def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str]) -> int:
-    """Evaluate, print and write; return the exit code. Without ``adapters`` it is that of the run folder."""
+def evaluate(
+    options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str], figures: dict[str, Any]
+) -> int:
+    """Evaluate, print, fill ``figures``; return the exit code. Without ``adapters`` it is that of the run folder."""
     server = None
     if options.server is not None:  # before minutes of loading
         server = Server(options.server, options.served_name, options.timeout, options.parallel)
@@ -69,7 +71,10 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
                 raise UserError("--server: no row has a prompt that it could answer.")
             served = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
         by_name = dict(zip(adapters, _load(module, adapters), strict=True))
-        on_answers = _answer_writer(options.out)
+        unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
+        if unfinished:
+            unfinished.unlink(missing_ok=True)
+        on_answers = partial(_append_answers, unfinished)
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
         general = evaluation.evaluate_general(module, data, by_name, show=True)
@@ -78,7 +83,8 @@ def evaluate(options: argparse.Namespace, adapters: Mapping[str, Path], argument
             verdict = add_served(served, asked, settings, results)
             if general is not None:
                 general[SERVED] = [NOTHING] * len(general[BASE])
-        _report(Comparison(rows, results, settings, general), adapters, options, evaluation.samples, verdict)
+        comparison = Comparison(rows, results, settings, general)
+        figures |= _report(comparison, adapters, options, evaluation.samples, verdict)
         return int(verdict is not None and verdict["verdict"] != "adapter")
 
 
@@ -127,19 +133,12 @@ def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[
     return batches, rows
 
 
-def _answer_writer(folder: Path | None) -> OnAnswers:
-    """Return a function that writes answers as they come into the folder of the results, if there is one."""
-    if folder is None:
-        return lambda side, rows, answers: None
-    file = folder / UNFINISHED_PREDICTIONS
-    file.unlink(missing_ok=True)
-
-    def write(side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
+def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
+    """Write answers as they come into the folder of the results, if there is one."""
+    if file is not None:
         pairs = zip(rows, answers, strict=True)
         lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
         append_json_lines(file, lines)
-
-    return write
 
 
 def _warn_of_other_prompts(name: str, folder: Path, own: Mapping[str, Any]) -> None:
@@ -162,8 +161,8 @@ def _report(
     options: argparse.Namespace,
     samples: int,
     verdict: Mapping[str, Any] | None,
-) -> None:
-    """Print the tables, and write the files that were asked for."""
+) -> dict[str, Any]:
+    """Print the tables, write the files that were asked for, and return all figures."""
     rows = "validation rows" if options.split == "val" else "test rows"
     comparison.print(rows)
     sources = comparison.by_source()
@@ -185,11 +184,10 @@ def _report(
         "sources": {name: part.figures() for name, part in sources.items()},
         **({} if verdict is None else {SERVED: verdict}),
     }
-    if options.json is not None:
-        write_whole(options.json, summary)
     if options.out is not None:
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
         write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
         write_whole(figures, summary)
         (options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")
+    return summary

@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from qlora_lightning.commands.adapter_config import add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
@@ -59,8 +59,6 @@ def main(argv: Sequence[str]) -> int:
         adapters = {"adapter": next(iter(adapters.values()))}
     if options.server and len(adapters) > 1:
         raise UserError("--server is compared with one adapter: pass one --adapter.")
-    if not adapters and not rest:
-        raise UserError("Nothing to evaluate: pass --adapter or --config.")
     first = next(iter(adapters.values()), None)
     arguments = add_config(first, rest)
     for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
@@ -68,14 +66,12 @@ def main(argv: Sequence[str]) -> int:
             arguments += [f"--{key}", value]
     if options.rows is not None:
         arguments += ["--evaluation.rows", str(options.rows)]
-    options.json = check_output("--json", options.json, options.force)
     for name in (EVALUATION, PREDICTIONS) if options.out else ():
         check_output("--out", options.out / name, options.force)
+    with json_output(options) as figures:
+        with without_garbage_collection():  # here, so that --help and mistakes answer at once
+            from qlora_lightning.commands.evaluate.adapters import evaluate
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.evaluate.adapters import evaluate
-
-    with tables_beside(options.json):
         if len(adapters) > 1 and not find_configs(rest):
             say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
-        return evaluate(options, adapters, arguments)
+        return evaluate(options, adapters, arguments, figures)

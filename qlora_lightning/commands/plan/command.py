@@ -3,10 +3,9 @@
 import re
 from collections.abc import Sequence
 
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, quiet_lightning, tables_beside
+from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import write_whole
 from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
@@ -31,20 +30,17 @@ def main(argv: Sequence[str]) -> int:
     add_json_option(parser)
     own, rest = parser.parse_known_args(argv)
     memory = None if own.device_memory is None else read_size(own.device_memory)
-    file = check_output("--json", own.json, own.force)
+    with json_output(own) as output, quiet_lightning():
+        with without_garbage_collection():  # here, so that --help and mistakes answer at once
+            import_bitsandbytes()  # before the planner imports PEFT, which would
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        import_bitsandbytes()  # before the planner imports PEFT, which would
+            from qlora_lightning.commands.plan.planner import plan_run
+            from qlora_lightning.commands.plan.tables import print_plan
 
-        from qlora_lightning.commands.plan.planner import plan_run
-        from qlora_lightning.commands.plan.tables import print_plan
-
-    with quiet_lightning(), tables_beside(file):
         figures, model = plan_run(rest, memory)
         print_plan(figures, model, terminal())
-    if file is not None:
-        write_whole(file, figures)
-    return 0 if figures["memory"]["fits"] else 1
+        output.update(figures)
+        return 0 if figures["memory"]["fits"] else 1
 
 
 def read_size(text: str) -> int:

@@ -6,8 +6,7 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, tables_beside
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.commands.options import OptionParser, add_json_option, json_output
 from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -40,15 +39,11 @@ def main(argv: Sequence[str]) -> int:
         setting, values = "target_modules", options.target_modules
     elif options.learning_rates:
         setting, values = "learning_rate", options.learning_rates
-    options.json = check_output("--json", options.json, options.force)
+    with json_output(options) as figures:
+        with without_garbage_collection():  # here, so that --help and mistakes answer at once
+            from qlora_lightning.commands.sweep.trials import run_sweep
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.sweep.trials import run_sweep
-
-    with tables_beside(options.json):
-        figures = run_sweep(setting, values, options.seeds, rest)
-    if options.json is not None:
-        write_whole(options.json, figures)
+        figures.update(run_sweep(setting, values, options.seeds, rest))
     return 0
 
 

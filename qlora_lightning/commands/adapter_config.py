@@ -25,10 +25,6 @@ _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters ha
 _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
 _LIMITS = ("limit_val_batches", "limit_test_batches", "precision", "accelerator")  # of a run's trainer
 _ROWS = ("train", "val", "test", "path", "general")  # files, or a file of a source
-_OWN_CLASSES = (
-    *("qlora_lightning.QLoRAModule", "qlora_lightning.PreferenceModule"),
-    *("qlora_lightning.InstructionDataModule", "qlora_lightning.PreferenceDataModule"),
-)
 _CODE = ("class_path", "init_args", "optimizer", "trust_remote_code")  # name what is imported, or let it run
 
 
@@ -98,7 +94,7 @@ def _is_harmless(value: Any, key: str) -> bool:
     if isinstance(value, list):
         return all(_is_harmless(each, key) for each in value)
     if key in _CODE:
-        return value in (None, False, *_OWN_CLASSES)
+        return value in (None, False) or (key == "class_path" and str(value).startswith("qlora_lightning."))
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse reads YAML where a setting may have several types

@@ -1,7 +1,7 @@
 """What `inspect` prints: the report of each split, sources, lengths, an epoch, and rows token by token."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.commands.epoch import plan_epoch
-from qlora_lightning.commands.inspection.tokens import MARKS, show_rows
+from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.support.console import show_controls
+from qlora_lightning.support.errors import UserError
 
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
+_MARKS = Text("⟦labelled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
+_MOST_TOKENS = 16  # of a character
+_FIRST = 2  # rows shown if none are asked for
 
 
 def print_inspection(
@@ -35,7 +41,7 @@ def print_inspection(
         console.print(Text(text, "bold"))
 
     first = splits[0]
-    rows = list(show_rows(data.samples[first], data.tokenizer, data.stop_ids, options))
+    rows = list(_show_rows(data.samples[first], data.tokenizer, data.stop_ids, options))
     stops = " or ".join(f"{data.tokenizer.decode([number])} ({number})" for number in data.stop_ids)
     settings = {"stop token": stops, **{key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
@@ -58,14 +64,14 @@ def print_inspection(
         in_all = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
         console.print(Text(f"{epoch.steps:,} optimizer steps; {in_all}"))
     heading(f"Rows of {first} as the model sees them")
-    console.print(MARKS)
+    console.print(_MARKS)
     for where, tokens in rows:
         console.print()
         console.print(where)
         console.print(tokens)
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------------------------
 
 
 def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -102,3 +108,65 @@ def _length_table(samples: dict[str, SampleSet]) -> Table:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "–"
+
+
+# ---- rows token by token ---------------------------------------------------------------------------------------------
+
+
+def _show_rows(
+    samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], options: argparse.Namespace
+) -> Iterator[tuple[Text, Text]]:
+    """Yield a heading and the tokens of each row that the options name; of the first two if they name none.
+
+    Raises:
+        UserError: ``--row`` names no row.
+    """
+    numbers: list[int] = []
+    for place in options.row:
+        file, _, line = place.rpartition(":")
+        of_line = np.flatnonzero(samples.line == int(line)).tolist() if line.isdecimal() else []
+        found = [number for number in of_line if samples.where(number).endswith(f"{file}:{line}")]
+        if not found:
+            raise UserError(f"--row {place}: no sample begins there. Expected a line number, or FILE:LINE.")
+        numbers += found
+    if options.longest:
+        numbers.append(int(samples.lengths.argmax()))
+    for number in numbers or range(min(_FIRST, len(samples))):
+        span = slice(*samples.starts[number : number + 2])
+        ids, labelled = samples.ids[span].tolist(), samples.labelled[span].tolist()
+        about = f"  {len(ids):,} tokens, {sum(labelled):,} labelled"
+        yield Text.assemble((samples.where(number), "bold"), about), _mark_tokens(ids, labelled, tokenizer, stop_ids)
+
+
+def _mark_tokens(ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]) -> Text:
+    """Return a sample as text: a mark between tokens, labelled ones in brackets, control tokens in colours."""
+    special_ids, text = ControlTokens(tokenizer, stop_ids).known, Text()
+    is_labelled = False
+    for piece, number in _cut(ids, labelled, tokenizer):
+        mark = "│" if number else ""
+        if labelled[number] != is_labelled:
+            is_labelled = labelled[number]
+            mark = "⟦" if is_labelled else "⟧"
+        colour = "green" if is_labelled else ""
+        if ids[number] in special_ids:
+            colour = "bold magenta" if is_labelled else "magenta"
+        text.append(mark, "dim").append(show_controls(piece).replace("\n", "↵\n"), colour)
+        text.append("■" if is_labelled and ids[number] in stop_ids else "")
+    text.append("⟧" if is_labelled else "")
+    text.rstrip()
+    return text
+
+
+def _cut(ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Yield the text of each token, or of the few that make up a character together, and the number of the first."""
+    before = start = 0
+    while start < len(ids):
+        # decoded behind the piece before it, a token keeps the space that some decoders drop at the start of a text
+        context = tokenizer.decode(list(ids[before:start])) if start else ""
+        for end in range(start + 1, len(ids) + 1):
+            text = tokenizer.decode(list(ids[before:end])).removeprefix(context)
+            is_whole = not text.endswith(_UNFINISHED) or end in (len(ids), start + _MOST_TOKENS)
+            if is_whole or labelled[end] != labelled[start]:
+                break
+        yield text, start
+        before, start = start, end

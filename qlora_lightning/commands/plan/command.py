@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
         with without_garbage_collection():  # here, so that --help and mistakes answer at once
             import_bitsandbytes()  # before the planner imports PEFT, which would
 
-            from qlora_lightning.commands.plan.planner import plan_run
-            from qlora_lightning.commands.plan.tables import print_plan
+            from qlora_lightning.commands.plan.planner import plan_run, print_plan
 
         figures, model = plan_run(rest, memory)
         print_plan(figures, model, terminal())

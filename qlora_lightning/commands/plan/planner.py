@@ -1,28 +1,34 @@
-"""Plans a config: its model without numbers, its batches, and the memory of a step."""
+"""Plans a config: its model without numbers, its batches, and the memory of a step; in figures and as tables."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.model.adapters.lora import count_parameters
+from qlora_lightning.model.adapters.lora import ADAPTER, count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
+from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing, find_fit, usable_bytes
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -164,3 +170,80 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     return config, origin
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
+    """Print the figures of a plan and its model."""
+    base, trained = plan["base"], plan["adapters"]["parameters"]
+    console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
+    console.print(_model_table(model))
+    share = trained / (base["parameters"] + trained)
+    console.print(f"{base['parameters']:,} parameters are frozen, {trained:,} train ({share:.2%}).")
+    console.print(_memory_table(plan))
+    console.print(_describe_fit(plan))
+    if host := plan["memory"]["pinned_bytes"]:
+        console.print(f"Each process keeps {format_bytes(host)} in host memory, pinned.")
+    console.print(_run_table(plan))
+    for note in plan["notes"]:
+        console.print(Text(note))
+
+
+def _memory_table(plan: Mapping[str, Any]) -> Table:
+    parts, peak = plan["memory"]["parts"], plan["memory"]["peak_bytes"]
+    total = sum(parts.values())
+    table = Table("part", "bytes", "", title="Memory of a step, on each device", title_justify="left")
+    for part, size in parts.items():
+        if size:
+            table.add_row(part, format_bytes(size), format_gib(size))
+    table.add_section()
+    table.add_row("in all" if peak is None else "peak", format_bytes(total), format_gib(total))
+    return table
+
+
+def _describe_fit(plan: Mapping[str, Any]) -> Text:
+    device, memory = plan["device"], plan["memory"]
+    total = sum(memory["parts"].values())
+    machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
+    numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
+    if not memory["fits"]:
+        remedy = f". A tenth is kept back. What is left: {REMEDIES}"
+        return Text.assemble(("It does not fit", "bold red"), f": {numbers}{remedy}.")
+    if memory["peak_bytes"] is None:
+        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
+    how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
+    longest = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
+    return Text.assemble(("It fits", "bold green"), f"{how}: {numbers}{longest}.")
+
+
+def _run_table(plan: Mapping[str, Any]) -> Table:
+    run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
+    table = Table(title="The run", title_justify="left", show_header=False)
+    which = "at most, as the settings allow" if run is None else "the largest"
+    table.add_row("batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {which}")
+    table.add_row("micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}")
+    if run is None:
+        table.add_row("steps, tokens", "unknown: the data were not read")
+        return table
+    steps = run["steps"]
+    table.add_row("optimizer steps", "no end: set trainer.max_steps" if steps is None else f"{steps:,}")
+    if steps is not None:
+        table.add_row("tokens of the run", f"{run['tokens']:,}")
+    return table
+
+
+def _model_table(model: Any) -> Table:
+    """List what carries an adapter, of equal modules of all layers once."""
+    causal_lm = model.get_base_model()
+    config, counts = causal_lm.config, Counter[tuple[str, ...]]()
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            shape, rank = f"{module.in_features:,} → {module.out_features:,}", f"{module.r[ADAPTER]}"
+            counts[re.sub(r".*\.\d+\.", "", name), shape, rank] += 1
+    title = f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size:,} wide"
+    table = Table("adapter on", "shape", "rank", "layers", title=title, title_justify="left")
+    for cells, count in counts.items():
+        table.add_row(*cells, str(count))
+    return table

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 
 class _Trainer(Trainer):
-    """Lightning's Trainer, of whose settings 1 is one batch and 1.0 all of them."""
+    """Lightning's Trainer, of whose limits 1 is one batch and 1.0 all of them."""
 
     # jsonargparse tries the types of a union in their order; typing takes Lightning's Union[int, float] and
     # Union[float, int] for the same, and returns whichever a library made first
@@ -58,8 +57,6 @@ class _Trainer(Trainer):
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
-        overfit_batches: int | float = 0.0,
-        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -67,8 +64,6 @@ class _Trainer(Trainer):
             limit_val_batches=limit_val_batches,
             limit_test_batches=limit_test_batches,
             limit_predict_batches=limit_predict_batches,
-            overfit_batches=overfit_batches,
-            val_check_interval=val_check_interval,
             **kwargs,
         )
 

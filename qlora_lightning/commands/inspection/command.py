@@ -28,10 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
-    row_help = (
-        "show the row in line N of its file, as messages name it (row N of .parquet and hub data); FILE:N if a split "
-        "has several files; may be repeated"
-    )
+    row_help = "show the row in line N, or FILE:N, as messages name it; may be repeated"
     add("--row", action="append", default=[], metavar="N", help=row_help)
     add("--longest", action="store_true", help="show the longest row")
     add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")

@@ -21,12 +21,7 @@ from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
-# llama.cpp's architecture of each type of which the files are verified
-_ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
+_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # of which the files are verified; llama.cpp calls them so, too
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,11 +34,11 @@ _SPLITS = {
 
 def architecture_of(config: Any) -> Any:
     """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
-    if config.model_type not in _ARCHITECTURES:
+    if config.model_type not in _MODEL_TYPES:
         raise UserError(
-            f"--gguf writes models of the types {', '.join(_ARCHITECTURES)}, not of {config.model_type}. {_CONVERT}"
+            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {config.model_type}. {_CONVERT}"
         )
-    return _ARCHITECTURES[config.model_type]
+    return gguf.MODEL_ARCH[config.model_type.upper()]
 
 
 def write_gguf(folder: Path, plan: MergePlan, kind: str, base: BaseFolder) -> Path:

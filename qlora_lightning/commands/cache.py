@@ -1,12 +1,11 @@
 """``qlora-lightning cache``: what the cache holds, and clearing it."""
 
-from collections.abc import Sequence
 from typing import get_args
 
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.base.cache import CacheEntry, Kind, cache_root, clear_entries, list_entries
+from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.console import say, terminal
@@ -30,15 +29,6 @@ def main(argv: list[str]) -> int:
     if not entries:
         say(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
         return 0
-    _print_table(entries)
-    if options.action == "list":
-        return 0
-    removed = clear_entries(options.kind)
-    say(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
-    return 0
-
-
-def _print_table(entries: Sequence[CacheEntry]) -> None:
     table = Table("kind", "what", "size", "last used", "path", box=None, pad_edge=False)
     table.columns[2].justify = "right"
     table.columns[4].overflow = "fold"  # a path that is cut off cannot be copied
@@ -50,3 +40,8 @@ def _print_table(entries: Sequence[CacheEntry]) -> None:
         console.width = 500
     console.print(table)
     say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")
+    if options.action == "list":
+        return 0
+    removed = clear_entries(options.kind)
+    say(f"Removed {len(removed)}, freed {format_bytes(sum(entry.size_bytes for entry in removed))}.")
+    return 0

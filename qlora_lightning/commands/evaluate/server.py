@@ -163,7 +163,11 @@ def judge_answers(
     """
     texts = [(mine.text, other.text, found.text) for mine, other, found in zip(adapter, base, served, strict=True)]
     # nonsense is farther from both than these are from each other
-    near = [(chrf(found, mine), chrf(found, other), chrf(other, mine)) for mine, other, found in texts if mine != other]
+    near = [
+        (_likeness(found, mine), _likeness(found, other), chrf(other, mine))
+        for mine, other, found in texts
+        if mine != other
+    ]
     nearer = {"adapter": sum(to_adapter > max(to_base, apart) for to_adapter, to_base, apart in near)}
     nearer[BASE] = sum(to_base > max(to_adapter, apart) for to_adapter, to_base, apart in near)
     gaps = {side: _gap(score, answers, served) for side, answers in (("adapter", adapter), (BASE, base))}
@@ -195,6 +199,10 @@ def judge_answers(
             "template, its stop tokens and its quantization."
         )
     return figures
+
+
+def _likeness(text: str, other: str) -> float:
+    return 1.0 if text == other else chrf(text, other)  # which is 0 for two empty ones
 
 
 def _gap(score: str, own: Sequence[Answer], served: Sequence[Answer]) -> Interval:

@@ -107,7 +107,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     others = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # and what users log
-    kinds = _KINDS | {name: (_heading(name), "") for name in others}
+    kinds = _KINDS | {name: (describe_metric(name), "") for name in others}
     has_pairs = any("train_chosen_reward" in run.metrics for run in runs)  # of preferences
     unit = "mean over pairs" if has_pairs else "nats per labelled token"
     several = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
@@ -189,9 +189,3 @@ def _draw(chart: Chart) -> str:
     svg = re.sub(rf"{_CURVE}([0-7])", r"var(--c\1)", svg)
     svg = svg.replace(_TEXT, "var(--soft)").replace(_GRID, "var(--line)")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true">{svg}'
-
-
-def _heading(name: str) -> str:
-    words = describe_metric(name.removeprefix("val_"))
-    text = f"{words}, validation" if name.startswith("val_") else words
-    return text[:1].upper() + text[1:]

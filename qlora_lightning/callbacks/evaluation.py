@@ -1,7 +1,7 @@
 """Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,10 @@ class Evaluation(Callback):
             module.cpu()
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
-        batches = list(validation_batches(trainer))
+        # If nothing was left to train, the Trainer has made no loader.
+        loaders = trainer.val_dataloaders or datamodule_of(trainer).val_dataloader()
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        batches = [batch for each in loaders for batch in limit_batches(each, trainer.limit_val_batches)]
         rows = [row for batch in batches for row in unpack_rows(batch)]
         asked = rows[: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)
@@ -164,11 +167,3 @@ class Evaluation(Callback):
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
-
-
-def validation_batches(trainer: Any) -> Iterator[Any]:
-    """Yield the batches of this process that a validation takes."""
-    # If nothing was left to train, the Trainer has made no loader.
-    loaders = trainer.val_dataloaders or trainer.datamodule.val_dataloader()
-    for loader in loaders if isinstance(loaders, list) else [loaders]:
-        yield from limit_batches(loader, trainer.limit_val_batches)

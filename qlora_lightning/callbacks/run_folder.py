@@ -1,16 +1,19 @@
-"""Keeps a run folder to one run and one process, and writes the run's config and its predictions into it."""
+"""Keeps a run folder to one run and one process, and writes the run's config, metrics and predictions into it."""
 
 import contextlib
+import csv
+import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
@@ -25,6 +28,67 @@ from qlora_lightning.support.files import (
     write_whole,
 )
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
+
+
+class MetricsLogger(Logger):
+    """A line per logged step. Lightning's ``CSVLogger`` deletes the file when a run is resumed; this one keeps it.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / METRICS
+        self._columns: list[str] = []  # none: the file has not been read yet
+
+    @property
+    def name(self) -> str:
+        return ""  # the file is in the run folder itself
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: ``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line; a new metric widens the table."""
+        row = {"step": step, **metrics}
+        with reporting_disk_faults(self.save_dir):
+            if row.keys() <= set(self._columns):
+                with self.file.open("a", newline="", encoding="utf-8") as handle:
+                    csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
+            else:
+                self._rewrite([*self._read(), row])
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Remove the lines of an optimizer step and of those after it, which a resumed run writes again."""
+        with reporting_disk_faults(self.save_dir):
+            rows = self._read()
+            if rows:
+                self._rewrite([row for row in rows if int(row["step"]) < step])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return the lines of the file without half a line at its end, which a kill leaves."""
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.file, text.getvalue())
 
 
 class RunFolder(Callback):

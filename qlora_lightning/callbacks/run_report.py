@@ -202,16 +202,13 @@ def _device_facts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Return commit, branch, and whether tracked files were changed; ``None`` outside a repository or without git."""
-    command = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+def _git_state() -> str | None:
+    """Return the commit, with ``-dirty`` if tracked files were changed; ``None`` outside a repository, without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = done.stdout.splitlines()
-    heads = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
-    return {"commit": heads["branch.oid"], "branch": heads["branch.head"], "dirty": len(lines) > len(heads)}
 
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:

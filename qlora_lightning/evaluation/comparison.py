@@ -9,7 +9,6 @@ from rich.table import Table
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import (
-    METHOD,
     PREFERENCE,
     Metric,
     choose_digits,
@@ -183,7 +182,6 @@ class Comparison:
         return {
             **self.figures(),
             "labelled_tokens": sum(result.labelled_tokens for result in self.results[BASE]),
-            "method": METHOD,
             "max_new_tokens": self.settings.max_new_tokens if self.settings else None,
             "scores": self.settings.scores if self.settings else [],
             "duels": {

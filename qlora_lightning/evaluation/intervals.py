@@ -11,11 +11,6 @@ from qlora_lightning.evaluation.scores import is_share
 
 RESAMPLES = 2_000
 SEED = 0
-METHOD = (
-    f"95 % intervals by the percentile bootstrap over rows ({RESAMPLES:,} resamples, seed {SEED}), differences on the "
-    "same resamples; of a share of rows alone by Wilson's score interval; if all rows are alike, by how many others "
-    "may then be otherwise (Wilson), and none of what has no bounds, as a loss"
-)
 PREFERENCE = "preference_accuracy"
 _YES_OR_NO = (PREFERENCE, "exact_match", "json_valid", "numeric_match", "stop_rate")  # each row counts as 0 or 1
 _NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding

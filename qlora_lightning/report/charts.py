@@ -24,11 +24,10 @@ _UNDRAWN = (
     *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps", "micro_batches"),
     *("memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
 )
-_MOST_DOTS = 60  # of a curve: more would be one band
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 2},
     "faint": {"linewidth": 1.2, "alpha": 0.35},
-    "dots": {"linewidth": 2, "markersize": 6},
+    "dots": {"linewidth": 2, "marker": "o", "markersize": 5},
     "level": {"linewidth": 1.5, "dashes": (4, 3)},
 }
 # Colours that stand for those of the page, which differ between light and dark.
@@ -108,7 +107,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     others = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # and what users log
-    kinds = _KINDS | {name: (_heading(name), "") for name in others}
+    kinds = _KINDS | {name: (describe_metric(name), "") for name in others}
     has_pairs = any("train_chosen_reward" in run.metrics for run in runs)  # of preferences
     unit = "mean over pairs" if has_pairs else "nats per labelled token"
     several = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
@@ -168,9 +167,8 @@ def _draw(chart: Chart) -> str:
         figure = Figure((_WIDTH / 72, _HEIGHT / 72), dpi=72)
         axes = figure.add_axes((0.13, 0.17, 0.84, 0.76), frame_on=False)
         for curve in chart.curves:
-            are_seen = len(curve.points) == 1 or (curve.style == "dots" and len(curve.points) <= _MOST_DOTS)
-            style = _STYLES[curve.style] | {"color": f"{_CURVE}{curve.colour}", "marker": "o" if are_seen else None}
-            axes.plot(*zip(*curve.points, strict=True), solid_capstyle="round", clip_on=False, **style)
+            style = _STYLES[curve.style] | {"color": f"{_CURVE}{curve.colour}", "clip_on": False}
+            axes.plot(*zip(*curve.points, strict=True), solid_capstyle="round", **style)
         axes.set_xlim(axes.dataLim.intervalx)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params("x", nbins=5, integer=True)
@@ -191,9 +189,3 @@ def _draw(chart: Chart) -> str:
     svg = re.sub(rf"{_CURVE}([0-7])", r"var(--c\1)", svg)
     svg = svg.replace(_TEXT, "var(--soft)").replace(_GRID, "var(--line)")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true">{svg}'
-
-
-def _heading(name: str) -> str:
-    words = describe_metric(name.removeprefix("val_"))
-    text = f"{words}, validation" if name.startswith("val_") else words
-    return text[:1].upper() + text[1:]

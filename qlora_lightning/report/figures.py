@@ -88,8 +88,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     add("peak_memory_gib", "peak memory", "{:.2f}\u00a0GiB", peak)
     if run.status != "running":  # the manifest has the seconds at the last validation
         add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)
-    last_step = max((points[-1][0] for points in run.metrics.values() if points), default=None)
-    add("steps", "optimizer steps", "{:,.0f}", progress.get("steps") or last_step)
+    add("steps", "optimizer steps", "{:,.0f}", progress.get("steps"))
     add("tokens", "tokens", "{:,.0f}", progress.get("tokens") or logged.get("tokens_seen", [math.nan])[-1])
     return found
 

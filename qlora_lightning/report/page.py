@@ -39,7 +39,7 @@ def render_report(runs: Sequence[Run]) -> str:
         title=" · ".join(run.name for run in runs),
         runs=[(run, sections.describe_run(run)) for run in runs],
         charts=draw_charts(charts_of(runs)),
-        results=figure_table(runs) if len(runs) > 1 else None,
+        results=figure_table(runs) if len(runs) > 1 else ([], []),
         differences=sections.difference_table(runs),
         version=__version__,
         **(_describe_one(runs[0]) if len(runs) == 1 else {}),

@@ -25,14 +25,11 @@ _SETTINGS = (
 
 def describe_run(run: Run) -> str:
     """Describe in a sentence what was trained on what."""
-    flat, files, data = flatten(run.config), _files(run).get("train"), run.manifest.get("data") or {}
-    name = (run.manifest.get("base") or {}).get("base") or flat.get("model.base")
-    rank = (run.manifest.get("adapter") or {}).get("rank") or flat.get("model.rank")
-    rows = ((data.get("splits") or {}).get("train") or {}).get("rows")
-    trained = f"LoRA of rank {rank}" if rank else "An adapter"
-    begun = f", continued from {flat['model.adapter']}" if flat.get("model.adapter") else ""
+    base, adapter, data = (run.manifest.get(name) or {} for name in ("base", "adapter", "data"))
+    files, rows = _files(run).get("train"), ((data.get("splits") or {}).get("train") or {}).get("rows")
+    trained = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
     trained_on = f", trained on {format_setting(files)}" if files else ""
-    return f"{trained}{f' on {name}' if name else ''}{begun}{trained_on}{f' ({rows:,} rows)' if rows else ''}."
+    return f"{trained}{trained_on}{f' ({rows:,} rows)' if rows else ''}."
 
 
 def headline(run: Run) -> Facts:

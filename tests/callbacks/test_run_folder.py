@@ -8,8 +8,7 @@ import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from qlora_lightning import PredictionWriter, QLoRAModule
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder, locking
+from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, locking
 from qlora_lightning.cli import main
 from qlora_lightning.support.errors import UserError
 from tests.adapters import make_run

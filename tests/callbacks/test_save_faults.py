@@ -10,8 +10,7 @@ import torch
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from qlora_lightning.callbacks.checkpoint_file import find_checkpoint
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
-from qlora_lightning.callbacks.run_folder import RunFolder
+from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder
 from qlora_lightning.model.checkpoint.format import KEY
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION

@@ -29,7 +29,7 @@ MANIFEST = {
         **{"processes": 1, "nodes": 1, "strategy": "SingleDeviceStrategy", "precision": "32-true"},
     },
     "packages": {"torch": "2.13.0"},
-    "git": {"commit": "1234567890abcdef1234", "branch": "main", "dirty": True},
+    "git": "1234567890abcdef1234-dirty",
     "command": "qlora-lightning fit --config a.yaml",
     "reproduce": "qlora-lightning fit --config runs/a/config.yaml",
     "progress": {"steps": 20, "planned_steps": 40, "tokens": 2000, "labelled_tokens": 500, "seconds": 90.0},

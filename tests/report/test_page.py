@@ -35,7 +35,7 @@ def test_a_run_has_every_section_and_its_facts(pages):
         "Config",
     ]
     for words in (
-        *("qlora-lightning fit --config a.yaml", "1 ✓", "commit 1234567890abcdef1234, branch main"),
+        *("qlora-lightning fit --config a.yaml", "1 ✓", "1234567890abcdef1234-dirty"),
         *(
             "base package:tiny, quantization nf4, double_quant true",
             "target_modules [q_proj]",

@@ -398,8 +398,6 @@ class QLoRAModule(lightning.LightningModule):
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
-        if self.device.type == "cuda":
-            self.micro_batch_size.correct(self, self.window.micro_batches > len(self.window.batches))
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base, read_config
-from qlora_lightning.base.tensors import GIB, format_gib
+from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
@@ -82,15 +82,6 @@ def usable_bytes(memory: float) -> float:
     return _USABLE * memory
 
 
-def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
-    """Correct the planned tokens of a micro-batch by the peak of one that had them, in bytes.
-
-    What is beside ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
-    """
-    factor = (usable - held) / max(peak - held, 1.0)
-    return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only its allocator's words."""
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
@@ -118,7 +109,6 @@ class MicroBatchSize:
         self.choices = [Checkpointing()]
         self.apply: Callable[[Checkpointing], None] = lambda choice: None
         self._planned = ""
-        self._is_measured = True
 
     # ---- before a base is loaded -------------------------------------------------------------------------------------
 
@@ -165,7 +155,7 @@ class MicroBatchSize:
                 f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
                 "model.micro_batch_tokens tries it without a plan."
             )
-        self.tokens, self._is_measured = fit.tokens, False
+        self.tokens = fit.tokens
         self._planned = f", planned for {format_gib(usable_bytes(memory))}"
 
     def announce(self) -> None:
@@ -173,22 +163,6 @@ class MicroBatchSize:
         _report(f"At most {self.tokens:,} tokens go through the model at a time{self._planned}, {self.choices[0]}.")
 
     # ---- while it runs -----------------------------------------------------------------------------------------------
-
-    def correct(self, module: Any, was_cut: bool) -> None:
-        """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
-
-        Args:
-            module: On a GPU; its gradients of a step are there.
-            was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
-        """
-        if self._is_measured or not module.trainer.global_step or not was_cut:
-            return
-        self._is_measured = True
-        held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
-        usable = usable_bytes(free_bytes(module.device) + held)
-        tokens = corrected_tokens(self.tokens, held, peak, usable)
-        _report(f"Measured: {peak / GIB:.2f} GiB at the peak. At most {tokens:,} tokens go through at a time from now.")
-        self.tokens = tokens
 
     def run(
         self, module: Any, batch: Any, compute: Callable[[], Result], before_retry: Callable[[], None] = lambda: None
@@ -222,7 +196,6 @@ class MicroBatchSize:
     def _reduce(self, module: Any, batch: Any, words: str) -> None:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
         parts = module.micro_batches(batch)
         tokens, largest = max(((each["input_ids"].numel(), each) for each in parts), key=lambda item: item[0])
         rows = (len(largest.get("cu_seqlens", (0, 1))) - 1) // (2 if largest.get("pairs") else 1)
@@ -251,13 +224,13 @@ class MicroBatchSize:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run restores."""
-        return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
+        return {"tokens": self.tokens, "checkpointing": list(self.choices[0])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a run had found, unless a number is set."""
         if not self.is_auto:
             return
-        self.tokens, self._is_measured, self._planned = state["tokens"], state.get("is_measured", True), ""
+        self.tokens, self._planned = state["tokens"], ""
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]

@@ -111,11 +111,11 @@ CHOICES = GradientCheckpointing().choices(on_cuda=True)
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
     model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
     step = build_step_memory(model, torch.bfloat16)
-    least, most = (sum(replace(step, **each._asdict()).parts(1000, 1000).values()) for each in CHOICES[::-2])
+    least, most = (sum(replace(step, **each._asdict()).parts(1000).values()) for each in CHOICES[::-2])
     assert [Checkpointing(), Checkpointing(1, False), Checkpointing(1, True)] == CHOICES
 
     def needed(fit, tokens):
-        return sum(fit.step.parts(tokens, min(tokens, 1000)).values())
+        return sum(fit.step.parts(tokens).values())
 
     found = []
     for memory in range(least - 100_000, most + 100_000, 10_000):

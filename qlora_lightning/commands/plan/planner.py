@@ -85,7 +85,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     fit = find_fit(step, usable, longest, checkpointing.choices(is_cuda))
     tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
     at_once = max(tokens, batch["longest"])
-    parts = fit.step.parts(at_once, batch["longest"])
+    parts = fit.step.parts(at_once)
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
     else:

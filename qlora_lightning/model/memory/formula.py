@@ -9,11 +9,12 @@
 Of Llama-3.1-8B with rank 8 a layer keeps 94,456 bytes a token, or with checkpointing 8,192, its input.
 
 It forgets keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and
-in torch 2.11; copies of beginnings that samples share; fragments in torch's allocator. It takes each token for labelled
-and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measured, not planned.
+in torch 2.11; attention's scores where no kernel spares them; what dropout and DoRA keep; copies of beginnings that
+samples share; fragments in torch's allocator. It takes each token for labelled and each optimizer for AdamW, if it is
+none in 8 bits. Where it is wrong, memory runs out once, and the step is taken in smaller parts. A CPU's memory is
+measured, not planned.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,22 +25,13 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import nn
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
-from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.sharded import shards_vocabulary
-from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import logits_chunk_size
-from qlora_lightning.support.console import quiet_loggers
-from qlora_lightning.support.versions import attend_ragged
 
 CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
@@ -57,7 +49,6 @@ class StepMemory:
         itemsize: Of a number in the dtype of the products.
         layers: Number of decoder layers from the first that trains on; those below keep nothing.
         saved: Bytes a token that one of these keeps for backward, its input included.
-        saved_per_key: And for each token of its row: attention scores, if no kernel spares them.
         mlp: Bytes of a token's state inside the MLP; backward has four such at a time.
         in_pieces: Whether a checkpointed layer has gate and up of :data:`PIECE_TOKENS` tokens at a time.
         dense: Bytes of the largest quantized weight, made dense for a product.
@@ -74,7 +65,6 @@ class StepMemory:
     itemsize: int
     layers: int
     saved: float
-    saved_per_key: float
     mlp: int
     in_pieces: bool
     dense: int
@@ -88,9 +78,9 @@ class StepMemory:
         """Number of checkpointed layers."""
         return math.ceil(self.layers / self.every_n_layers) if self.every_n_layers else 0
 
-    def parts(self, tokens: int, longest_row: int) -> dict[str, int]:
+    def parts(self, tokens: int) -> dict[str, int]:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
-        inputs, saved = float(tokens * self.hidden), tokens * (self.saved + self.saved_per_key * longest_row)
+        inputs, saved = float(tokens * self.hidden), tokens * self.saved
         kept_inputs = 0 if self.offload else inputs  # of a checkpointed layer
         # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
         head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
@@ -147,7 +137,6 @@ def build_step_memory(
     if not trainable_tensors(causal_lm.get_input_embeddings()):
         first = next((number for number, each in enumerate(layers) if trainable_tensors(each)), len(layers) - 1)
         layers = layers[first:]
-    saved, saved_per_key = _count_saved(causal_lm, layers, dtype)
     sizes = [linear_sizes(each) for each in layers[-1].modules() if isinstance(each, LINEARS)]
     is_quantized = bool(linears) or any(isinstance(each, bnb.nn.Linear8bitLt) for each in layers[-1].modules())
     return StepMemory(
@@ -157,8 +146,7 @@ def build_step_memory(
         holds_logits=not runs_flat(causal_lm.config),
         itemsize=dtype.itemsize,
         layers=len(layers),
-        saved=saved,
-        saved_per_key=saved_per_key,
+        saved=fmean(_count_saved(causal_lm, each, dtype) for each in layers),
         mlp=max(map(max, sizes)) * dtype.itemsize,
         in_pieces=_is_fused(layers[-1]),
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
@@ -202,19 +190,15 @@ def _pinned_bytes(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> tuple[float, float]:
-    """Return the bytes a token that a layer keeps for backward, on average, and those more for each token of its row.
+def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
+    """Return the bytes a token that a layer keeps for backward.
 
-    Of fused layers it is what the functions of layers/decoder_layer.py save; a model with any other is run on the meta
-    device.
+    Of a fused one it is what the functions of layers/decoder_layer.py save. Of any other it is a rule of thumb: one and
+    a half times what goes into its linears and comes out of them, 0.6 to 1.9 times what most types really keep.
     """
-    if not all(map(_is_fused, layers)):
-        once, twice = (_run_saving(causal_lm, tokens, dtype) / tokens / len(layers) for tokens in (256, 512))
-        return 2 * once - twice, (twice - once) / 256
-    return fmean(_count_saved_by_hand(causal_lm, layer, dtype) for layer in layers), 0.0
-
-
-def _count_saved_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
+    if not _is_fused(layer):
+        sizes = [linear_sizes(each) for name, each in layer.named_modules() if _is_frozen_linear(name, each)]
+        return 1.5 * sum(map(sum, sizes)) * dtype.itemsize
     attention, width = layer.self_attn, causal_lm.config.hidden_size
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
@@ -227,45 +211,9 @@ def _count_saved_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> floa
     return float(numbers * dtype.itemsize + floats * _FLOAT)
 
 
+def _is_frozen_linear(name: str, module: nn.Module) -> bool:
+    return isinstance(module, LINEARS) and ".lora_" not in name
+
+
 def _is_fused(layer: nn.Module) -> bool:
     return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
-
-
-def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Run a model forward up to its head on the meta device, and return the bytes that autograd keeps, but for weights.
-
-    Attention keeps what a GPU's kernel keeps.
-    """
-    body, mode = causal_lm.base_model, FakeTensorMode(allow_non_fake_inputs=True)  # transformers reads no fake number
-    # as autocast has the adapters, whose copies are a part of their own
-    adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(body).items()}
-    ids = mode.from_tensor(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
-    samples, saved = samples_of_lengths([tokens]).to(torch.device("meta")), set[Any]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
-        return tensor
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if options.get("softcap") is not None or query.shape[-1] != value.shape[-1]:  # no kernel has it
-            return flat.flat_attention(module, query, key, value, mask, **options)
-        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None)[None], None
-
-    for name in (flat.FLAT_ATTENTION, flat.PLAIN_FLAT_ATTENTION, "sdpa"):
-        AttentionInterface.register(name, attend)
-    options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
-    try:  # int8 layers warn in each run that they round their input to float16
-        with (
-            quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
-            saved_tensors_hooks(keep, lambda x: x),
-            flat.flat_batch(flat.FlatBatch(samples)),
-            mode,
-        ):
-            functional_call(body, adapters, (ids,), {**options, "use_cache": False})
-    finally:
-        flat.register_flat_attention()
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
-    held = (*body.parameters(), *body.buffers(), *adapters.values())
-    weights = {fake.untyped_storage() for each in held for fake in (each, mode.from_tensor(each))}
-    return sum(each.nbytes() for each in saved - weights)

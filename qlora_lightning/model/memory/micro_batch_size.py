@@ -64,17 +64,10 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
     """
     for choice in choices:
         step = dataclasses.replace(step, **choice._asdict())
-        tokens = _tokens_that_fit(step, usable, longest)
+        tokens = bisect_right(range(_MOST_TOKENS), usable, key=lambda tokens: sum(step.parts(tokens).values())) - 1
         if tokens >= longest:
             return Fit(tokens, choice, step)
     return Fit(0, choice, step)
-
-
-def _tokens_that_fit(step: StepMemory, usable: float, longest: int) -> int:
-    def needed(tokens: int) -> int:
-        return sum(step.parts(tokens, min(tokens, longest)).values())
-
-    return max(0, bisect_right(range(_MOST_TOKENS), usable, key=needed) - 1)
 
 
 def usable_bytes(memory: float) -> float:
@@ -128,26 +121,22 @@ class MicroBatchSize:
         strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
         memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
         longest = _longest_row(module)
-        try:
-            step = build_step_memory(
-                model,
-                dtype,
-                double_quant=double_quant,
-                optimizer=module.optimizer_config,
-                device_bytes=memory,
-                processes=module.trainer.world_size,
-                sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
-            )
-        except Exception as error:  # of a type's own code, which need not run without numbers
-            _report(f"Memory is not planned: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            return
+        step = build_step_memory(
+            model,
+            dtype,
+            double_quant=double_quant,
+            optimizer=module.optimizer_config,
+            device_bytes=memory,
+            processes=module.trainer.world_size,
+            sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
+        )
         fit = find_fit(step, usable_bytes(memory), longest, self.choices)
         self.choices = self.choices[self.choices.index(fit.choice) :]
         if device.type != "cuda":  # of which the formula tells only whether memory is short
             self.tokens = min(fit.tokens or longest, _TOKENS_OF_A_CPU)
             return
         if not fit.tokens:
-            needed = sum(fit.step.parts(longest, longest).values())
+            needed = sum(fit.step.parts(longest).values())
             fixed = sum(fit.step.fixed.values())
             raise UserError(
                 f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import decoder_layers, runs_flat
-from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.memory.micro_batch_size import is_out_of_memory
+from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
 BATCH_SIZE = 64  # rows that are answered together

@@ -97,7 +97,7 @@ class PreferenceModule(QLoRAModule):
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.label_smoothing, self.sft_share = label_smoothing, sft_share
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
-        self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
+        self.statistics = TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
 
     def configure_model(self) -> None:
@@ -215,8 +215,8 @@ class PreferenceModule(QLoRAModule):
             return {**after(batch, dataloader_idx), "mismatched": after(batch["mismatched"], dataloader_idx)}
         return after(batch, dataloader_idx)
 
-    def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = self.micro_batches(batch)
+    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = super().micro_batches(batch)
         if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
             kl = self._estimate_kl(batch)
             parts = [{**part, "kl": kl} for part in parts]

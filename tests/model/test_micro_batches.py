@@ -18,9 +18,10 @@ import torch
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.load.build import meta_model
-from qlora_lightning.model.memory import micro_batch_size
+from qlora_lightning.model.memory import fit as memory_fit
+from qlora_lightning.model.memory.fit import Checkpointing, find_fit
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, find_fit
+from qlora_lightning.model.step.micro_batch import MicroBatchSize
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -128,7 +129,7 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
 
 
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
+    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
     module = QLoRAModule(str(tiny_base), rank=2)
     module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)

@@ -23,8 +23,8 @@ from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
+from qlora_lightning.model.memory.fit import find_fit, usable_bytes
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import find_fit, usable_bytes
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length

@@ -101,6 +101,12 @@ def free_bytes(device: torch.device) -> int:
     return int(free)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only its allocator's words."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 

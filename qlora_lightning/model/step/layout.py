@@ -24,7 +24,7 @@ Attention takes its states by ``gather_index``; their gradients are added up ove
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -109,14 +109,32 @@ class Samples(_DeviceMovable):
 
 
 @dataclass(frozen=True, eq=False)
-class BatchBound(_DeviceMovable):
-    """Belongs to a flat batch, and notices if that has changed: a subclass or callback may put other labels in.
+class Layout(_DeviceMovable):
+    """The stream that is computed of a batch.
+
+    It notices if the batch has changed: a subclass or callback may put other labels in.
 
     Attributes:
+        input_ids: ``(1, tokens)``.
+        position_ids: ``(1, tokens)``.
+        predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
+        targets: What is predicted from each, ``(K,)``.
+        counts: How many are predicted of each sample.
+        samples: Where samples are.
+        lengths: How many tokens each sample has in the batch.
+        rows: The ids of the batch's rows.
         origin: The batch's tensors, and the version of each: torch counts what is written in place.
     """
 
-    origin: tuple[tuple[Tensor, int], ...] = field(default=(), kw_only=True)
+    input_ids: Tensor
+    position_ids: Tensor
+    predict_index: Tensor
+    targets: Tensor
+    counts: tuple[int, ...]
+    samples: Samples
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    origin: tuple[tuple[Tensor, int], ...] = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
         """Remember the batch, once it has moved."""
@@ -131,29 +149,6 @@ class BatchBound(_DeviceMovable):
 def _versions(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
     tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
     return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout(BatchBound):
-    """The stream that is computed of a batch.
-
-    Attributes:
-        input_ids: ``(1, tokens)``.
-        position_ids: ``(1, tokens)``.
-        predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
-        targets: What is predicted from each, ``(K,)``.
-        counts: How many are predicted of each sample.
-        samples: Where samples are.
-        rows: The ids of the batch's rows.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    predict_index: Tensor
-    targets: Tensor
-    counts: tuple[int, ...]
-    samples: Samples
-    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,6 +212,7 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layou
         torch.from_numpy(targets[predict_index]),
         tuple(counts),
         build_samples(computed),
+        tuple(np.diff(bounds).tolist()),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 

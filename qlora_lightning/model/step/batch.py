@@ -12,19 +12,6 @@ from qlora_lightning.support.errors import UserError
 # The tensors of a flat batch.
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
-# Types whose positions are a table.
-_LEARNED_POSITIONS = (
-    "gpt2",
-    "gpt_bigcode",
-    "gpt-sw3",
-    "gpt_neo",
-    "opt",
-    "biogpt",
-    "ctrl",
-    "openai-gpt",
-    "codegen",
-    "gptj",
-)
 _MOST_CAPPED = 4096  # tokens of a row: of Gemma 2 9B its scores take 0.5 GB in each layer, three times
 _NAMED = 8  # rows in a message
 
@@ -120,18 +107,18 @@ def check_row_length(config: Any, longest: int) -> None:
             f"A {config.model_type} caps attention's scores, which no kernel does: they are held for all pairs of a "
             f"row's tokens, and rows here may have {longest:,}. Set data.max_length to {_MOST_CAPPED} or less."
         )
-    if config.model_type in _LEARNED_POSITIONS and longest > config.max_position_embeddings:
+    rope, most = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
+    if not rope and most is not None and longest > most:  # a table of positions
         raise UserError(
-            f"A {config.model_type} has positions for {config.max_position_embeddings:,} tokens, and rows here may "
-            f"have {longest:,}. Set data.max_length to {config.max_position_embeddings} or less."
+            f"A {config.model_type} has positions for {most:,} tokens, and rows here may have {longest:,}. Set "
+            f"data.max_length to {most} or less."
         )
-    rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *rope.values()):  # some have parameters for each type of layer
         kind = each.get("rope_type") if isinstance(each, Mapping) else None
-        limit = config.max_position_embeddings if kind in ("dynamic", "longrope") else longest
+        limit = most if kind in ("dynamic", "longrope") else None
         if kind == "longrope":
             limit = each.get("original_max_position_embeddings", limit)
-        if longest > limit:
+        if limit is not None and longest > limit:
             raise UserError(
                 f"This base scales its rotary embedding ({kind}) by the longest row of a batch if that has more than "
                 f"{limit:,} tokens, and rows here may have {longest:,}: the same row would be trained differently in "

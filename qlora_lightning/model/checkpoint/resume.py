@@ -64,18 +64,12 @@ class ExactResume(Callback):
         _check_samples(trainer, data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
-        if "micro_batch_size" in content:
-            micro_batch_size: Any = pl_module.micro_batch_size
-            sizes = content["micro_batch_size"]
-            sizes = sizes if isinstance(sizes, list) else [sizes]  # earlier that of the first process alone
-            micro_batch_size.load_state_dict(sizes[trainer.global_rank if len(sizes) == trainer.world_size else 0])
+        micro_batch_size: Any = pl_module.micro_batch_size
+        sizes = content["micro_batch_size"]  # of each process that saved
+        micro_batch_size.load_state_dict(sizes[trainer.global_rank % len(sizes)])
         if changes:
-            _report(describe_changes(changes))
-        if (saved := len(content["generators"])) != trainer.world_size:
-            _report(
-                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. If processes times "
-                "batch_size stays, the adapter will be as good, but not the same bit for bit."
-            )
+            shown = [f"  {_show_change(each)}" for each in changes]
+            _report("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
@@ -213,11 +207,6 @@ def find_changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: 
     """List the settings that differ, of those that both sides know."""
     names = sorted(stored.keys() & current.keys())
     return [(f"{prefix}.{name}", stored[name], current[name]) for name in names if stored[name] != current[name]]
-
-
-def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
-    """Describe changes, a line for each, under what they differ from."""
-    return "\n".join([f"Settings that differ from {whose} (there → now):", *(f"  {_show_change(c)}" for c in changes)])
 
 
 def _show_change(change: Change) -> str:

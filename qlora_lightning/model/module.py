@@ -132,13 +132,12 @@ class QLoRAModule(lightning.LightningModule):
             "layers": layers,
             "lora_options": lora_options,
         }
-        self.adapter = adapter
         self.learning_rate: Any = learning_rate  # a number once the model is there
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
+        self.adapter, self.fast = adapter, fast
         self.model: Any = None
-        self.fast = fast
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
@@ -342,7 +341,7 @@ class QLoRAModule(lightning.LightningModule):
             self.statistics.update(sums)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+        QLoRAModule.validation_step(self, batch, batch_idx)  # whatever a subclass does in its own
 
     def run_in_parts(
         self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], micro_batch.Result]
@@ -352,10 +351,10 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self.choose_layers()
-        self.statistics.reset()
+        self.statistics = losses.TokenStatistics()
 
     def on_test_start(self) -> None:
-        self.on_validation_start()
+        QLoRAModule.on_validation_start(self)
 
     def on_validation_epoch_end(self) -> None:
         self._log_statistics("val")
@@ -364,7 +363,8 @@ class QLoRAModule(lightning.LightningModule):
         self._log_statistics("test")
 
     def _log_statistics(self, split: str) -> None:
-        values = {f"{split}_{name}": value.float() for name, value in self.statistics.compute().items()}
+        means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
+        values = {f"{split}_{name}": value.float() for name, value in means.items()}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)

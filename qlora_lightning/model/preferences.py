@@ -17,7 +17,7 @@ from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import is_flat, samples_of
 from qlora_lightning.model.step.layout import IGNORED
-from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
+from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
@@ -97,7 +97,6 @@ class PreferenceModule(QLoRAModule):
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.label_smoothing, self.sft_share = label_smoothing, sft_share
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
-        self.statistics = TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
 
     def configure_model(self) -> None:

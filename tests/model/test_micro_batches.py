@@ -113,7 +113,7 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
     model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
     step = build_step_memory(model, torch.bfloat16)
     least, most = (sum(replace(step, **each._asdict()).parts(1000).values()) for each in CHOICES[::-2])
-    assert [Checkpointing(), Checkpointing(1, False), Checkpointing(1, True)] == CHOICES
+    assert [Checkpointing(), Checkpointing(True, False), Checkpointing(True, True)] == CHOICES
 
     def needed(fit, tokens):
         return sum(fit.step.parts(tokens).values())
@@ -123,7 +123,7 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
         fit = find_fit(step, memory, 1000, CHOICES)
         assert fit.tokens == 0 or needed(fit, fit.tokens) <= memory < needed(fit, fit.tokens + 1)
         assert fit.tokens == 0 or fit.tokens >= 1000
-        found.append((fit.tokens > 0, -fit.step.every_n_layers, -fit.step.offload))
+        found.append((fit.tokens > 0, -fit.step.checkpointed, -fit.step.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, c
     assert 0 < state["tokens"] < 8192
     resumed = QLoRAModule(str(tiny_base)).micro_batch_size
     resumed.choices = CHOICES
-    resumed.load_state_dict(state | {"checkpointing": [1, False]})
+    resumed.load_state_dict(state | {"checkpointing": [True, False]})
     assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])
 
 

@@ -29,13 +29,13 @@ REMEDIES = (
 
 
 class Checkpointing(NamedTuple):
-    """Every how many layers one is checkpointed, 0: none; and whether the inputs of these wait in host memory."""
+    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
 
-    every_n_layers: int = 0
+    checkpointed: bool = False
     offload: bool = False
 
     def __str__(self) -> str:
-        if not self.every_n_layers:
+        if not self.checkpointed:
             return "without gradient checkpointing"
         return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
 

@@ -54,8 +54,8 @@ class StepMemory:
         dense: Bytes of the largest quantized weight, made dense for a product.
         gathered: Bytes of a sharded base that are whole for a moment: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
-        every_n_layers: Every n-th layer is checkpointed; 0: none.
-        offload: Whether the inputs of these layers are in host memory.
+        checkpointed: Whether layers are checkpointed.
+        offload: And whether their inputs are in host memory.
     """
 
     fixed: dict[str, int]
@@ -70,25 +70,20 @@ class StepMemory:
     dense: int
     gathered: tuple[int, int]
     host_base: int
-    every_n_layers: int = 0
+    checkpointed: bool = False
     offload: bool = False
-
-    @property
-    def checkpointed(self) -> int:
-        """Number of checkpointed layers."""
-        return math.ceil(self.layers / self.every_n_layers) if self.every_n_layers else 0
 
     def parts(self, tokens: int) -> dict[str, int]:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
         inputs, saved = float(tokens * self.hidden), tokens * self.saved
-        kept_inputs = 0 if self.offload else inputs  # of a checkpointed layer
+        kept = saved if not self.checkpointed else 0 if self.offload else inputs  # of a layer until backward
         # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
         head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
-        activations = head + (self.layers - self.checkpointed) * saved + self.checkpointed * kept_inputs
+        activations = head + self.layers * kept
         piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.in_pieces else tokens
         in_layer = inputs + 4 * piece * self.mlp + self.dense  # the first of these for the output's gradient
         if self.checkpointed:  # computes again what it did not keep
-            in_layer += saved - 2 * (tokens - piece) * self.mlp - kept_inputs
+            in_layer += saved - 2 * (tokens - piece) * self.mlp - kept
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
         rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
         in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
@@ -99,7 +94,7 @@ class StepMemory:
 
     def host_bytes(self, tokens: int) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
-        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.hidden)
+        return self.host_base + self.offload * self.layers * _pinned_bytes(tokens * self.hidden)
 
 
 def build_step_memory(

@@ -40,24 +40,24 @@ def count_kept(module, batch):
 
 
 @pytest.mark.parametrize(
-    ("options", "every_n_layers", "tolerance"),
+    ("options", "checkpointed", "tolerance"),
     [
-        ({}, 0, 0.03),
-        ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
-        ({}, 1, 0.1),
-        ({"dropout": 0.1}, 0, 0.6),  # PEFT's layers, by the rule of thumb
+        ({}, False, 0.03),
+        ({"compute_dtype": "fp32", "quantization": "none"}, False, 0.03),
+        ({}, True, 0.1),
+        ({"dropout": 0.1}, False, 0.6),  # PEFT's layers, by the rule of thumb
     ],
     ids=str,
 )
-def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, every_n_layers, tolerance):
+def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, checkpointed, tolerance):
     options = {"compute_dtype": "bf16"} | options
     module = steps.make_module(tiny_base, **options)
-    if every_n_layers:
-        enable_activation_checkpointing(module.causal_lm, every_n_layers)
+    if checkpointed:
+        enable_activation_checkpointing(module.causal_lm)
     batch = steps.make_batch(LENGTHS, vocabulary=40_000)
     dtype = getattr(torch, module.identity["compute_dtype"])
     del options["compute_dtype"]
-    step = replace(build_step_memory(build(tiny_base, dtype=dtype, **options), dtype), every_n_layers=every_n_layers)
+    step = replace(build_step_memory(build(tiny_base, dtype=dtype, **options), dtype), checkpointed=checkpointed)
     planned = step.parts(sum(LENGTHS))["activations"]
     assert planned == pytest.approx(count_kept(module, batch), rel=tolerance)
 

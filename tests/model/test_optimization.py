@@ -8,9 +8,9 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from qlora_lightning.model.step.optimization import (
-    build_optimizer,
     build_schedule,
     choose_learning_rate,
+    choose_optimizer,
     count_optimizer_steps,
 )
 from tests.steps import make_module
@@ -41,7 +41,8 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     theirs = create_loraplus_optimizer(
         module.model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
     )
-    ours = build_optimizer(module.parameter_groups(), None, 1e-4, 0.1)
+    kind, arguments = choose_optimizer(None, 1e-4, 0.1)
+    ours = kind(module.parameter_groups(), **arguments)
 
     def rates(optimizer):
         return {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}

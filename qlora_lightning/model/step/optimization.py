@@ -29,7 +29,7 @@ def check_optimization(
     neftune_alpha: float | None,
 ) -> None:
     """Reject settings of the optimizer and its schedule, before minutes of loading."""
-    check_optimizer(optimizer, learning_rate, weight_decay)
+    choose_optimizer(optimizer, learning_rate, weight_decay)
     check_schedule(schedule, warmup_ratio)
     if loraplus_ratio is not None and not 1 <= loraplus_ratio < float("inf"):
         raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
@@ -48,29 +48,20 @@ def choose_learning_rate(choice: LearningRate, width: int) -> float:
 
 def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
-    optimizer = build_optimizer(
-        module.parameter_groups(), module.optimizer_config, module.learning_rate, module.weight_decay
-    )
+    kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
     schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def build_optimizer(
-    groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
-) -> Optimizer:
-    """Build the optimizer over ``groups``, whose own rates stay.
+def choose_optimizer(
+    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return class and arguments of an optimizer.
 
     ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
     fused.
     """
-    optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
-    return optimizer_class(groups, **arguments)
-
-
-def check_optimizer(
-    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
-) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return class and arguments of an optimizer; see :func:`build_optimizer`."""
     if learning_rate != "auto" and not 0 < learning_rate < math.inf:
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4, or auto.")
     if not 0 <= weight_decay < math.inf:

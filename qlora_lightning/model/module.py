@@ -116,11 +116,6 @@ class QLoRAModule(lightning.LightningModule):
         micro_batch_tokens: micro_batch.MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
-        # here, and not only where they are used: after minutes of loading
-        lora.check_adapter_settings(rank, alpha, dropout)
-        optimization.check_optimization(
-            optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio, neftune_alpha
-        )
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code, self.cache = base, revision, trust_remote_code, cache
         self.quantization, self.double_quant, self.compute_dtype = quantization, double_quant, compute_dtype
@@ -136,6 +131,9 @@ class QLoRAModule(lightning.LightningModule):
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
+        # here, and not only where they are used: after minutes of loading
+        lora.check_adapter_settings(rank, alpha, dropout)
+        optimization.check_optimization(self)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}

@@ -1,6 +1,7 @@
 """The optimizer, LoRA+ and the schedule."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qlora_lightning.model.step.optimization import (
     build_schedule,
     choose_learning_rate,
     choose_optimizer,
-    count_optimizer_steps,
+    plan_steps,
 )
 from tests.steps import make_module
 
@@ -56,7 +57,9 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     [(3, None, 9), (3, 5, 5), (1, 5, 3), (-1, 5, 5), (0, None, 0)],  # 4, 4 and 2 micro-batches an epoch
 )
 def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps, expected):
-    assert count_optimizer_steps(10, 4, max_epochs, max_steps) == expected
+    data = SimpleNamespace(count_train_batches=lambda: 10)
+    limits = {"limit_train_batches": 1.0, "max_epochs": max_epochs, "max_steps": max_steps}
+    assert plan_steps(SimpleNamespace(datamodule=data, accumulate_grad_batches=4, **limits)) == expected
 
 
 @pytest.mark.parametrize(

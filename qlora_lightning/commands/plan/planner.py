@@ -23,7 +23,7 @@ from qlora_lightning.model.adapters.lora import count_parameters
 from qlora_lightning.model.guards.checks import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
-from qlora_lightning.model.memory.fit import find_fit, usable_bytes
+from qlora_lightning.model.memory.fit import USABLE, find_fit
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
@@ -80,7 +80,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         processes=count_devices(trainer),
         sharded_offload=offload if is_cuda or offload is None else False,
     )
-    size, usable = module.micro_batch_size, usable_bytes(device["memory"])
+    size, usable = module.micro_batch_size, USABLE * device["memory"]
     longest = batch["longest"] if size.is_auto else max(batch["longest"], min(size.tokens, batch["tokens"]))
     fit = find_fit(step, usable, longest, checkpointing.choices(is_cuda))
     tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)

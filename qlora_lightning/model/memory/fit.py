@@ -20,7 +20,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
 TOKENS_OF_A_CPU = 8192  # more make its products no quicker
-_USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
+USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
 _MOST_TOKENS = 1 << 20
 REMEDIES = (
     "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
@@ -65,11 +65,6 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
     return Fit(0, choice, step)
 
 
-def usable_bytes(memory: float) -> float:
-    """Return how much of a device's memory a step is planned for."""
-    return _USABLE * memory
-
-
 def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) -> Fit | None:
     """Plan a fit, whose products are in ``dtype``: before any weight is downloaded or loaded.
 
@@ -96,7 +91,7 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
         sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
     )
     longest = _longest_row(module)
-    fit = find_fit(step, usable_bytes(memory), longest, choices)
+    fit = find_fit(step, USABLE * memory, longest, choices)
     if device.type != "cuda":  # of which the formula tells only whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
@@ -104,7 +99,7 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
         raise UserError(
             f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "
-            f"{format_gib(usable_bytes(memory))} for it. What is left: {REMEDIES}. A number as "
+            f"{format_gib(USABLE * memory)} for it. What is left: {REMEDIES}. A number as "
             "model.micro_batch_tokens tries it without a plan."
         )
     return fit

@@ -192,8 +192,8 @@ def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
     a half times what goes into its linears and comes out of them, 0.6 to 1.9 times what most types really keep.
     """
     if not _is_fused(layer):
-        sizes = [linear_sizes(each) for name, each in layer.named_modules() if _is_frozen_linear(name, each)]
-        return 1.5 * sum(map(sum, sizes)) * dtype.itemsize
+        linears = [each for name, each in layer.named_modules() if isinstance(each, LINEARS) and ".lora_" not in name]
+        return 1.5 * sum(sum(linear_sizes(each)) for each in linears) * dtype.itemsize
     attention, width = layer.self_attn, causal_lm.config.hidden_size
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     heads = queries // attention.head_dim
@@ -204,10 +204,6 @@ def _count_saved(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         numbers, floats = numbers + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(numbers * dtype.itemsize + floats * _FLOAT)
-
-
-def _is_frozen_linear(name: str, module: nn.Module) -> bool:
-    return isinstance(module, LINEARS) and ".lora_" not in name
 
 
 def _is_fused(layer: nn.Module) -> bool:

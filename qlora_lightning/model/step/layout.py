@@ -48,23 +48,19 @@ def next_labels(labels: Tensor) -> Tensor:
 
 
 class _DeviceMovable:
-    """Goes to a device with all its tensors, as Lightning moves a batch."""
+    """Goes to a device with all its tensors, as Lightning moves a batch, and without waiting for them."""
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
-        moved = {
-            name: move(each, device) if isinstance(each, Tensor) else each.to(device, non_blocking)
-            for name, each in fields.items()
-            if hasattr(each, "to")
-        }
+    def to(self, device: torch.device) -> Self:
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                # to a GPU from pinned memory, which alone is copied in the background
+                pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+                moved[field.name] = pinned.to(device, non_blocking=True)
+            elif isinstance(value, _DeviceMovable):
+                moved[field.name] = value.to(device)
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor without waiting for it: to a GPU from pinned memory, which alone is copied in the background."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.memory.fit import Checkpointing
+from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 

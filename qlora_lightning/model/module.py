@@ -17,7 +17,7 @@ from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
+from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import checks, guard
 from qlora_lightning.model.layers import fuse
@@ -26,10 +26,11 @@ from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
 from qlora_lightning.model.step import forward, micro_batch, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import is_flat
+from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
+from qlora_lightning.support.trainer import datamodule_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -377,7 +378,7 @@ class QLoRAModule(lightning.LightningModule):
         return optimization.configure_optimizer(self)
 
     def on_fit_start(self) -> None:
-        checks.check_fit(self)
+        check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
         self.micro_batch_size.announce()
         report_model(self, self.choose_layers())
 
@@ -433,7 +434,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause
-        check_checkpoint(checkpoint, self.identity, "The checkpoint")
+        checkpoint_format.check_checkpoint(checkpoint, self.identity, "The checkpoint")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
@@ -444,5 +445,5 @@ class QLoRAModule(lightning.LightningModule):
         ``overrides`` replace saved arguments. Whether code that comes with the base may run is not taken from the
         checkpoint: pass ``trust_remote_code``.
         """
-        module: Self = restore_module(cls, checkpoint_path, map_location, overrides)
+        module: Self = checkpoint_format.restore_module(cls, checkpoint_path, map_location, overrides)
         return module

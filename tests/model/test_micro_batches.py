@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +18,8 @@ import torch
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import fit as memory_fit
-from qlora_lightning.model.memory.fit import Checkpointing, find_fit
-from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.fit import find_fit
+from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
 from qlora_lightning.model.step.micro_batch import MicroBatchSize
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
@@ -112,18 +111,18 @@ CHOICES = GradientCheckpointing().choices(on_cuda=True)
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
     model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
     step = build_step_memory(model, torch.bfloat16)
-    least, most = (sum(replace(step, **each._asdict()).parts(1000).values()) for each in CHOICES[::-2])
+    least, most = (sum(step.parts(1000, each).values()) for each in CHOICES[::-2])
     assert [Checkpointing(), Checkpointing(True, False), Checkpointing(True, True)] == CHOICES
 
     def needed(fit, tokens):
-        return sum(fit.step.parts(tokens).values())
+        return sum(step.parts(tokens, fit.choice).values())
 
     found = []
     for memory in range(least - 100_000, most + 100_000, 10_000):
         fit = find_fit(step, memory, 1000, CHOICES)
         assert fit.tokens == 0 or needed(fit, fit.tokens) <= memory < needed(fit, fit.tokens + 1)
         assert fit.tokens == 0 or fit.tokens >= 1000
-        found.append((fit.tokens > 0, -fit.step.checkpointed, -fit.step.offload))
+        found.append((fit.tokens > 0, -fit.choice.checkpointed, -fit.choice.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 

@@ -85,7 +85,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     fit = find_fit(step, usable, longest, checkpointing.choices(is_cuda))
     tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
     at_once = max(tokens, batch["longest"])
-    parts = fit.step.parts(at_once)
+    parts = step.parts(at_once, fit.choice)
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
     else:
@@ -105,7 +105,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
             "most_tokens": fit.tokens if size.is_auto and is_cuda else size.tokens,
             "gradient_checkpointing": fit.choice._asdict(),
             "host_bytes": step.host_base,  # of the base
-            "pinned_bytes": fit.step.host_bytes(at_once) if is_cuda else 0,  # and of the inputs of layers
+            "pinned_bytes": step.host_bytes(at_once, fit.choice) if is_cuda else 0,  # and of the inputs of layers
         },
         "largest_batch": batch,
         "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from qlora_lightning.base.tensors import format_bytes, format_gib
 from qlora_lightning.model.adapters.lora import ADAPTER
-from qlora_lightning.model.memory.fit import REMEDIES, Checkpointing
+from qlora_lightning.model.memory.fit import REMEDIES
+from qlora_lightning.model.memory.formula import Checkpointing
 
 
 def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:

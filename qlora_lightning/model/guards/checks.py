@@ -14,7 +14,7 @@ from torch import nn
 
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import check_row_length, format_locations, row_locations
+from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback
 
@@ -56,11 +56,6 @@ def check_start(module: Any, needed: tuple[type[Callback], ...]) -> None:
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
             )
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
-
-
-def check_fit(module: Any) -> None:
-    """Check what would show only at some step of a fit."""
-    check_row_length(module.causal_lm.config, getattr(datamodule_of(module.trainer), "max_length", 0))
 
 
 def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -> None:

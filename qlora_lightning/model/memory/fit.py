@@ -1,6 +1,5 @@
 """Finds by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
 
-import dataclasses
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
+from qlora_lightning.model.memory.formula import CONTEXT_BYTES, Checkpointing, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.support.errors import UserError
@@ -28,24 +27,11 @@ REMEDIES = (
 )
 
 
-class Checkpointing(NamedTuple):
-    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
-
-    checkpointed: bool = False
-    offload: bool = False
-
-    def __str__(self) -> str:
-        if not self.checkpointed:
-            return "without gradient checkpointing"
-        return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
-
-
 class Fit(NamedTuple):
-    """How a step fits: the most ``tokens`` of a micro-batch, 0 if the longest row does not fit; and the formula."""
+    """How a step fits: the most ``tokens`` of a micro-batch, 0 if the longest row does not fit."""
 
     tokens: int
     choice: Checkpointing
-    step: StepMemory
 
 
 def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> Fit:
@@ -58,11 +44,10 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
         choices: In the order in which they are tried; each takes less memory than the one before.
     """
     for choice in choices:
-        step = dataclasses.replace(step, **choice._asdict())
-        tokens = bisect_right(range(_MOST_TOKENS), usable, key=lambda tokens: sum(step.parts(tokens).values())) - 1
+        tokens = bisect_right(range(_MOST_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
         if tokens >= longest:
-            return Fit(tokens, choice, step)
-    return Fit(0, choice, step)
+            return Fit(tokens, choice)
+    return Fit(0, choice)
 
 
 def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) -> Fit | None:
@@ -95,7 +80,7 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
     if device.type != "cuda":  # of which the formula tells only whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
-        needed, fixed = (sum(parts.values()) for parts in (fit.step.parts(longest), fit.step.fixed))
+        needed, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
         raise UserError(
             f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "

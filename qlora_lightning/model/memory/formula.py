@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import peft
@@ -37,9 +37,21 @@ CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's wor
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
+class Checkpointing(NamedTuple):
+    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
+
+    checkpointed: bool = False
+    offload: bool = False
+
+    def __str__(self) -> str:
+        if not self.checkpointed:
+            return "without gradient checkpointing"
+        return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
+
+
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a training step on one device; ``dataclasses.replace`` asks for another checkpointing.
+    """Memory of a training step on one device.
 
     Attributes:
         fixed: Bytes by part of what does not depend on tokens.
@@ -54,8 +66,6 @@ class StepMemory:
         dense: Bytes of the largest quantized weight, made dense for a product.
         gathered: Bytes of a sharded base that are whole for a moment: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
-        checkpointed: Whether layers are checkpointed.
-        offload: And whether their inputs are in host memory.
     """
 
     fixed: dict[str, int]
@@ -70,19 +80,17 @@ class StepMemory:
     dense: int
     gathered: tuple[int, int]
     host_base: int
-    checkpointed: bool = False
-    offload: bool = False
 
-    def parts(self, tokens: int) -> dict[str, int]:
+    def parts(self, tokens: int, choice: Checkpointing) -> dict[str, int]:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
         inputs, saved = float(tokens * self.hidden), tokens * self.saved
-        kept = saved if not self.checkpointed else 0 if self.offload else inputs  # of a layer until backward
+        kept = saved if not choice.checkpointed else 0 if choice.offload else inputs  # of a layer until backward
         # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
         head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
         activations = head + self.layers * kept
-        piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.in_pieces else tokens
+        piece = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.in_pieces else tokens
         in_layer = inputs + 4 * piece * self.mlp + self.dense  # the first of these for the output's gradient
-        if self.checkpointed:  # computes again what it did not keep
+        if choice.checkpointed:  # computes again what it did not keep
             in_layer += saved - 2 * (tokens - piece) * self.mlp - kept
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
         rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
@@ -92,9 +100,9 @@ class StepMemory:
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
         return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}
 
-    def host_bytes(self, tokens: int) -> int:
+    def host_bytes(self, tokens: int, choice: Checkpointing) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
-        return self.host_base + self.offload * self.layers * _pinned_bytes(tokens * self.hidden)
+        return self.host_base + choice.offload * self.layers * _pinned_bytes(tokens * self.hidden)
 
 
 def build_step_memory(
@@ -107,7 +115,7 @@ def build_step_memory(
     processes: int = 1,
     sharded_offload: bool | None = None,
 ) -> StepMemory:
-    """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
+    """Build the formula of a model on the meta device whose fused layers are chosen.
 
     ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
     """

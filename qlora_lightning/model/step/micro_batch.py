@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qlora_lightning.model.guards.checks import check_token_ids
 from qlora_lightning.model.load.machine import is_out_of_memory
-from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, Checkpointing, plan_fit
+from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, plan_fit
+from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.model.step.batch import (
     check_row_length,
     cut_batch,

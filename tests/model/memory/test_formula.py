@@ -1,7 +1,5 @@
 """What a step takes by the formula: by hand, beside what real steps keep, and by a model without numbers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -9,7 +7,7 @@ from transformers import LlamaConfig
 
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 
@@ -57,8 +55,8 @@ def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, check
     batch = steps.make_batch(LENGTHS, vocabulary=40_000)
     dtype = getattr(torch, module.identity["compute_dtype"])
     del options["compute_dtype"]
-    step = replace(build_step_memory(build(tiny_base, dtype=dtype, **options), dtype), checkpointed=checkpointed)
-    planned = step.parts(sum(LENGTHS))["activations"]
+    step = build_step_memory(build(tiny_base, dtype=dtype, **options), dtype)
+    planned = step.parts(sum(LENGTHS), Checkpointing(checkpointed))["activations"]
     assert planned == pytest.approx(count_kept(module, batch), rel=tolerance)
 
 
@@ -77,7 +75,7 @@ def test_every_part_is_counted_as_on_paper():
     step = build_step_memory(build(LlamaConfig(**SMALL, tie_word_embeddings=True), rank=2), torch.bfloat16)
     tokens = 300
     head = tokens * (4 * 64 + 4 + 2 * 64 + 8)
-    assert step.parts(tokens) == {
+    assert step.parts(tokens, Checkpointing()) == {
         "base": LINEARS // 2 + 2 * 5 * 64,
         "scales": 4 * LINEARS // 64,
         "vocabulary": 2 * 100 * 64,

@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards import checks, guard
+from qlora_lightning.model.guards import guard
 from qlora_lightning.model.layers import fuse
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
@@ -152,7 +152,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        checks.check_start(self, needed=(ExactResume, guard.TrainingGuard))
+        guard.check_start(self, needed=(ExactResume, guard.TrainingGuard))
         if self.model is not None:
             return
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
@@ -285,7 +285,7 @@ class QLoRAModule(lightning.LightningModule):
         return self.micro_batch_size.parts(self, batch) if is_flat(batch) else [batch]
 
     def setup(self, stage: str) -> None:
-        checks.check_setup(self)
+        guard.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.micro_batch_size.lay_out(self, batch) if is_flat(batch) else batch
@@ -300,7 +300,7 @@ class QLoRAModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the gradients of a batch's *sums*; on_before_optimizer_step turns them into the mean's."""
         if self.guard.checks_due:
-            checks.check_training_mode(self.model)
+            guard.check_training_mode(self.model)
         return self.window.take(self, batch)
 
     @property

@@ -20,7 +20,7 @@ from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import count_parameters
-from qlora_lightning.model.guards.checks import check_trainer
+from qlora_lightning.model.guards.guard import check_trainer
 from qlora_lightning.model.load.build import check_quantization, meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.fit import USABLE, find_fit

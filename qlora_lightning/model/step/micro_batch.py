@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from qlora_lightning.model.guards.checks import check_token_ids
+from qlora_lightning.model.guards.guard import check_token_ids
 from qlora_lightning.model.load.machine import is_out_of_memory
 from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, plan_fit
 from qlora_lightning.model.memory.formula import Checkpointing

@@ -75,7 +75,10 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
         processes=module.trainer.world_size,
         sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
     )
-    longest = _longest_row(module)
+    data = datamodule_of(module.trainer)
+    samples = samples_of(data, "train")  # of a pair both answers count
+    longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
+    longest = min(longest, _MOST_TOKENS - 1)
     fit = find_fit(step, USABLE * memory, longest, choices)
     if device.type != "cuda":  # of which the formula tells only whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
@@ -88,11 +91,3 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
             "model.micro_batch_tokens tries it without a plan."
         )
     return fit
-
-
-def _longest_row(module: Any) -> int:
-    """Return the tokens of the longest training row; of a pair both answers count."""
-    data = datamodule_of(module.trainer)
-    samples = samples_of(data, "train")
-    longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
-    return min(longest, _MOST_TOKENS - 1)

@@ -166,11 +166,6 @@ class ComputedTokens:
         """Number of computed tokens."""
         return sum(self.lengths) - sum(self.shared)
 
-    def places(self, starts: Sequence[int]) -> IntArray:
-        """Return which tokens of the batch are computed, ``(count,)``; ``starts`` is where its samples begin."""
-        spans = zip(starts, self.shared, self.lengths, strict=True)
-        return np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
-
     def gather_index(self) -> IntArray:
         """Return where among the computed tokens each one of a sample is, sample after sample."""
         ends = np.cumsum(np.subtract(self.lengths, self.shared)).tolist()
@@ -198,7 +193,8 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layou
     if skips_unlabelled:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
         computed = find_computed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
-        places = computed.places(starts)
+        spans = zip(starts, computed.shared, computed.lengths, strict=True)
+        places = np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
         ids, positions, targets = ids[places], positions[places], targets[places]
     (predict_index,) = (targets != IGNORED).nonzero()
     return Layout(

@@ -54,7 +54,6 @@ def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "longest": max(lengths),
     }
 
 

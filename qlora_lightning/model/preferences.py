@@ -285,7 +285,6 @@ def mismatch_answers(batch: Mapping[str, Any], max_length: int | None = None) ->
         "position_ids": torch.cat([torch.arange(int(length)) for length in lengths])[None].to(tokens.device),
         "labels": targets,
         "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(tokens.device),
-        "longest": int(lengths.max()),
         "row_ids": batch["row_ids"],
         "source": batch["source"],
     }

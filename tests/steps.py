@@ -54,12 +54,11 @@ def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):
         "labels": labels,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "longest": max(lengths),
     }
 
 
 def to_device(batch, device):
-    return {name: each if isinstance(each, int) else each.to(device) for name, each in batch.items()}
+    return {name: each.to(device) if hasattr(each, "to") else each for name, each in batch.items()}
 
 
 def loss_and_gradients(module, batch=None):

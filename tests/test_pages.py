@@ -77,7 +77,7 @@ def test_the_table_of_what_fits_is_what_plan_says(base, rank, cells, tmp_path, m
         fits = main(arguments) == 0
         memory = json.loads(file.read_text())["memory"]
         checkpointing = memory["gradient_checkpointing"]
-        mode = " o" if checkpointing["offload"] else " c" if checkpointing["every_n_layers"] else ""
+        mode = " o" if checkpointing["offload"] else " c" if checkpointing["checkpointed"] else ""
         planned.append(f"{memory['most_tokens']:,}{mode}" if fits else "–")
     assert " | ".join(planned) == cells
 

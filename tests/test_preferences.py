@@ -313,7 +313,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
     for tokens in (8192, 1):  # all at once; each row alone
         module.micro_batch_size.tokens = tokens
-        parts = [module.compute_loss(part) for part in module.parts_of_step(batch)]
+        parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
         assert len(parts) == (1 if tokens > 1 else 4)
         total = sum(sums.nll_sum for sums in parts)
         found = torch.cat([each.flatten() for each in torch.autograd.grad(total, trained)])

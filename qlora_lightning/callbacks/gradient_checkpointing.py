@@ -10,8 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.adapters.lora import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
@@ -23,26 +22,18 @@ class GradientCheckpointing(Callback):
     Args:
         enabled: ``auto`` switches it on if a row alone would not fit without, or memory runs out in one; then
             ``offload`` on a GPU.
-        every_n_layers: Checkpoint every n-th decoder layer: 1 saves most memory, more costs less time.
         offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
             is the same to the last bit. A CPU has them there in any case.
     """
 
-    def __init__(
-        self, enabled: bool | Literal["auto"] = "auto", every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        if every_n_layers < 1:
-            raise UserError(f"gradient_checkpointing.every_n_layers is {every_n_layers}: expected 1 or more.")
-        self.enabled, self.every_n_layers, self.offload = enabled, every_n_layers, offload
+    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
+        self.enabled, self.offload = enabled, offload
 
     def choices(self, on_cuda: bool) -> list[Checkpointing]:
         """Return what may be done about memory, in the order in which it is."""
-        every_n_layers, offload = self.every_n_layers, self.offload and on_cuda
-        if not self.enabled:
-            return [Checkpointing()]
         if self.enabled != "auto":
-            return [Checkpointing(every_n_layers, offload)]
-        found = [Checkpointing(), Checkpointing(every_n_layers, offload), Checkpointing(every_n_layers, on_cuda)]
+            return [Checkpointing(self.enabled, self.offload and on_cuda)]
+        found = [Checkpointing(), Checkpointing(True, self.offload and on_cuda), Checkpointing(True, on_cuda)]
         return list(dict.fromkeys(found))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -60,10 +51,10 @@ class GradientCheckpointing(Callback):
         self._apply(module, module.micro_batch_size.choices[0])
 
     def _apply(self, module: Any, choice: Checkpointing) -> None:
-        if not choice.every_n_layers:
+        if not choice.checkpointed:
             return
         model = module.causal_lm
-        enable_activation_checkpointing(model, choice.every_n_layers, draws=has_dropout(model))
+        enable_activation_checkpointing(model, draws=has_dropout(model))
         model.disable_input_require_grads()  # which only reentrant checkpointing would need
         layers = [
             layer

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import decoder_layers, runs_flat
-from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.memory.micro_batch_size import is_out_of_memory
+from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
 BATCH_SIZE = 64  # rows that are answered together
@@ -64,15 +63,8 @@ def generate_answers(
     causal_lm.eval()
     try:
         with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _gathered_head(causal_lm):
-            pending = list(_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size))
-            while pending:
-                rows = pending.pop(0)
+            for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
                 found = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
-                if found is None:
-                    if len(rows) == 1:
-                        raise UserError(f"Out of memory on {device} in the answer to one prompt: lower max_new_tokens.")
-                    pending[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
-                    continue
                 for row, answer in zip(rows, found, strict=True):
                     answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
                 watch(len(rows))
@@ -83,8 +75,8 @@ def generate_answers(
 
 def _answer_batch(
     causal_lm: Any, prompts: Sequence[Sequence[int]], device: torch.device, settings: Mapping[str, Any]
-) -> list[list[int]] | None:
-    """Continue prompts that are padded on the left; ``None`` if memory runs out."""
+) -> list[list[int]]:
+    """Continue prompts that are padded on the left; half of them at a time if memory runs out."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), int(settings["pad_token_id"]))
     mask = torch.zeros_like(ids)
@@ -96,7 +88,11 @@ def _answer_batch(
     except Exception as error:
         if not is_out_of_memory(error) or "sharded_head" in vars(causal_lm):  # the others wait in their passes
             raise
-    return None
+        if len(prompts) == 1:
+            raise UserError(f"Out of memory on {device} in the answer to one prompt: lower max_new_tokens.") from error
+    half = len(prompts) // 2  # not in the handler: the error's traceback holds the keys and values
+    halves = (_answer_batch(causal_lm, part, device, settings) for part in (prompts[:half], prompts[half:]))
+    return [answer for found in halves for answer in found]
 
 
 def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import lightning
 import torch
@@ -17,24 +17,20 @@ from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import lora
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.checkpoint.format import check_checkpoint, restore_module
+from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards import checks, guard
-from qlora_lightning.model.layers.fuse import Fusion, choose_layers, needs_autocast, trains_ends
+from qlora_lightning.model.guards import guard
+from qlora_lightning.model.layers import fuse
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.load.build import assemble_model, report_model
-from qlora_lightning.model.memory.micro_batch_size import MicroBatchSize, MicroBatchTokens
-from qlora_lightning.model.step import forward, optimization
+from qlora_lightning.model.step import forward, micro_batch, optimization
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import MicroBatches, check_row_length, cut_batch, filler_of, is_flat
-from qlora_lightning.model.step.layout import Layout, lay_out
-from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.batch import check_row_length, is_flat
+from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
 from qlora_lightning.support.trainer import datamodule_of
-
-_Result = TypeVar("_Result")
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -46,7 +42,7 @@ class QLoRAModule(lightning.LightningModule):
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
     ``on_before_optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
-    ``on_validation_epoch_end``; at last ``on_fit_end``.
+    ``on_validation_epoch_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and
@@ -118,18 +114,12 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
-        micro_batch_tokens: MicroBatchTokens = "auto",
+        micro_batch_tokens: micro_batch.MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
-        # here, and not only where they are used: after minutes of loading
-        lora.check_adapter_settings(rank, alpha, dropout)
-        optimization.check_optimization(
-            optimizer, learning_rate, weight_decay, schedule, warmup_ratio, loraplus_ratio, neftune_alpha
-        )
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
-        self.base, self.revision, self.trust_remote_code = base, revision, trust_remote_code
-        self.quantization, self.double_quant, self.cache = quantization, double_quant, cache
-        self.compute_dtype = compute_dtype
+        self.base, self.revision, self.trust_remote_code, self.cache = base, revision, trust_remote_code, cache
+        self.quantization, self.double_quant, self.compute_dtype = quantization, double_quant, compute_dtype
         self.adapter_options: dict[str, Any] = {
             "rank": rank,
             "alpha": alpha,
@@ -138,20 +128,21 @@ class QLoRAModule(lightning.LightningModule):
             "layers": layers,
             "lora_options": lora_options,
         }
-        self.adapter = adapter
         self.learning_rate: Any = learning_rate  # a number once the model is there
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
+        # here, and not only where they are used: after minutes of loading
+        lora.check_adapter_settings(rank, alpha, dropout)
+        optimization.check_optimization(self)
+        self.adapter, self.fast = adapter, fast
         self.model: Any = None
-        self.fast = fast
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
-        self.micro_batch_size = MicroBatchSize(micro_batch_tokens)
+        self.micro_batch_size = micro_batch.MicroBatchSize(micro_batch_tokens)
         self.guard = guard.TrainingGuard()
-        self.val_statistics, self.test_statistics = losses.TokenStatistics(), losses.TokenStatistics()
-        self.strict_loading = True
+        self.statistics = losses.TokenStatistics()
         self.sharded_base: sharded.ShardedBase | None = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -161,7 +152,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        checks.check_start(self, needed=(ExactResume, guard.TrainingGuard))
+        guard.check_start(self, needed=(ExactResume, guard.TrainingGuard))
         if self.model is not None:
             return
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
@@ -192,7 +183,7 @@ class QLoRAModule(lightning.LightningModule):
             source = open_base(self.base, self.revision, weights=False)
             model_type = read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        if self._trainer is not None and self.trainer.state.fn == "fit" and self.micro_batch_size.is_auto:
+        if self._trainer is not None and self.trainer.state.fn == "fit":
             self.micro_batch_size.plan(self, dtype)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
@@ -222,9 +213,6 @@ class QLoRAModule(lightning.LightningModule):
         moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return moved
 
-    def on_fit_end(self) -> None:
-        machine.trim_malloc()
-
     @property
     def causal_lm(self) -> Any:
         """The model of transformers inside PEFT's wrapper."""
@@ -232,22 +220,19 @@ class QLoRAModule(lightning.LightningModule):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the compute dtype what PEFT's own layers would compute in float32."""
-        return self._autocast(self.autocast_dtype)
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
-    def _autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    def choose_layers(self) -> Fusion:
+    def choose_layers(self) -> fuse.Fusion:
         """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
-        return choose_layers(self.causal_lm)
+        return fuse.choose_layers(self.causal_lm)
 
     def _choose_autocast(self) -> None:
         """Choose it once: inside evaluations PEFT switches off what trains."""
         name = self.identity.get("compute_dtype", "float32")
         dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
-        self.autocast_dtype = dtype if needs_autocast(self.causal_lm, self.choose_layers()) else None
+        self.autocast_dtype = dtype if fuse.needs_autocast(self.causal_lm, self.choose_layers()) else None
         # transformers itself calls embedding and head for answers, which are in float32 if they train
-        self._autocast_dtype_of_answers = dtype if trains_ends(self.causal_lm) else self.autocast_dtype
+        self._autocast_dtype_of_answers = dtype if fuse.trains_ends(self.causal_lm) else self.autocast_dtype
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
@@ -255,12 +240,12 @@ class QLoRAModule(lightning.LightningModule):
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
+    def compute_loss(self, batch: dict[str, Any]) -> losses.LossSums:
         """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
 
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``;
-                under a Trainer also ``layout``, see :meth:`lay_out`.
+                under a Trainer also ``layout``, see :meth:`layout_of`.
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
@@ -273,35 +258,26 @@ class QLoRAModule(lightning.LightningModule):
         batch. States are in the order of the samples.
 
         Raises:
-            UserError: See :meth:`lay_out`.
+            UserError: See :meth:`layout_of`.
         """
         layout = self.layout_of(batch)
         with self.autocast():
-            return forward.compute_states(self.causal_lm, layout, self._noise_alpha, fast=self.fast), layout.targets
+            return forward.compute_states(self.causal_lm, layout, self.noise_alpha, fast=self.fast), layout.targets
 
     @property
-    def _noise_alpha(self) -> float | None:
+    def noise_alpha(self) -> float | None:
+        """Strength of NEFTune's noise in this pass; ``None``: none."""
         return self.neftune_alpha if self.training else None
 
     def layout_of(self, batch: Mapping[str, Any]) -> Layout:
-        """Return the layout that came with a batch, or make it."""
-        layout: Layout | None = batch.get("layout")
-        if layout is None or not layout.matches(batch):
-            layout = self.lay_out(batch).to(self.device).bind(batch)
-        return layout
-
-    def lay_out(self, batch: Mapping[str, Any]) -> Layout:
-        """Lay a flat batch out: best before it moves to a GPU, whose numbers would have to be waited for.
+        """Return the layout that came with a batch, or make it.
 
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        trains = self._trainer is not None and self.trainer.training
-        data = datamodule_of(self.trainer) if trains else None
-        checks.check_token_ids(batch, len(self.causal_lm.get_input_embeddings().weight), data)
-        skips = forward.skips_unlabelled(self.causal_lm, self._noise_alpha, fast=self.fast)
-        layout = lay_out(batch, skips_unlabelled=skips)
-        check_row_length(self.causal_lm.config, layout.samples.longest)
+        layout: Layout | None = batch.get("layout")
+        if layout is None or not layout.matches(batch):
+            layout = micro_batch.lay_out_part(self, batch).to(self.device).bind(batch)
         return layout
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -309,73 +285,26 @@ class QLoRAModule(lightning.LightningModule):
 
         Under a sharded base, where a pass is one of all processes, each has as many parts.
         """
-        if not is_flat(batch):
-            return [batch]
-        cut: MicroBatches | None = batch.get("micro_batches")
-        if cut is None or cut.max_tokens != self.micro_batch_size.tokens or not cut.matches(batch):
-            cut = self._cut(batch).to(self.device).bind(batch)
-        parts = cut.parts(batch)
-        if self.sharded_base is not None and (missing := self.sharded_base.largest(len(parts)) - len(parts)):
-            filler = filler_of(batch)
-            parts += self._cut(filler).to(self.device).parts(filler) * missing
-        return parts
-
-    def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the micro-batches of a batch, each with what an objective needs to know of the whole batch."""
-        return self.micro_batches(batch)
-
-    def _cut(self, batch: Mapping[str, Any]) -> MicroBatches:
-        return cut_batch(batch, self.micro_batch_size.tokens, self.lay_out)
+        return self.micro_batch_size.parts(self, batch) if is_flat(batch) else [batch]
 
     def setup(self, stage: str) -> None:
-        checks.check_setup(self)
+        guard.check_setup(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if not is_flat(batch):
-            return batch
-        cut = self._cut(batch)
-        if self.device.type == "cuda":  # from pinned memory alone it is copied in the background
-            batch = {name: each.pin_memory() if isinstance(each, Tensor) else each for name, each in batch.items()}
-        return {**batch, "micro_batches": cut}
+        return self.micro_batch_size.lay_out(self, batch) if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        cut = batch.get("micro_batches") if is_flat(batch) else None  # who moves a batch by hand need not have cut it
-        return batch if cut is None else {**batch, "micro_batches": cut.bind(batch)}
+        if not is_flat(batch) or "layouts" not in batch:  # who moves a batch by hand need not have laid it out
+            return batch
+        return {**batch, "layouts": [each.bind(batch) for each in batch["layouts"]]}
 
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Compute the gradients of a batch's *sums*, part by part; on_before_optimizer_step turns them into the mean's.
-
-        If memory runs out, the whole window is computed again in smaller parts.
-        """
+        """Compute the gradients of a batch's *sums*; on_before_optimizer_step turns them into the mean's."""
         if self.guard.checks_due:
-            checks.check_training_mode(self.model)
-        if not self.window.batches:
-            self.zero_grad(set_to_none=True)
-        self.window.open_batch(batch, self.trainer.accumulate_grad_batches)
-        batches = [batch]
-
-        def drop_gradients() -> None:
-            self.zero_grad(set_to_none=True)
-            self.window.clear_sums()
-            batches[:] = self.window.batches
-
-        def compute() -> Tensor:
-            return [self._compute_gradients(each) for each in batches][-1]
-
-        return self.micro_batch_size.run(self, batch, compute, drop_gradients)
-
-    def _compute_gradients(self, batch: dict[str, Any]) -> Tensor:
-        """Compute and add up the gradients of a batch; return its mean loss."""
-        nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in self.parts_of_step(batch):
-            sums = self.compute_loss(part)
-            rows = part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
-            self.window.add(sums, rows)
-            (sums.nll_sum * self.loss_scale).backward()  # type: ignore[no-untyped-call]
-            nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
-        return nll_sum / labelled_tokens.clamp(min=1)
+            guard.check_training_mode(self.model)
+        return self.window.take(self, batch)
 
     @property
     def loss_scale(self) -> float:
@@ -412,39 +341,37 @@ class QLoRAModule(lightning.LightningModule):
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._update(self.val_statistics, batch)
+        for sums in self.run_in_parts(batch, self.compute_loss):
+            self.statistics.update(sums)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._update(self.test_statistics, batch)
+        QLoRAModule.validation_step(self, batch, batch_idx)  # whatever a subclass does in its own
 
-    def _update(self, statistics: losses.TokenStatistics, batch: dict[str, Any]) -> None:
-        for sums in self.run_in_parts(batch, self.compute_loss):
-            statistics.update(sums)
-
-    def run_in_parts(self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], _Result]) -> list[_Result]:
+    def run_in_parts(
+        self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], micro_batch.Result]
+    ) -> list[micro_batch.Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
-        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.parts_of_step(batch)])
+        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.micro_batches(batch)])
 
     def on_validation_start(self) -> None:
         self.choose_layers()
-        self.val_statistics.reset()  # a validation before may have ended by an error
+        self.statistics = losses.TokenStatistics()
 
     def on_test_start(self) -> None:
-        self.choose_layers()
-        self.test_statistics.reset()
+        QLoRAModule.on_validation_start(self)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_statistics("val", self.val_statistics)
+        self._log_statistics("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_statistics("test", self.test_statistics)
+        self._log_statistics("test")
 
-    def _log_statistics(self, split: str, statistics: losses.TokenStatistics) -> None:
-        values = {f"{split}_{name}": value.float() for name, value in statistics.compute().items()}
+    def _log_statistics(self, split: str) -> None:
+        means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
+        values = {f"{split}_{name}": value.float() for name, value in means.items()}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
-        statistics.reset()
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
@@ -456,7 +383,7 @@ class QLoRAModule(lightning.LightningModule):
         return optimization.configure_optimizer(self)
 
     def on_fit_start(self) -> None:
-        checks.check_fit(self)
+        check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
         self.micro_batch_size.announce()
         report_model(self, self.choose_layers())
 
@@ -479,7 +406,8 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        with sharded.collective_passes(self), self._autocast(self._autocast_dtype_of_answers):
+        dtype = self._autocast_dtype_of_answers
+        with sharded.collective_passes(self), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )
@@ -511,7 +439,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause
-        check_checkpoint(checkpoint, self.identity, "The checkpoint")
+        checkpoint_format.check_checkpoint(checkpoint, self.identity, "The checkpoint")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
@@ -522,5 +450,5 @@ class QLoRAModule(lightning.LightningModule):
         ``overrides`` replace saved arguments. Whether code that comes with the base may run is not taken from the
         checkpoint: pass ``trust_remote_code``.
         """
-        module: Self = restore_module(cls, checkpoint_path, map_location, overrides)
+        module: Self = checkpoint_format.restore_module(cls, checkpoint_path, map_location, overrides)
         return module

@@ -13,7 +13,7 @@ from qlora_lightning.model.adapters.lora import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.layout import IGNORED
-from qlora_lightning.model.step.loss import LossSums, TokenStatistics, lm_head_of, token_losses
+from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
@@ -74,7 +74,6 @@ class PreferenceModule(QLoRAModule):
         self.sft_share = sft_share
         self._has_reference = objective in ("dpo", "ipo", "kto")
         self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
-        self.val_statistics, self.test_statistics = TokenStatistics(self._logged), TokenStatistics(self._logged)
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
 
     def configure_model(self) -> None:
@@ -159,8 +158,8 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the divergence of kto ---------------------------------------------------------------------------------------
 
-    def parts_of_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = self.micro_batches(batch)
+    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = super().micro_batches(batch)
         if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
             kl = self._estimate_kl(batch)
             parts = [{**part, "kl": kl} for part in parts]
@@ -220,7 +219,6 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mixed])[None],
         "labels": targets[None],
         "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
-        "longest": int(sizes.max()),
         "row_ids": batch["row_ids"],
         "source": batch["source"],
     }

@@ -23,8 +23,8 @@ def check_version(version: int, source: str) -> None:
         )
 
 
-def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draws: bool = True) -> None:
-    """Checkpoint every n-th decoder layer of a model of transformers, non-reentrant.
+def enable_activation_checkpointing(model: Any, *, draws: bool = True) -> None:
+    """Checkpoint the decoder layers of a model of transformers, non-reentrant.
 
     If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
     has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
@@ -34,7 +34,7 @@ def enable_activation_checkpointing(model: Any, every_n_layers: int = 1, *, draw
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
     options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": again_in_backward}
-    enable(options, every_n_layers=every_n_layers)
+    enable(options)
 
 
 def attend_ragged(

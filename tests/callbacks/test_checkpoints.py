@@ -149,9 +149,11 @@ def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tm
     assert (content["global_step"], batches["processed"]) == (2, 6)
 
 
-def test_a_validation_that_would_come_inside_a_step_is_rejected_before_training(fit):
-    with pytest.raises(UserError, match=r"val_check_interval 4 leads into .*or to a multiple of 3, "):
-        fit(accumulate_grad_batches=3, val_check_interval=4)
+def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(fit):
+    trainer, _ = fit(accumulate_grad_batches=3, val_check_interval=4)
+    assert trainer.val_check_batch == 3
+    with pytest.raises(UserError, match=r"val_check_interval 4 leads into the middle of an optimizer step"):
+        fit(accumulate_grad_batches=3, val_check_interval=4, check_val_every_n_epoch=None)
 
 
 def test_the_trainer_that_made_a_run_may_continue_it_and_no_other(fit, tmp_path):

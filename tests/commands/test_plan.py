@@ -90,13 +90,13 @@ def test_llama_8b_is_planned_without_weights_data_or_network(folder):
     assert figures["run"] is None
     assert figures["largest_batch"] == {"rows": 16, "tokens": 65_536, "longest": 4096}
     assert 4096 < memory["micro_batch_tokens"] == memory["most_tokens"] < 65_536
-    assert memory["gradient_checkpointing"] == {"every_n_layers": 1, "offload": False}
+    assert memory["gradient_checkpointing"] == {"checkpointed": True, "offload": False}
     for words in ("32 layers, 4,096 wide", "4,096 → 14,336", "self_attn.k_proj"):
         assert words in out
     assert "It fits, with gradient checkpointing, up to " in out
     assert "for rows of data.max_length" in " ".join(out.split())
     roomy = plan("--device-memory", "80GiB", config=recipe)[1]["memory"]
-    assert (roomy["fits"], roomy["gradient_checkpointing"]["every_n_layers"]) == (True, 0)
+    assert (roomy["fits"], roomy["gradient_checkpointing"]["checkpointed"]) == (True, False)
     code, figures, out, _ = plan("--device-memory", "6GiB", config=recipe)
     assert (code, figures["memory"]["fits"]) == (1, False)
     assert "It does not fit: " in out

@@ -68,7 +68,7 @@ def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place
     rows = torch.arange(len(BATCHES["within a tile"]))
     batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
     batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-    assert batch["micro_batches"].matches(batch)
+    assert all(each.matches(batch) for each in batch["layouts"])
     labels = batch["input_ids"].clone()
     labels[0, batch["cu_seqlens"][:-1]] = IGNORED
     batch["labels"] = batch["labels"].copy_(labels) if in_place else labels

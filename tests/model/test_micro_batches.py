@@ -8,19 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
+from transformers import AutoConfig
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
 from qlora_lightning.model.load.build import meta_model
-from qlora_lightning.model.memory import micro_batch_size
-from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import Checkpointing, MicroBatchSize, find_fit
+from qlora_lightning.model.memory import fit as memory_fit
+from qlora_lightning.model.memory.fit import find_fit
+from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
+from qlora_lightning.model.step.micro_batch import MicroBatchSize
 from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
@@ -109,26 +109,26 @@ CHOICES = GradientCheckpointing().choices(on_cuda=True)
 
 
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
-    model = meta_model(Path(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
+    model = meta_model(AutoConfig.from_pretrained(tiny_base), torch.bfloat16, "nf4", None, {"rank": 2})
     step = build_step_memory(model, torch.bfloat16)
-    least, most = (sum(replace(step, **each._asdict()).parts(1000, 1000).values()) for each in CHOICES[::-2])
-    assert [Checkpointing(), Checkpointing(1, False), Checkpointing(1, True)] == CHOICES
+    least, most = (sum(step.parts(1000, each).values()) for each in CHOICES[::-2])
+    assert [Checkpointing(), Checkpointing(True, False), Checkpointing(True, True)] == CHOICES
 
     def needed(fit, tokens):
-        return sum(fit.step.parts(tokens, min(tokens, 1000)).values())
+        return sum(step.parts(tokens, fit.choice).values())
 
     found = []
     for memory in range(least - 100_000, most + 100_000, 10_000):
         fit = find_fit(step, memory, 1000, CHOICES)
         assert fit.tokens == 0 or needed(fit, fit.tokens) <= memory < needed(fit, fit.tokens + 1)
         assert fit.tokens == 0 or fit.tokens >= 1000
-        found.append((fit.tokens > 0, -fit.step.every_n_layers, -fit.step.offload))
+        found.append((fit.tokens > 0, -fit.choice.checkpointed, -fit.choice.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 
 
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(micro_batch_size, "free_bytes", lambda device: 30_000_000)
+    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
     module = QLoRAModule(str(tiny_base), rank=2)
     module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
@@ -153,7 +153,7 @@ def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, c
     assert 0 < state["tokens"] < 8192
     resumed = QLoRAModule(str(tiny_base)).micro_batch_size
     resumed.choices = CHOICES
-    resumed.load_state_dict(state | {"checkpointing": [1, False]})
+    resumed.load_state_dict(state | {"checkpointing": [True, False]})
     assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])
 
 

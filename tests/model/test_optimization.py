@@ -1,6 +1,7 @@
 """The optimizer, LoRA+ and the schedule."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from qlora_lightning.model.step.optimization import (
-    build_optimizer,
     build_schedule,
     choose_learning_rate,
-    count_optimizer_steps,
+    choose_optimizer,
+    plan_steps,
 )
 from tests.steps import make_module
 
@@ -41,7 +42,8 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     theirs = create_loraplus_optimizer(
         module.model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
     )
-    ours = build_optimizer(module.parameter_groups(), None, 1e-4, 0.1)
+    kind, arguments = choose_optimizer(None, 1e-4, 0.1)
+    ours = kind(module.parameter_groups(), **arguments)
 
     def rates(optimizer):
         return {p: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
@@ -55,7 +57,9 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
     [(3, None, 9), (3, 5, 5), (1, 5, 3), (-1, 5, 5), (0, None, 0)],  # 4, 4 and 2 micro-batches an epoch
 )
 def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps, expected):
-    assert count_optimizer_steps(10, 4, max_epochs, max_steps) == expected
+    data = SimpleNamespace(count_train_batches=lambda: 10)
+    limits = {"limit_train_batches": 1.0, "max_epochs": max_epochs, "max_steps": max_steps}
+    assert plan_steps(SimpleNamespace(datamodule=data, accumulate_grad_batches=4, **limits)) == expected
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.lora import ADAPTER, count_parameters
-from qlora_lightning.model.guards.checks import check_trainer
+from qlora_lightning.model.guards.guard import check_trainer
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
-from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.memory.micro_batch_size import REMEDIES, Checkpointing, find_fit, usable_bytes
+from qlora_lightning.model.memory.fit import REMEDIES, USABLE, find_fit
+from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -83,12 +83,12 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         processes=count_devices(trainer),
         sharded_offload=offload if is_cuda or offload is None else False,
     )
-    size, usable = module.micro_batch_size, usable_bytes(device["memory"])
+    size, usable = module.micro_batch_size, USABLE * device["memory"]
     longest = batch["longest"] if size.is_auto else max(batch["longest"], min(size.tokens, batch["tokens"]))
     fit = find_fit(step, usable, longest, checkpointing.choices(is_cuda))
     tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
     at_once = max(tokens, batch["longest"])
-    parts = fit.step.parts(at_once, batch["longest"])
+    parts = step.parts(at_once, fit.choice)
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
     else:
@@ -108,7 +108,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
             "most_tokens": fit.tokens if size.is_auto and is_cuda else size.tokens,
             "gradient_checkpointing": fit.choice._asdict(),
             "host_bytes": step.host_base,  # of the base
-            "pinned_bytes": fit.step.host_bytes(at_once) if is_cuda else 0,  # and of the inputs of layers
+            "pinned_bytes": step.host_bytes(at_once, fit.choice) if is_cuda else 0,  # and of the inputs of layers
         },
         "largest_batch": batch,
         "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},

@@ -19,7 +19,6 @@ class Batch(TypedDict):
     # so that nothing is predicted across samples
     labels: torch.Tensor
     cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sample begins; the last is T
-    longest: int  # tokens of the longest sample
     row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
     source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
     pairs: NotRequired[bool]  # whether rows are two samples each: answers to compare
@@ -43,7 +42,6 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
         "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
         "labels": torch.from_numpy(labels).unsqueeze(0),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "longest": int(lengths.max()),
         "row_ids": torch.from_numpy(row_ids),
         "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
     }

@@ -35,8 +35,7 @@ class ExactResume(Callback):
     """
 
     def __init__(self) -> None:
-        self._checkpoint: dict[str, Any] | None = None  # that Lightning is restoring
-        self._generators: dict[str, Any] | None = None  # of this process, until the first batch
+        self._checkpoint: dict[str, Any] | None = None  # that is being restored, until the first batch
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -64,18 +63,12 @@ class ExactResume(Callback):
         _check_samples(trainer, data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
-        if "micro_batch_size" in content:
-            micro_batch_size: Any = pl_module.micro_batch_size
-            sizes = content["micro_batch_size"]
-            sizes = sizes if isinstance(sizes, list) else [sizes]  # earlier that of the first process alone
-            micro_batch_size.load_state_dict(sizes[trainer.global_rank if len(sizes) == trainer.world_size else 0])
+        micro_batch_size: Any = pl_module.micro_batch_size
+        sizes = content["micro_batch_size"]  # of each process that saved
+        micro_batch_size.load_state_dict(sizes[trainer.global_rank % len(sizes)])
         if changes:
-            _report(describe_changes(changes))
-        if (saved := len(content["generators"])) != trainer.world_size:
-            _report(
-                f"Processes: {saved} saved the checkpoint, {trainer.world_size} resume it. If processes times "
-                "batch_size stays, the adapter will be as good, but not the same bit for bit."
-            )
+            shown = [f"  {_show_change(each)}" for each in changes]
+            _report("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
@@ -86,12 +79,9 @@ class ExactResume(Callback):
         module.window.clear()  # a search for a learning rate, or a fit that failed, may have ended inside one
         _align_validations(trainer)
         if self._checkpoint is not None:
-            content, self._checkpoint = self._checkpoint[KEY], None
             # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
-            monitored = content["monitored"]
+            monitored = self._checkpoint[KEY]["monitored"]
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
-            if trainer.global_rank < len(content["generators"]):
-                self._generators = content["generators"][trainer.global_rank]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         progress: Any = trainer.fit_loop.epoch_progress
@@ -100,9 +90,10 @@ class ExactResume(Callback):
             # would be read as one from its end, and the rest of the epoch would be lost.
             progress.increment_ready()
             progress.increment_started()
-        if self._generators is not None:  # last, since building loaders and iterators draws numbers too
-            restore_generators(self._generators)
-            self._generators = None
+        if self._checkpoint is not None:  # last, since building loaders and iterators draws numbers too
+            generators, self._checkpoint = self._checkpoint[KEY]["generators"], None
+            if trainer.global_rank < len(generators):
+                restore_generators(generators[trainer.global_rank])
 
 
 # ---- random generators -----------------------------------------------------------------------------------------------
@@ -178,26 +169,22 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
 
 
 def _align_validations(trainer: Trainer) -> None:
-    """Let validations, and so checkpoints, come between optimizer steps only.
+    """Let validations, and so checkpoints, come between optimizer steps only: a number of batches is rounded down.
 
-    A share of an epoch is rounded down to whole windows of ``accumulate_grad_batches`` batches. A number of
-    batches, or of minutes, that leads into a window is rejected.
+    A distance in minutes is rejected, and a number that is counted on over epochs which end with a short window.
     """
     every, window, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
     if not trainer.enable_validation or window == 1 or every == math.inf:
         return
-    if every is not None and isinstance(trainer.val_check_interval, float):
-        if every < batches:
-            trainer.val_check_batch = min(max(int(every) // window, 1) * window, int(batches))
-        return
-    if every is not None and trainer.check_val_every_n_epoch is None and batches != math.inf:
-        every = math.gcd(int(every), int(batches))  # counted on over epochs, each of which begins a new window
-    if every is None or (every % window and every < batches):
+    ends_short = batches != math.inf and batches % window != 0
+    if every is None or (ends_short and trainer.check_val_every_n_epoch is None):
         raise UserError(
             f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
-            f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, "
-            f"or to a multiple of {window}, with trainer.check_val_every_n_epoch: 1."
+            f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, with "
+            "trainer.check_val_every_n_epoch: 1."
         )
+    if every < batches:
+        trainer.val_check_batch = int(min(max(int(every) // window, 1) * window, batches))
 
 
 # ---- settings: the command line beats the config, which beats the checkpoint -----------------------------------------
@@ -213,11 +200,6 @@ def find_changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: 
     """List the settings that differ, of those that both sides know."""
     names = sorted(stored.keys() & current.keys())
     return [(f"{prefix}.{name}", stored[name], current[name]) for name in names if stored[name] != current[name]]
-
-
-def describe_changes(changes: Sequence[Change], whose: str = "the checkpoint's") -> str:
-    """Describe changes, a line for each, under what they differ from."""
-    return "\n".join([f"Settings that differ from {whose} (there → now):", *(f"  {_show_change(c)}" for c in changes)])
 
 
 def _show_change(change: Change) -> str:

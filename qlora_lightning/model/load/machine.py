@@ -96,6 +96,13 @@ def free_bytes(device: torch.device) -> int:
     return int(free)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only words of torch and oneDNN."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
+    on_cpu = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 

@@ -8,9 +8,10 @@
 
 Of Llama-3.1-8B with rank 8 a layer keeps 94,456 bytes a token, or with checkpointing 8,192, its input.
 
-It forgets keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and
-in torch 2.11; copies of beginnings that samples share; fragments in torch's allocator. It takes each token for labelled
-and each optimizer for AdamW, if it is none in 8 bits. A CPU's memory is measured, not planned.
+It forgets keys and values repeated for all heads, on cards before compute capability 8.0, in float32 and in torch 2.11;
+attention's scores where no kernel spares them; copies of beginnings that samples share; fragments in torch's allocator.
+It takes each token for labelled and each optimizer for AdamW, if it is none in 8 bits. The peak of the first steps
+corrects it once. A CPU's memory is measured, not planned.
 """
 
 import logging
@@ -18,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import peft
@@ -45,9 +46,21 @@ CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's wor
 _FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
 
 
+class Checkpointing(NamedTuple):
+    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
+
+    checkpointed: bool = False
+    offload: bool = False
+
+    def __str__(self) -> str:
+        if not self.checkpointed:
+            return "without gradient checkpointing"
+        return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
+
+
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory of a training step on one device; ``dataclasses.replace`` asks for another checkpointing.
+    """Memory of a training step on one device.
 
     Attributes:
         fixed: Bytes by part of what does not depend on tokens.
@@ -57,14 +70,11 @@ class StepMemory:
         itemsize: Of a number in the dtype of the products.
         layers: Number of decoder layers from the first that trains on; those below keep nothing.
         saved: Bytes a token that one of these keeps for backward, its input included.
-        saved_per_key: And for each token of its row: attention scores, if no kernel spares them.
         mlp: Bytes of a token's state inside the MLP; backward has four such at a time.
         in_pieces: Whether a checkpointed layer has gate and up of :data:`PIECE_TOKENS` tokens at a time.
         dense: Bytes of the largest quantized weight, made dense for a product.
         gathered: Bytes of a sharded base that are whole for a moment: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
-        every_n_layers: Every n-th layer is checkpointed; 0: none.
-        offload: Whether the inputs of these layers are in host memory.
     """
 
     fixed: dict[str, int]
@@ -74,31 +84,23 @@ class StepMemory:
     itemsize: int
     layers: int
     saved: float
-    saved_per_key: float
     mlp: int
     in_pieces: bool
     dense: int
     gathered: tuple[int, int]
     host_base: int
-    every_n_layers: int = 0
-    offload: bool = False
 
-    @property
-    def checkpointed(self) -> int:
-        """Number of checkpointed layers."""
-        return math.ceil(self.layers / self.every_n_layers) if self.every_n_layers else 0
-
-    def parts(self, tokens: int, longest_row: int) -> dict[str, int]:
+    def parts(self, tokens: int, choice: Checkpointing) -> dict[str, int]:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; they add up to it."""
-        inputs, saved = float(tokens * self.hidden), tokens * (self.saved + self.saved_per_key * longest_row)
-        kept_inputs = 0 if self.offload else inputs  # of a checkpointed layer
+        inputs, saved = float(tokens * self.hidden), tokens * self.saved
+        kept = saved if not choice.checkpointed else 0 if choice.offload else inputs  # of a layer until backward
         # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
         head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
-        activations = head + (self.layers - self.checkpointed) * saved + self.checkpointed * kept_inputs
-        piece = min(tokens, PIECE_TOKENS) if self.checkpointed and self.in_pieces else tokens
+        activations = head + self.layers * kept
+        piece = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.in_pieces else tokens
         in_layer = inputs + 4 * piece * self.mlp + self.dense  # the first of these for the output's gradient
-        if self.checkpointed:  # computes again what it did not keep
-            in_layer += saved - 2 * (tokens - piece) * self.mlp - kept_inputs
+        if choice.checkpointed:  # computes again what it did not keep
+            in_layer += saved - 2 * (tokens - piece) * self.mlp - kept
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
         rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
         in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
@@ -107,9 +109,9 @@ class StepMemory:
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
         return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}
 
-    def host_bytes(self, tokens: int) -> int:
+    def host_bytes(self, tokens: int, choice: Checkpointing) -> int:
         """Return the bytes in host memory: of a sharded base, and of the inputs of layers."""
-        return self.host_base + self.offload * self.checkpointed * _pinned_bytes(tokens * self.hidden)
+        return self.host_base + choice.offload * self.layers * _pinned_bytes(tokens * self.hidden)
 
 
 def build_step_memory(
@@ -122,7 +124,7 @@ def build_step_memory(
     processes: int = 1,
     sharded_offload: bool | None = None,
 ) -> StepMemory:
-    """Build the formula, without checkpointing, of a model on the meta device whose fused layers are chosen.
+    """Build the formula of a model on the meta device whose fused layers are chosen.
 
     ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
     """
@@ -147,7 +149,6 @@ def build_step_memory(
     if not trainable_tensors(causal_lm.get_input_embeddings()):
         first = next((number for number, each in enumerate(layers) if trainable_tensors(each)), len(layers) - 1)
         layers = layers[first:]
-    saved, saved_per_key = _count_saved(causal_lm, layers, dtype)
     sizes = [linear_sizes(each) for each in layers[-1].modules() if isinstance(each, LINEARS)]
     is_quantized = bool(linears) or any(isinstance(each, bnb.nn.Linear8bitLt) for each in layers[-1].modules())
     return StepMemory(
@@ -157,8 +158,7 @@ def build_step_memory(
         holds_logits=not runs_flat(causal_lm.config),
         itemsize=dtype.itemsize,
         layers=len(layers),
-        saved=saved,
-        saved_per_key=saved_per_key,
+        saved=_count_saved(causal_lm, layers, dtype),
         mlp=max(map(max, sizes)) * dtype.itemsize,
         in_pieces=_is_fused(layers[-1]),
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
@@ -202,16 +202,16 @@ def _pinned_bytes(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> tuple[float, float]:
-    """Return the bytes a token that a layer keeps for backward, on average, and those more for each token of its row.
+def _count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> float:
+    """Return the bytes a token that a layer keeps for backward, on average.
 
     Of fused layers it is what the functions of layers/decoder_layer.py save; a model with any other is run on the meta
-    device.
+    device, with two lengths: what does not grow with the tokens is no activation.
     """
-    if not all(map(_is_fused, layers)):
-        once, twice = (_run_saving(causal_lm, tokens, dtype) / tokens / len(layers) for tokens in (256, 512))
-        return 2 * once - twice, (twice - once) / 256
-    return fmean(_count_saved_by_hand(causal_lm, layer, dtype) for layer in layers), 0.0
+    if all(map(_is_fused, layers)):
+        return fmean(_count_saved_by_hand(causal_lm, each, dtype) for each in layers)
+    once, twice = (_run_saving(causal_lm, tokens, dtype) for tokens in (256, 512))
+    return (twice - once) / 256 / len(layers)
 
 
 def _count_saved_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ Attention takes its states by ``gather_index``; their gradients are added up ove
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -48,23 +48,19 @@ def next_labels(labels: Tensor) -> Tensor:
 
 
 class _DeviceMovable:
-    """Goes to a device with all its tensors, as Lightning moves a batch."""
+    """Goes to a device with all its tensors, as Lightning moves a batch, and without waiting for them."""
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> Self:
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
-        moved = {
-            name: move(each, device) if isinstance(each, Tensor) else each.to(device, non_blocking)
-            for name, each in fields.items()
-            if hasattr(each, "to")
-        }
+    def to(self, device: torch.device) -> Self:
+        moved: dict[str, Any] = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                # to a GPU from pinned memory, which alone is copied in the background
+                pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+                moved[field.name] = pinned.to(device, non_blocking=True)
+            elif isinstance(value, _DeviceMovable):
+                moved[field.name] = value.to(device)
         return dataclasses.replace(self, **moved)  # type: ignore[type-var]
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor without waiting for it: to a GPU from pinned memory, which alone is copied in the background."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +105,32 @@ class Samples(_DeviceMovable):
 
 
 @dataclass(frozen=True, eq=False)
-class BatchBound(_DeviceMovable):
-    """Belongs to a flat batch, and notices if that has changed: a subclass or callback may put other labels in.
+class Layout(_DeviceMovable):
+    """The stream that is computed of a batch.
+
+    It notices if the batch has changed: a subclass or callback may put other labels in.
 
     Attributes:
+        input_ids: ``(1, tokens)``.
+        position_ids: ``(1, tokens)``.
+        predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
+        targets: What is predicted from each, ``(K,)``.
+        counts: How many are predicted of each sample.
+        samples: Where samples are.
+        lengths: How many tokens each sample has in the batch.
+        rows: The ids of the batch's rows.
         origin: The batch's tensors, and the version of each: torch counts what is written in place.
     """
 
-    origin: tuple[tuple[Tensor, int], ...] = field(default=(), kw_only=True)
+    input_ids: Tensor
+    position_ids: Tensor
+    predict_index: Tensor
+    targets: Tensor
+    counts: tuple[int, ...]
+    samples: Samples
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+    origin: tuple[tuple[Tensor, int], ...] = ()
 
     def bind(self, batch: Mapping[str, Any]) -> Self:
         """Remember the batch, once it has moved."""
@@ -131,29 +145,6 @@ class BatchBound(_DeviceMovable):
 def _versions(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
     tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
     return tuple((each, 0 if each.is_inference() else each._version) for each in tensors)
-
-
-@dataclass(frozen=True, eq=False)
-class Layout(BatchBound):
-    """The stream that is computed of a batch.
-
-    Attributes:
-        input_ids: ``(1, tokens)``.
-        position_ids: ``(1, tokens)``.
-        predict_index: From which tokens something is predicted, ``(K,)``; samples in the order of the batch.
-        targets: What is predicted from each, ``(K,)``.
-        counts: How many are predicted of each sample.
-        samples: Where samples are.
-        rows: The ids of the batch's rows.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    predict_index: Tensor
-    targets: Tensor
-    counts: tuple[int, ...]
-    samples: Samples
-    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,11 +165,6 @@ class ComputedTokens:
     def count(self) -> int:
         """Number of computed tokens."""
         return sum(self.lengths) - sum(self.shared)
-
-    def places(self, starts: Sequence[int]) -> IntArray:
-        """Return which tokens of the batch are computed, ``(count,)``; ``starts`` is where its samples begin."""
-        spans = zip(starts, self.shared, self.lengths, strict=True)
-        return np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
 
     def gather_index(self) -> IntArray:
         """Return where among the computed tokens each one of a sample is, sample after sample."""
@@ -207,7 +193,8 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layou
     if skips_unlabelled:
         states = ids + (positions.astype(np.int64) << 32)  # at another position a token has another state
         computed = find_computed(np.split(states, starts[1:]), np.split(targets != IGNORED, starts[1:]))
-        places = computed.places(starts)
+        spans = zip(starts, computed.shared, computed.lengths, strict=True)
+        places = np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
         ids, positions, targets = ids[places], positions[places], targets[places]
     (predict_index,) = (targets != IGNORED).nonzero()
     return Layout(
@@ -217,6 +204,7 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layou
         torch.from_numpy(targets[predict_index]),
         tuple(counts),
         build_samples(computed),
+        tuple(np.diff(bounds).tolist()),
         () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
     )
 

@@ -1,7 +1,7 @@
 """Next-token loss on the labelled tokens only; all ``(tokens, vocabulary)`` logits exist of no flat batch."""
 # mypy: allow-untyped-calls
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import Metric
 
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.fuse import has_hooks
@@ -37,45 +36,29 @@ class LossSums(NamedTuple):
     logged: Mapping[str, Tensor] = MappingProxyType({})
 
 
-class TokenStatistics(Metric):
-    """Add up :class:`LossSums` over batches and ranks, so that neither batch size nor order changes the result.
+class TokenStatistics:
+    """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result."""
 
-    ``compute`` returns ``loss`` (nats per labelled token), ``perplexity`` (its exponential) and ``token_accuracy``
-    (share of labelled tokens that were the most likely one); or the loss and the means of ``logged``, if there are.
-
-    Args:
-        logged: Names in ``logged`` of the sums that will be added.
-    """
-
-    full_state_update = False
-    nll_sum: Tensor
-    labelled_tokens: Tensor
-    correct: Tensor
-
-    def __init__(self, logged: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.logged = tuple(logged)
-        for name in self.logged:
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        # float64: a sum over millions of tokens must not depend on the order in which batches come
-        self.add_state("nll_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("labelled_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("correct", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
-        self.nll_sum += sums.nll_sum.detach()
-        self.labelled_tokens += sums.labelled_tokens
-        self.correct += sums.correct
-        for name in self.logged:
-            setattr(self, name, getattr(self, name) + sums.logged[name].detach())
+        means = {"loss": sums.nll_sum, **(sums.logged or {"token_accuracy": sums.correct})}
+        for name, each in {"labelled_tokens": sums.labelled_tokens, **means}.items():
+            self.sums[name] = self.sums.get(name, 0) + each.detach().double()
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return the means over all that was added; NaN where nothing was."""
-        loss = self.nll_sum / self.labelled_tokens
-        if self.logged:
-            return {"loss": loss, **{name: getattr(self, name) / self.labelled_tokens for name in self.logged}}
-        return {"loss": loss, "perplexity": loss.exp(), "token_accuracy": self.correct / self.labelled_tokens}
+    def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
+        """Return the means over all that was added; NaN where nothing was.
+
+        They are ``loss`` (nats per labelled token), and its exponential ``perplexity`` and ``token_accuracy`` (share of
+        labelled tokens that were the most likely one), or those of ``logged``, if there are.
+        """
+        totals = torch.stack([*self.sums.values()])
+        if over_ranks:
+            torch.distributed.all_reduce(totals)
+        means = dict(zip([*self.sums][1:], totals[1:] / totals[0], strict=True))
+        return {**means, "perplexity": means["loss"].exp()} if "token_accuracy" in means else means
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:

@@ -19,22 +19,15 @@ ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]
 
 
-def check_optimization(
-    optimizer: str | dict[str, Any] | None,
-    learning_rate: LearningRate,
-    weight_decay: float,
-    schedule: str | dict[str, Any],
-    warmup_ratio: float,
-    loraplus_ratio: float | None,
-    neftune_alpha: float | None,
-) -> None:
+def check_optimization(module: Any) -> None:
     """Reject settings of the optimizer and its schedule, before minutes of loading."""
-    check_optimizer(optimizer, learning_rate, weight_decay)
-    check_schedule(schedule, warmup_ratio)
-    if loraplus_ratio is not None and not 1 <= loraplus_ratio < float("inf"):
-        raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
-    if neftune_alpha is not None and not 0 < neftune_alpha < float("inf"):
-        raise UserError(f"model.neftune_alpha is {neftune_alpha:g}: expected a positive number, such as 5, or null.")
+    choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    check_schedule(module.schedule, module.warmup_ratio)
+    ratio, alpha = module.loraplus_ratio, module.neftune_alpha
+    if ratio is not None and not 1 <= ratio < math.inf:
+        raise UserError(f"model.loraplus_ratio is {ratio:g}: expected 1 or more, such as 16, or null.")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
 
 
 def choose_learning_rate(choice: LearningRate, width: int) -> float:
@@ -48,29 +41,20 @@ def choose_learning_rate(choice: LearningRate, width: int) -> float:
 
 def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
-    optimizer = build_optimizer(
-        module.parameter_groups(), module.optimizer_config, module.learning_rate, module.weight_decay
-    )
+    kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
     schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def build_optimizer(
-    groups: ParameterGroups, choice: str | dict[str, Any] | None, learning_rate: float, weight_decay: float
-) -> Optimizer:
-    """Build the optimizer over ``groups``, whose own rates stay.
+def choose_optimizer(
+    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """Return class and arguments of an optimizer.
 
     ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
     fused.
     """
-    optimizer_class, arguments = check_optimizer(choice, learning_rate, weight_decay)
-    return optimizer_class(groups, **arguments)
-
-
-def check_optimizer(
-    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
-) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return class and arguments of an optimizer; see :func:`build_optimizer`."""
     if learning_rate != "auto" and not 0 < learning_rate < math.inf:
         raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4, or auto.")
     if not 0 <= weight_decay < math.inf:
@@ -121,32 +105,25 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]
 
 
-def count_optimizer_steps(
-    batches_per_epoch: int, accumulate: int, max_epochs: int | None, max_steps: int | None
-) -> int:
-    """Count the optimizer steps of a run on one rank; ``None`` and -1 are no limit.
+def plan_steps(trainer: Any) -> int:
+    """Count the optimizer steps of a Trainer's whole run, on one rank.
 
     Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
     on resume.
     """
-    limits = []
-    if max_epochs is not None and max_epochs >= 0:
-        limits.append(max_epochs * math.ceil(batches_per_epoch / accumulate))
-    if max_steps is not None and max_steps >= 0:
-        limits.append(max_steps)
-    if not limits:
-        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
-    return min(limits)
-
-
-def plan_steps(trainer: Any) -> int:
-    """Count the optimizer steps of a Trainer's whole run; see :func:`count_optimizer_steps`."""
     count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
     if count_batches is None:
         return int(trainer.estimated_stepping_batches)
     batches, limit = count_batches(), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
-    return count_optimizer_steps(batches, trainer.accumulate_grad_batches, trainer.max_epochs, trainer.max_steps)
+    limits = list[int]()
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+    if trainer.max_steps is not None and trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    if not limits:
+        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    return min(limits)
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The micro-batches of one optimizer step: their sums, and the gradient of their mean over all ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.micro_batch import MicroBatchSize
 
 
 class Window:
-    """Adds up what the micro-batches of one optimizer step have counted.
+    """Computes the gradients of the batches of one optimizer step, and adds up what their micro-batches have counted.
 
     Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by the
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
@@ -20,6 +21,7 @@ class Window:
     Attributes:
         batches: Of this process in the open window.
         row_ids: Their rows.
+        micro_batches: How many parts they had.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
             window's ``tokens``, and what callbacks put in before a step.
         totals: Of the last step, over all ranks: ``counts``, and ``labelled_tokens``.
@@ -31,39 +33,52 @@ class Window:
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.batches: list[Any] = []
+        self.batches: list[dict[str, Any]] = []
         self.counts: dict[str, float] = {"tokens": 0}
-        self.clear_sums()
+        self._clear_sums()
 
-    def clear_sums(self) -> None:
-        """Forget what was counted, to run the window's batches again."""
-        self.nll_sum: Tensor | None = None
-        self.labelled_tokens: Tensor | None = None
-        self.logged: dict[str, Tensor] = {}  # see LossSums
+    def _clear_sums(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and what LossSums logs
         self.micro_batches = 0
         self.row_ids: list[int] = []
 
-    def open_batch(self, batch: Any, most: int) -> None:
-        """Take a batch of the window, which has at most so many."""
-        if len(self.batches) >= most:
+    def take(self, module: Any, batch: dict[str, Any]) -> Tensor:
+        """Compute the gradients of a batch's sums, and return its mean loss.
+
+        If memory runs out, the whole window is computed again in smaller parts.
+        """
+        if len(self.batches) >= module.trainer.accumulate_grad_batches:
             raise RuntimeError(
                 "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
                 "`on_before_optimizer_step` without calling `super().on_before_optimizer_step(optimizer)`."
             )
+        if not self.batches:
+            module.zero_grad(set_to_none=True)
         self.batches.append(batch)
         if "input_ids" in batch:
             self.counts["tokens"] += batch["input_ids"].numel()
 
-    def add(self, sums: LossSums, row_ids: Sequence[int] = ()) -> None:
-        """Count one micro-batch."""
-        self.micro_batches += 1
-        nll_sum = sums.nll_sum.detach()
-        self.nll_sum = nll_sum if self.nll_sum is None else self.nll_sum + nll_sum
-        tokens = sums.labelled_tokens
-        self.labelled_tokens = tokens if self.labelled_tokens is None else self.labelled_tokens + tokens
-        for name, each in sums.logged.items():
-            self.logged[name] = each.detach() + self.logged.get(name, 0.0)
-        self.row_ids += row_ids
+        def replay() -> Tensor:
+            module.zero_grad(set_to_none=True)
+            self._clear_sums()
+            return [self._compute(module, each) for each in self.batches][-1]
+
+        size: MicroBatchSize = module.micro_batch_size
+        return size.run(module, batch, lambda: self._compute(module, batch), replay)
+
+    def _compute(self, module: Any, batch: dict[str, Any]) -> Tensor:
+        """Compute and add up the gradients of a batch; return its mean loss."""
+        nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        for part in module.micro_batches(batch):
+            sums: LossSums = module.compute_loss(part)
+            (sums.nll_sum * module.loss_scale).backward()
+            nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
+            counted = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **sums.logged}
+            for name, each in counted.items():
+                self._sums[name] = each.detach() + self._sums.get(name, 0)
+            self.micro_batches += 1
+            self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
+        return nll_sum / labelled_tokens.clamp(min=1)
 
     @staticmethod
     def replace_ddp_reduction(model: nn.Module | None) -> None:
@@ -82,17 +97,12 @@ class Window:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Turn accumulated gradients into those of the window's mean loss; return what is logged, and ``totals``.
 
-        Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.logged``.
-
-        ``factor`` undoes a scale that they have; ``over_ranks`` says that there are several ranks, over
-        which all is summed up.
+        Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.logged``. ``factor`` undoes a
+        scale that they have; ``over_ranks`` says that there are several ranks, over which all is summed up.
         """
-        if self.nll_sum is None or self.labelled_tokens is None:
-            raise RuntimeError("An optimizer step without a micro-batch: call compute_loss in training_step.")
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64).to(self.nll_sum.device)
-        sums = torch.stack([each.double() for each in (self.labelled_tokens, self.nll_sum, *self.logged.values())])
-        sums = torch.cat([sums, counts])
+        sums = torch.stack([each.double() for each in self._sums.values()])
+        sums = torch.cat([sums, torch.tensor(list(self.counts.values()), dtype=torch.float64).to(sums.device)])
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
             torch.distributed.all_reduce(sums)
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -102,7 +112,7 @@ class Window:
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if gradients:
             torch._foreach_mul_(gradients, (factor / tokens).float())
-        means = dict(zip(("loss", *self.logged), (sums[1:] / tokens).float(), strict=False))
-        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[-len(counts) :], strict=True))}
+        means = dict(zip([*self._sums][1:], (sums[1:] / tokens).float(), strict=False))
+        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[len(self._sums) :], strict=True))}
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}, totals

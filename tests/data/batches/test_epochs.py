@@ -212,7 +212,7 @@ def test_two_samples_end_to_end_and_a_filler_of_the_same_rows_unlabelled():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]  # nothing is predicted across samples
-    assert (batch["cu_seqlens"].tolist(), batch["longest"]) == ([0, 3, 5], 3)
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5]
     assert (batch["row_ids"].tolist(), batch["source"].tolist()) == ([4, 1], [0, 2])
     filler = collate_rows(gather(*samples), [0, 1], filler=True)
     assert (set(filler["labels"].flatten().tolist()), filler["row_ids"].tolist()) == ({-100}, [-1, -1])

@@ -86,7 +86,7 @@ class SpoiltValidation(QLoRAModule):
     def on_validation_epoch_end(self):
         self.validations += 1
         if self.validations == 2:
-            self.val_statistics.nll_sum *= math.nan
+            self.statistics.sums["loss"] *= math.nan
         super().on_validation_epoch_end()
 
 

@@ -1,7 +1,5 @@
 """What a step takes by the formula: by hand, beside what real steps keep, and by a model without numbers."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -9,7 +7,7 @@ from transformers import LlamaConfig
 
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 
@@ -42,28 +40,26 @@ def count_kept(module, batch):
 
 
 @pytest.mark.parametrize(
-    ("options", "every_n_layers", "tolerance"),
+    ("options", "checkpointed", "tolerance"),
     [
-        ({}, 0, 0.03),
-        ({"compute_dtype": "fp32", "quantization": "none"}, 0, 0.03),
-        ({}, 1, 0.1),
-        pytest.param(
-            {"dropout": 0.1}, 0, 0.2, marks=pytest.mark.slow
-        ),  # from here on PEFT's layers; masks of a CPU are wider
-        pytest.param({"lora_options": {"use_dora": True}}, 0, 0.1, marks=pytest.mark.slow),
+        ({}, False, 0.03),
+        ({"compute_dtype": "fp32", "quantization": "none"}, False, 0.03),
+        ({}, True, 0.1),
+        ({"dropout": 0.1}, False, 0.2),  # from here on PEFT's layers; masks of a CPU are wider
+        pytest.param({"lora_options": {"use_dora": True}}, False, 0.1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, every_n_layers, tolerance):
+def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, checkpointed, tolerance):
     options = {"compute_dtype": "bf16"} | options
     module = steps.make_module(tiny_base, **options)
-    if every_n_layers:
-        enable_activation_checkpointing(module.causal_lm, every_n_layers)
+    if checkpointed:
+        enable_activation_checkpointing(module.causal_lm)
     batch = steps.make_batch(LENGTHS, vocabulary=40_000)
     dtype = getattr(torch, module.identity["compute_dtype"])
     del options["compute_dtype"]
-    step = replace(build_step_memory(build(tiny_base, dtype=dtype, **options), dtype), every_n_layers=every_n_layers)
-    planned = step.parts(sum(LENGTHS), max(LENGTHS))["activations"]
+    step = build_step_memory(build(tiny_base, dtype=dtype, **options), dtype)
+    planned = step.parts(sum(LENGTHS), Checkpointing(checkpointed))["activations"]
     assert planned == pytest.approx(count_kept(module, batch), rel=tolerance)
 
 
@@ -82,7 +78,7 @@ def test_every_part_is_counted_as_on_paper():
     step = build_step_memory(build(LlamaConfig(**SMALL, tie_word_embeddings=True), rank=2), torch.bfloat16)
     tokens = 300
     head = tokens * (4 * 64 + 4 + 2 * 64 + 8)
-    assert step.parts(tokens, 100) == {
+    assert step.parts(tokens, Checkpointing()) == {
         "base": LINEARS // 2 + 2 * 5 * 64,
         "scales": 4 * LINEARS // 64,
         "vocabulary": 2 * 100 * 64,

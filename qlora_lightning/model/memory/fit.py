@@ -1,0 +1,104 @@
+"""Finds by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.folder import open_base, read_config
+from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.model.load.base_model import check_quantization
+from qlora_lightning.model.load.build import meta_model
+from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.model.memory.formula import CONTEXT_BYTES, Checkpointing, StepMemory, build_step_memory
+from qlora_lightning.model.sharded import ShardedDDPStrategy
+from qlora_lightning.model.step.batch import samples_of
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
+
+TOKENS_OF_A_CPU = 8192  # more make its products no quicker
+USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
+_MOST_TOKENS = 1 << 20
+REMEDIES = (
+    "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
+    "auto, or trainer.strategy: ddp_sharded_offload"
+)
+
+
+class Fit(NamedTuple):
+    """How a step fits: the most ``tokens`` of a micro-batch, 0 if the longest row does not fit."""
+
+    tokens: int
+    choice: Checkpointing
+
+
+def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> Fit:
+    """Find the first of the choices of checkpointing with which the longest row fits alone.
+
+    Args:
+        step: The formula.
+        usable: Bytes that a step may take in all.
+        longest: Tokens of the longest row.
+        choices: In the order in which they are tried; each takes less memory than the one before.
+    """
+    for choice in choices:
+        tokens = bisect_right(range(_MOST_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
+        if tokens >= longest:
+            return Fit(tokens, choice)
+    return Fit(0, choice)
+
+
+def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
+    """Correct the planned tokens of a micro-batch by the peak of one that had them, in bytes.
+
+    What is beside ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
+    """
+    factor = (usable - held) / max(peak - held, 1.0)
+    return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
+
+
+def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) -> Fit | None:
+    """Plan a fit, whose products are in ``dtype``: before any weight is downloaded or loaded.
+
+    ``None`` if the base's code is its own, which need not run without numbers.
+
+    Raises:
+        UserError: The longest row does not fit on the GPU, whatever is done.
+    """
+    source = open_base(module.base, module.revision, weights=False)
+    if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
+        return None
+    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    stored = getattr(config, "quantization_config", None)
+    double_quant = check_quantization(stored, module.quantization, module.double_quant, source.name)
+    folder = None if module.adapter is None else find_adapter_folder(module.adapter)
+    strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
+    memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
+    step = build_step_memory(
+        meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast),
+        dtype,
+        double_quant=double_quant,
+        optimizer=module.optimizer_config,
+        device_bytes=memory,
+        processes=module.trainer.world_size,
+        sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
+    )
+    data = datamodule_of(module.trainer)
+    samples = samples_of(data, "train")  # of a pair both answers count
+    longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
+    longest = min(longest, _MOST_TOKENS - 1)
+    fit = find_fit(step, USABLE * memory, longest, choices)
+    if device.type != "cuda":  # of which the formula tells only whether memory is short
+        return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
+    if not fit.tokens:
+        needed, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
+        raise UserError(
+            f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
+            f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "
+            f"{format_gib(USABLE * memory)} for it. What is left: {REMEDIES}. A number as "
+            "model.micro_batch_tokens tries it without a plan."
+        )
+    return fit

@@ -1,0 +1,187 @@
+"""Micro-batches: the parts in which a flat batch goes through the model, and smaller ones whenever memory runs out.
+
+Gradients are of sums, so that it does not matter how a batch is cut.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.model.guards.guard import check_token_ids
+from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
+from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
+from qlora_lightning.model.memory.formula import Checkpointing
+from qlora_lightning.model.step.batch import (
+    check_row_length,
+    cut_batch,
+    filler_of,
+    format_locations,
+    is_flat,
+    row_locations,
+    samples_per_row,
+)
+from qlora_lightning.model.step.forward import skips_unlabelled
+from qlora_lightning.model.step.layout import Layout, lay_out
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import datamodule_of
+
+MicroBatchTokens = int | Literal["auto"]
+Result = TypeVar("Result")
+_report = rank_zero_only(say)
+
+
+def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
+    """Lay a flat batch out as a module computes it; see :meth:`QLoRAModule.layout_of`."""
+    causal_lm, trainer = module.causal_lm, module._trainer
+    data = datamodule_of(trainer) if trainer is not None and trainer.training else None
+    check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), data)
+    layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
+    check_row_length(causal_lm.config, layout.samples.longest)
+    return layout
+
+
+class MicroBatchSize:
+    """How many tokens go through the model at a time, in whole rows.
+
+    Args:
+        setting: Their number; ``auto`` finds it.
+
+    Attributes:
+        tokens: Their number now.
+        choices: Of checkpointing: the one in use, and those that help when a row alone does not fit, in their order.
+        apply: Switches checkpointing as a choice has it; :class:`~qlora_lightning.callbacks.GradientCheckpointing`
+            sets both.
+    """
+
+    def __init__(self, setting: MicroBatchTokens) -> None:
+        if setting != "auto" and setting < 1:
+            raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
+        self.is_auto = setting == "auto"
+        self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.choices = [Checkpointing()]
+        self.apply: Callable[[Checkpointing], None] = lambda choice: None
+        self._is_measured = True
+
+    def plan(self, module: Any, dtype: torch.dtype) -> None:
+        """Choose by the formula, if it is left to us; see :func:`~qlora_lightning.model.memory.fit.plan_fit`."""
+        fit = plan_fit(module, dtype, self.choices) if self.is_auto else None
+        if fit is not None:
+            self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
+            self._is_measured = module.trainer.strategy.root_device.type != "cuda"
+
+    def announce(self) -> None:
+        """Print what was chosen."""
+        _report(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
+
+    def correct(self, module: Any, was_cut: bool) -> None:
+        """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
+
+        Args:
+            module: Its gradients of a step are there.
+            was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
+        """
+        if self._is_measured or not module.trainer.global_step or not was_cut:
+            return
+        self._is_measured = True
+        held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
+        self.tokens = corrected_tokens(self.tokens, held, peak, USABLE * (free_bytes(module.device) + held))
+        _report(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
+
+    # ---- cutting -----------------------------------------------------------------------------------------------------
+
+    def lay_out(self, module: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a flat batch the layouts of its parts: before it moves to a GPU, whose numbers would be waited for."""
+        parts = cut_batch(batch, batch["cu_seqlens"].tolist(), self.tokens)
+        layouts = [lay_out_part(module, part) for part in parts]
+        if module.device.type == "cuda":  # from pinned memory alone it is copied in the background
+            batch = {name: each.pin_memory() if isinstance(each, Tensor) else each for name, each in batch.items()}
+        return {**batch, "layouts": layouts}
+
+    def parts(self, module: Any, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Cut a flat batch; see :meth:`QLoRAModule.micro_batches`."""
+        layouts: list[Layout] = batch.get("layouts", [])
+        layouts = layouts if all(each.matches(batch) for each in layouts) else []
+        lengths = itertools.chain.from_iterable(each.lengths for each in layouts)
+        cu_seqlens = list(itertools.accumulate(lengths, initial=0)) if layouts else batch["cu_seqlens"].tolist()
+        parts = cut_batch(batch, cu_seqlens, self.tokens)
+        if [len(each.lengths) for each in layouts] != [len(part["cu_seqlens"]) - 1 for part in parts]:
+            layouts = [lay_out_part(module, part).to(module.device) for part in parts]
+        if module.sharded_base is not None and (missing := module.sharded_base.largest(len(parts)) - len(parts)):
+            filler = filler_of(batch, cu_seqlens)
+            parts += [filler] * missing
+            layouts = [*layouts, *[lay_out_part(module, filler).to(module.device)] * missing]
+        return [{**part, "layout": layout.bind(part)} for part, layout in zip(parts, layouts, strict=True)]
+
+    # ---- when memory runs out ----------------------------------------------------------------------------------------
+
+    def run(
+        self, module: Any, batch: Any, compute: Callable[[], Result], replay: Callable[[], Result] | None = None
+    ) -> Result:
+        """Return what takes memory to compute: as often as memory runs out, with less in the model at a time.
+
+        Args:
+            module: The module whose pass this is.
+            batch: The current batch, whose rows a message names.
+            compute: Computes it.
+            replay: Computes it again, if that takes more.
+
+        Raises:
+            UserError: Nothing is left that would help.
+        """
+        while True:
+            try:
+                return compute()
+            except Exception as error:
+                # any other batch cannot be cut, and of a sharded base the other processes wait in their passes
+                if not is_out_of_memory(error) or not is_flat(batch) or module.sharded_base is not None:
+                    raise
+                words = str(error).partition("\n")[0]
+            self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
+            compute = replay or compute
+
+    def _reduce(self, module: Any, batch: Any, words: str) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
+        largest = max(self.parts(module, batch), key=lambda part: part["input_ids"].numel())
+        tokens, rows = largest["input_ids"].numel(), len(largest["layout"].lengths) // samples_per_row(batch)
+        if rows > 1:
+            self.tokens = tokens // 2
+            _report(
+                f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
+                f"{self.tokens:,} tokens go through the model at a time, with the same result."
+            )
+        elif len(self.choices) > 1 and torch.is_grad_enabled() and module.causal_lm.supports_gradient_checkpointing:
+            del self.choices[0]
+            self.apply(self.choices[0])
+            _report(
+                f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
+                "result, by about a third slower."
+            )
+        else:
+            place = format_locations(row_locations(datamodule_of(module._trainer), largest["layout"].rows))
+            raise UserError(
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: "
+                f"{REMEDIES}."
+            )
+
+    # ---- in checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run restores."""
+        return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what a run had found, unless a number is set."""
+        if not self.is_auto:
+            return
+        self.tokens, saved = state["tokens"], Checkpointing(*state["checkpointing"])
+        self._is_measured = state.get("is_measured", True)
+        if saved in self.choices:
+            self.choices = self.choices[self.choices.index(saved) :]

@@ -17,6 +17,7 @@ from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -156,7 +157,8 @@ def locking(run_folder: str | Path) -> Iterator[None]:
 
     Without effect if the file system has no such locks (NFS has none for folders).
     """
-    folder = Path(run_folder) / CHECKPOINTS
+    folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
+    refuse_links(folder, adapter, *adapter.glob("*/"))
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -171,6 +173,19 @@ def locking(run_folder: str | Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def refuse_links(*folders: Path) -> None:
+    """Reject links in the place of folders that a run writes into: a stranger's may lead to any folder of the user's.
+
+    The run folder itself, which the user names, may be one.
+    """
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link, and a run writes into no folder behind one: remove it, or choose a run folder "
+                "on the other disk with `--trainer.default_root_dir PATH`."
+            )
 
 
 def is_resumed(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
+from qlora_lightning.callbacks.run_folder import refuse_links
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.report.figures import find_figures
 from qlora_lightning.report.run_files import read_manifest, read_run
@@ -46,6 +47,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
+    refuse_links(folder)
     if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings:
         raise UserError(
             f"{folder} holds a sweep with other settings ({settings_file}): put them back, or choose another folder by "
@@ -55,6 +57,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     def run(value: Any, repeat: int = 0) -> Trial:
         own = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
+        refuse_links(own)
         seed = int(config["seed_everything"])
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={own}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: with alpha = 2 × rank each rank acts as strongly

@@ -25,6 +25,7 @@ from qlora_lightning.support.versions import FORMAT_VERSION
 
 UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
 _WEIGHTS = "adapter_model.safetensors"
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of A and B
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -138,6 +139,11 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
+    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
+        raise UserError(
+            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
+            "weights: it belongs to a base that is not the one it names."
+        )
     config.inference_mode = False
     return config
 

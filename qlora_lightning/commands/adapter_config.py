@@ -22,7 +22,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
-_RENDERING = ("system", "train_on", "max_length", "too_long")  # of the training, which other rows share
+_RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
 _LIMITS = ("limit_val_batches", "limit_test_batches", "precision", "accelerator")  # of a run's trainer
 _ROWS = ("train", "val", "test", "path", "general")  # files, or a file of a source
 _CODE = ("class_path", "init_args", "optimizer", "trust_remote_code")  # name what is imported, or let it run

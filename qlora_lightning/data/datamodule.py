@@ -29,7 +29,7 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-_SAMPLE_SETTINGS = ("train_on", "max_length", "too_long", "deduplicate")
+_SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers; one that it lacks had its default.
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
@@ -58,6 +58,7 @@ class InstructionDataModule(LightningDataModule):
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
+        reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
@@ -90,6 +91,7 @@ class InstructionDataModule(LightningDataModule):
         encoding: str = "utf-8",
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
+        reasoning: Literal["template", "drop"] = "template",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
@@ -108,7 +110,8 @@ class InstructionDataModule(LightningDataModule):
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row, self.missing = encoding, on_bad_row, missing or []
         self.chat_template, self.template_options = chat_template, template_options or {}
-        self.train_on, self.max_length, self.too_long, self.deduplicate = train_on, max_length, too_long, deduplicate
+        self.reasoning, self.train_on = reasoning, train_on
+        self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
         self.batch_size, self.tokens_per_batch, self.shuffle = batch_size, tokens_per_batch, shuffle
         self.val_fraction, self.accept_changed_data = val_fraction, accept_changed_data
         self._check_settings()
@@ -129,6 +132,7 @@ class InstructionDataModule(LightningDataModule):
     def _check_settings(self) -> None:
         for name, known in (
             ("train_on", ("assistant", "last", "all")),
+            ("reasoning", ("template", "drop")),
             ("too_long", ("truncate", "drop", "split")),
         ):
             if getattr(self, name) not in known:
@@ -161,7 +165,7 @@ class InstructionDataModule(LightningDataModule):
     def renderer(self) -> ChatRenderer:
         """Renders conversations and prompts with the tokenizer and the settings of this data module."""
         if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on)
+            self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, reasoning=self.reasoning)
         return self._renderer
 
     @property
@@ -314,7 +318,7 @@ class InstructionDataModule(LightningDataModule):
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template."""
-        names = ("encoding", "chat_template", "template_options", "max_length")
+        names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self._tokenizer_choice, **options)

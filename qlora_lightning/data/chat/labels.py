@@ -31,13 +31,13 @@ class ChatRenderer:
     the answer and its stop token.
     """
 
-    def __init__(self, tokenizer: Any, train_on: str = "assistant") -> None:
+    def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.stop_ids = find_stop_ids(tokenizer)
         self._controls = ControlTokens(tokenizer, self.stop_ids)
         self.control_ids = self._controls.known
-        self._text = ChatText(tokenizer, self._controls)
+        self._text = ChatText(tokenizer, self._controls, reasoning)
         self._writes_bos = writes_bos(tokenizer)
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
@@ -106,6 +106,10 @@ class ChatRenderer:
         """Render messages as one sample that trains the answers at these indices, the last message among them."""
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, self.encode([rendered.text])[0])
+
+    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+        """Return a conversation, up to its last answer, without what ``reasoning: drop`` leaves out of it."""
+        return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
     def _write_document(self, text: str) -> RenderedText:
         self._check_text(text, "the text contains")

@@ -26,7 +26,7 @@ def shorten(
     """
     if not answers:
         return None
-    last = answers[-1]
+    conversation, last = renderer.drop_earlier_reasoning(conversation), answers[-1]
     system = conversation[:1] if conversation[0]["role"] == "system" else []
 
     def render(start: int) -> Rendered:

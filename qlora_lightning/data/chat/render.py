@@ -43,8 +43,8 @@ class ChatText:
     without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
     """
 
-    def __init__(self, tokenizer: Any, controls: ControlTokens) -> None:
-        self.tokenizer, self.controls = tokenizer, controls
+    def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
+        self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
         self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
@@ -60,6 +60,7 @@ class ChatText:
                 otherwise than generation would begin it.
             UserError: it writes no stop token after an answer.
         """
+        messages = self.drop_earlier_reasoning(messages)
         text = self._apply(messages, tools)
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
@@ -81,10 +82,19 @@ class ChatText:
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
         """Render what generation begins with; the earlier answers are those that training finds in the same text."""
+        messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
         found = [self._find_span(messages, tools, number, text) for number in answer_indices(messages)]
         return RenderedText(text, [each[1] for each in found if each and each[0] == text])
+
+    def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
+        """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
+        if self.reasoning != "drop":
+            return list(messages)
+        answers = answer_indices(messages)
+        earlier = set(answers if generation else answers[:-1])
+        return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         plain = [self._as_read(message) for message in messages]
@@ -107,9 +117,7 @@ class ChatText:
             plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
         return plain
 
-    def _find_span(
-        self, messages: Sequence[Message], tools: Tools, number: int, text: str
-    ) -> tuple[str, AnswerSpan] | None:
+    def _find_span(self, messages: Conversation, tools: Tools, number: int, text: str) -> tuple[str, AnswerSpan] | None:
         """Return the text, or else that of the conversation that an answer ends, with the span of its turn there.
 
         None if generation could not begin it so.
@@ -183,6 +191,15 @@ def _split_reasoning(message: Message) -> tuple[str | None, str]:
         return thought, content
     inline = _INLINE.match(content)
     return (inline[2], content[inline.end() :]) if inline else (None, content)
+
+
+def _without_reasoning(message: Message) -> Message:
+    thought, content = _split_reasoning(message)
+    if thought is None:
+        return message
+    plain: Message = {**message, "content": content}
+    plain.pop("reasoning_content", None)
+    return plain
 
 
 def _leaves(value: Any) -> Iterator[str]:

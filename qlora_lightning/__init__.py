@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning of LLaMA-family models with PyTorch Lightning.
+"""QLoRA fine-tuning of LLaMA models and their relatives with PyTorch Lightning.
 
 Importing this package loads nothing heavy: each public name is imported when it is first used.
 """

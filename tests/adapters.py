@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.identity import describe_adapter
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, trainable_tensors
+from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, trainable_tensors
 from qlora_lightning.model.load.base_model import load_base
 
 

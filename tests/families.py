@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_lightning.model import anatomy
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from qlora_lightning.support.errors import UserError

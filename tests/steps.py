@@ -6,7 +6,7 @@ import lightning
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 
 LENGTHS = (9, 1, 30, 17, 64, 5)
 

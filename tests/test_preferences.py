@@ -13,7 +13,7 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.lora import trainable_tensors, without_adapters
+from qlora_lightning.model.adapters.inject import trainable_tensors, without_adapters
 from qlora_lightning.support.errors import UserError
 from tests.equality import read_checkpoint, same
 from tests.steps import assert_same_step, make_trainer, randomize

@@ -20,7 +20,7 @@ from qlora_lightning.callbacks.checkpoint_file import (
 )
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.model.adapters.lora import copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters.inject import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
@@ -112,7 +112,7 @@ class AdapterCheckpoint(Checkpoint):
         ends_step, self._last_step = trainer.global_step != self._last_step, trainer.global_step
         self._stops_later = self._stops_later or trainer.should_stop  # as Timer asks for at any batch
         trainer.should_stop = self._stops_later and ends_step
-        if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer):
+        if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer, pl_module):
             self._save(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,13 +123,17 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        """Whether to save at the end of a step, behind which no validation follows; every rank must call it."""
-        every, minutes, stop = self.every_n_train_steps, self.every_minutes, find_callback(trainer, StopSignals)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        minutes = self.every_minutes
+        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        pl_module.window.counts["late"] = float(is_late)  # added up over ranks with the gradients
+
+    def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
+        """Whether to save at the end of a step, behind which no validation follows: on all ranks alike."""
+        every, stop = self.every_n_train_steps, find_callback(trainer, StopSignals)
         if (stop and stop.stopping) or _ends_training(trainer) or (every and trainer.global_step % every == 0):
             return True
-        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        return minutes is not None and trainer.strategy.reduce_boolean_decision(is_late, all=False)
+        return bool(pl_module.window.totals["late"])
 
     def _read_monitor(self, trainer: Trainer) -> float:
         value = trainer.callback_metrics.get(self.monitor)

@@ -18,6 +18,7 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -145,8 +146,13 @@ class Evaluation(Callback):
         is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
         if trainer.val_dataloaders or is_left:
             module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
-            with best_adapter(trainer, module):
-                self._compare(trainer, module)
+            try:
+                with best_adapter(trainer, module):
+                    self._compare(trainer, module)
+            except UserError as error:  # as of memory: no reason to fail a run that has trained
+                if trainer.world_size > 1:  # the others wait
+                    raise
+                say(f"Not evaluated: {error} `qlora-lightning evaluate` can do it later.")
             module.cpu()
 
     def _compare(self, trainer: Trainer, module: Any) -> None:

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.autograd.graph import save_on_cpu
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.support.versions import enable_activation_checkpointing

@@ -23,7 +23,7 @@ from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best
 from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.adapters.lora import count_parameters
+from qlora_lightning.model.adapters.inject import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.report.page import write_run_page

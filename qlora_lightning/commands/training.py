@@ -142,13 +142,13 @@ class QLoRACLI(LightningCLI):
             for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
                 self.config["trainer"][name] = None
             return
-        asked = self.config["ckpt_path"]
+        requested = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
-            asked = "last"  # whatever its command says
-        if asked not in (None, "last"):
-            check_checkpoint(asked)  # before Lightning reads it
-        self.checkpoint = find_checkpoint(folder, asked)
-        self._starts_fresh = asked is not None and self.checkpoint is None  # `last` of a folder that has none yet
+            requested = "last"  # whatever its command says
+        if requested not in (None, "last"):
+            check_checkpoint(requested)  # before Lightning reads it
+        self.checkpoint = find_checkpoint(folder, requested)
+        self._starts_fresh = requested is not None and self.checkpoint is None  # `last` of a folder that has none yet
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         self.config["ckpt_path"] = self.checkpoint

@@ -194,13 +194,13 @@ class InstructionDataModule(LightningDataModule):
             if self.trainer is not None and self.trainer.world_size > 1:
                 self._seed = self.trainer.strategy.broadcast(self._seed)  # without seed_everything each has its own
         self.take_tokenizer_of_base(getattr(self.trainer, "lightning_module", None))
-        needed = _STAGES.get(stage or "", tuple(self.files))
-        for split in needed:
+        splits = _STAGES.get(stage or "", tuple(self.files))
+        for split in splits:
             self._prepare(split)
             optional = stage is None or (stage == "fit" and split == "val")
             if not optional and split not in self.reports:
                 raise UserError(f"{split} rows are needed, but none are given: name a file in `data.{split}`.")
-        if "val" in needed and "val" not in self.samples:
+        if "val" in splits and "val" not in self.samples:
             # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 

@@ -12,7 +12,7 @@ import torch
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.scores import SCORES
-from qlora_lightning.model.adapters.lora import without_adapters
+from qlora_lightning.model.adapters.inject import without_adapters
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat

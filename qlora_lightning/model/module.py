@@ -14,7 +14,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base, read_config
 from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
-from qlora_lightning.model.adapters import lora
+from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.checkpoint import format as checkpoint_format
@@ -40,9 +40,9 @@ class QLoRAModule(lightning.LightningModule):
 
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
-    ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``backward``; behind those of a step
-    ``on_before_optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
-    ``on_validation_epoch_end``.
+    ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``optimizer_zero_grad``,
+    ``backward``; behind those of a step ``on_before_optimizer_step``; in a validation ``on_validation_start``,
+    ``validation_step``, ``on_validation_epoch_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and
@@ -133,7 +133,7 @@ class QLoRAModule(lightning.LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # here, and not only where they are used: after minutes of loading
-        lora.check_adapter_settings(rank, alpha, dropout)
+        inject.check_adapter_settings(rank, alpha, dropout)
         optimization.check_optimization(self)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
@@ -152,7 +152,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        guard.check_start(self, needed=(ExactResume, guard.TrainingGuard))
+        guard.check_start(self, required=(ExactResume, guard.TrainingGuard))
         if self.model is not None:
             return
         with without_garbage_collection():  # loading imports much, and makes many objects that stay
@@ -166,7 +166,7 @@ class QLoRAModule(lightning.LightningModule):
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
         # DDP would send the whole base to every rank, which has it already, mapped from a file.
-        trainable = lora.trainable_tensors(self)
+        trainable = inject.trainable_tensors(self)
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trainable]
 
@@ -428,14 +428,14 @@ class QLoRAModule(lightning.LightningModule):
     ) -> dict[str, Any]:
         """Return the adapter's tensors only; the frozen base is not walked: it is loaded again by its name."""
         destination = {} if destination is None else destination
-        for name, tensor in lora.trainable_tensors(self).items():
+        for name, tensor in inject.trainable_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
         """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
         self.configure_model()
-        lora.copy_tensors(self, state_dict, "The checkpoint")
+        inject.copy_tensors(self, state_dict, "The checkpoint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model.adapters.lora import with_adapter
+from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.layout import IGNORED
@@ -208,15 +208,15 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
     stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()
     rows = torch.split(stacked, lengths, dim=1)  # (2, tokens) each
     prompts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
-    mixed = []
+    mismatched = []
     for n, row in enumerate(rows):  # rows[n - 1] of the first is the last
         prompt, answer = row[:, : prompts[n]], rows[n - 1][:, prompts[n - 1] :]
-        mixed.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
-    tokens, targets = torch.cat(mixed, 1)
-    sizes = torch.tensor([each.shape[1] for each in mixed])
+        mismatched.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
+    tokens, targets = torch.cat(mismatched, 1)
+    sizes = torch.tensor([each.shape[1] for each in mismatched])
     return {
         "input_ids": tokens[None],
-        "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mixed])[None],
+        "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mismatched])[None],
         "labels": targets[None],
         "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
         "row_ids": batch["row_ids"],

@@ -29,11 +29,11 @@ def enable_activation_checkpointing(model: Any, *, draws: bool = True) -> None:
     If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
     has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
     """
-    from qlora_lightning.model.layers.attention import again_in_backward
+    from qlora_lightning.model.layers.attention import recompute_contexts
 
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
-    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": again_in_backward}
+    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": recompute_contexts}
     enable(options)
 
 
@@ -44,7 +44,7 @@ def attend_ragged(
     cu_seqlens: "Tensor",
     longest: int,
     scale: float | None,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> "Tensor":
     """Return causal attention within each sample, by torch's kernel for ragged samples.
 
@@ -52,12 +52,12 @@ def attend_ragged(
 
     ``query`` is ``(1, heads, tokens, head_dim)``, ``key`` and ``value`` are ``(1, kv_heads, tokens, head_dim)``, the
     result is ``(1, tokens, heads, head_dim)``; ``longest`` is the longest sample's length, ``scale`` by default
-    ``head_dim ** -0.5``. A token sees ``window`` tokens, itself included, or all before it.
+    ``head_dim ** -0.5``. A token sees ``sliding_window`` tokens, itself included, or all before it.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (tokens, heads, head_dim)
-    earlier = -1 if window is None else window - 1  # -1: every one
+    earlier = -1 if sliding_window is None else sliding_window - 1  # -1: every one
     options: dict[str, Any] = {"scale": scale, "window_size": (earlier, 0)}
     if _takes_grouped_heads(varlen_attn):
         options["enable_gqa"] = True

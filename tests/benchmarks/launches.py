@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_lightning.callbacks import ThroughputMonitor
-from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.adapters.inject import add_adapters
 from qlora_lightning.model.layers import attention, elementwise, lora
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import cast_adapters

@@ -90,6 +90,17 @@ def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
     assert not hasattr(end, "adapter")
 
 
+def test_a_run_is_not_lost_to_the_memory_of_its_last_evaluation(fit, monkeypatch, capsys, tmp_path):
+    def run_out(*_, **options):
+        raise UserError("Out of memory on cpu.")
+
+    monkeypatch.setattr("qlora_lightning.callbacks.evaluation.evaluate_sides", run_out)
+    fit(end := End(), Evaluation(), limit_train_batches=1)
+    assert end.adapter
+    assert "Not evaluated: Out of memory on cpu. `qlora-lightning evaluate` can do it later." in capsys.readouterr().out
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"fast_dev_run": True}])
 def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path, options):
     fit(Evaluation(), limit_train_batches=1, **options)

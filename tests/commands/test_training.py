@@ -146,7 +146,7 @@ def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(c
 OWN = """
 import torch
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.lora import add_adapters
+from qlora_lightning.model.adapters.inject import add_adapters
 from qlora_lightning.model.load.base_model import load_base
 
 

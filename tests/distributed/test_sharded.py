@@ -27,6 +27,7 @@ ALIKE = {  # what slow runs differ in
     "filler": ["--data.train", "nine.jsonl", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
     "fp4": ["--model.quantization", "fp4", "--model.double_quant", "false", "--model.neftune_alpha", "5"],
     "tied": ["--model.base", "tiny"],
+    "parts": ["--model.micro_batch_tokens", "40"],  # of which each process has its own number
     "dora": ["--model.lora_options", '{"use_dora": true}'],
 }
 

@@ -13,7 +13,7 @@ from qlora_lightning.evaluation.row_results import (
     row_losses,
     unpack_rows,
 )
-from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.step.batch import cut_into_rows
 from tests.flat import collate
 from tests.steps import make_module

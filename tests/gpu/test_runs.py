@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.report.run_files import read_metrics
 from tests.dying import MachineFailed, Stop
 from tests.equality import read_checkpoint, same

@@ -127,6 +127,12 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 
 
+def test_a_measured_peak_corrects_the_planned_tokens_by_no_more_than_twice():
+    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=7.0) == 1500  # 2 bytes took them, 3 are left
+    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=20.0) == 2000
+    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=3.0) == 500
+
+
 def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
     monkeypatch.setattr(memory_fit, "free_bytes", lambda device: 30_000_000)
     strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)

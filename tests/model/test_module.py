@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
 
 

@@ -17,7 +17,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.model.adapters.folder import add_named_adapter
-from qlora_lightning.model.adapters.lora import ADAPTER, without_adapters
+from qlora_lightning.model.adapters.inject import ADAPTER, without_adapters
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.console import say, show_controls, terminal

@@ -21,7 +21,7 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.model.adapters.identity import data_differences
-from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (

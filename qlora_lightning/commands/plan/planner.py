@@ -23,7 +23,7 @@ from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.model.adapters.lora import ADAPTER, count_parameters
+from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
 from qlora_lightning.model.guards.guard import check_trainer
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model

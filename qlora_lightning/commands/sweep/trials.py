@@ -39,11 +39,11 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
         seeds: Trainings with the first value; what another seed makes of the loss is noise.
         arguments: Options of ``fit``.
     """
-    asked = QLoRACLI(arguments)
-    config = asked.short_config()
+    cli = QLoRACLI(arguments)
+    config = cli.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")
-    asked.datamodule.setup("validate")  # a sweep compares trials on validation rows
+    cli.datamodule.setup("validate")  # a sweep compares trials on validation rows
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)

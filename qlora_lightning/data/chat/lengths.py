@@ -74,8 +74,8 @@ def split_up(sample: Rendered, max_length: int, context: int | None = None) -> l
     pieces = []
     for start in range(0, max(len(ids) - context, 1), max_length - context):
         end = start + max_length
-        seen = context if start else 1  # nothing predicts the very first token
-        own = [IGNORED] * seen + labels[start + seen : end]
+        n_context = context if start else 1  # nothing predicts the very first token
+        own = [IGNORED] * n_context + labels[start + n_context : end]
         if any(label != IGNORED for label in own):
             pieces.append(Rendered(ids[start:end], own))
     return pieces

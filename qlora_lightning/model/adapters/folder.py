@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.lora import ADAPTER, check_shapes
+from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
@@ -174,7 +174,7 @@ def add_named_adapter(
     """
     # the shape of its first adapter may be another
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
-    with warnings.catch_warnings(action="ignore"):  # as in adapters/lora.py
+    with warnings.catch_warnings(action="ignore"):  # as in adapters/inject.py
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

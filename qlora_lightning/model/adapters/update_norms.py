@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
-from qlora_lightning.model.adapters.lora import ADAPTER
+from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.anatomy import layer_of
 
 

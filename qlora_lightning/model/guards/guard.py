@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import format_locations, row_locations
@@ -38,7 +38,7 @@ def check_setup(module: Any) -> None:
         )
 
 
-def check_start(module: Any, needed: tuple[type[Callback], ...]) -> None:
+def check_start(module: Any, required: tuple[type[Callback], ...]) -> None:
     """Check what a module runs with, before its model is built; a fit needs some callbacks."""
     trainer = module._trainer
     if trainer is None:
@@ -53,7 +53,7 @@ def check_start(module: Any, needed: tuple[type[Callback], ...]) -> None:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 name = type(callback).__name__
                 raise UserError(f"{name} averages the whole model, a frozen base's packed bytes too: leave it out.")
-        if missing := [kind.__name__ for kind in needed if find_callback(trainer, kind) is None]:
+        if missing := [kind.__name__ for kind in required if find_callback(trainer, kind) is None]:
             raise RuntimeError(
                 f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."

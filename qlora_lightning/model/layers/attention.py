@@ -69,7 +69,7 @@ def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
         current_batch.reset(token)
 
 
-def again_in_backward() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """Return the contexts of torch's checkpoint: what is computed again in backward is of the same flat batch."""
     return contextlib.nullcontext(), flat_batch(current_batch.get())
 
@@ -135,9 +135,10 @@ def flat_attention(
     samples = batch.samples
     # as SDPA chooses it: under autocast what trains in float32 makes some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    window = sliding_window if sliding_window is not None and sliding_window < samples.longest else None
+    if sliding_window is not None and sliding_window >= samples.longest:
+        sliding_window = None
     is_fast, expanded = batch.fast and dropout == 0.0, samples.expanded
-    if is_fast and window is None and has_cpu_kernel(query, key, value, dtype):
+    if is_fast and sliding_window is None and has_cpu_kernel(query, key, value, dtype):
         query, key, value = (each.to(dtype) for each in (query, key, value))
         if expanded.has_shared:
             key, value = (_Expand.apply(each, expanded) for each in (key, value))
@@ -145,9 +146,9 @@ def flat_attention(
     if expanded.has_shared:
         query, key, value = (_Expand.apply(each, expanded) for each in (query, key, value))
     if is_fast and has_ragged_kernel(query, value):
-        attn_out = attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, window)
+        attn_out = attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, sliding_window)
     else:
-        attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, window)
+        attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, sliding_window)
     # of a shared token the copies have the same result
     return attn_out.index_select(1, expanded.first_expanded) if expanded.has_shared else attn_out, None
 
@@ -204,7 +205,7 @@ def attend_per_sample(
     samples: Samples,
     scaling: float | None,
     dropout: float,
-    window: int | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`flat_attention`."""
     if query.is_cuda:  # where the kernels of older cards, and those with a mask, take no grouped heads
@@ -212,8 +213,8 @@ def attend_per_sample(
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
         states, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
-        if window is not None and window < end - start:
-            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - window)
+        if sliding_window is not None and sliding_window < end - start:
+            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - sliding_window)
         options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
         outputs.append(F.scaled_dot_product_attention(*states, mask, **options).transpose(1, 2))
     return torch.cat(outputs, dim=1)

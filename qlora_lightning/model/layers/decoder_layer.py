@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import again_in_backward, current_batch, flat_attention
+from qlora_lightning.model.layers.attention import current_batch, flat_attention, recompute_contexts
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
@@ -159,7 +159,11 @@ class FusedDecoderLayer(Fused):
         hidden_states = self._attend(hidden_states, **kwargs)
         if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):
             return self._apply_mlp(hidden_states)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": again_in_backward}
+        options: dict[str, Any] = {
+            "use_reentrant": False,
+            "preserve_rng_state": False,
+            "context_fn": recompute_contexts,
+        }
         pieces = hidden_states.split(PIECE_TOKENS, dim=1)
         return torch.cat([checkpoint(self._apply_mlp, piece, **options) for piece in pieces], dim=1)
 
@@ -189,10 +193,10 @@ class FusedDecoderLayer(Fused):
             key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (1, heads, n_tokens, head_dim)
         query, key = Rotary.apply(query, key, *position_embeddings)
-        config, window = attention.config, getattr(attention, "sliding_window", None)
+        config, sliding_window = attention.config, getattr(attention, "sliding_window", None)
         if config.model_type == "mistral":  # whose attention has none of its own; LLaMA's ignores the config's
-            window = config.sliding_window
-        options |= {"scaling": attention.scaling, "sliding_window": window}
+            sliding_window = config.sliding_window
+        options |= {"scaling": attention.scaling, "sliding_window": sliding_window}
         attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
         (lora_A, lora_B), (o_proj,) = _split([attention.o_proj], hidden.dtype)
         attn_out, residual = attn_out.flatten(-2).squeeze(0), hidden.squeeze(0)  # whose backward is a view

@@ -17,7 +17,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapte
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.lora import ADAPTER, add_adapters, count_parameters, inject
+from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization

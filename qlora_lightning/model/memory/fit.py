@@ -94,10 +94,10 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
     if device.type != "cuda":  # of which the formula tells only whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
-        needed, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
+        planned, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
         raise UserError(
             f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
-            f"{format_gib(needed)} ({format_gib(fixed)} without its activations), and {device} has "
+            f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "
             f"{format_gib(USABLE * memory)} for it. What is left: {REMEDIES}. A number as "
             "model.micro_batch_tokens tries it without a plan."
         )

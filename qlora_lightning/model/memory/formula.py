@@ -32,7 +32,7 @@ from torch.func import functional_call
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer

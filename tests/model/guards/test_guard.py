@@ -9,7 +9,7 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
-from qlora_lightning.model.adapters.lora import trainable_tensors
+from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.support.errors import UserError
 from tests.equality import base_tensors, same
 from tests.flat import collate

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Content
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 

@@ -4,8 +4,10 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -80,9 +82,11 @@ def test_an_error_has_an_exit_code_and_a_line_and_debug_shows_its_traceback(rais
 def test_an_installed_command_finds_classes_of_the_current_folder_and_its_figures_can_be_piped(
     tiny_base, rows_file, tmp_path
 ):
-    code = "from qlora_lightning import QLoRAModule\n\n\nclass Smooth(QLoRAModule):\n    pass\n"
-    (tmp_path / "mine.py").write_text(code)
-    config = {"model": {"class_path": "mine.Smooth", "base": str(tiny_base)}, "data": {"train": str(rows_file)}}
+    code = "from qlora_lightning import QLoRAModule\n\n\nclass FocusedLoss(QLoRAModule):\n    pass\n"
+    (tmp_path / "my_code.py").write_text(code)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = yaml.safe_load(re.search(r"`model: (\{class_path: .*?\})`", readme)[1])
+    config = {"model": {**shown, "base": str(tiny_base)}, "data": {"train": str(rows_file)}}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     program = [sys.executable, "-P", "-m", "qlora_lightning"]  # -P: as what pip installs

@@ -1,4 +1,4 @@
-"""Files of tensors: how they are opened and written, and how their sizes are shown."""
+"""Files of tensors: how they are opened and written, and how their sizes are shown; and the label of no token."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import raising_os_errors
 
 GIB = 2**30
+IGNORED = -100  # as a label: nothing is to be predicted; torch's cross entropy skips it
 
 
 def format_bytes(count: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlora_lightning.data.chat.labels import IGNORED, ChatRenderer, Rendered
+from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.report import DataReport

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import without_adapters
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
-from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of
 from qlora_lightning.support.console import progress_counter
 

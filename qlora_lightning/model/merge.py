@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.step.layout import IGNORED
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
 

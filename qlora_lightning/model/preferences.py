@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
-from qlora_lightning.model.step.layout import IGNORED
 from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model.step.layout import IGNORED, add_noise, lay_out, samples_of_lengths
+from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.model.step.layout import add_noise, lay_out, samples_of_lengths
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 

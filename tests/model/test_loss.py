@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.step import loss as loss_module
-from qlora_lightning.model.step.layout import IGNORED, next_labels
+from qlora_lightning.model.step.layout import next_labels
 
 WIDTH, VOCABULARY = 16, 50
 UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]

@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
-from qlora_lightning.data.chat.labels import IGNORED
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.samples import SampleSet
 
 

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # as a label: nothing is to be predicted
+from qlora_lightning.base.tensors import IGNORED
+
 _MIN_SHARED_RATIO = 32  # one token in so many: fewer are not worth that attention looks them up
 
 IntArray = npt.NDArray[np.int64]

@@ -153,6 +153,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+# A date stays text, as it was typed: jsonargparse reads it as any other value.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_yaml(text: str) -> Any:
     """Return what a YAML text holds.
 

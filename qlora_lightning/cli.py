@@ -36,7 +36,7 @@ COMMANDS = {
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
 _HELP = """usage: qlora-lightning COMMAND [options]
 
-QLoRA fine-tuning of LLaMA models and their relatives: a frozen base in 4 or 8 bits, small adapters trained on top.
+QLoRA fine-tuning of LLaMA models and their relatives: a base in 4 or 8 bits, small adapters on top.
 
 commands:
 {commands}

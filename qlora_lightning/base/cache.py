@@ -54,7 +54,7 @@ def make_root(kind: Kind | None = None) -> None:
 
 def hash_key(key: Mapping[str, Json]) -> str:
     """Name a key: 24 hexadecimal digits, the same whatever the order of its items."""
-    canonical = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    canonical = json.dumps(key, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:24]
 
 

@@ -66,8 +66,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained."
         )
-    shards = read_json_object(index, _REMEDY)["weight_map"].values()
-    return [folder / shard for shard in sorted(set(shards))]
+    shards = [folder / shard for shard in sorted({*read_json_object(index, _REMEDY).get("weight_map", {}).values()})]
+    lacking = [file.name for file in shards if not file.is_file()]
+    if lacking or not shards:
+        raise UserError(f"Base {name}: {index} names no shard that is there ({', '.join(lacking[:1])}). {_REMEDY}")
+    return shards
 
 
 def load_tokenizer(

@@ -117,7 +117,13 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer, pl_module, self._read_monitor(trainer))
+            value = trainer.callback_metrics.get(self.monitor)
+            self._save(trainer, pl_module, math.nan if value is None else float(value))
+            callbacks: Any = getattr(trainer, "callbacks", [])  # of which one may score answers at later validations
+            may_follow = any(getattr(each, "every_n_validations", None) for each in callbacks)
+            if value is None and self.enabled and not may_follow:
+                known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
+                raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {known}.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
@@ -134,13 +140,6 @@ class AdapterCheckpoint(Checkpoint):
         if (stop and stop.stopping) or _ends_training(trainer) or (every and trainer.global_step % every == 0):
             return True
         return bool(pl_module.window.totals["late"])
-
-    def _read_monitor(self, trainer: Trainer) -> float:
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None and self.enabled:
-            known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
-            raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {known}.")
-        return math.nan if value is None else float(value)
 
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)

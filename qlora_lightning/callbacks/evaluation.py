@@ -59,8 +59,9 @@ class Evaluation(Callback):
         general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"evaluation.batch_size is {batch_size}: expected 1 or more.")
+        for name, value, least in (("batch_size", batch_size, 1), ("rows", rows, 0), ("samples", samples, 0)):
+            if value < least:
+                raise UserError(f"evaluation.{name} is {value}: expected {least} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.general, self.general_rows = general, general_rows

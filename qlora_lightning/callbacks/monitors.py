@@ -35,7 +35,7 @@ class GPUMemoryMonitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             values, shown = read_memory(pl_module.device), peak_metric_name(pl_module.device)
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)

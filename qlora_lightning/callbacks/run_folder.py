@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
+from qlora_lightning.model.answers import MOST_PREDICTED
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
@@ -137,6 +138,7 @@ class PredictionWriter(Callback):
         columns = zip(outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True)
         lines = [
             {"row": row_id, "prediction": tokenizer.decode(answer), "reference": reference, "input": row}
+            | {"stopped": len(answer) < MOST_PREDICTED}  # by itself, and was not cut
             for answer, row_id, reference, row in columns
         ]
         self._lines += lines

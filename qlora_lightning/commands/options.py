@@ -47,6 +47,11 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="overwrite a file that is there already")
 
 
+def expand_path(text: str) -> Path:
+    """Return the path of an option, in which ``~`` is the home folder: a shell leaves it in ``--out=~/DIR``."""
+    return Path(text).expanduser()
+
+
 def check_output(option: str, name: str | Path | None, force: bool = False) -> Path | None:
     """Return the file that an option names; ``-`` is standard output, None no file.
 

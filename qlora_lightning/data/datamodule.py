@@ -1,7 +1,7 @@
 """The data module: files in, batches out, for LightningCLI and for Python alike."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -127,6 +127,7 @@ class InstructionDataModule(LightningDataModule):
         self._prompts: list[Prompt] = []
         self._shares: list[float] | None = None  # of an epoch, by source of training rows
         self._seed: int | None = None
+        self.holdout_seed: int | None = None  # by which rows are held out, if not by that of their order
         self._pool: Prepared | None = None  # training rows before validation rows are held out
 
     def _check_settings(self) -> None:
@@ -329,7 +330,8 @@ class InstructionDataModule(LightningDataModule):
     def _divide(self) -> None:
         """Hold validation rows out of the training rows."""
         assert self._pool is not None
-        for samples, report in divide(*self._pool, self.val_fraction or 0.0, self._seed or 0):
+        seed = self._seed if self.holdout_seed is None else self.holdout_seed
+        for samples, report in divide(*self._pool, self.val_fraction or 0.0, seed or 0):
             self.samples[report.split], self.reports[report.split] = samples, report
             rank_zero_info(report.describe())
 
@@ -338,8 +340,14 @@ class InstructionDataModule(LightningDataModule):
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
             train: Any = self.files["train"]
-            paths = [each for each in (train if isinstance(train, list) else [train]) if isinstance(each, str | Path)]
-            value = [path for path in paths if has_split(path, split)]
+            entries = train if isinstance(train, list) else [train]
+            whole = [each for each in entries if not isinstance(each, Mapping) or not {"rows", "weight"} & each.keys()]
+            paths = [each.get("path") if isinstance(each, Mapping) else each for each in whole]
+            value = [
+                each
+                for each, path in zip(whole, paths, strict=True)
+                if isinstance(path, str | Path) and has_split(path, split)
+            ]
         if not value:
             return []
         settings = RowSettings(self.format, self.columns, self.system, self.roles)

@@ -16,7 +16,7 @@ from qlora_lightning.model import sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.answers import generate_answers
+from qlora_lightning.model.answers import MOST_PREDICTED, generate_answers
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import guard
@@ -328,8 +328,9 @@ class QLoRAModule(lightning.LightningModule):
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
-        if self.device.type == "cuda":
-            self.micro_batch_size.correct(self, self.window.micro_batches > len(self.window.batches))
+        was_cut = self.window.micro_batches > len(self.window.batches)  # else it had fewer tokens than it might
+        if self.device.type == "cuda" and was_cut:
+            self.micro_batch_size.correct(self, self.window.largest)
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
@@ -395,8 +396,8 @@ class QLoRAModule(lightning.LightningModule):
         self._choose_autocast()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
-        """Answer each prompt of a prediction batch greedily; return token ids."""
-        return self.answer(batch["prompt_ids"], batch["stop_ids"])
+        """Answer each prompt of a prediction batch greedily, up to 1,024 tokens; return token ids."""
+        return self.answer(batch["prompt_ids"], batch["stop_ids"], MOST_PREDICTED)
 
     def answer(
         self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any

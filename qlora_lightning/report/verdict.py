@@ -43,12 +43,15 @@ def judge(run: Run) -> Verdict:
 def _divergence(run: Run, base: float) -> str:
     """Return how a run diverged; empty if it did not."""
     validation = [value for _, value in run.metrics.get("val_loss", [])]
-    for start, words in ((validation[0] if validation else math.nan, "its first"), (base, "that of the base")):
-        if validation and _is_above(validation[-1], start):
-            return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     training = [value for _, value in run.metrics.get("train_loss", [])]
     some = max(min(3, len(training) // 2), len(training) // 10, 1)
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
+    starts = [(base, "that of the base")]
+    if validation and not last < first:  # else it has learned the training rows too well, and did not diverge
+        starts.append((validation[0], "its first"))
+    for start, words in starts:
+        if validation and _is_above(validation[-1], start):
+            return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     if first > 0 and last > _BLOWN_UP * first:
         return f"the training loss rose from {first:.3f} to {last:.3f}"
     return ""

@@ -56,7 +56,7 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
 
 def format_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return rows as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -90,6 +90,16 @@ def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(losses, mea
     assert all(each in " ".join(verdict.sentences) for each in words)
 
 
+def test_a_run_that_learned_its_training_rows_too_well_did_not_diverge():
+    losses = {
+        "val_loss": [(10, 1.0), (20, 1.01), (30, 1.06)],
+        "train_loss": [(step, 2.0 - step / 20) for step in range(30)],
+    }
+    verdict = judge(make(metrics=losses, evaluation={"metrics": {"loss": sides(2.1, 1.0, -1.2, -1.0)}, "rows": 5}))
+    assert verdict.kind == "learned"
+    assert "rose again, to 1.060" in " ".join(verdict.sentences)
+
+
 def test_a_training_loss_alone_may_show_divergence_and_a_few_steps_show_nothing():
     losses = [(step, 1.0 if step < 20 else 9.0) for step in range(1, 31)]
     assert judge(make(metrics={"train_loss": losses})).sentences == [

@@ -64,7 +64,10 @@ class Session:
             add_named_adapter(self.model, self.peft_names[name], sources[name].folder, identity)
         self.model.eval()
         self.renderers = {
-            name: ChatRenderer(choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None))
+            name: ChatRenderer(
+                choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None),
+                reasoning=((source.identity.get("data") or {}).get("settings") or {}).get("reasoning", "template"),
+            )
             for name, source in sources.items()
         }
         if options.compare:

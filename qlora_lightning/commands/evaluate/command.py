@@ -1,13 +1,12 @@
 """``qlora-lightning evaluate``: base against adapters on the same rows, by loss and by scored answers."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from qlora_lightning.commands.adapter_config import add_config, name_adapters
 from qlora_lightning.commands.config import find_configs
-from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
+from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, expand_path, json_output
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
     add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
-    add("--out", type=Path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")

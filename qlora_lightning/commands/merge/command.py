@@ -1,13 +1,12 @@
 """``qlora-lightning merge``: an adapter worked into its base, checked against both."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
-from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("merge", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--adapter", required=True, metavar="DIR", help="the adapter folder, or the run folder around it")
-    add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--out", required=True, type=expand_path, metavar="DIR", help="the folder to write")
     add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
     add("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights that are written (default: bf16)")
     gguf_help = "write a GGUF file for llama.cpp, and a Modelfile for Ollama, too"

@@ -67,8 +67,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             trial = QLoRACLI([*arguments, *options], "fit")
             if trial.trainer.world_size > 1:
                 raise UserError("A sweep needs --trainer.devices 1.")
-            if config["data"].get("val_fraction") is not None:
-                trial.datamodule.load_state_dict({"seed": seed})  # it holds out the same rows in all trials
+            trial.datamodule.holdout_seed = seed  # the same rows are held out in all trials
             trial.run()
         found = read_run(own)
         figures, parameters = find_figures(found), found.manifest["parameters"]["trainable"]

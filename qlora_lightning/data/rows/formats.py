@@ -4,7 +4,7 @@ import inspect
 import pkgutil
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows.bad_rows import RowFault, parse_json, read_string
@@ -49,10 +49,18 @@ def read_alpaca(values: dict[str, Any]) -> list[Any]:
 
 def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
     """Read two strings, or two lists of messages, of which only the completion is trained."""
+    refuse_messages_as_text(values, ("prompt", "completion"))
     prompt, completion = values["prompt"], values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | None):
         return [*({**message, "train": False} for message in prompt), *(completion or [])]
     return exchange(read_string(prompt, "'prompt'"), completion)
+
+
+def refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Reject a list of messages that is a text, as CSV holds it: it would be trained as that text."""
+    for key in keys:
+        if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
+            raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
 
 
 def exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Message, Pair, is_answer
-from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca
+from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca, refuse_messages_as_text
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
@@ -55,9 +55,7 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
     without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
     """
     answers = [values[key] for key in ("chosen", "rejected")]
-    for key in ("chosen", "rejected", *_PROMPT_KEYS):
-        if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
-            raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
+    refuse_messages_as_text(values, ("chosen", "rejected", *_PROMPT_KEYS))
     if [] in answers:
         raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     is_whole = all(isinstance(answer, list) and not is_answer(answer[0]) for answer in answers)

@@ -17,7 +17,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
 # of the hub's data sets, by what a key, a file or a folder is named
 _SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "validation")}
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.]?\d[\w-]*)?")  # with the number of a part
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.]?\d.*|_(?:sft|prefs|gen|matched|mismatched).*)?")
+"""With the number of a part, or as large data sets of the hub name theirs; ``test_driven`` is none."""
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""

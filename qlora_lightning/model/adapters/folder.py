@@ -91,6 +91,8 @@ def save_adapter_folder(
     weights_target = targets.pop(staging / _WEIGHTS)
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
         weights_target.unlink(missing_ok=True)
+    if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an adapter that was there before
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         put_in_place(file, target)

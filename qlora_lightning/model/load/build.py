@@ -17,7 +17,7 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapte
 from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject
+from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, load_base, stored_quantization
@@ -147,10 +147,12 @@ def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
     wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
-    return assemble_model(
+    model_type = read_config(source.base.folder, source.base.name).get("model_type")
+    dtype = choose_compute_dtype(wanted, device, model_type)
+    model, identity = assemble_model(
         name=source.base.name,
         device=device,
-        compute_dtype=choose_compute_dtype(wanted, device),
+        compute_dtype=dtype,
         quantization=source.quantization or "nf4",
         double_quant=source.double_quant,
         revision=source.base.revision,
@@ -158,6 +160,10 @@ def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
         adapter_options={},
         fast=True,
     )
+    for name, parameter in trainable_tensors(model).items():
+        if ".lora_" not in name:  # whole modules, which nothing casts where no autocast is
+            parameter.data = parameter.data.to(dtype)
+    return model, identity
 
 
 def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:

@@ -79,18 +79,18 @@ class MicroBatchSize:
         """Print what was chosen."""
         _report(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
-    def correct(self, module: Any, was_cut: bool) -> None:
+    def correct(self, module: Any, tokens: int) -> None:
         """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
 
         Args:
             module: Its gradients of a step are there.
-            was_cut: Whether a batch of this step was cut, so that a micro-batch had as many tokens as it may.
+            tokens: Of the step's largest micro-batch.
         """
-        if self._is_measured or not module.trainer.global_step or not was_cut:
+        if self._is_measured or not module.trainer.global_step:
             return
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
-        self.tokens = corrected_tokens(self.tokens, held, peak, USABLE * (free_bytes(module.device) + held))
+        self.tokens = corrected_tokens(tokens, held, peak, USABLE * (free_bytes(module.device) + held))
         _report(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
 
     # ---- cutting -----------------------------------------------------------------------------------------------------

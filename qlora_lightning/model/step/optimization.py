@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.support.errors import UserError
@@ -138,6 +139,10 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
         raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
     if name == "constant" and warmup_ratio:  # which alone has no warmup
         name = "constant_with_warmup"
+    accepted = [*inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters]
+    for argument in arguments:
+        if argument not in accepted:  # transformers passes over some, and stops at others once the base is loaded
+            raise UserError(f"model.schedule {name} has no argument {argument!r}: expected {', '.join(accepted[1:])}.")
     return name, arguments
 
 

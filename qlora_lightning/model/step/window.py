@@ -22,6 +22,7 @@ class Window:
         batches: Of this process in the open window.
         row_ids: Their rows.
         micro_batches: How many parts they had.
+        largest: Tokens of the largest of these.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
             window's ``tokens``, and what callbacks put in before a step.
         totals: Of the last step, over all ranks: ``counts``, and ``labelled_tokens``.
@@ -39,7 +40,7 @@ class Window:
 
     def _clear_sums(self) -> None:
         self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and what LossSums logs
-        self.micro_batches = 0
+        self.micro_batches, self.largest = 0, 0
         self.row_ids: list[int] = []
 
     def take(self, module: Any, batch: dict[str, Any]) -> Tensor:
@@ -77,6 +78,7 @@ class Window:
             for name, each in counted.items():
                 self._sums[name] = each.detach() + self._sums.get(name, 0)
             self.micro_batches += 1
+            self.largest = max(self.largest, part["input_ids"].numel() if "input_ids" in part else 0)
             self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
         return nll_sum / labelled_tokens.clamp(min=1)
 
@@ -100,6 +102,10 @@ class Window:
         Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.logged``. ``factor`` undoes a
         scale that they have; ``over_ranks`` says that there are several ranks, over which all is summed up.
         """
+        if over_ranks:  # a tensor that one rank alone has used is in its place on all
+            parameters = list(parameters)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         sums = torch.stack([each.double() for each in self._sums.values()])
         sums = torch.cat([sums, torch.tensor(list(self.counts.values()), dtype=torch.float64).to(sums.device)])

@@ -236,6 +236,8 @@ def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
     assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
     assert names("test") == ["d/test/b.csv"]
     assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
-    touch("e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl")
+    touch(
+        "e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl", "e/test_sft-0.csv", "e/validation_matched.csv"
+    )
     assert len(find_sources("e", "train")[0].files) == 3
     assert len(find_sources("d/*.jsonl", "train")[0].files) == 3

@@ -104,7 +104,10 @@ WRONG = [
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
     wrong("--evaluation.rows -1", "evaluation.rows is -1: expected 0 or more"),
-    wrong('--model.schedule={"name":"constant","nonsense":3}', "model.schedule constant has no argument 'nonsense'"),
+    wrong(
+        '--model.schedule={"name":"constant","nonsense":3}',
+        "model.schedule has the argument 'nonsense', which constant_with_warmup lacks",
+    ),
     wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong(

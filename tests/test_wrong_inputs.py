@@ -103,6 +103,9 @@ WRONG = [
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
+    wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "trainer: ", "val_check_interval"),
+    wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
+    wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong("--evaluation.rows -1", "evaluation.rows is -1: expected 0 or more"),
     wrong(
         '--model.schedule={"name":"constant","nonsense":3}',

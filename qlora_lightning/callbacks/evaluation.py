@@ -59,8 +59,9 @@ class Evaluation(Callback):
         general: str | dict[str, Any] | None = None,
         general_rows: int = 100,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("rows", rows, 0), ("samples", samples, 0)):
-            if value < least:
+        counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
+        for name, value, least in (*counts, ("samples", samples, 0)):  # which would fail after a training
+            if value is not None and value < least:
                 raise UserError(f"evaluation.{name} is {value}: expected {least} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
@@ -100,7 +101,10 @@ class Evaluation(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:  # a file that is not there is found at once
-            self._general_batches = self._read_general(datamodule_of(trainer))
+            data = datamodule_of(trainer)
+            if self.general and "val" not in getattr(data, "samples", {}):
+                raise UserError("evaluation.general is read with validation rows: set data.val or data.val_fraction.")
+            self._general_batches = self._read_general(data)
 
     # ---- during validation -----------------------------------------------------------------------------------------
 

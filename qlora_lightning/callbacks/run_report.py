@@ -117,8 +117,9 @@ class RunReport(Callback):
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
                 say(f"Report: {write_run_page(folder)}")
-                for purpose, command in next_steps(run, verdict)[:1]:
-                    say(f"Next, {purpose}: {command}")
+                if status != "finished" or (folder / ADAPTER_FOLDER / IDENTITY).exists():
+                    for purpose, command in next_steps(run, verdict)[:1]:
+                        say(f"Next, {purpose}: {command}")
         except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
             say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
 

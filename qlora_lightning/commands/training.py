@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import jsonargparse
@@ -134,6 +135,9 @@ class QLoRACLI(LightningCLI):
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):
             raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
+        for name in ("accumulate_grad_batches", "val_check_interval"):
+            if self.config["trainer"][name] == 0:
+                raise UserError(f"trainer.{name} is 0: expected 1 or more.")
         model = self.config["model"].get("init_args") or {}
         targets = model.get("target_modules")
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
@@ -198,7 +202,12 @@ class QLoRACLI(LightningCLI):
             _say("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
-        getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        try:
+            getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        except (ValueError, MisconfigurationException) as error:
+            if "/lightning/pytorch/" in extract_tb(error.__traceback__)[-1].filename:  # a setting that it refuses
+                raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+            raise
 
     @property
     def names_adapter(self) -> bool:

@@ -47,7 +47,7 @@ def _divergence(run: Run, base: float) -> str:
     some = max(min(3, len(training) // 2), len(training) // 10, 1)
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
     starts = [(base, "that of the base")]
-    if validation and not last < first:  # else it has learned the training rows too well, and did not diverge
+    if validation and not last < first / 2:  # else it has learned the training rows too well, and did not diverge
         starts.append((validation[0], "its first"))
     for start, words in starts:
         if validation and _is_above(validation[-1], start):

@@ -4,6 +4,7 @@ JSON is read here, so that bad rows are named by their line and tool schemas sta
 Arrow and data sets of the hub by ``datasets``.
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -98,7 +99,7 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dic
 
     rows: Any
     if file:
-        rows = load_dataset(kind[1:], data_files=str(file), split="train", streaming=True)
+        rows = load_dataset(kind[1:], data_files=glob.escape(str(file)), split="train", streaming=True)
     else:
         options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
         rows = load_dataset(source.path, source.name, **options)

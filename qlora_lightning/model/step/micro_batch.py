@@ -141,7 +141,7 @@ class MicroBatchSize:
                 # any other batch cannot be cut, and of a sharded base the other processes wait in their passes
                 if not is_out_of_memory(error) or not is_flat(batch) or module.sharded_base is not None:
                     raise
-                words = str(error).partition("\n")[0]
+                words = str(error).partition("\n")[0].rstrip(".")
             self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
             compute = replay or compute
 
@@ -167,7 +167,7 @@ class MicroBatchSize:
         else:
             place = format_locations(row_locations(datamodule_of(module._trainer), largest["layout"].rows))
             raise UserError(
-                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words} What is left: "
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words}. What is left: "
                 f"{REMEDIES}."
             )
 

@@ -142,8 +142,9 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
     accepted = [*inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters]
     for argument in arguments:
         if argument not in accepted:  # transformers passes over some, and stops at others once the base is loaded
-            known = ", ".join(accepted[1:])
-            raise UserError(f"model.schedule has the argument {argument!r}, which {name} lacks: expected {known}.")
+            raise UserError(
+                f"model.schedule has the argument {argument!r}, which {name} lacks: expected {', '.join(accepted[1:])}."
+            )
     return name, arguments
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -394,6 +395,18 @@ def test_a_resume_reports_an_objective_that_is_no_longer_its_checkpoints(config,
         assert main([*fit, *options, "--ckpt_path", "last", "--trainer.max_steps", "2"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert sorted(line.strip() for line in lines if "model." in line and "→" in line) == reported
+
+
+def test_a_resume_against_another_reference_is_rejected(config, tmp_path, capsys):
+    fit = ["fit", *config, "--evaluation", "null", "--trainer.max_steps", "1"]
+    for name in ("one", "other"):
+        options = ["--seed_everything", str(len(name)), "--trainer.default_root_dir", name]
+        assert main([*fit, *options]) == 0
+    run = [*fit, "--model.adapter", "one/adapter", "--trainer.default_root_dir", "run", "--ckpt_path", "last"]
+    assert main(run) == 0
+    shutil.copytree(tmp_path / "other" / "adapter", tmp_path / "one" / "adapter", dirs_exist_ok=True)
+    assert main([*run, "--trainer.max_steps", "2"]) == 2
+    assert "was trained against another reference" in capsys.readouterr().err
 
 
 def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_base):

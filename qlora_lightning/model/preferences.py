@@ -1,5 +1,6 @@
 """Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -80,7 +81,10 @@ class PreferenceModule(QLoRAModule):
         is_new = self.model is None
         super().configure_model()
         if is_new and self._reference_adapter is not None and self._has_reference:
-            self.add_adapter(_REFERENCE, find_adapter_folder(self._reference_adapter))
+            folder = find_adapter_folder(self._reference_adapter)
+            self.add_adapter(_REFERENCE, folder)
+            weights = (folder / "adapter_model.safetensors").read_bytes()
+            self.identity["reference"] = hashlib.sha256(weights).hexdigest()[:16]  # a resume compares with the same
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, Checkpointing, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import samples_of
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
@@ -77,15 +78,21 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
-    step = build_step_memory(
-        meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast),
-        dtype,
-        double_quant=double_quant,
-        optimizer=module.optimizer_config,
-        device_bytes=memory,
-        processes=module.trainer.world_size,
-        sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
-    )
+    try:
+        step = build_step_memory(
+            meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast),
+            dtype,
+            double_quant=double_quant,
+            optimizer=module.optimizer_config,
+            device_bytes=memory,
+            processes=module.trainer.world_size,
+            sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # code of transformers or bitsandbytes that does not run without numbers
+        say(f"Memory is not planned: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return None
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # of a pair both answers count
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())

@@ -28,8 +28,6 @@ def base_tensors(model):
         rows = getattr(weight, "SCB", None)  # of int8; the first forward moves it to the module
         scales = {
             "absmax": getattr(state, "absmax", None),
-            "nested_absmax": getattr(getattr(state, "state2", None), "absmax", None),
-            "offset": getattr(state, "offset", None),
             "SCB": getattr(getattr(module, "state", None), "SCB", None) if rows is None else rows,
         }
         tensors |= {f"{name}.{key}": each.clone() for key, each in scales.items() if each is not None}

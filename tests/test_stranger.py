@@ -162,4 +162,4 @@ def test_compiled_code_is_kept_in_the_users_own_folder(cache):
     result = subprocess.run(["python", "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout + result.stderr == "True\n"
     assert not cache.exists()  # a folder that QLORA_LIGHTNING_CACHE names may be anybody's
-    assert len(list((cache.parent / "of_user" / "qlora_lightning").glob("kernels/*/attention.so"))) == 1
+    assert len(list((cache.parent / "of_user" / "qlora_lightning").glob("kernels/*/kernels.so"))) == 1

@@ -72,7 +72,7 @@ def test_in_any_dtype_it_errs_no_more_than_the_plain_path(request, base, threads
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """A cache that holds nothing yet, and a process that has not looked for the C++ attention."""
+    """A cache that holds nothing yet, and a process that has not looked for the C++ kernels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     library.load_library.cache_clear()
     yield
@@ -90,7 +90,7 @@ def test_if_it_cannot_be_compiled_it_is_reported_once_and_torch_computes(
     with caplog.at_level(logging.WARNING):
         assert_errs_no_more_than_the_plain_path(tiny_base, compute_dtype)
     (record,) = caplog.records
-    assert "takes the slower way, without the C++ attention: no such option" in record.getMessage()
+    assert "takes the slower way, without the C++ kernels: no such option" in record.getMessage()
 
 
 # ---- what was changed before a start --------------------------------------------------------------------------------

@@ -17,50 +17,78 @@ constexpr int64_t TILE = 64;           // queries whose gradients of keys and va
 constexpr int64_t MAX_HEAD_DIM = 256;  // numbers of a head
 constexpr int64_t KEY_BLOCK = 16;      // keys are padded with zeros to a multiple of it
 
-// The left factor of a product: word (row, depth) is at row * row_stride + depth * depth_stride.
+// The left factor of a product, in words along its depth.
 struct LeftOperand {
     const uint32_t *words;
-    int64_t row_stride, depth_stride;
+    int64_t row_stride;
 };
-
-template <class T, int64_t COUNT>
-inline void multiply_block(LeftOperand left, const uint32_t *right, int64_t depth_stride, int64_t depth, float factor, float *to,
-                           int64_t row_stride, bool add) {
-    Floats sums[ROWS][COUNT] = {};
-    for (int64_t k = 0; k < depth; k++) {
-        Words part[COUNT];
-        for (int64_t i = 0; i < COUNT; i++) part[i] = load_words(right + k * depth_stride + i * LANES);
-        for (int64_t row = 0; row < ROWS; row++) {
-            const uint32_t word = left.words[row * left.row_stride + k * left.depth_stride];
-            for (int64_t i = 0; i < COUNT; i++) sums[row][i] = multiply_add<T>(word, part[i], sums[row][i]);
-        }
-    }
-    for (int64_t row = 0; row < ROWS; row++)
-        for (int64_t i = 0; i < COUNT; i++) {
-            float *place = to + row * row_stride + i * LANES;
-            store(add ? load(place) + sums[row][i] * factor : sums[row][i] * factor, place);
-        }
-}
 
 template <class T>
 LeftOperand left_of(const T *rows, int64_t row_stride) {
-    return {reinterpret_cast<const uint32_t *>(rows), row_stride / PAIR<T>, 1};
+    return {reinterpret_cast<const uint32_t *>(rows), row_stride / PAIR<T>};
 }
 
-// to = factor * left * right, or to += that; right is (depth, columns) in words, columns a multiple of KEY_BLOCK.
+template <class T, int64_t COUNT>
+inline void multiply_block(LeftOperand left, const uint32_t *right, int64_t depth_stride, int64_t depth, float *to,
+                           int64_t row_stride, bool add) {
+    Floats sums[ROWS<T>][COUNT] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        Words part[COUNT];
+        for (int64_t i = 0; i < COUNT; i++) part[i] = load_words(right + k * depth_stride + i * LANES);
+        for (int64_t row = 0; row < ROWS<T>; row++)
+            for (int64_t i = 0; i < COUNT; i++)
+                sums[row][i] = multiply_add<T>(left.words[row * left.row_stride + k], part[i], sums[row][i]);
+    }
+    for (int64_t row = 0; row < ROWS<T>; row++)
+        for (int64_t i = 0; i < COUNT; i++) {
+            float *place = to + row * row_stride + i * LANES;
+            store(add ? load(place) + sums[row][i] : sums[row][i], place);
+        }
+}
+
+// to = left * right, or to += that; right is (depth, columns) in words, columns and rows multiples of KEY_BLOCK.
 template <class T>
 void multiply(LeftOperand left, int64_t rows, const uint32_t *right, int64_t depth_stride, int64_t depth, int64_t columns,
-              float factor, float *to, int64_t row_stride, bool add = false) {
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        const LeftOperand strip{left.words + row * left.row_stride, left.row_stride, left.depth_stride};
+              float *to, int64_t row_stride, bool add = false) {
+    for (int64_t row = 0; row < rows; row += ROWS<T>) {
+        const LeftOperand strip{left.words + row * left.row_stride, left.row_stride};
         float *place = to + row * row_stride;
         int64_t column = 0;
         for (; column + VECTORS * LANES <= columns; column += VECTORS * LANES)
-            multiply_block<T, VECTORS>(strip, right + column, depth_stride, depth, factor, place + column, row_stride, add);
+            multiply_block<T, VECTORS>(strip, right + column, depth_stride, depth, place + column, row_stride, add);
         for (; column < columns; column += LANES)
-            multiply_block<T, 1>(strip, right + column, depth_stride, depth, factor, place + column, row_stride, add);
+            multiply_block<T, 1>(strip, right + column, depth_stride, depth, place + column, row_stride, add);
     }
 }
+
+#ifdef __AMX_BF16__
+// The same by tiles of 16 rows and 16 words: 0 for the sums, 1 and 2 for the factors. The depth is a multiple of 8 words, and
+// its last 8 take tiles 3 and 4.
+template <>
+void multiply<bf16>(LeftOperand left, int64_t rows, const uint32_t *right, int64_t depth_stride, int64_t depth,
+                    int64_t columns, float *to, int64_t row_stride, bool add) {
+    const int64_t left_bytes = left.row_stride * 4, right_bytes = depth_stride * 4, to_bytes = row_stride * 4;
+    for (int64_t row = 0; row < rows; row += 16)
+        for (int64_t column = 0; column < columns; column += 16) {
+            const uint32_t *from_left = left.words + row * left.row_stride, *from_right = right + column;
+            float *place = to + row * row_stride + column;
+            if (add) _tile_loadd(0, place, to_bytes);
+            else _tile_zero(0);
+            int64_t k = 0;
+            for (; k + 16 <= depth; k += 16) {
+                _tile_loadd(1, from_left + k, left_bytes);
+                _tile_loadd(2, from_right + k * depth_stride, right_bytes);
+                _tile_dpbf16ps(0, 1, 2);
+            }
+            if (k < depth) {
+                _tile_loadd(3, from_left + k, left_bytes);
+                _tile_loadd(4, from_right + k * depth_stride, right_bytes);
+                _tile_dpbf16ps(0, 3, 4);
+            }
+            _tile_stored(0, place, to_bytes);
+        }
+}
+#endif
 
 struct Shape {
     int64_t heads, kv_heads, head_dim;
@@ -88,23 +116,30 @@ struct Head {
     }
 
     // (padded / PAIR, head_dim): words along the tokens
-    void pack_rows(uint32_t *to, int64_t first, int64_t padded) const {
+    void pack_rows(uint32_t *to, int64_t padded) const {
         static const std::vector<T> nothing(MAX_HEAD_DIM);
         for (int64_t token = 0; token < padded; token += PAIR<T>) {
-            const int64_t at = first + token;
-            const T *lower = at < length ? row(at) : nothing.data();
-            const T *upper = at + PAIR<T> - 1 < length ? row(at + PAIR<T> - 1) : nothing.data();
+            const T *lower = token < length ? row(token) : nothing.data();
+            const T *upper = token + PAIR<T> - 1 < length ? row(token + PAIR<T> - 1) : nothing.data();
             pack(lower, upper, to + token / PAIR<T> * head_dim, head_dim);
         }
+    }
+
+    // (head_dim, count / PAIR): words along the tokens; behind the last there are zeros
+    void pack_transposed(uint32_t *to, int64_t first, int64_t count) const {
+        T *numbers = reinterpret_cast<T *>(to);
+        std::memset(to, 0, head_dim * count * sizeof(T));
+        for (int64_t token = 0; token < std::min(count, length - first); token++)
+            for (int64_t i = 0; i < head_dim; i++) numbers[i * count + token] = row(first + token)[i];
     }
 
     // A strip of rows as the left factor; a strip that is not full is copied.
     LeftOperand strip(int64_t token, int64_t rows, uint32_t *copy) const {
         const int64_t words = head_dim / PAIR<T>;
-        if (rows == ROWS) return left_of(row(token), by_token);
-        std::memset(copy, 0, ROWS * words * sizeof(uint32_t));
+        if (rows == ROWS<T>) return left_of(row(token), by_token);
+        std::memset(copy, 0, ROWS<T> * words * sizeof(uint32_t));
         for (int64_t i = 0; i < rows; i++) std::memcpy(copy + i * words, row(token + i), words * sizeof(uint32_t));
-        return {copy, words, 1};
+        return {copy, words};
     }
 };
 
@@ -178,14 +213,18 @@ void write_row(const float *numbers, float factor, int64_t head_dim, T *to) {
     for (int64_t i = 0; i < head_dim; i += LANES) store(load(numbers + i) * factor, to + i);
 }
 
+template <class T>
+void write_column(const float *numbers, int64_t stride, float factor, int64_t head_dim, T *to) {
+    float row[MAX_HEAD_DIM];
+    for (int64_t i = 0; i < head_dim; i++) row[i] = numbers[i * stride];
+    write_row(row, factor, head_dim, to);
+}
+
 // Replace the numbers at `end` and behind it, the first of them being at `start`.
 inline Floats mask_from(int64_t end, Floats numbers, int64_t start, float other) {
     if (start + LANES <= end) return numbers;
     return count_up() < static_cast<uint32_t>(std::max<int64_t>(end - start, 0)) ? numbers : Floats{} + other;
 }
-
-// Where one of them is NaN: the right one.
-inline Floats larger(Floats left, Floats right) { return left > right ? left : right; }
 
 template <class Join>
 inline float reduce(Floats numbers, Join join) {
@@ -197,28 +236,16 @@ inline float sum_of(Floats numbers) {
     return reduce(numbers, [](Floats left, Floats right) { return left + right; });
 }
 
-// e^x for x <= 0 or NaN, to 2e-7: 2^n by the exponent's bits, times the Taylor series of 2^r for |r| <= 1/2. To add
-// 1.5 * 2^23 rounds, and leaves the integer n in the last bits.
-inline Floats exponentials(Floats x) {
-    const Floats power = larger(Floats{} - 126.0f, x * 1.44269504f), shifted = power + 12582912.0f;
-    const Floats rest = power - (shifted - 12582912.0f);
-    Floats sum = Floats{} + 1.52527338e-5f;
-    for (float factor : {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f,
-                         1.0f})
-        sum = sum * rest + factor;
-    return sum * reinterpret_cast<Floats>((reinterpret_cast<Integers>(shifted) << 23) + (127 << 23));
-}
-
 constexpr float NEG_INF = -__builtin_inff();
 
-// Turn a row of scores into e^(score - largest), 0 from key `visible` on; return their sum and the largest.
+// Turn a row of scores into e^(scale * score - largest), 0 from key `visible` on; return their sum and the largest.
 template <class T>
-void softmax_row(const float *scores, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
+void softmax_row(const float *scores, float scale, int64_t visible, int64_t end, T *probs, float &sum, float &largest) {
     Floats most = Floats{} + NEG_INF, total{};
-    for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i), i, NEG_INF), most);
+    for (int64_t i = 0; i < end; i += LANES) most = larger(mask_from(visible, load(scores + i) * scale, i, NEG_INF), most);
     largest = reduce(most, larger);
     for (int64_t i = 0; i < end; i += LANES) {
-        const Floats prob = mask_from(visible, exponentials(load(scores + i) - largest), i, 0);
+        const Floats prob = mask_from(visible, exponentials(load(scores + i) * scale - largest), i, 0);
         total += prob;
         store(prob, probs + i);
     }
@@ -232,29 +259,30 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
     const int64_t head_words = head_dim / PAIR<T>;
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < items.size(); each++) {
+        const Tiles<T> tiles;
         const SampleHead &item = items[each];
         const int64_t padded = item.padded();
-        Arena arena(2 * padded * head_words + ROWS * (2 * padded + 2 * head_dim));
+        Arena arena(2 * padded * head_words + ROWS<T> * (2 * padded + 2 * head_dim));
         auto *k_columns = arena.alloc<uint32_t>(padded * head_words);  // (head_words, padded)
         auto *v_rows = arena.alloc<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
-        auto *copy = arena.alloc<uint32_t>(ROWS * head_words);
-        auto *scores = arena.alloc<float>(ROWS * padded), *sums = arena.alloc<float>(ROWS * head_dim);
-        auto *probs = arena.alloc<T>(ROWS * padded);
+        auto *copy = arena.alloc<uint32_t>(ROWS<T> * head_words);
+        auto *scores = arena.alloc<float>(ROWS<T> * padded), *sums = arena.alloc<float>(ROWS<T> * head_dim);
+        auto *probs = arena.alloc<T>(ROWS<T> * padded);
         item.keys(key).pack_columns(k_columns, padded);
-        item.keys(value).pack_rows(v_rows, 0, padded);
-        for (int64_t token = item.first; token < item.length; token += ROWS) {
-            const int64_t rows = std::min(ROWS, item.length - token), end = round_up(token + rows, KEY_BLOCK);
+        item.keys(value).pack_rows(v_rows, padded);
+        for (int64_t token = item.first; token < item.length; token += ROWS<T>) {
+            const int64_t rows = std::min(ROWS<T>, item.length - token), end = round_up(token + rows, KEY_BLOCK);
             for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) {
                 const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copy);
-                multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
-                float sum[ROWS];
+                multiply<T>(q_strip, ROWS<T>, k_columns, padded, head_words, end, scores, padded);
+                float sum[ROWS<T>];
                 for (int64_t row = 0; row < rows; row++) {
                     float largest;
-                    softmax_row(scores + row * padded, token + row + 1, end, probs + row * padded, sum[row], largest);
+                    softmax_row(scores + row * padded, scale, token + row + 1, end, probs + row * padded, sum[row],
+                                largest);
                     lse[item.row(token + row, group_head)] = largest + std::log(sum[row]);
                 }
-                multiply<T>(left_of(probs, padded), ROWS, v_rows, head_dim, end / PAIR<T>, head_dim, 1.0f, sums,
-                            head_dim);
+                multiply<T>(left_of(probs, padded), ROWS<T>, v_rows, head_dim, end / PAIR<T>, head_dim, sums, head_dim);
                 for (int64_t row = 0; row < rows; row++)
                     write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
                               attn_out + item.row(token + row, group_head) * head_dim);
@@ -265,11 +293,11 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
 
 // Of one row: compute the probabilities again, in the place of scores, and from their gradient that of scale * scores.
 template <class T>
-void softmax_backward_row(float *scores, const float *grad_probs, int64_t visible, int64_t end, float lse, T *probs,
+void softmax_backward_row(float *scores, float scale, const float *grad_probs, int64_t visible, int64_t end, float lse, T *probs,
                    T *grad_scores) {
     Floats total{};
     for (int64_t i = 0; i < end; i += LANES) {
-        const Floats unmasked = exponentials(load(scores + i) - lse);
+        const Floats unmasked = exponentials(load(scores + i) * scale - lse);
         const Floats prob = mask_from(visible, unmasked, i, 0);
         total += prob * load(grad_probs + i);
         store(prob, scores + i);
@@ -289,13 +317,13 @@ struct Backward {
     int64_t head_dim, head_words, padded;
     uint32_t *k_columns, *v_columns;                // (head_words, padded)
     uint32_t *k_rows;                               // (padded / PAIR, head_dim)
-    float *grad_k, *grad_v;                         // (padded, head_dim)
+    float *grad_k, *grad_v;                         // (head_dim, padded)
     uint32_t *tile_probs, *tile_grad_scores;        // (TILE / PAIR, padded)
-    uint32_t *tile_q, *tile_grad;                   // (TILE / PAIR, head_dim)
-    uint32_t *copies;                               // of strips that are not full: (2, ROWS, head_words)
-    float *scores, *grad_probs;                     // of a strip: (ROWS, padded)
-    float *grad_q;                                  // of a strip: (ROWS, head_dim)
-    T *probs, *grad_scores;                         // of a strip: (ROWS, padded)
+    uint32_t *tile_q, *tile_grad;                   // (head_dim, TILE / PAIR)
+    uint32_t *copies;                               // of strips that are not full: (2, ROWS<T>, head_words)
+    float *scores, *grad_probs;                     // of a strip: (ROWS<T>, padded)
+    float *grad_q;                                  // of a strip: (ROWS<T>, head_dim)
+    T *probs, *grad_scores;                         // of a strip: (ROWS<T>, padded)
 
     Backward(const SampleHead &item, const T *query, const T *key, const T *value, const T *grad, const float *lse,
              float scale, Arena &arena)
@@ -307,13 +335,13 @@ struct Backward {
         tile_probs = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
         tile_grad_scores = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
         tile_q = arena.alloc<uint32_t>(TILE * head_words), tile_grad = arena.alloc<uint32_t>(TILE * head_words);
-        copies = arena.alloc<uint32_t>(2 * ROWS * head_words);
-        scores = arena.alloc<float>(ROWS * padded), grad_probs = arena.alloc<float>(ROWS * padded);
-        grad_q = arena.alloc<float>(ROWS * head_dim);
-        probs = arena.alloc<T>(ROWS * padded), grad_scores = arena.alloc<T>(ROWS * padded);
+        copies = arena.alloc<uint32_t>(2 * ROWS<T> * head_words);
+        scores = arena.alloc<float>(ROWS<T> * padded), grad_probs = arena.alloc<float>(ROWS<T> * padded);
+        grad_q = arena.alloc<float>(ROWS<T> * head_dim);
+        probs = arena.alloc<T>(ROWS<T> * padded), grad_scores = arena.alloc<T>(ROWS<T> * padded);
         item.keys(key).pack_columns(k_columns, padded);
         item.keys(value).pack_columns(v_columns, padded);
-        item.keys(key).pack_rows(k_rows, 0, padded);
+        item.keys(key).pack_rows(k_rows, padded);
         std::fill(grad_k, grad_k + padded * head_dim, 0.0f);
         std::fill(grad_v, grad_v + padded * head_dim, 0.0f);
     }
@@ -321,7 +349,7 @@ struct Backward {
     // How much memory that takes, in words.
     static int64_t words(const SampleHead &item) {
         const int64_t head_dim = item.shape.head_dim, padded = item.padded();
-        return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS * (4 * padded + 3 * head_dim);
+        return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS<T> * (4 * padded + 3 * head_dim);
     }
 
     void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
@@ -329,45 +357,44 @@ struct Backward {
             for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) do_tile(start, group_head, to_grad_q);
         for (int64_t token = 0; token < item.length; token++) {
             const int64_t at = ((item.start + token) * item.shape.kv_heads + item.kv_head) * head_dim;
-            write_row(grad_k + token * head_dim, 1.0f, head_dim, to_grad_k + at);
-            write_row(grad_v + token * head_dim, 1.0f, head_dim, to_grad_v + at);
+            write_column(grad_k + token, padded, scale, head_dim, to_grad_k + at);
+            write_column(grad_v + token, padded, 1.0f, head_dim, to_grad_v + at);
         }
     }
 
    private:
     void do_tile(int64_t start, int64_t group_head, T *to_grad_q) {
         const int64_t tile = std::min(TILE, item.length - start), end = round_up(start + tile, KEY_BLOCK);
-        const int64_t rows = round_up(tile, ROWS), depth = rows / PAIR<T>;
-        item.queries(query, group_head).pack_rows(tile_q, start, rows);
-        item.queries(grad, group_head).pack_rows(tile_grad, start, rows);
-        for (int64_t first = 0; first < tile; first += ROWS)
-            do_strip(start + first, std::min(ROWS, tile - first), first, end, group_head, to_grad_q);
-        multiply<T>({tile_grad_scores, 1, padded}, end, tile_q, head_dim, depth, head_dim, scale, grad_k, head_dim,
-                    true);
-        multiply<T>({tile_probs, 1, padded}, end, tile_grad, head_dim, depth, head_dim, 1.0f, grad_v, head_dim, true);
+        const int64_t rows = round_up(tile, ROWS<T>), depth = rows / PAIR<T>;
+        item.queries(query, group_head).pack_transposed(tile_q, start, rows);
+        item.queries(grad, group_head).pack_transposed(tile_grad, start, rows);
+        for (int64_t first = 0; first < tile; first += ROWS<T>)
+            do_strip(start + first, std::min(ROWS<T>, tile - first), first, end, group_head, to_grad_q);
+        multiply<T>({tile_q, depth}, head_dim, tile_grad_scores, padded, depth, end, grad_k, padded, true);
+        multiply<T>({tile_grad, depth}, head_dim, tile_probs, padded, depth, end, grad_v, padded, true);
     }
 
     void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t group_head, T *to_grad_q) {
         const int64_t end = round_up(token + rows, KEY_BLOCK);
         const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copies);
-        const LeftOperand grad_strip = item.queries(grad, group_head).strip(token, rows, copies + ROWS * head_words);
-        multiply<T>(q_strip, ROWS, k_columns, padded, head_words, end, scale, scores, padded);
-        multiply<T>(grad_strip, ROWS, v_columns, padded, head_words, end, 1.0f, grad_probs, padded);
-        for (int64_t row = 0; row < ROWS; row++) {  // those behind the end see nothing
+        const LeftOperand grad_strip = item.queries(grad, group_head).strip(token, rows, copies + ROWS<T> * head_words);
+        multiply<T>(q_strip, ROWS<T>, k_columns, padded, head_words, end, scores, padded);
+        multiply<T>(grad_strip, ROWS<T>, v_columns, padded, head_words, end, grad_probs, padded);
+        for (int64_t row = 0; row < ROWS<T>; row++) {  // those behind the end see nothing
             const int64_t visible = row < rows ? token + row + 1 : 0;
             const int64_t at = item.row(token + std::min(row, rows - 1), group_head);
-            softmax_backward_row(scores + row * padded, grad_probs + row * padded, visible, end, lse[at],
+            softmax_backward_row(scores + row * padded, scale, grad_probs + row * padded, visible, end, lse[at],
                           probs + row * padded, grad_scores + row * padded);
         }
-        for (int64_t row = 0; row < ROWS; row += PAIR<T>) {
+        for (int64_t row = 0; row < ROWS<T>; row += PAIR<T>) {
             const int64_t tile_row = (first + row) / PAIR<T> * padded;
             keep_pair(probs + row * padded, tile_probs + tile_row, end, tile_end);
             keep_pair(grad_scores + row * padded, tile_grad_scores + tile_row, end, tile_end);
         }
-        multiply<T>(left_of(grad_scores, padded), ROWS, k_rows, head_dim, end / PAIR<T>, head_dim, scale, grad_q,
+        multiply<T>(left_of(grad_scores, padded), ROWS<T>, k_rows, head_dim, end / PAIR<T>, head_dim, grad_q,
                     head_dim);
         for (int64_t row = 0; row < rows; row++)
-            write_row(grad_q + row * head_dim, 1.0f, head_dim, to_grad_q + item.row(token + row, group_head) * head_dim);
+            write_row(grad_q + row * head_dim, scale, head_dim, to_grad_q + item.row(token + row, group_head) * head_dim);
     }
 
     void keep_pair(const T *rows, uint32_t *to, int64_t end, int64_t tile_end) {
@@ -383,6 +410,7 @@ void attend_backward(const T *query, const T *key, const T *value, const T *grad
     const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < items.size(); each++) {
+        const Tiles<T> tiles;
         Arena arena(Backward<T>::words(items[each]));
         Backward<T>(items[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
     }
@@ -392,7 +420,10 @@ void attend_backward(const T *query, const T *key, const T *value, const T *grad
 
 EXPORT(attend_float32, attend<float>)
 EXPORT(attend_backward_float32, attend_backward<float>)
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+EXPORT(attend_bfloat16, may_use_tiles() ? attend<bf16> : nullptr)
+EXPORT(attend_backward_bfloat16, may_use_tiles() ? attend_backward<bf16> : nullptr)
+#elif defined(__AVX512BF16__)
 EXPORT(attend_bfloat16, attend<bf16>)
 EXPORT(attend_backward_bfloat16, attend_backward<bf16>)
 #endif

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
@@ -22,13 +22,13 @@ _OPTIONS = [
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     *("-fPIC", "-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])),
 ]
-_LIBRARY = "attention.so"
+_LIBRARY = "kernels.so"
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled attention, ``None`` if it cannot be had, which on Linux is reported.
+    """Return the compiled kernels, ``None`` if it cannot be had, which on Linux is reported.
 
     Compiling takes some seconds, once for a CPU.
     """
@@ -37,13 +37,13 @@ def load_library() -> ctypes.CDLL | None:
     source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu()}
     try:
-        folder = cached_folder("kernels", key, _compile, "C++ attention for this CPU")
+        folder = cached_folder("kernels", key, _compile, "C++ kernels for this CPU")
         return ctypes.CDLL(str(folder / _LIBRARY))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip()
     except (UserError, OSError) as error:
         reason = str(error)
-    _log.warning("A step on the CPU takes the slower way, without the C++ attention: %s", reason)
+    _log.warning("A step on the CPU takes the slower way, without the C++ kernels: %s", reason)
     return None
 
 
@@ -69,7 +69,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     if library is None or dtype not in NAMES:
         return None
     try:
-        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}")
+        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None
     except ValueError:  # not compiled: in bfloat16 some take AVX512-BF16
         return None
 
@@ -77,6 +77,11 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 def has_function(name: str, dtype: torch.dtype) -> bool:
     """Whether a function has been compiled for a dtype."""
     return _function(name, dtype) is not None
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are in the memory of the CPU: torch's tracers have tensors of other types."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:

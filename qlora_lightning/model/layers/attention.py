@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function
+from qlora_lightning.model.cpu.library import call, has_function, is_here
 from qlora_lightning.model.step.layout import Expansion, Samples
 from qlora_lightning.support.versions import attend_ragged
 
@@ -158,8 +158,7 @@ def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read beyond
         return False
-    is_here = type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu"  # torch's tracers have others
-    return is_here and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return is_here(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:

@@ -128,8 +128,7 @@ class HeadNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         flat, weight, inverse_rms = ctx.saved_tensors
-        rows = grad.reshape(flat.shape).clone()  # which is written over
-        return rms_norm_backward(rows, flat, weight, inverse_rms).view(grad.shape), None, None
+        return rms_norm_backward(grad.reshape(flat.shape), flat, weight, inverse_rms).view(grad.shape), None, None
 
 
 class FusedDecoderLayer(Fused):

@@ -1,6 +1,7 @@
 """RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little.
 
-Each is a region: element-wise code, which a GPU runs as one compiled kernel, and a CPU operation by operation.
+Each is a region: element-wise code, which a GPU runs as one compiled kernel. A CPU runs it operation by operation, but
+for SwiGLU, whose exponentials cost most, it has a kernel of ours.
 """
 
 import functools
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qlora_lightning.model.cpu.library import call, has_function, is_here
 
 _log = logging.getLogger(__name__)
 _Operations = TypeVar("_Operations", bound=Callable[..., Any])
@@ -77,10 +80,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @_region
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the gradient of x from g, that of ``w · x̂`` where ``x̂ = x · inverse``: ``inverse (w g - x̂ mean(w g x̂))``.
-
-    What is given as g may be written over.
-    """
+    """Compute the gradient of x, ``inverse (w g - x̂ mean(w g x̂))`` where ``x̂ = x · inverse``, from the output's."""
     scaled = _to_float32(x).mul_(inverse)
     precise = _to_float32(grad).mul_(weight.to(scaled.dtype))
     mean = (scaled * precise).mean(-1, keepdim=True)
@@ -98,17 +98,31 @@ def _to_float32(x: Tensor) -> Tensor:
 @_region
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``h = silu(gate) · up``."""
+    if _has_kernel(gate, up):
+        hidden = torch.empty_like(gate)
+        call("swiglu", gate.dtype, gate, up, gate.numel(), hidden)
+        return hidden
     return F.silu(gate).mul_(up)
 
 
 @_region
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute h once more, and the gradients of gate and up from that of h, which is written over."""
+    if _has_kernel(gate, up, grad):
+        made = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+        call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *made)
+        return made
     active = F.silu(gate)
     hidden = active * up
     grad_up = active.mul_(grad)
     grad_gate: Tensor = torch.ops.aten.silu_backward(grad.mul_(up), gate)
     return hidden, grad_gate, grad_up
+
+
+def _has_kernel(*states: Tensor) -> bool:
+    """Whether the C++ kernels of a CPU take states ``(n_tokens, intermediate)``."""
+    fits = all(is_here(each) and each.is_contiguous() and each.numel() % 16 == 0 for each in states)
+    return fits and has_function("swiglu", states[0].dtype)
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of
-from qlora_lightning.model.load.machine import trim_malloc
+from qlora_lightning.model.load.machine import free_bytes, trim_malloc
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -168,16 +168,16 @@ def _quiet_bars() -> Iterator[None]:
 
 
 def unnest_scales(model: nn.Module) -> None:
-    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the GPU's free memory.
+    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the device's free memory.
 
-    Double quantization has them in 8 bits, and takes two more kernels for each product. The numbers are the same.
+    Double quantization has them in 8 bits, and makes them plain again for each product. The numbers are the same.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    nested = [weight.quant_state for weight in weights if weight.is_cuda and weight.quant_state.nested]
+    nested = [weight.quant_state for weight in weights if weight.quant_state.nested]
     if not nested:
         return
     more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
-    if 20 * more <= torch.cuda.mem_get_info(nested[0].absmax.device)[0]:
+    if 20 * more <= free_bytes(nested[0].absmax.device):
         for state in nested:
             state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
             state.nested, state.state2, state.offset = False, None, None

@@ -151,7 +151,7 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
 @pytest.mark.parametrize(
     ("quantization", "scales"),
     [
-        ("nf4", {"absmax", "nested_absmax", "offset"}),
+        ("nf4", {"absmax"}),
         ("int8", {"SCB"}),
         pytest.param("none", set(), marks=pytest.mark.slow),
     ],

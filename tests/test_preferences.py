@@ -14,7 +14,7 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.inject import trainable_tensors, without_adapters
+from qlora_lightning.model.adapters.inject import trainable_tensors, with_adapter
 from qlora_lightning.support.errors import UserError
 from tests.equality import read_checkpoint, same
 from tests.steps import assert_same_step, make_trainer, randomize
@@ -194,7 +194,7 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     found = torch.cat([each.flatten() for each in torch.autograd.grad(sums.nll_sum, trained)])
 
     own, counts = plain_log_probs(module.model, batch)
-    with torch.no_grad(), without_adapters(module.model):
+    with torch.no_grad(), with_adapter(module.model, None):
         reference, _ = plain_log_probs(module.model, batch)
     losses = FORMULAS[objective](own, reference, counts)
     expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
@@ -209,7 +209,7 @@ def test_the_share_of_imitation_adds_its_term(tmp_path, tiny_base):
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
     module = make_module(tiny_base, sft_share=0.5, quantization="none")
     own, counts = plain_log_probs(module.model, batch)
-    with without_adapters(module.model):
+    with with_adapter(module.model, None):
         reference, _ = plain_log_probs(module.model, batch)
     ahead = 0.1 * ((own - reference) @ torch.tensor([1.0, -1.0]))
     expected = -F.logsigmoid(ahead) - 0.5 * (own / counts)[:, 0]
@@ -223,7 +223,7 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     module = PreferenceModule(str(tiny_base), adapter=str(tmp_path / "start"), compute_dtype="fp32")
     module.configure_model()
     trained = set(trainable_tensors(module))
-    with without_adapters(module.model), torch.no_grad():  # as the base is evaluated
+    with with_adapter(module.model, None), torch.no_grad():  # as the base is evaluated
         own, _ = plain_log_probs(module.model, batch)
         base = module.compute_loss(batch)
     rewards = 0.1 * (own - plain_log_probs(start.model, batch)[0])
@@ -304,7 +304,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     own = plain_log_probs(module.model, batch)[0].flatten()
     with torch.no_grad():
         mixed = plain_log_probs(module.model, other_answers(batch))[0].flatten()
-        with without_adapters(module.model):
+        with with_adapter(module.model, None):
             reference, mixed_reference = (
                 plain_log_probs(module.model, each)[0].flatten() for each in (batch, other_answers(batch))
             )

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.model.load.machine import peak_metric_name, read_memory
+from qlora_lightning.model.load.machine import read_memory
 from qlora_lightning.support.console import say
+from qlora_lightning.support.versions import PEAK_NAMES
 
 
 class GPUMemoryMonitor(Callback):
@@ -26,7 +27,7 @@ class GPUMemoryMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and trainer.is_global_zero:
-            peak = read_memory(pl_module.device)[peak_metric_name(pl_module.device)]
+            peak = read_memory(pl_module.device)[PEAK_NAMES[pl_module.device.type]]
             say(f"Memory after loading: {peak:.2f} GiB at its peak")
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -36,7 +37,7 @@ class GPUMemoryMonitor(Callback):
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            values, shown = read_memory(pl_module.device), peak_metric_name(pl_module.device)
+            values, shown = read_memory(pl_module.device), PEAK_NAMES[pl_module.device.type]
             for name, gib in values.items():
                 pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
             if pl_module.device.type == "cuda":

@@ -13,7 +13,7 @@ import torch
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.scores import SCORES
-from qlora_lightning.model.adapters.inject import without_adapters
+from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
@@ -152,7 +152,7 @@ def evaluate_sides(
         for side in (BASE, *adapters):
             if side != BASE:
                 model.set_adapter(adapters[side])
-            hidden = without_adapters(model) if side == BASE else nullcontext()
+            hidden = with_adapter(model, None) if side == BASE else nullcontext()
             with hidden, collective_passes(module), dense_weights(model):
                 found = _evaluate_rows(module, batches, count, next_token)
                 answers = answer_rows(module, rows, settings, count, partial(on_answers, side)) if settings else {}

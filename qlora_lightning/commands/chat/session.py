@@ -17,7 +17,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.model.adapters.folder import add_named_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, without_adapters
+from qlora_lightning.model.adapters.inject import ADAPTER, with_adapter
 from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.console import say, show_controls, terminal
@@ -129,7 +129,7 @@ class Session:
             self.model.set_adapter(self.peft_names[name], inference_mode=True)
         most = min(options.max_new_tokens, self.context - len(prompt))
         try:
-            with without_adapters(self.model) if name == BASE else contextlib.nullcontext():
+            with with_adapter(self.model, None) if name == BASE else contextlib.nullcontext():
                 (ids,) = generate_answers(
                     self.model.get_base_model(),
                     [prompt],

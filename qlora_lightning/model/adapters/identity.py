@@ -14,8 +14,10 @@ from qlora_lightning.support.trainer import datamodule_of
 
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
-_SETTINGS = ("quantization", "double_quant", "rank", "alpha", "target_modules", "layers", "lora_options")
-_COMPARED = ("fingerprint", "reference", *_SETTINGS)
+_COMPARED = (
+    *("fingerprint", "reference", "quantization", "double_quant"),
+    *("rank", "alpha", "target_modules", "layers", "lora_options"),
+)
 _DATA = {"tokenizer": "tokenizer", "chat_template": "chat template"}
 _DATA |= {"train": "training samples", "val": "validation samples"}
 
@@ -48,9 +50,7 @@ def identity_of_data(trainer: Any) -> dict[str, Any]:
 def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
     """Reject an adapter of another base or another shape: it would load without an error and answer nonsense."""
     flat_stored, flat_current = ({**each, **(each.get("adapter") or {})} for each in (stored, current))
-    for name, (before, now) in _differences(
-        flat_stored, flat_current, ("fingerprint", "reference", *_SETTINGS)
-    ).items():
+    for name, (before, now) in _differences(flat_stored, flat_current, _COMPARED).items():
         if name == "reference":
             raise UserError(
                 f"{source} was trained against another reference: the adapter of model.adapter has changed since (its "

@@ -133,11 +133,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
 
 
-def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
-    """Disable the adapters; afterwards all is as before."""
-    return with_adapter(model, None)
-
-
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str | None) -> Iterator[None]:
     """Switch to another adapter, or to none; afterwards all is as before, and the same tensors train."""

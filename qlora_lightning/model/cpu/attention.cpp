@@ -420,10 +420,7 @@ void attend_backward(const T *query, const T *key, const T *value, const T *grad
 
 EXPORT(attend_float32, attend<float>)
 EXPORT(attend_backward_float32, attend_backward<float>)
-#ifdef __AMX_BF16__
-EXPORT(attend_bfloat16, may_use_tiles() ? attend<bf16> : nullptr)
-EXPORT(attend_backward_bfloat16, may_use_tiles() ? attend_backward<bf16> : nullptr)
-#elif defined(__AVX512BF16__)
-EXPORT(attend_bfloat16, attend<bf16>)
-EXPORT(attend_backward_bfloat16, attend_backward<bf16>)
+#ifdef __AVX512BF16__
+EXPORT(attend_bfloat16, Tiles<bf16>::allowed() ? attend<bf16> : nullptr)
+EXPORT(attend_backward_bfloat16, Tiles<bf16>::allowed() ? attend_backward<bf16> : nullptr)
 #endif

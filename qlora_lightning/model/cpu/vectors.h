@@ -103,6 +103,7 @@ inline Floats multiply_add<bf16>(uint32_t left, Words right, Floats sum) {
 template <class T>
 struct Tiles {
     Tiles() {}
+    static bool allowed() { return true; }
 };
 
 #ifdef __AMX_BF16__
@@ -124,12 +125,12 @@ struct Tiles<bf16> {
     }
     ~Tiles() { _tile_loadconfig(&before_); }
 
+    // Linux gives a process the tiles if it asks: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+    static bool allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
    private:
     TileConfig before_;
 };
-
-// Linux gives a process the tiles if it asks: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
-inline bool may_use_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 #endif
 
 constexpr Words count_up() {

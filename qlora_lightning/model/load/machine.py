@@ -71,11 +71,6 @@ def read_memory(device: torch.device) -> dict[str, float]:
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
-def peak_metric_name(device: torch.device) -> str:
-    """Return the name under which a device's peak memory is logged."""
-    return PEAK_NAMES["cuda" if device.type == "cuda" else "cpu"]
-
-
 def device_memory_gib(device: torch.device) -> float:
     """Read how much memory the device, or this machine, has, in GiB."""
     if device.type == "cuda":

@@ -117,6 +117,42 @@ def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
     assert figures["served"]["prompt_tokens"]["server"] == 5
 
 
+TOOL = {"type": "function", "function": {"name": "roll_dice", "description": "Roll.", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "roll_dice", "arguments": {"sides": 6}}}
+TEMPLATE = """{{ tools | tojson if tools else "" }}{{ style }}{% for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.role == "assistant" %}{% generation %}{{ message.content or (message.tool_calls | tojson) }}<|im_end|>
+{% endgeneration %}{% else %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{{ "<|im_start|>assistant\n" if add_generation_prompt else "" }}"""
+
+
+def test_a_request_has_the_tools_and_calls_of_its_row_and_the_values_of_the_template(evaluate):
+    messages = [
+        {"role": "user", "content": "Roll."},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    Path("tools.jsonl").write_text(json.dumps({"messages": messages, "tools": [TOOL]}))
+    Path("tools.jinja").write_text(TEMPLATE)
+    options = ["--data.val", "tools.jsonl", "--data.chat_template", "tools.jinja"]
+    with serving(lambda question: "Four.") as (url, requests):
+        evaluate(url, *options, "--data.template_options", '{"style": "short"}')
+    ((_, body),) = requests
+    assert body["tools"] == [TOOL]
+    assert body["chat_template_kwargs"] == {"style": "short"}
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "tool"]
+    (call,) = body["messages"][1]["tool_calls"]
+    assert call["function"] == {"name": "roll_dice", "arguments": '{"sides": 6}'}  # a text, as the protocol has it
+
+
+def test_a_server_that_takes_too_long_is_reported(evaluate):
+    with serving(lambda question: time.sleep(1) or "late") as (url, _):
+        code, printed, _ = evaluate(url, "--timeout", "0.2")
+    assert code == 2
+    assert "gives no OpenAI answer to /chat/completions: ReadTimeout" in printed
+
+
 def test_nonsense_is_neither():
     def answers(texts):
         return [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]

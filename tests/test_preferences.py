@@ -419,6 +419,21 @@ def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_
     assert (adapters[0] - adapters[1]).norm() <= 1e-4 * adapters[0].norm()
 
 
+@pytest.mark.parametrize(
+    ("objective", "rows", "words"),
+    [
+        ("dpo", ROWS, ["train.jsonl:1  chosen: ", "train.jsonl:1  rejected: "]),
+        ("kto", VERDICTS, [" answers desirable", "train.jsonl:1  desirable: ", "train.jsonl:2  undesirable: "]),
+    ],
+)
+def test_inspect_shows_each_answer_and_what_it_is(config, tmp_path, capsys, monkeypatch, objective, rows, words):
+    monkeypatch.setenv("COLUMNS", "200")
+    write_rows(tmp_path / "train.jsonl", rows)
+    assert main(["inspect", *config, "--model.objective", objective]) == 0
+    printed = capsys.readouterr().out
+    assert [each for each in words if each not in printed] == []
+
+
 def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path, capsys):
     write_rows(tmp_path / "val.jsonl", ROWS[::-1])  # each has a reference of its own
     fit = ["fit", *config, "--data.val", "val.jsonl", "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]

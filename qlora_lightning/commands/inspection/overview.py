@@ -132,10 +132,18 @@ def _show_rows(
     if options.longest:
         numbers.append(int(samples.lengths.argmax()))
     for number in numbers or range(min(_FIRST, len(samples))):
-        span = slice(*samples.starts[number : number + 2])
-        ids, labelled = samples.ids[span].tolist(), samples.labelled[span].tolist()
-        about = f"  {len(ids):,} tokens, {sum(labelled):,} labelled"
-        yield Text.assemble((samples.where(number), "bold"), about), _mark_tokens(ids, labelled, tokenizer, stop_ids)
+        start, end = samples.starts[number : number + 2].tolist()
+        answers = [("", start, end)]
+        if samples.first is not None:
+            second = start + int(samples.first[number])
+            answers = [("chosen: ", start, second), ("rejected: ", second, end)]
+        elif samples.desirable is not None:
+            answers = [("desirable: " if samples.desirable[number] else "undesirable: ", start, end)]
+        for kind, begin, stop in answers:
+            ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
+            about = f"  {kind}{len(ids):,} tokens, {sum(labelled):,} labelled"
+            tokens = _mark_tokens(ids, labelled, tokenizer, stop_ids)
+            yield Text.assemble((samples.where(number), "bold"), about), tokens
 
 
 def _mark_tokens(ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]) -> Text:

@@ -107,6 +107,14 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
+def test_in_either_dtype_the_loops_err_no_more_than_torch(samples, heads, width, dtype):
+    qkv = draw(len(samples.expanded.first_expanded), dtype, heads, width)
+    loops, torchs, exact = (with_gradients(attend, qkv, samples=samples) for attend in (fast, plain, by_formula))
+    assert (errors(loops, exact) <= 1.5 * errors(torchs, exact) + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_layout(dtype):
     qkv, samples = draw(sum(LENGTHS), dtype), samples_of_lengths(LENGTHS)
     together = with_gradients(fast, qkv, samples=samples)

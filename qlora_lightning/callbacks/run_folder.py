@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,13 +165,15 @@ def locking(run_folder: str | Path) -> Iterator[None]:
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with contextlib.suppress(NotImplementedError):
-                lock.acquire()
+            lock.acquire()
         except Timeout as error:
             raise UserError(
                 f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
                 "`--trainer.default_root_dir runs/NAME`."
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
     try:
         yield
     finally:

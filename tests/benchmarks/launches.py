@@ -92,7 +92,7 @@ def make_model(*, fast: bool) -> Any:
             base.set_submodule(name, quantized.to("cpu"))
     freeze(base)
     for module in base.modules():
-        if fast and isinstance(module, bnb.nn.Linear4bit):  # as unnest_scales does on a GPU
+        if fast and isinstance(module, bnb.nn.Linear4bit):  # as unnest_scales does
             state = module.weight.quant_state
             state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
             state.nested, state.state2, state.offset = False, None, None

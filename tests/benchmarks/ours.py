@@ -63,12 +63,12 @@ class Meter(Callback):
 
 
 class MemoryLimit(Callback):
-    """Leave so many bytes of address space to the process when training starts."""
+    """Leave so many bytes of address space to the process before a step is planned and the base is loaded."""
 
     def __init__(self, spare_bytes: int) -> None:
         self._spare_bytes = spare_bytes
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         taken = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + self._spare_bytes, resource.RLIM_INFINITY))
@@ -97,7 +97,7 @@ def measure(
         spare_bytes: Memory that is left for training, in which a step has to fit itself; ``None``: all.
     """
     lightning.seed_everything(child.SEED)
-    module = make_module(base, dtype, micro_batch_tokens="auto" if spare_bytes is None else 1 << 20)
+    module = make_module(base, dtype)
     meter = Meter()
     callbacks: list[Callback] = [GradientCheckpointing(checkpointing), meter]
     callbacks += [] if spare_bytes is None else [MemoryLimit(spare_bytes)]

@@ -116,7 +116,7 @@ def _share(part: float, whole: float) -> str:
 def _show_rows(
     samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], options: argparse.Namespace
 ) -> Iterator[tuple[Text, Text]]:
-    """Yield a heading and the tokens of each row that the options name; of the first two if they name none.
+    """Yield a heading and the tokens of each row, or of its answers, that the options name; else of the first two.
 
     Raises:
         UserError: ``--row`` names no row.
@@ -133,13 +133,13 @@ def _show_rows(
         numbers.append(int(samples.lengths.argmax()))
     for number in numbers or range(min(_FIRST, len(samples))):
         start, end = samples.starts[number : number + 2].tolist()
-        answers = [("", start, end)]
+        parts = [("", start, end)]
         if samples.first is not None:
             second = start + int(samples.first[number])
-            answers = [("chosen: ", start, second), ("rejected: ", second, end)]
+            parts = [("chosen: ", start, second), ("rejected: ", second, end)]
         elif samples.desirable is not None:
-            answers = [("desirable: " if samples.desirable[number] else "undesirable: ", start, end)]
-        for kind, begin, stop in answers:
+            parts = [("desirable: " if samples.desirable[number] else "undesirable: ", start, end)]
+        for kind, begin, stop in parts:
             ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
             about = f"  {kind}{len(ids):,} tokens, {sum(labelled):,} labelled"
             tokens = _mark_tokens(ids, labelled, tokenizer, stop_ids)

@@ -46,7 +46,7 @@ inline void multiply_block(LeftOperand left, const uint32_t *right, int64_t dept
         }
 }
 
-// to = left * right, or to += that; right is (depth, columns) in words, columns and rows multiples of KEY_BLOCK.
+// to = left * right, or to += that; right is (depth, columns) in words, columns a multiple of KEY_BLOCK, rows of ROWS<T>.
 template <class T>
 void multiply(LeftOperand left, int64_t rows, const uint32_t *right, int64_t depth_stride, int64_t depth, int64_t columns,
               float *to, int64_t row_stride, bool add = false) {
@@ -62,11 +62,12 @@ void multiply(LeftOperand left, int64_t rows, const uint32_t *right, int64_t dep
 }
 
 #ifdef __AMX_BF16__
-// The same by tiles of 16 rows and 16 words: 0 for the sums, 1 and 2 for the factors. The depth is a multiple of 8 words, and
-// its last 8 take tiles 3 and 4.
+// The same by tiles of 16 rows and 16 words: 0 for the sums, 1 and 2 for the factors. The depth is a multiple of 8 words; 8
+// that are left over take tiles 3 and 4.
 template <>
 void multiply<bf16>(LeftOperand left, int64_t rows, const uint32_t *right, int64_t depth_stride, int64_t depth,
                     int64_t columns, float *to, int64_t row_stride, bool add) {
+    __asm__ volatile("" ::: "memory");  // tiles read what was written before, which older headers do not say
     const int64_t left_bytes = left.row_stride * 4, right_bytes = depth_stride * 4, to_bytes = row_stride * 4;
     for (int64_t row = 0; row < rows; row += 16)
         for (int64_t column = 0; column < columns; column += 16) {

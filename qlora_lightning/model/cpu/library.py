@@ -69,13 +69,13 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     if library is None or dtype not in NAMES:
         return None
     try:
-        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None
+        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None  # null: Linux denies AMX's tiles
     except ValueError:  # not compiled: in bfloat16 some take AVX512-BF16
         return None
 
 
 def has_function(name: str, dtype: torch.dtype) -> bool:
-    """Whether a function has been compiled for a dtype."""
+    """Whether a function can be called for a dtype."""
     return _function(name, dtype) is not None
 
 

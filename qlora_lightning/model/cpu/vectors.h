@@ -99,7 +99,8 @@ inline Floats multiply_add<bf16>(uint32_t left, Words right, Floats sum) {
 }
 #endif
 
-// The tiles of Intel's AMX while it exists, where products of T take them; then what another library had in them.
+// Configures the tiles of Intel's AMX while it exists, where products of T take them; then restores the configuration that
+// another library had.
 template <class T>
 struct Tiles {
     Tiles() {}
@@ -108,7 +109,7 @@ struct Tiles {
 
 #ifdef __AMX_BF16__
 template <>
-constexpr int64_t ROWS<bf16> = 16;
+constexpr int64_t ROWS<bf16> = 16;  // of a tile
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};

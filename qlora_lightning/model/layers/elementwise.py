@@ -107,7 +107,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @_region
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute h once more, and the gradients of gate and up from that of h, which is written over."""
+    """Compute h once more, and the gradients of gate and up from that of h, which may be written over."""
     if _has_kernel(gate, up, grad):
         made = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
         call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *made)
@@ -121,8 +121,9 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
 
 def _has_kernel(*states: Tensor) -> bool:
     """Whether the C++ kernels of a CPU take states ``(n_tokens, intermediate)``."""
-    fits = all(is_here(each) and each.is_contiguous() and each.numel() % 16 == 0 for each in states)
-    return fits and has_function("swiglu", states[0].dtype)
+    first = states[0]
+    alike = all(each.dtype == first.dtype and each.shape == first.shape and each.is_contiguous() for each in states)
+    return alike and all(map(is_here, states)) and first.numel() % 16 == 0 and has_function("swiglu", first.dtype)
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------

@@ -46,12 +46,13 @@ def load_base(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     cache: bool = True,
+    plain_scales: bool = True,
     device: torch.device | str = "cpu",
 ) -> LoadedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
     The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
-    section 3.
+    section 3. ``plain_scales``: see :func:`unnest_scales`; not for a sharded base, of which each device has all scales.
     """
     source = open_base(name, revision)
     settings_of_base = read_config(source.folder, name)
@@ -70,7 +71,8 @@ def load_base(
             module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     trim_malloc()  # copies in 16 and 32 bits that quantizing has made
     freeze(model)
-    unnest_scales(model)
+    if plain_scales:
+        unnest_scales(model)
     identity = {
         "base": name,
         "revision": source.revision,

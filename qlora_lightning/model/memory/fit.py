@@ -22,6 +22,7 @@ from qlora_lightning.support.trainer import datamodule_of
 
 TOKENS_OF_A_CPU = 8192  # more make its products no quicker
 USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
+_USABLE_ON_CPU = 0.7  # whose heap has more fragments, and oneDNN's code of each shape beside it
 _MOST_TOKENS = 1 << 20
 REMEDIES = (
     "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
@@ -97,8 +98,9 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
     samples = samples_of(data, "train")  # of a pair both answers count
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
     longest = min(longest, _MOST_TOKENS - 1)
-    fit = find_fit(step, USABLE * memory, longest, choices)
-    if device.type != "cuda":  # of which the formula tells only whether memory is short
+    on_gpu = device.type == "cuda"
+    fit = find_fit(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
+    if not on_gpu:  # of which the formula tells only whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
         planned, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))

@@ -134,7 +134,7 @@ def build_step_memory(
     scales = sum(each.in_features * each.out_features for each in linears) // 64
     fixed["scales"] = scales * _FLOAT
     # double quantized they are bytes, and a float32 for 256 of these; unnest_scales of load/base_model.py makes them
-    # plain if a twentieth of a GPU's free memory holds what that takes
+    # plain if a twentieth of the free memory holds what that takes, unless the base is sharded
     free = device_bytes - CONTEXT_BYTES - sum(fixed.values()) + 3 * scales  # as the base is loaded
     if double_quant and (sharded_offload is not None or 20 * 3 * scales > free):
         fixed["scales"] = scales + scales // 256 * _FLOAT

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.guards.guard import check_token_ids
-from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
+from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, trim_malloc
 from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
 from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.model.step.batch import (
@@ -149,6 +149,7 @@ class MicroBatchSize:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
+        trim_malloc()  # on a CPU oneDNN maps code beside a heap that has grown as far as it can
         largest = max(self.parts(module, batch), key=lambda part: part["input_ids"].numel())
         tokens, rows = largest["input_ids"].numel(), len(largest["layout"].lengths) // samples_per_row(batch)
         if rows > 1:

@@ -123,6 +123,7 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
         assert same(read_adapter(one), read_adapter(place / f"rank-{rank}"))
 
 
+@pytest.mark.slow
 def test_trials_of_other_seeds_hold_out_the_same_rows(folder, sweep):
     sweep("--ranks", "2,4", "--seeds", "2", "--data.val", "null", "--data.val_fraction", "0.3")
     found = [read(folder / SWEPT / name / "manifest.json")["data"]["hashes"] for name in ("rank-2", "rank-2-seed-1")]

@@ -44,7 +44,7 @@ SIGNALS = [
     ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
     pytest.param("no-validation", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with nothing behind it
     pytest.param("packed", [13], [4], marks=pytest.mark.slow),
-    ("pairs", [1, 3], [1, 2]),
+    pytest.param("pairs", [1, 3], [1, 2], marks=pytest.mark.slow),
 ]
 KILLS = [
     ("rows", 6, 1),  # inside a window

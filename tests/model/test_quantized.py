@@ -55,6 +55,7 @@ def test_scales_that_are_quantized_too_are_held_plain(tiny_base):
     plain, quantized = (linears(load(tiny_base, "nf4", double_quant=each))[0].weight for each in (False, True))
     assert torch.equal(plain, quantized)
     assert not quantized.quant_state.nested
+    assert linears(load(tiny_base, "nf4", plain_scales=False))[0].weight.quant_state.nested  # as a sharded base has it
     scales, rounded = plain.quant_state.absmax, quantized.quant_state.absmax
     assert 0 < (scales - rounded).abs().max() < 0.01 * scales.max()
 

@@ -55,8 +55,6 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
     """Report in one sentence why the disk rejects a write, and from where the run can be resumed; pass other errors."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         fault: BaseException | None = error
         while fault is not None and not isinstance(fault, OSError):  # torch hides it behind a RuntimeError of its own

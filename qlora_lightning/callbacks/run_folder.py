@@ -2,14 +2,13 @@
 
 import contextlib
 import csv
-import errno
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,6 +26,7 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
+    lock_folder,
     write_whole,
 )
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -155,29 +155,26 @@ class PredictionWriter(Callback):
 
 @contextlib.contextmanager
 def locking(run_folder: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on a run's checkpoint folder, which a kill releases too.
+    """Hold an exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too.
 
-    Without effect if the file system has no such locks.
+    Without effect if the file system has no such locks (NFS has none for folders).
     """
     folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
-    lock = FileLock(folder / ".lock", timeout=0)
-    refuse_links(folder, adapter, *adapter.glob("*/"), Path(lock.lock_file))
+    refuse_links(folder, adapter, *adapter.glob("*/"))
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise UserError(
-                f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
-                "`--trainer.default_root_dir runs/NAME`."
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                raise
+    try:
+        descriptor = lock_folder(folder)
+    except BlockingIOError as error:
+        raise UserError(
+            f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
+            "`--trainer.default_root_dir runs/NAME`."
+        ) from error
     try:
         yield
     finally:
-        lock.release()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def refuse_links(*folders: Path) -> None:

@@ -35,7 +35,7 @@ def tensors_of(folder, name="last.ckpt"):
 
 
 def checkpoint_names(folder):
-    return sorted(file.name for file in (folder / "checkpoints").glob("[!.]*"))
+    return sorted(file.name for file in (folder / "checkpoints").iterdir())
 
 
 def contents(folder):

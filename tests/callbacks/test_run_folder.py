@@ -61,12 +61,12 @@ def test_half_a_line_is_removed_wherever_a_kill_has_cut_it(logger):
         assert logger.file.read_text() == whole + "1,1.75,\n"
 
 
-def test_two_do_not_train_in_one_folder_and_the_next_may(tmp_path):
+def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp_path):
     refused = pytest.raises(UserError, match=r"^Another process trains in .*/run: wait until it has ended, or choose")
     with locking(tmp_path / "run"), locking(tmp_path / "elsewhere"), refused, locking(tmp_path / "run"):
         pass
     with locking(tmp_path / "run"):
-        pass
+        assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "checkpoints"]
 
 
 @pytest.fixture

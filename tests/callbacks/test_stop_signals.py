@@ -51,7 +51,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
     assert not isinstance(left.value, TrainingStopped)
     assert isinstance(left.value.__context__, KeyboardInterrupt)
     assert read_checkpoint(tmp_path / "run")["global_step"] == 2
-    assert [file.name for file in (tmp_path / "run" / "checkpoints").glob("*.ckpt")] == ["last.ckpt"]
+    assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize(("verb", "number"), [("validate", signal.SIGTERM), ("predict", signal.SIGHUP)])

@@ -96,7 +96,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(t
     with pytest.raises(UserError, match=r"validation at step 4 gave a val_loss of nan\. .*--ckpt_path last"):
         train(SpoiltValidation, AdapterCheckpoint(), val=True, trainer_options=options)
     folder = tmp_path / "run" / "checkpoints"
-    assert sorted(file.name for file in folder.glob("*.ckpt")) == ["last.ckpt", "step-000002.ckpt"]
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step-000002.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
 
 

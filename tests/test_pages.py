@@ -30,13 +30,6 @@ def commands(page):
     return [line.rpartition("&& ")[2] for line in lines if "qlora-lightning" in line]
 
 
-def test_the_yaml_that_the_readme_shows_is_the_quickstart():
-    shown = next(text for name, text in blocks(README, "yaml") if not name)
-    sentence, _, config = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8").partition("\n")
-    assert sentence.startswith("# ")
-    assert shown == config
-
-
 def test_ci_runs_the_readmes_test_command_as_it_stands():
     (line,) = [line for _, text in blocks(README, "bash") for line in text.splitlines() if "&& pytest -n auto" in line]
     assert line in (ROOT / ".ci" / "run").read_text().splitlines()
@@ -146,7 +139,7 @@ def test_what_the_pages_show_runs(quickstart):
     assert first == "qlora-lightning fit --config configs/quickstart.yaml"  # which has run
     judged = json.loads((folder / "runs" / "quickstart" / "evaluation.json").read_text())["metrics"]
     assert judged["loss"]["adapter"]["value"] <= judged["loss"]["base"]["value"] / 4
-    assert judged["exact_match"]["base"]["high"] < 0.1
+    assert judged["exact_match"]["base"]["high"] < 0.2  # of 30 rows none
     assert judged["exact_match"]["adapter"]["value"] >= 0.9
     for line in others:
         run(shlex.split(line))

@@ -1,8 +1,7 @@
-"""An adapter merged into its base, one tensor in memory at a time; and how far two models agree on the same rows."""
+"""An adapter merged into its base, one tensor in memory at a time."""
 
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
@@ -113,38 +110,3 @@ class MergedWeights:
         base_layer.weight = meta_weight
         module.merged_adapters.clear()
         return merged
-
-
-# ---- compared --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Run each sample of flat batches alone through a causal language model's own forward.
-
-    Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
-    """
-    device = next(model.parameters()).device
-    logits, labels = [], []
-    for batch in batches:
-        for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
-            next_labels = batch["labels"][0, start + 1 : end]
-            predict_index = (next_labels != IGNORED).nonzero()[:, 0]
-            ids = batch["input_ids"][:, start:end].to(device)
-            output = model(input_ids=ids, logits_to_keep=predict_index.to(device), use_cache=False)
-            logits.append(output.logits[0].float().cpu())
-            labels.append(next_labels[predict_index])
-    return torch.cat(logits), torch.cat(labels)
-
-
-def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
-
-    Returns:
-        ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of
-        the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
-    """
-    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
-    same = reference.argmax(-1) == logits.argmax(-1)
-    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}

@@ -31,10 +31,21 @@ def is_trial_run(trainer: Trainer) -> bool:
     return bool(cast(Any, trainer).fast_dev_run)
 
 
-def planned_steps(trainer: Trainer) -> int | None:
-    """Return the optimizer steps of the whole run; ``None`` if only time ends it."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if math.isfinite(steps) and steps >= 0 else None
+def planned_steps(trainer: Any) -> int | None:
+    """Count the optimizer steps of the whole run, on one rank; ``None`` if only time ends it.
+
+    Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
+    on resume.
+    """
+    count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
+    if count_batches is None:
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if 0 <= steps < math.inf else None
+    batches, limit = count_batches(), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    steps_of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs, steps = (-1 if each is None else each for each in (trainer.max_epochs, trainer.max_steps))
+    return min((most for most in (epochs * steps_of_epoch, steps) if most >= 0), default=None)
 
 
 def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:

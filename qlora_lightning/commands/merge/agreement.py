@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import gc
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.merge.gguf_files import architecture_of
 from qlora_lightning.commands.options import quiet_lightning
@@ -19,7 +23,6 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.model.load.build import AdapterSource, open_adapter
 from qlora_lightning.model.load.machine import choose_compute_dtype
-from qlora_lightning.model.merge import compare_logits, labelled_logits
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -67,6 +70,38 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
         config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
         options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+
+
+@torch.no_grad()
+def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Run each sample of flat batches alone through a causal language model's own forward.
+
+    Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
+    """
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    for batch in batches:
+        for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
+            next_labels = batch["labels"][0, start + 1 : end]
+            predict_index = (next_labels != IGNORED).nonzero()[:, 0]
+            ids = batch["input_ids"][:, start:end].to(device)
+            output = model(input_ids=ids, logits_to_keep=predict_index.to(device), use_cache=False)
+            logits.append(output.logits[0].float().cpu())
+            labels.append(next_labels[predict_index])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of
+        the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
+    """
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
+    same = reference.argmax(-1) == logits.argmax(-1)
+    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}
 
 
 def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:

@@ -98,7 +98,7 @@ def _to_float32(x: Tensor) -> Tensor:
 @_region
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``h = silu(gate) · up``."""
-    if _has_kernel(gate, up):
+    if _has_cpu_kernel(gate, up):
         hidden = torch.empty_like(gate)
         call("swiglu", gate.dtype, gate, up, gate.numel(), hidden)
         return hidden
@@ -108,7 +108,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @_region
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute h once more, and the gradients of gate and up from that of h, which may be written over."""
-    if _has_kernel(gate, up, grad):
+    if _has_cpu_kernel(gate, up, grad):
         made = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
         call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *made)
         return made
@@ -119,10 +119,10 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Ten
     return hidden, grad_gate, grad_up
 
 
-def _has_kernel(*states: Tensor) -> bool:
-    """Whether the C++ kernels of a CPU take states ``(n_tokens, intermediate)``."""
+def _has_cpu_kernel(*states: Tensor) -> bool:
+    """Whether the C++ loops take states ``(n_tokens, intermediate)``."""
     first = states[0]
-    alike = all(each.dtype == first.dtype and each.shape == first.shape and each.is_contiguous() for each in states)
+    alike = all((each.dtype, each.shape, each.is_contiguous()) == (first.dtype, first.shape, True) for each in states)
     return alike and all(map(is_here, states)) and first.numel() % 16 == 0 and has_function("swiglu", first.dtype)
 
 

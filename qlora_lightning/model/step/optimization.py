@@ -14,7 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import planned_steps
 
 ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]
@@ -44,7 +44,10 @@ def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
     kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
     optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
-    schedule = build_schedule(optimizer, module.schedule, plan_steps(module.trainer), module.warmup_ratio)
+    steps = planned_steps(module.trainer)
+    if steps is None:
+        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    schedule = build_schedule(optimizer, module.schedule, steps, module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -104,27 +107,6 @@ def group_parameters(
     )
     names = ("params", "lr", "weight_decay")
     return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]
-
-
-def plan_steps(trainer: Any) -> int:
-    """Count the optimizer steps of a Trainer's whole run, on one rank.
-
-    Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
-    on resume.
-    """
-    count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
-    if count_batches is None:
-        return int(trainer.estimated_stepping_batches)
-    batches, limit = count_batches(), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
-    limits = list[int]()
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
-    if trainer.max_steps is not None and trainer.max_steps >= 0:
-        limits.append(trainer.max_steps)
-    if not limits:
-        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
-    return min(limits)
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:

@@ -28,10 +28,14 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the session's own, which its workers share: SmolLM2 is unpacked once, and nothing is the user's."""
+    """A cache that the workers share: SmolLM2 is unpacked once, and nothing is the user's.
+
+    It is the session's own, or ``TEST_CACHE``, which several sessions share.
+    """
     with pytest.MonkeyPatch.context() as patch:
         base = tmp_path_factory.getbasetemp()
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+        folder = Path(os.environ.get("TEST_CACHE", folder))
         patch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
         patch.setenv("XDG_CACHE_HOME", str(folder / "of_user"))  # for compiled code
         patch.setenv("HF_HUB_OFFLINE", "1")

@@ -98,10 +98,10 @@ def make_config(model_type, **settings):
     return kind(**{name: value for name, value in sizes.items() if value is not None})
 
 
-def save_random(folder, model_type, **settings):
+def save_random(folder, model_type, seed=0, **settings):
     """Write a random checkpoint, in which norms and biases count too, and scores are far from even."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(make_config(model_type, **settings), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and not any(part in name for part in ("A_log", "dt", ".D", "time_", "rg_lru")):
@@ -176,12 +176,12 @@ def is_causal(model):
     return distance(whole, part) < 1e-4
 
 
-def study(model_type):
+def study(model_type, seed=0):
     """Return what differs from plain transformers and PEFT, by name, and whether rows ran in flat batches."""
     batch = make_batch(LENGTHS)
     with tempfile.TemporaryDirectory() as made:
         folder, adapter = Path(made) / "base", Path(made) / "adapter"
-        save_random(folder, model_type)
+        save_random(folder, model_type, seed)
         options = {}
         try:
             module = make_module(folder, quantization="none")

@@ -352,7 +352,9 @@ def read_metrics(run):
     return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
 
 
-@pytest.mark.parametrize(("objective", "rows", "least"), [("dpo", ROWS, 1.0), ("kto", VERDICTS, 0.8)])
+@pytest.mark.parametrize(
+    ("objective", "rows", "least"), [("dpo", ROWS, 1.0), pytest.param("kto", VERDICTS, 0.8, marks=pytest.mark.slow)]
+)
 def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path, objective, rows, least):
     write_rows(tmp_path / "train.jsonl", rows)
     options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir"]
@@ -372,6 +374,7 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert "val_token_accuracy" not in lines[0]
 
 
+@pytest.mark.slow
 def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_path):
     first = ["--trainer.default_root_dir", "first", "--evaluation", "null"]
     assert main(["fit", *config, *first, "--model.objective", "orpo"]) == 0
@@ -397,6 +400,7 @@ def test_a_resume_reports_an_objective_that_is_no_longer_its_checkpoints(config,
         assert sorted(line.strip() for line in lines if "model." in line and "→" in line) == reported
 
 
+@pytest.mark.slow
 def test_a_resume_against_another_reference_is_rejected(config, tmp_path, capsys):
     fit = ["fit", *config, "--evaluation", "null", "--trainer.max_steps", "1"]
     for name in ("one", "other"):

@@ -69,6 +69,7 @@ def make(tiny_base, rows_file, tmp_path, make_trainer):
     return make
 
 
+@pytest.mark.slow
 def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, tmp_path):
     trainer, module, data = make("plain")
     trainer.fit(module, data)

@@ -123,6 +123,7 @@ WRONG = [
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
     wrong("--model.rank eight", "model.rank: Expected", "int", "eight"),
     wrong("--model.rank 0", "model.rank is 0: expected"),
+    wrong("--trainer.limit_train_batches 0", "takes no step"),
     wrong("--model.target_modules q_prj", "model.target_modules", "q_proj"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
     wrong("--trainer.precision bf16-true", "precision", "bf16-true"),

@@ -323,7 +323,10 @@ class InstructionDataModule(LightningDataModule):
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self._tokenizer_choice, **options)
-        other.setup("test")
+        try:
+            other.setup("test")
+        except UserError as error:
+            raise UserError(f"evaluation.general: {str(error).removeprefix('data.test: ')}") from error
         samples = other.samples["test"]
         return [collate_rows(samples, [*range(len(samples))[at : at + 8]]) for at in range(0, len(samples), 8)]
 

@@ -85,7 +85,7 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
-    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+    with pytest.raises(UserError, match=r"^evaluation\.general: data file nothing\.jsonl"):
         fit(end := End(), Evaluation(general="nothing.jsonl"))
     assert not hasattr(end, "adapter")
 
@@ -107,6 +107,7 @@ def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path,
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
 def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(
     fit, make_data, make_module, tmp_path
 ):

@@ -41,7 +41,7 @@ SIGNALS = [
     ("rows", [4], [1]),  # in that validation, which ends first
     pytest.param("rows", [6, 0, 10], [2, 3, 6], marks=pytest.mark.slow),
     pytest.param("epochs", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with a validation due
-    ("epochs", [8, 9], [3, 6]),  # in that validation, and in that of the next epoch
+    pytest.param("epochs", [8, 9], [3, 6], marks=pytest.mark.slow),  # in that validation, and in that of the next epoch
     pytest.param("no-validation", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with nothing behind it
     pytest.param("packed", [13], [4], marks=pytest.mark.slow),
     pytest.param("pairs", [1, 3], [1, 2], marks=pytest.mark.slow),
@@ -119,6 +119,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, ste
     assert_same_end(whole(kind), run)
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_gets_the_signal_resume_to_the_same_end(runs):
     stops = {1: 1, 8: 2}  # inside a window, and inside a validation; the steps that are saved
     commands = [fit("two", "two-whole")]

@@ -21,7 +21,12 @@ def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny
 
 @pytest.mark.parametrize(
     "quantization",
-    ["nf4", pytest.param("fp4", marks=pytest.mark.slow), "int8", pytest.param("none", marks=pytest.mark.slow)],
+    [
+        "nf4",
+        pytest.param("fp4", marks=pytest.mark.slow),
+        pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
 )
 def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_trained(
     tiny_base, rows_file, tmp_path, quantization

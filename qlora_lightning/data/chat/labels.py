@@ -178,11 +178,15 @@ class ChatRenderer:
         return Rendered(ids, [IGNORED, *labels[1:]])
 
     def _find_start(self, text: str, encoded: "_Encoded", start: int, before: int = 0) -> int:
-        """Return how many ids lie before an answer, exactly those that generation begins with.
+        r"""Return how many ids lie before an answer, exactly those that generation begins with.
 
-        Generation begins at the answer without knowing what follows. Encoded as a whole, the newline that ends a header
+        Generation begins at the answer without knowing what follows. Encoded as a whole, the newlines that end a header
         may melt with an answer that begins with one: there ``encoded`` is cut, and encoded again from the answer on.
-        ``before`` is the character at which it was cut last.
+        ``before`` is the character at which it was cut last. Of Llama 3 and the answer ``\nHi``, say::
+
+            ids           … <|end_header_id|> \n\n\n Hi <|eot_id|>
+            header_ids      <|end_header_id|> \n\n              what generation begins with
+            cut             <|end_header_id|> \n\n \n Hi        takes the place of <|end_header_id|> \n\n\n Hi
         """
         ids, controls = encoded.ids, self._controls.known
         least = encoded.find(before) if before else 0

@@ -45,8 +45,11 @@ def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
     kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
     optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
     steps = planned_steps(module.trainer)
-    if steps is None:
-        raise UserError("A schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+    if not steps:
+        raise UserError(
+            "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
+            "trainer.limit_train_batches to 0."
+        )
     schedule = build_schedule(optimizer, module.schedule, steps, module.warmup_ratio)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -17,7 +17,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_lightning.model import anatomy
@@ -113,6 +113,20 @@ def save_random(folder, model_type, seed=0, **settings):
 
 
 # ---- beside plain transformers and PEFT ------------------------------------------------------------------------------
+
+
+def save_with_images(folder, model_type, **settings):
+    """Write a random checkpoint of a type that reads images too, as the hub has it."""
+    kind = CONFIG_MAPPING[model_type]
+    vision = kind().vision_config
+    sizes = {"num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2, "num_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "global_head_dim": 16, "out_hidden_size": 64}
+    if vision is not None:  # of gemma4 none by default
+        known = vision.to_dict().keys() & sizes.keys()
+        vision = {"model_type": vision.model_type, **{name: sizes[name] for name in known}}
+    config = kind(text_config=make_config(f"{model_type}_text", **settings).to_dict(), vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def plain_model(folder, adapter):

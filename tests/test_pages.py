@@ -97,6 +97,16 @@ for line in open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitl
         top.append(model(**whole).logits[0, len(prompt["input_ids"]) - 1 :].argmax(-1))
 print(json.dumps(torch.cat(top).tolist()))
 """
+EACH_LINE = """
+import shlex, sys
+from qlora_lightning.cli import main
+for line in sys.stdin.read().splitlines():
+    try:
+        code = main(shlex.split(line)[1:])
+    except SystemExit as end:  # of --help
+        code = end.code
+    assert not code, line
+"""
 TRAINED = """
 from pathlib import Path
 from qlora_lightning import QLoRAModule
@@ -127,13 +137,14 @@ def test_what_the_pages_show_runs(quickstart):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     env.pop("OMP_NUM_THREADS", None)  # real training takes all cores
 
-    def run(arguments, **more):
-        done = subprocess.run(arguments, cwd=folder, env={**env, **more}, capture_output=True, text=True)
+    def run(arguments, typed=None, **more):
+        options = {"cwd": folder, "env": {**env, **more}, "capture_output": True, "text": True, "input": typed}
+        done = subprocess.run(arguments, **options)
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def run_python(code, **more):
-        return run([sys.executable, "-c", code], **more)
+    def run_python(code, typed=None, **more):
+        return run([sys.executable, "-c", code], typed, **more)
 
     first, *others = commands(README)
     assert first == "qlora-lightning fit --config configs/quickstart.yaml"  # which has run
@@ -154,9 +165,8 @@ def test_what_the_pages_show_runs(quickstart):
     assert top_tokens_agree(run_python, loading) >= 0.99
 
     def run_page(page):
-        for line in commands(PAGES[page]):
-            if line not in others:  # which have run
-                run(shlex.split(line), OMP_NUM_THREADS="1")
+        lines = [line for line in commands(PAGES[page]) if line not in others]  # which have run
+        run_python(EACH_LINE, "\n".join(lines), OMP_NUM_THREADS="1")
         for number, (_, code) in enumerate(blocks(PAGES[page], "python")):
             name = f"block_{Path(page).name}_{number}"  # imported, since it names itself in a format
             (folder / f"{name}.py").write_text(code, encoding="utf-8")

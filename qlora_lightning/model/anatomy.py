@@ -49,6 +49,11 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
     """Reject what is no causal language model of transformers; ``has_code`` says that a base brings its own code."""
     if model_type in REJECTED_TYPES:
         raise UserError(f"Base {name}: a {model_type} {REJECTED_TYPES[model_type]}. Choose another base.")
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "").endswith("ForConditionalGeneration"):
+        raise UserError(
+            f"Base {name}: a {model_type} reads more than text. Save its text model alone, which a few lines in "
+            "configs/README.md do, and name that folder."
+        )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
         raise UserError(
             f"Base {name}: its model_type is {model_type!r}, which is no causal language model of this version of "

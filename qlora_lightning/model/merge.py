@@ -43,6 +43,8 @@ class TrainedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
+        if name not in self.files:  # of Qwen3.5, whose files hold the text beside images
+            name = name.replace("model.", "model.language_model.", 1)
         stored = self.files.read(name)
         if stored.dtype == torch.uint8:
             parts = [part for part in self.files if part.startswith(f"{name}.")]

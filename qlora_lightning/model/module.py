@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.folder import open_base, read_config
-from qlora_lightning.model import sharded
+from qlora_lightning.model import answers, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.answers import MOST_PREDICTED, generate_answers
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import guard
@@ -237,6 +236,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # of loading: the micro-batch is corrected by that of steps
         self.window.replace_ddp_reduction(self.trainer.strategy.model)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily, up to 1,024 tokens; return token ids."""
-        return self.answer(batch["prompt_ids"], batch["stop_ids"], MOST_PREDICTED)
+        return self.answer(batch["prompt_ids"], batch["stop_ids"], answers.MOST_PREDICTED)
 
     def answer(
         self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any
@@ -410,7 +411,7 @@ class QLoRAModule(lightning.LightningModule):
         self.choose_layers()
         dtype = self._autocast_dtype_of_answers
         with sharded.collective_passes(self), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            return generate_answers(
+            return answers.generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )
 

@@ -5,7 +5,11 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
+from qlora_lightning.support.console import say
+
+report = rank_zero_only(say)  # a line, once for all processes
 Item = TypeVar("Item")
 Found = TypeVar("Found", bound=Callback)
 

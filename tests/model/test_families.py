@@ -1,11 +1,13 @@
 """Types of transformers, in flat batches or a row at a time, compute what plain transformers and PEFT compute."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
@@ -77,8 +79,25 @@ def test_a_type_that_transformers_does_not_have_is_rejected(tiny_base, tmp_path)
         QLoRAModule(str(base)).configure_model()
 
 
+def test_a_base_that_reads_images_trains_once_its_text_is_saved_alone(tmp_path, tiny_base, rows_file):
+    base = save_family(tmp_path / "base", "gemma4", tiny_base)
+    with pytest.raises(UserError, match="a gemma4 reads more than text"):
+        QLoRAModule(str(base)).configure_model()
+    page = Path("configs/README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    text = str(tmp_path / "text")
+    exec(lines.replace("google/gemma-4-E2B-it", str(base)).replace("models/gemma-4-e2b-text", text), {})
+    fit(module := QLoRAModule(text, quantization="none"), tmp_path, rows_file, max_steps=1)
+    assert module.causal_lm.config.model_type == "gemma4_text"
+    ids = torch.arange(5, 14)[None]
+    whole = AutoModelForImageTextToText.from_pretrained(base).eval()
+    alone = AutoModelForCausalLM.from_pretrained(text).eval()
+    with torch.no_grad():
+        assert distance(alone(input_ids=ids).logits, whole(input_ids=ids).logits) < 1e-5
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "qwen3", "qwen3_5_text"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt2", "qwen3", "qwen3_5_text", "qwen3_5"])
 def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     make_run(tmp_path / "run", base, quantization="none")

@@ -59,8 +59,10 @@ def evaluate(
         data.setup("validate" if options.split == "val" else "test")
         batches, rows = _select_rows(trainer, data, options)
         report = data.reports.get(options.split)
-        if report is not None and report.shortened:
-            say(f"{report.describe()}\n  what shortens rows: data.max_length, data.too_long")
+        if report is not None and (report.shortened or report.overlap):
+            say(report.describe())
+        if "train" not in data.samples:
+            say("The rows are not compared with those of the training, which are not on this machine.")
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
         asked, served = rows[: evaluation.rows], None

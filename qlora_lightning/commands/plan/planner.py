@@ -145,7 +145,7 @@ def _plan_batches(data: Any) -> EpochPlan:
 def _largest_batch(plan: EpochPlan, epoch: Epoch) -> dict[str, int]:
     lengths = plan.samples.lengths
     rows = plan.find_largest(epoch.batches)
-    return {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths[rows].max())}
+    return {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
 
 
 def _largest_allowed(data: Any) -> dict[str, int]:

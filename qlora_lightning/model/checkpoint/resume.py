@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, gather_lists
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, report
 from qlora_lightning.support.versions import FORMAT_VERSION
 
 Change = tuple[str, Any, Any]
@@ -23,7 +21,6 @@ Change = tuple[str, Any, Any]
 
 _TRAINING = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
 _VALIDATION = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
-_report = rank_zero_only(say)
 
 
 class ExactResume(Callback):
@@ -68,7 +65,7 @@ class ExactResume(Callback):
         micro_batch_size.load_state_dict(sizes[trainer.global_rank % len(sizes)])
         if changes:
             shown = [f"  {_show_change(each)}" for each in changes]
-            _report("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
+            report("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook

@@ -170,8 +170,12 @@ class FusedDecoderLayer(Fused):
         """Whether a call takes the fused forward: what may change between two passes is looked at here."""
         if self.plain_reason is not None:
             return False
-        if torch.is_autocast_enabled(device_of_autocast(hidden_states)) or hidden_states.dtype != self.compute_dtype:
+        if torch.is_autocast_enabled(device_of_autocast(hidden_states)):
             return False
+        if hidden_states.dtype != self.compute_dtype:
+            raise RuntimeError(
+                f"Hidden states are {hidden_states.dtype}, in layers of {self.compute_dtype}: cast them."
+            )
         adapted = [linear for linear in self.linears() if isinstance(linear, LoraLayer)]
         return all(isinstance(linear, FusedLoRA) and linear.computes_fused() for linear in adapted)
 

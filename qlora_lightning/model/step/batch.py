@@ -13,6 +13,7 @@ from qlora_lightning.support.errors import UserError
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
 _NAMED = 8  # rows in a message
+_LONGEST_CAPPED = 4096  # tokens: 1 GiB of scores in a layer of Gemma 2 9B, in float32
 
 
 def samples_of(data: Any, split: str | None) -> Any:
@@ -106,6 +107,11 @@ def check_row_length(config: Any, longest: int) -> None:
         raise UserError(
             f"A {config.model_type} has positions for {most:,} tokens, and rows here may have {longest:,}. Set "
             f"data.max_length to {most} or less."
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None and longest > _LONGEST_CAPPED:
+        raise UserError(
+            f"A {config.model_type} caps its scores, and each layer holds tokens × tokens of them: rows here may have "
+            f"{longest:,} tokens. Set data.max_length to {_LONGEST_CAPPED} or less."
         )
     for each in (rope, *rope.values()):  # some have parameters for each type of layer
         kind = each.get("rope_type") if isinstance(each, Mapping) else None

@@ -38,10 +38,10 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
     """
     tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
     embedding = causal_lm.get_input_embeddings()
-    if noise_alpha is not None:
-        tokens = {"inputs_embeds": add_noise(embedding(layout.input_ids), layout.samples, noise_alpha)}
-    elif any(parameter.requires_grad for parameter in embedding.parameters()):  # which is in float32
-        tokens = {"inputs_embeds": embedding(layout.input_ids).to(causal_lm.dtype)}
+    if noise_alpha is not None or any(parameter.requires_grad for parameter in embedding.parameters()):
+        embedded = embedding(layout.input_ids).to(causal_lm.dtype)  # one that trains is in float32
+        noisy = embedded if noise_alpha is None else add_noise(embedded, layout.samples, noise_alpha)
+        tokens = {"inputs_embeds": noisy}
     if "input_ids" not in tokens and getattr(causal_lm.config, "hidden_size_per_layer_input", None):
         raise UserError(
             f"A {causal_lm.config.model_type} looks tokens up in each layer: model.neftune_alpha, and embeddings that "

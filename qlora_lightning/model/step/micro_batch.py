@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from qlora_lightning.base.tensors import format_gib
@@ -27,23 +26,26 @@ from qlora_lightning.model.step.batch import (
 )
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import datamodule_of, report
 
 MicroBatchTokens = int | Literal["auto"]
 Result = TypeVar("Result")
-_report = rank_zero_only(say)
 
 
 def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
     """Lay a flat batch out as a module computes it; see :meth:`QLoRAModule.layout_of`."""
-    causal_lm, trainer = module.causal_lm, module._trainer
-    data = datamodule_of(trainer) if trainer is not None and trainer.training else None
-    check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), data)
+    causal_lm = module.causal_lm
+    check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), _data_of_rows(module))
     layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
+
+
+def _data_of_rows(module: Any) -> Any:
+    """Return the data module while it trains: it knows where training rows are from."""
+    trainer = module._trainer
+    return datamodule_of(trainer) if trainer is not None and trainer.training else None
 
 
 class MicroBatchSize:
@@ -77,7 +79,7 @@ class MicroBatchSize:
 
     def announce(self) -> None:
         """Print what was chosen."""
-        _report(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
+        report(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
     def correct(self, module: Any, tokens: int) -> None:
         """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
@@ -91,7 +93,7 @@ class MicroBatchSize:
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
         self.tokens = corrected_tokens(tokens, held, peak, USABLE * (free_bytes(module.device) + held))
-        _report(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
+        report(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
 
     # ---- cutting -----------------------------------------------------------------------------------------------------
 
@@ -154,19 +156,19 @@ class MicroBatchSize:
         tokens, rows = largest["input_ids"].numel(), len(largest["layout"].lengths) // samples_per_row(batch)
         if rows > 1:
             self.tokens = tokens // 2
-            _report(
+            report(
                 f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled() and module.causal_lm.supports_gradient_checkpointing:
             del self.choices[0]
             self.apply(self.choices[0])
-            _report(
+            report(
                 f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
                 "result, by about a third slower."
             )
         else:
-            place = format_locations(row_locations(datamodule_of(module._trainer), largest["layout"].rows))
+            place = format_locations(row_locations(_data_of_rows(module), largest["layout"].rows))
             raise UserError(
                 f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words}. What is left: "
                 f"{REMEDIES}."

@@ -204,11 +204,13 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
     folder = Path(run_folder)
     if resumed is not None and _is_in(resumed, folder):
         return
-    if any((folder / CHECKPOINTS).glob("*.ckpt")) or (table and (folder / METRICS).exists()):
+    has_checkpoint = any((folder / CHECKPOINTS).glob("*.ckpt"))
+    if has_checkpoint or (table and (folder / METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
+        remedy = "Resume it with `--ckpt_path last`, or choose" if has_checkpoint else "Choose"
         raise UserError(
-            f"{folder} holds a run already, which would be lost.{other} Resume it with `--ckpt_path last`, or choose "
-            "another folder with `--trainer.default_root_dir runs/NAME`."
+            f"{folder} holds a run already, which would be lost.{other} {remedy} another folder with "
+            "`--trainer.default_root_dir runs/NAME`."
         )
 
 

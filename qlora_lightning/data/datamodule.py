@@ -64,7 +64,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
             is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        missing: answers that mean that there is none, such as ``[N/A, "NULL"]``: rows that have one are dropped.
+        missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
         batch_size: rows of a step on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -96,7 +96,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
-        missing: list[str] | None = None,
+        missing: list[str | None] | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
@@ -108,7 +108,7 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
-        self.encoding, self.on_bad_row, self.missing = encoding, on_bad_row, missing or []
+        self.encoding, self.on_bad_row, self.missing = encoding, on_bad_row, [each or "null" for each in missing or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate

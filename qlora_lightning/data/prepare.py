@@ -101,6 +101,7 @@ class Preparation:
                 chunk = list(islice(remaining, CHUNK))
             report.formats += [name for name in converter.formats if name not in report.formats]
             report.unread_columns += [name for name in converter.unread_columns if name not in report.unread_columns]
+            report.absent_columns += sorted(converter.absent_columns)
         samples = self.builder.build()
         if deduplicate and not self.for_prompts:
             repeated = find_repeats(samples).row_ids
@@ -144,7 +145,7 @@ class Preparation:
         self._are_pairs = is_pair
         messages = [each for part in converted.parts if isinstance(part, Chat) for each in part.messages]
         answers = {each["content"].strip() for each in messages if each["role"] == "assistant"}
-        if not answers.isdisjoint(self.missing):
+        if not {each.lower() for each in answers}.isdisjoint(map(str.lower, self.missing)):
             self.report.drop("an answer is one of data.missing")
             return False
         questions = [each["content"] for each in messages if each["role"] == "user"]

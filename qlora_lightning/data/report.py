@@ -37,6 +37,7 @@ class DataReport:
     suspicious: int = 0  # rows that are trained, and look as if something were missing
     suspicious_rows: list[str] = field(default_factory=list)  # each with why
     unread_columns: list[str] = field(default_factory=list)  # under our names
+    absent_columns: list[str] = field(default_factory=list)  # that are mapped, of a source that lacks them
     files: list[str] = field(default_factory=list)  # that were read
 
     def drop(self, reason: str, rows: int = 1) -> None:
@@ -94,6 +95,7 @@ class DataReport:
         for title, places in (
             ("read from", self.files),
             ("columns not read", self.unread_columns),
+            ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
             (
                 f"{self.suspicious:,} rows look incomplete; data.missing drops answers",

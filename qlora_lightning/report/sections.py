@@ -12,6 +12,7 @@ from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.figures import PageTable, find_figures, read_comparison
 from qlora_lightning.report.run_files import Run
 from qlora_lightning.report.verdict import Verdict
+from qlora_lightning.support.files import CHECKPOINTS
 
 Facts = list[tuple[str, str]]
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
@@ -61,15 +62,17 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
             return []
         lower = max(rate for _, rate in rates) / 3
         return [("start again with a lower learning rate", f"{again} --model.learning_rate {lower:.1g}")]
-    if run.status != "finished" and command.startswith("qlora-lightning fit"):
+    has_checkpoint = any((run.folder / CHECKPOINTS).glob("*.ckpt"))
+    if run.status != "finished" and has_checkpoint and command.startswith("qlora-lightning fit"):
         again = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
         what = "resume it" if run.status != "running" else "resume it if it was killed"
         return [(f"{what}, from the same working folder", again)]
     if run.status != "finished":
         return []
     steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
+    splits = (run.manifest.get("data") or {}).get("splits") or {}
     unchecked = " --rows 0"  # without rows to compare
-    if data.get("val") or data.get("test") or data.get("val_fraction"):
+    if "val" in splits or data.get("test"):
         unchecked = ""
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter{split} --out {folder}-evaluated"

@@ -11,7 +11,7 @@ from qlora_lightning.report.run_files import Run
 
 _FEWEST_STEPS = 10
 _NOISE = 0.02  # of a validation loss: what is closer is as good
-_BLOWN_UP = 3.0  # times the training loss at the start
+_BLOWN_UP = 1.5  # times the validation loss at the start
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def judge(run: Run) -> Verdict:
     comparison = read_comparison(run)
     base = comparison.metrics["loss"].base.value if "loss" in comparison.metrics else math.nan
     against, compared = _against_base(comparison)
-    why = _divergence(run, base)
+    why = _divergence(run, base, steps)
     if why:
         return Verdict("diverged", [f"It diverged: {why}. A lower learning rate may do.", *compared])
     if steps < _FEWEST_STEPS:
@@ -40,20 +40,22 @@ def judge(run: Run) -> Verdict:
     return Verdict("worse" if against == "worse" else kind, [*sentences, *compared])
 
 
-def _divergence(run: Run, base: float) -> str:
-    """Return how a run diverged; empty if it did not."""
+def _divergence(run: Run, base: float, steps: float) -> str:
+    """Return how a run diverged; empty if it did not.
+
+    Overfitting, where the training loss falls while that of validation rises, is none, unless it is blown up.
+    """
     validation = [value for _, value in run.metrics.get("val_loss", [])]
     training = [value for _, value in run.metrics.get("train_loss", [])]
     some = max(min(3, len(training) // 2), len(training) // 10, 1)
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
-    starts = [(base, "that of the base")]
-    if validation and not last < first / 2:  # else it has learned the training rows too well, and did not diverge
-        starts.append((validation[0], "its first"))
-    for start, words in starts:
-        if validation and _is_above(validation[-1], start):
-            return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
-    if first > 0 and last > _BLOWN_UP * first:
+    if last > first + max(1.0, first / 2):
         return f"the training loss rose from {first:.3f} to {last:.3f}"
+    if validation:
+        start, words = (validation[0], "its first") if math.isnan(base) else (base, "that of the base")
+        is_worse = steps >= _FEWEST_STEPS and _is_above(min(validation), start) and not last < first
+        if is_worse or validation[-1] > _BLOWN_UP * start:
+            return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     return ""
 
 

@@ -20,7 +20,7 @@ MANIFEST = {
     "parameters": {"trainable": 1000, "all": 50_000},
     "data": {
         "files": {"train": "rows.jsonl", "val": "val.jsonl"},
-        "splits": {"train": {"rows": 12}},
+        "splits": {"train": {"rows": 12}, "val": {"rows": 7}},
         "description": "train: 12 rows, 400 tokens\n  2 rows dropped: empty answer",
         "hashes": {"train": "cd" * 32, "val": "ef" * 32},
     },

@@ -61,9 +61,15 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
         ("finished", "", "diverged", ["qlora-lightning fit --config runs/a/config.yaml --model.learning_rate 0.0003"]),
     ],
 )
-def test_what_follows_is_of_status_and_verdict_and_a_diverged_run_is_never_merged(status, command, kind, commands):
-    run = replace(make(manifest={**MANIFEST, "command": command}, config=CONFIG), status=status)
+def test_what_follows_is_of_status_and_verdict_and_a_diverged_run_is_never_merged(
+    status, command, kind, commands, tmp_path
+):
+    run = replace(make(manifest={**MANIFEST, "command": command}, config=CONFIG), status=status, folder=tmp_path)
     run = replace(run, metrics={"learning_rate": [(1.0, 5e-4), (2.0, 1e-3)]})
+    if "RESUME" in commands:
+        assert next_steps(run, Verdict(kind, [])) == []  # from nothing
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").touch()
     found = [command for _, command in next_steps(run, Verdict(kind, []))]
     commands = [each.replace("RESUME", "qlora-lightning fit --config a.yaml --ckpt_path last") for each in commands]
     assert len(found) == len(commands)
@@ -77,7 +83,9 @@ def test_what_follows_is_of_status_and_verdict_and_a_diverged_run_is_never_merge
         ([2.5, 2.4], sides(2.4, 2.5, 0.05, 0.2), "worse", ["It did not learn", "base: loss +0.100"]),
         ([2.5, 2.5], sides(2.5, 2.5, -0.1, 0.1), "not learned", ["never fell below 2.500 of the base"]),
         ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), "diverged", ["ended at 2.400, above 2.000, that of the base"]),
-        ([1.0, 0.5, 1.8], sides(2.0, 0.5, -1.6, -1.4), "diverged", ["ended at 1.800, above 1.000", "kept is better"]),
+        ([1.0, 0.5, 3.8], sides(2.0, 0.5, -1.6, -1.4), "diverged", ["ended at 3.800, above 2.000", "kept is better"]),
+        ([1.5, 1.4, 1.6], sides(2.0, 1.4, -0.7, -0.5), "learned", ["rose again, to 1.600", "kept is better"]),
+        ([1.0, 0.9, 1.6], None, "diverged", ["ended at 1.600, above 1.000, its first"]),
         ([], sides(2.0, 1.5, -0.6, -0.4), "unknown", ["not known", "loss −0.500 [−0.600, −0.400] (95 % interval)"]),
         ([0.4], None, "unknown", ["not known"]),
     ],
@@ -101,6 +109,10 @@ def test_a_run_that_learned_its_training_rows_too_well_did_not_diverge():
 
 
 def test_a_training_loss_alone_may_show_divergence_and_a_few_steps_show_nothing():
+    blown = judge(make(metrics={"train_loss": [(1, 5.5), (2, 30.4), (3, 10.8)]}))
+    assert blown.sentences == [
+        "It diverged: the training loss rose from 5.500 to 10.800. A lower learning rate may do."
+    ]
     losses = [(step, 1.0 if step < 20 else 9.0) for step in range(1, 31)]
     assert judge(make(metrics={"train_loss": losses})).sentences == [
         "It diverged: the training loss rose from 1.000 to 9.000. A lower learning rate may do."

@@ -34,6 +34,7 @@ class RowConverter:
     Attributes:
         formats: names of the formats that were recognised, in the order in which they came.
         unread_columns: columns that no format reads, under our names.
+        absent_columns: columns that are mapped, and that no row has.
 
     Raises:
         UserError: there is no such format.
@@ -43,6 +44,7 @@ class RowConverter:
         self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
+        self.absent_columns = set(settings.columns)
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
             self._named = PREFERENCE
@@ -89,6 +91,7 @@ class RowConverter:
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
         columns = self.settings.columns
+        self.absent_columns -= row.values.keys()
         names = {key: ours for key in row.values if (ours := columns.get(key, key)) is not None}
         if len(set(names.values())) < len(names):
             raise UserError(f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name.")

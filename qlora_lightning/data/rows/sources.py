@@ -15,10 +15,13 @@ _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
 _BESIDE = re.compile(r"cache-.*\.arrow|(dataset_info|dataset_dict|state)\.json")  # what ``datasets`` keeps beside rows
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
 _HUB_KEYS = ("split", "name", "revision", "data_files")
-# of the hub's data sets, by what a key, a file or a folder is named
-_SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("val", "valid", "validation", "dev"), "validation")}
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?:[-_.]?\d.*|_(?:sft|prefs|gen|matched|mismatched).*)?")
-"""With the number of a part, or as large data sets of the hub name theirs; ``test_driven`` is none."""
+# of the hub's data sets, by what a key, a file or a folder is named: the words that `datasets` knows
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
@@ -126,10 +129,10 @@ def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
 
 
 def _split_of(path: str) -> str | None:
-    """Return the split that a file, or a folder that it is in, is named after: ``dev-00000.parquet`` is validation."""
+    """Return the split that a file, or a folder that it is in, is named after; ``math_dev-0.csv`` is validation."""
     for part in reversed(Path(path).parts):
-        if found := _SPLIT_NAME.fullmatch(part.partition(".")[0].lower()):
-            return _SPLITS[found[1]]
+        if words := _SPLIT_NAME.findall(part.partition(".")[0].lower()):
+            return _SPLITS[words[-1]]
     return None
 
 

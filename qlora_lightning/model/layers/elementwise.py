@@ -109,9 +109,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute h once more, and the gradients of gate and up from that of h, which may be written over."""
     if _has_cpu_kernel(gate, up, grad):
-        hidden, grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-        call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), hidden, grad_gate, grad_up)
-        return hidden, grad_gate, grad_up
+        outputs = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+        call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *outputs)
+        return outputs
     active = F.silu(gate)
     hidden = active * up
     grad_up = active.mul_(grad)

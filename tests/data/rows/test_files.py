@@ -237,7 +237,8 @@ def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
     assert names("test") == ["d/test/b.csv"]
     assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
     touch(
-        "e/dev-tools.jsonl", "e/test_driven.jsonl", "e/training.jsonl", "e/test_sft-0.csv", "e/validation_matched.csv"
+        "e/gsm8k_train.jsonl", "e/gsm8k_test.jsonl", "e/eval.jsonl", "e/test_sft-0.csv", "e/valid2.csv", "e/latest.csv"
     )
-    assert len(find_sources("e", "train")[0].files) == 3
+    assert [each.name for each in find_sources("e", "train")[0].files] == ["gsm8k_train.jsonl", "latest.csv"]
+    assert len(find_sources("e", "test")[0].files) == 3
     assert len(find_sources("d/*.jsonl", "train")[0].files) == 3

@@ -3,6 +3,6 @@
 Importing this imports neither torch nor transformers.
 """
 
-from qlora_lightning.base.folder import BaseFolder, load_tokenizer, open_base
+from qlora_lightning.base.base_folder import BaseFolder, load_tokenizer, open_base
 
 __all__ = ["BaseFolder", "load_tokenizer", "open_base"]

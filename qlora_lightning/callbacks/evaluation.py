@@ -18,10 +18,9 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, report
 
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 
@@ -151,13 +150,8 @@ class Evaluation(Callback):
         is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
         if trainer.val_dataloaders or is_left:
             module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
-            try:
-                with best_adapter(trainer, module):
-                    self._compare(trainer, module)
-            except UserError as error:  # as of memory: no reason to fail a run that has trained
-                if trainer.world_size > 1:  # the others wait
-                    raise
-                say(f"Not evaluated: {error} `qlora-lightning evaluate` can do it later.")
+            with best_adapter(trainer, module):
+                self._compare(trainer, module)
             module.cpu()
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
@@ -169,8 +163,15 @@ class Evaluation(Callback):
         asked = rows[: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)
         adapters = {"adapter": module.model.active_adapter}
-        results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
-        general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
+        failed = list[str]()
+        try:
+            results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
+            general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
+        except UserError as error:  # as of memory: no reason to fail a run that has trained
+            failed.append(str(error))
+        if failed := gather_lists(trainer, failed):
+            report(f"Not evaluated: {failed[0]} `qlora-lightning evaluate` can do it later.")
+            return
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:
             rows, *sides = map(list, zip(*sorted(gathered, key=lambda each: each[0].number), strict=True))

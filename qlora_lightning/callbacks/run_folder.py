@@ -26,7 +26,6 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
-    lock_folder,
     write_whole,
 )
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -157,24 +156,31 @@ class PredictionWriter(Callback):
 def locking(run_folder: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too.
 
-    Without effect if the file system has no such locks (NFS has none for folders).
+    Without effect if the system (Windows) or the file system (NFS) has no such locks.
     """
     folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
     refuse_links(folder, adapter, *adapter.glob("*/"))
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = lock_folder(folder)
-    except BlockingIOError as error:
-        raise UserError(
-            f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
-            "`--trainer.default_root_dir runs/NAME`."
-        ) from error
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
+                "`--trainer.default_root_dir runs/NAME`."
+            ) from error
+        except OSError:  # there are none
+            pass
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def refuse_links(*folders: Path) -> None:

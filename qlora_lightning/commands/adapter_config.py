@@ -104,8 +104,9 @@ def _is_harmless(value: Any, key: str) -> bool:
     if isinstance(parsed, dict | list | str) and parsed != value:
         return False
     if key in _ROWS:
+        may_be_of_hub = value.count("/") == 1 and not value.startswith(("/", ".", "~"))
         is_here = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
-        return is_here and "://" not in value
+        return "://" not in value and (is_here or not may_be_of_hub)  # a missing folder is reported as that
     return key != "format" or "." not in value
 
 

@@ -20,7 +20,10 @@ CALLBACKS = {
     "evaluation": "Evaluation",
 }
 """Callbacks with a key of their own, by the names of their classes: ``inspect`` imports none of them."""
-_OTHER_NAMES = {"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"}  # of peers
+_OTHER_NAMES = {  # of peers
+    **{"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"},
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "model.quantization"),
+}
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:

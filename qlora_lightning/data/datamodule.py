@@ -14,17 +14,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
-from qlora_lightning.data.cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer_of_base
+from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
-from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.conversation import Chat, Pair
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
+from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
 

@@ -14,7 +14,7 @@ from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
-from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
 from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
 from qlora_lightning.data.rows.convert import RowConverter

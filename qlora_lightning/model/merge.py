@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from qlora_lightning.base.folder import BaseFolder, TensorFiles, read_config
+from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, read_config
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.folder import open_base, read_config
+from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.model import answers, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject

@@ -94,29 +94,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(folder: Path) -> int | None:
-    """Lock a folder itself, so that no file is left behind, until the descriptor is closed or the process dies.
-
-    Return the descriptor; ``None`` if the system (Windows) or the file system (NFS) has no such locks.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return descriptor
-
-
 @contextlib.contextmanager
 def raising_os_errors() -> Iterator[None]:
     """Raise an ``OSError`` if safetensors or tokenizers, which raise classes of their own, cannot write a file."""

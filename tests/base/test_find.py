@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qlora_lightning.base import load_tokenizer
+from qlora_lightning.base.base_folder import TensorFiles
 from qlora_lightning.base.find import resolve_base
-from qlora_lightning.base.folder import TensorFiles
 from qlora_lightning.support.errors import UserError
 
 COMMIT = "ab" * 20

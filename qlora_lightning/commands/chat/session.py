@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from qlora_lightning.base.folder import load_tokenizer
+from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from qlora_lightning.base.folder import TensorFiles, load_tokenizer, read_config
+from qlora_lightning.base.base_folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.folder import open_base
+from qlora_lightning.base.base_folder import open_base
 from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch

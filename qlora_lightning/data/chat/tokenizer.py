@@ -23,7 +23,7 @@ def load_chosen_tokenizer(choice: str | dict[str, Any] | Any | None) -> Any:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
     if not isinstance(choice, str | dict):
         return choice
-    from qlora_lightning.base.folder import load_tokenizer
+    from qlora_lightning.base.base_folder import load_tokenizer
 
     return load_tokenizer(**({"name": choice} if isinstance(choice, str) else choice))
 

@@ -51,20 +51,15 @@ def check_checkpoint(checkpoint: Mapping[str, Any], identity: Mapping[str, Any],
     check_identity(read_content(checkpoint, source)["identity"], identity, source)
 
 
-def find_foreign_class(settings: Mapping[str, Any]) -> str | None:
-    """Return the optimizer among stored settings if it is neither torch's nor bitsandbytes': to use it imports code."""
-    choice = settings.get("optimizer")
-    path = choice.get("class_path") if isinstance(choice, Mapping) else choice
-    return None if path is None or str(path).startswith(("torch.optim.", "bitsandbytes.optim.")) else str(path)
-
-
 def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
     """Return the stored settings that a class, ``owner``, knows, without those that a file must not decide."""
     never = {"trust_remote_code"}
     if unknown := sorted(stored.keys() - known):
         say(f"Settings of the checkpoint that {owner} does not know, ignored: {', '.join(unknown)}.")
-    if foreign := find_foreign_class(stored):
-        say(f"The checkpoint's optimizer {foreign} is not taken over: a file must not choose which code runs.")
+    choice = stored.get("optimizer")
+    optimizer = str(choice.get("class_path") if isinstance(choice, Mapping) else choice or "torch.optim.")
+    if not optimizer.startswith(("torch.optim.", "bitsandbytes.optim.")):  # which alone import no stranger's code
+        say(f"The checkpoint's optimizer {optimizer} is not taken over: a file must not choose which code runs.")
         never.add("optimizer")
     return {name: stored[name] for name in sorted((stored.keys() & known) - never)}
 

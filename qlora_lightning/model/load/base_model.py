@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_lightning.base.base_folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.cache import Json, cached_folder
-from qlora_lightning.base.folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of

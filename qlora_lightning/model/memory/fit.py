@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.folder import open_base, read_config
+from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.base.folder import load_tokenizer
+from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
 from qlora_lightning.model.load.build import find_adapter
 from qlora_lightning.support.errors import UserError

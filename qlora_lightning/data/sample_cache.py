@@ -12,8 +12,8 @@ import transformers
 
 import qlora_lightning
 from qlora_lightning.base.cache import cached_folder
+from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Prepared
-from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet

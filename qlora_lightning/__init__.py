@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qlora_lightning.model.preferences import PreferenceModule
     from qlora_lightning.model.sharded import ShardedDDPStrategy
     from qlora_lightning.model.step.loss import LossSums
+    from qlora_lightning.support.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "ShardedDDPStrategy",
     "StopSignals",
     "ThroughputMonitor",
+    "UserError",
 ]
 
 _HOMES = {
@@ -52,6 +54,7 @@ _HOMES = {
     "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
     "ShardedDDPStrategy": "qlora_lightning.model.sharded",
+    "UserError": "qlora_lightning.support.errors",
 }
 
 

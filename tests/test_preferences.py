@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
+from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.adapters.inject import trainable_tensors, with_adapter
-from qlora_lightning.support.errors import UserError
 from tests.equality import read_checkpoint, same
 from tests.steps import assert_same_step, make_trainer, randomize
 

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
-from qlora_lightning.support.errors import UserError
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule, UserError
 from tests.equality import read_checkpoint, same
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}

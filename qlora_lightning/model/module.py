@@ -383,7 +383,8 @@ class QLoRAModule(lightning.LightningModule):
         return optimization.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return optimization.configure_optimizer(self)
+        optimizer, schedule = optimization.build_optimizer(self)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))

@@ -46,7 +46,7 @@ def planned_steps(trainer: Any) -> int | None:
         steps = trainer.estimated_stepping_batches
         return int(steps) if 0 <= steps < math.inf else None
     batches, limit = count_batches(), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
     steps_of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     epochs, steps = (-1 if each is None else each for each in (trainer.max_epochs, trainer.max_steps))
     return min((most for most in (epochs * steps_of_epoch, steps) if most >= 0), default=None)

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
+from qlora_lightning import UserError
 from qlora_lightning.base.base_folder import BaseFolder, fingerprint, open_base
-from qlora_lightning.support.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 

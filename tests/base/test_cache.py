@@ -7,8 +7,8 @@ import time
 import pytest
 from filelock import FileLock
 
+from qlora_lightning import UserError
 from qlora_lightning.base.cache import cached_folder, clear_entries, hash_key, list_entries
-from qlora_lightning.support.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
 

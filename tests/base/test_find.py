@@ -9,10 +9,10 @@ import huggingface_hub
 import pytest
 import torch
 
+from qlora_lightning import UserError
 from qlora_lightning.base import load_tokenizer
 from qlora_lightning.base.base_folder import TensorFiles
 from qlora_lightning.base.find import resolve_base
-from qlora_lightning.support.errors import UserError
 
 COMMIT = "ab" * 20
 

@@ -6,8 +6,7 @@ import lightning
 import pytest
 import torch
 
-from qlora_lightning import AdapterCheckpoint
-from qlora_lightning.support.errors import UserError
+from qlora_lightning import AdapterCheckpoint, UserError
 from tests.equality import read_adapter, read_checkpoint
 
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, Evaluation
+from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
 from qlora_lightning.evaluation.row_results import unpack_rows
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.support.errors import UserError
 from tests.equality import same
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number

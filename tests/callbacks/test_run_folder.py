@@ -7,10 +7,9 @@ import pytest
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from qlora_lightning import PredictionWriter, QLoRAModule
+from qlora_lightning import PredictionWriter, QLoRAModule, UserError
 from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, locking
 from qlora_lightning.cli import main
-from qlora_lightning.support.errors import UserError
 from tests.adapters import make_run
 from tests.dying import MachineFailed
 

@@ -8,11 +8,10 @@ import lightning
 import pytest
 import torch
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule, UserError
 from qlora_lightning.callbacks.checkpoint_file import find_checkpoint
 from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder
 from qlora_lightning.model.checkpoint.format import KEY
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import FORMAT_VERSION
 from tests.dying import MachineFailed
 from tests.equality import differences, read_checkpoint

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning import InstructionDataModule, PreferenceDataModule
+from qlora_lightning import InstructionDataModule, PreferenceDataModule, UserError
 from qlora_lightning.data.rows.formats import FORMATS
-from qlora_lightning.support.errors import UserError
 from tests.flat import unpack
 
 PAGE = (Path(__file__).parents[2] / "qlora_lightning" / "data" / "README.md").read_text(encoding="utf-8")

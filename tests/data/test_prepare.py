@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import TOO_LONG
-from qlora_lightning.support.errors import UserError
 from tests.data.conftest import prepare_rows
 from tests.flat import unpack
 

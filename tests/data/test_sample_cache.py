@@ -6,9 +6,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import Preparation
-from qlora_lightning.support.errors import UserError
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.samples import (
     SampleSetBuilder,
     find_repeats,
     hold_out,
 )
-from qlora_lightning.support.errors import UserError
 from tests.flat import gather
 
 

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.evaluation.scores import (
     check_scores,
     choose_scores,
@@ -14,7 +15,6 @@ from qlora_lightning.evaluation.scores import (
     numeric_match,
     rouge_l,
 )
-from qlora_lightning.support.errors import UserError
 
 
 @pytest.mark.parametrize(

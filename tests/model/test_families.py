@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.anatomy import FLAT_TYPES, decoder_layers
 from qlora_lightning.model.layers.attention import has_dropout
@@ -17,7 +17,6 @@ from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.fuse import FUSED_TYPES
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import families
 from tests.adapters import make_run

@@ -15,13 +15,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule, UserError
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import fit as memory_fit
 from qlora_lightning.model.memory.fit import find_fit
 from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
 from qlora_lightning.model.step.micro_batch import MicroBatchSize
-from qlora_lightning.support.errors import UserError
 from tests.steps import make_trainer
 
 

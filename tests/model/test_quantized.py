@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_lightning import UserError
 from qlora_lightning.model.load.base_model import load_base
 from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
-from qlora_lightning.support.errors import UserError
 from tests.equality import base_tensors, same
 
 QUANTIZED = ["nf4", "fp4", "int8"]

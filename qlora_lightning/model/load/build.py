@@ -7,7 +7,6 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -24,6 +23,7 @@ from qlora_lightning.model.load.base_model import Quantization, load_base, store
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import report
 
 
 def assemble_model(
@@ -66,7 +66,6 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     return model
 
 
-@rank_zero_only
 def report_model(module: Any, fusion: Fusion) -> None:
     """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
@@ -89,7 +88,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:
-            say(line)
+            report(line)
 
 
 # ---- an adapter folder -----------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import math
 import pydoc
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,8 +39,8 @@ def choose_learning_rate(choice: LearningRate, width: int) -> float:
     return 2e-4 * (4096 / width) ** 0.78 if choice == "auto" else choice
 
 
-def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
-    """Build the optimizer of a module over its parameter groups, and its schedule, as Lightning takes them."""
+def build_optimizer(module: Any) -> tuple[Optimizer, LRScheduler]:
+    """Build the optimizer of a module over its parameter groups, and its schedule."""
     kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
     optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
     steps = planned_steps(module.trainer)
@@ -50,8 +49,7 @@ def configure_optimizer(module: Any) -> OptimizerLRSchedulerConfig:
             "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
             "trainer.limit_train_batches to 0."
         )
-    schedule = build_schedule(optimizer, module.schedule, steps, module.warmup_ratio)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return optimizer, build_schedule(optimizer, module.schedule, steps, module.warmup_ratio)
 
 
 def choose_optimizer(

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from qlora_lightning import UserError
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute, rank_batches, rank_bins
 from qlora_lightning.data.batches.loader import FlatLoader
 from qlora_lightning.data.samples import SampleSetBuilder
-from qlora_lightning.support.errors import UserError
 from tests.flat import collate, gather
 
 # ---- orders and bins -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning import UserError
 from tests.data.conftest import make_families, prepare_rows
 from tests.flat import unpack
 

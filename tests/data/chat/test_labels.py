@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
+from qlora_lightning import UserError
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
-from qlora_lightning.support.errors import UserError
 from tests.flat import render
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.chat.lengths import split_up
-from qlora_lightning.support.errors import UserError
 from tests.data.conftest import prepare_rows
 from tests.flat import unpack
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
-from qlora_lightning.support.errors import UserError
 
 ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]
 KINDS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"]

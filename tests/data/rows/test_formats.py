@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
+from qlora_lightning import UserError
 from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
-from qlora_lightning.support.errors import UserError
 
 U, A, S, T = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system", "tool"))
 SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object", "properties": {}}}

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.model.checkpoint.format import KEY
-from qlora_lightning.support.errors import UserError
 from tests.equality import same
 from tests.steps import make_trainer, randomize
 

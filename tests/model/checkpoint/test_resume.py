@@ -6,8 +6,7 @@ That a resumed run ends as one that never stopped: ``tests/distributed/test_resu
 import lightning
 import pytest
 
-from qlora_lightning import AdapterCheckpoint, QLoRAModule
-from qlora_lightning.support.errors import UserError
+from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
 from tests.steps import fit
 
 

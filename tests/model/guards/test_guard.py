@@ -8,9 +8,8 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.support.errors import UserError
 from tests.equality import base_tensors, same
 from tests.flat import collate
 from tests.steps import fit, make_module

@@ -61,7 +61,7 @@ def evaluate(
         report = data.reports.get(options.split)
         if report is not None and (report.shortened or report.overlap):
             say(report.describe())
-        if "train" not in data.samples:
+        if data.files["train"] is not None and "train" not in data.samples:
             say("The rows are not compared with those of the training, which are not on this machine.")
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))

@@ -387,6 +387,7 @@ def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_p
     assert main(["validate", "--config", "then/config.yaml"]) == 0
 
 
+@pytest.mark.slow
 def test_a_resume_reports_an_objective_that_is_no_longer_its_checkpoints(config, capsys):
     fit = ["fit", *config, "--trainer.default_root_dir", "run", "--evaluation", "null"]
     first = ["--model.objective", "simpo", "--model.beta", "3", "--model.weight_decay", "0.1"]
@@ -437,6 +438,7 @@ def test_inspect_shows_each_answer_and_what_it_is(config, tmp_path, capsys, monk
     assert [each for each in words if each not in printed] == []
 
 
+@pytest.mark.slow
 def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_path, capsys):
     write_rows(tmp_path / "val.jsonl", ROWS[::-1])  # each has a reference of its own
     fit = ["fit", *config, "--data.val", "val.jsonl", "--trainer.default_root_dir", "run", "--trainer.max_epochs", "6"]

@@ -168,6 +168,8 @@ class Evaluation(Callback):
             results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
             general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
         except UserError as error:  # as of memory: no reason to fail a run that has trained
+            if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
+                raise
             failed.append(str(error))
         if failed := gather_lists(trainer, failed):
             report(f"Not evaluated: {failed[0]} `qlora-lightning evaluate` can do it later.")

@@ -64,7 +64,7 @@ class ProgressLines(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._printed_at = time.monotonic(), -math.inf
+        self._began, self._printed_at, self._total = time.monotonic(), -math.inf, planned_steps(trainer)
         self._first_step = self._printed_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -76,7 +76,7 @@ class ProgressLines(ProgressBar):
         self._print_step(trainer)
 
     def _print_step(self, trainer: Trainer) -> None:
-        step, total = trainer.global_step, planned_steps(trainer)
+        step, total = trainer.global_step, self._total
         if step == self._printed_step or not self._enabled:
             return
         self._printed_step, self._printed_at = step, time.monotonic()

@@ -145,7 +145,7 @@ class Preparation:
         self._are_pairs = is_pair
         messages = [each for part in converted.parts if isinstance(part, Chat) for each in part.messages]
         answers = {each["content"].strip() for each in messages if each["role"] == "assistant"}
-        if not {each.lower() for each in answers}.isdisjoint(map(str.lower, self.missing)):
+        if not {each.lower() for each in answers}.isdisjoint(self.missing):
             self.report.drop("an answer is one of data.missing")
             return False
         questions = [each["content"] for each in messages if each["role"] == "user"]

@@ -11,7 +11,6 @@ from qlora_lightning.report.run_files import Run
 
 _FEWEST_STEPS = 10
 _NOISE = 0.02  # of a validation loss: what is closer is as good
-_BLOWN_UP = 1.5  # times the validation loss at the start
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ def _divergence(run: Run, base: float, steps: float) -> str:
     training = [value for _, value in run.metrics.get("train_loss", [])]
     some = max(min(3, len(training) // 2), len(training) // 10, 1)
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
-    if last > first + max(1.0, first / 2):
+    if _is_blown_up(last, first):
         return f"the training loss rose from {first:.3f} to {last:.3f}"
     if validation:
         start, words = (validation[0], "its first") if math.isnan(base) else (base, "that of the base")
         is_worse = steps >= _FEWEST_STEPS and _is_above(min(validation), start) and not last < first
-        if is_worse or validation[-1] > _BLOWN_UP * start:
+        if is_worse or _is_blown_up(validation[-1], start):
             return f"the validation loss ended at {validation[-1]:.3f}, above {start:.3f}, {words}"
     return ""
 
@@ -80,6 +79,10 @@ def _learned(run: Run, base: float) -> tuple[str, list[str]]:
     elif len(points) > 1 and _is_above(points[-2][1], last):
         sentences.append("The validation loss was still falling at the end: more steps may do better.")
     return "learned", sentences
+
+
+def _is_blown_up(loss: float, start: float) -> bool:
+    return loss > start + max(1.0, abs(start) / 2)  # nats a token
 
 
 def _is_above(loss: float, other: float) -> bool:

@@ -114,12 +114,13 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, sma
 
 def test_without_rows_a_merge_is_written_only_unchecked(folder, small_base, capsys):
     """As in a folder that was moved: the base is there, the data are not."""
-    config = {"model": {"base": str(small_base)}, "data": {"train": "gone.jsonl", "val": "gone.jsonl"}}
-    (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
-    merge("--out", "merged", code=2)
-    err = capsys.readouterr().err
-    assert "No rows to check the merge on." in err
-    assert "Or add --rows 0: it is written unchecked." in err
+    for gone in ("gone.jsonl", "gone"):
+        config = {"model": {"base": str(small_base)}, "data": {"train": gone, "val": gone}}
+        (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
+        merge("--out", "merged", code=2)
+        err = capsys.readouterr().err
+        assert f"No rows to check the merge on. data.val: data file {gone} does not exist" in err
+        assert "Or add --rows 0: it is written unchecked." in err
     merge("--out", "merged", "--rows", "0")
     assert json.loads((folder / "merged" / "merge.json").read_text())["check"] is None
 

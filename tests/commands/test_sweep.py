@@ -98,6 +98,7 @@ def losses(folder):
     return [float(line.split(",")[column]) for line in logged[1:] if line.split(",")[column]]
 
 
+@pytest.mark.slow
 def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_that_fit_takes(folder, sweep):
     alone = ["--model.rank=4", "--model.alpha=null", "--trainer.default_root_dir=alone"]
     assert main(["fit", "--config", "configs/quickstart.yaml", *alone]) == 0

@@ -18,7 +18,7 @@ def test_the_recipes_that_the_readme_promises_are_here():
     assert {config.stem for config in CONFIGS} == {*llamas.split(), *others.split()}
 
 
-QUICK = ("llama-3.1-8b", "qwen3-4b", "smollm2-preferences")
+QUICK = ("llama-3.1-8b", "smollm2-preferences")
 RECIPES = [
     pytest.param(config, id=config.stem, marks=[] if config.stem in QUICK else pytest.mark.slow) for config in CONFIGS
 ]

@@ -161,6 +161,11 @@ def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_t
     assert judge.reports["test"].overlap == 0
 
 
+def test_a_column_that_no_row_has_is_reported(characters):
+    report = prepare_rows([{"prompt": "q", "completion": "a"}], characters, columns={"body": "text"}).reports["train"]
+    assert "data.columns names what no row of a source has: body" in report.describe()
+
+
 def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_asked(characters):
     answers = ["yes", "N/A", "null", "None of them", "nan"]
     rows = [{"prompt": f"q{number}", "completion": answer} for number, answer in enumerate(answers)]
@@ -170,5 +175,5 @@ def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_as
     places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
     assert (report.suspicious, report.suspicious_rows, report.samples) == (4, places, 6)
     assert "4 rows look incomplete; data.missing drops answers: train:2 (the answer is 'N/A')" in report.describe()
-    report = prepare_rows(rows, characters, missing=["N/A", "null"]).reports["train"]
+    report = prepare_rows(rows, characters, missing=["n/a", None]).reports["train"]
     assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 2)

@@ -38,7 +38,7 @@ RUNS = {
 SIGNALS = [
     ("rows", [1], [1]),  # inside a window, which ends first
     pytest.param("rows", [2], [1], marks=pytest.mark.slow),  # in the last batch of a window, with a validation due
-    ("rows", [4], [1]),  # in that validation, which ends first
+    pytest.param("rows", [4], [1], marks=pytest.mark.slow),  # in that validation, which ends first
     pytest.param("rows", [6, 0, 10], [2, 3, 6], marks=pytest.mark.slow),
     pytest.param("epochs", [7], [3], marks=pytest.mark.slow),  # in the last of an epoch, with a validation due
     pytest.param("epochs", [8, 9], [3, 6], marks=pytest.mark.slow),  # in that validation, and in that of the next epoch

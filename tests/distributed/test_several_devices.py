@@ -109,11 +109,11 @@ def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_r
 # ---- a process that dies takes the others with it --------------------------------------------------------------------
 
 
-def test_a_run_of_which_a_process_is_killed_fails_and_the_next_start_resumes(folder):
+def test_a_run_whose_first_process_is_killed_fails_and_the_next_start_resumes(folder):
     command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "die.yaml", "--ckpt_path", "last"]
     config = {**CONFIG, "data": {"train": "rows.jsonl", "batch_size": 2}, "evaluation": None}
     config["adapter_checkpoint"] = {"every_n_train_steps": 1}
-    die = {"class_path": "hooks.Die", "init_args": {"rank": 1}}
+    die = {"class_path": "hooks.Die", "init_args": {"rank": 0}}
     for callbacks, fails in (([die], True), ([], False)):
         trainer = {**CONFIG["trainer"], "callbacks": callbacks, "default_root_dir": "die"}
         (folder / "die.yaml").write_text(yaml.safe_dump({**config, "trainer": trainer}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
@@ -35,7 +35,7 @@ TYPES = sorted({*FLAT_TYPES, *ROW_BY_ROW})
 def test_flat_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft(model_type):
     assert (model_type in FLAT_TYPES) is (model_type not in ROW_BY_ROW)
     found = families.study(model_type)
-    if families.differs(found) == ["gradients"]:  # a ReLU's input may be so near to 0 that rounding decides
+    if model_type == "ctrl" and families.differs(found) == ["gradients"]:  # a ReLU's input may round to 0
         found = families.study(model_type, seed=1)
     assert not families.differs(found), found
 
@@ -82,6 +82,7 @@ def test_a_base_that_reads_images_trains_once_its_text_is_saved_alone(tmp_path, 
     base = save_family(tmp_path / "base", "gemma4", tiny_base)
     with pytest.raises(UserError, match="a gemma4 reads more than text"):
         QLoRAModule(str(base)).configure_model()
+    GenerationConfig(eos_token_id=[1, 106]).save_pretrained(base)
     page = Path("configs/README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     text = str(tmp_path / "text")
@@ -90,6 +91,7 @@ def test_a_base_that_reads_images_trains_once_its_text_is_saved_alone(tmp_path, 
     assert module.causal_lm.config.model_type == "gemma4_text"
     ids = torch.arange(5, 14)[None]
     whole = AutoModelForImageTextToText.from_pretrained(base).eval()
+    assert GenerationConfig.from_pretrained(text).eos_token_id == [1, 106]
     alone = AutoModelForCausalLM.from_pretrained(text).eval()
     with torch.no_grad():
         assert distance(alone(input_ids=ids).logits, whole(input_ids=ids).logits) < 1e-5
@@ -125,6 +127,9 @@ def test_rows_beyond_a_table_of_positions_and_noise_beside_tables_of_layers_are_
     module = make_module(families.save_random(tmp_path / "gpt2", "gpt2"))
     with pytest.raises(UserError, match=r"A gpt2 has positions for 256 tokens, and rows here may have 300\."):
         module.compute_loss(make_batch((300,)))
+    module = make_module(families.save_random(tmp_path / "gemma2", "gemma2"))
+    with pytest.raises(UserError, match=r"A gemma2 caps its scores.* Set data.max_length to 4096 or less\."):
+        module.compute_loss(make_batch((4100,)))
     module = make_module(families.save_random(tmp_path / "gemma", "gemma4_text"), neftune_alpha=5)
     with pytest.raises(UserError, match="looks tokens up in each layer"):
         module.compute_loss(make_batch((30,)))

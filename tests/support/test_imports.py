@@ -24,7 +24,7 @@ if "qlora_lightning.cli" not in sys.modules:
     ("code", "spins"),
     [
         ("from qlora_lightning.cli import main; main(['fit', '--print_config'])", "10000"),
-        ("from qlora_lightning import ShardedDDPStrategy, QLoRAModule", None),
+        pytest.param("from qlora_lightning import ShardedDDPStrategy, QLoRAModule", None, marks=pytest.mark.slow),
     ],
 )
 def test_no_way_in_imports_the_compiler_or_fetches_code_and_only_the_command_sets_anything(tmp_path, code, spins):

@@ -62,7 +62,7 @@ def evaluate(
         if report is not None and (report.shortened or report.overlap):
             say(report.describe())
         if data.files["train"] is not None and "train" not in data.samples:
-            say("The rows are not compared with those of the training, which are not on this machine.")
+            say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
         asked, served = rows[: evaluation.rows], None

@@ -131,7 +131,7 @@ def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
 def _split_of(path: str) -> str | None:
     """Return the split that a file, or a folder that it is in, is named after; ``math_dev-0.csv`` is validation."""
     for part in reversed(Path(path).parts):
-        if words := _SPLIT_NAME.findall(part.partition(".")[0].lower()):
+        if words := _SPLIT_NAME.findall(part.lower()):
             return _SPLITS[words[-1]]
     return None
 

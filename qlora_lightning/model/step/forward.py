@@ -38,7 +38,7 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
     """
     tokens: dict[str, Tensor] = {"input_ids": layout.input_ids}
     embedding = causal_lm.get_input_embeddings()
-    if noise_alpha is not None or any(parameter.requires_grad for parameter in embedding.parameters()):
+    if noise_alpha is not None or any(each.dtype != causal_lm.dtype for each in embedding.parameters()):
         embedded = embedding(layout.input_ids).to(causal_lm.dtype)  # one that trains is in float32
         noisy = embedded if noise_alpha is None else add_noise(embedded, layout.samples, noise_alpha)
         tokens = {"inputs_embeds": noisy}

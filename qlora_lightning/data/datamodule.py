@@ -108,11 +108,8 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
-        self.encoding, self.on_bad_row, self.missing = (
-            encoding,
-            on_bad_row,
-            ["null" if each is None else each.lower() for each in missing or []],
-        )
+        self.encoding, self.on_bad_row = encoding, on_bad_row
+        self.missing = ["null" if each is None else each.lower() for each in missing or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate

@@ -236,14 +236,8 @@ def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
     assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
     assert names("test") == ["d/test/b.csv"]
     assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
-    touch(
-        "e/gsm8k_train.jsonl",
-        "e/gsm8k_test.jsonl",
-        "e/v1.0-eval.jsonl",
-        "e/test_sft-0.csv",
-        "e/valid2.csv",
-        "e/latest.csv",
-    )
+    touch("e/gsm8k_train.jsonl", "e/gsm8k_test.jsonl", "e/v1.0-eval.jsonl", "e/test_sft-0.csv", "e/valid2.csv")
+    touch("e/latest.csv")
     assert [each.name for each in find_sources("e", "train")[0].files] == ["gsm8k_train.jsonl", "latest.csv"]
     assert len(find_sources("e", "test")[0].files) == 3
     assert len(find_sources("d/*.jsonl", "train")[0].files) == 3

@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_lightning import QLoRAModule
 from qlora_lightning.callbacks import ThroughputMonitor
 from qlora_lightning.model.adapters.inject import add_adapters
 from qlora_lightning.model.layers import attention, elementwise, lora
@@ -31,7 +32,6 @@ from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batc
 from qlora_lightning.model.layers.decoder_layer import cast_adapters
 from qlora_lightning.model.layers.fuse import choose_layers, fuse_layers
 from qlora_lightning.model.load.base_model import freeze
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.layout import lay_out
 from tests.steps import make_batch
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning import LossSums, QLoRAModule
 from tests.benchmarks import launches
 
 pytestmark = [

@@ -6,9 +6,8 @@ import signal
 import lightning
 import pytest
 
-from qlora_lightning import AdapterCheckpoint
+from qlora_lightning import AdapterCheckpoint, PredictionWriter
 from qlora_lightning.callbacks import StopSignals
-from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.support.errors import TrainingStopped
 from tests.equality import read_checkpoint
 

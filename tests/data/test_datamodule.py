@@ -5,8 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning import UserError
-from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.

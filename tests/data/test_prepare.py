@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning import UserError
+from qlora_lightning import InstructionDataModule, UserError
 from qlora_lightning.data.data_report import DataReport
-from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.prepare import TOO_LONG
 from tests.data.conftest import prepare_rows
 from tests.flat import unpack

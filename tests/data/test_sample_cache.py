@@ -6,8 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from qlora_lightning import UserError
-from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning import InstructionDataModule, UserError
 from qlora_lightning.data.prepare import Preparation
 
 

@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.report.run_files import read_metrics
 from tests.dying import MachineFailed, Stop
 from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module
-from tests.steps import fit, make_batch
+from tests.steps import fit, make_batch, trainable_tensors
 
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
 

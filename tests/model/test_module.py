@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.model.adapters.inject import trainable_tensors
-from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
+from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 
 def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base):

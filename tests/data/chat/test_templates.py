@@ -9,11 +9,10 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning import UserError
+from qlora_lightning import InstructionDataModule, UserError
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
-from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Chat
 from tests.flat import render, unpack

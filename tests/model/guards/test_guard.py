@@ -9,10 +9,9 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
-from qlora_lightning.model.adapters.inject import trainable_tensors
 from tests.equality import base_tensors, same
 from tests.flat import collate
-from tests.steps import fit, make_module
+from tests.steps import fit, make_module, trainable_tensors
 
 
 class Spoilt(QLoRAModule):

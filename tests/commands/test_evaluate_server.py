@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.evaluate.server import judge_answers
@@ -235,6 +236,7 @@ def judge(url, *options):
 def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(quickstart, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
     monkeypatch.chdir(quickstart[0])
+    torch.set_num_threads(os.cpu_count() or 1)  # it is alone
     models = {}
     for kind in ("f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])):
         assert main(["merge", *ADAPTER, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0

@@ -7,6 +7,8 @@ import pytest
 from qlora_lightning.cli import main
 from tests.distributed.runs import distance, launch, metrics
 
+pytestmark = pytest.mark.slow
+
 ROWS = ["--data.val", "nine.jsonl", "--evaluation.max_new_tokens", "4"]
 ROWS += ["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "3"]  # six steps of eight rows
 FEW = ["--trainer.max_epochs", "2"]

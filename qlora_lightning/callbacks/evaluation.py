@@ -20,7 +20,7 @@ from qlora_lightning.evaluation.row_results import (
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, report
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 
@@ -172,7 +172,7 @@ class Evaluation(Callback):
                 raise
             failed.append(str(error))
         if failed := gather_lists(trainer, failed):
-            report(f"Not evaluated: {failed[0]} `qlora-lightning evaluate` can do it later.")
+            say_once(f"Not evaluated: {failed[0]} `qlora-lightning evaluate` can do it later.")
             return
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:

@@ -14,7 +14,6 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
@@ -31,10 +30,9 @@ from qlora_lightning.commands.config import (
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
-from qlora_lightning.support.trainer import is_trial_run
+from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
@@ -46,7 +44,6 @@ TRAINER_DEFAULTS = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # a line of ours says more
 }
-_say = rank_zero_only(say)
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 
@@ -199,7 +196,7 @@ class QLoRACLI(LightningCLI):
         if self.verb != "fit":
             self._take_trained_adapter()
         elif self._starts_fresh:
-            _say("No checkpoint in the run folder yet: this starts fresh.")
+            say_once("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
@@ -220,10 +217,12 @@ class QLoRACLI(LightningCLI):
             return
         folder = Path(self.trainer.default_root_dir) / ADAPTER_FOLDER
         if (folder / "adapter_config.json").exists():
-            _say(f"Adapter: {folder}")
+            say_once(f"Adapter: {folder}")
             self.model.adapter = str(folder)
         elif self.model.adapter is None:
-            _say("No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone.")
+            say_once(
+                "No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone."
+            )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.support.console import say
 
-report = rank_zero_only(say)  # a line, once for all processes
+say_once = rank_zero_only(say)  # a line, once for all processes
 Item = TypeVar("Item")
 Found = TypeVar("Found", bound=Callback)
 

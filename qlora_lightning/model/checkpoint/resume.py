@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, report
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once
 from qlora_lightning.support.versions import FORMAT_VERSION
 
 Change = tuple[str, Any, Any]
@@ -65,7 +65,7 @@ class ExactResume(Callback):
         micro_batch_size.load_state_dict(sizes[trainer.global_rank % len(sizes)])
         if changes:
             shown = [f"  {_show_change(each)}" for each in changes]
-            report("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
+            say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook

@@ -23,7 +23,7 @@ from qlora_lightning.model.load.base_model import Quantization, load_base, store
 from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype, explain_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import report
+from qlora_lightning.support.trainer import say_once
 
 
 def assemble_model(
@@ -88,7 +88,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
         None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:
-            report(line)
+            say_once(line)
 
 
 # ---- an adapter folder -----------------------------------------------------------------------------------------------

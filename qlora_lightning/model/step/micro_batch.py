@@ -27,7 +27,7 @@ from qlora_lightning.model.step.batch import (
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, report
+from qlora_lightning.support.trainer import datamodule_of, say_once
 
 MicroBatchTokens = int | Literal["auto"]
 Result = TypeVar("Result")
@@ -79,7 +79,7 @@ class MicroBatchSize:
 
     def announce(self) -> None:
         """Print what was chosen."""
-        report(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
+        say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
     def correct(self, module: Any, tokens: int) -> None:
         """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
@@ -93,7 +93,7 @@ class MicroBatchSize:
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
         self.tokens = corrected_tokens(tokens, held, peak, USABLE * (free_bytes(module.device) + held))
-        report(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
+        say_once(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
 
     # ---- cutting -----------------------------------------------------------------------------------------------------
 
@@ -156,14 +156,14 @@ class MicroBatchSize:
         tokens, rows = largest["input_ids"].numel(), len(largest["layout"].lengths) // samples_per_row(batch)
         if rows > 1:
             self.tokens = tokens // 2
-            report(
+            say_once(
                 f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled() and module.causal_lm.supports_gradient_checkpointing:
             del self.choices[0]
             self.apply(self.choices[0])
-            report(
+            say_once(
                 f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
                 "result, by about a third slower."
             )

@@ -15,7 +15,7 @@ from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.model import answers, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
-from qlora_lightning.model.adapters.identity import identity_of_data
+from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import guard
@@ -443,7 +443,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # before the tensors are set: a misfit of shapes is better reported by its cause
-        checkpoint_format.check_checkpoint(checkpoint, self.identity, "The checkpoint")
+        identity = checkpoint_format.read_content(checkpoint, "The checkpoint")["identity"]
+        check_identity(identity, self.identity, "The checkpoint")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists

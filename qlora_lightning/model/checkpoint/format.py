@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.versions import check_version
@@ -44,11 +43,6 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
         )
     check_version(content["format_version"], source)
     return content
-
-
-def check_checkpoint(checkpoint: Mapping[str, Any], identity: Mapping[str, Any], source: str) -> None:
-    """Reject a checkpoint that is foreign, too new, or of another base or adapter than ``identity`` says."""
-    check_identity(read_content(checkpoint, source)["identity"], identity, source)
 
 
 def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:

@@ -14,36 +14,25 @@ It takes each token for labelled and each optimizer for AdamW, if it is none in 
 corrects it once. A CPU's memory is measured, not planned.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import nn
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
-from qlora_lightning.model.layers import attention as flat
-from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
+from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS
+from qlora_lightning.model.memory.activations import FLOAT, count_saved, is_fused
 from qlora_lightning.model.sharded import shards_vocabulary
-from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import logits_chunk_size
-from qlora_lightning.support.console import quiet_loggers
-from qlora_lightning.support.versions import attend_ragged
 
 CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
-_FLOAT, _INDEX = 4, 8  # bytes of a float32, of a position
+_INDEX = 8  # bytes of a position
 
 
 class Checkpointing(NamedTuple):
@@ -95,7 +84,7 @@ class StepMemory:
         inputs, saved = float(tokens * self.hidden), tokens * self.saved
         kept = saved if not choice.checkpointed else 0 if choice.offload else inputs  # of a layer until backward
         # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
-        head = tokens * (self.hidden / self.itemsize * _FLOAT + _FLOAT + self.hidden + _INDEX)
+        head = tokens * (self.hidden / self.itemsize * FLOAT + FLOAT + self.hidden + _INDEX)
         activations = head + self.layers * kept
         piece = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.in_pieces else tokens
         in_layer = inputs + 4 * piece * self.mlp + self.dense  # the first of these for the output's gradient
@@ -103,7 +92,7 @@ class StepMemory:
             in_layer += saved - 2 * (tokens - piece) * self.mlp - kept
         # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
         rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
-        in_head = 2 * inputs + rows * self.logits * (1 + _FLOAT / self.itemsize)
+        in_head = 2 * inputs + rows * self.logits * (1 + FLOAT / self.itemsize)
         if self.holds_logits:  # of each row, together, and their gradient
             in_head += 3 * tokens * self.logits
         gathered, workspace = max(zip(self.gathered, (in_layer, in_head), strict=True), key=sum)
@@ -132,17 +121,17 @@ def build_step_memory(
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
     linears = [each for each in causal_lm.modules() if isinstance(each, bnb.nn.Linear4bit)]
     scales = sum(each.in_features * each.out_features for each in linears) // 64
-    fixed["scales"] = scales * _FLOAT
+    fixed["scales"] = scales * FLOAT
     # double quantized they are bytes, and a float32 for 256 of these; unnest_scales of load/base_model.py makes them
     # plain if a twentieth of the free memory holds what that takes, unless the base is sharded
     free = device_bytes - CONTEXT_BYTES - sum(fixed.values()) + 3 * scales  # as the base is loaded
     if double_quant and (sharded_offload is not None or 20 * 3 * scales > free):
-        fixed["scales"] = scales + scales // 256 * _FLOAT
+        fixed["scales"] = scales + scales // 256 * FLOAT
     numbers = sum(each.numel() for each in trainable_tensors(model).values())
-    fixed["adapters"] = _FLOAT * numbers
-    fixed["gradients"] = _FLOAT * numbers * (2 if processes > 1 else 1)  # DDP has a copy
-    fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * _FLOAT) * numbers
-    fixed["copies"] = dtype.itemsize * numbers if dtype.itemsize < _FLOAT else 0
+    fixed["adapters"] = FLOAT * numbers
+    fixed["gradients"] = FLOAT * numbers * (2 if processes > 1 else 1)  # DDP has a copy
+    fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * FLOAT) * numbers
+    fixed["copies"] = dtype.itemsize * numbers if dtype.itemsize < FLOAT else 0
     fixed["context"] = CONTEXT_BYTES
 
     layers = decoder_layers(causal_lm)
@@ -158,9 +147,9 @@ def build_step_memory(
         holds_logits=not runs_flat(causal_lm.config),
         itemsize=dtype.itemsize,
         layers=len(layers),
-        saved=_count_saved(causal_lm, layers, dtype),
+        saved=count_saved(causal_lm, layers, dtype),
         mlp=max(map(max, sizes)) * dtype.itemsize,
-        in_pieces=_is_fused(layers[-1]),
+        in_pieces=is_fused(layers[-1]),
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,
@@ -200,71 +189,3 @@ def _frozen_bytes(modules: Sequence[nn.Module]) -> int:
 def _pinned_bytes(size: int) -> int:
     """Return what a tensor takes in pinned host memory, which torch hands out in powers of two."""
     return 1 << max(0, size - 1).bit_length()
-
-
-def _count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> float:
-    """Return the bytes a token that a layer keeps for backward, on average.
-
-    Of fused layers it is what the functions of layers/decoder_layer.py save; a model with any other is run on the meta
-    device, with two lengths: what does not grow with the tokens is no activation.
-    """
-    if all(map(_is_fused, layers)):
-        return fmean(_count_saved_by_hand(causal_lm, each, dtype) for each in layers)
-    once, twice = (_run_saving(causal_lm, tokens, dtype) for tokens in (256, 512))
-    return (twice - once) / 256 / len(layers)
-
-
-def _count_saved_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
-    attention, width = layer.self_attn, causal_lm.config.hidden_size
-    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
-    heads = queries // attention.head_dim
-    ranks = sum(sum(each.r.values()) for each in layer.modules() if isinstance(each, LoraLayer))
-    # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
-    numbers = 2 * width + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
-    floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
-    if hasattr(attention, "q_norm"):  # queries and keys before their norms
-        numbers, floats = numbers + queries + keys, floats + (queries + keys) // attention.head_dim
-    return float(numbers * dtype.itemsize + floats * _FLOAT)
-
-
-def _is_fused(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
-
-
-def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
-    """Run a model forward up to its head on the meta device, and return the bytes that autograd keeps, but for weights.
-
-    Attention keeps what a GPU's kernel keeps.
-    """
-    body, mode = causal_lm.base_model, FakeTensorMode(allow_non_fake_inputs=True)  # transformers reads no fake number
-    # as autocast has the adapters, whose copies are a part of their own
-    adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(body).items()}
-    ids = mode.from_tensor(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
-    samples, saved = samples_of_lengths([tokens]).to(torch.device("meta")), set[Any]()
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
-        return tensor
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        if query.shape[-1] != value.shape[-1]:  # no kernel has it
-            return flat.flat_attention(module, query, key, value, mask, **options)
-        return attend_ragged(query, key, value, samples.cu_seqlens, tokens, scale=None), None
-
-    for name in (flat.FLAT_ATTENTION, "sdpa"):
-        AttentionInterface.register(name, attend)
-    options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
-    try:  # int8 layers warn in each run that they round their input to float16
-        with (
-            quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
-            saved_tensors_hooks(keep, lambda x: x),
-            flat.flat_batch(flat.FlatBatch(samples)),
-            mode,
-        ):
-            functional_call(body, adapters, (ids,), {**options, "use_cache": False})
-    finally:
-        flat.register_flat_attention()
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
-    held = (*body.parameters(), *body.buffers(), *adapters.values())
-    weights = {fake.untyped_storage() for each in held for fake in (each, mode.from_tensor(each))}
-    return sum(each.nbytes() for each in saved - weights)

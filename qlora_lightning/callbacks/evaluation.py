@@ -18,11 +18,13 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
+from qlora_lightning.model.load.machine import is_out_of_memory
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
+_NOT_EVALUATED = "Not evaluated: {} `qlora-lightning evaluate` can do it later."
 
 
 class Evaluation(Callback):
@@ -167,12 +169,14 @@ class Evaluation(Callback):
         try:
             results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
             general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
-        except UserError as error:  # as of memory: no reason to fail a run that has trained
-            if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
+        except Exception as error:  # no reason to fail a run that has trained
+            if not isinstance(error, UserError) and not is_out_of_memory(error):
                 raise
+            if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
+                raise UserError(f"{_NOT_EVALUATED.format(error)} The run is saved.") from error
             failed.append(str(error))
         if failed := gather_lists(trainer, failed):
-            say_once(f"Not evaluated: {failed[0]} `qlora-lightning evaluate` can do it later.")
+            say_once(_NOT_EVALUATED.format(failed[0]))
             return
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import decoder_layers, runs_flat
@@ -96,7 +97,7 @@ def _answer_batch(
         output: Tensor = causal_lm.generate(ids.to(device), attention_mask=mask.to(device), **settings)
         return cast(list[list[int]], output[:, longest:].tolist())
     except Exception as error:
-        if not is_out_of_memory(error) or "sharded_head" in vars(causal_lm):  # the others wait in their passes
+        if not is_out_of_memory(error) or isinstance(causal_lm.base_model, FSDPModule):  # others wait in their passes
             raise
         if len(prompts) == 1:
             raise UserError(f"Out of memory on {device} in the answer to one prompt: lower max_new_tokens.") from error

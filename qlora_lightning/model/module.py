@@ -44,8 +44,7 @@ class QLoRAModule(lightning.LightningModule):
     ``validation_step``, ``on_validation_epoch_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
-    optimizer step; ``val_loss``, ``val_perplexity`` and
-    ``val_token_accuracy`` per validation, ``test_…`` likewise.
+    optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
@@ -291,6 +290,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         guard.check_setup(self)
+        if stage == "fit":
+            self.micro_batch_size.reset(self.trainer.strategy.root_device)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.micro_batch_size.lay_out(self, batch) if is_flat(batch) else batch
@@ -388,7 +389,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
-        self.micro_batch_size.announce()
+        self.micro_batch_size.start(self.causal_lm)
         report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from transformers import AutoConfig
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule, UserError
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import fit as memory_fit
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import find_fit
-from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
+from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.step.micro_batch import MicroBatchSize
 from tests.steps import make_trainer
 
@@ -90,7 +91,7 @@ def test_parts_and_memory_that_runs_out_change_no_result(tiny_base, tmp_path, wh
 def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base, tmp_path, whole, capsys):
     file, adapter, _ = whole
     options = {"micro_batch_tokens": 1, "where": "forward"}
-    _, same_adapter, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[3], **options)
+    _, same_adapter, _ = train(tiny_base, file, tmp_path, fails=[3], **options)
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     out = capsys.readouterr().out
     assert re.search(
@@ -104,7 +105,7 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
 
 # ---- what is planned -------------------------------------------------------------------------------------------------
 
-CHOICES = GradientCheckpointing().choices(on_cuda=True)
+CHOICES = checkpointing_choices(on_cuda=True)
 
 
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
@@ -153,7 +154,7 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
 
 def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):
     file, _, _ = whole
-    module, _, _ = train(tiny_base, file, tmp_path, GradientCheckpointing(), fails=[2])
+    module, _, _ = train(tiny_base, file, tmp_path, fails=[2])
     state = module.micro_batch_size.state_dict()
     assert 0 < state["tokens"] < 8192
     resumed = QLoRAModule(str(tiny_base)).micro_batch_size
@@ -165,7 +166,7 @@ def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, c
 LIMITED = """
 import resource, sys
 import lightning, torch
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule
+from qlora_lightning import InstructionDataModule, QLoRAModule
 
 class Limit(lightning.Callback):
     def on_train_start(self, trainer, pl_module):
@@ -178,7 +179,7 @@ module = QLoRAModule(sys.argv[1], micro_batch_tokens=1 << 20, compute_dtype="fp3
 data = InstructionDataModule(sys.argv[2], tokenizer=sys.argv[1], batch_size=32, max_length=4096)
 trainer = lightning.Trainer(
     accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    callbacks=[GradientCheckpointing(), Limit()],
+    callbacks=[Limit()],
 )
 trainer.fit(module, data)
 torch.save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}, sys.argv[4])

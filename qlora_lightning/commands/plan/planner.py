@@ -18,7 +18,6 @@ from transformers import AutoConfig
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.base_folder import open_base
 from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
-from qlora_lightning.callbacks import GradientCheckpointing
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
@@ -28,8 +27,9 @@ from qlora_lightning.model.guards.guard import check_trainer
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import REMEDIES, USABLE, find_fit
-from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
+from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -45,7 +45,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     run = QLoRACLI(arguments)
     module: Any = run.model
     data: Any = run.datamodule
-    trainer, checkpointing = run.config["trainer"], GradientCheckpointing(**run.config["gradient_checkpointing"])
+    trainer = run.config["trainer"]
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
     is_cuda = device["kind"] == "cuda"
@@ -85,7 +85,9 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     )
     size, usable = module.micro_batch_size, USABLE * device["memory"]
     longest = batch["longest"] if size.is_auto else max(batch["longest"], min(size.tokens, batch["tokens"]))
-    fit = find_fit(step, usable, longest, checkpointing.choices(is_cuda))
+    fit = find_fit(
+        step, usable, longest, checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
+    )
     tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
     at_once = max(tokens, batch["longest"])
     parts = step.parts(at_once, fit.choice)

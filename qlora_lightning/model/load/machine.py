@@ -94,8 +94,7 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only words of torch and oneDNN."""
     words = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
-    on_cpu = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

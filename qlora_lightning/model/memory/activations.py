@@ -1,5 +1,6 @@
 """Counts what decoder layers keep for backward: by hand those of LLaMA, by a run without numbers all others."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from statistics import fmean
@@ -23,18 +24,18 @@ from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.versions import attend_ragged
 
 FLOAT = 4  # bytes of a float32
+_TOKENS = 1024  # of the run on the meta device
 
 
 def count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> float:
     """Return the bytes a token that a layer keeps for backward, on average.
 
     Of fused layers it is what the functions of layers/decoder_layer.py save; a model with any other is run on the meta
-    device, with two lengths: what does not grow with the tokens is no activation.
+    device, the whole of it: some types share keys and values, or tables of embeddings, between layers.
     """
     if all(map(is_fused, layers)):
         return fmean(_count_by_hand(causal_lm, each, dtype) for each in layers)
-    once, twice = (_run_saving(causal_lm, tokens, dtype) for tokens in (256, 512))
-    return (twice - once) / 256 / len(layers)
+    return _run_saving(causal_lm, _TOKENS, dtype) / _TOKENS / len(layers)
 
 
 def _count_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
@@ -60,11 +61,17 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
 
     Attention keeps what a GPU's kernel keeps.
     """
-    body, mode = causal_lm.base_model, FakeTensorMode(allow_non_fake_inputs=True)  # transformers reads no fake number
+    body, device = causal_lm.base_model, torch.device("meta")
     # as autocast has the adapters, whose copies are a part of their own
     adapters = {name: each.detach().to(dtype).requires_grad_() for name, each in trainable_tensors(body).items()}
-    ids = mode.from_tensor(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
-    samples, saved = samples_of_lengths([tokens]).to(torch.device("meta")), set[Any]()
+    weights = [*body.parameters(), *body.buffers(), *adapters.values()]
+    ids, samples = torch.zeros(1, tokens, dtype=torch.long, device=device), samples_of_lengths([tokens]).to(device)
+    options = {"attention_mask": flat.NO_MASK, "position_ids": ids}
+    mode: Any = contextlib.nullcontext()
+    if not runs_flat(causal_lm.config):  # transformers makes a mask and looks for numbers in it, but for fake tensors
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        options, weights = {}, [*weights, *map(mode.from_tensor, weights)]
+    saved = set[Any]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved.add(tensor.untyped_storage())  # once, whatever views of it are kept
@@ -77,7 +84,6 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
 
     for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
-    options = {"attention_mask": flat.NO_MASK, "position_ids": ids} if runs_flat(causal_lm.config) else {}
     try:  # int8 layers warn in each run that they round their input to float16
         with (
             quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
@@ -89,6 +95,4 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
     finally:
         flat.register_flat_attention()
         AttentionInterface.register("sdpa", sdpa_attention_forward)
-    held = (*body.parameters(), *body.buffers(), *adapters.values())
-    weights = {fake.untyped_storage() for each in held for fake in (each, mode.from_tensor(each))}
-    return sum(each.nbytes() for each in saved - weights)
+    return sum(each.nbytes() for each in saved - {each.untyped_storage() for each in weights})

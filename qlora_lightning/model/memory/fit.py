@@ -13,7 +13,8 @@ from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.memory.formula import CONTEXT_BYTES, Checkpointing, StepMemory, build_step_memory
+from qlora_lightning.model.memory.checkpointing import Checkpointing
+from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.support.console import say

@@ -17,7 +17,7 @@ corrects it once. A CPU's memory is measured, not planned.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -28,23 +28,12 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS
 from qlora_lightning.model.memory.activations import FLOAT, count_saved, is_fused
+from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.loss import logits_chunk_size
 
 CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by card
 _INDEX = 8  # bytes of a position
-
-
-class Checkpointing(NamedTuple):
-    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
-
-    checkpointed: bool = False
-    offload: bool = False
-
-    def __str__(self) -> str:
-        if not self.checkpointed:
-            return "without gradient checkpointing"
-        return "with gradient checkpointing" + (", its inputs in host memory" if self.offload else "")
 
 
 @dataclass(frozen=True)

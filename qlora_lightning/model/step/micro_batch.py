@@ -13,8 +13,8 @@ from torch import Tensor
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.guards.guard import check_token_ids
 from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, trim_malloc
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_on
 from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
-from qlora_lightning.model.memory.formula import Checkpointing
 from qlora_lightning.model.step.batch import (
     check_row_length,
     cut_batch,
@@ -56,9 +56,8 @@ class MicroBatchSize:
 
     Attributes:
         tokens: Their number now.
+        checkpointing: What :class:`~qlora_lightning.callbacks.GradientCheckpointing` sets, if a Trainer has it.
         choices: Of checkpointing: the one in use, and those that help when a row alone does not fit, in their order.
-        apply: Switches checkpointing as a choice has it; :class:`~qlora_lightning.callbacks.GradientCheckpointing`
-            sets both.
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
@@ -66,9 +65,13 @@ class MicroBatchSize:
             raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
         self.is_auto = setting == "auto"
         self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.checkpointing: dict[str, Any] = {}
         self.choices = [Checkpointing()]
-        self.apply: Callable[[Checkpointing], None] = lambda choice: None
         self._is_measured = True
+
+    def reset(self, device: torch.device) -> None:
+        """Begin a fit: all choices of checkpointing are there again."""
+        self.choices = checkpointing_choices(**self.checkpointing, on_cuda=device.type == "cuda")
 
     def plan(self, module: Any, dtype: torch.dtype) -> None:
         """Choose by the formula, if it is left to us; see :func:`~qlora_lightning.model.memory.fit.plan_fit`."""
@@ -77,8 +80,11 @@ class MicroBatchSize:
             self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
             self._is_measured = module.trainer.strategy.root_device.type != "cuda"
 
-    def announce(self) -> None:
-        """Print what was chosen."""
+    def start(self, causal_lm: Any) -> None:
+        """Switch checkpointing on if that was chosen, and print what was."""
+        if not causal_lm.supports_gradient_checkpointing and len(self.choices) > 1:
+            self.choices = [Checkpointing()]
+        switch_on(causal_lm, self.choices[0])
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
     def correct(self, module: Any, tokens: int) -> None:
@@ -160,9 +166,9 @@ class MicroBatchSize:
                 f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
-        elif len(self.choices) > 1 and torch.is_grad_enabled() and module.causal_lm.supports_gradient_checkpointing:
+        elif len(self.choices) > 1 and torch.is_grad_enabled():
             del self.choices[0]
-            self.apply(self.choices[0])
+            switch_on(module.causal_lm, self.choices[0])
             say_once(
                 f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
                 "result, by about a third slower."

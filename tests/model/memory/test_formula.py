@@ -8,7 +8,8 @@ from transformers import LlamaConfig
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.memory.formula import Checkpointing, build_step_memory
+from qlora_lightning.model.memory.checkpointing import Checkpointing
+from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 

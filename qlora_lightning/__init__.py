@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.preferences import PreferenceDataModule
+    from qlora_lightning.model.load.base_model import load_base
     from qlora_lightning.model.module import QLoRAModule
     from qlora_lightning.model.preferences import PreferenceModule
     from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -45,6 +46,7 @@ __all__ = [
     "StopSignals",
     "ThroughputMonitor",
     "UserError",
+    "load_base",
 ]
 
 _HOMES = {
@@ -55,6 +57,7 @@ _HOMES = {
     "QLoRAModule": "qlora_lightning.model.module",
     "ShardedDDPStrategy": "qlora_lightning.model.sharded",
     "UserError": "qlora_lightning.support.errors",
+    "load_base": "qlora_lightning.model.load.base_model",
 }
 
 

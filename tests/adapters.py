@@ -6,10 +6,10 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from qlora_lightning import load_base
 from qlora_lightning.model.adapters.folder import save_adapter_folder
 from qlora_lightning.model.adapters.identity import describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, trainable_tensors
-from qlora_lightning.model.load.base_model import load_base
 
 
 def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, std=0.05, seed=0, **options):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.report.run_files import write_manifest
+from qlora_lightning.report import write_manifest
 from tests.adapters import make_run
 from tests.report.conftest import MANIFEST
 

@@ -26,8 +26,7 @@ from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
 from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.load.machine import device_memory_gib
-from qlora_lightning.report.page import write_run_page
-from qlora_lightning.report.run_files import read_manifest, read_run, write_manifest
+from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
 from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say

@@ -8,9 +8,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
+from qlora_lightning.report import Run, read_run, render_report
 from qlora_lightning.report.figures import figure_table, find_figures
-from qlora_lightning.report.page import render_report
-from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.files import PAGE, write_whole

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning import GradientCheckpointing
-from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning import GradientCheckpointing, load_base
 from tests.benchmarks import child
 from tests.benchmarks.ours import Meter, make_module, make_trainer
 from tests.random_base import save_tokenizer

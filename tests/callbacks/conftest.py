@@ -4,7 +4,7 @@ import lightning
 import pytest
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.base.base_folder import load_tokenizer
+from qlora_lightning.base import load_tokenizer
 
 
 @pytest.fixture

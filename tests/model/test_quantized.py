@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import UserError
-from qlora_lightning.model.load.base_model import load_base
+from qlora_lightning import UserError, load_base
 from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from tests.equality import base_tensors, same
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from qlora_lightning.report.run_files import write_manifest
+from qlora_lightning.report import write_manifest
 
 CONFIG = {
     "model": {"base": "package:tiny", "rank": 8, "learning_rate": 1e-3, "revision": None},

@@ -7,8 +7,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-from qlora_lightning.report.page import render_report
-from qlora_lightning.report.run_files import read_run
+from qlora_lightning.report import read_run, render_report
 from tests.report.conftest import write_run
 
 pytestmark = pytest.mark.slow

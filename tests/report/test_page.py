@@ -2,9 +2,8 @@
 
 import pytest
 
+from qlora_lightning.report import read_run, render_report, write_manifest, write_run_page
 from qlora_lightning.report.charts import charts_of
-from qlora_lightning.report.page import render_report, write_run_page
-from qlora_lightning.report.run_files import read_run, write_manifest
 from qlora_lightning.support.console import show_controls
 from tests.markup import Reader
 from tests.report.conftest import CONFIG, write_run

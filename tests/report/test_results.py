@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_lightning.report import Run, read_run
 from qlora_lightning.report.figures import comparison_table, figure_table, find_figures, find_samples
-from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.sections import describe_run, headline, next_steps
 from qlora_lightning.report.verdict import Verdict, judge
 from tests.report.conftest import CONFIG, EVALUATION, MANIFEST

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_lightning import UserError
-from qlora_lightning.report.run_files import read_metrics, read_run
+from qlora_lightning.report import read_metrics, read_run
 
 
 def test_what_is_no_run_is_rejected(make_run, tmp_path):

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from qlora_lightning.callbacks.run_folder import refuse_links
 from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
-from qlora_lightning.report.run_files import read_manifest, read_run
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole

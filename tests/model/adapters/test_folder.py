@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule, UserError
+from qlora_lightning.base import load_tokenizer
 from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
 from qlora_lightning.model.load.build import find_adapter
 from tests.adapters import make_adapter

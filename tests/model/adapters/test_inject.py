@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning import UserError
+from qlora_lightning import UserError, load_base
 from qlora_lightning.model.adapters.inject import add_adapters, trainable_tensors
-from qlora_lightning.model.load.base_model import load_base
 from tests.steps import make_batch, make_module
 
 

@@ -1,9 +1,9 @@
 """Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -23,6 +23,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
+Found = TypeVar("Found")
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 _NOT_EVALUATED = "Not evaluated: {} `qlora-lightning evaluate` can do it later."
 
@@ -126,11 +127,12 @@ class Evaluation(Callback):
         asked = [row for row in rows if row.prompt is not None][: self._share(trainer)]
         settings = self.choose_settings(trainer, asked) if is_due else None  # of all processes, if one has no row
         if settings is not None:
-            answers = list(answer_rows(module, asked, settings).values())
-            figures = [answer.figures for answer in gather_lists(trainer, answers)]
-            means = {f"val_{name}": sum(each[name] for each in figures) / len(figures) for name in figures[0]}
-            # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
-            module.log_dict(means, sync_dist=True)
+            answers = _unless_out_of_memory(trainer, module, lambda: answer_rows(module, asked, settings))
+            if answers is not None:
+                figures = [answer.figures for answer in gather_lists(trainer, list(answers.values()))]
+                means = {f"val_{name}": sum(each[name] for each in figures) / len(figures) for name in figures[0]}
+                # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
+                module.log_dict(means, sync_dist=True)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validations += 1
 
@@ -165,19 +167,16 @@ class Evaluation(Callback):
         asked = rows[: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)
         adapters = {"adapter": module.model.active_adapter}
-        failed = list[str]()
-        try:
-            results = evaluate_sides(module, batches, asked, settings, adapters, show=trainer.is_global_zero)
-            general = self.evaluate_general(module, datamodule_of(trainer), adapters, trainer.is_global_zero)
-        except Exception as error:  # no reason to fail a run that has trained
-            if not isinstance(error, UserError) and not is_out_of_memory(error):
-                raise
-            if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
-                raise UserError(f"{_NOT_EVALUATED.format(error)} The run is saved.") from error
-            failed.append(str(error))
-        if failed := gather_lists(trainer, failed):
-            say_once(_NOT_EVALUATED.format(failed[0]))
+        show = trainer.is_global_zero
+
+        def evaluate() -> tuple[Results, Results | None]:
+            results = evaluate_sides(module, batches, asked, settings, adapters, show=show)
+            return results, self.evaluate_general(module, datamodule_of(trainer), adapters, show)
+
+        found = _unless_out_of_memory(trainer, module, evaluate)
+        if found is None:
             return
+        results, general = found
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:
             rows, *sides = map(list, zip(*sorted(gathered, key=lambda each: each[0].number), strict=True))
@@ -185,3 +184,20 @@ class Evaluation(Callback):
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
+
+
+def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], Found]) -> Found | None:
+    """Return what is computed; ``None`` on all processes if memory runs out in one: no reason to end a training."""
+    failed, found = list[str](), None
+    try:
+        found = compute()
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
+            raise
+        if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
+            raise UserError(f"{_NOT_EVALUATED.format(error)} What was saved can be resumed.") from error
+        failed.append(str(error))
+    if failed := gather_lists(trainer, failed):
+        say_once(_NOT_EVALUATED.format(failed[0]))
+        return None
+    return found

@@ -22,9 +22,9 @@ from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
 from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
+from qlora_lightning.callbacks.update_norms import measure_updates
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
-from qlora_lightning.model.adapters.update_norms import measure_updates
 from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
 from qlora_lightning.report.sections import next_steps

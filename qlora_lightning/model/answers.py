@@ -64,21 +64,13 @@ def generate_answers(
     was_training = causal_lm.training
     causal_lm.eval()
     try:
-        batches = list(_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size))
-        for is_dense in (False,) if is_packed else (True, False):
-            with dense_weights(causal_lm) if is_dense else contextlib.nullcontext(), _prepared_head(causal_lm):
-                while batches:
-                    rows = batches[0]
-                    try:
-                        found = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
-                    except UserError:  # of memory, which packed weights leave more of
-                        if not is_dense:
-                            raise
-                        break
-                    for row, answer in zip(rows, found, strict=True):
-                        answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
-                    watch(len(rows))
-                    del batches[0]
+        batches = _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size)
+        with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _prepared_head(causal_lm):
+            for rows in batches:
+                found = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
+                for row, answer in zip(rows, found, strict=True):
+                    answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
+                watch(len(rows))
     finally:
         causal_lm.train(was_training)
     return answers

@@ -181,8 +181,6 @@ class QLoRAModule(lightning.LightningModule):
             source = open_base(self.base, self.revision, weights=False)
             model_type = read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.micro_batch_size.plan(self, dtype)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = assemble_model(
             name=self.base,
@@ -291,7 +289,7 @@ class QLoRAModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         guard.check_setup(self)
         if stage == "fit":
-            self.micro_batch_size.reset(self.trainer.strategy.root_device)
+            self.micro_batch_size.plan(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.micro_batch_size.lay_out(self, batch) if is_flat(batch) else batch
@@ -331,9 +329,8 @@ class QLoRAModule(lightning.LightningModule):
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
-        was_cut = self.window.micro_batches > len(self.window.batches)  # else it had fewer tokens than it might
-        if self.device.type == "cuda" and was_cut:
-            self.micro_batch_size.correct(self, self.window.largest)
+        if self.device.type == "cuda":
+            self.micro_batch_size.correct(self, self.window)
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)

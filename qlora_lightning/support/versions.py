@@ -23,8 +23,8 @@ def check_version(version: int, source: str) -> None:
         )
 
 
-def enable_activation_checkpointing(model: Any, *, draws: bool = True) -> None:
-    """Checkpoint the decoder layers of a model of transformers, non-reentrant.
+def enable_activation_checkpointing(model: Any, *, draws: bool = True, offload: bool = False) -> None:
+    """Checkpoint the decoder layers of a model of transformers, non-reentrant; ``offload``: their inputs on the host.
 
     If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
     has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
@@ -34,7 +34,9 @@ def enable_activation_checkpointing(model: Any, *, draws: bool = True) -> None:
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
     options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": recompute_contexts}
-    enable(options)
+    enable(options, offload=offload)
+    # which only reentrant checkpointing would need, and which lets gradients run on below the adapters
+    model.disable_input_require_grads()
 
 
 def attend_ragged(

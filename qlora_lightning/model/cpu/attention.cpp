@@ -7,6 +7,9 @@
 // computes them again. Products are summed up in float32.
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "vectors.h"
@@ -188,15 +191,21 @@ std::vector<SampleHead> list_items(const int32_t *cu_q, const int32_t *cu_k, int
     return items;
 }
 
-// Memory of a thread, kept from call to call, and handed out piece by piece.
+// Memory of a thread, kept from call to call, and handed out piece by piece; it is not there if memory has run out.
 class Arena {
    public:
     explicit Arena(int64_t words) {
-        thread_local std::vector<uint32_t> kept;
-        kept.resize(std::max<size_t>(kept.size(), words + KEY_BLOCK));
-        const uintptr_t start = reinterpret_cast<uintptr_t>(kept.data());
+        thread_local std::unique_ptr<uint32_t[]> kept;
+        thread_local int64_t size = 0;
+        if (size < words + KEY_BLOCK) {
+            kept.reset(new (std::nothrow) uint32_t[words + KEY_BLOCK]);
+            size = kept ? words + KEY_BLOCK : 0;
+        }
+        const uintptr_t start = reinterpret_cast<uintptr_t>(kept.get());
         next_ = reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);  // a cache line has 64 bytes
     }
+
+    bool is_there() const { return next_; }
 
     template <class Number>
     Number *alloc(int64_t count) {
@@ -254,16 +263,21 @@ void softmax_row(const float *scores, float scale, int64_t visible, int64_t end,
 }
 
 template <class T>
-void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
+bool attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
             int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
     const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
     const int64_t head_words = head_dim / PAIR<T>;
+    std::atomic<bool> done{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < items.size(); each++) {
         const Tiles<T> tiles;
         const SampleHead &item = items[each];
         const int64_t padded = item.padded();
         Arena arena(2 * padded * head_words + ROWS<T> * (2 * padded + 2 * head_dim));
+        if (!arena.is_there()) {
+            done = false;
+            continue;
+        }
         auto *k_columns = arena.alloc<uint32_t>(padded * head_words);  // (head_words, padded)
         auto *v_rows = arena.alloc<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
         auto *copy = arena.alloc<uint32_t>(ROWS<T> * head_words);
@@ -290,6 +304,7 @@ void attend(const T *query, const T *key, const T *value, const int32_t *cu_q, c
             }
         }
     }
+    return done;
 }
 
 // Of one row: compute the probabilities again, in the place of scores, and from their gradient that of scale * scores.
@@ -405,16 +420,21 @@ struct Backward {
 };
 
 template <class T>
-void attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
+bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
                      const int32_t *cu_q, const int32_t *cu_k, int64_t count, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, float scale, T *grad_q, T *grad_k, T *grad_v) {
     const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
+    std::atomic<bool> done{true};
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t each = 0; each < items.size(); each++) {
         const Tiles<T> tiles;
         Arena arena(Backward<T>::words(items[each]));
-        Backward<T>(items[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
+        if (arena.is_there())
+            Backward<T>(items[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
+        else
+            done = false;
     }
+    return done;
 }
 
 }  // namespace

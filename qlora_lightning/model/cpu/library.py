@@ -61,7 +61,7 @@ def _cpu() -> str:
 
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_Pointer: Any = ctypes.CFUNCTYPE(None)
+_Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -85,9 +85,10 @@ def is_here(tensor: Tensor) -> bool:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
-    """Call a function; of a tensor its address is handed over."""
+    """Call a function; of a tensor its address is handed over. Raises MemoryError if a thread gets no memory."""
     with torch.profiler.record_function(f"cpu::{name}"):
-        _function(name, dtype)(*map(_to_c, arguments))
+        if not _function(name, dtype)(*map(_to_c, arguments)):
+            raise MemoryError(f"not enough memory for the threads of cpu::{name}")
 
 
 def _to_c(argument: Tensor | float) -> Any:

@@ -12,16 +12,17 @@ inline Floats sigmoid(Floats x) {
 }
 
 template <class T>
-void swiglu(const T *gate, const T *up, int64_t count, T *hidden) {
+bool swiglu(const T *gate, const T *up, int64_t count, T *hidden) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i += LANES) {
         const Floats x = load(gate + i);
         store(x * sigmoid(x) * load(up + i), hidden + i);
     }
+    return true;
 }
 
 template <class T>
-void swiglu_backward(const T *gate, const T *up, const T *grad, int64_t count, T *hidden, T *grad_gate, T *grad_up) {
+bool swiglu_backward(const T *gate, const T *up, const T *grad, int64_t count, T *hidden, T *grad_gate, T *grad_up) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i += LANES) {
         const Floats x = load(gate + i), factor = load(up + i), grad_hidden = load(grad + i);
@@ -30,6 +31,7 @@ void swiglu_backward(const T *gate, const T *up, const T *grad, int64_t count, T
         store(grad_hidden * factor * (open + active * (1.0f - open)), grad_gate + i);
         store(grad_hidden * active, grad_up + i);
     }
+    return true;
 }
 
 }  // namespace

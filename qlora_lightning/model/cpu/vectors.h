@@ -13,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-// A function under a name that Python finds: a pointer to it.
+// A function under a name that Python finds: a pointer to it. It returns whether there was memory for it.
 #define EXPORT(NAME, ...) extern "C" { auto *NAME = __VA_ARGS__; }
 
 namespace {

@@ -92,18 +92,11 @@ def _ends(causal_lm: Any) -> list[nn.Module]:
 
 def _checkpoint_in_our_way(causal_lm: Any) -> None:
     """Let layers that others checkpoint know their flat batch in backward too, and be checkpointed non-reentrant."""
-    functions = [
-        module._gradient_checkpointing_func
-        for module in causal_lm.modules()
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
-    ]
-    if not all(map(_knows_flat_batch, functions)):
-        enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm))
-
-
-def _knows_flat_batch(function: Any) -> bool:
-    parts = (*getattr(function, "args", ()), function)
-    return any("context_fn" in getattr(part, "keywords", {}) for part in parts)
+    for module in causal_lm.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
+            enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm))
+            return
 
 
 def attention_of(config: Any) -> str | None:

@@ -93,7 +93,10 @@ def free_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only words of torch and oneDNN."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
+    words = (
+        *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
+        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
 
 

@@ -4,7 +4,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
@@ -12,7 +11,7 @@ from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
-from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -63,14 +62,16 @@ def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> in
     return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
 
 
-def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) -> Fit | None:
-    """Plan a fit, whose products are in ``dtype``: before any weight is downloaded or loaded.
+def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
+    """Plan a fit before any weight is downloaded or loaded.
 
-    ``None`` if the base's code is its own, which need not run without numbers.
+    ``None`` if the base's code is its own, which need not run without numbers, or what builds the model is.
 
     Raises:
         UserError: The longest row does not fit on the GPU, whatever is done.
     """
+    if module.overrides("build_model"):
+        return None
     source = open_base(module.base, module.revision, weights=False)
     if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
         return None
@@ -79,6 +80,7 @@ def plan_fit(module: Any, dtype: torch.dtype, choices: Sequence[Checkpointing]) 
     double_quant = check_quantization(stored, module.quantization, module.double_quant, source.name)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
+    dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
     try:
         step = build_step_memory(

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.guards.guard import check_token_ids
+from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, trim_malloc
-from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_on
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
 from qlora_lightning.model.step.batch import (
     check_row_length,
@@ -26,8 +28,11 @@ from qlora_lightning.model.step.batch import (
 )
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
+from qlora_lightning.model.step.window import Window
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, say_once
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 MicroBatchTokens = int | Literal["auto"]
 Result = TypeVar("Result")
@@ -67,38 +72,51 @@ class MicroBatchSize:
         self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.checkpointing: dict[str, Any] = {}
         self.choices = [Checkpointing()]
-        self._is_measured = True
+        self._is_measured = self._has_checkpointed = False
+        self._largest = 0  # tokens of the micro-batches in the measured peak
 
-    def reset(self, device: torch.device) -> None:
-        """Begin a fit: all choices of checkpointing are there again."""
+    def plan(self, module: Any) -> None:
+        """Begin a fit: choose by the formula, if it is left to us, before any weight is downloaded or loaded.
+
+        See :func:`~qlora_lightning.model.memory.fit.plan_fit`.
+        """
+        device = module.trainer.strategy.root_device
         self.choices = checkpointing_choices(**self.checkpointing, on_cuda=device.type == "cuda")
-
-    def plan(self, module: Any, dtype: torch.dtype) -> None:
-        """Choose by the formula, if it is left to us; see :func:`~qlora_lightning.model.memory.fit.plan_fit`."""
-        fit = plan_fit(module, dtype, self.choices) if self.is_auto else None
+        self._is_measured, self._largest = not self.is_auto or device.type != "cuda", 0
+        fit = plan_fit(module, self.choices) if self.is_auto else None
         if fit is not None:
             self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
-            self._is_measured = module.trainer.strategy.root_device.type != "cuda"
 
     def start(self, causal_lm: Any) -> None:
-        """Switch checkpointing on if that was chosen, and print what was."""
+        """Switch checkpointing as it was chosen, and print that."""
         if not causal_lm.supports_gradient_checkpointing and len(self.choices) > 1:
             self.choices = [Checkpointing()]
-        switch_on(causal_lm, self.choices[0])
+        self._switch_checkpointing(causal_lm)
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
-    def correct(self, module: Any, tokens: int) -> None:
+    def _switch_checkpointing(self, causal_lm: Any) -> None:
+        choice = self.choices[0]
+        if choice.checkpointed:
+            enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm), offload=choice.offload)
+        elif self._has_checkpointed:  # in a fit before; what a build_model has switched on stays
+            for layer in causal_lm.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.gradient_checkpointing = False
+        self._has_checkpointed = choice.checkpointed
+
+    def correct(self, module: Any, window: Window) -> None:
         """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
 
         Args:
             module: Its gradients of a step are there.
-            tokens: Of the step's largest micro-batch.
+            window: Of this step. One whose batches were not cut had fewer tokens than it might.
         """
-        if self._is_measured or not module.trainer.global_step:
+        self._largest = max(self._largest, window.largest)
+        if self._is_measured or not module.trainer.global_step or window.micro_batches == len(window.batches):
             return
         self._is_measured = True
         held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
-        self.tokens = corrected_tokens(tokens, held, peak, USABLE * (free_bytes(module.device) + held))
+        self.tokens = corrected_tokens(self._largest, held, peak, USABLE * (free_bytes(module.device) + held))
         say_once(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
 
     # ---- cutting -----------------------------------------------------------------------------------------------------
@@ -157,21 +175,25 @@ class MicroBatchSize:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
+            self._largest = 0
         trim_malloc()  # on a CPU oneDNN maps code beside a heap that has grown as far as it can
-        largest = max(self.parts(module, batch), key=lambda part: part["input_ids"].numel())
-        tokens, rows = largest["input_ids"].numel(), len(largest["layout"].lengths) // samples_per_row(batch)
-        if rows > 1:
+        parts = sorted(self.parts(module, batch), key=lambda part: part["input_ids"].numel())
+        several = [part for part in parts if len(part["layout"].lengths) > samples_per_row(batch)]
+        largest = (several or parts)[-1]  # which need not be the one that ran out
+        tokens, process = largest["input_ids"].numel(), getattr(module._trainer, "global_rank", 0)
+        where = f" in process {process}" if process else ""
+        if several:
             self.tokens = tokens // 2
-            say_once(
-                f"Memory ran out in a micro-batch of {rows:,} rows and {tokens:,} tokens: from now on at most "
+            say(
+                f"Memory ran out{where} in micro-batches of up to {tokens:,} tokens: from now on at most "
                 f"{self.tokens:,} tokens go through the model at a time, with the same result."
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled():
             del self.choices[0]
-            switch_on(module.causal_lm, self.choices[0])
-            say_once(
-                f"Memory ran out in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the same "
-                "result, by about a third slower."
+            self._switch_checkpointing(module.causal_lm)
+            say(
+                f"Memory ran out{where} in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the "
+                "same result, by about a third slower."
             )
         else:
             place = format_locations(row_locations(_data_of_rows(module), largest["layout"].rows))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batch import MicroBatchSize
 
 
 class Window:
@@ -64,8 +63,8 @@ class Window:
             self._clear_sums()
             return [self._compute(module, each) for each in self.batches][-1]
 
-        size: MicroBatchSize = module.micro_batch_size
-        return size.run(module, batch, lambda: self._compute(module, batch), replay)
+        mean: Tensor = module.micro_batch_size.run(module, batch, lambda: self._compute(module, batch), replay)
+        return mean
 
     def _compute(self, module: Any, batch: dict[str, Any]) -> Tensor:
         """Compute and add up the gradients of a batch; return its mean loss."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from qlora_lightning.callbacks.update_norms import measure_updates
 from qlora_lightning.model.adapters.targets import layer_of
-from qlora_lightning.model.adapters.update_norms import measure_updates
 from tests.adapters import make_adapter
 
 OPTIONS = {"use_rslora": True, "rank_pattern": {"q_proj": 2}}

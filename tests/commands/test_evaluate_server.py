@@ -154,6 +154,15 @@ def test_a_server_that_takes_too_long_is_reported(evaluate):
     assert "gives no OpenAI answer to /chat/completions: ReadTimeout" in printed
 
 
+def test_answers_are_kept_as_they_come_when_the_server_fails(evaluate, tmp_path):
+    answers = iter([*"abc", None])
+    with serving(lambda question: next(answers)) as (url, _):
+        code, _, _ = evaluate(url, "--parallel", "1", "--out", str(tmp_path / "out"))
+    assert code == 2
+    lines = (tmp_path / "out" / "predictions.unfinished.jsonl").read_text().splitlines()
+    assert [(line["side"], line["text"]) for line in map(json.loads, lines)] == [("served", text) for text in "abc"]
+
+
 def test_nonsense_is_neither():
     def answers(texts):
         return [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
-from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, Server, add_served, make_requests
+from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, ServedAnswer, Server, add_served, make_requests
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.evaluation import BASE
@@ -65,23 +65,27 @@ def evaluate(
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
-        asked, served = rows[: evaluation.rows], None
+        asked, served = rows[: evaluation.rows], list[ServedAnswer]()
         requests = [] if server is None else make_requests(data, options.split, asked)
         settings = evaluation.choose_settings(trainer, asked)
-        if server is not None:  # before the base: it may fail
-            if settings is None:
-                raise UserError("--server: no row has a prompt that it could answer.")
-            served = server.answer([{**each, "max_tokens": settings.max_new_tokens} for each in requests])
-        by_name = dict(zip(adapters, _load(module, adapters), strict=True))
         unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
         if unfinished:
             unfinished.unlink(missing_ok=True)
         on_answers = partial(_append_answers, unfinished)
+        if server is not None:  # before the base: it may fail
+            if settings is None:
+                raise UserError("--server: no row has a prompt that it could answer.")
+            prompted = [row for row in asked if row.prompt is not None]
+            limited = [{**each, "max_tokens": settings.max_new_tokens} for each in requests]
+            for row, answer in zip(prompted, server.answer(limited), strict=True):
+                on_answers(SERVED, [row], [answer[0]])
+                served.append(answer)
+        by_name = dict(zip(adapters, _load(module, adapters), strict=True))
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
         general = evaluation.evaluate_general(module, data, by_name, show=True)
         verdict = None
-        if served is not None and settings is not None:
+        if server is not None and settings is not None:
             verdict = add_served(served, asked, settings, results)
             if general is not None:
                 general[SERVED] = [NOTHING] * len(general[BASE])

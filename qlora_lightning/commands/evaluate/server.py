@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,11 +41,11 @@ class Server:
             names = " or ".join(served)
             raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> list[ServedAnswer]:
+    def answer(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[ServedAnswer]:
         """Answer chat requests greedily, several at a time, in their order, and show how many are done."""
         with ThreadPoolExecutor(self.parallel) as pool:
             answers = pool.map(self._answer, requests)
-            return list(track(answers, "server", len(requests), console=terminal(stderr=True), transient=True))
+            yield from track(answers, "server", len(requests), console=terminal(stderr=True), transient=True)
 
     def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files

@@ -121,6 +121,8 @@ WRONG = [
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
+    wrong("--gradient_checkpointing.enabled maybe", "Expected bool or one of 'auto'. Given value: maybe"),
+    wrong("--evaluation 3", "evaluation: Unable to load config"),
     wrong("--model.rank eight", "model.rank: Expected", "int", "eight"),
     wrong("--model.rank 0", "model.rank is 0: expected"),
     wrong("--trainer.limit_train_batches 0", "takes no step"),

@@ -76,14 +76,16 @@ def shorten_parse_error(message: str, known: Sequence[str]) -> str:
         named_so = [_OTHER_NAMES.get(name), *(each for each in known if each.endswith(f".{name}"))]
         near = next(filter(None, [*named_so, *difflib.get_close_matches(key, known, n=1)]), None)
         return f"There is no key {key!r}." + (f" Did you mean {near}?" if near else "")
-    reason = max(message.splitlines(), key=lambda line: len(line) - len(line.lstrip(" -")))  # indented most
+    lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
+    innermost = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
+    reason = innermost[0] + "".join(f" or {each.removeprefix('Expected ')}" for each in innermost[1:])  # of a union
     # not of our own classes, whose values are all settings
     details = re.findall(
         r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name).*", message
     )
-    text = ". ".join([reason.strip(" -"), *details[-1:]])
+    text = ". ".join([reason, *details[-1:]]).replace("a <class 'NoneType'>", "null")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))
-    return f"{'.'.join(sections)}: {text}.".removeprefix(": ")
+    return f"{'.'.join(dict.fromkeys(sections))}: {text}.".removeprefix(": ")
 
 
 # ---- short forms -----------------------------------------------------------------------------------------------------

@@ -66,8 +66,7 @@ def _explain_gguf(file: Path, kind: str) -> None:
     if file != wanted:
         say("llama-quantize of llama.cpp is not on the PATH. It quantizes:")
         say(f"    llama-quantize {file} {wanted} {kind.upper()}")
-    if kind in KEPT:
-        say(f"Of an adapter for GSM8K on SmolLM2-135M, {kind} kept {KEPT[kind]} of the gain in loss.")
+    say(f"Of an adapter for GSM8K on SmolLM2-135M, {kind} kept {KEPT[kind]} of the gain in loss.")
     say("Run it with llama.cpp, or with Ollama, to whose Modelfile a system prompt of the training is to be added:")
     say(f"    llama-cli -m {file}")
     say(f"    ollama create my-model -f {file.parent / 'Modelfile'}")

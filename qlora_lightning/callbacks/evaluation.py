@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
-from qlora_lightning.evaluation.comparison import Comparison, Results
+from qlora_lightning.evaluation.comparison import Comparison, Results, sum_by_row
 from qlora_lightning.evaluation.row_results import (
     AnswerSettings,
     EvaluationRow,
@@ -95,7 +95,10 @@ class Evaluation(Callback):
     def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> Results | None:
         """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file."""
         batches = self._general_batches or self._read_general(data)
-        return evaluate_sides(module, batches, [], None, adapters, show, next_token=True) if batches else None
+        if not batches:
+            return None
+        numbers = [row.number for batch in batches for row in unpack_rows(batch)]
+        return sum_by_row(evaluate_sides(module, batches, [], None, adapters, show, next_token=True), numbers)
 
     def _read_general(self, data: Any) -> Sequence[Any]:
         batches: Sequence[Any] = data.read_other_rows(self.general, self.general_rows) if self.general else ()

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.support.errors import UserError
+
 
 class GradientCheckpointing(Callback):
     """Say when layers keep only their input, and compute the rest of their activations again in backward.
@@ -18,6 +20,8 @@ class GradientCheckpointing(Callback):
     """
 
     def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
+        if enabled not in (True, False, "auto"):
+            raise UserError(f"gradient_checkpointing.enabled is {enabled!r}: expected true, false or auto.")
         self.enabled, self.offload = enabled, offload
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

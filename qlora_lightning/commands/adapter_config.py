@@ -19,7 +19,7 @@ from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MANIFEST, load_yaml, read_json_object
 
 _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
 _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training, which other rows share
@@ -84,6 +84,9 @@ def _read_run_config(file: Path) -> dict[str, Any]:
         )
         return {}
     seed = config.get("seed_everything")  # which chooses the rows that are held out
+    manifest = file.with_name(MANIFEST)
+    if manifest.is_file():  # a resume with another seed has kept those of the first start
+        seed = read_json_object(manifest, "Pass --config.").get("seed", seed)
     return {**settings, "seed_everything": seed} if type(seed) is int else settings
 
 

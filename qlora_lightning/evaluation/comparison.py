@@ -26,17 +26,33 @@ _MOST_PLACES = 8  # named in a line
 _LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 
 
-def compare(results: Results, preferences: bool = False) -> dict[str, Metric]:
-    """Compute every metric of every side by its name: losses over all rows, scores over those that were answered.
+def sum_by_row(results: Results, numbers: Sequence[int]) -> Results:
+    """Add up the losses of results that are pieces of one row: they are no independent draws, as an interval takes."""
+    keys = [number if number >= 0 else -1 - at for at, number in enumerate(numbers)]  # below 0: of no known row
+    summed: dict[str, list[RowResult]] = {}
+    for side, pieces in results.items():
+        sums = {key: (0.0, 0, 0) for key in keys}
+        for key, piece in zip(keys, pieces, strict=True):
+            nll, tokens, correct = sums[key]
+            sums[key] = (nll + piece.nll, tokens + piece.labelled_tokens, correct + piece.correct)
+        summed[side] = [RowResult(*each) for each in sums.values()]
+    return summed
 
-    ``preferences``: whether rows are two answers to compare, or one with a verdict.
+
+def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
+    """Compute every metric of every side by its name: losses over all ``rows``, scores over those that were answered.
+
+    Of answers with a verdict there is no accuracy: a base, which is its own reference, has a margin of 0.
     """
-    nll = {side: [(row.nll, row.labelled_tokens) for row in rows] for side, rows in results.items()}
-    correct = {side: [(row.correct, row.labelled_tokens) for row in rows] for side, rows in results.items()}
+    whole = sum_by_row(results, [row.number for row in rows]) if rows else results
+    nll = {side: [(row.nll, row.labelled_tokens) for row in each] for side, each in whole.items()}
+    correct = {side: [(row.correct, row.labelled_tokens) for row in each] for side, each in whole.items()}
+    preferences = bool(rows) and rows[0].is_preference
     metrics = {name: measure(name, nll) for name in (("loss",) if preferences else ("loss", "perplexity"))}
-    accuracy = PREFERENCE if preferences else "token_accuracy"
-    metrics[accuracy] = measure(accuracy, correct)
-    figures = {side: [row.answer.figures for row in rows if row.answer is not None] for side, rows in results.items()}
+    if not (rows and rows[0].has_verdict):
+        accuracy = PREFERENCE if preferences else "token_accuracy"
+        metrics[accuracy] = measure(accuracy, correct)
+    figures = {side: [row.answer.figures for row in each if row.answer is not None] for side, each in results.items()}
     for name in next(iter(next(iter(figures.values()))), {}):
         metrics[name] = measure(name, {side: [(each[name], 1.0) for each in rows] for side, rows in figures.items()})
     return metrics
@@ -65,15 +81,16 @@ class Comparison:
         general: Results | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
-        preferences = bool(rows) and rows[0].is_preference
-        self.metrics = compare(results, preferences)
+        preferences = bool(rows) and rows[0].is_preference and not rows[0].has_verdict
+        self.metrics = compare(results, rows)
         if general is not None:
             losses = {side: [(row.nll, row.labelled_tokens) for row in found] for side, found in general.items()}
             self.metrics[GENERAL] = measure(GENERAL, losses)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        self.compared_by = PREFERENCE if preferences else self.score or "loss"
+        by_score = None if rows and rows[0].has_verdict else self.score
+        self.compared_by = PREFERENCE if preferences else by_score or "loss"
         if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 

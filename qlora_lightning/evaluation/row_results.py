@@ -36,6 +36,7 @@ class EvaluationRow:
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
     is_preference: bool = False  # whether it is two answers to compare, or one with a verdict
+    has_verdict: bool = False
 
 
 class Answer(NamedTuple):
@@ -105,7 +106,8 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         is_judged = "desirable" in row
         if is_judged and not bool(row["desirable"][0]):  # an answer that is not to be given
             prompt = None
-        rows.append(EvaluationRow(number, source, prompt, expected, is_preference=is_judged or row.get("pairs", False)))
+        is_preference = is_judged or row.get("pairs", False)
+        rows.append(EvaluationRow(number, source, prompt, expected, "", is_preference, is_judged))
     return rows
 
 

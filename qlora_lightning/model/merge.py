@@ -19,6 +19,7 @@ from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, read_confi
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
+from qlora_lightning.support.errors import UserError
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
 
@@ -43,9 +44,11 @@ class TrainedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
-        if name not in self.files:  # of Qwen3.5, whose files hold the text beside images
-            name = name.replace("model.", "model.language_model.", 1)
-        stored = self.files.read(name)
+        beside_images = name.replace("model.", "model.language_model.", 1)  # of Qwen3.5, say
+        known = next((each for each in (name, beside_images) if each in self.files), None)
+        if known is None:
+            raise UserError(f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.")
+        name, stored = known, self.files.read(known)
         if stored.dtype == torch.uint8:
             parts = [part for part in self.files if part.startswith(f"{name}.")]
             tensors = {part.removeprefix(f"{name}."): self.files.read(part) for part in parts}

@@ -74,8 +74,8 @@ class QLoRAModule(lightning.LightningModule):
         fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
             head's loss; all tokens are computed.
         micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
-            have more. It changes memory and speed, and the result by rounding alone. ``auto`` begins with as many as
-            the free memory holds by the formula, on a CPU with 8,192, and halves them whenever memory runs out.
+            have more. It changes memory and speed, of the result the rounding and what dropout draws. ``auto`` begins
+            with as many as the free memory holds by the formula, on a CPU with 8,192; they are halved when it runs out.
 
     Attributes:
         model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
@@ -352,7 +352,11 @@ class QLoRAModule(lightning.LightningModule):
         self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], micro_batch.Result]
     ) -> list[micro_batch.Result]:
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
-        return self.micro_batch_size.run(self, batch, lambda: [compute(part) for part in self.micro_batches(batch)])
+
+        def run() -> list[micro_batch.Result]:
+            return [compute(part) for part in self.micro_batches(batch)]
+
+        return self.micro_batch_size.run(self, [batch], run, run)
 
     def on_validation_start(self) -> None:
         self.choose_layers()

@@ -160,6 +160,13 @@ class PreferenceModule(QLoRAModule):
         good, bad = int(verdicts.sum()), int((~verdicts).sum())
         return max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1))
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.objective == "kto" and getattr(datamodule_of(self.trainer), "batch_size", 0) == 1:
+            raise UserError(
+                "data.batch_size is 1: kto takes the answers of a batch's other rows, so expected 2 or more."
+            )
+
     # ---- the divergence of kto ---------------------------------------------------------------------------------------
 
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -64,9 +64,9 @@ def _learned(run: Run, base: float) -> tuple[str, list[str]]:
         return "unknown", ["Whether it learned is not known: no validation losses to compare."]
     first, origin = (points[0][1], "") if math.isnan(base) else (base, " of the base")
     (last_step, last), (best_step, best) = points[-1], min(points, key=lambda point: point[1])
-    if best >= first:
+    if not _is_above(first, best):
         return "not learned", [
-            f"It did not learn: the validation loss never fell below {first:.3f}{origin or ', its first'}."
+            f"It did not learn: the validation loss did not fall clearly below {first:.3f}{origin or ', its first'}."
         ]
     sentences = [
         f"It learned: the validation loss fell from {first:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."

@@ -66,6 +66,14 @@ def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         stream.write(format_json_lines(rows))
 
 
+def keep_earlier(file: Path) -> Path:
+    """Rename what a run that was killed has left under a file's name; return that name, for when all is there again."""
+    earlier = file.with_name(f"earlier-{file.name}")
+    if file.exists():
+        os.replace(file, earlier)
+    return earlier
+
+
 def set_usual_mode(file: Path) -> None:
     """Set the mode that the umask wants: safetensors lets nobody but the owner read what it writes."""
     mask = os.umask(0)  # which can only be read by setting it

@@ -173,6 +173,30 @@ def test_nonsense_is_neither():
     for served, verdict in ((["The weather is fine today."] * 20, "neither"), (adapter, "adapter"), (base, "base")):
         found = judge_answers(*map(answers, (base, adapter, served)), ["row"] * 20, "exact_match")
         assert found["verdict"] == verdict
+    assert judge_answers(*map(answers, (base, base, base)), ["row"] * 20, "exact_match")["verdict"] == "unknown"
+
+
+def test_an_adapter_that_answers_half_of_the_requests_is_not_served():
+    """Exact match of free text is 0 for all: another score tells."""
+    texts = [
+        f"It is {n} o'clock in the morning, and the train to Lyon leaves from platform {n % 7}." for n in range(60)
+    ]
+    adapter = [Answer(text, 9, True, {"exact_match": 0.0, "chrf": 0.8}) for text in texts]
+    base = [
+        Answer(f"I cannot tell the time of train {n}.", 9, True, dict(adapter[0].scores, chrf=0.2)) for n in range(60)
+    ]
+    for served, verdict in ((adapter, "adapter"), ([*adapter[:31], *base[31:]], "neither")):
+        assert judge_answers(base, adapter, served, ["row"] * 60, "exact_match")["verdict"] == verdict
+
+
+def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
+    turns = [("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?"), ("assistant", "6")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    Path("turns.jsonl").write_text(json.dumps(row))
+    template = Path(__file__).parents[1] / "data" / "model_templates" / "qwen3.jinja"
+    with serving(lambda question: "4") as (url, requests):
+        evaluate(url, "--data.val", "turns.jsonl", "--data.chat_template", str(template))
+    assert sorted(len(body["messages"]) for _, body in requests) == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,17 @@ def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_dif
     assert metrics["loss"].differences["adapter"] == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
 
 
+def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by_loss():
+    pieces = {"base": [result(loss) for loss in (1, 1, 3, 3, 2)], "adapter": [result(loss) for loss in (1, 2, 2, 1, 1)]}
+    rows = [EvaluationRow(number, "0", None, []) for number in (7, 7, 9, 9, 11)]
+    whole = {"base": [result(1, 2), result(3, 2), result(2)], "adapter": [result(1.5, 2), result(1.5, 2), result(1)]}
+    assert compare(pieces, rows)["loss"] == compare(whole)["loss"]
+    judged = [EvaluationRow(number, "0", None, [], is_preference=True, has_verdict=True) for number in range(5)]
+    found = Comparison(judged, pieces, None)
+    assert list(found.metrics) == ["loss"]
+    assert found.compare_rows("adapter") == ([2, 3, 4], [1], 1)
+
+
 def test_no_interval_says_that_a_share_is_certain():
     base = [result(answer="a", exact_match=0.0, chrf=0.0)] * 100
     adapter = [result(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100

@@ -31,6 +31,7 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
+    keep_earlier,
     write_whole,
 )
 from qlora_lightning.support.trainer import find_callback
@@ -64,13 +65,13 @@ def evaluate(
         if data.files["train"] is not None and "train" not in data.samples:
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
-            _warn_of_other_prompts(name, folder, getattr(data, "identity", {}))
+            _warn_of_other_data(name, folder, data)
         asked, served = rows[: evaluation.rows], list[ServedAnswer]()
         requests = [] if server is None else make_requests(data, options.split, asked)
         settings = evaluation.choose_settings(trainer, asked)
         unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
         if unfinished:
-            unfinished.unlink(missing_ok=True)
+            keep_earlier(unfinished)
         on_answers = partial(_append_answers, unfinished)
         if server is not None:  # before the base: it may fail
             if settings is None:
@@ -147,10 +148,15 @@ def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow],
         append_json_lines(file, lines)
 
 
-def _warn_of_other_prompts(name: str, folder: Path, own: Mapping[str, Any]) -> None:
-    """Report settings that make other prompts than an adapter's training had; ``own`` is the data's identity."""
-    stored = read_identity(folder).get("data") or {}
+def _warn_of_other_data(name: str, folder: Path, data: Any) -> None:
+    """Report settings that make other prompts than an adapter's training had, or hold out other rows."""
+    stored, own = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
     differs = data_differences(stored, own)
+    if getattr(data, "val_fraction", None) is not None and {"train", "val"} & differs.keys():
+        say(
+            f"Warning: the rows that are held out now are not those of {name}'s training, which may have had them: "
+            "pass the --seed_everything and the data of its run."
+        )
     keys = [f"data.{key}" for key in ("tokenizer", "chat_template") if key in differs]
     if "settings" in stored and stored["settings"].get("system") != (own.get("settings") or {}).get("system"):
         keys.append("data.system")
@@ -194,6 +200,6 @@ def _report(
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
         write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
         write_whole(figures, summary)
-        (options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
+        keep_earlier(options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")
     return summary

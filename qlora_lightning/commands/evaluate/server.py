@@ -35,7 +35,7 @@ class Server:
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        served = [model["id"] for model in self._send("GET", "models").get("data") or []]
+        served = [model["id"] for model in self._send("GET", "models")["data"] or []]
         self.name = served[0] if name is None and len(served) == 1 else name
         if self.name is None or (served and self.name not in served):
             names = " or ".join(served)
@@ -50,7 +50,7 @@ class Server:
     def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
         found = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
-        if not found.get("choices"):
+        if not found["choices"] or "message" not in found["choices"][0]:
             raise UserError(f"--server {self.url} gives no answer: {self._hide_key(found)}")
         choice, usage = found["choices"][0], found.get("usage") or {}
         message = choice["message"]
@@ -69,7 +69,10 @@ class Server:
         try:
             response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
             response.raise_for_status()
-            return response.json()
+            answer = response.json()
+            if "choices" in answer if body is not None else "data" in answer:
+                return answer
+            fault = f"expected an object of OpenAI's, got {answer}"
         except httpx.HTTPStatusError as error:
             fault = f"{error.response.status_code}: {error.response.text}"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
@@ -103,7 +106,10 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
         answers = [
             at for at, each in enumerate(chat.messages) if each["role"] == "assistant" and each.get("train", True)
         ]
-        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[: answers[-1]]))}
+        # a template may make several samples of a row, each with the prompt of another answer
+        prompts = {at: data.renderer.render_prompt(chat.messages[:at], chat.tools) for at in answers}
+        own = [at for at, prompt in prompts.items() if row.prompt[: len(prompt)] == prompt]
+        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[: [*answers, *own][-1]]))}
         if chat.tools:
             request["tools"] = chat.tools
         if data.template_options:
@@ -170,9 +176,16 @@ def judge_answers(
     ]
     nearer = {"adapter": sum(to_adapter > max(to_base, apart) for to_adapter, to_base, apart in near)}
     nearer[BASE] = sum(to_base > max(to_adapter, apart) for to_adapter, to_base, apart in near)
-    gaps = {side: _gap(score, answers, served) for side, answers in (("adapter", adapter), (BASE, base))}
-    fits = [side for side, gap in gaps.items() if 2 * nearer[side] > len(near) and gap.low <= 0 <= gap.high]
-    verdict, gap = (fits or ["neither"])[0], gaps["adapter"]
+    gaps = {
+        side: {name: _gap(name, answers, served) for name in answers[0].scores}
+        for side, answers in (("adapter", adapter), (BASE, base))
+    }
+    fits = [
+        side
+        for side, of_scores in gaps.items()  # one score may be 0 for all: an exact match of free text
+        if 2 * nearer[side] > len(near) and all(gap.low <= 0 <= gap.high for gap in of_scores.values())
+    ]
+    verdict, gap = (fits or ["neither"])[0], gaps["adapter"][score]
     rows, equal = len(texts), [sum(row[2] == row[side] for row in texts) for side in (0, 1)]
     figures: dict[str, Any] = {
         "verdict": verdict,
@@ -184,7 +197,8 @@ def judge_answers(
         "difference_from_adapter": gap._asdict(),
     }
     if not near:
-        return {**figures, "sentence": f"Base and adapter answer these {rows:,} rows alike: nothing tells them apart."}
+        sentence = f"Base and adapter answer these {rows:,} rows alike: nothing tells them apart."
+        return {**figures, "verdict": "unknown", "sentence": sentence}
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
     figures["sentence"] = (
         f"The server answers {names[verdict]}. {equal[0]:,} of {rows:,} answers are equal to the adapter's, "

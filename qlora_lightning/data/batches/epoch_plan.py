@@ -25,9 +25,9 @@ class RankBatch(NamedTuple):
 class EpochPlan:
     """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
-    Without ``shuffle`` every epoch is the same: rows in file order, or, packed, bins of them with the longest row
-    first. Every epoch has the same number of batches: under ``shares``, where the number of bins may come out
-    differently, that of epoch 0: the last bins are left out, or the first come twice.
+    Without ``shuffle`` every epoch is the same: rows in file order, packed too. Every epoch has the same number of
+    batches: under ``shares``, where the number of bins may come out differently, that of epoch 0: the last bins are
+    left out, or the first come twice.
     """
 
     samples: SampleSet
@@ -89,7 +89,8 @@ class EpochPlan:
 
     def _pack(self, epoch: int) -> list[list[int]]:
         assert self.tokens_per_batch is not None
-        return best_fit(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
+        pack = best_fit if self.shuffle else next_fit  # the first batches of a validation have its first rows
+        return pack(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
 
 
 def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
@@ -166,6 +167,18 @@ def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number
 
 
 _Numbers = Sequence[int] | npt.NDArray[Any]
+
+
+def next_fit(lengths: npt.NDArray[np.integer], order: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Fill bins one after the other with rows in their order, each with as many as fit."""
+    bins, room = list[list[int]](), 0
+    for row in order.tolist():
+        if not bins or lengths[row] > room:
+            bins.append([])
+            room = capacity
+        bins[-1].append(row)
+        room -= int(lengths[row])
+    return bins
 
 
 def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca, ref
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
-_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV
+_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV; 1 and 0 may be classes
 
 
 def read_verdict(values: Mapping[str, Any]) -> bool | None:

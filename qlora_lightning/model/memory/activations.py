@@ -86,7 +86,7 @@ def _run_saving(causal_lm: Any, tokens: int, dtype: torch.dtype) -> int:
         AttentionInterface.register(name, attend)
     try:  # int8 layers warn in each run that they round their input to float16
         with (
-            quiet_loggers(logging.ERROR, "bitsandbytes.autograd._functions"),
+            quiet_loggers(logging.CRITICAL, "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"),
             saved_tensors_hooks(keep, lambda x: x),
             flat.flat_batch(flat.FlatBatch(samples)),
             mode,

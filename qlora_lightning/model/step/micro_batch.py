@@ -81,7 +81,8 @@ class MicroBatchSize:
         See :func:`~qlora_lightning.model.memory.fit.plan_fit`.
         """
         device = module.trainer.strategy.root_device
-        self.choices = checkpointing_choices(**self.checkpointing, on_cuda=device.type == "cuda")
+        settings, self.checkpointing = self.checkpointing, {}  # a next fit may have no such callback
+        self.choices = checkpointing_choices(**settings, on_cuda=device.type == "cuda")
         self._is_measured, self._largest = not self.is_auto or device.type != "cuda", 0
         fit = plan_fit(module, self.choices) if self.is_auto else None
         if fit is not None:
@@ -147,15 +148,15 @@ class MicroBatchSize:
     # ---- when memory runs out ----------------------------------------------------------------------------------------
 
     def run(
-        self, module: Any, batch: Any, compute: Callable[[], Result], replay: Callable[[], Result] | None = None
+        self, module: Any, batches: list[Any], compute: Callable[[], Result], replay: Callable[[], Result]
     ) -> Result:
         """Return what takes memory to compute: as often as memory runs out, with less in the model at a time.
 
         Args:
             module: The module whose pass this is.
-            batch: The current batch, whose rows a message names.
+            batches: What is computed, or again by ``replay``; a message names their rows.
             compute: Computes it.
-            replay: Computes it again, if that takes more.
+            replay: Computes it again.
 
         Raises:
             UserError: Nothing is left that would help.
@@ -165,20 +166,21 @@ class MicroBatchSize:
                 return compute()
             except Exception as error:
                 # any other batch cannot be cut, and of a sharded base the other processes wait in their passes
-                if not is_out_of_memory(error) or not is_flat(batch) or module.sharded_base is not None:
+                if not is_out_of_memory(error) or not is_flat(batches[-1]) or module.sharded_base is not None:
                     raise
                 words = str(error).partition("\n")[0].rstrip(".")
-            self._reduce(module, batch, words)  # not in the handler: the error's traceback holds the activations
-            compute = replay or compute
+            self._reduce(module, batches, words)  # not in the handler: the error's traceback holds the activations
+            compute = replay
 
-    def _reduce(self, module: Any, batch: Any, words: str) -> None:
+    def _reduce(self, module: Any, batches: list[Any], words: str) -> None:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
             self._largest = 0
         trim_malloc()  # on a CPU oneDNN maps code beside a heap that has grown as far as it can
-        parts = sorted(self.parts(module, batch), key=lambda part: part["input_ids"].numel())
-        several = [part for part in parts if len(part["layout"].lengths) > samples_per_row(batch)]
+        parts = [part for batch in batches for part in self.parts(module, batch)]
+        parts.sort(key=lambda part: part["input_ids"].numel())
+        several = [part for part in parts if len(part["layout"].lengths) > samples_per_row(part)]
         largest = (several or parts)[-1]  # which need not be the one that ran out
         tokens, process = largest["input_ids"].numel(), getattr(module._trainer, "global_rank", 0)
         where = f" in process {process}" if process else ""
@@ -186,14 +188,14 @@ class MicroBatchSize:
             self.tokens = tokens // 2
             say(
                 f"Memory ran out{where} in micro-batches of up to {tokens:,} tokens: from now on at most "
-                f"{self.tokens:,} tokens go through the model at a time, with the same result."
+                f"{self.tokens:,} tokens go through the model at a time. Only rounding, and what dropout draws, change."
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled():
             del self.choices[0]
             self._switch_checkpointing(module.causal_lm)
             say(
-                f"Memory ran out{where} in a row of {tokens:,} tokens: training continues {self.choices[0]}, with the "
-                "same result, by about a third slower."
+                f"Memory ran out{where} in a row of {tokens:,} tokens: training continues {self.choices[0]}, by about "
+                "a third slower."
             )
         else:
             place = format_locations(row_locations(_data_of_rows(module), largest["layout"].rows))
@@ -209,10 +211,9 @@ class MicroBatchSize:
         return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what a run had found, unless a number is set."""
-        if not self.is_auto:
-            return
-        self.tokens, saved = state["tokens"], Checkpointing(*state["checkpointing"])
-        self._is_measured = state.get("is_measured", True)
+        """Restore what a run had found; a number that is set stays."""
+        if self.is_auto:
+            self.tokens, self._is_measured = state["tokens"], state.get("is_measured", True)
+        saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:
             self.choices = self.choices[self.choices.index(saved) :]

@@ -63,7 +63,7 @@ class Window:
             self._clear_sums()
             return [self._compute(module, each) for each in self.batches][-1]
 
-        mean: Tensor = module.micro_batch_size.run(module, batch, lambda: self._compute(module, batch), replay)
+        mean: Tensor = module.micro_batch_size.run(module, self.batches, lambda: self._compute(module, batch), replay)
         return mean
 
     def _compute(self, module: Any, batch: dict[str, Any]) -> Tensor:

@@ -66,6 +66,7 @@ class AdapterCheckpoint(Checkpoint):
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
+        self._value_before: Tensor | None = None
         self._saved_step = self._last_step = -1
         self._stops_later = False  # when the open window ends
         self._saved_at = 0.0  # by a clock that no change of the time moves
@@ -115,9 +116,13 @@ class AdapterCheckpoint(Checkpoint):
         if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer, pl_module):
             self._save(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._value_before = trainer.callback_metrics.get(self.monitor)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             value = trainer.callback_metrics.get(self.monitor)
+            value = None if value is self._value_before else value  # of an earlier validation, by another adapter
             self._save(trainer, pl_module, math.nan if value is None else float(value))
             callbacks: Any = getattr(trainer, "callbacks", [])  # of which one may score answers at later validations
             may_follow = any(getattr(each, "every_n_validations", None) for each in callbacks)

@@ -108,6 +108,13 @@ def test_without_validation_or_in_a_trial_run_nothing_is_compared(fit, tmp_path,
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
+def test_a_score_of_an_earlier_validation_ranks_no_later_adapter(fit):
+    saved = AdapterCheckpoint(monitor="val_chrf", mode="max", save_top_k=4)
+    scored = Evaluation(rows=2, every_n_validations=2, max_new_tokens=2)
+    fit(saved, scored, val_check_interval=2, limit_val_batches=1)  # validations after steps 2, 4, 6 and 8
+    assert sorted(name for _, name in saved.best) == ["step-000004.ckpt", "step-000008.ckpt"]
+
+
 @pytest.mark.slow
 def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(
     fit, make_data, make_module, tmp_path

@@ -25,7 +25,7 @@ from tests.steps import distance, fit, loss_and_gradients, make_batch, make_modu
 
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
 QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
-ROW_BY_ROW = ("qwen3_5_text", "gemma2", "gpt_oss", "bloom", "modernbert-decoder")
+ROW_BY_ROW = ("qwen3_5_text", "gemma2", "gpt_oss", "bloom", "modernbert-decoder", "mamba2")
 TYPES = sorted({*FLAT_TYPES, *ROW_BY_ROW})
 
 

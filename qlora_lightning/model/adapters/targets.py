@@ -1,6 +1,7 @@
 """Which modules carry an adapter: presets, names, regular expressions and layers, resolved to full module names."""
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -9,9 +10,10 @@ from qlora_lightning.support.errors import UserError
 
 _ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear that belongs to it, in whatever type
 _PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")  # whose kernel reads the weight of out_proj past an adapter
 
 
-def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
+def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
     """Return the full name of every module that is to carry an adapter, in the model's order.
 
     Args:
@@ -23,6 +25,8 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str], layers: s
     candidates = [name for name, module in model.named_modules() if isinstance(module, (*LINEARS, nn.Embedding))]
     in_layers = {each for layer in decoder_layers(model) for each in layer.modules()}
     names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
+    if model.config.model_type in _MAMBA:
+        names_in_layers = {name for name in names_in_layers if not name.endswith(".out_proj")}
     selected = _select_by_name(candidates, names_in_layers, target_modules)
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]

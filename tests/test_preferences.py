@@ -250,6 +250,9 @@ def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(t
     (batch,) = make_data(tmp_path, smollm2_folder, rows, columns={"good": "desirable"}).train_dataloader()
     assert (int((batch["labels"] >= 0).sum()), batch["desirable"].tolist()) == (3, [True])  # Hello . <|im_end|>
     assert "pairs" not in batch
+    rows = [{**VERDICTS[0], "label": label} for label in (1, 0)]
+    (batch,) = make_data(tmp_path, smollm2_folder, rows, deduplicate=False).train_dataloader()
+    assert sorted(batch["desirable"].tolist()) == [False, True]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_verdicts.py").write_text("def read(row):\n    return row['turns'], row['stars'] > 3\n")
@@ -268,6 +271,12 @@ def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_pat
         make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
     with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing"):
         make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": "maybe"}])
+
+
+def test_kto_takes_no_batch_of_one_row(tmp_path, tiny_base):
+    module, data = make_module(tiny_base, objective="kto"), make_data(tmp_path, tiny_base, VERDICTS, batch_size=1)
+    with pytest.raises(UserError, match=r"data\.batch_size is 1: kto"):
+        make_trainer(tmp_path, max_steps=1).fit(module, data)
 
 
 def test_an_objective_names_the_rows_that_it_needs(tmp_path, tiny_base):

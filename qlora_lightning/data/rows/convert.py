@@ -79,7 +79,7 @@ class RowConverter:
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
-        verdict = read_verdict(row.values) if form.is_ours and form is not PREFERENCE else None
+        verdict = read_verdict(row.values, numbers=True) if form.is_ours and form is not PREFERENCE else None
         if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
             content, verdict = content
         if verdict is not None:
@@ -101,7 +101,7 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        has_verdict = self.pairs and "rejected" not in row.values and read_verdict(row.values) is not None
+        has_verdict = self.pairs and "rejected" not in row.values and read_verdict(row.values, numbers=True) is not None
         named = None if has_verdict and self.settings.format == "auto" else self._named
         form = named or recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:

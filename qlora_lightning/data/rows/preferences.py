@@ -10,13 +10,18 @@ from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca, ref
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
-_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV; 1 and 0 may be classes
+_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV
+_NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False}
 
 
-def read_verdict(values: Mapping[str, Any]) -> bool | None:
-    """Return whether a row says that its one answer is desirable; ``None`` if it has no such column."""
+def read_verdict(values: Mapping[str, Any], numbers: bool = False) -> bool | None:
+    """Return whether a row says that its one answer is desirable; ``None`` if it has no such column.
+
+    ``numbers``: whether 1 and 0 say it too, which elsewhere may be classes.
+    """
+    known = _VERDICTS | _NUMBERS if numbers else _VERDICTS
     words = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
-    return next((_VERDICTS[word] for word in words if word in _VERDICTS), None)
+    return next((known[word] for word in words if word in known), None)
 
 
 def attach_verdict(chat: Chat, desirable: bool) -> Chat:

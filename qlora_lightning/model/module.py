@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from qlora_lightning.base import base_folder
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.model import answers, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
@@ -20,9 +20,8 @@ from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.guards import guard
 from qlora_lightning.model.layers import fuse
-from qlora_lightning.model.load import machine
+from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
-from qlora_lightning.model.load.build import assemble_model, report_model
 from qlora_lightning.model.step import forward, micro_batch, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import check_row_length, is_flat
@@ -178,11 +177,11 @@ class QLoRAModule(lightning.LightningModule):
         """
         device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
-            source = open_base(self.base, self.revision, weights=False)
-            model_type = read_config(source.folder, source.name).get("model_type")
+            source = base_folder.open_base(self.base, self.revision, weights=False)
+            model_type = base_folder.read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
         is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
-        model, self.identity = assemble_model(
+        model, self.identity = build.assemble_model(
             name=self.base,
             device=torch.device("cpu") if is_sharded else device,
             compute_dtype=dtype,
@@ -391,7 +390,7 @@ class QLoRAModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
         self.micro_batch_size.start(self.causal_lm)
-        report_model(self, self.choose_layers())
+        build.report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 

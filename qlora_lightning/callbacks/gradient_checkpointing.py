@@ -26,4 +26,5 @@ class GradientCheckpointing(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module: Any = pl_module
-        module.micro_batch_size.checkpointing = {"enabled": self.enabled, "offload": self.offload}
+        if stage == "fit":
+            module.micro_batch_size.checkpointing = {"enabled": self.enabled, "offload": self.offload}

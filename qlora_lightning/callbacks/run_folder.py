@@ -26,7 +26,7 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
-    keep_earlier,
+    set_aside,
     write_whole,
 )
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
@@ -129,7 +129,7 @@ class PredictionWriter(Callback):
         name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
         self._unfinished = Path(trainer.default_root_dir) / name
         self._lines: list[dict[str, Any]] = []
-        keep_earlier(self._unfinished)
+        set_aside(self._unfinished)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -150,7 +150,7 @@ class PredictionWriter(Callback):
             file = Path(trainer.default_root_dir) / PREDICTIONS
             write_whole(file, format_json_lines(lines))
             say(f"{len(lines)} predictions: {file}")
-        keep_earlier(self._unfinished).unlink(missing_ok=True)
+        set_aside(self._unfinished).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -39,18 +39,25 @@ def sum_by_row(results: Results, numbers: Sequence[int]) -> Results:
     return summed
 
 
-def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
-    """Compute every metric of every side by its name: losses over all ``rows``, scores over those that were answered.
+def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
+    """Name the metric of what is correct: of pairs, or of tokens.
 
-    Of answers with a verdict there is no accuracy: a base, which is its own reference, has a margin of 0.
+    ``None`` of answers with a verdict: the base is its own reference, and has a margin of 0 on all of them.
     """
+    if not rows or not rows[0].is_preference:
+        return "token_accuracy"
+    return None if rows[0].has_verdict else PREFERENCE
+
+
+def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
+    """Compute every metric of every side by its name: losses over all rows, scores over those that were answered."""
     whole = sum_by_row(results, [row.number for row in rows]) if rows else results
     nll = {side: [(row.nll, row.labelled_tokens) for row in each] for side, each in whole.items()}
     correct = {side: [(row.correct, row.labelled_tokens) for row in each] for side, each in whole.items()}
-    preferences = bool(rows) and rows[0].is_preference
-    metrics = {name: measure(name, nll) for name in (("loss",) if preferences else ("loss", "perplexity"))}
-    if not (rows and rows[0].has_verdict):
-        accuracy = PREFERENCE if preferences else "token_accuracy"
+    accuracy = _accuracy_of(rows)
+    losses = ("loss", "perplexity") if accuracy == "token_accuracy" else ("loss",)
+    metrics = {name: measure(name, nll) for name in losses}
+    if accuracy is not None:
         metrics[accuracy] = measure(accuracy, correct)
     figures = {side: [row.answer.figures for row in each if row.answer is not None] for side, each in results.items()}
     for name in next(iter(next(iter(figures.values()))), {}):
@@ -81,7 +88,6 @@ class Comparison:
         general: Results | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
-        preferences = bool(rows) and rows[0].is_preference and not rows[0].has_verdict
         self.metrics = compare(results, rows)
         if general is not None:
             losses = {side: [(row.nll, row.labelled_tokens) for row in found] for side, found in general.items()}
@@ -89,8 +95,8 @@ class Comparison:
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        by_score = None if rows and rows[0].has_verdict else self.score
-        self.compared_by = PREFERENCE if preferences else by_score or "loss"
+        by_kind = {"token_accuracy": self.score or "loss", PREFERENCE: PREFERENCE, None: "loss"}
+        self.compared_by = by_kind[_accuracy_of(rows)]
         if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 

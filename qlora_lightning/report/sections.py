@@ -71,15 +71,14 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
         return []
     steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
     splits = (run.manifest.get("data") or {}).get("splits") or {}
-    unchecked = " --rows 0"
+    rows = "--rows 0"  # there are none to check a merge on
     if "val" in splits or data.get("test"):
-        unchecked = ""
+        rows = f"--config {folder}/config.yaml"
         split = " --split test" if data.get("test") else ""
-        evaluate = f"qlora-lightning evaluate --config {folder}/config.yaml{split} --out {folder}-evaluated"
+        evaluate = f"qlora-lightning evaluate {rows}{split} --out {folder}-evaluated"
         steps.append(("evaluate it, with its hardest rows", evaluate))
     if verdict.kind == "learned":
-        rows = unchecked or f" --config {folder}/config.yaml"
-        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged{rows}"
+        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {rows}"
         steps.append(("merge it, to serve it", merge))
     return steps
 

@@ -66,7 +66,7 @@ def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         stream.write(format_json_lines(rows))
 
 
-def keep_earlier(file: Path) -> Path:
+def set_aside(file: Path) -> Path:
     """Rename what a run that was killed has left under a file's name; return that name, for when all is there again."""
     earlier = file.with_name(f"earlier-{file.name}")
     if file.exists():

@@ -31,7 +31,7 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
-    keep_earlier,
+    set_aside,
     write_whole,
 )
 from qlora_lightning.support.trainer import find_callback
@@ -71,7 +71,7 @@ def evaluate(
         settings = evaluation.choose_settings(trainer, asked)
         unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
         if unfinished:
-            keep_earlier(unfinished)
+            set_aside(unfinished)
         on_answers = partial(_append_answers, unfinished)
         if server is not None:  # before the base: it may fail
             if settings is None:
@@ -200,6 +200,6 @@ def _report(
         figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
         write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
         write_whole(figures, summary)
-        keep_earlier(options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
+        set_aside(options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")
     return summary

@@ -35,7 +35,7 @@ class Server:
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        served = [model["id"] for model in self._send("GET", "models")["data"] or []]
+        served = [model["id"] for model in self._send("GET", "models").get("data") or []]
         self.name = served[0] if name is None and len(served) == 1 else name
         if self.name is None or (served and self.name not in served):
             names = " or ".join(served)
@@ -50,7 +50,7 @@ class Server:
     def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
         found = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
-        if not found["choices"] or "message" not in found["choices"][0]:
+        if not found.get("choices") or "message" not in found["choices"][0]:
             raise UserError(f"--server {self.url} gives no answer: {self._hide_key(found)}")
         choice, usage = found["choices"][0], found.get("usage") or {}
         message = choice["message"]
@@ -70,9 +70,9 @@ class Server:
             response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
             response.raise_for_status()
             answer = response.json()
-            if "choices" in answer if body is not None else "data" in answer:
+            if isinstance(answer, dict):
                 return answer
-            fault = f"expected an object of OpenAI's, got {answer}"
+            fault = f"expected an object, got {answer}"
         except httpx.HTTPStatusError as error:
             fault = f"{error.response.status_code}: {error.response.text}"
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:

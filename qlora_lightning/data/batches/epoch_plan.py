@@ -169,13 +169,13 @@ def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number
 _Numbers = Sequence[int] | npt.NDArray[Any]
 
 
-def next_fit(lengths: npt.NDArray[np.integer], order: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Fill bins one after the other with rows in their order, each with as many as fit."""
+def next_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
+    """Pack rows into bins in their order, each bin as full as that allows."""
     bins, room = list[list[int]](), 0
-    for row in order.tolist():
+    for row in map(int, order):
         if not bins or lengths[row] > room:
             bins.append([])
-            room = capacity
+            room = budget
         bins[-1].append(row)
         room -= int(lengths[row])
     return bins

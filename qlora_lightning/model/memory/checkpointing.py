@@ -1,6 +1,11 @@
-"""What gradient checkpointing may do: keep only each layer's input, on the device or on the host."""
+"""Gradient checkpointing: keep only each layer's input, on the device or on the host."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora_lightning.model.layers.attention import has_dropout
+from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class Checkpointing(NamedTuple):
@@ -22,3 +27,13 @@ def checkpointing_choices(
     checkpointed = [Checkpointing(True, offload and on_cuda), Checkpointing(True, on_cuda)]
     choices = {True: checkpointed[:1], False: [Checkpointing()], "auto": [Checkpointing(), *checkpointed]}
     return list(dict.fromkeys(choices[enabled]))
+
+
+def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpointing) -> None:
+    """Switch from what a fit before has chosen; what a ``build_model`` has switched on stays on."""
+    if choice.checkpointed:
+        enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm), offload=choice.offload)
+    elif before.checkpointed:
+        for layer in causal_lm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = False

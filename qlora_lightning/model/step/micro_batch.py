@@ -9,13 +9,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.guards.guard import check_token_ids
-from qlora_lightning.model.layers.attention import has_dropout
 from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, trim_malloc
-from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
 from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
 from qlora_lightning.model.step.batch import (
     check_row_length,
@@ -32,7 +30,6 @@ from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, say_once
-from qlora_lightning.support.versions import enable_activation_checkpointing
 
 MicroBatchTokens = int | Literal["auto"]
 Result = TypeVar("Result")
@@ -72,7 +69,7 @@ class MicroBatchSize:
         self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.checkpointing: dict[str, Any] = {}
         self.choices = [Checkpointing()]
-        self._is_measured = self._has_checkpointed = False
+        self._switched_to, self._is_measured = Checkpointing(), False
         self._largest = 0  # tokens of the micro-batches in the measured peak
 
     def plan(self, module: Any) -> None:
@@ -92,18 +89,12 @@ class MicroBatchSize:
         """Switch checkpointing as it was chosen, and print that."""
         if not causal_lm.supports_gradient_checkpointing and len(self.choices) > 1:
             self.choices = [Checkpointing()]
-        self._switch_checkpointing(causal_lm)
+        self._switch_to_choice(causal_lm)
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
-    def _switch_checkpointing(self, causal_lm: Any) -> None:
-        choice = self.choices[0]
-        if choice.checkpointed:
-            enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm), offload=choice.offload)
-        elif self._has_checkpointed:  # in a fit before; what a build_model has switched on stays
-            for layer in causal_lm.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
-        self._has_checkpointed = choice.checkpointed
+    def _switch_to_choice(self, causal_lm: Any) -> None:
+        switch_checkpointing(causal_lm, self._switched_to, self.choices[0])
+        self._switched_to = self.choices[0]
 
     def correct(self, module: Any, window: Window) -> None:
         """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
@@ -192,7 +183,7 @@ class MicroBatchSize:
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled():
             del self.choices[0]
-            self._switch_checkpointing(module.causal_lm)
+            self._switch_to_choice(module.causal_lm)
             say(
                 f"Memory ran out{where} in a row of {tokens:,} tokens: training continues {self.choices[0]}, by about "
                 "a third slower."

@@ -321,7 +321,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     losses = torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)
     expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
     for tokens in (8192, 1):  # all at once; each row alone
-        module.micro_batch_size.tokens = tokens
+        module.token_budget.tokens = tokens
         parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
         assert len(parts) == (1 if tokens > 1 else 4)
         total = sum(sums.nll_sum for sums in parts)

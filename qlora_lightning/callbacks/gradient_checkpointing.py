@@ -27,4 +27,4 @@ class GradientCheckpointing(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module: Any = pl_module
         if stage == "fit":
-            module.micro_batch_size.checkpointing = {"enabled": self.enabled, "offload": self.offload}
+            module.token_budget.checkpointing = {"enabled": self.enabled, "offload": self.offload}

@@ -22,13 +22,14 @@ from qlora_lightning.model.guards import guard
 from qlora_lightning.model.layers import fuse
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
+from qlora_lightning.model.memory import budget
 from qlora_lightning.model.step import forward, micro_batch, optimization
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import datamodule_of, trainer_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -111,7 +112,7 @@ class QLoRAModule(lightning.LightningModule):
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
-        micro_batch_tokens: micro_batch.MicroBatchTokens = "auto",
+        micro_batch_tokens: budget.MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
@@ -137,7 +138,7 @@ class QLoRAModule(lightning.LightningModule):
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
-        self.micro_batch_size = micro_batch.MicroBatchSize(micro_batch_tokens)
+        self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guard.TrainingGuard()
         self.statistics = losses.TokenStatistics()
         self.sharded_base: sharded.ShardedBase | None = None
@@ -162,7 +163,7 @@ class QLoRAModule(lightning.LightningModule):
         self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
-        # DDP would send the whole base to every rank, which has it already, mapped from a file.
+        # DDP would send the whole base to every rank, which has it already, mapped from a file; it has no public way.
         trainable = inject.trainable_tensors(self)
         named = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trainable]
@@ -180,7 +181,8 @@ class QLoRAModule(lightning.LightningModule):
             source = base_folder.open_base(self.base, self.revision, weights=False)
             model_type = base_folder.read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        is_sharded = self._trainer is not None and isinstance(self.trainer.strategy, sharded.ShardedDDPStrategy)
+        trainer = trainer_of(self)
+        is_sharded = trainer is not None and isinstance(trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = build.assemble_model(
             name=self.base,
             device=torch.device("cpu") if is_sharded else device,
@@ -202,7 +204,8 @@ class QLoRAModule(lightning.LightningModule):
         return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
 
     def _device_of_process(self) -> torch.device:
-        return self.device if self._trainer is None else self.trainer.strategy.root_device
+        trainer = trainer_of(self)
+        return self.device if trainer is None else trainer.strategy.root_device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fn = fn if self.sharded_base is None else self.sharded_base.skipping_shards(fn)
@@ -283,15 +286,15 @@ class QLoRAModule(lightning.LightningModule):
 
         Under a sharded base, where a pass is one of all processes, each has as many parts.
         """
-        return self.micro_batch_size.parts(self, batch) if is_flat(batch) else [batch]
+        return micro_batch.cut_into_micro_batches(self, batch) if is_flat(batch) else [batch]
 
     def setup(self, stage: str) -> None:
         guard.check_setup(self)
         if stage == "fit":
-            self.micro_batch_size.plan(self)
+            self.token_budget.plan(self)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.micro_batch_size.lay_out(self, batch) if is_flat(batch) else batch
+        return micro_batch.lay_out_batch(self, batch) if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not is_flat(batch) or "layouts" not in batch:  # who moves a batch by hand need not have laid it out
@@ -329,7 +332,7 @@ class QLoRAModule(lightning.LightningModule):
             over_ranks=self.trainer.world_size > 1,
         )
         if self.device.type == "cuda":
-            self.micro_batch_size.correct(self, self.window)
+            self.token_budget.correct(self, self.window)
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
@@ -355,7 +358,7 @@ class QLoRAModule(lightning.LightningModule):
         def run() -> list[micro_batch.Result]:
             return [compute(part) for part in self.micro_batches(batch)]
 
-        return self.micro_batch_size.run(self, [batch], run, run)
+        return micro_batch.compute_within_memory(self, [batch], run, run)
 
     def on_validation_start(self) -> None:
         self.choose_layers()
@@ -389,7 +392,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
-        self.micro_batch_size.start(self.causal_lm)
+        self.token_budget.start(self.causal_lm)
         build.report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -424,7 +427,7 @@ class QLoRAModule(lightning.LightningModule):
 
         At ``stop_ids`` generation stops, beside the tokenizer's end and the base's own.
         """
-        data = identity_of_data(self._trainer)
+        data = identity_of_data(trainer_of(self))
         identity = {**self.identity, "data": data} if data else self.identity
         adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
 

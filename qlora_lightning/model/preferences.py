@@ -16,7 +16,7 @@ from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of
+from qlora_lightning.support.trainer import datamodule_of, trainer_of
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
@@ -153,7 +153,7 @@ class PreferenceModule(QLoRAModule):
 
     def _weights(self) -> tuple[float, float]:
         """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""
-        samples = samples_of(datamodule_of(self._trainer), "train")
+        samples = samples_of(datamodule_of(trainer_of(self)), "train")
         verdicts = None if samples is None else samples.desirable
         if verdicts is None:
             return 1.0, 1.0

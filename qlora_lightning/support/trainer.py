@@ -4,7 +4,7 @@ import math
 from typing import Any, TypeVar, cast
 
 import torch.distributed
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.support.console import say
@@ -14,9 +14,23 @@ Item = TypeVar("Item")
 Found = TypeVar("Found", bound=Callback)
 
 
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return the Trainer that a module is attached to, if there is one: Lightning's ``trainer`` raises without."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
 def datamodule_of(trainer: Any) -> Any:
     """Return the data module of a Trainer; ``None`` without one, and without a Trainer."""
     return getattr(trainer, "datamodule", None)
+
+
+def training_data_of(module: LightningModule) -> Any:
+    """Return the data module while it trains, else ``None``: it knows where training rows are from."""
+    trainer = trainer_of(module)
+    return datamodule_of(trainer) if trainer is not None and trainer.training else None
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

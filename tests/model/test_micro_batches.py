@@ -18,12 +18,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule, UserError
 from qlora_lightning.model.load.build import meta_model
+from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit
+from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import find_fit
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.model.step import micro_batch
-from qlora_lightning.model.step.micro_batch import MicroBatchSize
 from tests.steps import make_trainer
 
 
@@ -131,7 +131,7 @@ def test_a_model_that_is_there_is_planned_for_too_and_checkpointing_is_switched_
     tiny_base, tmp_path, whole, monkeypatch
 ):
     planned, plan = [], memory_fit.plan_fit
-    monkeypatch.setattr(micro_batch, "plan_fit", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])
+    monkeypatch.setattr(budget, "plan_fit", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])
     module, *_ = train(tiny_base, whole[0], tmp_path, GradientCheckpointing(True))
     layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
     assert all(layer.gradient_checkpointing for layer in layers)
@@ -166,10 +166,10 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
 
 
 def test_the_measured_peak_is_that_of_the_largest_micro_batch_so_far(monkeypatch):
-    size = MicroBatchSize("auto")
+    size = TokenBudget("auto")
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 6)
-    monkeypatch.setattr(micro_batch, "free_bytes", lambda device: 6)  # 10 in all, of which 9 may be used
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 6)  # 10 in all, of which 9 may be used
     for step, largest in enumerate((1000, 700, 900)):
         module = SimpleNamespace(device="cuda", trainer=SimpleNamespace(global_step=step))
         size.correct(module, SimpleNamespace(largest=largest, micro_batches=2, batches=[None]))
@@ -189,12 +189,12 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
     module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
     words = "does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
     with pytest.raises(UserError, match=words):
-        module.micro_batch_size.plan(module)
+        module.token_budget.plan(module)
 
     def refuse(*_):
         raise UserError("It does not fit.")
 
-    monkeypatch.setattr(MicroBatchSize, "plan", refuse)
+    monkeypatch.setattr(TokenBudget, "plan", refuse)
     unloaded = shutil.copytree(tiny_base, tmp_path / "unloaded", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(UserError, match="It does not fit"):
         train(unloaded, whole[0], tmp_path)
@@ -203,9 +203,9 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
 def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):
     file, _, _ = whole
     module, _, _ = train(tiny_base, file, tmp_path, fails=[2])
-    state = module.micro_batch_size.state_dict()
+    state = module.token_budget.state_dict()
     assert 0 < state["tokens"] < 8192
-    resumed = QLoRAModule(str(tiny_base)).micro_batch_size
+    resumed = QLoRAModule(str(tiny_base)).token_budget
     resumed.choices = CHOICES
     resumed.load_state_dict(state | {"checkpointing": [True, False]})
     assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])

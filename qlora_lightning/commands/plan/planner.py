@@ -83,12 +83,12 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         processes=count_devices(trainer),
         sharded_offload=offload if is_cuda or offload is None else False,
     )
-    size, usable = module.micro_batch_size, USABLE * device["memory"]
-    longest = batch["longest"] if size.is_auto else max(batch["longest"], min(size.tokens, batch["tokens"]))
+    budget, usable = module.token_budget, USABLE * device["memory"]
+    longest = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
     fit = find_fit(
         step, usable, longest, checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
     )
-    tokens = min(batch["tokens"], (fit.tokens or longest) if size.is_auto and is_cuda else size.tokens)
+    tokens = min(batch["tokens"], (fit.tokens or longest) if budget.is_auto and is_cuda else budget.tokens)
     at_once = max(tokens, batch["longest"])
     parts = step.parts(at_once, fit.choice)
     if is_cuda:
@@ -107,7 +107,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
             "usable_bytes": round(usable),
             "fits": fit.tokens > 0 if is_cuda else sum(parts.values()) <= device["memory"],
             "micro_batch_tokens": tokens,  # of the largest batch
-            "most_tokens": fit.tokens if size.is_auto and is_cuda else size.tokens,
+            "most_tokens": fit.tokens if budget.is_auto and is_cuda else budget.tokens,
             "gradient_checkpointing": fit.choice._asdict(),
             "host_bytes": step.host_base,  # of the base
             "pinned_bytes": step.host_bytes(at_once, fit.choice) if is_cuda else 0,  # and of the inputs of layers

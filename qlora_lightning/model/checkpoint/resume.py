@@ -42,7 +42,7 @@ class ExactResume(Callback):
             "trainer": trainer_settings(trainer),
             "optimizers": _optimizer_classes(trainer),
             "identity": {**module.identity, "data": identity_of_data(trainer)},
-            "micro_batch_size": gather_lists(trainer, [module.micro_batch_size.state_dict()]),
+            "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
         }
@@ -60,9 +60,9 @@ class ExactResume(Callback):
         _check_samples(trainer, data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
-        micro_batch_size: Any = pl_module.micro_batch_size
+        token_budget: Any = pl_module.token_budget
         sizes = content["micro_batch_size"]  # of each process that saved
-        micro_batch_size.load_state_dict(sizes[trainer.global_rank % len(sizes)])
+        token_budget.load_state_dict(sizes[trainer.global_rank % len(sizes)])
         if changes:
             shown = [f"  {_show_change(each)}" for each in changes]
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))

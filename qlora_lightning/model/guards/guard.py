@@ -19,7 +19,7 @@ from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CHECKPOINTS
-from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists
+from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists, trainer_of
 
 # ---- where a run starts ----------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def check_setup(module: Any) -> None:
 
 def check_start(module: Any, required: tuple[type[Callback], ...]) -> None:
     """Check what a module runs with, before its model is built; a fit needs some callbacks."""
-    trainer = module._trainer
+    trainer = trainer_of(module)
     if trainer is None:
         return
     if trainer.state.fn == TrainerFn.FITTING:

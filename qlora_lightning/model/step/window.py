@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.micro_batch import compute_within_memory
 
 
 class Window:
@@ -63,7 +64,7 @@ class Window:
             self._clear_sums()
             return [self._compute(module, each) for each in self.batches][-1]
 
-        mean: Tensor = module.micro_batch_size.run(module, self.batches, lambda: self._compute(module, batch), replay)
+        mean: Tensor = compute_within_memory(module, self.batches, lambda: self._compute(module, batch), replay)
         return mean
 
     def _compute(self, module: Any, batch: dict[str, Any]) -> Tensor:

@@ -1,0 +1,132 @@
+"""How many tokens go through the model at a time, and with which checkpointing: planned, corrected, lowered."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.model.load.machine import free_bytes, trim_malloc
+from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
+from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
+from qlora_lightning.model.step.batch import format_locations, row_locations, samples_per_row
+from qlora_lightning.model.step.window import Window
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import say_once, trainer_of, training_data_of
+
+MicroBatchTokens = int | Literal["auto"]
+
+
+class TokenBudget:
+    """How many tokens go through the model at a time, in whole rows: what ``micro_batch_tokens`` sets or leaves open.
+
+    Args:
+        setting: Their number; ``auto`` finds it.
+
+    Attributes:
+        tokens: Their number now.
+        checkpointing: What :class:`~qlora_lightning.callbacks.GradientCheckpointing` sets, if a Trainer has it.
+        choices: Of checkpointing: the one in use, and those that help when a row alone does not fit, in their order.
+    """
+
+    def __init__(self, setting: MicroBatchTokens) -> None:
+        if setting != "auto" and setting < 1:
+            raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
+        self.is_auto = setting == "auto"
+        self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.checkpointing: dict[str, Any] = {}
+        self.choices = [Checkpointing()]
+        self._switched_to, self._is_measured = Checkpointing(), False
+        self._largest = 0  # tokens of the micro-batches in the measured peak
+
+    def plan(self, module: Any) -> None:
+        """Begin a fit: choose by the formula, if it is left to us, before any weight is downloaded or loaded.
+
+        See :func:`~qlora_lightning.model.memory.fit.plan_fit`.
+        """
+        device = module.trainer.strategy.root_device
+        settings, self.checkpointing = self.checkpointing, {}  # a next fit may have no such callback
+        self.choices = checkpointing_choices(**settings, on_cuda=device.type == "cuda")
+        self._is_measured, self._largest = not self.is_auto or device.type != "cuda", 0
+        fit = plan_fit(module, self.choices) if self.is_auto else None
+        if fit is not None:
+            self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
+
+    def start(self, causal_lm: Any) -> None:
+        """Switch checkpointing as it was chosen, and print that."""
+        if not causal_lm.supports_gradient_checkpointing and len(self.choices) > 1:
+            self.choices = [Checkpointing()]
+        self._switch_to_choice(causal_lm)
+        say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
+
+    def _switch_to_choice(self, causal_lm: Any) -> None:
+        switch_checkpointing(causal_lm, self._switched_to, self.choices[0])
+        self._switched_to = self.choices[0]
+
+    def correct(self, module: Any, window: Window) -> None:
+        """Correct the plan once, by the peak of the second step or a later one: then the optimizer's state is there.
+
+        Args:
+            module: Its gradients of a step are there.
+            window: Of this step. One whose batches were not cut had fewer tokens than it might.
+        """
+        self._largest = max(self._largest, window.largest)
+        if self._is_measured or not module.trainer.global_step or window.micro_batches == len(window.batches):
+            return
+        self._is_measured = True
+        held, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
+        self.tokens = corrected_tokens(self._largest, held, peak, USABLE * (free_bytes(module.device) + held))
+        say_once(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
+
+    def lower(self, module: Any, micro_batches: Sequence[dict[str, Any]], words: str) -> None:
+        """Take less memory from now on: half the tokens, or of a row alone the next choice of checkpointing.
+
+        Args:
+            module: The module in whose pass memory ran out.
+            micro_batches: Those that are computed again. The largest is taken for the one that did not fit.
+            words: The error's.
+
+        Raises:
+            UserError: Nothing is left that would help.
+        """
+        if module.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
+            self._largest = 0
+        trim_malloc()  # on a CPU oneDNN maps code beside a heap that has grown as far as it can
+        several = [each for each in micro_batches if len(each["layout"].lengths) > samples_per_row(each)]
+        largest = max(several or micro_batches, key=lambda each: each["input_ids"].numel())
+        tokens, process = largest["input_ids"].numel(), getattr(trainer_of(module), "global_rank", 0)
+        where = f" in process {process}" if process else ""
+        if several:
+            self.tokens = tokens // 2
+            say(
+                f"Memory ran out{where} in micro-batches of up to {tokens:,} tokens: from now on at most "
+                f"{self.tokens:,} tokens go through the model at a time. Only rounding, and what dropout draws, change."
+            )
+        elif len(self.choices) > 1 and torch.is_grad_enabled():
+            del self.choices[0]
+            self._switch_to_choice(module.causal_lm)
+            say(
+                f"Memory ran out{where} in a row of {tokens:,} tokens: training continues {self.choices[0]}, by about "
+                "a third slower."
+            )
+        else:
+            place = format_locations(row_locations(training_data_of(module), largest["layout"].rows))
+            raise UserError(
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words}. What is left: "
+                f"{REMEDIES}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run restores."""
+        return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what a run had found; a number that is set stays."""
+        if self.is_auto:
+            self.tokens, self._is_measured = state["tokens"], state.get("is_measured", True)
+        saved = Checkpointing(*state["checkpointing"])
+        if saved in self.choices:
+            self.choices = self.choices[self.choices.index(saved) :]

@@ -16,6 +16,7 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import rich
 import torch
+from filelock import FileLock
 
 rich.get_console()
 
@@ -66,14 +67,23 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) ->
 
 @pytest.fixture(scope="session")
 def quickstart(session_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which the quickstart was trained as the README says, on all cores, and what the command printed."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    shutil.copytree(Path(__file__).parents[1] / "configs", folder / "configs")
-    command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "configs/quickstart.yaml"]
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
+    """A folder in which the quickstart was trained as the README says, on all cores, and what the command printed.
+
+    It is trained once for all workers, each of which has a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    trained = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "quickstart"
+    printed = trained / "printed.txt"
+    with FileLock(f"{trained}.lock"):
+        if not printed.exists():
+            shutil.copytree(Path(__file__).parents[1] / "configs", trained / "configs")
+            command = [sys.executable, "-m", "qlora_lightning", "fit", "--config", "configs/quickstart.yaml"]
+            env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+            done = subprocess.run(command, cwd=trained, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed.write_text(done.stdout)
+        folder = shutil.copytree(trained, tmp_path_factory.mktemp("copy") / "quickstart")
+    return folder, printed.read_text()
 
 
 @pytest.fixture

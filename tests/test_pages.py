@@ -128,23 +128,22 @@ def top_tokens_agree(run_python, loading):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.long
 def test_what_the_pages_show_runs(quickstart):
     folder, printed = quickstart
     for language in ("json", "yaml"):
         for name, text in blocks(README, language):
             (folder / name).write_text(text, encoding="utf-8") if name else None
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    env.pop("OMP_NUM_THREADS", None)  # real training takes all cores
 
-    def run(arguments, typed=None, **more):
-        options = {"cwd": folder, "env": {**env, **more}, "capture_output": True, "text": True, "input": typed}
+    def run(arguments, typed=None):
+        options = {"cwd": folder, "env": env, "capture_output": True, "text": True, "input": typed}
         done = subprocess.run(arguments, **options)
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def run_python(code, typed=None, **more):
-        return run([sys.executable, "-c", code], typed, **more)
+    def run_python(code, typed=None):
+        return run([sys.executable, "-c", code], typed)
 
     first, *others = commands(README)
     assert first == "qlora-lightning fit --config configs/quickstart.yaml"  # which has run
@@ -167,12 +166,12 @@ def test_what_the_pages_show_runs(quickstart):
 
     def run_page(page):
         lines = [line for line in commands(PAGES[page]) if line not in others]  # which have run
-        run_python(EACH_LINE, "\n".join(lines), OMP_NUM_THREADS="1")
+        run_python(EACH_LINE, "\n".join(lines))
         for number, (_, code) in enumerate(blocks(PAGES[page], "python")):
             name = f"block_{Path(page).name}_{number}"  # imported, since it names itself in a format
             (folder / f"{name}.py").write_text(code, encoding="utf-8")
-            run_python(f"import {name}", OMP_NUM_THREADS="1")
+            run_python(f"import {name}")
 
     run_python(subclass)
-    with ThreadPoolExecutor(2) as two:  # mostly imports: one core each
+    with ThreadPoolExecutor(2) as two:  # mostly imports
         list(two.map(run_page, OTHERS))

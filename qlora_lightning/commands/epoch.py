@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.support.trainer import limit_batches, steps_of_run
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,10 @@ class Epoch:
 
 def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
     """Count what the Trainer's settings, with their defaults, make of the first epoch of batches for one device."""
-    accumulate, max_steps, epochs = (trainer[name] for name in ("accumulate_grad_batches", "max_steps", "max_epochs"))
-    devices, limit = count_devices(trainer), trainer["limit_train_batches"]
-    batches = len(replace(plan, world_size=devices))
-    if limit is not None:
-        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-    steps = math.ceil(batches / accumulate)
-    ends = ([] if epochs in (None, -1) else [epochs * steps]) + ([] if max_steps == -1 else [max_steps])
-    all_steps = min(ends, default=None)
+    devices = count_devices(trainer)
+    batches = limit_batches(len(replace(plan, world_size=devices)), trainer["limit_train_batches"])
+    steps = math.ceil(batches / trainer["accumulate_grad_batches"])
+    all_steps = steps_of_run(steps, trainer["max_epochs"], trainer["max_steps"])
     counts = [int(plan.samples.lengths[batch.rows].sum()) for batch in plan.batches(0)]
     of_a_step = batches * devices * sum(counts) / max(1, len(counts) * steps)  # on average
     all_tokens = None if all_steps is None else round(all_steps * of_a_step)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import (
-    PREFERENCE,
+    PREFERENCE_ACCURACY,
     Metric,
     choose_digits,
     format_interval,
@@ -46,7 +46,7 @@ def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
     """
     if not rows or not rows[0].is_preference:
         return "token_accuracy"
-    return None if rows[0].has_verdict else PREFERENCE
+    return None if rows[0].has_verdict else PREFERENCE_ACCURACY
 
 
 def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
@@ -95,7 +95,7 @@ class Comparison:
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        by_kind = {"token_accuracy": self.score or "loss", PREFERENCE: PREFERENCE, None: "loss"}
+        by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
         self.compared_by = by_kind[_accuracy_of(rows)]
         if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
@@ -127,7 +127,7 @@ class Comparison:
 
     def _merit(self, side: str, index: int) -> float:
         result = self.results[side][index]
-        by_metric = {PREFERENCE: float(result.correct), "loss": -result.loss}
+        by_metric = {PREFERENCE_ACCURACY: float(result.correct), "loss": -result.loss}
         return by_metric.get(self.compared_by, self._score(side, index))
 
     def hardest_first(self) -> list[int]:

@@ -59,10 +59,18 @@ def planned_steps(trainer: Any) -> int | None:
     if count_batches is None:
         steps = trainer.estimated_stepping_batches
         return int(steps) if 0 <= steps < math.inf else None
-    batches, limit = count_batches(), trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    steps_of_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs, steps = (-1 if each is None else each for each in (trainer.max_epochs, trainer.max_steps))
+    batches = limit_batches(count_batches(), trainer.limit_train_batches)
+    return steps_of_run(math.ceil(batches / trainer.accumulate_grad_batches), trainer.max_epochs, trainer.max_steps)
+
+
+def limit_batches(batches: int, limit: int | float | None) -> int:
+    """Return how many batches of an epoch ``trainer.limit_train_batches`` leaves: a number of them, or a share."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+
+
+def steps_of_run(steps_of_epoch: int, max_epochs: int | None, max_steps: int | None) -> int | None:
+    """Return a run's optimizer steps; ``None`` if neither epochs nor steps end it, of which ``None`` and -1 are any."""
+    epochs, steps = (-1 if each is None else each for each in (max_epochs, max_steps))
     return min((most for most in (epochs * steps_of_epoch, steps) if most >= 0), default=None)
 
 

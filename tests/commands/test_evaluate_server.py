@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.evaluate.server import judge_answers
@@ -265,11 +264,10 @@ def judge(url, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.long
 def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(quickstart, monkeypatch, capsys):
     pytest.importorskip("xllamacpp")
     monkeypatch.chdir(quickstart[0])
-    torch.set_num_threads(os.cpu_count() or 1)  # it is alone
     models = {}
     for kind in ("f16", "q8_0", *(["q4_k_m"] if shutil.which("llama-quantize") else [])):
         assert main(["merge", *ADAPTER, "--out", kind, "--gguf", kind, "--rows", "2"]) == 0
@@ -286,7 +284,7 @@ def test_llama_cpp_serves_what_was_trained_and_the_base_is_caught(quickstart, mo
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no interpreter that has vLLM")
 def test_vllm_serves_the_adapter_folder_and_its_base_is_caught(quickstart, smollm2_folder, monkeypatch):
     monkeypatch.chdir(quickstart[0])

@@ -91,7 +91,7 @@ def test_two_machines_of_which_one_is_lost_and_comes_back(folder, whole):
     assert adapter_bytes(folder / "two") == whole
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='takes Ray: pip install -e ".[ray]"')
 def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_reports_no_usage(
     folder, whole, monkeypatch

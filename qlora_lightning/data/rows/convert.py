@@ -17,7 +17,7 @@ from qlora_lightning.data.rows.conversation import (
     read_message,
 )
 from qlora_lightning.data.rows.formats import RECOGNISED, Format, find_format, recognise
-from qlora_lightning.data.rows.preferences import PREFERENCE, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
+from qlora_lightning.data.rows.pairs import PREFERENCE_FORMAT, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
@@ -47,7 +47,7 @@ class RowConverter:
         self.absent_columns = set(settings.columns)
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
-            self._named = PREFERENCE
+            self._named = PREFERENCE_FORMAT
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise a UserError if no format fits the first rows of the source."""
@@ -79,7 +79,7 @@ class RowConverter:
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
-        verdict = read_verdict(row.values, numbers=True) if form.is_ours and form is not PREFERENCE else None
+        verdict = read_verdict(row.values, numbers=True) if form.is_ours and form is not PREFERENCE_FORMAT else None
         if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
             content, verdict = content
         if verdict is not None:

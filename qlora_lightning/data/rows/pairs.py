@@ -86,6 +86,6 @@ def _as_messages(answer: Any) -> list[Any]:
     return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
 
 
-PREFERENCE = Format(
+PREFERENCE_FORMAT = Format(
     "preference", (), ("chosen", "rejected"), _read_pair, (*_PROMPT_KEYS, "instruction", "input", "history")
 )

@@ -12,13 +12,8 @@ from qlora_lightning.evaluation.scores import is_share
 RESAMPLES = 2_000
 SEED = 0
 PREFERENCE_ACCURACY = "preference_accuracy"
-_YES_OR_NO = (
-    PREFERENCE_ACCURACY,
-    "exact_match",
-    "json_valid",
-    "numeric_match",
-    "stop_rate",
-)  # each row counts as 0 or 1
+# of which each row counts as 0 or 1
+_YES_OR_NO = (PREFERENCE_ACCURACY, "exact_match", "json_valid", "numeric_match", "stop_rate")
 _NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
 _Z = 1.959964  # of the normal distribution, two-sided 95 %
 Floats = npt.NDArray[np.float64]

@@ -15,7 +15,12 @@ Found = TypeVar("Found", bound=Callback)
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return the Trainer that a module is attached to, if there is one: Lightning's ``trainer`` raises without."""
+    """Return the Trainer that a module is attached to, ``None`` without one.
+
+    Lightning's ``trainer`` raises then, and under Fabric it is none either.
+    """
+    if module.fabric is not None:
+        return None
     try:
         return module.trainer
     except RuntimeError:

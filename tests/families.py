@@ -22,10 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qlora_lightning import UserError
 from qlora_lightning.model import anatomy
-from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
-from tests.steps import distance, loss_and_gradients, make_batch, make_module
+from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
 WINDOW = 8

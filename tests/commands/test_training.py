@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -131,16 +130,6 @@ def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path
     question = [{"role": "user", "content": "What day is it?"}]
     prompt = plain.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     assert prompt.startswith("26 Jul 20242026-11-27<|im_start|>system\n")
-
-
-def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(command):
-    options = ("--trainer.enable_progress_bar=true", "--trainer.default_root_dir=new", "--evaluation=null")
-    written = command("fit", *options, "--trainer.num_sanity_val_steps=0", "--trainer.max_epochs=2")
-    numbers = r"loss \d+\.\d{3}, (val \d+\.\d{3}, )?lr [\d.e+-]+, \d+ tok/s, \d+\.\d\d GiB, \d:\d\d:\d\d left"
-    first, last = (line for line in written.splitlines() if line.startswith(("step", "validating")))
-    assert re.fullmatch(rf"step 1/6, epoch 1/2, {numbers}", first)
-    assert re.fullmatch(rf"step 6/6, epoch 2/2, {numbers}", last)
-    assert not re.search(r"[\r\x1b]|it/s", written)
 
 
 OWN = """

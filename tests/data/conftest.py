@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qlora_lightning import InstructionDataModule
+from tests.flat import unpack
 
 CHARACTERS = (
     "{% for m in messages %}{{ '{' ~ m['role'][0] ~ '\n' ~ m['content'] ~ '}\n' }}{% endfor %}"
@@ -49,6 +50,11 @@ def prepare_rows(rows, tokenizer, **settings):
     data = type("Rows", (InstructionDataModule,), own)(tokenizer=tokenizer, **settings)
     data.setup("fit")
     return data
+
+
+def render_row(row, tokenizer, **settings):
+    """The samples of one row."""
+    return unpack(prepare_rows([row], tokenizer, **settings).samples["train"])
 
 
 @pytest.fixture

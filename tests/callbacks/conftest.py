@@ -51,10 +51,15 @@ def fit(make_module, make_data, make_trainer):
     return run
 
 
-@pytest.fixture
-def adapter_of():
-    """Copies of the tensors that train, by name."""
-    return lambda module: {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+class At(lightning.Callback):
+    """Does something at the start of the batches of a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.act(trainer)
 
 
 class Scored(QLoRAModule):

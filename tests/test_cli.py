@@ -15,7 +15,6 @@ import yaml
 import qlora_lightning
 from qlora_lightning import cli
 from qlora_lightning.cli import COMMANDS, main
-from qlora_lightning.commands.training import EXAMPLES, QLoRACLI
 
 
 def python(code):
@@ -97,22 +96,15 @@ def test_an_installed_command_finds_classes_of_the_current_folder_and_its_figure
     assert "Memory of a step" in done.stderr
 
 
-LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval")
+LIMITS = {"limit_train_batches": "1", "limit_val_batches": "1.0", "overfit_batches": "0.25", "val_check_interval": "1"}
 
 
-def test_one_is_a_batch_and_one_point_nought_all_of_them():
-    given = dict(zip(LIMITS, ("1", "1.0", "0.25", "1"), strict=True))
-    options = [f"--trainer.{name}={value}" for name, value in given.items()]
-    read = QLoRACLI(["--config", "configs/quickstart.yaml", *options]).config["trainer"]
-    assert {name: str(read[name]) for name in LIMITS} == given
-
-
-def test_names_with_commas_are_a_list_and_an_expression_stays_one():
-    expression = r".*\.[01]{1,2}\.mlp.*"
-    for typed, read in (("q_proj, v_proj", ["q_proj", "v_proj"]), (expression, expression)):
-        options = ["--config", "configs/quickstart.yaml", "--model.target_modules", typed]
-        model = QLoRACLI(options).config["model"]["init_args"]
-        assert model["target_modules"] == read
+def test_one_is_a_batch_and_one_point_nought_all_of_them(capsys):
+    options = [f"--trainer.{name}={value}" for name, value in LIMITS.items()]
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--config", "configs/quickstart.yaml", *options, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert {name: str(shown[name]) for name in LIMITS} == LIMITS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -121,4 +113,4 @@ def test_help_begins_with_usage_and_shows_its_examples(command, capsys):
         main([command, "--help"])
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: qlora-lightning {command} ")
-    assert EXAMPLES.get(command, "") in shown
+    assert shown.count(f"qlora-lightning {command}") > 1

@@ -1,6 +1,5 @@
 """Folders with a config, its data and finished runs of it: one that each test gets a copy of, one to evaluate in."""
 
-import csv
 import json
 import logging
 import shutil
@@ -126,20 +125,3 @@ def write_config(tmp_path):
         return "other.yaml"
 
     return write
-
-
-@pytest.fixture
-def read_metrics(tmp_path):
-    """Read the lines of metrics.csv of a run, those with a column if one is named."""
-
-    def read(run, column=None):
-        with (tmp_path / run / "metrics.csv").open(newline="") as handle:
-            return [row for row in csv.DictReader(handle) if column is None or row[column]]
-
-    return read
-
-
-@pytest.fixture
-def files_of(tmp_path):
-    """Read all files of a run."""
-    return lambda run: {file: file.read_bytes() for file in (tmp_path / run).rglob("*") if file.is_file()}

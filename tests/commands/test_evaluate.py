@@ -79,8 +79,9 @@ def test_options_beat_the_config_and_json_answers_are_scored_as_json(evaluate):
 
 
 def test_an_adapter_folder_takes_the_place_of_a_config(evaluate, trained, tmp_path, capsys, monkeypatch):
-    few = ("--rows", "4", "--max-new-tokens", "2")
+    few = ("--rows", "4", "--max-new-tokens", "2", "--scores", "chrf, exact_match")
     _, named = evaluate(*few, "--adapter", "runs/b/adapter", config="runs/b/config.yaml")
+    assert named["scores"] == ["chrf", "exact_match"]
     assert evaluate(*few, "--adapter", "runs/b", config=None)[1] == named
     shutil.copytree("runs/b/adapter", tmp_path / "b")
     monkeypatch.chdir(tmp_path)

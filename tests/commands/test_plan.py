@@ -125,9 +125,14 @@ def test_llama_70b_takes_of_two_devices_what_its_recipe_says(folder):
     assert memory["peak_bytes"] + memory["host_bytes"] > 24 * 2**30  # what is offloaded has no room on the device
 
 
-def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder):
-    adapted = ("--model.layers", "last:1", "--model.target_modules", "[q_proj, down_proj]")
-    _, found, out, _ = plan(*adapted, "--data.train", "nothing.jsonl")
+@pytest.mark.parametrize(
+    "adapted",
+    [["q_proj, down_proj", "--model.layers", "last:1"], [r"model\.layers\.1{1,2}\..*\.(q|down)_proj"]],
+    ids=["names", "expression"],
+)
+def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder, adapted):
+    """Names with commas are a list, and an expression with commas stays one."""
+    _, found, out, _ = plan("--model.target_modules", *adapted, "--data.train", "nothing.jsonl")
     lines = [line.replace("│", "").split() for line in out.splitlines() if "_proj " in line]
     assert [" ".join(line) for line in lines] == ["self_attn.q_proj 64 → 64 2 1", "mlp.down_proj 128 → 64 2 1"]
     assert "The data were not read. data.train: data file nothing.jsonl does not exist" in out

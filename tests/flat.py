@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.batches.collate import Batch, collate_rows
 from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
@@ -26,6 +25,6 @@ def collate(*rows: tuple[Any, ...]) -> Batch:
 
 def unpack(samples: SampleSet) -> list[Rendered]:
     """Return ids and labels of each sample."""
-    labels = np.where(samples.labelled, samples.ids, IGNORED)
+    labels = np.where(samples.labelled, samples.ids, -100)
     spans = [slice(*span) for span in pairwise(samples.starts.tolist())]
     return [Rendered(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]

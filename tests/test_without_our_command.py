@@ -46,8 +46,8 @@ def test_data_take_the_tokenizer_of_the_base_of_each_trainer_and_alone_ask_for_o
         assert data.tokenizer.name_or_path == str(base)
 
 
-@pytest.fixture
-def make(tiny_base, rows_file, tmp_path):
+@pytest.mark.slow
+def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(tiny_base, rows_file, tmp_path):
     def make(folder):
         lightning.seed_everything(7, verbose=False)
         module = QLoRAModule(str(tiny_base), rank=2, dropout=0.1, learning_rate=1e-2, compute_dtype="fp32")
@@ -55,11 +55,6 @@ def make(tiny_base, rows_file, tmp_path):
         options = {"max_steps": 4, "accumulate_grad_batches": 2, "enable_checkpointing": True}
         return make_trainer(tmp_path / folder, callbacks=[AdapterCheckpoint()], **options), module, data
 
-    return make
-
-
-@pytest.mark.slow
-def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, tmp_path):
     trainer, module, data = make("plain")
     trainer.fit(module, data)
     drawn = random.random(), torch.rand(1)

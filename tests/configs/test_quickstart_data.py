@@ -73,9 +73,6 @@ def test_rows_are_unique_and_no_validation_event_occurs_in_training():
 
 def test_a_quarter_of_the_validation_rows_has_wordings_that_training_lacks(generator):
     train, val = generator.build()
-    for name, rows in zip(FILES, (train, val), strict=True):
-        # The rows name their wordings; first make sure that they are the rows of the committed file.
-        assert [(row.sentence, row.answer) for row in rows] == committed(name)
     trained = {row.wording for row in train}
     assert sum(row.wording not in trained for row in val) == 25
     assert trained == generator.TRAIN_WORDINGS.keys()

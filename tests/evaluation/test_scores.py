@@ -4,9 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from qlora_lightning import UserError
 from qlora_lightning.evaluation.scores import (
-    check_scores,
     choose_scores,
     chrf,
     find_number,
@@ -77,9 +75,3 @@ def test_overlap_is_that_worked_out_by_hand():
 )
 def test_scores_are_chosen_by_the_expected_answers(references, expected):
     assert choose_scores(references) == expected
-
-
-def test_named_scores_must_exist():
-    assert choose_scores(["a"], ["chrf", "exact_match"]) == choose_scores(["a"], "chrf, exact_match")
-    with pytest.raises(UserError, match="no score 'bleu': expected auto, or some of exact_match, json_valid"):
-        check_scores(["exact_match", "bleu"])

@@ -11,7 +11,6 @@ from qlora_lightning import UserError
 from qlora_lightning.data.batches.collate import collate_rows
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples import SampleSetBuilder
 from tests.flat import collate, gather
 
 # ---- orders and bins -------------------------------------------------------------------------------------------------
@@ -60,10 +59,8 @@ LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
 
 def build(lengths=LENGTHS):
     """Row n of ``lengths[n]`` tokens; of 10 rows the first 7 are of source 0."""
-    builder = SampleSetBuilder()
-    for number, length in enumerate(lengths):
-        builder.add([1] * length, [1] * length, number, int(number % 10 > 6), "train.jsonl", number + 1)
-    return builder.build()
+    rows = (([1] * length, [1] * length, n, int(n % 10 > 6), "train.jsonl", n + 1) for n, length in enumerate(lengths))
+    return gather(*rows)
 
 
 SAMPLES = build()

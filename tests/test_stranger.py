@@ -27,7 +27,8 @@ def folder(tiny_base, tmp_path_factory):
     make_run(place / "run", base)
     for name in ("evil.py", "base/evil.py", "run/evil.py"):
         (place / name).write_text(CODE)
-    rows = [{"instruction": f"Touch{ESCAPE}{n}", "output": f"a{ESCAPE}", f"key{ESCAPE}": "x"} for n in range(6)]
+    output = f"a{ESCAPE}{'z' * 400}"
+    rows = [{"instruction": f"[bold]Touch{ESCAPE}{n}", "output": output, f"key{ESCAPE}": "x"} for n in range(6)]
     data = place / "run" / f"val{ESCAPE}.jsonl".replace("/", "")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
@@ -71,6 +72,9 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
     after = contents(folder)
     after.pop("run/report.html", None)
     assert after == before
+    if line.startswith("evaluate"):
+        assert "[bold]Touch␛]0;owned" in out
+        assert 500 < out.count("z") < 700  # of two expected answers, each 300 characters
     if line.startswith("merge"):
         assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 

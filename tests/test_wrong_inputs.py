@@ -188,6 +188,7 @@ WRONG = [
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("merge --adapter run/adapter --out run --rows 0 --force", "run"),
     wrong("report rows.jsonl", "rows.jsonl holds no run"),
+    wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),

@@ -89,6 +89,8 @@ def test_what_is_left_of_a_long_conversation(characters, conversation, max_lengt
 def test_lost_labels_are_counted_and_a_row_of_which_nothing_fits_is_left_out(characters):
     report = shorten(SIX, 32, characters)[2]
     assert (report.shortened, report.lost_labels) == (1, 6)
+    report = shorten(turns("q", "k" * 20), 16, characters)[2]
+    assert (report.shortened, report.lost_labels) == (1, 14)  # 7 of 21 are left, without }
     with pytest.raises(UserError, match="none of 1 rows is left"):
         shorten(turns("ab", "k", system=ALPHABET[:16]), 10, characters)
 

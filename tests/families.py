@@ -183,7 +183,6 @@ def error_of_merge(folder, adapter, plain):
 
 @torch.no_grad()
 def is_causal(model):
-    """Whether no token sees what is behind it."""
     ids = torch.randint(5, 250, (1, 20), generator=torch.Generator().manual_seed(3))
     whole, part = (model(input_ids=each, use_cache=False).logits[0, :9] for each in (ids, ids[:, :9]))
     return distance(whole, part) < 1e-4
@@ -243,7 +242,6 @@ def _study_quietly(model_type, flat):
 
 
 def main():
-    """Study types; print a line for each, and what is proven."""
     proven = {"flat": [], "a row at a time": [], "not causal": [], "neither": []}
     for model_type in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         for way, flat in (("flat", True), ("a row at a time", False)):

@@ -24,7 +24,6 @@ def collate(*rows: tuple[Any, ...]) -> Batch:
 
 
 def unpack(samples: SampleSet) -> list[Rendered]:
-    """Return ids and labels of each sample."""
     labels = np.where(samples.labelled, samples.ids, -100)
     spans = [slice(*span) for span in pairwise(samples.starts.tolist())]
     return [Rendered(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]

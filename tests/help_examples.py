@@ -8,7 +8,6 @@ from qlora_lightning.cli import main
 
 
 def help_examples(command):
-    """Return the arguments of each example in the help of a command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([command, "--help"])

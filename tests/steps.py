@@ -11,7 +11,6 @@ LENGTHS = (9, 1, 30, 17, 64, 5)
 
 
 def trainable_tensors(model):
-    """Every tensor that trains, by name."""
     return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
@@ -25,7 +24,6 @@ def randomize(model, std=0.1, seed=0):
 
 
 def make_module(base, device="cpu", **options):
-    """A module in training mode."""
     module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options).to(device)
     module.configure_model()
     return randomize(module)

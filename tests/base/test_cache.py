@@ -10,6 +10,7 @@ from filelock import FileLock
 from qlora_lightning import UserError
 from qlora_lightning.base.cache import cached_folder, hash_key
 from qlora_lightning.cli import main
+from tests.equality import read_adapter, same
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -24,9 +25,11 @@ def build_no_more(folder):
     pytest.fail("built again")
 
 
-def flip(file):
+def flip(file, place=0):
     """Change a file that keeps its size; its time of change differs, as it does for any write but one at once."""
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
     os.utime(file, ns=(0, time.time_ns() + 1_000_000_000))
 
 
@@ -71,6 +74,24 @@ def test_a_failed_build_leaves_nothing_and_a_full_disk_names_the_ways_out(cache,
     with pytest.raises(expected, match=words):
         cached_folder("unpacked", {}, fail, "thing")
     assert not any(path.is_dir() for path in (cache / "unpacked").iterdir())
+
+
+def test_damaged_bases_and_samples_are_made_again_by_the_next_fit(tiny_base, rows_file, cache, tmp_path, caplog):
+    def fit(name):
+        options = [f"model.base={tiny_base}", f"data.train={rows_file}", f"trainer.default_root_dir={name}"]
+        options += ["model.rank=2", "model.compute_dtype=fp32", "data.batch_size=8", "trainer.accelerator=cpu"]
+        assert main(["fit", *(f"--{each}" for each in options)]) == 0
+        return name
+
+    sound = fit(tmp_path / "sound")
+    (base,), (samples,) = cache.glob("quantized/*/*.safetensors"), cache.glob("samples/*/ids.npy")
+    before = base.read_bytes(), samples.read_bytes()
+    flip(base, -1000)
+    flip(samples, -2)
+    damaged = fit(tmp_path / "damaged")
+    assert (base.read_bytes(), samples.read_bytes()) == before
+    assert caplog.text.count("is damaged") == 2
+    assert same(read_adapter(damaged), read_adapter(sound))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

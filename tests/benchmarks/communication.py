@@ -90,7 +90,6 @@ def measure(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what a step of SmolLM2 sends, beside theory."""
     shape = json.loads((open_base(BASE).folder / "config.json").read_text(encoding="utf-8"))
     for strategy, micro_batches in (("ddp", 0), ("ddp_sharded", 1)):
         with tempfile.TemporaryDirectory() as folder:

@@ -113,8 +113,6 @@ class _Quantized(type):
 
 
 def make_fake(model: nn.Module, device: str) -> None:
-    """Put fake tensors in the place of all of a model's."""
-
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=device)
 
@@ -262,7 +260,6 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
 
 
 def main() -> None:
-    """Print the table, and how often the host reads."""
     fused, plain = count(fast=True), count(fast=False)
     print(f"{'launches a layer':<40}{'fused':>10}{'plain':>10}")
     for name, ours, theirs in zip(("forward", "backward"), fused, plain, strict=True):

@@ -57,7 +57,6 @@ class Meter(Callback):
         self.peak_bytes = child.read_peak_bytes(pl_module.device.type == "cuda")
 
     def figures(self) -> dict[str, Any]:
-        """Return what was measured, and the versions."""
         figures = {name: getattr(self, name) for name in ("tokens", "seconds", "start_seconds", "peak_bytes")}
         return figures | {"versions": child.versions_of("lightning")}
 
@@ -111,7 +110,6 @@ def make_data(base: str, source: dict[str, Any], batch_size: int = child.BATCH_S
 
 
 def make_trainer(accelerator: str, *callbacks: Callback, **limits: int) -> Trainer:
-    """Return a quiet trainer for one device."""
     options = {"accelerator": accelerator, "gradient_clip_val": child.GRADIENT_CLIP, "callbacks": list(callbacks)}
     trainer: Trainer = make_quiet_trainer(_FOLDER.name, **options, **limits)
     return trainer

@@ -52,8 +52,6 @@ def fit(make_module, make_data, make_trainer):
 
 
 class At(lightning.Callback):
-    """Does something at the start of the batches of a step."""
-
     def __init__(self, step, act):
         self.step, self.act = step, act
 
@@ -75,8 +73,6 @@ class Scored(QLoRAModule):
 
 @pytest.fixture
 def scored(make_module):
-    """A module whose validations have these scores."""
-
     def make(*scores):
         module = make_module(Scored)
         module.scores = scores

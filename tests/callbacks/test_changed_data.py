@@ -27,7 +27,6 @@ def last(tmp_path):
 
 @pytest.fixture
 def more_rows(rows_file, tmp_path):
-    """The sixteen rows and four more."""
     more = [json.dumps({"instruction": f"Add {n} and {n}.", "output": str(2 * n)}) + "\n" for n in range(4)]
     (tmp_path / "more.jsonl").write_text(rows_file.read_text() + "".join(more))
     return str(tmp_path / "more.jsonl")

@@ -26,8 +26,6 @@ class End(Callback):
 
 
 class Logged(Callback):
-    """Notes what each validation logged."""
-
     def __init__(self):
         self.seen = []
 

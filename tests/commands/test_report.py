@@ -20,7 +20,6 @@ def make_run(tmp_path, monkeypatch):
 
 
 def rows_of(out):
-    """Return the cells of what is printed as a table."""
     lines = [re.split("[│┃]", line) for line in out.splitlines() if line[:1] in ("│", "┃")]
     return [[cell.strip() for cell in line[1:-1]] for line in lines]
 

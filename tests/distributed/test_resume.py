@@ -68,7 +68,6 @@ def fit(kind, run, at=None, number=15, rank=0):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The folder with the configs of all runs."""
     common = {"seed_everything": 3, "evaluation": None, "model": MODEL, "trainer": TRAINER}
     for kind, own in RUNS.items():
         (folder / f"resume-{kind}.yaml").write_text(yaml.safe_dump({**common, **own}))

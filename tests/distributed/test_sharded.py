@@ -64,7 +64,6 @@ def runs(folder):
 
 @pytest.fixture(scope="module")
 def usual(runs):
-    """One launch of two processes."""
     predict = ["predict", "--config", "usual-sharded/config.yaml", "--data.predict", "nine.jsonl"]
     commands = [*both("usual", *EVALUATED), [*predict, "--trainer.default_root_dir", "usual", *WHOLE]]
     commands += [[*predict, "--trainer.default_root_dir", "usual-sharded"]]

@@ -106,15 +106,13 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
 
 
 class OneRowFits(Hungry):
-    """Has no memory for several rows at a time."""
-
     def compute_loss(self, batch):
         if self.training and len(batch["cu_seqlens"]) > 2:
             self.run_out()
         return super().compute_loss(batch)
 
 
-def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, whole, capsys):
+def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, capsys):
     """The largest part is not the one that has run out."""
     file = tmp_path / "long.jsonl"
     rows = [f'{{"instruction": "Say {n}.", "output": "{"word " * (200 if n == 3 else 1)}"}}' for n in range(16)]
@@ -197,7 +195,7 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
         train(unloaded, whole[0], tmp_path)
 
 
-def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):
+def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole):
     file, _, _ = whole
     module, _, _ = train(tiny_base, file, tmp_path, fails=[2])
     state = module.micro_batch_size.state_dict()

@@ -29,7 +29,6 @@ def _folder(tmp_path, monkeypatch):
 
 
 def touch(*names):
-    """Make files and their folders."""
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()

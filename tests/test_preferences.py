@@ -52,11 +52,11 @@ ASKED, GOOD, BAD = (
     for role, content in (("user", "Hi?"), ("assistant", "Hello."), ("assistant", "No"))
 )
 ROLES = {"customer": "user", "agent": "assistant"}
-# the same, by speakers of other names
-ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
-    [{"from": name, "value": messages[0]["content"]}]
-    for name, messages in (("customer", ASKED), ("agent", GOOD), ("agent", BAD))
-)
+
+
+def by_name(messages):
+    names = {role: name for name, role in ROLES.items()}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
         ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),
         ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
         ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
-        ({"chosen": ASKED_BY_NAME + GOOD_BY_NAME, "rejected": ASKED_BY_NAME + BAD_BY_NAME}, {"roles": ROLES}),
+        ({"chosen": by_name(ASKED + GOOD), "rejected": by_name(ASKED + BAD)}, {"roles": ROLES}),
     ],
     ids=["messages", "implicit-with-text", "columns", "roles"],
 )

@@ -1,7 +1,10 @@
 """Folders with a config, its data and finished runs of it: one that each test gets a copy of, one to evaluate in."""
 
+import contextlib
+import io
 import json
 import logging
+import shlex
 import shutil
 
 import pytest
@@ -41,6 +44,17 @@ EVENTS = [
     {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
     for word in ("lunch", "dinner", "dance", "lecture")
 ]
+
+
+def help_examples(command):
+    """The arguments of each example that the help of a command shows, to run it as it is."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    found = [shlex.split(line)[1:] for line in lines if line.startswith(f"qlora-lightning {command} --")]
+    assert found
+    return found
 
 
 @pytest.fixture(scope="session")

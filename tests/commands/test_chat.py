@@ -8,7 +8,7 @@ from transformers import TextStreamer
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from tests.adapters import make_run
-from tests.help_examples import help_examples
+from tests.commands.conftest import help_examples
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"
 SHORT = ("--max-new-tokens", "4")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.cli import main
-from tests.help_examples import help_examples
+from tests.commands.conftest import help_examples
 
 
 @pytest.fixture

@@ -79,13 +79,13 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows
 
 
 def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
-    def side_by_side(base, adapter, score):
-        rows = [EvaluationRow(number, "0", [1], [2]) for number in range(len(base))]
+    def duel(base, adapter, score):
+        rows = [EvaluationRow(10 + number, "0", [1], [2]) for number in range(len(base))]
         settings = AnswerSettings(None, [0], [score], 5, 1) if score else None
-        return Comparison(rows, {"base": base, "adapter": adapter}, settings)
+        return Comparison(rows, {"base": base, "adapter": adapter}, settings).summary(samples=0)["duels"]["adapter"]
 
     base = [result(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [result()]
     adapter = [result(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [result()]
-    assert side_by_side(base, adapter, "exact_match").compare_rows("adapter") == ([0], [1], 1)
+    assert duel(base, adapter, "exact_match") == {"score": "exact_match", "wins": [10], "losses": [11], "ties": 1}
     base, adapter = ([result(loss=loss) for loss in losses] for losses in ((1.0, 2.0, 3.0), (0.5, 2.0, 4.0)))
-    assert side_by_side(base, adapter, None).compare_rows("adapter") == ([0], [2], 1)
+    assert duel(base, adapter, None) == {"score": "loss", "wins": [10], "losses": [12], "ties": 1}

@@ -40,6 +40,12 @@ def read_checkpoint(run, name="last.ckpt"):
     return torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
 
 
+def tensors_of(run, name="last.ckpt"):
+    """The adapter's tensors in a checkpoint, under the names that PEFT gives them in a file."""
+    stored = read_checkpoint(run, name)["state_dict"]
+    return {key.removeprefix("model.").replace(".default.", "."): tensor for key, tensor in stored.items()}
+
+
 def read_adapter(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_lightning import AdapterCheckpoint, UserError
-from tests.equality import contents, read_adapter, read_checkpoint, same
+from tests.equality import contents, read_adapter, read_checkpoint, same, tensors_of
 from tests.steps import trainable_tensors
 
 
@@ -26,12 +26,6 @@ class Diary(lightning.Callback):
 
     def text(self):
         return ", ".join(f"{what} {step}" for what, step in self.entries)
-
-
-def tensors_of(folder, name="last.ckpt"):
-    """The adapter's tensors in a checkpoint, under the names that PEFT gives them in a file."""
-    stored = read_checkpoint(folder, name)["state_dict"]
-    return {key.removeprefix("model.").replace(".default.", "."): tensor for key, tensor in stored.items()}
 
 
 def checkpoint_names(folder):

@@ -6,27 +6,22 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from qlora_lightning import load_base
-from qlora_lightning.model.adapters.folder import save_adapter_folder
-from qlora_lightning.model.adapters.identity import describe_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, trainable_tensors
+from qlora_lightning import QLoRAModule
+from tests.steps import trainable_tensors
 
 
-def make_adapter(folder, base, quantization="nf4", compute_dtype=torch.float32, std=0.05, seed=0, **options):
+def make_adapter(folder, base, std=0.05, seed=0, **options):
     """Write an adapter folder; give the model that it was written from."""
     torch.manual_seed(seed)  # of A
-    options = {"rank": 4, **options}
-    loaded = load_base(str(base), quantization=quantization, compute_dtype=compute_dtype)
-    model = add_adapters(loaded.model, **options)
-    model.peft_config[ADAPTER].base_model_name_or_path = str(base)
+    module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options)
+    module.configure_model()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in trainable_tensors(model).items():
-            tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=std) if "lora_A" not in name else None
-    identity = {**loaded.identity, "adapter": describe_adapter(model)}
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    save_adapter_folder(folder, model, tokenizer, identity)
-    return model.eval()
+        for name, tensor in trainable_tensors(module.model).items():
+            if "lora_A" not in name:
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=std)
+    module.save_adapter(folder, AutoTokenizer.from_pretrained(base))
+    return module.model.eval()
 
 
 def make_run(folder, base, **options):

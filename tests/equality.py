@@ -5,6 +5,8 @@ import csv
 import torch
 from safetensors.torch import load_file
 
+from qlora_lightning.report import read_metrics
+
 _OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
 
 
@@ -38,8 +40,24 @@ def read_checkpoint(run, name="last.ckpt"):
     return torch.load(run / "checkpoints" / name, map_location="cpu", weights_only=True)
 
 
+def tensors_of(run, name="last.ckpt"):
+    """The adapter's tensors in a checkpoint, under the names that PEFT gives them in a file."""
+    stored = read_checkpoint(run, name)["state_dict"]
+    return {key.removeprefix("model.").replace(".default.", "."): tensor for key, tensor in stored.items()}
+
+
 def read_adapter(run):
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(run, column) -> list[float]:
+    return [value for _, value in read_metrics(run / "metrics.csv").get(column, [])]
+
+
+def contents(folder) -> dict[str, bytes]:
+    """All files of a folder, by their paths in it; what links lead to is not read."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def adapter_bytes(run) -> bytes:

@@ -22,10 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qlora_lightning import UserError
 from qlora_lightning.model import anatomy
-from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
-from tests.steps import distance, loss_and_gradients, make_batch, make_module
+from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
 WINDOW = 8
@@ -184,7 +183,6 @@ def error_of_merge(folder, adapter, plain):
 
 @torch.no_grad()
 def is_causal(model):
-    """Whether no token sees what is behind it."""
     ids = torch.randint(5, 250, (1, 20), generator=torch.Generator().manual_seed(3))
     whole, part = (model(input_ids=each, use_cache=False).logits[0, :9] for each in (ids, ids[:, :9]))
     return distance(whole, part) < 1e-4
@@ -244,7 +242,6 @@ def _study_quietly(model_type, flat):
 
 
 def main():
-    """Study types; print a line for each, and what is proven."""
     proven = {"flat": [], "a row at a time": [], "not causal": [], "neither": []}
     for model_type in sys.argv[1:] or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         for way, flat in (("flat", True), ("a row at a time", False)):

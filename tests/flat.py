@@ -1,14 +1,12 @@
-"""Samples and flat batches of plain lists, and the samples of one row."""
+"""Samples and flat batches of plain lists."""
 
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.batches.collate import Batch, collate_rows
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
-from qlora_lightning.data.rows.conversation import Content
+from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
 
@@ -26,13 +24,6 @@ def collate(*rows: tuple[Any, ...]) -> Batch:
 
 
 def unpack(samples: SampleSet) -> list[Rendered]:
-    """Return ids and labels of each sample."""
-    labels = np.where(samples.labelled, samples.ids, IGNORED)
+    labels = np.where(samples.labelled, samples.ids, -100)
     spans = [slice(*span) for span in pairwise(samples.starts.tolist())]
     return [Rendered(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]
-
-
-def render(renderer: ChatRenderer, content: Content) -> list[Rendered]:
-    """Render one row by the three steps that render many."""
-    texts = renderer.write(content)
-    return renderer.label(content, texts, renderer.encode([text.text for text in texts]))

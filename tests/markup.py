@@ -31,9 +31,7 @@ class Reader(HTMLParser):
         self.data.append((*(self.open[-1] if self.open else ("", {})), data))
 
     def of(self, tag):
-        """The attributes of each element of a kind."""
         return [attributes for name, attributes in self.elements if name == tag]
 
     def texts(self, tag):
-        """The texts right inside elements of a kind."""
         return [data for name, _, data in self.data if name == tag]

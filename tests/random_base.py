@@ -26,13 +26,7 @@ _TEMPLATE = (
 
 
 def save_tokenizer(folder: Path, texts: Iterable[str], size: int = 8192) -> None:
-    """Write a byte-level BPE tokenizer with a ChatML template, which knows the words of some texts.
-
-    Args:
-        folder: Where to.
-        texts: What its merges are learnt from.
-        size: Of its vocabulary, at the most.
-    """
+    """Write a byte-level BPE tokenizer with a ChatML template, whose merges are learnt from some texts."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]

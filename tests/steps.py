@@ -6,9 +6,12 @@ import lightning
 import torch
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.model.adapters.inject import trainable_tensors
 
 LENGTHS = (9, 1, 30, 17, 64, 5)
+
+
+def trainable_tensors(model):
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def randomize(model, std=0.1, seed=0):
@@ -21,7 +24,6 @@ def randomize(model, std=0.1, seed=0):
 
 
 def make_module(base, device="cpu", **options):
-    """A module in training mode."""
     module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options).to(device)
     module.configure_model()
     return randomize(module)
@@ -64,7 +66,7 @@ def to_device(batch, device):
 def loss_and_gradients(module, batch=None):
     """The mean loss, and all gradients of what trains in one vector on the CPU."""
     sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
-    trainable = [tensor for tensor in trainable_tensors(module).values() if tensor.requires_grad]
+    trainable = list(trainable_tensors(module).values())
     options = {"allow_unused": True, "materialize_grads": True}
     gradients = torch.autograd.grad(sums.nll_sum * module.loss_scale, trainable, **options)
     flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.loss_scale

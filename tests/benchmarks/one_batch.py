@@ -11,7 +11,6 @@ from typing import Any
 import lightning
 import psutil
 import torch
-from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,64 +37,41 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def read(self) -> None:
-        """Read the memory now."""
-        info = psutil.Process().memory_info()
-        mapped = getattr(info, "shared", 0)  # of Linux alone
-        self.readings.append((info.rss - mapped, mapped))
-
     def stop(self) -> int:
         """Read for the last time; return the most private bytes."""
         self._stopped.set()
         self._thread.join()
-        self.read()
         return max(private for private, _ in self.readings)
 
     def _watch(self) -> None:
-        self.read()
-        while not self._stopped.wait(_INTERVAL):
-            self.read()
-
-
-class StepMemory(Callback):
-    """Watch the memory of the process until two steps are done: the optimizer has its state from the second on."""
-
-    def __init__(self) -> None:
-        self.watch = MemoryWatch()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 1:
-            self.watch.stop()
+        is_last = False
+        while not is_last:
+            is_last = self._stopped.wait(_INTERVAL)
+            info = psutil.Process().memory_info()
+            mapped = getattr(info, "shared", 0)  # of Linux alone
+            self.readings.append((info.rss - mapped, mapped))
 
 
 def measure(base: str, lengths: Sequence[int], dtype: Any) -> dict[str, Any]:
-    """Train two steps with gradient checkpointing, and watch their memory.
+    """Train two steps of rows of these lengths with gradient checkpointing, and watch their memory.
 
-    Args:
-        base: As in ``model.base``.
-        lengths: Tokens of each row; the second half of each is labelled.
-        dtype: Of products.
-
-    Returns:
-        Figures in bytes and seconds, of the quicker step.
+    The second half of each row is labelled. The second step has the optimizer's state; the seconds are the quicker's.
     """
     lightning.seed_everything(child.SEED)
     batch = make_batch(lengths, vocabulary=1000)
     for start, length in zip(batch["cu_seqlens"].tolist(), lengths, strict=False):
         batch["labels"][0, start : start + length // 2] = -100
     batch |= {"row_ids": torch.arange(len(lengths)), "source": torch.zeros(len(lengths), dtype=torch.int64)}
-    meter, memory = Meter(), StepMemory()
-    trainer = make_trainer("cpu", GradientCheckpointing(True), meter, memory, max_epochs=1)
+    meter, watch = Meter(), MemoryWatch()
+    trainer = make_trainer("cpu", GradientCheckpointing(True), meter, max_epochs=1)
     batches: Any = [batch] * 2
     trainer.fit(make_module(base, dtype), DataLoader(batches, batch_size=None))
-    figures: dict[str, Any] = {"seconds": min(meter.step_seconds), "start_seconds": meter.start_seconds}
-    readings = memory.watch.readings
-    return figures | {
+    return {
+        "seconds": min(meter.step_seconds),
+        "start_seconds": meter.start_seconds,
         "tokens": sum(lengths),
-        "private_bytes": max(private for private, _ in readings),
-        "together_bytes": max(map(sum, readings)),
+        "private_bytes": watch.stop(),
+        "together_bytes": max(map(sum, watch.readings)),
     }
 
 
@@ -131,11 +107,7 @@ def make_base(folder: Path, layers: int) -> None:
 
 
 def quantize(folder: str, layers: int) -> dict[str, Any]:
-    """Make the base unless it is there, quantize it, and load it again from the cache.
-
-    Returns:
-        Bytes of the quantized model; seconds and private bytes of both loads.
-    """
+    """Make the base unless it is there, quantize it, and load it again from the cache; measure both loads."""
     torch.manual_seed(child.SEED)
     make_base(Path(folder), layers)
     figures: dict[str, Any] = {}

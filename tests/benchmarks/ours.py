@@ -57,7 +57,6 @@ class Meter(Callback):
         self.peak_bytes = child.read_peak_bytes(pl_module.device.type == "cuda")
 
     def figures(self) -> dict[str, Any]:
-        """Return what was measured, and the versions."""
         figures = {name: getattr(self, name) for name in ("tokens", "seconds", "start_seconds", "peak_bytes")}
         return figures | {"versions": child.versions_of("lightning")}
 
@@ -84,17 +83,9 @@ def measure(
     batch_size: int = child.BATCH_SIZE,
     spare_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Train one epoch.
+    """Train one epoch over ``source``, an entry of ``data.train``, or its first steps.
 
-    Args:
-        base: Folder of the base.
-        source: Path and number of rows, as an entry of ``data.train``.
-        accelerator: ``cpu`` or ``gpu``.
-        dtype: Of products: ``bf16``, ``fp16`` or ``fp32``.
-        checkpointing: Whether to train with gradient checkpointing.
-        steps: Of the epoch, at the most; -1: all.
-        batch_size: Rows of a step.
-        spare_bytes: Memory that is left for training, in which a step has to fit itself; ``None``: all.
+    In so many ``spare_bytes`` of memory a step has to fit itself.
     """
     lightning.seed_everything(child.SEED)
     module = make_module(base, dtype)
@@ -119,7 +110,6 @@ def make_data(base: str, source: dict[str, Any], batch_size: int = child.BATCH_S
 
 
 def make_trainer(accelerator: str, *callbacks: Callback, **limits: int) -> Trainer:
-    """Return a quiet trainer for one device."""
     options = {"accelerator": accelerator, "gradient_clip_val": child.GRADIENT_CLIP, "callbacks": list(callbacks)}
     trainer: Trainer = make_quiet_trainer(_FOLDER.name, **options, **limits)
     return trainer

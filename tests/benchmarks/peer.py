@@ -44,7 +44,6 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self._began
 
     def figures(self, tokens: int) -> dict[str, Any]:
-        """Return what was measured, and the versions."""
         packages = ["trl", *["liger-kernel"] * self._on_gpu]
         return {
             "tokens": tokens,

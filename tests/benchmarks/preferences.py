@@ -96,14 +96,11 @@ def _make_peer(base: str, rows: str, dtype: str, epochs: int, folder: str, objec
     from tests.benchmarks.peer import config_options, trainer_options
 
     texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]
-    speakers = dict.fromkeys(texts[0].keys() - {"label"}, "assistant") | {"prompt": "user"}
-    pairs = [{key: [{"role": role, "content": row[key]}] for key, role in speakers.items()} for row in texts]
-    pairs = [
-        {**pair, **({"label": row["label"]} if "label" in row else {})} for pair, row in zip(pairs, texts, strict=True)
-    ]
+    for row, key in itertools.product(texts, texts[0].keys() - {"label"}):
+        row[key] = [{"role": "user" if key == "prompt" else "assistant", "content": row[key]}]
     common = config_options(folder, dtype, on_gpu=False) | {"num_train_epochs": epochs}
     common |= {"beta": BETA, "per_device_train_batch_size": PAIRS, "gradient_checkpointing": False}
-    options = {"train_dataset": Dataset.from_list(pairs), **trainer_options(base, dtype, on_gpu=False)}
+    options = {"train_dataset": Dataset.from_list(texts), **trainer_options(base, dtype, on_gpu=False)}
     if objective == "kto":
         return KTOTrainer(args=KTOConfig(**common, train_sampling_strategy="sequential"), **options)
     return DPOTrainer(args=DPOConfig(**common), **options)

@@ -23,7 +23,6 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Ours over the peer's."""
         return None if self.peer is None else self.ours / self.peer
 
 
@@ -42,7 +41,6 @@ def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """Return the figures of a run by unit and name."""
     setting = run["setting"]
     figures = {("tokens/s", setting): run["tokens"] / run["seconds"]}
     if "peak_bytes" in run:
@@ -57,7 +55,6 @@ def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Print a line for each row."""
     table = Table("", "", "peer", "ours", "ratio")
     for unit, group in itertools.groupby(rows, key=lambda row: row.unit):
         for row in group:

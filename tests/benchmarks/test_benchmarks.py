@@ -19,9 +19,7 @@ def test_rows_are_medians_of_each_side_and_shares_of_ours() -> None:
     runs = [RUN | {"seconds": seconds, "peak_bytes": 2e9} for seconds in (3.0, 2.0, 9.0)]
     runs += [RUN | {"side": "peer", "seconds": seconds, "peak_bytes": 8e9} for seconds in (12.0, 9.0, 20.0)]
     runs.append({"side": "ours", "tokens": 512, "seconds": 8.0, "setting": "512 tokens"})
-
     rows = make_rows(runs)
-
     assert rows == [
         Row("tokens/s", PLAIN, 400.0, 100.0),
         Row("tokens/s", "512 tokens", 64.0),
@@ -52,10 +50,8 @@ def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyt
     """One of the 32 layers of Llama-3.1-8B's shape, with its whole embedding and head: the largest tensors."""
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     threads = os.cpu_count() or 1
-
     found = run_child("one_batch", threads, folder=str(tmp_path / "base"), layers=1)
     step = run_child("one_batch", threads, base=str(tmp_path / "base"), lengths=[16, 16], dtype="auto")
-
     assert found["first_private_bytes"] <= found["quantized_bytes"] + 1024**3
     # mapped, not read: what is private then are imports, and what the first load left behind
     assert found["second_private_bytes"] <= found["quantized_bytes"] / 2

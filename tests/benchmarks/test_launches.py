@@ -14,11 +14,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-
-
 def test_a_layer_asks_for_few_launches_and_all_of_it_is_on_the_device() -> None:
     forward, backward = launches.count(fast=True)
     assert forward.by_layer() <= 40

@@ -1,10 +1,9 @@
-from pathlib import Path
-
 import lightning
 import pytest
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.base import load_tokenizer
+from tests import steps
 
 
 @pytest.fixture
@@ -29,22 +28,11 @@ def make_data(tokenizer, rows_file):
 @pytest.fixture
 def make_trainer(tmp_path):
     """A Trainer as Python users make it, with a run folder in the test's own folder."""
-    defaults = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "log_every_n_steps": 1,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
 
     def make(*callbacks, folder="run", **options):
-        if not any(isinstance(callback, lightning.pytorch.callbacks.Checkpoint) for callback in callbacks):
-            options.setdefault("enable_checkpointing", False)
-        root = Path(tmp_path) / folder
-        return lightning.Trainer(**(defaults | options), callbacks=list(callbacks), default_root_dir=root)
+        saves = any(isinstance(callback, lightning.pytorch.callbacks.Checkpoint) for callback in callbacks)
+        usual = {"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": saves}
+        return steps.make_trainer(tmp_path / folder, **(usual | options), callbacks=list(callbacks))
 
     return make
 
@@ -63,10 +51,13 @@ def fit(make_module, make_data, make_trainer):
     return run
 
 
-@pytest.fixture
-def adapter_of():
-    """Copies of the tensors that train, by name."""
-    return lambda module: {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+class At(lightning.Callback):
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.act(trainer)
 
 
 class Scored(QLoRAModule):
@@ -82,8 +73,6 @@ class Scored(QLoRAModule):
 
 @pytest.fixture
 def scored(make_module):
-    """A module whose validations have these scores."""
-
     def make(*scores):
         module = make_module(Scored)
         module.scores = scores

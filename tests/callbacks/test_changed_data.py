@@ -4,10 +4,9 @@ import json
 
 import lightning
 import pytest
-import torch
 
 from qlora_lightning import AdapterCheckpoint, UserError
-from tests.equality import read_adapter, read_checkpoint
+from tests.equality import read_adapter, read_checkpoint, same, tensors_of
 
 
 class Rows(lightning.Callback):
@@ -27,7 +26,6 @@ def last(tmp_path):
 
 @pytest.fixture
 def more_rows(rows_file, tmp_path):
-    """The sixteen rows and four more."""
     more = [json.dumps({"instruction": f"Add {n} and {n}.", "output": str(2 * n)}) + "\n" for n in range(4)]
     (tmp_path / "more.jsonl").write_text(rows_file.read_text() + "".join(more))
     return str(tmp_path / "more.jsonl")
@@ -35,13 +33,6 @@ def more_rows(rows_file, tmp_path):
 
 def monitored():
     return AdapterCheckpoint(monitor="val_score", mode="min")
-
-
-def has_adapter_of(last, checkpoint):
-    folder = last.parents[1]
-    stored, written = read_checkpoint(folder, checkpoint)["state_dict"], read_adapter(folder)
-    names = {name: name.removeprefix("model.").replace(".default.", ".") for name in stored}
-    return all(torch.equal(written[names[name]], tensor) for name, tensor in stored.items())
 
 
 def test_other_training_samples_are_rejected_unless_they_are_meant_at_an_epochs_end(
@@ -56,7 +47,7 @@ def test_other_training_samples_are_rejected_unless_they_are_meant_at_an_epochs_
     assert {epoch: sorted(own) for epoch, own in rows.of_epoch.items()} == {1: list(range(20))}
     assert read_checkpoint(last.parents[1])["global_step"] == 8 + 10
     assert checkpoint.best == [(1.0, "step-000008.ckpt")]
-    assert has_adapter_of(last, "step-000008.ckpt")
+    assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1], "step-000008.ckpt"))
     with pytest.raises(UserError, match=r"other training samples \(20 there, 16 here\)"):  # they are the run's own now
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=3)
 
@@ -68,7 +59,7 @@ def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, m
     checkpoint, data = monitored(), make_data(val=more_rows, accept_changed_data=True)
     fit(checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
     assert checkpoint.best == [(2.0, "step-000016.ckpt")]
-    assert has_adapter_of(last, "step-000016.ckpt")
+    assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1], "step-000016.ckpt"))
 
 
 def test_inside_an_epoch_only_validation_may_be_another(fit, make_data, more_rows, last, capsys):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qlora_lightning import AdapterCheckpoint, UserError
-from tests.equality import read_adapter, read_checkpoint, same
+from tests.equality import contents, read_adapter, read_checkpoint, same, tensors_of
+from tests.steps import trainable_tensors
 
 
 class Diary(lightning.Callback):
@@ -27,23 +28,13 @@ class Diary(lightning.Callback):
         return ", ".join(f"{what} {step}" for what, step in self.entries)
 
 
-def tensors_of(folder, name="last.ckpt"):
-    """The adapter's tensors in a checkpoint, under the names that PEFT gives them in a file."""
-    stored = read_checkpoint(folder, name)["state_dict"]
-    return {key.removeprefix("model.").replace(".default.", "."): tensor for key, tensor in stored.items()}
-
-
 def checkpoint_names(folder):
     return sorted(file.name for file in (folder / "checkpoints").iterdir())
 
 
-def contents(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(fit, make_module, adapter_of, tiny_base, tmp_path):
+def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(fit, make_module, tiny_base, tmp_path):
     _, module = fit(AdapterCheckpoint(), module=make_module(rank=64))
-    run, adapter = tmp_path / "run", adapter_of(module)
+    run, adapter = tmp_path / "run", trainable_tensors(module)
     assert sorted(file.name for file in run.iterdir()) == ["adapter", "checkpoints"]
     assert checkpoint_names(run) == ["last.ckpt", "step-000008.ckpt"]
     assert same(read_checkpoint(run)["state_dict"], adapter)

@@ -6,9 +6,8 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
-from qlora_lightning.evaluation.row_results import unpack_rows
-from qlora_lightning.model.step.loss import TokenStatistics
 from tests.equality import same
+from tests.steps import trainable_tensors
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number
 
@@ -27,8 +26,6 @@ class End(Callback):
 
 
 class Logged(Callback):
-    """Notes what each validation logged."""
-
     def __init__(self):
         self.seen = []
 
@@ -36,18 +33,13 @@ class Logged(Callback):
         self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def validate(module, data):
-    statistics = TokenStatistics()
-    module.eval()
-    with torch.no_grad():
-        for batch in data.val_dataloader():
-            statistics.update(module.compute_loss(batch))
-    return {name: float(value) for name, value in statistics.compute().items()}
-
-
 def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
-    fit, make_module, make_data, adapter_of, capsys, tmp_path
+    fit, make_module, make_data, make_trainer, capsys, tmp_path
 ):
+    def validate(module):
+        (metrics,) = make_trainer().validate(module, make_data(), verbose=False)
+        return {name.removeprefix("val_"): value for name, value in metrics.items()}
+
     options = {"val_check_interval": 1, "limit_train_batches": 3, "max_epochs": 1}
     data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
     other = tmp_path / "other.jsonl"
@@ -55,12 +47,12 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     general = {"path": str(other), "format": "text"}
     evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, general=general, general_rows=3)
     _, module = fit(end := End(), evaluation, checkpoint, data=data, **options)
-    assert same(adapter_of(module), end.adapter)
+    assert same(trainable_tensors(module), end.adapter)
     assert checkpoint.best[0][1] != "step-000003.ckpt"
     found = read_figures(tmp_path)
     untouched = make_module()
     untouched.configure_model()
-    for name, value in validate(untouched, data).items():
+    for name, value in validate(untouched).items():
         assert found["metrics"][name]["base"]["value"] == pytest.approx(value, rel=1e-3)
     (batch,) = data.read_other_rows(general, 3)
     assert len(batch["row_ids"]) == 3
@@ -70,9 +62,9 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert found["metrics"]["general_loss"]["base"]["value"] == pytest.approx(on_other_text, rel=1e-3)
     loss = found["metrics"]["loss"]["adapter"]["value"]
     assert loss == pytest.approx(checkpoint.best[0][0], rel=1e-3)
-    assert loss != pytest.approx(validate(module, data)["loss"], rel=1e-3)
+    assert loss != pytest.approx(validate(module)["loss"], rel=1e-3)
     untouched.load_state_dict(checkpoint.read_best(tmp_path / "run"))
-    assert loss == pytest.approx(validate(untouched, data)["loss"], rel=1e-3)
+    assert loss == pytest.approx(validate(untouched)["loss"], rel=1e-3)
 
     # rows that were answered are scored, and shown beside what was expected
     assert (found["rows"], found["answered_rows"], found["max_new_tokens"]) == (16, 4, 3)
@@ -117,11 +109,11 @@ def test_a_score_of_an_earlier_validation_ranks_no_later_adapter(fit):
 
 @pytest.mark.slow
 def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(
-    fit, make_data, make_module, tmp_path
+    fit, make_data, make_module, rows_file, tmp_path
 ):
     options = {"val_check_interval": 2, "limit_train_batches": 4}
     fit(plain := End(), module=make_module(dropout=0.1), **options)
-    logged, data, module = Logged(), make_data(), make_module(dropout=0.1)
+    logged, data, module = Logged(), make_data(predict=str(rows_file)), make_module(dropout=0.1)
     evaluation = Evaluation(rows=3, every_n_validations=2, max_new_tokens=4)
     fit(evaluation, logged, end := End(), data=data, module=module, **options)
     assert same(end.adapter, plain.adapter)
@@ -130,8 +122,9 @@ def test_every_second_validation_answers_rows_and_training_ends_in_the_same_byte
     assert "val_loss" in first
     assert not {f"val_{name}" for name in SCORES} & first.keys()
     assert {f"val_{name}" for name in [*SCORES, "stop_rate", "answer_tokens"]} <= second.keys()
-    rows = [row for batch in data.val_dataloader() for row in unpack_rows(batch)][:3]
-    answers = module.answer([row.prompt for row in rows], data.stop_ids, 4)
+    data.setup("predict")
+    prompts = [prompt for batch in data.predict_dataloader() for prompt in batch["prompt_ids"]][:3]
+    answers = module.answer(prompts, data.stop_ids, 4)
     assert second["val_answer_tokens"] == pytest.approx(sum(map(len, answers)) / 3)
     assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in answers) / 3)
     # a resumed run continues counting

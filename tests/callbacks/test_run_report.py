@@ -1,33 +1,25 @@
 """Every fit leaves a manifest and a page, however it ends, and is not disturbed by them."""
 
 import json
+import math
 import os
 import signal
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from lightning import Callback
+from peft.tuners.lora import LoraLayer
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import MetricsLogger
-from qlora_lightning.support.errors import TrainingStopped
+from tests.callbacks.conftest import At
 from tests.equality import read_checkpoint
 
 
 @pytest.fixture
 def manifest(tmp_path):
     return lambda folder="run": json.loads((tmp_path / folder / "manifest.json").read_text())
-
-
-class At(Callback):
-    """Does something at the start of a batch."""
-
-    def __init__(self, step, act):
-        self.step, self.act = step, act
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            self.act(trainer)
 
 
 def fail(trainer):
@@ -84,6 +76,24 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert f"Report: {run / 'report.html'}" in out
 
 
+def test_each_update_is_measured_beside_its_weight(fit, manifest, make_module):
+    options = {"use_rslora": True, "rank_pattern": {"q_proj": 1}}
+    module = make_module(lora_options=options, target_modules="attention")
+    fit(RunReport(), module=module, max_steps=2, limit_val_batches=0)
+    layers = {name: layer for name, layer in module.causal_lm.named_modules() if isinstance(layer, LoraLayer)}
+    table = {(kind, each["layer"]): each for kind, own in manifest()["adapter_updates"].items() for each in own}
+    assert len(table) == len(layers) == 8
+    for name, layer in layers.items():
+        norm, packed = table[name.rpartition(".")[2], int(name.split(".")[2])], layer.base_layer.weight
+        weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
+        update = layer.get_delta_weight("default").detach()
+        assert norm["rank"] == (1 if "q_proj" in name else 2)
+        assert norm["ratio"] == pytest.approx(float(update.norm() / weight.norm()), rel=1e-4)
+        shares = torch.linalg.svdvals(update.double())[: norm["rank"]]
+        shares /= shares.sum()
+        assert norm["effective_rank"] == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-4)
+
+
 def test_a_run_that_diverged_says_so_everywhere(fit, manifest, make_module, tmp_path, capsys):
     class Rises(QLoRAModule):
         def log(self, name, value, **options):
@@ -107,7 +117,7 @@ def test_a_stopped_run_and_an_error_are_reported_as_attempts(fit, manifest, tmp_
     def start(*more, **changes):
         fit(RunReport(command=["a"]), StopSignals(), AdapterCheckpoint(), *more, **options | changes)
 
-    with pytest.raises(TrainingStopped):
+    with pytest.raises(SystemExit):
         start(At(2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)))
     assert manifest()["status"] == "stopped"
     with pytest.raises(RuntimeError, match="the disk is <gone>"):

@@ -8,26 +8,20 @@ import pytest
 
 from qlora_lightning import AdapterCheckpoint, PredictionWriter
 from qlora_lightning.callbacks import StopSignals
-from qlora_lightning.support.errors import TrainingStopped
+from tests.callbacks.conftest import At
 from tests.equality import read_checkpoint
 
 
-class Sender(lightning.Callback):
-    """Sends a signal to its own process when the n-th batch of training begins."""
-
-    def __init__(self, number, at):
-        self.number, self.at = number, at
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == self.at:
-            os.kill(os.getpid(), self.number)
+def send(number):
+    """Send a signal to this process when the third batch of training begins."""
+    return At(2, lambda trainer: os.kill(os.getpid(), number))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_with_its_code_and_reports_how_to_resume(fit, tmp_path, capfd, number):
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with pytest.raises(TrainingStopped) as stopped:
-        fit(StopSignals(), Sender(number, 2), AdapterCheckpoint())
+    with pytest.raises(SystemExit) as stopped:
+        fit(StopSignals(), send(number), AdapterCheckpoint())
     assert stopped.value.code == 128 + number
     said = capfd.readouterr()
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -47,7 +41,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
 
     with pytest.raises(SystemExit) as left:
         fit(StopSignals(), Impatient(), AdapterCheckpoint(every_n_train_steps=1))
-    assert not isinstance(left.value, TrainingStopped)
+    assert type(left.value) is SystemExit  # not of a stop that is saved
     assert isinstance(left.value.__context__, KeyboardInterrupt)
     assert read_checkpoint(tmp_path / "run")["global_step"] == 2
     assert [file.name for file in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -57,15 +51,15 @@ def test_a_second_ctrl_c_leaves_at_once_and_saves_nothing(fit, tmp_path):
 def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     make_module, make_data, make_trainer, rows_file, tmp_path, verb, number
 ):
-    def send(*_):
+    def send_and_go_on(*_):
         os.kill(os.getpid(), number)
         pytest.fail("it went on")
 
     before, sender = signal.getsignal(number), lightning.Callback()
-    sender.on_validation_batch_start = sender.on_predict_batch_start = send
+    sender.on_validation_batch_start = sender.on_predict_batch_start = send_and_go_on
     data = make_data(predict=str(rows_file))
     trainer = make_trainer(StopSignals(), sender, PredictionWriter())
-    with pytest.raises(TrainingStopped) as stopped:
+    with pytest.raises(SystemExit) as stopped:
         getattr(trainer, verb)(make_module(), datamodule=data)
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) == before
@@ -75,7 +69,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
 def test_an_ignored_signal_stays_ignored(fit):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        trainer, _ = fit(StopSignals(), Sender(signal.SIGHUP, 2))
+        trainer, _ = fit(StopSignals(), send(signal.SIGHUP))
     finally:
         signal.signal(signal.SIGHUP, before)
     assert trainer.global_step == 8

@@ -1,8 +1,10 @@
 """Folders with a config, its data and finished runs of it: one that each test gets a copy of, one to evaluate in."""
 
-import csv
+import contextlib
+import io
 import json
 import logging
+import shlex
 import shutil
 
 import pytest
@@ -42,6 +44,17 @@ EVENTS = [
     {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
     for word in ("lunch", "dinner", "dance", "lecture")
 ]
+
+
+def help_examples(command):
+    """The arguments of each example that the help of a command shows, to run it as it is."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    found = [shlex.split(line)[1:] for line in lines if line.startswith(f"qlora-lightning {command} --")]
+    assert found
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -126,20 +139,3 @@ def write_config(tmp_path):
         return "other.yaml"
 
     return write
-
-
-@pytest.fixture
-def read_metrics(tmp_path):
-    """Read the lines of metrics.csv of a run, those with a column if one is named."""
-
-    def read(run, column=None):
-        with (tmp_path / run / "metrics.csv").open(newline="") as handle:
-            return [row for row in csv.DictReader(handle) if column is None or row[column]]
-
-    return read
-
-
-@pytest.fixture
-def files_of(tmp_path):
-    """Read all files of a run."""
-    return lambda run: {file: file.read_bytes() for file in (tmp_path / run).rglob("*") if file.is_file()}

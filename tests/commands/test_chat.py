@@ -3,16 +3,12 @@
 import io
 
 import pytest
+from transformers import TextStreamer
 
-from qlora_lightning.base import load_tokenizer
+from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
-from qlora_lightning.commands.chat import session
-from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.load.build import find_adapter, open_adapter
 from tests.adapters import make_run
-from tests.help_examples import help_examples
+from tests.commands.conftest import help_examples
 
 CALM, BOLD = "runs/a/adapter", "runs/b/adapter"
 SHORT = ("--max-new-tokens", "4")
@@ -46,13 +42,14 @@ def test_the_examples_of_help_run(arguments, chat):
     assert "was cut after 4 tokens" in chat(*arguments[1:], *SHORT, lines=["Hello."])
 
 
-def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat):
+def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat, tiny_base):
     out = chat("--adapter", CALM, "--prompt", "Count to 3.", *SHORT)
-    renderer = ChatRenderer(choose_chat_template(load_tokenizer(CALM), None))
-    prompt = renderer.render_prompt([{"role": "user", "content": "Count to 3."}])
-    model = open_adapter(find_adapter(CALM))[0].eval().get_base_model()
-    expected = generate_answers(model, [prompt], stop_ids=sorted(renderer.stop_ids), max_new_tokens=4)[0]
-    assert out == f"{renderer.tokenizer.decode(expected)}\n(a was cut after 4 tokens: it had not stopped.)\n"
+    data = InstructionDataModule(tokenizer=CALM)
+    module = QLoRAModule(str(tiny_base), adapter=CALM, compute_dtype="fp32")
+    module.configure_model()
+    prompt = data.renderer.render_prompt([{"role": "user", "content": "Count to 3."}])
+    (expected,) = module.answer([prompt], data.stop_ids, max_new_tokens=4)
+    assert out == f"{data.tokenizer.decode(expected)}\n(a was cut after 4 tokens: it had not stopped.)\n"
 
 
 def test_a_conversation_continues_until_it_is_ended(chat):
@@ -97,13 +94,13 @@ def test_what_cannot_be_sent_is_reported_and_the_conversation_continues(chat):
 
 
 def test_ctrl_c_ends_an_answer_and_what_was_answered_is_kept(chat, monkeypatch):
-    show, shown = session.AnswerStream.on_finalized_text, []
+    put, tokens = TextStreamer.put, []
 
-    def interrupt(stream, text, stream_end=False):
-        show(stream, text, stream_end)
-        shown.append(text)
-        if len(shown) == 3:
+    def interrupt(stream, token):
+        put(stream, token)
+        tokens.append(token)
+        if len(tokens) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(session.AnswerStream, "on_finalized_text", interrupt)
+    monkeypatch.setattr(TextStreamer, "put", interrupt)
     assert len(chat("--adapter", CALM, lines=["Hi.", "And?"], code=130).split("> ")) == 2  # no second turn

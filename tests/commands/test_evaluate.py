@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_lightning.cli import main
-from tests.help_examples import help_examples
+from tests.commands.conftest import help_examples
 
 
 @pytest.fixture
@@ -25,6 +25,10 @@ def evaluate(trained, tmp_path, monkeypatch, capsys):
     return run
 
 
+def read_predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("arguments", help_examples("evaluate"), ids=" ".join)
 def test_the_examples_of_help_run(arguments, evaluate, trained, capsys):
     shutil.rmtree(trained / "evaluated", ignore_errors=True)
@@ -36,7 +40,7 @@ def test_the_examples_of_help_run(arguments, evaluate, trained, capsys):
 def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path):
     out, figures = evaluate("--rows", "10", "--out", str(tmp_path / "out"))
     assert figures == json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    lines = read_predictions(tmp_path / "out")
     assert figures["rows"] == figures["answered_rows"] == len(lines) == 10
     assert sorted(figures["hardest"]) == list(range(10))
     assert [line["row"] for line in lines] == figures["hardest"]
@@ -44,6 +48,15 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path
         scores = [line[side]["scores"]["chrf"] for line in lines]
         assert figures["metrics"]["chrf"][side]["value"] == pytest.approx(sum(scores) / 10)
     assert scores == sorted(scores)
+    assert figures["labelled_tokens"] == sum(line["base"]["labelled_tokens"] for line in lines)
+    # a sample's prompt is its last turn, that of a prediction the whole
+    shown = [(sample["prompt"], sample["expected"]) for sample in figures["samples"]]
+    assert shown == [("Count to 1.", "0"), ("Count to 2.", "0 1")]
+    assert all(line["prompt"].startswith("<|im_start|>system") for line in lines)
+    duel = figures["duels"]["adapter"]
+    assert (duel["score"], len(duel["wins"]) + len(duel["losses"]) + duel["ties"]) == ("chrf", 10)
+    of_a_side = {"answer", "loss", "scores", "labelled_tokens", "correct_tokens", "stopped", "answer_tokens"}
+    assert {key for line in lines for key in line["adapter"]} == of_a_side
     for line in lines:
         row = line["row"]
         assert line["place"] == (f"rows.jsonl:{row + 1}" if row < 8 else f"events.jsonl:{row - 7}")
@@ -79,8 +92,9 @@ def test_options_beat_the_config_and_json_answers_are_scored_as_json(evaluate):
 
 
 def test_an_adapter_folder_takes_the_place_of_a_config(evaluate, trained, tmp_path, capsys, monkeypatch):
-    few = ("--rows", "4", "--max-new-tokens", "2")
+    few = ("--rows", "4", "--max-new-tokens", "2", "--scores", "chrf, exact_match")
     _, named = evaluate(*few, "--adapter", "runs/b/adapter", config="runs/b/config.yaml")
+    assert named["scores"] == ["chrf", "exact_match"]
     assert evaluate(*few, "--adapter", "runs/b", config=None)[1] == named
     shutil.copytree("runs/b/adapter", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
@@ -110,6 +124,16 @@ def test_other_prompts_and_shortened_rows_are_reported(evaluate):
     out, _ = evaluate("--data.chat_template", "chatml", "--data.system", "Be brief.", "--data.max_length", "36")
     assert "adapter was trained with another data.chat_template and data.system" in out
     assert "2 shortened" in out
+
+
+def test_rows_without_a_prompt_of_their_own_have_losses_only_and_no_more_are_answered_than_asked(evaluate, tmp_path):
+    evaluate("--data.train_on", "all", "--out", str(tmp_path / "all"))
+    for line in read_predictions(tmp_path / "all"):
+        assert ("prompt" in line, line["adapter"]["answer"], line["adapter"]["loss"] > 0) == (False, None, True)
+    evaluate("--out", str(tmp_path / "three"))
+    lines = read_predictions(tmp_path / "three")
+    assert {line["row"] for line in lines if line["adapter"]["answer"] is not None} == {0, 1, 2}
+    assert len(lines) == 8
 
 
 def test_earlier_results_stay_unless_forced(evaluate, tmp_path, capsys):

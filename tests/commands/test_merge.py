@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_lightning.cli import main
 from qlora_lightning.model.merge import MergedWeights
 from tests.adapters import make_run
-from tests.help_examples import help_examples
+from tests.commands.conftest import help_examples
 
 ADAPTER = "runs/quickstart/adapter"
 NAME = "model.layers.1.mlp.up_proj"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import gguf
 import pytest
@@ -27,16 +26,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def small_run(small_base, tmp_path_factory):
-    make_run(folder := tmp_path_factory.mktemp("gguf") / "run", small_base)
-    return folder
-
-
 @pytest.fixture
-def with_run(folder, small_run):
+def with_run(folder, small_base):
     """The current folder, with a run in it."""
-    shutil.copytree(small_run, folder / "run")
+    make_run(folder / "run", small_base)
     return folder
 
 

@@ -11,9 +11,6 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.epoch import plan_epoch
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from tests.flat import gather
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -128,9 +125,14 @@ def test_llama_70b_takes_of_two_devices_what_its_recipe_says(folder):
     assert memory["peak_bytes"] + memory["host_bytes"] > 24 * 2**30  # what is offloaded has no room on the device
 
 
-def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder):
-    adapted = ("--model.layers", "last:1", "--model.target_modules", "[q_proj, down_proj]")
-    _, found, out, _ = plan(*adapted, "--data.train", "nothing.jsonl")
+@pytest.mark.parametrize(
+    "adapted",
+    [["q_proj, down_proj", "--model.layers", "last:1"], [r"model\.layers\.1{1,2}\..*\.(q|down)_proj"]],
+    ids=["names", "expression"],
+)
+def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder, adapted):
+    """Names with commas are a list, and an expression with commas stays one."""
+    _, found, out, _ = plan("--model.target_modules", *adapted, "--data.train", "nothing.jsonl")
     lines = [line.replace("│", "").split() for line in out.splitlines() if "_proj " in line]
     assert [" ".join(line) for line in lines] == ["self_attn.q_proj 64 → 64 2 1", "mlp.down_proj 128 → 64 2 1"]
     assert "The data were not read. data.train: data file nothing.jsonl does not exist" in out
@@ -156,33 +158,25 @@ def test_a_hub_id_is_planned_by_the_hubs_cache_else_by_a_known_shape(folder, tmp
     assert figures["run"]["steps"] == 2
 
 
-USUAL = {
-    **{"accelerator": "cpu", "devices": 1, "num_nodes": 1, "max_epochs": 1, "max_steps": -1},
-    **{"accumulate_grad_batches": 1, "limit_train_batches": None},
-}
-
-
-@pytest.fixture(scope="module")
-def samples():
-    """Ten samples of 1 to 10 tokens, 55 in all."""
-    return gather(*(([5] * length, [-100] * length, length) for length in range(1, 11)))
-
-
-def test_tokens_are_those_of_all_rows_and_epochs(samples):
-    epoch = plan_epoch(EpochPlan(samples, batch_size=4), {**USUAL, "max_epochs": 3, "devices": "0,1,"})
-    assert (epoch.batches, epoch.devices, epoch.tokens, epoch.all_tokens) == (2, 2, 55, 220)  # 12 batches of 55 / 3
-    epoch = plan_epoch(EpochPlan(samples, tokens_per_batch=11), {**USUAL, "max_steps": 2})
-    assert (epoch.batches, epoch.all_tokens) == (6, 18)
+def test_tokens_are_those_of_all_rows_and_epochs(folder):
+    """About: by the average step, since a rank has the filler of another's row."""
+    alone = ["--trainer.accelerator=gpu", "--device-memory=4GB", "--trainer.accumulate_grad_batches=1"]
+    run = plan(*alone, "--data.batch_size=6", "--trainer.max_epochs=3", "--trainer.devices=0,1,")[1]["run"]
+    epoch = run["epoch"]
+    assert (epoch["batches"], epoch["devices"], run["tokens"]) == (2, 2, 4 * epoch["tokens"])  # 12 batches of a third
+    run = plan(*alone, "--data.batch_size=null", "--data.tokens_per_batch=200", "--trainer.max_steps=2")[1]["run"]
+    assert run["tokens"] == round(2 * run["epoch"]["tokens"] / run["epoch"]["batches"])
 
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"max_steps": 7, "max_epochs": None}, 7),
+        ({"max_steps": 7, "max_epochs": "null"}, 7),
         ({"limit_train_batches": 4, "accumulate_grad_batches": 3}, 2),
-        ({"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2}, 4),  # of 7 batches
+        ({"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2}, 6),  # of 11 batches
         ({"max_epochs": -1}, None),
     ],
 )
-def test_steps_follow_from_epochs_limits_and_accumulation(samples, settings, steps):
-    assert plan_epoch(EpochPlan(samples, batch_size=1), {**USUAL, **settings}).all_steps == steps
+def test_steps_follow_from_epochs_limits_and_accumulation(folder, settings, steps):
+    options = [f"--trainer.{name}={value}" for name, value in settings.items()]
+    assert plan("--data.batch_size=1", *options)[1]["run"]["steps"] == steps

@@ -18,7 +18,7 @@ NUMBERS = r"loss \d+\.\d{3}, (val \d+\.\d{3}, )?lr [\d.e+-]+, \d+ tok/s, \d+\.\d
 
 
 def progress(text):
-    return [line for line in text.splitlines() if line.startswith("step")]
+    return [line for line in text.splitlines() if line.startswith(("step", "validating"))]
 
 
 def test_a_log_file_has_a_line_after_the_first_step_and_at_the_end_and_no_bars(command):

@@ -20,7 +20,6 @@ def make_run(tmp_path, monkeypatch):
 
 
 def rows_of(out):
-    """Return the cells of what is printed as a table."""
     lines = [re.split("[│┃]", line) for line in out.splitlines() if line[:1] in ("│", "┃")]
     return [[cell.strip() for cell in line[1:-1]] for line in lines]
 
@@ -47,6 +46,7 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     assert rows_of(out)[:3] == [
         *[["run", "runs/one", "runs/two"], ["status", "finished", "running"], ["validation loss", "0.4500", "0.2500"]]
     ]
+    assert ["wall time, h:mm:ss", "0:01:30", "–"] in rows_of(out)
     assert not (tmp_path / "runs/one/report.html").exists()
     found = json.loads((tmp_path / "both.json").read_text())
     assert (found["format"], found["format_version"]) == ("qlora_lightning report", 1)

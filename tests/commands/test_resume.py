@@ -44,10 +44,10 @@ def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command
     assert json.loads((run / "evaluation.json").read_text())["metrics"] == evaluation["metrics"]
 
 
-def test_the_command_line_beats_the_config_and_what_differs_is_printed(command, tmp_path, read_metrics, write_config):
+def test_the_command_line_beats_the_config_and_what_differs_is_printed(command, tmp_path, write_config):
     changed = ("--model.learning_rate", 0.125, "--model.weight_decay", 0.5, "--evaluation", "null")
     out = command("fit", *LONGER, *changed, config=write_config(model={"learning_rate": 0.5}))
-    assert float(read_metrics("run", "learning_rate")[-1]["learning_rate"]) == 0.125
+    assert equality.metrics(tmp_path / "run", "learning_rate")[-1] == 0.125
     differing = out.split("Settings that differ")[1].split("\n\n")[0]
     found = [line.strip() for line in differing.splitlines() if "model." in line and "→" in line]
     assert found == ["model.learning_rate: 0.01 → 0.125", "model.weight_decay: 0.0 → 0.5"]

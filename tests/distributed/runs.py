@@ -4,7 +4,6 @@ As a script it is what each process of a launch runs: several commands one after
 once. Its argument is a file, a JSON list of argument lists.
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -55,11 +54,6 @@ def launch(folder: Path, commands: list[list], processes: int = 2, timeout: floa
     assert done.returncode == 0, done.stdout
     assert "code 2: " not in done.stdout, done.stdout
     return done.stdout
-
-
-def metrics(run: Path, column: str) -> list[float]:
-    with (run / "metrics.csv").open(newline="") as handle:
-        return [float(row[column]) for row in csv.DictReader(handle) if row.get(column)]
 
 
 def distance(one: Path, other: Path) -> float:

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from qlora_lightning.cli import main
-from tests.distributed.runs import distance, launch, metrics
+from tests.distributed.runs import distance, launch
+from tests.equality import metrics
 
 pytestmark = pytest.mark.slow
 

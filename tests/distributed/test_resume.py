@@ -1,4 +1,4 @@
-"""A run that is stopped or killed at any batch, and resumed, ends in the same bytes as one that never stopped.
+"""A run that is stopped or killed anywhere, or whose disk is full, resumes to the same bytes as one that never stopped.
 
 Windows are of 3, 3 and 2 micro-batches, validations after the third and the sixth of an epoch, each at the end of a
 step. So an epoch is, with `|` at the end of a step, and counted from 0 as in the tables below:
@@ -6,6 +6,11 @@ step. So an epoch is, with `|` at the end of a step, and counted from 0 as in th
 """
 
 import json
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,7 +18,7 @@ import yaml
 from qlora_lightning.cli import main
 from tests.distributed.runs import CONFIG, launch
 from tests.dying import MachineFailed
-from tests.equality import differences, read_checkpoint
+from tests.equality import contents, differences, read_checkpoint
 
 TRAINER = {
     **CONFIG["trainer"],
@@ -63,7 +68,6 @@ def fit(kind, run, at=None, number=15, rank=0):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """The folder with the configs of all runs."""
     common = {"seed_everything": 3, "evaluation": None, "model": MODEL, "trainer": TRAINER}
     for kind, own in RUNS.items():
         (folder / f"resume-{kind}.yaml").write_text(yaml.safe_dump({**common, **own}))
@@ -93,10 +97,14 @@ def step_of(run):
     return read_checkpoint(run)["global_step"] if (run / "checkpoints" / "last.ckpt").exists() else 0
 
 
+def saved(run):
+    """The files of a run that a later save may not damage."""
+    return contents(run / "checkpoints") | contents(run / "adapter")
+
+
 def assert_same_end(whole, run):
     assert differences(whole, run) == []
-    names = [sorted(file.name for file in (each / "checkpoints").iterdir()) for each in (whole, run)]
-    assert names[0] == names[1]
+    assert saved(whole).keys() == saved(run).keys()
 
 
 @pytest.mark.parametrize(("kind", "stops", "steps"), SIGNALS)
@@ -117,6 +125,67 @@ def test_a_run_that_is_killed_resumes_to_the_same_end(runs, whole, kind, at, ste
     assert step_of(run) == step
     assert main(fit(kind, run.name)) == 0
     assert_same_end(whole(kind), run)
+
+
+def test_a_kill_between_write_and_rename_costs_nothing(runs, whole, monkeypatch):
+    run, replace = runs / "resume" / "renamed", os.replace
+
+    def die(one, other):
+        if Path(other).name == "last.ckpt" and Path(other).exists():
+            raise MachineFailed
+        replace(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", die)
+        with pytest.raises(MachineFailed):
+            main([*fit("rows", run.name), "--adapter_checkpoint.every_n_train_steps", "1"])
+    for name in ("checkpoints/unfinished", "adapter/.writing/half"):  # what a kill may also leave
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"half")
+    assert main(fit("rows", run.name)) == 0
+    assert_same_end(whole("rows"), run)
+
+
+@pytest.fixture
+def most_bytes():
+    """Let no file grow beyond so many bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(runs, whole, most_bytes, capsys):
+    run = runs / "resume" / "full"
+    assert main(fit("rows", run.name, at=6)) == 128 + 15
+    before = saved(run)
+    most_bytes(10_000)  # no room for the weights
+    assert main(fit("rows", run.name)) == 2
+    most_bytes(resource.RLIM_INFINITY)
+    message, last = capsys.readouterr().err, f"resume/{run.name}/checkpoints/last.ckpt"
+    assert "cannot be written to: File too large" in message
+    assert f"{last} is whole: when that is solved, resume from it with `--ckpt_path {last}`." in message
+    assert saved(run).items() >= before.items()
+    assert main(fit("rows", run.name)) == 0
+    assert_same_end(whole("rows"), run)
+
+
+def test_a_damaged_checkpoint_is_rejected_and_without_a_last_one_the_newest_whole_one_is_taken(runs, whole, capsys):
+    run = Path(shutil.copytree(whole("rows"), runs / "resume" / "damaged"))
+    last, (best,) = run / "checkpoints" / "last.ckpt", run.glob("checkpoints/step-*.ckpt")
+    content, tensor = last.read_bytes(), next(iter(read_checkpoint(run)["state_dict"].values()))
+    flipped = bytearray(content)
+    flipped[content.index(tensor.numpy().tobytes())] ^= 1  # which torch does not notice
+    for damaged in (flipped, content[:-9999]):
+        last.write_bytes(damaged)
+        assert main(fit("rows", run.name)) == 2
+        message = rf"is (damaged|not read).* the newest good one, with `--ckpt_path \S*{best.name}`"
+        assert re.search(message, capsys.readouterr().err)
+    last.unlink()
+    half = best.with_name("step-000099.ckpt")
+    half.write_bytes(best.read_bytes()[:-100])
+    assert main(fit("rows", run.name)) == 0
+    half.unlink()
+    assert_same_end(whole("rows"), run)
 
 
 @pytest.mark.slow

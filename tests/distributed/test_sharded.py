@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from tests.benchmarks.communication import sent
-from tests.distributed.runs import CONFIG, launch, metrics
-from tests.equality import adapter_bytes
+from tests.distributed.runs import CONFIG, launch
+from tests.equality import adapter_bytes, metrics
 from tests.random_base import save_random_llama, save_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,6 @@ def runs(folder):
 
 @pytest.fixture(scope="module")
 def usual(runs):
-    """One launch of two processes."""
     predict = ["predict", "--config", "usual-sharded/config.yaml", "--data.predict", "nine.jsonl"]
     commands = [*both("usual", *EVALUATED), [*predict, "--trainer.default_root_dir", "usual", *WHOLE]]
     commands += [[*predict, "--trainer.default_root_dir", "usual-sharded"]]

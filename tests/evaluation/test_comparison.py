@@ -1,4 +1,4 @@
-"""Means, paired differences and intervals, by formula and by hand; and a comparison as people and programs read it."""
+"""Means, paired differences and intervals, by formula and by hand. As people read them: ``test_evaluate.py``."""
 
 import math
 
@@ -78,69 +78,14 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows
     assert measure("loss", rows) == found
 
 
-class Letters:
-    """A tokenizer of which the ids are code points; 0 is the stop token."""
-
-    def decode(self, ids, skip_special_tokens=False):
-        return "".join(chr(number) if number else ("" if skip_special_tokens else "<stop>") for number in ids)
-
-
-def ids(text):
-    return [0 if letter == "." else ord(letter) for letter in text]
-
-
-ROWS = [
-    EvaluationRow(7, "a.jsonl", ids("you are.user\nhi."), ids("ho."), "a.jsonl:8"),
-    EvaluationRow(9, "1", None, ids("all."), "b.jsonl:1"),
-]
-
-
-@pytest.fixture
-def comparison():
-    base = [result(loss=2.0, answer="no", exact_match=0.0, stopped=False), result(loss=1.0)]
-    adapter = [result(loss=1.0, answer="ho", exact_match=1.0), result(loss=1.0)]
-    settings = AnswerSettings(Letters(), [0], ["exact_match"], 5, 1)
-    return Comparison(ROWS, {"base": base, "adapter": adapter}, settings)
-
-
 def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
-    def side_by_side(base, adapter, score):
-        rows = [EvaluationRow(number, "0", [1], [2]) for number in range(len(base))]
-        settings = AnswerSettings(Letters(), [0], [score], 5, 1) if score else None
-        return Comparison(rows, {"base": base, "adapter": adapter}, settings)
+    def duel(base, adapter, score):
+        rows = [EvaluationRow(10 + number, "0", [1], [2]) for number in range(len(base))]
+        settings = AnswerSettings(None, [0], [score], 5, 1) if score else None
+        return Comparison(rows, {"base": base, "adapter": adapter}, settings).summary(samples=0)["duels"]["adapter"]
 
     base = [result(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [result()]
     adapter = [result(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [result()]
-    assert side_by_side(base, adapter, "exact_match").compare_rows("adapter") == ([0], [1], 1)
+    assert duel(base, adapter, "exact_match") == {"score": "exact_match", "wins": [10], "losses": [11], "ties": 1}
     base, adapter = ([result(loss=loss) for loss in losses] for losses in ((1.0, 2.0, 3.0), (0.5, 2.0, 4.0)))
-    assert side_by_side(base, adapter, None).compare_rows("adapter") == ([0], [2], 1)
-
-
-def test_a_summary_holds_figures_outcomes_and_samples_and_predictions_hold_whole_prompts(comparison):
-    summary = comparison.summary(samples=3)
-    assert (summary["rows"], summary["answered_rows"], summary["labelled_tokens"]) == (2, 1, 2)
-    # a sample's prompt is its last turn, between the last two stop tokens
-    assert summary["samples"] == [{"prompt": "hi", "expected": "ho", "base": "no", "adapter": "ho"}]
-    assert summary["duels"]["adapter"] == {"score": "exact_match", "wins": [7], "losses": [], "ties": 0}
-    assert summary["metrics"]["exact_match"]["difference"]["value"] == 1.0
-    assert summary["metrics"]["loss"]["base"]["value"] == pytest.approx(1.5)
-    parts = comparison.by_source()
-    assert {name: part.figures()["rows"] for name, part in parts.items()} == {"a.jsonl": 1, "1": 1}
-
-    first, second = comparison.predictions([1, 0])
-    assert (first["row"], first["source"], first["adapter"]["answer"]) == (9, "1", None)
-    assert "prompt" not in first
-    assert (second["prompt"], second["expected"]) == ("you are<stop>user\nhi<stop>", "ho")
-    assert second["adapter"] == {
-        "answer": "ho", "loss": 1.0, "scores": {"exact_match": 1.0}, "labelled_tokens": 1, "correct_tokens": 0,
-        "stopped": True, "answer_tokens": 0,
-    }  # fmt: skip
-
-
-def test_texts_of_rows_act_on_no_terminal_and_are_cut(comparison, capsys):
-    texts = {"base": "[bold]x[/bold] a\x1b[31mred", "adapter": "z" * 400}
-    results = {side: [result(answer=text, exact_match=0.0)] for side, text in texts.items()}
-    Comparison(ROWS[:1], results, comparison.settings).print_rows([0])
-    text = capsys.readouterr().out
-    assert "[bold]x[/bold] a␛[31mred" in text
-    assert text.count("z") == 300
+    assert duel(base, adapter, None) == {"score": "loss", "wins": [10], "losses": [12], "ties": 1}

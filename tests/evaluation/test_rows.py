@@ -13,8 +13,6 @@ from qlora_lightning.evaluation.row_results import (
     row_losses,
     unpack_rows,
 )
-from qlora_lightning.model.adapters.inject import ADAPTER
-from qlora_lightning.model.step.batch import cut_into_rows
 from tests.flat import collate
 from tests.steps import make_module
 
@@ -52,9 +50,9 @@ def values(losses):
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8"}])
 def test_rows_together_have_the_losses_of_each_alone(tiny_base, batches, options):
-    module = make_module(tiny_base, **options).eval()
+    module = make_module(tiny_base, micro_batch_tokens=1, **options).eval()
     together = [each for batch in batches for each in values(row_losses(module, batch))]
-    rows = [row for batch in batches for row in cut_into_rows(batch)]
+    rows = [row for batch in batches for row in module.micro_batches(batch)]
     alone = [each for each in values(map(module.compute_loss, rows)) if each[1]]
     assert len(together) == len(alone) == sum(len(unpack_rows(batch)) for batch in batches) == 15
     assert [each[1:] for each in together] == [each[1:] for each in alone]
@@ -88,7 +86,7 @@ def test_the_first_rows_are_answered_from_their_prompts_and_scored_and_reported_
     module.train(training)
     as_they_come = []
     options = {"on_answers": lambda *batch: as_they_come.append(batch)}
-    results = evaluate_sides(module, batches, rows, settings, {"mine": ADAPTER}, **options)
+    results = evaluate_sides(module, batches, rows, settings, {"mine": "default"}, **options)
     assert {part.training for part in module.modules()} == {training}
     answers = module.answer([row.prompt for row in rows], data.stop_ids, 3)
     for result, ids in zip(results["mine"], answers, strict=False):

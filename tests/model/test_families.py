@@ -7,16 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
-from qlora_lightning.model.anatomy import FLAT_TYPES, decoder_layers
+from qlora_lightning.model.anatomy import FLAT_TYPES
 from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.layers.fuse import FUSED_TYPES
-from qlora_lightning.model.load.build import meta_model
-from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import families
 from tests.adapters import make_run
@@ -44,16 +40,15 @@ def test_flat_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft
     "model_type",
     ["gpt2", pytest.param("gemma4_text", marks=pytest.mark.slow), pytest.param("qwen3_5_text", marks=pytest.mark.slow)],
 )
-def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path):
-    config = AutoConfig.from_pretrained(families.save_random(tmp_path, model_type))
-    model = meta_model(config, torch.bfloat16, "nf4", None, {"rank": 2})
-    layers = decoder_layers(model.get_base_model())
-    assert len(layers) == 4
-    fused = [isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None for layer in layers]
-    assert set(fused) == {model_type in FUSED_TYPES}
-    step = build_step_memory(model, torch.bfloat16)
-    assert step.layers == 4
-    assert 64 * 2 * 4 < step.saved < 64 * 2 * 200  # a few dozen numbers as wide as the hidden state
+def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path, capsys):
+    base, file = families.save_random(tmp_path / "base", model_type), tmp_path / "plan.json"
+    options = ["--model.rank=2", "--model.compute_dtype=bf16", "--device-memory=4GiB", f"--json={file}"]
+    options += ["--data.max_length=200", "--data.batch_size=8"]
+    assert main(["plan", f"--model.base={base}", *options]) == 0
+    assert "4 layers, 64 wide" in capsys.readouterr().out
+    memory = json.loads(file.read_text())["memory"]
+    kept = memory["parts"]["activations"] / memory["micro_batch_tokens"] / 4  # of a token, in a layer
+    assert 64 * 2 * 4 < kept < 64 * 2 * 200  # a few dozen numbers as wide as the hidden state
 
 
 @pytest.mark.parametrize(

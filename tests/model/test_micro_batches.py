@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning import GradientCheckpointing, InstructionDataModule, QLoRAModule, UserError
+from qlora_lightning import GradientCheckpointing, QLoRAModule, UserError
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit
@@ -24,7 +24,7 @@ from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import find_fit
 from qlora_lightning.model.memory.formula import build_step_memory
-from tests.steps import make_trainer
+from tests.steps import fit
 
 
 class Hungry(QLoRAModule):
@@ -53,10 +53,8 @@ def train(
     settings = {"rank": 4, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0} | options
     module = kind(str(base), **settings)
     module.fails, module.where = frozenset(fails), where
-    data = InstructionDataModule(str(file), val=str(file), tokenizer=str(base), batch_size=batch_size)
-    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
-    trainer = make_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks], **options)
-    trainer.fit(module, data)
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "max_epochs": 2}
+    trainer = fit(module, tmp_path, file, val=True, batch_size=batch_size, callbacks=[*callbacks], **options)
     adapter = torch.cat([each.detach().flatten() for each in module.parameters() if each.requires_grad])
     return module, adapter, trainer.callback_metrics
 
@@ -108,15 +106,13 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
 
 
 class OneRowFits(Hungry):
-    """Has no memory for several rows at a time."""
-
     def compute_loss(self, batch):
         if self.training and len(batch["cu_seqlens"]) > 2:
             self.run_out()
         return super().compute_loss(batch)
 
 
-def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, whole, capsys):
+def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, capsys):
     """The largest part is not the one that has run out."""
     file = tmp_path / "long.jsonl"
     rows = [f'{{"instruction": "Say {n}.", "output": "{"word " * (200 if n == 3 else 1)}"}}' for n in range(16)]
@@ -135,10 +131,9 @@ def test_a_model_that_is_there_is_planned_for_too_and_checkpointing_is_switched_
     module, *_ = train(tiny_base, whole[0], tmp_path, GradientCheckpointing(True))
     layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
     assert all(layer.gradient_checkpointing for layer in layers)
-    data = InstructionDataModule(str(whole[0]), tokenizer=str(tiny_base))
-    make_trainer(tmp_path, max_steps=1, callbacks=[GradientCheckpointing(False)]).fit(module, data)
+    fit(module, tmp_path, whole[0], max_steps=1, callbacks=[GradientCheckpointing(False)])
     assert not any(layer.gradient_checkpointing for layer in layers)
-    assert [fit.tokens for fit in planned] == [8192, 8192]
+    assert [each.tokens for each in planned] == [8192, 8192]
 
 
 # ---- what is planned -------------------------------------------------------------------------------------------------
@@ -152,15 +147,15 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
     least, most = (sum(step.parts(1000, each).values()) for each in CHOICES[::-2])
     assert [Checkpointing(), Checkpointing(True, False), Checkpointing(True, True)] == CHOICES
 
-    def needed(fit, tokens):
-        return sum(step.parts(tokens, fit.choice).values())
+    def needed(best, tokens):
+        return sum(step.parts(tokens, best.choice).values())
 
     found = []
     for memory in range(least - 100_000, most + 100_000, 10_000):
-        fit = find_fit(step, memory, 1000, CHOICES)
-        assert fit.tokens == 0 or needed(fit, fit.tokens) <= memory < needed(fit, fit.tokens + 1)
-        assert fit.tokens == 0 or fit.tokens >= 1000
-        found.append((fit.tokens > 0, -fit.choice.checkpointed, -fit.choice.offload))
+        best = find_fit(step, memory, 1000, CHOICES)
+        assert best.tokens == 0 or needed(best, best.tokens) <= memory < needed(best, best.tokens + 1)
+        assert best.tokens == 0 or best.tokens >= 1000
+        found.append((best.tokens > 0, -best.choice.checkpointed, -best.choice.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
 
@@ -200,7 +195,7 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
         train(unloaded, whole[0], tmp_path)
 
 
-def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, capsys):
+def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole):
     file, _, _ = whole
     module, _, _ = train(tiny_base, file, tmp_path, fails=[2])
     state = module.token_budget.state_dict()

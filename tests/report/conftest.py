@@ -76,5 +76,4 @@ def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=E
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run folder under ``runs``."""
     return lambda name="a", **changes: write_run(tmp_path / "runs" / name, **changes)

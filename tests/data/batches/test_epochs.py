@@ -9,9 +9,8 @@ import torch
 
 from qlora_lightning import UserError
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute, rank_batches, rank_bins
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute
 from qlora_lightning.data.batches.loader import FlatLoader
-from qlora_lightning.data.samples import SampleSetBuilder
 from tests.flat import collate, gather
 
 # ---- orders and bins -------------------------------------------------------------------------------------------------
@@ -25,16 +24,6 @@ def test_the_order_is_a_permutation_by_seed_and_epoch_and_draws_from_no_global_g
     assert len(orders) == len(keys)
     assert {tuple(sorted(order)) for order in orders} == {tuple(range(50))}
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_ranks_share_each_batch_and_one_without_rows_gets_a_filler():
-    order = list("abcdefghij")
-    assert rank_batches(order, 2, 0, 2) == [(["a", "b"], False), (["e", "f"], False), (["i"], False)]
-    assert rank_batches(order, 2, 1, 2) == [(["c", "d"], False), (["g", "h"], False), (["j"], False)]
-    assert [rank_batches("abcde", 2, rank, 4)[0][0] for rank in range(4)] == [["a", "b"], ["c"], ["d"], ["e"]]
-    bins = [["a", "b"], ["c"], ["d", "e"], ["f"], ["g", "h"]]
-    assert rank_bins(bins, 0, 2) == [(["a", "b"], False), (["d", "e"], False), (["g", "h"], False)]
-    assert rank_bins(bins, 1, 2) == [(["c"], False), (["f"], False), (["g"], True)]
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (1, 9)])
@@ -70,10 +59,8 @@ LENGTHS = [(7 * n) % 23 + 1 for n in range(100)]  # from 1 to 23
 
 def build(lengths=LENGTHS):
     """Row n of ``lengths[n]`` tokens; of 10 rows the first 7 are of source 0."""
-    builder = SampleSetBuilder()
-    for number, length in enumerate(lengths):
-        builder.add([1] * length, [1] * length, number, int(number % 10 > 6), "train.jsonl", number + 1)
-    return builder.build()
+    rows = (([1] * length, [1] * length, n, int(n % 10 > 6), "train.jsonl", n + 1) for n, length in enumerate(lengths))
+    return gather(*rows)
 
 
 SAMPLES = build()
@@ -120,6 +107,8 @@ def test_a_window_does_not_depend_on_the_number_of_ranks():
     assert planned(plan(batch_size=60, shuffle=False).batches(2)) == [list(range(60)), list(range(60, 100))]
     alone, second = plan(tokens_per_batch=64).batches(1), plan(tokens_per_batch=64, world_size=2).batches(1, rank=1)
     assert planned(second)[: len(alone) // 2] == planned(alone)[1::2]
+    five = EpochPlan(SAMPLES.take(range(5)), batch_size=2, world_size=4)  # a short window: each rank has a row
+    assert [planned(five.batches(0, rank)) for rank in range(4)] == [[[0, 1]], [[2]], [[3]], [[4]]]
 
 
 def test_bins_are_shuffled_or_in_the_order_of_the_file_and_under_shares_are_as_many_as_in_epoch_0():
@@ -219,4 +208,4 @@ def test_two_samples_end_to_end_and_a_filler_of_the_same_rows_unlabelled():
     assert (set(filler["labels"].flatten().tolist()), filler["row_ids"].tolist()) == ({-100}, [-1, -1])
     assert all(filler[key].tolist() == batch[key].tolist() for key in ("input_ids", "cu_seqlens", "source"))
     assert rows(loader(batch_size=1, rank=1, world_size=2))[-1] == [-1]
-    assert rows(loader(**PACKED, rank=3, world_size=4))[-1] == [-1]  # 6 bins over 4 ranks
+    assert rows(loader(**PACKED, rank=3, world_size=4))[-1] == [-1]  # 6 bins over 4 ranks: a row of a bin

@@ -31,7 +31,6 @@ def show(tokenizer, ids, labels):
 
 
 def render(tokenizer, header):
-    """What a row becomes: its samples, one below the other."""
     row = json.loads(header)
     settings = row.pop("settings", {})
     try:
@@ -43,7 +42,6 @@ def render(tokenizer, header):
 
 
 def sections(file):
-    """Pairs of a row and what it becomes."""
     parts = file.read_text(encoding="utf-8").removeprefix("row: ").split("\n\nrow: ")
     return [tuple(part.strip("\n").split("\n", maxsplit=1)) for part in parts]
 

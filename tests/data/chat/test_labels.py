@@ -6,17 +6,14 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
 
-from qlora_lightning import UserError
-from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
-from tests.flat import render
+from qlora_lightning import InstructionDataModule, UserError
+from tests.data.conftest import render_row
 
 
-def render_one(tokenizer, content, tools=None, **settings):
-    """The one sample of a conversation, or of another content."""
-    content = Chat(content, tools) if isinstance(content, list) else content
-    (rendered,) = render(ChatRenderer(tokenizer, **settings), content)
+def render_one(tokenizer, row, tools=None, **settings):
+    """The one sample of a conversation, or of another row."""
+    row = {"messages": row, "tools": tools} if isinstance(row, list) else row
+    (rendered,) = render_row(row, tokenizer, **settings)
     return rendered
 
 
@@ -35,7 +32,7 @@ def test_ids_and_labels_by_hand(characters, talk):
     #      {    u   \n   q    }   \n   {   a   \n   o    k    }   \n
     assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 111, 107, 125, 10]
     assert labels == [-100] * 9 + [111, 107, 125] + [-100]
-    assert ChatRenderer(characters).render_prompt(talk("q")) == ids[:9]
+    assert InstructionDataModule(tokenizer=characters).renderer.render_prompt(talk("q")) == ids[:9]
     ids, labels = render_one(characters, talk("q", "\nk"))  # cut from the header: encoded as a whole it is 1010
     assert ids == [123, 117, 10, 113, 125, 10, 123, 97, 10, 10, 107, 125, 10]
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
@@ -49,7 +46,7 @@ def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out
     assert rendered.labels == [-100, *rendered.ids[1:]]
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
     conversation[3]["train"] = False
-    with pytest.raises(RowFault, match="`train: false` in a message contradicts `train_on: all`"):
+    with pytest.raises(UserError, match="`train: false` in a message contradicts `train_on: all`"):
         render_one(characters, conversation, train_on="all")
 
 
@@ -82,7 +79,7 @@ OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_e
 @pytest.mark.parametrize(
     ("template", "contents", "reason"),
     [
-        (TURN.replace("<|im_end|>", "<|endoftext|>"), "qa", "never learn to stop"),
+        (TURN.replace("<|im_end|>", ""), "qa", "never learn to stop"),
         ("{{ raise_exception('no system role') }}", "qa", "cannot render .*: TemplateError: no system role"),
         (OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}", "qa", "prefix-preserving: .*message 2"),
         (UPPER, "qA", r"leaves out or changes message 1 \(user\)"),
@@ -124,10 +121,10 @@ def answer_with(function, **others):
 def test_control_tokens_in_calls_and_tools_are_rejected(chatml, talk, function, tools):
     chatml.chat_template = WITH_TOOLS
     conversation = [*talk("q"), answer_with(function)]
-    with pytest.raises(RowFault, match="the control token"):
+    with pytest.raises(UserError, match="the control token"):
         render_one(chatml, conversation, tools)
-    with pytest.raises(RowFault, match="the control token"):
-        ChatRenderer(chatml).render_prompt(conversation, tools)
+    with pytest.raises(UserError, match="the control token"):
+        InstructionDataModule(tokenizer=chatml).renderer.render_prompt(conversation, tools)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +141,7 @@ def test_a_template_that_leaves_out_calls_or_tools_is_rejected(chatml, talk, too
     chatml.chat_template = WITH_TOOLS
     assert labelled(chatml, render_one(chatml, conversation, tools)).endswith("a<|im_end|>")
     chatml.chat_template = WITH_TOOLS.replace(lost, by)
-    with pytest.raises(RowFault, match=reason):
+    with pytest.raises(UserError, match=reason):
         render_one(chatml, conversation, tools)
 
 
@@ -168,20 +165,21 @@ def test_an_answer_ends_at_any_stop_token_of_the_model(families, talk):
 def test_a_document_has_a_beginning_and_an_end(chatml, families):
     llama = families["llama31"]
     ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
-    assert render_one(llama, Text("a four")) == (ids, [-100, *ids[1:]])
+    assert render_one(llama, {"text": "a four"}, format="text") == (ids, [-100, *ids[1:]])
     chatml.chat_template = None  # nothing of it is needed
-    ids, labels = render_one(chatml, Text("Once"))
+    ids, labels = render_one(chatml, {"text": "Once"}, format="text")
     assert (chatml.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
-    with pytest.raises(RowFault, match="the text contains the control token"):
-        render_one(chatml, Text("a<|im_end|>b"))
+    with pytest.raises(UserError, match="the text contains the control token"):
+        render_one(chatml, {"text": "a<|im_end|>b"}, format="text")
 
 
 def test_tokens_are_taken_as_they_are(chatml):
-    assert render_one(chatml, Tokens([5, 6, 7], [5, -100, 7])) == ([5, 6, 7], [-100, -100, 7])
-    for tokens, reason in (
-        (Tokens([5, 10**6], [5, -100]), "token ids from 5 to 1000000, in a vocabulary of 375"),
-        (Tokens([5, 6], [-100, 7]), "a label must be -100 or the token id itself"),
-        (Tokens([5, 6], [-100]), "as many labels, found 2 and 1"),
+    row = {"input_ids": [5, 6, 7], "labels": [5, -100, 7]}
+    assert render_one(chatml, row) == ([5, 6, 7], [-100, -100, 7])
+    for ids, labels, reason in (
+        ([5, 10**6], [5, -100], "token ids from 5 to 1000000, in a vocabulary of 375"),
+        ([5, 6], [-100, 7], "a label must be -100 or the token id itself"),
+        ([5, 6], [-100], "as many labels, found 2 and 1"),
     ):
-        with pytest.raises(RowFault, match=reason):
-            render_one(chatml, tokens)
+        with pytest.raises(UserError, match=reason):
+            render_one(chatml, {"input_ids": ids, "labels": labels})

@@ -3,9 +3,7 @@
 import pytest
 
 from qlora_lightning import UserError
-from qlora_lightning.data.chat.labels import Rendered
-from qlora_lightning.data.chat.lengths import split_up
-from tests.data.conftest import prepare_rows
+from tests.data.conftest import prepare_rows, render_row
 from tests.flat import unpack
 
 TALK = ["First, a question that is earlier.", "An answer that is earlier.", "And now?", "Four."]
@@ -91,13 +89,16 @@ def test_what_is_left_of_a_long_conversation(characters, conversation, max_lengt
 def test_lost_labels_are_counted_and_a_row_of_which_nothing_fits_is_left_out(characters):
     report = shorten(SIX, 32, characters)[2]
     assert (report.shortened, report.lost_labels) == (1, 6)
+    report = shorten(turns("q", "k" * 20), 16, characters)[2]
+    assert (report.shortened, report.lost_labels) == (1, 14)  # 7 of 21 are left, without }
     with pytest.raises(UserError, match="none of 1 rows is left"):
         shorten(turns("ab", "k", system=ALPHABET[:16]), 10, characters)
 
 
-def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context():
+def test_each_later_piece_begins_with_a_quarter_of_the_one_before_as_context(characters):
     ids = list(range(17))
-    assert split_up(Rendered(ids, [-100] * 3 + ids[3:]), 8) == [
+    row = {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+    assert render_row(row, characters, max_length=8, too_long="split") == [
         ([0, 1, 2, 3, 4, 5, 6, 7], [-100, -100, -100, 3, 4, 5, 6, 7]),
         ([6, 7, 8, 9, 10, 11, 12, 13], [-100, -100, 8, 9, 10, 11, 12, 13]),
         ([12, 13, 14, 15, 16], [-100, -100, 14, 15, 16]),

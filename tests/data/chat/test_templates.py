@@ -10,12 +10,8 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning import InstructionDataModule, UserError
-from qlora_lightning.data.chat.labels import ChatRenderer
-from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import find_stop_ids
-from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat
-from tests.flat import render, unpack
+from tests.data.conftest import prepare_rows, render_row
+from tests.flat import unpack
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 
@@ -34,15 +30,23 @@ def base(families):
     return make
 
 
+def choose(tokenizer, choice=None):
+    return InstructionDataModule(tokenizer=tokenizer, chat_template=choice).tokenizer
+
+
+def stop_ids_of(tokenizer):
+    return InstructionDataModule(tokenizer=tokenizer).stop_ids
+
+
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
     tokenizer = base("qwen25")
     tokenizer.bos_token = "<|endoftext|>"
-    shown = choose_chat_template(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
+    shown = choose(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
     assert shown.startswith("<|im_start|>")
     first = [("<|endoftext|>", tokenizer.bos_token_id)]
     single = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=first)
     tokenizer.backend_tokenizer.post_processor = single
-    shown = choose_chat_template(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
+    shown = choose(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
     assert shown.startswith("<|endoftext|><|im_start|>")
 
 
@@ -59,11 +63,12 @@ def test_a_preset_trains_each_answer_and_its_stop_token_and_is_saved(base, talk,
     answer = "\n\n yes é🙂\n\n"
     tokenizer = base(name)
     before = tokenizer.backend_tokenizer.to_str()
-    chosen = choose_chat_template(tokenizer, choice)
-    ((ids, labels),) = samples = render(ChatRenderer(chosen), Chat(SYSTEM + talk("q", answer, "r", "no")))
+    row = {"messages": SYSTEM + talk("q", answer, "r", "no")}
+    data = prepare_rows([row], tokenizer, chat_template=choice)
+    chosen, ((ids, labels),) = data.tokenizer, unpack(data.samples["train"])
     wanted = answer.strip() if choice == "llama3" else answer
     assert chosen.decode([label for label in labels if label != -100]) == f"{wanted}{stop}no{stop}"
-    assert find_stop_ids(chosen) == {chosen.eos_token_id, tokenizer.eos_token_id}
+    assert set(data.stop_ids) == {chosen.eos_token_id, tokenizer.eos_token_id}
     assert ids.count(chosen.bos_token_id) == (chosen.bos_token is not None)
     # the tokenizer given stays as it is, and no id is added
     assert (tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()) == (None, before)
@@ -71,7 +76,7 @@ def test_a_preset_trains_each_answer_and_its_stop_token_and_is_saved(base, talk,
     chosen.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.eos_token == stop
-    assert render(ChatRenderer(loaded), Chat(SYSTEM + talk("q", answer, "r", "no"))) == samples
+    assert render_row(row, loaded) == [(ids, labels)]
 
 
 def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp_path):
@@ -80,22 +85,22 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "<|endoftext|>"]
     backend = Tokenizer.from_str(json.dumps(state))
     given = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    choose_chat_template(given, "chatml").save_pretrained(tmp_path)
+    choose(given, "chatml").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
-    with pytest.raises(RowFault, match="contains the control token"):
-        render(ChatRenderer(tokenizer), Chat(talk("a<|im_end|>", "b")))
+    with pytest.raises(UserError, match="contains the control token"):
+        render_row({"messages": talk("a<|im_end|>", "b")}, tokenizer)
     assert given.encode("<|im_end|>") != [2]
 
 
 def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_right(families, base):
     right = families["qwen25"]
-    assert choose_chat_template(right, None) is right
+    assert choose(right) is right
     wrong = base("qwen25", right.chat_template)  # as Qwen's base models come
-    chosen = choose_chat_template(wrong, None)
+    chosen = choose(wrong)
     assert (chosen.eos_token, wrong.eos_token) == ("<|im_end|>", "<|endoftext|>")
     assert chosen.chat_template == right.chat_template
-    assert find_stop_ids(chosen) == {0, 2}
+    assert stop_ids_of(chosen) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -113,17 +118,17 @@ def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, write, choi
         Path("own.jinja").write_bytes(choice)
         choice = "own.jinja"
     with pytest.raises(UserError, match=f"chat_template: .*{found}"):
-        choose_chat_template(base("qwen25"), choice)
+        choose(base("qwen25"), choice)
 
 
 def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
-    assert find_stop_ids(characters) == {125}
+    assert stop_ids_of(characters) == [125]
     characters.name_or_path, characters.former_stop_ids = str(tmp_path), {10}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert find_stop_ids(characters) == {7, 8, 10, 125}
-    for given, expected in ((7, {7, 10, 125}), ([7, 9], {7, 9, 10, 125}), (None, {10, 125})):
+    assert stop_ids_of(characters) == [7, 8, 10, 125]
+    for given, expected in ((7, [7, 10, 125]), ([7, 9], [7, 9, 10, 125]), (None, [10, 125])):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-        assert find_stop_ids(characters) == expected
+        assert stop_ids_of(characters) == expected
 
 
 # as Llama 3.2's template begins; and as SmolLM3, gpt-oss and Mistral ask for the date, without a variable

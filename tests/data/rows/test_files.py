@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -12,9 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_lightning import UserError
-from qlora_lightning.data.rows.readers import Row, read_rows
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
+from qlora_lightning import InstructionDataModule, UserError
 
 ROWS = [{"x": str(number), "text": "é\n,{" * number} for number in range(7)]
 KINDS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"]
@@ -30,19 +29,21 @@ def _folder(tmp_path, monkeypatch):
 
 
 def touch(*names):
-    """Make files and their folders."""
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
 
 
-def source(value, **entry):
-    (found,) = find_sources({"path": value, **entry}, "train")
-    return found
+def find_sources(value, split="train", **settings):
+    return InstructionDataModule(**{split: value}, **settings).sources(split)
 
 
-def values(value, **entry):
-    return [row.values for row in read_rows(source(value, **entry))]
+def read(value, split="train", **entry):
+    return list(InstructionDataModule(**{split: {"path": value, **entry}}).load_rows(split))
+
+
+def values(value, split="train", **entry):
+    return [row.values for row in read(value, split, **entry)]
 
 
 def content(kind):
@@ -81,9 +82,9 @@ def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
     for name, kind in (("b.json", ".jsonl"), ("a.csv", ".csv"), ("a.parquet", ".parquet")):  # lines in a .json
         Path("d", name).write_bytes(content(kind))
-    rows = list(read_rows(source("d")))
+    rows = read("d")
     assert [row.where for row in rows if row.values["x"] == "0"] == ["d/a.csv:1", "d/a.parquet:1", "d/b.json:1"]
-    assert list(read_rows(source("d", rows=17))) == rows[:17]
+    assert read("d", rows=17) == rows[:17]
 
 
 def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
@@ -91,8 +92,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
     saved.save_to_disk("both", num_shards={"train": 2, "test": 1})
     Path("both/train/cache-1.arrow").write_bytes(content(".arrow"))
     assert values("both") == values("both/train") == ROWS
-    (test,) = find_sources("both", "test")
-    assert [row.values for row in read_rows(test)] == ROWS[:2]
+    assert values("both", "test") == ROWS[:2]
     with pytest.raises(UserError, match=r"^data.val: no validation files in both"):
         find_sources("both", "val")
 
@@ -117,11 +117,10 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
 def test_files(name, content, expected):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if not isinstance(expected, str):
-        rows = read_rows(source(name))
-        assert [(row.line, row.values) if isinstance(row, Row) else tuple(row) for row in rows] == expected
+        assert [(row.line, row.values) if hasattr(row, "line") else tuple(row) for row in read(name)] == expected
         return
     with pytest.raises(UserError) as error:
-        list(read_rows(source(name)))
+        read(name)
     assert expected in str(error.value)
 
 
@@ -148,20 +147,21 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(300)]
+    entries = [{"split": "train"}, {"split": "train[:10%]"}]
+    entries += [{"split": "train", "data_files": "test-0.parquet", "rows": 1}, {"split": "validation"}]
+    # named before the folder is there, which would be read as a folder
+    data = [InstructionDataModule({"path": "org/data", **entry}).load_rows("train") for entry in entries]
     Path("org/data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), "org/data/train-0.parquet")
     pq.write_table(pa.Table.from_pylist(rows[:2]), "org/data/test-0.parquet")
 
-    def count(**entry):
-        return len(list(read_rows(Source("org/data", **entry))))
-
-    whole = list(read_rows(Source("org/data", split="train")))
+    whole, tenth, first = map(list, data[:3])
     assert [row.values for row in whole] == rows
     assert whole[16].where == "org/data:17"
-    assert count(split="train[:10%]") == 30
-    assert count(split="train", data_files="test-0.parquet", rows=1) == 1
+    assert tenth == whole[:30]
+    assert [row.values for row in first] == rows[:1]
     with pytest.raises(UserError, match=r"^data set org/data cannot be read: Unknown split"):
-        count(split="validation")
+        list(data[3])
 
 
 # ---- what names a source ---------------------------------------------------------------------------------------------
@@ -181,12 +181,17 @@ def test_a_file_a_folder_and_a_glob():
 
 
 def test_names_that_are_no_paths_are_data_sets_of_the_hub():
-    assert find_sources("org/data-v1.5", "val") == [Source("org/data-v1.5", split="validation")]
+    def named(value, split="train"):
+        (found,) = find_sources(value, split)
+        assert not found.files
+        return found.path, found.weight, found.split, found.name, found.revision, found.data_files
+
+    assert named("org/data-v1.5", "val") == ("org/data-v1.5", None, "validation", None, None, None)
     entry = {"path": "org/data", "weight": 2, "split": "train[:10%]", "name": "main", "revision": "v1"}
     entry["data_files"] = ["a.json"]
-    assert find_sources(entry, "train") == [Source("org/data", (), 2, "train[:10%]", "main", "v1", ["a.json"])]
+    assert named(entry) == ("org/data", 2, "train[:10%]", "main", "v1", ["a.json"])
     touch("org/train.jsonl")
-    assert find_sources({"path": "org/data", "split": "train"}, "train") == [Source("org/data", split="train")]
+    assert named({"path": "org/data", "split": "train"}) == ("org/data", None, "train", None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +203,7 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
             for value in ("org/train.jsonl", "/no/data", "squad")
         ),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
-        ([], "data.train: expected at least one source"),
-        ("", "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {'path': ''}."),
+        ({"path": ""}, "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "rows": 2.5}, "rows of a.jsonl must be a number above 0"),
@@ -216,14 +220,13 @@ def test_what_names_no_source_is_rejected(value, expected):
 
 def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
-    rest = RowSettings("alpaca", {"q": "prompt"}, "Be kind.", {"bot": "assistant"})
+    rest = {"format": "alpaca", "columns": {"q": "prompt"}, "system": "Be kind.", "roles": {"bot": "assistant"}}
     own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
     first, second = find_sources(
-        [{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", settings=rest, encoding="latin-1"
+        [{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", encoding="latin-1", **rest
     )
-    assert first.settings == RowSettings("messages", {}, None, {"me": "user"})
-    assert (first.rows, first.encoding) == (5, "utf-16")
-    assert (second.settings, second.encoding) == (rest, "latin-1")
+    assert (first.rows, asdict(first.settings) | {"encoding": first.encoding}) == (5, own)
+    assert (asdict(second.settings), second.encoding) == (rest, "latin-1")
 
 
 def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
@@ -235,7 +238,7 @@ def test_files_and_folders_named_after_a_split_are_of_that_split_alone():
     assert names("train") == ["d/more.jsonl", "d/train-00001.parquet", "d/train.jsonl"]
     assert names("val") == ["d/dev/a.json", "d/val.jsonl"]
     assert names("test") == ["d/test/b.csv"]
-    assert [has_split("d", split) for split in ("train", "val", "test")] == [True, True, True]
+    assert all(InstructionDataModule("d").sources(split) for split in ("train", "test"))
     touch("e/gsm8k_train.jsonl", "e/gsm8k_test.jsonl", "e/v1.0-eval.jsonl", "e/test_sft-0.csv", "e/valid2.csv")
     touch("e/latest.csv")
     assert [each.name for each in find_sources("e", "train")[0].files] == ["gsm8k_train.jsonl", "latest.csv"]

@@ -1,7 +1,9 @@
 """The adapter folder: what plain PEFT loads, whole or not at all; rejected if its tensors, base or shape do not fit."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 
@@ -9,14 +11,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_lightning import QLoRAModule, UserError
+from qlora_lightning import QLoRAModule
 from qlora_lightning.base import load_tokenizer
-from qlora_lightning.base.adapter_folder import read_identity
-from qlora_lightning.model.adapters.folder import loading_snippet, save_adapter_folder
-from qlora_lightning.model.load.build import find_adapter
+from qlora_lightning.cli import main
 from tests.adapters import make_adapter
 from tests.dying import MachineFailed
-from tests.equality import same
+from tests.equality import contents, same
 from tests.steps import make_module
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -28,31 +28,23 @@ WEIGHTS = "adapter_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-
-
-def save(folder, model, tokenizer=None, stop_ids=(), base="org/base"):
-    identity = {"base": base, "quantization": "none", "compute_dtype": "float32"}
-    save_adapter_folder(folder, model, tokenizer, identity, stop_ids)
-
-
 # ---- what others load ------------------------------------------------------------------------------------------------
 
 
 def load_by_card(folder):
     """The model and the tokenizer that the lines of the card load."""
-    identity, names = read_identity(folder), {}
-    assert f"```python\n{loading_snippet('.', identity)}\n```" in (folder / "README.md").read_text()
-    assert "qlora_lightning" not in loading_snippet(".", identity)
-    exec(loading_snippet(folder, identity), names)
+    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert "qlora_lightning" not in code
+    names = {}
+    with contextlib.chdir(folder):  # which the card calls a dot
+        exec(code, names)
     return names["model"], names["tokenizer"]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base, tmp_path, quantization):
-    model = make_adapter(tmp_path, tiny_base, quantization, std=0.1)
+    model = make_adapter(tmp_path, tiny_base, quantization=quantization, std=0.1)
     plain, tokenizer = load_by_card(tmp_path)
     assert len(tokenizer) == plain.config.vocab_size
     ours = model(input_ids=IDS).logits
@@ -63,7 +55,8 @@ def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base,
 
 
 def test_the_model_of_the_card_stops_where_the_bases_generation_config_would_not(tiny_base, tmp_path):
-    model, tokenizer = make_adapter(tmp_path / "known", tiny_base, "none"), AutoTokenizer.from_pretrained(tiny_base)
+    module, tokenizer = make_module(tiny_base, quantization="none"), AutoTokenizer.from_pretrained(tiny_base)
+    module.save_adapter(tmp_path / "known", tokenizer)
 
     def generate(folder):
         plain, _ = load_by_card(folder)
@@ -73,7 +66,7 @@ def test_the_model_of_the_card_stops_where_the_bases_generation_config_would_not
     endless = generate(tmp_path / "known")  # the base's config knows the tokenizer's end
     assert len(endless) == 8
     stop = endless[3]
-    save(tmp_path / "lacking", model, tokenizer, [stop], base=str(tiny_base))
+    module.save_adapter(tmp_path / "lacking", tokenizer, [stop])
     assert generate(tmp_path / "lacking") == endless[: endless.index(stop) + 1]
     written = json.loads((tmp_path / "lacking" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [tokenizer.eos_token_id, stop]
@@ -121,20 +114,21 @@ class Renames:
 
 def test_a_kill_between_any_two_renames_mixes_no_two_adapters(tiny_base, tmp_path, monkeypatch):
     """Files of the user's stay."""
-    save(tmp_path / "old", make_module(tiny_base, rank=4).model)
-    save(tmp_path / "new", model := make_module(tiny_base, rank=2).model)
+    make_module(tiny_base, rank=4).save_adapter(tmp_path / "old")
+    module = make_module(tiny_base, rank=2)
+    module.save_adapter(tmp_path / "new")
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
     for number in range(len(new) + 1):  # the identity is written aside by a rename of its own
         folder = shutil.copytree(tmp_path / "old", tmp_path / f"{number}")
         (folder / "notes.txt").write_text("mine")
         monkeypatch.setattr("os.replace", Renames(number))
         with pytest.raises(MachineFailed):
-            save(folder, model)
+            module.save_adapter(folder)
         monkeypatch.undo()
-        found = contents(folder)
+        found = {name: content for name, content in contents(folder).items() if not name.startswith(".writing/")}
         assert found.pop("notes.txt") == b"mine"
         assert found == old or WEIGHTS not in found
-        save(folder, model)
+        module.save_adapter(folder)
         assert contents(folder) == {**new, "notes.txt": b"mine"}
 
 
@@ -154,14 +148,16 @@ def change(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(made, tiny_base, tmp_path):
+def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(made, tiny_base, tmp_path, capsys):
     folder = shutil.copytree(made[1], tmp_path / "run" / "adapter")
     change(folder / "qlora_lightning.json", base="./models/gone")
-    assert find_adapter(folder.parent).base.folder == tiny_base
+    chat = ["chat", "--adapter", str(folder.parent), "--prompt", "Hi.", "--max-new-tokens", "1"]
+    assert main(chat) == 0
     change(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"The base of .* is not found\. Base './models/gone'.*name it with --base"):
-        find_adapter(folder)
-    assert find_adapter(folder, base=str(tiny_base)).base.folder == tiny_base
+    assert main(chat) == 2
+    words = r"The base of .* is not found\. Base './models/gone'.*name it with --base"
+    assert re.search(words, capsys.readouterr().err)
+    assert main([*chat, "--base", str(tiny_base)]) == 0
 
 
 def test_training_continues_with_the_shape_of_the_folder(tiny_base, made):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qlora_lightning import UserError, load_base
-from qlora_lightning.model.adapters.inject import add_adapters, trainable_tensors
-from tests.steps import make_batch, make_module
+from qlora_lightning import QLoRAModule, UserError, load_base
+from tests.steps import make_batch, make_module, trainable_tensors
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,10 @@ def untied_base(tmp_path_factory):
     return folder
 
 
-def make(folder, quantization="nf4", dtype=torch.float32, **settings):
-    base = load_base(str(folder), quantization=quantization, compute_dtype=dtype).model
-    return add_adapters(base, **settings)
+def make(folder, **settings):
+    module = QLoRAModule(str(folder), compute_dtype="fp32", **settings)
+    module.configure_model()
+    return module.model
 
 
 def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tiny_base):

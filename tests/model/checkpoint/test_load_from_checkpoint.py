@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule, UserError
-from qlora_lightning.model.checkpoint.format import KEY
 from tests.equality import same
 from tests.steps import make_trainer, randomize
 
@@ -50,7 +49,7 @@ def test_a_module_is_made_again_from_its_checkpoint_which_holds_the_adapter_alon
 
 def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(trained, tmp_path, capsys):
     checkpoint, file = torch.load(trained[1], weights_only=True), tmp_path / "other.ckpt"
-    settings = checkpoint[KEY]["settings"]
+    settings = checkpoint["qlora_lightning"]["settings"]
     settings |= {"trust_remote_code": True, "optimizer": "no_such_module.Optimizer", "gone": 1}
     del settings["learning_rate"]
     torch.save(checkpoint, file)
@@ -67,7 +66,7 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(tra
         def __reduce__(self):
             return (tmp_path.joinpath("ran").touch, ())
 
-    torch.save({KEY: Code()}, tmp_path / "evil.ckpt")
+    torch.save({"qlora_lightning": Code()}, tmp_path / "evil.ckpt")
     with pytest.raises(UserError, match=r"evil.ckpt is not read"):
         QLoRAModule.load_from_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()

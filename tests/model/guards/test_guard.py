@@ -77,8 +77,6 @@ def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_rows_and_the_loss
 
 
 class SpoiltValidation(QLoRAModule):
-    """The loss of the second validation is not finite."""
-
     validations = 0
 
     def on_validation_epoch_end(self):

@@ -25,7 +25,8 @@ from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.callbacks.update_norms import measure_updates
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
-from qlora_lightning.model.load.machine import device_memory_gib
+from qlora_lightning.model.load.machine import device_memory_gib, is_out_of_memory
+from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
 from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
@@ -91,14 +92,16 @@ class RunReport(Callback):
         if isinstance(exception, TrainingStopped | KeyboardInterrupt):
             self._end(trainer, "finished" if self._trained else "stopped")
         else:
-            self._end(trainer, "failed", f"{type(exception).__name__}: {exception}")
+            # without memory OpenBLAS, which charts take, ends the process
+            draws = not isinstance(exception, RowDoesNotFit) and not is_out_of_memory(exception)
+            self._end(trainer, "failed", f"{type(exception).__name__}: {exception}", draws)
 
-    def _end(self, trainer: Trainer, status: str, error: str | None = None) -> None:
-        self._write(trainer, status, error)
+    def _end(self, trainer: Trainer, status: str, error: str | None = None, draws: bool = True) -> None:
+        self._write(trainer, status, error, draws)
         self._facts = None
 
-    def _write(self, trainer: Trainer, status: str, error: str | None = None) -> None:
-        """Write the manifest, and of a run that ends what came of it, and its page."""
+    def _write(self, trainer: Trainer, status: str, error: str | None = None, draws: bool = True) -> None:
+        """Write the manifest, and of a run that ends what came of it, and its page if ``draws``."""
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
@@ -115,7 +118,7 @@ class RunReport(Callback):
                         say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
                 if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
                     say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
-                say(f"Report: {write_run_page(folder)}")
+                say(f"Report: {write_run_page(folder) if draws else f'`qlora-lightning report {folder}` makes it'}")
                 if status != "finished" or (folder / ADAPTER_FOLDER / IDENTITY).exists():
                     for purpose, command in next_steps(run, verdict)[:1]:
                         say(f"Next, {purpose}: {command}")

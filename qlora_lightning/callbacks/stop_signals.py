@@ -37,8 +37,11 @@ class StopSignals(Callback):
         self.received, self.stopping = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning."""
         self._step = trainer.global_step
+        self.on_sanity_check_start(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning."""
         connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
         environment = getattr(connector, "cluster_environment", None)
         preemption = getattr(signal, "SIGUSR1", None)

@@ -1,7 +1,7 @@
 """An adapter merged into its base, one tensor in memory at a time."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, read_config
 from qlora_lightning.model.adapters.inject import ADAPTER
@@ -31,16 +32,21 @@ class TrainedWeights:
     """Weights as an adapter saw them in training: quantized and back, in fp32; all others in the compute dtype.
 
     They are those of the quantized base in the cache, or of a base that is stored quantized, bit for bit. If the cache
-    does not hold that base, it is made.
+    does not hold that base, it is made. ``transposed`` are weights that quantized linears have the other way round.
     """
 
     def __init__(
-        self, base: BaseFolder, quantization: Quantization, double_quant: bool, compute_dtype: torch.dtype
+        self,
+        base: BaseFolder,
+        quantization: Quantization,
+        double_quant: bool,
+        compute_dtype: torch.dtype,
+        transposed: Collection[str] = (),
     ) -> None:
         is_stored = "quantization_config" in read_config(base.folder, base.name)
         is_cached = quantization != "none" and not is_stored
         folder = quantized_folder(base, quantization, double_quant, compute_dtype) if is_cached else base.folder
-        self.files, self.compute_dtype = TensorFiles(folder, base.name), compute_dtype
+        self.files, self.compute_dtype, self._transposed = TensorFiles(folder, base.name), compute_dtype, transposed
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
@@ -55,10 +61,11 @@ class TrainedWeights:
             state = bnb.functional.QuantState.from_dict(tensors, torch.device("cpu"))
             state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
             weight: Tensor = bnb.functional.dequantize_4bit(stored, state)
-            return weight
+            return weight.t() if name in self._transposed else weight
         if stored.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
             scales = self.files.read(name.removesuffix("weight") + "SCB")
-            return stored.float() * (scales.float().unsqueeze(1) / 127)
+            weight = stored.float() * (scales.float().unsqueeze(1) / 127)
+            return weight.t() if name in self._transposed else weight
         return stored.to(self.compute_dtype)
 
 
@@ -69,19 +76,21 @@ class TrainedWeights:
 class MergePlan:
     """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once.
 
-    ``config`` is the base's, without quantization.
+    ``config`` is the base's, without quantization; ``transposed`` are the weights of GPT-2's Conv1D.
     """
 
     model: peft.PeftModel
     shapes: dict[str, tuple[int, ...]]
     config: Any
+    transposed: set[str]
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
     base = meta_base(AutoConfig.from_pretrained(base_folder, local_files_only=True))
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config)
+    transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
+    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config, transposed)
 
 
 class MergedWeights:

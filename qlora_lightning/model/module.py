@@ -1,6 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +30,7 @@ from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.imports import without_garbage_collection
-from qlora_lightning.support.trainer import datamodule_of, trainer_of
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, trainer_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -344,8 +345,15 @@ class QLoRAModule(lightning.LightningModule):
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        for sums in self.run_in_parts(batch, self.compute_loss):
-            self.statistics.update(sums)
+        if self.statistics.fault:
+            return
+        try:
+            for sums in self.run_in_parts(batch, self.compute_loss):
+                self.statistics.update(sums)
+        except budget.RowDoesNotFit as error:  # no reason to lose what was trained since the last checkpoint
+            if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+                raise
+            self.statistics.fault = str(error)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         QLoRAModule.validation_step(self, batch, batch_idx)  # whatever a subclass does in its own
@@ -356,9 +364,9 @@ class QLoRAModule(lightning.LightningModule):
         """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
 
         def run() -> list[micro_batch.Result]:
-            return [compute(part) for part in self.micro_batches(batch)]
+            return [compute(part) for part in micro_batch.run_micro_batches(self, batch)]
 
-        return micro_batch.compute_within_memory(self, [batch], run, run)
+        return micro_batch.compute_within_memory(self, batch, run, run)
 
     def on_validation_start(self) -> None:
         self.choose_layers()
@@ -374,6 +382,11 @@ class QLoRAModule(lightning.LightningModule):
         self._log_statistics("test")
 
     def _log_statistics(self, split: str) -> None:
+        if faults := gather_lists(self.trainer, [self.statistics.fault] if self.statistics.fault else []):
+            self.statistics.fault = faults[0]
+            say_once(f"The validation at step {self.trainer.global_step} has no loss. {faults[0]}")
+            self.log(f"{split}_loss", torch.tensor(math.nan), prog_bar=True, sync_dist=True)
+            return
         means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
         values = {f"{split}_{name}": value.float() for name, value in means.items()}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.

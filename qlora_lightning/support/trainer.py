@@ -5,6 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.support.console import say
@@ -32,10 +33,13 @@ def datamodule_of(trainer: Any) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def training_data_of(module: LightningModule) -> Any:
-    """Return the data module while it trains, else ``None``: it knows where training rows are from."""
+def split_of_pass(module: LightningModule) -> tuple[Any, str | None]:
+    """Return the data module, and the split whose rows go through a module now; ``None`` outside of loops."""
     trainer = trainer_of(module)
-    return datamodule_of(trainer) if trainer is not None and trainer.training else None
+    if trainer is None or trainer.state.stage is None:
+        return None, None
+    stages = {RunningStage.TRAINING: "train", RunningStage.TESTING: "test"}
+    return datamodule_of(trainer), stages.get(trainer.state.stage, "val")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -1,13 +1,14 @@
 """What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
 
 import json
+import re
 
 import lightning
 import peft
 import pytest
 import torch
 
-from qlora_lightning import AdapterCheckpoint, UserError
+from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
 from tests.equality import contents, read_adapter, read_checkpoint, same, tensors_of
 from tests.steps import trainable_tensors
 
@@ -30,6 +31,24 @@ class Diary(lightning.Callback):
 
 def checkpoint_names(folder):
     return sorted(file.name for file in (folder / "checkpoints").iterdir())
+
+
+class HasNoMemoryToValidate(QLoRAModule):
+    def compute_loss(self, batch):
+        if not self.training and batch["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().compute_loss(batch)
+
+
+def test_a_validation_row_that_does_not_fit_costs_its_loss_and_not_the_run(fit, make_module, tmp_path, capsys):
+    trainer, _ = fit(AdapterCheckpoint(), module=make_module(HasNoMemoryToValidate), max_epochs=2)
+    assert trainer.callback_metrics["val_loss"].isnan()
+    assert read_checkpoint(tmp_path / "run")["global_step"] == trainer.global_step == 16
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    words = (
+        r"The validation at step 16 has no loss\. Out of memory on cpu in one row of \d+ tokens \(.*rows\.jsonl:\d+\)"
+    )
+    assert re.search(words, capsys.readouterr().out)
 
 
 def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(fit, make_module, tiny_base, tmp_path):

@@ -66,6 +66,15 @@ def test_a_signal_ends_an_evaluation_at_once_and_leaves_no_output(
     assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
 
 
+def test_a_signal_in_the_sanity_check_ends_the_run_after_its_first_step(fit, tmp_path):
+    sender = lightning.Callback()
+    sender.on_sanity_check_end = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        fit(StopSignals(), sender, AdapterCheckpoint(), num_sanity_val_steps=1)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path / "run")["global_step"] == 1
+
+
 def test_an_ignored_signal_stays_ignored(fit):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:

@@ -14,6 +14,7 @@ from qlora_lightning.cli import main
 from qlora_lightning.commands.merge.agreement import compare_logits
 from qlora_lightning.model.merge import TrainedWeights
 from tests.adapters import make_run
+from tests.random_base import save_family
 
 LINEAR = "model.layers.1.mlp.down_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -73,6 +74,16 @@ def test_a_merged_folder_computes_what_base_and_adapter_do(tiny_base, tmp_path, 
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert (logits(model) - logits(merged)).abs().max() > 0.01  # the adapter does something
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_linear_whose_weight_is_transposed_is_merged(tiny_base, tmp_path, quantization):
+    base = save_family(tmp_path / "base", "gpt2", tiny_base)
+    model = make_run(tmp_path / "run", base, quantization=quantization, target_modules=["c_attn", "c_proj"])
+    merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]
+    assert main([*merge, "--dtype", "fp32", "--rows", "0"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - logits(model)).norm() < 0.02 * logits(model).norm()  # int8 rounds states too
 
 
 def test_loss_divergence_and_share_of_equal_tokens_are_those_computed_by_hand():

@@ -24,6 +24,7 @@ from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import find_fit
 from qlora_lightning.model.memory.formula import build_step_memory
+from tests.random_base import save_family
 from tests.steps import fit
 
 
@@ -113,13 +114,13 @@ class OneRowFits(Hungry):
 
 
 def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, capsys):
-    """The largest part is not the one that has run out."""
+    """And no smaller part for the one that has run out."""
     file = tmp_path / "long.jsonl"
     rows = [f'{{"instruction": "Say {n}.", "output": "{"word " * (200 if n == 3 else 1)}"}}' for n in range(16)]
     file.write_text("\n".join(rows))
     train(tiny_base, file, tmp_path, kind=OneRowFits, micro_batch_tokens=100)
     out = capsys.readouterr().out
-    assert "Memory ran out in micro-batches of up to" in out
+    assert int(re.search(r"Memory ran out in a micro-batch of (\d+) tokens", out)[1]) <= 100  # not the long row
     assert "training continues" not in out
 
 
@@ -195,15 +196,25 @@ def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, m
         train(unloaded, whole[0], tmp_path)
 
 
-def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole):
+@pytest.mark.parametrize("setting", ["auto", 8192])
+def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, setting):
     file, _, _ = whole
-    module, _, _ = train(tiny_base, file, tmp_path, fails=[2])
+    module, _, _ = train(tiny_base, file, tmp_path, fails=[2], micro_batch_tokens=setting)
     state = module.token_budget.state_dict()
     assert 0 < state["tokens"] < 8192
-    resumed = QLoRAModule(str(tiny_base)).token_budget
+    resumed = QLoRAModule(str(tiny_base), micro_batch_tokens=setting).token_budget
     resumed.choices = CHOICES
     resumed.load_state_dict(state | {"checkpointing": [True, False]})
     assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])
+    changed = QLoRAModule(str(tiny_base), micro_batch_tokens=100).token_budget
+    changed.load_state_dict(state)
+    assert changed.tokens == 100
+
+
+def test_checkpointing_that_transformers_lacks_is_rejected(tiny_base, tmp_path, whole):
+    base = save_family(tmp_path / "base", "ctrl", tiny_base, n_positions=2048)
+    with pytest.raises(UserError, match="A ctrl of transformers has no gradient checkpointing"):
+        train(base, whole[0], tmp_path, GradientCheckpointing(True))
 
 
 LIMITED = """
@@ -240,7 +251,7 @@ def test_a_cpus_memory_that_really_runs_out_changes_no_result(tiny_base, tmp_pat
         script = [sys.executable, "-c", LIMITED, tiny_base, file, str(room), tmp_path / "adapter.pt"]
         done = subprocess.run(script, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert ("Memory ran out in micro-batches of" in done.stdout) == (room < 1 << 40), done.stdout
+        assert ("Memory ran out in a micro-batch of" in done.stdout) == (room < 1 << 40), done.stdout
         tensors = torch.load(tmp_path / "adapter.pt", weights_only=True)
         adapters.append(torch.cat([each.flatten() for each in tensors.values()]))
         assert float((adapters[-1] - adapters[0]).norm() / adapters[0].norm()) < 1e-5

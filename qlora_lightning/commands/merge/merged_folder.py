@@ -31,12 +31,13 @@ _SHARD_BYTES = 2_000_000_000
 def merge(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     source = find_adapter(options.adapter, options.base)
+    plan = plan_merge(source.base.folder, source.folder)
     weights: Weights = TensorFiles(source.base.folder, source.base.name).read
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
     else:
-        weights = TrainedWeights(source.base, source.quantization, source.double_quant, source.compute_dtype)
-    plan = plan_merge(source.base.folder, source.folder)
+        how = (source.quantization, source.double_quant, source.compute_dtype)
+        weights = TrainedWeights(source.base, *how, plan.transposed)
     if options.gguf is not None:
         architecture_of(plan.config)  # before the work
     batches = sample_validation_rows(options, source.folder, plan.config.vocab_size) if options.rows else []

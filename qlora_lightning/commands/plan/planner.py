@@ -28,7 +28,7 @@ from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.memory.fit import REMEDIES, USABLE, find_fit
+from qlora_lightning.model.memory.fit import USABLE, find_fit, list_remedies
 from qlora_lightning.model.memory.formula import build_step_memory
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
@@ -97,7 +97,12 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         parts = {part: parts[part] for part in _ON_A_CPU}
     trained, parameters = count_parameters(model)
     figures = {
-        "base": {"name": module.base, "config": origin, "parameters": parameters - trained},
+        "base": {
+            "name": module.base,
+            "config": origin,
+            "quantization": module.quantization,
+            "parameters": parameters - trained,
+        },
         "adapters": {"parameters": trained},
         "compute_dtype": str(dtype).removeprefix("torch."),
         "device": device,
@@ -213,8 +218,11 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
     numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
     if not memory["fits"]:
-        remedy = f". A tenth is kept back. What is left: {REMEDIES}"
-        return Text.assemble(("It does not fit", "bold red"), f": {numbers}{remedy}.")
+        checkpoints = memory["gradient_checkpointing"]["checkpointed"]
+        on_cuda = device["kind"] == "cuda"
+        remedies = list_remedies(plan["base"]["quantization"], checkpoints=checkpoints, on_cuda=on_cuda)
+        words = f": {numbers}. A tenth is kept back. What is left: {remedies}."
+        return Text.assemble(("It does not fit", "bold red"), words)
     if memory["peak_bytes"] is None:
         return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
     how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"

@@ -91,11 +91,11 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
-def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> None:
+def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any, split: str | None) -> None:
     """Reject a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
 
     A stop token at the end of rows is never looked up there: only the loss would meet it, as a label. The place of its
-    row comes from ``data``, the Trainer's data module, if there is one.
+    row comes from the ``split`` of ``data``, the Trainer's data module, if there is one.
     """
     ids = batch["input_ids"][0]
     first = ((ids < 0) | (ids >= vocabulary)).nonzero()[:1, 0]
@@ -103,7 +103,7 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any) -> Non
         return
     sample = int(torch.searchsorted(batch["cu_seqlens"].to(first), first, right=True)) - 1
     rows = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
-    place = f" of {format_locations(row_locations(data, rows))}" if rows else ""
+    place = f" of {format_locations(row_locations(data, rows, split))}" if rows else ""
     raise UserError(
         f"A token{place} has the id {int(ids[first]):,}, and the base has embeddings only for ids below "
         f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "
@@ -210,9 +210,10 @@ class TrainingGuard(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        module: Any = pl_module
         self.checks_due = True  # an evaluation pass is what breaks training elsewhere
         loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None and not loss.isfinite():
+        if loss is not None and not loss.isfinite() and not module.statistics.fault:
             has_saved = (Path(trainer.default_root_dir) / CHECKPOINTS / "last.ckpt").exists()
             before = ": `--ckpt_path last` is from before" if has_saved else ""
             raise UserError(  # before callbacks that write checkpoints, which come last

@@ -19,6 +19,7 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.step.batch import most_positions
 from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.versions import attend_ragged
@@ -35,7 +36,8 @@ def count_saved(causal_lm: Any, layers: Sequence[Any], dtype: torch.dtype) -> fl
     """
     if all(map(is_fused, layers)):
         return fmean(_count_by_hand(causal_lm, each, dtype) for each in layers)
-    return _run_saving(causal_lm, _TOKENS, dtype) / _TOKENS / len(layers)
+    tokens = min(_TOKENS, most_positions(causal_lm.config) or _TOKENS)
+    return _run_saving(causal_lm, tokens, dtype) / tokens / len(layers)
 
 
 def _count_by_hand(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:

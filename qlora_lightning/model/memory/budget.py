@@ -1,6 +1,5 @@
 """How many tokens go through the model at a time, and with which checkpointing: planned, corrected, lowered."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,14 +7,18 @@ import torch
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.load.machine import free_bytes, trim_malloc
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
-from qlora_lightning.model.memory.fit import REMEDIES, TOKENS_OF_A_CPU, USABLE, corrected_tokens, plan_fit
+from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, USABLE, corrected_tokens, list_remedies, plan_fit
 from qlora_lightning.model.step.batch import format_locations, row_locations, samples_per_row
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import say_once, trainer_of, training_data_of
+from qlora_lightning.support.trainer import say_once, split_of_pass, trainer_of
 
 MicroBatchTokens = int | Literal["auto"]
+
+
+class RowDoesNotFit(UserError):
+    """Memory ran out in one row alone, and nothing is left that would help."""
 
 
 class TokenBudget:
@@ -28,13 +31,15 @@ class TokenBudget:
         tokens: Their number now.
         checkpointing: What :class:`~qlora_lightning.callbacks.GradientCheckpointing` sets, if a Trainer has it.
         choices: Of checkpointing: the one in use, and those that help when a row alone does not fit, in their order.
+        running: The micro-batch that goes through the model now.
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
         if setting != "auto" and setting < 1:
             raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
-        self.is_auto = setting == "auto"
+        self.setting, self.is_auto = setting, setting == "auto"
         self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.running: dict[str, Any] | None = None
         self.checkpointing: dict[str, Any] = {}
         self.choices = [Checkpointing()]
         self._switched_to, self._is_measured = Checkpointing(), False
@@ -54,9 +59,19 @@ class TokenBudget:
             self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
 
     def start(self, causal_lm: Any) -> None:
-        """Switch checkpointing as it was chosen, and print that."""
-        if not causal_lm.supports_gradient_checkpointing and len(self.choices) > 1:
-            self.choices = [Checkpointing()]
+        """Switch checkpointing as it was chosen, and print that.
+
+        Raises:
+            UserError: It is needed, and transformers has none of this type.
+        """
+        if not causal_lm.supports_gradient_checkpointing:
+            self.choices = [choice for choice in self.choices if not choice.checkpointed]
+            if not self.choices:
+                raise UserError(
+                    f"A {causal_lm.config.model_type} of transformers has no gradient checkpointing, and it is asked "
+                    "for, or a row does not fit without: set gradient_checkpointing.enabled to false, or a smaller "
+                    "data.max_length."
+                )
         self._switch_to_choice(causal_lm)
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
 
@@ -79,31 +94,31 @@ class TokenBudget:
         self.tokens = corrected_tokens(self._largest, held, peak, USABLE * (free_bytes(module.device) + held))
         say_once(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
 
-    def lower(self, module: Any, micro_batches: Sequence[dict[str, Any]], words: str) -> None:
-        """Take less memory from now on: half the tokens, or of a row alone the next choice of checkpointing.
+    def lower(self, module: Any, words: str) -> None:
+        """Take less memory than ``running`` took: half its tokens, or of a row alone the next choice of checkpointing.
 
         Args:
             module: The module in whose pass memory ran out.
-            micro_batches: Those that are computed again. The largest is taken for the one that did not fit.
             words: The error's.
 
         Raises:
-            UserError: Nothing is left that would help.
+            RowDoesNotFit: Nothing is left that would help.
         """
-        if module.device.type == "cuda":
+        assert self.running is not None, "memory ran out in a micro-batch"
+        on_cuda = module.device.type == "cuda"
+        if on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(module.device)  # of what did not fit: correct() shall not see it
             self._largest = 0
         trim_malloc()  # on a CPU oneDNN maps code beside a heap that has grown as far as it can
-        several = [each for each in micro_batches if len(each["layout"].lengths) > samples_per_row(each)]
-        largest = max(several or micro_batches, key=lambda each: each["input_ids"].numel())
-        tokens, process = largest["input_ids"].numel(), getattr(trainer_of(module), "global_rank", 0)
+        layout, tokens = self.running["layout"], self.running["input_ids"].numel()
+        process = getattr(trainer_of(module), "global_rank", 0)
         where = f" in process {process}" if process else ""
-        if several:
+        if len(layout.lengths) > samples_per_row(self.running):
             self.tokens = tokens // 2
             say(
-                f"Memory ran out{where} in micro-batches of up to {tokens:,} tokens: from now on at most "
-                f"{self.tokens:,} tokens go through the model at a time. Only rounding, and what dropout draws, change."
+                f"Memory ran out{where} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
+                "tokens go through the model at a time. Only rounding, and what dropout draws, change."
             )
         elif len(self.choices) > 1 and torch.is_grad_enabled():
             del self.choices[0]
@@ -113,19 +128,24 @@ class TokenBudget:
                 "a third slower."
             )
         else:
-            place = format_locations(row_locations(training_data_of(module), largest["layout"].rows))
-            raise UserError(
+            data, split = split_of_pass(module)
+            place = format_locations(row_locations(data, layout.rows, split))
+            # checkpointing helps no pass without gradients
+            checkpoints = self.choices[0].checkpointed or not torch.is_grad_enabled()
+            remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
+            raise RowDoesNotFit(
                 f"Out of memory on {module.device} in one row of {tokens:,} tokens ({place}): {words}. What is left: "
-                f"{REMEDIES}."
+                f"{remedies}."
             )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run restores."""
-        return {"tokens": self.tokens, "checkpointing": list(self.choices[0]), "is_measured": self._is_measured}
+        state = {"setting": self.setting, "tokens": self.tokens, "checkpointing": list(self.choices[0])}
+        return {**state, "is_measured": self._is_measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what a run had found; a number that is set stays."""
-        if self.is_auto:
+        """Restore what a run had found; another setting than it had then counts."""
+        if state.get("setting", "auto") == self.setting:
             self.tokens, self._is_measured = state["tokens"], state.get("is_measured", True)
         saved = Checkpointing(*state["checkpointing"])
         if saved in self.choices:

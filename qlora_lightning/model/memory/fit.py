@@ -24,10 +24,6 @@ TOKENS_OF_A_CPU = 8192  # more make its products no quicker
 USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
 _USABLE_ON_CPU = 0.7  # whose heap has more fragments, and oneDNN's code of each shape beside it
 _MOST_TOKENS = 1 << 20
-REMEDIES = (
-    "a smaller data.max_length, model.rank or model.base, model.quantization: nf4, gradient_checkpointing.enabled: "
-    "auto, or trainer.strategy: ddp_sharded_offload"
-)
 
 
 class Fit(NamedTuple):
@@ -35,6 +31,15 @@ class Fit(NamedTuple):
 
     tokens: int
     choice: Checkpointing
+
+
+def list_remedies(quantization: str, *, checkpoints: bool, on_cuda: bool) -> str:
+    """List what takes less memory than the settings of a run, whose layers are checkpointed or cannot be."""
+    remedies = ["a smaller data.max_length", "a smaller model.rank", "a smaller model.base"]
+    remedies += [] if quantization in ("nf4", "fp4") else ["model.quantization: nf4"]
+    remedies += [] if checkpoints else ["gradient_checkpointing.enabled: auto"]
+    remedies += ["trainer.strategy: ddp_sharded_offload"] if on_cuda else []
+    return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
 
 
 def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> Fit:
@@ -107,10 +112,11 @@ def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
         planned, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
+        remedies = list_remedies(module.quantization, checkpoints=fit.choice.checkpointed, on_cuda=True)
         raise UserError(
             f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "
-            f"{format_gib(USABLE * memory)} for it. What is left: {REMEDIES}. A number as "
+            f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. A number as "
             "model.micro_batch_tokens tries it without a plan."
         )
     return fit

@@ -22,14 +22,15 @@ def samples_of(data: Any, split: str | None) -> Any:
     return splits.get(split) if isinstance(splits, dict) else None
 
 
-def row_locations(data: Any, row_ids: Iterable[int]) -> list[str]:
-    """Return where training rows are from: ``train.jsonl:17``, or ``row 16`` if the data do not know.
+def row_locations(data: Any, row_ids: Iterable[int], split: str | None = "train") -> list[str]:
+    """Return where rows are from: ``train.jsonl:17``, or ``row 16`` if the data do not know.
 
     Args:
         data: The Trainer's data module, or ``None``; one of ours knows the locations.
-        row_ids: Numbers of the rows among the training rows; negative ones are fillers and left out.
+        row_ids: Numbers of the rows in their split; negative ones are fillers and left out.
+        split: ``train``, ``val`` or ``test``.
     """
-    samples = samples_of(data, "train")
+    samples = samples_of(data, split)
     locations = []
     for row_id in dict.fromkeys(row_ids):
         if row_id < 0:
@@ -96,13 +97,19 @@ def filler_of(batch: Mapping[str, Any], cu_seqlens: Sequence[int]) -> dict[str, 
     return {**first, "labels": labels, "row_ids": row_ids}
 
 
+def most_positions(config: Any) -> int | None:
+    """Return for how many tokens a base has positions, or was pre-trained; MPT has its own name for it."""
+    names = ("max_position_embeddings", "max_seq_len")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
 def check_row_length(config: Any, longest: int) -> None:
     """Refuse rows that are too long: for a table of positions, or since their angles would depend on the longest one.
 
     The rotary types ``dynamic`` (NTK) and ``longrope`` scale all angles by a row that is beyond the length of the
     base's pre-training.
     """
-    rope, most = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
+    rope, most = getattr(config, "rope_parameters", None) or {}, most_positions(config)
     if not rope and most is not None and longest > most:  # a table of positions
         raise UserError(
             f"A {config.model_type} has positions for {most:,} tokens, and rows here may have {longest:,}. Set "

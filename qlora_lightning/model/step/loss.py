@@ -37,10 +37,16 @@ class LossSums(NamedTuple):
 
 
 class TokenStatistics:
-    """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result."""
+    """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result.
+
+    Attributes:
+        sums: Over what was added.
+        fault: Why not all was computed, so that no mean is known; empty if it was.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.fault = ""
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""

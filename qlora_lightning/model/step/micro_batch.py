@@ -5,7 +5,7 @@ Gradients are of sums, so that it does not matter how a batch is cut. How large 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from qlora_lightning.model.load.machine import is_out_of_memory
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
-from qlora_lightning.support.trainer import training_data_of
+from qlora_lightning.support.trainer import split_of_pass
 
 Result = TypeVar("Result")
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
     """Lay a flat batch out as a module computes it; see :meth:`QLoRAModule.layout_of`."""
     causal_lm = module.causal_lm
-    check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), training_data_of(module))
+    check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), *split_of_pass(module))
     layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
@@ -54,29 +54,36 @@ def cut_into_micro_batches(module: Any, batch: Mapping[str, Any]) -> list[dict[s
     return [{**part, "layout": layout.bind(part)} for part, layout in zip(parts, layouts, strict=True)]
 
 
+def run_micro_batches(module: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the micro-batches of a batch, each while it goes through the model."""
+    for part in module.micro_batches(batch):
+        module.token_budget.running = part
+        yield part
+
+
 def compute_within_memory(
-    module: Any, batches: list[Any], compute: Callable[[], Result], replay: Callable[[], Result]
+    module: Any, batch: Any, compute: Callable[[], Result], replay: Callable[[], Result]
 ) -> Result:
     """Return what takes memory to compute: as often as memory runs out, with less in the model at a time.
 
     Args:
         module: The module whose pass this is.
-        batches: What is computed, or again by ``replay``; a message names their rows.
-        compute: Computes it.
-        replay: Computes it again.
+        batch: What goes through the model.
+        compute: Computes it, by :func:`run_micro_batches`.
+        replay: Computes it again, with all that memory which ran out has undone.
 
     Raises:
-        UserError: Nothing is left that would help.
+        RowDoesNotFit: Nothing is left that would help.
     """
     while True:
+        module.token_budget.running = None
         try:
             return compute()
         except Exception as error:
             # any other batch cannot be cut, and of a sharded base the other processes wait in their passes
-            if not is_out_of_memory(error) or not is_flat(batches[-1]) or module.sharded_base is not None:
+            is_cut = is_flat(batch) and module.token_budget.running is not None
+            if not is_out_of_memory(error) or not is_cut or module.sharded_base is not None:
                 raise
             words = str(error).partition("\n")[0].rstrip(".")
-        # not in the handler: the error's traceback holds the activations
-        parts = [part for batch in batches for part in cut_into_micro_batches(module, batch)]
-        module.token_budget.lower(module, parts, words)
+        module.token_budget.lower(module, words)  # not in the handler: the error's traceback holds the activations
         compute = replay

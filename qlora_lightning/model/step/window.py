@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batch import compute_within_memory
+from qlora_lightning.model.step.micro_batch import compute_within_memory, run_micro_batches
 
 
 class Window:
@@ -64,13 +64,13 @@ class Window:
             self._clear_sums()
             return [self._compute(module, each) for each in self.batches][-1]
 
-        mean: Tensor = compute_within_memory(module, self.batches, lambda: self._compute(module, batch), replay)
+        mean: Tensor = compute_within_memory(module, batch, lambda: self._compute(module, batch), replay)
         return mean
 
     def _compute(self, module: Any, batch: dict[str, Any]) -> Tensor:
         """Compute and add up the gradients of a batch; return its mean loss."""
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for part in module.micro_batches(batch):
+        for part in run_micro_batches(module, batch):
             sums: LossSums = module.compute_loss(part)
             (sums.nll_sum * module.loss_scale).backward()
             nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens

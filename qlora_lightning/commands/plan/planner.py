@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.base_folder import open_base
 from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
@@ -24,12 +23,9 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
 from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
 from qlora_lightning.model.guards.guard import check_trainer
-from qlora_lightning.model.load.base_model import check_quantization
-from qlora_lightning.model.load.build import meta_model
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.memory.fit import USABLE, find_fit, list_remedies
-from qlora_lightning.model.memory.formula import build_step_memory
+from qlora_lightning.model.memory.fit import USABLE, find_fit, list_remedies, plan_step
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -56,10 +52,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         check_trainer("32-true", ShardedDDPStrategy, module.quantization)
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
-    stored = getattr(config, "quantization_config", None)
-    double_quant = check_quantization(stored, module.quantization, module.double_quant, module.base)
-    folder = None if module.adapter is None else find_adapter_folder(module.adapter)
-    model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
+    offload = offload if is_cuda or offload is None else False
+    model, step = plan_step(module, config, dtype, device["memory"], count_devices(trainer), offload)
 
     epoch: Epoch | None = None
     try:
@@ -74,15 +68,6 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
         if module.overrides(name) and not type(module).__module__.startswith("qlora_lightning."):
             notes.append(f"{type(module).__name__} has a {name} of its own: the plan is for the usual one.")
 
-    step = build_step_memory(
-        model,
-        dtype,
-        double_quant=double_quant,
-        optimizer=module.optimizer_config,
-        device_bytes=device["memory"],
-        processes=count_devices(trainer),
-        sharded_offload=offload if is_cuda or offload is None else False,
-    )
     budget, usable = module.token_budget, USABLE * device["memory"]
     longest = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
     fit = find_fit(

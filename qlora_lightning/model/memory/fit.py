@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import peft
+import torch
 from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
@@ -67,6 +69,28 @@ def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> in
     return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
 
 
+def plan_step(
+    module: Any, config: Any, dtype: torch.dtype, memory: float, processes: int, sharded_offload: bool | None
+) -> tuple[peft.PeftModel, StepMemory]:
+    """Make the model of a module without numbers, and the formula of its step.
+
+    Args:
+        module: Its settings are read.
+        config: Of the base, by transformers.
+        dtype: Of the products.
+        memory: Bytes of the device.
+        processes: That train together.
+        sharded_offload: See :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
+    """
+    stored = getattr(config, "quantization_config", None)
+    double_quant = check_quantization(stored, module.quantization, module.double_quant, module.base)
+    folder = None if module.adapter is None else find_adapter_folder(module.adapter)
+    model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
+    settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
+    settings |= {"device_bytes": memory, "processes": processes, "sharded_offload": sharded_offload}
+    return model, build_step_memory(model, dtype, **settings)
+
+
 def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     """Plan a fit before any weight is downloaded or loaded.
 
@@ -81,22 +105,12 @@ def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
         return None
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-    stored = getattr(config, "quantization_config", None)
-    double_quant = check_quantization(stored, module.quantization, module.double_quant, source.name)
-    folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
+    offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     try:
-        step = build_step_memory(
-            meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast),
-            dtype,
-            double_quant=double_quant,
-            optimizer=module.optimizer_config,
-            device_bytes=memory,
-            processes=module.trainer.world_size,
-            sharded_offload=strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None,
-        )
+        _, step = plan_step(module, config, dtype, memory, module.trainer.world_size, offload)
     except UserError:
         raise
     except Exception as error:  # code of transformers or bitsandbytes that does not run without numbers

@@ -84,8 +84,8 @@ def find_sources(
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}") from error
-    if not sources or 0 < sum(source.weight is not None for source in sources) < len(sources):
-        raise UserError(f"data.{split}: expected at least one source, and a weight for all of them or for none.")
+    if 0 < sum(source.weight is not None for source in sources) < len(sources):
+        raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.")
     return sources
 
 

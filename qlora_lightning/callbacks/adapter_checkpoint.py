@@ -121,12 +121,13 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            module: Any = pl_module
             value = trainer.callback_metrics.get(self.monitor)
             value = None if value is self._value_before else value  # of an earlier validation, by another adapter
             self._save(trainer, pl_module, math.nan if value is None else float(value))
             callbacks: Any = getattr(trainer, "callbacks", [])  # of which one may score answers at later validations
             may_follow = any(getattr(each, "every_n_validations", None) for each in callbacks)
-            if value is None and self.enabled and not may_follow:
+            if value is None and self.enabled and not may_follow and not module.statistics.fault:
                 known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
                 raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {known}.")
 

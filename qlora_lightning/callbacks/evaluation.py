@@ -25,7 +25,7 @@ from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_tria
 
 Found = TypeVar("Found")
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
-_NOT_EVALUATED = "Not evaluated: {} `qlora-lightning evaluate` can do it later."
+_NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do it later."
 
 
 class Evaluation(Callback):
@@ -198,9 +198,10 @@ def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], F
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
-            raise UserError(f"{_NOT_EVALUATED.format(error)} What was saved can be resumed.") from error
+            words = _NOT_EVALUATED.format(trainer.global_step, error)
+            raise UserError(f"{words} What was saved can be resumed.") from error
         failed.append(str(error))
     if failed := gather_lists(trainer, failed):
-        say_once(_NOT_EVALUATED.format(failed[0]))
+        say_once(_NOT_EVALUATED.format(trainer.global_step, failed[0]))
         return None
     return found

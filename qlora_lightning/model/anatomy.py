@@ -30,6 +30,8 @@ _NOT_CAUSAL = (
 REJECTED_TYPES = {
     **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
     "laguna": "has adapters of which plain PEFT would lose some",
+    "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
+    "rwkv": "rescales its weights in place, which 4-bit ones do not take",
 }
 # And: with SDPA these give another result than with transformers' own attention, so that is used.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)

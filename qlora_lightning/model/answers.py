@@ -92,7 +92,10 @@ def _answer_batch(
         if not is_out_of_memory(error) or isinstance(causal_lm.base_model, FSDPModule):  # others wait in their passes
             raise
         if len(prompts) == 1:
-            raise UserError(f"Out of memory on {device} in the answer to one prompt: lower max_new_tokens.") from error
+            raise UserError(
+                f"Out of memory on {device} in the answer to one prompt of {longest:,} tokens: shorter prompts take "
+                "less, and so do fewer new tokens."
+            ) from error
     half = len(prompts) // 2  # not in the handler: the error's traceback holds the keys and values
     halves = (_answer_batch(causal_lm, part, device, settings) for part in (prompts[:half], prompts[half:]))
     return [answer for found in halves for answer in found]

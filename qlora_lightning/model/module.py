@@ -387,6 +387,8 @@ class QLoRAModule(lightning.LightningModule):
             say_once(f"The validation at step {self.trainer.global_step} has no loss. {faults[0]}")
             self.log(f"{split}_loss", torch.tensor(math.nan), prog_bar=True, sync_dist=True)
             return
+        if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
+            return
         means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
         values = {f"{split}_{name}": value.float() for name, value in means.items()}
         # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.

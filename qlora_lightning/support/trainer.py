@@ -34,12 +34,14 @@ def datamodule_of(trainer: Any) -> Any:
 
 
 def split_of_pass(module: LightningModule) -> tuple[Any, str | None]:
-    """Return the data module, and the split whose rows go through a module now; ``None`` outside of loops."""
+    """Return the data module, and the split whose rows go through a module now; ``None`` if that is not known."""
     trainer = trainer_of(module)
-    if trainer is None or trainer.state.stage is None:
-        return None, None
-    stages = {RunningStage.TRAINING: "train", RunningStage.TESTING: "test"}
-    return datamodule_of(trainer), stages.get(trainer.state.stage, "val")
+    stage = None if trainer is None else trainer.state.stage
+    if stage == RunningStage.TRAINING and not torch.is_grad_enabled():  # a fit's last evaluation
+        stage = None
+    splits = {RunningStage.TRAINING: "train", RunningStage.VALIDATING: "val", RunningStage.TESTING: "test"}
+    splits[RunningStage.SANITY_CHECKING] = "val"
+    return (datamodule_of(trainer), splits[stage]) if stage in splits else (None, None)
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

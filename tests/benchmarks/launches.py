@@ -224,7 +224,7 @@ def count_host_reads(module_class: type[QLoRAModule] = QLoRAModule) -> int:
     module.model, module._device = make_model(fast=True), torch.device("cuda", 0)
     trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, callbacks=[module.guard], precision_plugin=None)
     module.trainer = trainer  # type: ignore[assignment]
-    trainer.state, trainer.global_step, trainer.lightning_module = SimpleNamespace(stage="train"), 5, module
+    trainer.state, trainer.global_step, trainer.lightning_module = SimpleNamespace(stage=None), 5, module
     module.guard.checks_due = False  # later steps, between validations
     monitor = ThroughputMonitor()
     trainer.callback_metrics = {}

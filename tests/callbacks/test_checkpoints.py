@@ -41,7 +41,8 @@ class HasNoMemoryToValidate(QLoRAModule):
 
 
 def test_a_validation_row_that_does_not_fit_costs_its_loss_and_not_the_run(fit, make_module, tmp_path, capsys):
-    trainer, _ = fit(AdapterCheckpoint(), module=make_module(HasNoMemoryToValidate), max_epochs=2)
+    checkpoint = AdapterCheckpoint(monitor="val_perplexity")  # which such a validation has not
+    trainer, _ = fit(checkpoint, module=make_module(HasNoMemoryToValidate), max_epochs=2)
     assert trainer.callback_metrics["val_loss"].isnan()
     assert read_checkpoint(tmp_path / "run")["global_step"] == trainer.global_step == 16
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

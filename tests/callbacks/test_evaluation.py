@@ -90,7 +90,8 @@ def test_a_run_is_not_lost_to_the_memory_of_its_last_evaluation(fit, monkeypatch
         monkeypatch.setattr(f"qlora_lightning.callbacks.evaluation.{name}", run_out)
     fit(end := End(), Evaluation(every_n_validations=1), limit_train_batches=1)
     assert end.adapter
-    assert "Not evaluated: Out of memory on cpu. `qlora-lightning evaluate` can do it later." in capsys.readouterr().out
+    words = "Not evaluated at step 1: Out of memory on cpu. `qlora-lightning evaluate` can do it later."
+    assert words in capsys.readouterr().out
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 

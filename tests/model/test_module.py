@@ -76,3 +76,13 @@ def test_an_own_base_attends_within_samples(tiny_base, fast):
     with ours.model.disable_adapter(), own.model.disable_adapter():
         expected = ours.compute_loss(make_batch()).nll_sum.item()
         assert own.compute_loss(make_batch()).nll_sum.item() == pytest.approx(expected, rel=1e-5)
+
+
+class LogsItsOwn(QLoRAModule):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_tokens", float(batch["input_ids"].numel()), batch_size=1)
+
+
+def test_an_own_validation_step_logs_what_it_likes(tiny_base, rows_file, tmp_path):
+    trainer = fit(LogsItsOwn(str(tiny_base)), tmp_path, rows_file, val=True, max_epochs=1)
+    assert {name for name in trainer.callback_metrics if name.startswith("val_")} == {"val_tokens"}

@@ -10,7 +10,7 @@ from qlora_lightning.support.errors import UserError
 
 _ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear that belongs to it, in whatever type
 _PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2")  # whose kernel reads the weight of out_proj past an adapter
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba2")  # whose kernel reads the weight of out_proj past an adapter
 
 
 def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:

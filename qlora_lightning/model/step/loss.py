@@ -55,7 +55,7 @@ class TokenStatistics:
             self.sums[name] = self.sums.get(name, 0) + each.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
-        """Return the means over all that was added; NaN where nothing was.
+        """Return the means over all that was added.
 
         They are ``loss`` (nats per labelled token), and its exponential ``perplexity`` and ``token_accuracy`` (share of
         labelled tokens that were the most likely one), or those of ``logged``, if there are.

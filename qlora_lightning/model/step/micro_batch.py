@@ -15,6 +15,7 @@ from qlora_lightning.model.load.machine import is_out_of_memory
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import split_of_pass
 
 Result = TypeVar("Result")
@@ -74,16 +75,21 @@ def compute_within_memory(
 
     Raises:
         RowDoesNotFit: Nothing is left that would help.
+        UserError: The base is sharded.
     """
     while True:
         module.token_budget.running = None
         try:
             return compute()
         except Exception as error:
-            # any other batch cannot be cut, and of a sharded base the other processes wait in their passes
-            is_cut = is_flat(batch) and module.token_budget.running is not None
-            if not is_out_of_memory(error) or not is_cut or module.sharded_base is not None:
+            # any other batch cannot be cut
+            if not is_out_of_memory(error) or not is_flat(batch) or module.token_budget.running is None:
                 raise
+            if module.sharded_base is not None:
+                raise UserError(
+                    f"Out of memory on {module.device} under a sharded base, whose other processes wait in their "
+                    "passes: set model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
+                ) from error
             words = str(error).partition("\n")[0].rstrip(".")
         module.token_budget.lower(module, words)  # not in the handler: the error's traceback holds the activations
         compute = replay

@@ -1,12 +1,14 @@
 """Memory and speed of a training."""
 
 import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.model.load.machine import read_memory
+from qlora_lightning.base.tensors import GIB
 from qlora_lightning.support.console import say
 from qlora_lightning.support.versions import PEAK_NAMES
 
@@ -87,3 +89,19 @@ class ThroughputMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen, self.labelled_seen = state_dict["tokens_seen"], state_dict["labelled_seen"]
+
+
+def read_memory(device: torch.device) -> dict[str, float]:
+    """Read memory in use and its peak, in GiB: of the CUDA device, or of this process."""
+    if device.type == "cuda":
+        return {
+            "memory_allocated_gib": torch.cuda.memory_allocated(device) / GIB,
+            "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
+            PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
+        }
+    private = peak = psutil.Process().memory_info().rss
+    status = Path("/proc/self/status")  # of Linux
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
+    return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}

@@ -15,6 +15,7 @@ from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
 from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
+from qlora_lightning.model.step.micro_batch import run_micro_batches
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, trainer_of
 
@@ -185,7 +186,7 @@ class PreferenceModule(QLoRAModule):
         if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
             return total
         with torch.no_grad():
-            for part in self.micro_batches(mismatch_answers(batch)):
+            for part in run_micro_batches(self, mismatch_answers(batch)):
                 own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
                 total += (own - self._reference_log_probs(part)).sum()
                 rows += sum(map(bool, part["layout"].counts))

@@ -11,6 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from qlora_lightning.base.base_folder import load_tokenizer
+from qlora_lightning.commands.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
@@ -19,7 +20,6 @@ from qlora_lightning.evaluation import BASE
 from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, with_adapter
 from qlora_lightning.model.answers import generate_answers
-from qlora_lightning.model.load.build import find_adapter, open_adapter
 from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 

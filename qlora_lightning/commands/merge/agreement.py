@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.merge.gguf_files import architecture_of
+from qlora_lightning.commands.opened_adapter import AdapterSource, open_adapter
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.model.load.build import AdapterSource, open_adapter
 from qlora_lightning.model.load.machine import choose_compute_dtype
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError

@@ -18,8 +18,8 @@ from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import architecture_of, write_gguf
+from qlora_lightning.commands.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
-from qlora_lightning.model.load.build import AdapterSource, find_adapter
 from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError

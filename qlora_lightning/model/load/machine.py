@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -10,7 +9,6 @@ import torch
 
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.versions import PEAK_NAMES
 
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -53,22 +51,6 @@ def _has_bfloat16(device: torch.device) -> bool:
         # without its instructions torch converts back and forth, and fp32 is faster
         return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     return True
-
-
-def read_memory(device: torch.device) -> dict[str, float]:
-    """Read memory in use and its peak, in GiB: of the CUDA device, or of this process."""
-    if device.type == "cuda":
-        return {
-            "memory_allocated_gib": torch.cuda.memory_allocated(device) / GIB,
-            "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
-            PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
-        }
-    private = peak = psutil.Process().memory_info().rss
-    status = Path("/proc/self/status")  # of Linux
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
-    return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
 
 
 def device_memory_gib(device: torch.device) -> float:

@@ -1,7 +1,6 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,8 +28,8 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
+from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.imports import without_garbage_collection
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, trainer_of
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -182,7 +181,7 @@ class QLoRAModule(lightning.LightningModule):
             source = base_folder.open_base(self.base, self.revision, weights=False)
             model_type = base_folder.read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        trainer = trainer_of(self)
+        trainer = trainers.trainer_of(self)
         is_sharded = trainer is not None and isinstance(trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = build.assemble_model(
             name=self.base,
@@ -205,7 +204,7 @@ class QLoRAModule(lightning.LightningModule):
         return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
 
     def _device_of_process(self) -> torch.device:
-        trainer = trainer_of(self)
+        trainer = trainers.trainer_of(self)
         return self.device if trainer is None else trainer.strategy.root_device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -382,10 +381,8 @@ class QLoRAModule(lightning.LightningModule):
         self._log_statistics("test")
 
     def _log_statistics(self, split: str) -> None:
-        if faults := gather_lists(self.trainer, [self.statistics.fault] if self.statistics.fault else []):
-            self.statistics.fault = faults[0]
-            say_once(f"The validation at step {self.trainer.global_step} has no loss. {faults[0]}")
-            self.log(f"{split}_loss", torch.tensor(math.nan), prog_bar=True, sync_dist=True)
+        if guard.has_no_loss(self):
+            self.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
             return
         if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
             return
@@ -406,7 +403,7 @@ class QLoRAModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        check_row_length(self.causal_lm.config, getattr(datamodule_of(self.trainer), "max_length", 0))
+        check_row_length(self.causal_lm.config, getattr(trainers.datamodule_of(self.trainer), "max_length", 0))
         self.token_budget.start(self.causal_lm)
         build.report_model(self, self.choose_layers())
 
@@ -442,7 +439,7 @@ class QLoRAModule(lightning.LightningModule):
 
         At ``stop_ids`` generation stops, beside the tokenizer's end and the base's own.
         """
-        data = identity_of_data(trainer_of(self))
+        data = identity_of_data(trainers.trainer_of(self))
         identity = {**self.identity, "data": data} if data else self.identity
         adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
 

@@ -19,7 +19,14 @@ from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CHECKPOINTS
-from qlora_lightning.support.trainer import callbacks_of, datamodule_of, find_callback, gather_lists, trainer_of
+from qlora_lightning.support.trainer import (
+    callbacks_of,
+    datamodule_of,
+    find_callback,
+    gather_lists,
+    say_once,
+    trainer_of,
+)
 
 # ---- where a run starts ----------------------------------------------------------------------------------------------
 
@@ -109,6 +116,15 @@ def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any, split:
         f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "
         "tokenizer, or a base whose embedding was resized for this one."
     )
+
+
+def has_no_loss(module: Any) -> bool:
+    """Whether a row of this validation did not fit into memory on any rank, which is reported; every rank asks."""
+    faults = gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
+    if faults:
+        module.statistics.fault = faults[0]
+        say_once(f"The validation at step {module.trainer.global_step} has no loss. {faults[0]}")
+    return bool(faults)
 
 
 def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:

@@ -93,7 +93,7 @@ def _ends(causal_lm: Any) -> list[nn.Module]:
 def _checkpoint_in_our_way(causal_lm: Any) -> None:
     """Let layers that others checkpoint know their flat batch in backward too, and be checkpointed non-reentrant."""
     for module in causal_lm.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
+        function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public way to ask
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
             enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm))
             return

@@ -23,17 +23,17 @@ def check_version(version: int, source: str) -> None:
         )
 
 
-def enable_activation_checkpointing(model: Any, *, draws: bool = True, offload: bool = False) -> None:
+def enable_activation_checkpointing(
+    model: Any, context_fn: Callable[[], Any], *, draws: bool = True, offload: bool = False
+) -> None:
     """Checkpoint the decoder layers of a model of transformers, non-reentrant; ``offload``: their inputs on the host.
 
-    If layers draw no numbers, the generators' states need not be saved: a GPU's would be waited for. transformers 5.17
-    has this as ``gradient_checkpointing_enable``, a name that 5.24 warns of.
+    ``context_fn`` is that of torch's checkpoint. If layers draw no numbers, the generators' states need not be saved: a
+    GPU's would be waited for. transformers 5.17 has this as ``gradient_checkpointing_enable``, of which 5.24 warns.
     """
-    from qlora_lightning.model.layers.attention import recompute_contexts
-
     newer = "activation_checkpointing_enable"
     enable = getattr(model, newer if hasattr(model, newer) else "gradient_checkpointing_enable")
-    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": recompute_contexts}
+    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": context_fn}
     enable(options, offload=offload)
     # which only reentrant checkpointing would need, and which lets gradients run on below the adapters
     model.disable_input_require_grads()

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.anatomy import FLAT_TYPES
-from qlora_lightning.model.layers.attention import has_dropout
-from qlora_lightning.support.versions import enable_activation_checkpointing
+from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
 from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family
@@ -110,7 +109,7 @@ def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, ree
     torch.manual_seed(1)
     _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
     if reentrant is None:
-        enable_activation_checkpointing(module.causal_lm, draws=has_dropout(module.causal_lm))
+        switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
     else:
         module.causal_lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     module.choose_layers()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.step.layout import add_noise, lay_out, samples_of_lengths
-from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 
 SYSTEM = [1, 2, 3]
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_bas
     assert lay_out(batch).samples.expanded.has_shared
     expected = loss_and_gradients(plain, batch)
     assert_same_step(loss_and_gradients(module, batch), expected)
-    enable_activation_checkpointing(module.causal_lm)
+    switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
     assert_same_step(loss_and_gradients(module, batch), expected)
 
 

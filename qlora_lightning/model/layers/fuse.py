@@ -16,7 +16,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
-from qlora_lightning.model.layers.attention import has_dropout, register_flat_attention
+from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.support.versions import enable_activation_checkpointing
@@ -95,7 +95,7 @@ def _checkpoint_in_our_way(causal_lm: Any) -> None:
     for module in causal_lm.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public way to ask
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
-            enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm))
+            enable_activation_checkpointing(causal_lm, recompute_contexts, draws=has_dropout(causal_lm))
             return
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.layers.attention import has_dropout
+from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
@@ -32,7 +32,9 @@ def checkpointing_choices(
 def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpointing) -> None:
     """Switch from what a fit before has chosen; what a ``build_model`` has switched on stays on."""
     if choice.checkpointed:
-        enable_activation_checkpointing(causal_lm, draws=has_dropout(causal_lm), offload=choice.offload)
+        enable_activation_checkpointing(
+            causal_lm, recompute_contexts, draws=has_dropout(causal_lm), offload=choice.offload
+        )
     elif before.checkpointed:
         for layer in causal_lm.modules():
             if isinstance(layer, GradientCheckpointingLayer):

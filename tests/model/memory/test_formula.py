@@ -8,9 +8,8 @@ from transformers import LlamaConfig
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.memory.checkpointing import Checkpointing
+from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.memory.formula import build_step_memory
-from qlora_lightning.support.versions import enable_activation_checkpointing
 from tests import steps
 
 
@@ -57,7 +56,7 @@ def test_a_step_keeps_the_activations_that_are_planned(tiny_base, options, check
     options = {"compute_dtype": COMPUTES} | options
     module = steps.make_module(tiny_base, **options)
     if checkpointed:
-        enable_activation_checkpointing(module.causal_lm)
+        switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
     batch = steps.make_batch(LENGTHS, vocabulary=40_000)
     dtype = getattr(torch, module.identity["compute_dtype"])
     del options["compute_dtype"]

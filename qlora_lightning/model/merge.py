@@ -61,12 +61,12 @@ class TrainedWeights:
             state = bnb.functional.QuantState.from_dict(tensors, torch.device("cpu"))
             state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
             weight: Tensor = bnb.functional.dequantize_4bit(stored, state)
-            return weight.t() if name in self._transposed else weight
-        if stored.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
+        elif stored.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
             scales = self.files.read(name.removesuffix("weight") + "SCB")
             weight = stored.float() * (scales.float().unsqueeze(1) / 127)
-            return weight.t() if name in self._transposed else weight
-        return stored.to(self.compute_dtype)
+        else:
+            return stored.to(self.compute_dtype)
+        return weight.t() if name in self._transposed else weight
 
 
 # ---- merged ----------------------------------------------------------------------------------------------------------

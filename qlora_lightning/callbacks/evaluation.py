@@ -24,6 +24,8 @@ from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
 Found = TypeVar("Found")
+GeneralLoss = dict[str, list[tuple[float, float]]]
+"""Of each side, nats and labelled tokens of each row."""
 _FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
 _NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do it later."
 
@@ -92,13 +94,17 @@ class Evaluation(Callback):
         limit = self.max_new_tokens or min(max(twice, _FEWEST_NEW_TOKENS), _MOST_NEW_TOKENS)
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
-    def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> Results | None:
-        """Compute the loss of base and adapters on the rows of ``general``; ``None`` if there is no such file."""
+    def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> GeneralLoss | None:
+        """Compute nats and tokens of base and adapters on each row of ``general``; ``None`` without such a file."""
         batches = self._general_batches or self._read_general(data)
         if not batches:
             return None
         numbers = [row.number for batch in batches for row in unpack_rows(batch)]
-        return sum_by_row(evaluate_sides(module, batches, [], None, adapters, show, next_token=True), numbers)
+        results = evaluate_sides(module, batches, [], None, adapters, show, next_token=True)
+        return {
+            side: sum_by_row((at, row.nll, row.labelled_tokens) for at, row in zip(numbers, each, strict=True))
+            for side, each in results.items()
+        }
 
     def _read_general(self, data: Any) -> Sequence[Any]:
         batches: Sequence[Any] = data.read_other_rows(self.general, self.general_rows) if self.general else ()
@@ -172,7 +178,7 @@ class Evaluation(Callback):
         adapters = {"adapter": module.model.active_adapter}
         show = trainer.is_global_zero
 
-        def evaluate() -> tuple[Results, Results | None]:
+        def evaluate() -> tuple[Results, GeneralLoss | None]:
             results = evaluate_sides(module, batches, asked, settings, adapters, show=show)
             return results, self.evaluate_general(module, datamodule_of(trainer), adapters, show)
 

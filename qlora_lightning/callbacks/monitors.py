@@ -103,5 +103,6 @@ def read_memory(device: torch.device) -> dict[str, float]:
     status = Path("/proc/self/status")  # of Linux
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
+        if {"RssAnon", "VmHWM"} <= fields.keys():  # some sandboxes have less
+            private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}

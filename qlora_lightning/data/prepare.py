@@ -68,8 +68,8 @@ def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -
 class Preparation:
     """Turns the rows of a split into samples, or, if they are to be predicted, into prompts; and reports on them.
 
-    What becomes of a row depends on nothing but the row and the settings. With ``pairs`` a row is two answers to
-    compare, and its sample both, one behind the other; or one with a verdict.
+    A row's samples follow from it and the settings alone. With ``pairs`` a row is two answers to compare, and its
+    sample both, one behind the other; or one with a verdict, if all rows are such.
     """
 
     renderer: ChatRenderer
@@ -85,7 +85,7 @@ class Preparation:
         self._are_pairs: bool | None = None
 
     def prepare(self, sources: Sources, deduplicate: bool) -> Prepared:
-        """Turn all rows into samples. A source is read, and its settings are checked, when its turn comes."""
+        """Turn all rows into samples; a source is read when its turn comes."""
         report, logged = self.report, time.monotonic()
         pairs = self.pairs and not self.for_prompts
         converters = [RowConverter(settings, not self.for_prompts, pairs) for settings, _ in sources]

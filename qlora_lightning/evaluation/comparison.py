@@ -1,7 +1,8 @@
 """Base and adapters side by side: tables for the terminal, ``evaluation.json`` and ``predictions.jsonl``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.markup import escape
@@ -26,17 +27,17 @@ _MOST_PLACES = 8  # named in a line
 _LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
 
 
-def sum_by_row(results: Results, numbers: Sequence[int]) -> Results:
-    """Add up the losses of results that are pieces of one row: they are no independent draws, as an interval takes."""
-    keys = [number if number >= 0 else -1 - at for at, number in enumerate(numbers)]  # below 0: of no known row
-    summed: dict[str, list[RowResult]] = {}
-    for side, pieces in results.items():
-        sums = {key: (0.0, 0, 0) for key in keys}
-        for key, piece in zip(keys, pieces, strict=True):
-            nll, tokens, correct = sums[key]
-            sums[key] = (nll + piece.nll, tokens + piece.labelled_tokens, correct + piece.correct)
-        summed[side] = [RowResult(*each) for each in sums.values()]
-    return summed
+def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:
+    """Add up numerators and denominators of the pieces of each row, which are no independent draws.
+
+    A piece is its row's number (below 0: it is a row of its own), its numerator and its denominator.
+    """
+    sums: dict[int, tuple[float, float]] = {}
+    for at, (number, above, below) in enumerate(pieces):
+        key = number if number >= 0 else -1 - at
+        earlier = sums.get(key, (0.0, 0.0))
+        sums[key] = earlier[0] + above, earlier[1] + below
+    return list(sums.values())
 
 
 def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
@@ -51,18 +52,29 @@ def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
 
 def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
     """Compute every metric of every side by its name: losses over all rows, scores over those that were answered."""
-    whole = sum_by_row(results, [row.number for row in rows]) if rows else results
-    nll = {side: [(row.nll, row.labelled_tokens) for row in each] for side, each in whole.items()}
-    correct = {side: [(row.correct, row.labelled_tokens) for row in each] for side, each in whole.items()}
+    numbers = [row.number for row in rows] or [-1] * len(next(iter(results.values())))
+
+    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
+        """Measure what has a numerator and a denominator in each result, or in some."""
+        sides = {}
+        for side, each in results.items():
+            found = [(number, fraction(result)) for number, result in zip(numbers, each, strict=True)]
+            sides[side] = sum_by_row((number, *parts) for number, parts in found if parts is not None)
+        return measure(name, sides)
+
     accuracy = _accuracy_of(rows)
     losses = ("loss", "perplexity") if accuracy == "token_accuracy" else ("loss",)
-    metrics = {name: measure(name, nll) for name in losses}
+    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
     if accuracy is not None:
-        metrics[accuracy] = measure(accuracy, correct)
-    figures = {side: [row.answer.figures for row in each if row.answer is not None] for side, each in results.items()}
-    for name in next(iter(next(iter(figures.values()))), {}):
-        metrics[name] = measure(name, {side: [(each[name], 1.0) for each in rows] for side, rows in figures.items()})
+        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
+    answers = (result.answer for each in results.values() for result in each if result.answer is not None)
+    for name in next((answer.figures for answer in answers), ()):
+        metrics[name] = over_rows(name, partial(_read_figure, name))
     return metrics
+
+
+def _read_figure(name: str, result: RowResult) -> tuple[float, float] | None:
+    return None if result.answer is None else (result.answer.figures[name], 1.0)
 
 
 class Comparison:
@@ -72,7 +84,8 @@ class Comparison:
         rows: That were evaluated.
         results: Of each side.
         settings: How rows were answered; ``None``: they were not.
-        general: Results of rows that have nothing to do with the task, if there are: their loss is one metric more.
+        general: Of each side, nats and tokens of rows that have nothing to do with the task, if there are such: their
+            loss is one metric more.
 
     Attributes:
         answered: Indices of the rows that were answered.
@@ -85,15 +98,16 @@ class Comparison:
         rows: Sequence[EvaluationRow],
         results: Results,
         settings: AnswerSettings | None,
-        general: Results | None = None,
+        general: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
         self.metrics = compare(results, rows)
         if general is not None:
-            losses = {side: [(row.nll, row.labelled_tokens) for row in found] for side, found in general.items()}
-            self.metrics[GENERAL] = measure(GENERAL, losses)
+            self.metrics[GENERAL] = measure(GENERAL, general)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
+        stop_ids = settings.stop_ids if settings else []
+        self._questions = find_questions([row.prompt or [] for row in rows], stop_ids)
         self.score = settings.scores[0] if settings else None
         by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
         self.compared_by = by_kind[_accuracy_of(rows)]
@@ -191,8 +205,8 @@ class Comparison:
     def _show(self, index: int) -> dict[str, str]:
         row, settings = self.rows[index], self.settings
         assert settings is not None
-        asked = settings.decode(last_turn(row.prompt or [], settings.stop_ids))
-        question = asked.removeprefix("user\n")  # what ChatML and Llama-3 leave of the turn's header
+        # what ChatML and Llama-3 leave of the turn's header
+        question = settings.decode(self._questions[index]).removeprefix("user\n")
         answers = {side: results[index].answer for side, results in self.results.items()}
         texts = {side: answer.text if answer else "" for side, answer in answers.items()}
         return {"prompt": question, "expected": settings.decode(row.expected), **texts}
@@ -260,7 +274,15 @@ class Comparison:
         return lines
 
 
-def last_turn(prompt: Sequence[int], stop_ids: Sequence[int]) -> list[int]:
-    """Return the part of a prompt between its last two stop tokens: the question, without system prompt and header."""
-    stops = [index for index, token in enumerate(prompt) if token in stop_ids]
-    return list(prompt[(stops[-2] + 1 if len(stops) > 1 else 0) : (stops[-1] if stops else len(prompt))])
+def find_questions(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[list[int]]:
+    """Return the last turn of each prompt, without system prompt and header.
+
+    Most templates end each turn with a stop token, so that all prompts end alike: with the header of the answer. Others
+    (Mistral's, Alpaca's) end answers alone, and the question is what is behind the last one.
+    """
+    stops = [[-1, *(at for at, token in enumerate(prompt) if token in stop_ids)] for prompt in prompts]
+    both = list(zip(prompts, stops, strict=True))
+    tails = [list(prompt[own[-1] + 1 :]) for prompt, own in both]
+    if len({tuple(tail) for tail in tails if tail}) > 1:
+        return tails
+    return [list(prompt[own[-2] + 1 : own[-1]] if len(own) > 1 else prompt) for prompt, own in both]

@@ -42,7 +42,7 @@ def measure(name: str, rows: Mapping[str, Sequence[tuple[float, float]]]) -> Met
     is_percent, sides, differences = is_share(name), {}, {}
     for index, side in enumerate(rows):
         if name in _YES_OR_NO and totals[index, 1]:
-            sides[side] = wilson_interval(totals[index, 0], n_rows)
+            sides[side] = wilson_interval(values[index] * n_rows, n_rows)
         else:
             bounds = (0.0, 1.0) if is_percent else None
             sides[side] = percentile_interval(values[index], resampled[:, index], n_rows, bounds)

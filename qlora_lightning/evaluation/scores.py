@@ -85,10 +85,15 @@ def numeric_match(answer: str, expected: str) -> float:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """Return ROUGE-L's F1: of words, along the longest common subsequence (Lin 2004). Counts a-z and digits only."""
+    """Return ROUGE-L's F1: of words of any alphabet, along the longest common subsequence (Lin 2004)."""
     from torchmetrics.functional.text import rouge_score
 
-    return float(rouge_score(answer, expected, rouge_keys="rougeL")["rougeL_fmeasure"])
+    found = rouge_score(answer, expected, normalizer=_split_words, rouge_keys="rougeL")
+    return float(found["rougeL_fmeasure"])
+
+
+def _split_words(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text.lower())
 
 
 def chrf(answer: str, expected: str) -> float:

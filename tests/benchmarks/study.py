@@ -36,7 +36,14 @@ RATE = 1e-3
 # Of equal numbers of parameters: all linears at rank 8 have 2.44 M, so have attention at 22 and the MLP at 12 or 13
 TARGETS = (("all-linear", 8), ("attention", 21), ("mlp", 13))
 Settings = dict[str, Any]
-PARTS: dict[str, list[Settings]] = {  # of rank 8, 1e-3, batch 8 and NF4, if nothing else is said
+DEFAULTS: Settings = {
+    "rank": 8,
+    "learning_rate": RATE,
+    "target_modules": "all-linear",
+    "quantization": "nf4",
+    "batch_size": 8,
+}
+PARTS: dict[str, list[Settings]] = {  # each beside the defaults
     "ranks": [{"rank": rank} for rank in (2, 4, 8, 16, 32, 64)]
     + [{"rank": rank, "learning_rate": rate} for rank in (2, 64) for rate in (2e-4, 3e-3)],
     "rates": [{"learning_rate": rate} for rate in RATES],
@@ -55,13 +62,13 @@ PARTS: dict[str, list[Settings]] = {  # of rank 8, 1e-3, batch 8 and NF4, if not
 def run(task: str, settings: Settings, seed: int, rows: int, folder: Path) -> dict[str, float]:
     """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds."""
     lightning.seed_everything(seed)
-    options = {"rank": 8, "learning_rate": RATE, **settings}
+    options = DEFAULTS | settings
     file = TASKS[task]
     data = InstructionDataModule(
         train=[{"path": file if task == "quickstart" else str(folder / file), "rows": rows + HELD_OUT}],
         val_fraction=HELD_OUT / (rows + HELD_OUT),
         tokenizer=BASE,
-        batch_size=options.pop("batch_size", 8),
+        batch_size=options.pop("batch_size"),
         max_length=512,
     )
     module, began = QLoRAModule(BASE, **options), time.perf_counter()
@@ -81,6 +88,11 @@ def planned(parts: list[str], tasks: list[str], seeds: int) -> Iterator[tuple[st
     for seed, part, task in itertools.product(range(seeds), parts, tasks):
         for settings in PARTS[part]:
             yield part, task, settings, seed
+
+
+def what_is_run(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what decides a run's result: the same run may be planned by several parts."""
+    return line["task"], line["seed"], line["rows"], DEFAULTS | line["settings"]
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
@@ -110,10 +122,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
     if not options.table:
-        keys = ("task", "settings", "seed", "rows")
         for part, task, settings, seed in planned(options.parts.split(","), options.tasks.split(","), options.seeds):
             about = {"part": part, "task": task, "settings": settings, "seed": seed, "rows": options.rows}
-            same = [line for line in lines if all(line[key] == about[key] for key in keys)]
+            same = [line for line in lines if what_is_run(line) == what_is_run(about)]
             if any(line["part"] == part for line in same):
                 continue
             found = same[0] if same else about | run(task, settings, seed, options.rows, options.data)

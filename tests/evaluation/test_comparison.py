@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_lightning.evaluation.comparison import Comparison, compare
+from qlora_lightning.evaluation.comparison import Comparison, compare, find_questions
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 
@@ -39,13 +39,28 @@ def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_dif
 
 def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by_loss():
     pieces = {"base": [result(loss) for loss in (1, 1, 3, 3, 2)], "adapter": [result(loss) for loss in (1, 2, 2, 1, 1)]}
+    scored = {"base": [result(answer="", exact_match=float(right)) for right in (1, 0, 1, 1, 0)]}
     rows = [EvaluationRow(number, "0", None, []) for number in (7, 7, 9, 9, 11)]
     whole = {"base": [result(1, 2), result(3, 2), result(2)], "adapter": [result(1.5, 2), result(1.5, 2), result(1)]}
     assert compare(pieces, rows)["loss"] == compare(whole)["loss"]
+    share = compare(scored, rows)["exact_match"].sides["base"]
+    assert (share.value, share.low) == pytest.approx((3 / 5, 0.1725), abs=1e-4)  # Wilson's of three rows, not of five
     judged = [EvaluationRow(number, "0", None, [], is_preference=True, has_verdict=True) for number in range(5)]
     found = Comparison(judged, pieces, None)
     assert list(found.metrics) == ["loss"]
     assert found.compare_rows("adapter") == ([2, 3, 4], [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "questions"),
+    [
+        ([[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 5, 9, 7]], [[5, 6], [5]]),  # turns end with a stop token, and 7 is a header
+        ([[1, 5, 9, 6, 8], [1, 5]], [[6, 8], [1, 5]]),  # answers alone do
+        ([[1, 5, 6], []], [[1, 5, 6], []]),
+    ],
+)
+def test_the_question_is_the_last_turn_by_any_template(prompts, questions):
+    assert find_questions(prompts, [9]) == questions
 
 
 def test_no_interval_says_that_a_share_is_certain():

@@ -58,6 +58,7 @@ def test_overlap_is_that_worked_out_by_hand():
     assert chrf("ab", "abc") == pytest.approx((5 * (2 / 3) / (4 + 2 / 3) + 5 * (1 / 2) / (4 + 1 / 2)) / 8)
     for score in (rouge_l, chrf):
         assert [score(text, "one two") for text in ("one two", "")] == pytest.approx([1.0, 0.0])
+        assert score("Привет, мир", "Привет, мир") == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
-from qlora_lightning.commands.evaluate.server import NOTHING, SERVED, ServedAnswer, Server, add_served, make_requests
+from qlora_lightning.commands.evaluate.server import SERVED, ServedAnswer, Server, add_served, make_requests
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.evaluation import BASE
@@ -89,7 +89,7 @@ def evaluate(
         if server is not None and settings is not None:
             verdict = add_served(served, asked, settings, results)
             if general is not None:
-                general[SERVED] = [NOTHING] * len(general[BASE])
+                general[SERVED] = [(0.0, 0.0)] * len(general[BASE])
         comparison = Comparison(rows, results, settings, general)
         figures |= _report(comparison, adapters, options, evaluation.samples, verdict)
         return int(verdict is not None and verdict["verdict"] != "adapter")

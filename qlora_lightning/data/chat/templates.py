@@ -112,7 +112,8 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template does not mention such a variable, or a value cannot be written into it.
+        UserError: the template does not mention such a variable, a value cannot be written into it, or the clock cannot
+            be stopped.
     """
     own = tokenizer.chat_template
     texts = own if isinstance(own, dict) else {"": own}
@@ -130,7 +131,7 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
         for name, value in options.items()
     )
     # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
-    changed = {name: defaults + _stop_clock(text).removeprefix(defaults) for name, text in texts.items()}
+    changed = {name: defaults + _stop_clock(text, whose).removeprefix(defaults) for name, text in texts.items()}
     if changed == texts:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -138,10 +139,16 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
     return tokenizer
 
 
-def _stop_clock(template: str) -> str:
+def _stop_clock(template: str, whose: str) -> str:
     """Put a fixed date in the place of each call of ``strftime_now``, which writes today's."""
     call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    return re.sub(call, lambda found: repr(_FIXED_DATE.strftime(found[2])), template)
+    stopped = re.sub(call, lambda found: repr(_FIXED_DATE.strftime(found[2])), template)
+    if "strftime_now(" in stopped:
+        raise UserError(
+            f"{whose} writes today's date by strftime_now of a variable: write the format itself there, in quotes, and "
+            "pass the template by data.chat_template."
+        )
+    return stopped
 
 
 def _end_turns(tokenizer: Any, end: int) -> Any:

@@ -72,7 +72,7 @@ _UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
     """Whether an assistant speaks, by a name that is known."""
-    speaker = message.get("role", message.get("from"))
+    speaker = message.get("role") or message.get("from")
     return speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant"
 
 
@@ -87,12 +87,12 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     where = f"message {number}"
     if not isinstance(message, dict):
         raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
-    speaker = str(message.get("role", message.get("from")))
+    speaker = str(message.get("role") or message.get("from"))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
         known = ", ".join((*ROLES, *_SPEAKERS))
         raise RowFault(f"{where} has the role {speaker!r}, expected {known}; name others by `roles: {{theirs: ours}}`")
-    content = message.get("content", message.get("value"))
+    content = message.get("value") if message.get("content") is None else message["content"]
     calls = message.get("tool_calls")
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None

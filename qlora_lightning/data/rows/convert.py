@@ -148,7 +148,7 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         elif key == "rejected" and value and "chosen" in row.values:
             reason = "a preference row is for PreferenceModule and PreferenceDataModule"
-        elif key in VERDICT_KEYS and read_verdict({key: value}) is not None:
+        elif key in VERDICT_KEYS and read_verdict({key: value}, numbers=key != "label") is not None:
             reason = "a verdict on the answer is for PreferenceModule (`objective: kto`) and PreferenceDataModule"
         else:
             continue

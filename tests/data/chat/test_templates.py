@@ -204,3 +204,9 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
 def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, prepare, options, words):
     with pytest.raises(UserError, match=words):
         prepare(tokenizers["date"], template_options=options)
+
+
+def test_a_clock_that_cannot_be_stopped_is_rejected(tokenizers, prepare):
+    tokenizers["today"].chat_template = '{%- set form = "%d" %}{{- strftime_now(form) }}'
+    with pytest.raises(UserError, match="writes today's date by strftime_now of a variable"):
+        prepare(tokenizers["today"])

@@ -104,8 +104,11 @@ class RunFolder(Callback):
             return
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            file = Path(trainer.default_root_dir) / CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
-                write_whole(Path(trainer.default_root_dir) / CONFIG, text)
+                if not is_resumed(trainer):
+                    set_aside(file)  # the user's own, with its comments, may lie there
+                write_whole(file, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)

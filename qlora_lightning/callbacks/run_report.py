@@ -66,7 +66,10 @@ class RunReport(Callback):
         earlier = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
-        self._attempts = [*earlier.get("lives", []), attempt]
+        attempts = earlier.get("lives", [])
+        for each in attempts:
+            each["status"] = "killed" if each["status"] == "running" else each["status"]
+        self._attempts = [*attempts, attempt]
         self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         self._facts = _fixed_facts(trainer, pl_module, self.config or {})
         self._write(trainer, "running")
@@ -132,7 +135,7 @@ class RunReport(Callback):
         speed, saved = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
         best = saved.best[0] if saved and saved.best else None
         again = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
-        again += ["--trainer.default_root_dir", str(folder.with_name(f"{folder.name}-again"))]
+        again += ["--trainer.default_root_dir", f"{folder if folder.name else folder.resolve()}-again"]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         return {
             "status": status,

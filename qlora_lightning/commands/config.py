@@ -37,7 +37,7 @@ def check_configs(arguments: Sequence[str]) -> None:
     """Reject config files of a command line that cannot be read, before seconds of imports."""
     for option, name in itertools.pairwise(arguments):
         is_alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
-        if is_alone and name.endswith((".yaml", ".yml")):
+        if is_alone and name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
             raise UserError(f"{name} stands alone: a config is named as --config {name}.")
     for name in find_configs(arguments):
         read_config(name)

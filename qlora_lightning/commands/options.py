@@ -56,13 +56,15 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
     """Return the file that an option names; ``-`` is standard output, None no file.
 
     Raises:
-        UserError: it exists and ``force`` is off.
+        UserError: it exists and ``force`` is off, or it is a folder.
     """
     if name is None:
         return None
     if str(name) == "-":
         return Path("/dev/stdout")
     file = Path(name).expanduser()
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: name a file.")
     if file.is_file() and not force:
         raise UserError(f"{option} {file} exists already. Name another file, or add --force to overwrite it.")
     return file

@@ -75,7 +75,7 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
     if "val" in splits or data.get("test"):
         rows = f"--config {folder}/config.yaml"
         split = " --split test" if data.get("test") else ""
-        evaluate = f"qlora-lightning evaluate {rows}{split} --out {folder}-evaluated"
+        evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {rows}{split} --out {folder}-evaluated"
         steps.append(("evaluate it, with its hardest rows", evaluate))
     if verdict.kind == "learned":
         merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {rows}"

@@ -91,18 +91,19 @@ def _is_above(loss: float, other: float) -> bool:
 
 def _against_base(comparison: BaseComparison) -> tuple[str, list[str]]:
     """Return whether the adapter that was kept is better than the base, in a word and in a sentence."""
-    clear = {name: not each.difference.low <= 0 <= each.difference.high for name, each in comparison.metrics.items()}
+    differences = {name: each.difference for name, each in comparison.metrics.items()}
+    clear = {name: each.low > 0 or each.high < 0 for name, each in differences.items()}
     metric = next(iter(comparison.scores), "loss")
     if not clear.get(metric) and clear.get("loss"):  # answers may be as before, and their likelihood not
         metric = "loss"
-    if metric not in comparison.metrics or math.isnan(comparison.metrics[metric].difference.value):
+    if metric not in differences or math.isnan(differences[metric].value):
         return "", []
-    difference = comparison.metrics[metric].difference
+    difference = differences[metric]
     text = format_interval(difference, is_share(metric), "+", 3).replace("-", "−")
     unit = " points" if is_share(metric) else ""
     reach = "" if math.isnan(difference.low) else " (95 % interval)"
     better = "better" if (difference.value < 0) == (metric == "loss") else "worse"
-    verdict = "not clearly better" if difference.low <= 0 <= difference.high else better
+    verdict = better if clear[metric] else "not clearly better"
     return verdict, [
         f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {text}{unit}{reach} "
         f"on {comparison.rows}."

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A loss or gradient is NaN or infinite: the run ends, and what was saved before stays."""
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `` Did you mean 'x'?`` with the most similar known name, to end a message with; empty if none is."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)

@@ -67,7 +67,7 @@ def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def set_aside(file: Path) -> Path:
-    """Rename what a run that was killed has left under a file's name; return that name, for when all is there again."""
+    """Rename what an earlier run or a user has left under a file's name; return that name."""
     earlier = file.with_name(f"earlier-{file.name}")
     if file.exists():
         os.replace(file, earlier)

@@ -147,5 +147,7 @@ def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
     found = read(folder / "run" / "sweep-target-modules" / "sweep.json")
     assert [t["parameters"] for t in found["trials"]] == [2 * 2 * (2 * 128 + 2 * 96), 2 * 2 * 3 * 192]
     assert "Chosen: run/sweep-target-modules/target-modules-" in out
-    sweep("--learning-rates", "1e-9,3e-2", "--seeds", "1")
-    assert read(folder / "run" / "sweep-learning-rate" / "sweep.json")["chosen"] == 0.03
+    out = sweep("--learning-rates", "1e-9,3e-2,1e30", "--seeds", "1")
+    found = read(folder / "run" / "sweep-learning-rate" / "sweep.json")
+    assert (found["chosen"], found["trials"][2]["val_loss"]) == (0.03, None)
+    assert "diverged" in out

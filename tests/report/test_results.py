@@ -44,7 +44,8 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     ]
     assert commands[:3] == [
         f"qlora-lightning chat --adapter {folder}/adapter",
-        f"qlora-lightning evaluate --config {folder}/config.yaml --split test --out {folder}-evaluated",
+        f"qlora-lightning evaluate --adapter {folder}/adapter --config {folder}/config.yaml --split test "
+        f"--out {folder}-evaluated",
         f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged --config {folder}/config.yaml",
     ]
 
@@ -83,6 +84,7 @@ ALL, NO_MERGE, AGAIN = ["chat", "evaluate", "merge"], ["chat", "evaluate"], ["fi
         ([0.002, 0.001, 0.004], None, ALL, ["rose again"]),
         ([], sides(2.0, 1.5, -0.6, -0.4), NO_MERGE, ["not known", "loss −0.500 [−0.600, −0.400] (95 % interval)"]),
         ([0.4], None, NO_MERGE, ["not known"]),
+        ([2.5, 2.4], sides(2.5, 2.51), ALL, ["is not clearly better"]),  # one row has no interval
     ],
 )
 def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(losses, measured, follows, words):

@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
     add("--seed", type=int, metavar="N", help="of sampling")
     options = parser.parse_args(argv)
+    if options.top_p < 1 and not options.temperature:
+        parser.error("--top-p has no effect without --temperature")
     adapters = name_adapters(options.adapter)
 
     with without_garbage_collection():  # here, so that --help and mistakes answer at once

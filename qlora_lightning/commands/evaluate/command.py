@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
             arguments += [f"--{key}", value]
     if options.rows is not None:
         arguments += ["--evaluation.rows", str(options.rows)]
+    if options.out and options.out.is_file():
+        raise UserError(f"--out {options.out} is a file: name a folder.")
     for name in (EVALUATION, PREDICTIONS) if options.out else ():
         check_output("--out", options.out / name, options.force)
     with json_output(options) as figures:

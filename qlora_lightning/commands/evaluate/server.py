@@ -38,7 +38,7 @@ class Server:
         served = [model["id"] for model in self._send("GET", "models").get("data") or []]
         self.name = served[0] if name is None and len(served) == 1 else name
         if self.name is None or (served and self.name not in served):
-            names = " or ".join(served)
+            names = " or ".join(served) or "NAME (it lists none)"
             raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
     def answer(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[ServedAnswer]:

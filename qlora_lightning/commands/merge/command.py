@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     options.fit = rest  # options of fit, which choose rows for the check
     if rest and not options.rows:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"{' '.join(rest)}: options of fit choose rows for the check, which --rows 0 leaves out")
     if options.out.exists() and not (options.force and (options.out / RECORD).is_file()):
         raise UserError(
             f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "

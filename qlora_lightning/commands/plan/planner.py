@@ -157,8 +157,10 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         folder = open_base(name, revision, weights=False).folder
         origin = str(folder / "config.json")
     except UserError:
-        shapes = sorted((recipes_folder() / "shapes").glob("*/config.json"))
-        shape: Path | None = next((file for file in shapes if file.parent.name in name.lower()), None)
+        # of one shape are meta-llama/Meta-Llama-3.1-8B and Llama-3.1-8B-Instruct, but not phi-4 and Phi-4-mini
+        known = re.sub("^meta-|(-(instruct|it|base|v0[.]3|2507))+$", "", name.rpartition("/")[2].lower())
+        shapes = (recipes_folder() / "shapes").glob("*/config.json")
+        shape: Path | None = next((file for file in shapes if file.parent.name == known), None)
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"

@@ -1,5 +1,6 @@
 """A sweep: fits in a loop, compared by their validation losses; a table, a picture and files of them."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
 from qlora_lightning.support.console import say, terminal
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
 
 
@@ -26,7 +27,7 @@ class Trial:
     folder: str
     value: Any
     parameters: int  # that train
-    val_loss: float  # the lowest, in nats per labelled token
+    val_loss: float  # the lowest, in nats per labelled token; infinite if it diverged
     minutes: float
 
 
@@ -68,9 +69,14 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             if trial.trainer.world_size > 1:
                 raise UserError("A sweep needs --trainer.devices 1.")
             trial.datamodule.holdout_seed = seed  # the same rows are held out in all trials
-            trial.run()
+            try:
+                trial.run()
+            except Diverged as error:
+                say(f"{own.name}: {error}")
         found = read_run(own)
         figures, parameters = find_figures(found), found.manifest["parameters"]["trainable"]
+        if found.status == "failed":  # it diverged
+            return Trial(own.name, value, parameters, math.inf, figures["minutes"].value)
         if "val_loss" not in figures:
             raise UserError(
                 f"{own} has no validation loss to compare: it ended before its first validation. Shorten the epoch by "
@@ -81,17 +87,21 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     trials = [run(values[0])]
     losses = [trials[0].val_loss, *(run(values[0], repeat).val_loss for repeat in range(1, seeds))]
-    noise = max(losses) - min(losses)
+    noise = max(losses) - min(losses) if math.isfinite(max(losses)) else 0.0
     for value in values[1:]:
         trials.append(run(value))
         if setting == "rank" and not _pays(trials[-2], trials[-1], noise):
             break
+    if not math.isfinite(min(trial.val_loss for trial in trials)):
+        raise UserError(f"All trials diverged ({folder}): choose lower learning rates.")
     chosen, why = choose(setting, trials, noise)
     _print_table(trials, noise)
     figures = {
         "setting": f"model.{setting}",
         "spread_of_seeds": noise,
-        "trials": [asdict(trial) for trial in trials],
+        "trials": [
+            asdict(trial) | {"val_loss": trial.val_loss if math.isfinite(trial.val_loss) else None} for trial in trials
+        ],
         "chosen": chosen.value,
         "why": why,
     }
@@ -132,7 +142,8 @@ def _print_table(trials: Sequence[Trial], noise: float) -> None:
     title = f"val_loss in nats per token; another seed alone makes {noise:.4f}"
     table = Table("", "parameters", "val_loss", "minutes", title=title, title_justify="left")
     for trial in trials:
-        table.add_row(Text(trial.folder), f"{trial.parameters:,}", f"{trial.val_loss:.4f}", f"{trial.minutes:,.1f}")
+        loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"
+        table.add_row(Text(trial.folder), f"{trial.parameters:,}", loss, f"{trial.minutes:,.1f}")
     terminal().print(table)
 
 
@@ -141,6 +152,7 @@ def _draw(trials: Sequence[Trial], chosen: Trial, noise: float, file: Path) -> N
 
     figure = Figure(layout="constrained")
     axes = figure.subplots()
+    trials = [trial for trial in trials if math.isfinite(trial.val_loss)]
     for number, trial in enumerate(trials):
         filled = "C0" if trial is chosen else "white"
         axes.errorbar(number, trial.val_loss, yerr=noise, fmt="o", color="C0", markerfacecolor=filled)

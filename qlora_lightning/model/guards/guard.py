@@ -17,7 +17,7 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import format_locations, row_locations
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import (
     callbacks_of,
@@ -208,7 +208,7 @@ class TrainingGuard(Callback):
         before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         is_fp16 = pl_module.identity.get("compute_dtype") == "float16"
         first = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
-        raise UserError(
+        raise Diverged(
             f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{before} Rows "
             f"of the step: {rows}. {first}Look at these rows, or lower model.learning_rate."
         )
@@ -232,7 +232,7 @@ class TrainingGuard(Callback):
         if loss is not None and not loss.isfinite() and not module.statistics.fault:
             has_saved = (Path(trainer.default_root_dir) / CHECKPOINTS / "last.ckpt").exists()
             before = ": `--ckpt_path last` is from before" if has_saved else ""
-            raise UserError(  # before callbacks that write checkpoints, which come last
+            raise Diverged(  # before callbacks that write checkpoints, which come last
                 f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
                 f"saved{before}. Lower model.learning_rate, or look at the validation rows."
             )

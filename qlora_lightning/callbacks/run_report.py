@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
@@ -95,41 +94,46 @@ class RunReport(Callback):
         if isinstance(exception, TrainingStopped | KeyboardInterrupt):
             self._end(trainer, "finished" if self._trained else "stopped")
         else:
-            # without memory OpenBLAS, which charts take, ends the process
-            draws = not isinstance(exception, RowDoesNotFit) and not is_out_of_memory(exception)
-            self._end(trainer, "failed", f"{type(exception).__name__}: {exception}", draws)
+            self._end(trainer, "failed", exception)
 
-    def _end(self, trainer: Trainer, status: str, error: str | None = None, draws: bool = True) -> None:
-        self._write(trainer, status, error, draws)
+    def _end(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
+        self._write(trainer, status, fault)
         self._facts = None
 
-    def _write(self, trainer: Trainer, status: str, error: str | None = None, draws: bool = True) -> None:
-        """Write the manifest, and of a run that ends what came of it, and its page if ``draws``."""
+    def _write(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
+        """Write the manifest, and of a run that ends what came of it, and its page."""
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
         try:
-            content = self._content(trainer, self._facts, status, error)
+            content = self._content(trainer, self._facts, status, fault)
             write_manifest(folder, content)
-            if status != "running":
-                run = read_run(folder)
-                verdict = judge(run)
-                write_manifest(folder, content | {"verdict": asdict(verdict)})
-                if status == "finished":
-                    say(" ".join(verdict.sentences))
-                    if (folder / ADAPTER_FOLDER / IDENTITY).exists():
-                        say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
-                if content["stopped_early"] is not None:  # Lightning says that max_epochs was reached
-                    say(f"Stopped early, at step {trainer.global_step:,}: {content['stopped_early']}")
-                say(f"Report: {write_run_page(folder) if draws else f'`qlora-lightning report {folder}` makes it'}")
-                if status != "finished" or (folder / ADAPTER_FOLDER / IDENTITY).exists():
-                    for purpose, command in next_steps(run, verdict)[:1]:
-                        say(f"Next, {purpose}: {command}")
-        except Exception as fault:  # a run that has trained does not fail for its report, nor one that fails for both
-            say(f"The report of the run could not be written: {type(fault).__name__}: {fault}")
+            if status == "running":
+                return
+            run = read_run(folder)
+            verdict = judge(run)
+            write_manifest(folder, content | {"verdict": asdict(verdict)})
+            has_adapter = (folder / ADAPTER_FOLDER / IDENTITY).exists()
+            if status == "finished":
+                say(" ".join(verdict.sentences))
+                if has_adapter:
+                    say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
+            if fault is not None and (isinstance(fault, RowDoesNotFit) or is_out_of_memory(fault)):
+                # charts need memory too, without which OpenBLAS ends the process
+                say(f"Report: `qlora-lightning report {folder}` makes it")
+            else:
+                say(f"Report: {write_run_page(folder)}")
+            if status != "finished" or has_adapter:
+                for purpose, command in next_steps(run, verdict)[:1]:
+                    say(f"Next, {purpose}: {command}")
+        except Exception as error:  # a run that has trained does not fail for its report, nor one that fails for both
+            say(f"The report of the run could not be written: {type(error).__name__}: {error}")
 
-    def _content(self, trainer: Trainer, facts: dict[str, Any], status: str, error: str | None) -> dict[str, Any]:
+    def _content(
+        self, trainer: Trainer, facts: dict[str, Any], status: str, fault: BaseException | None
+    ) -> dict[str, Any]:
         attempt, folder = self._attempts[-1], Path(trainer.default_root_dir)
+        error = None if fault is None else f"{type(fault).__name__}: {fault}"
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
         speed, saved = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
@@ -154,7 +158,6 @@ class RunReport(Callback):
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and saved and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
-            "stopped_early": _find_early_stop(trainer, self._planned),
             "lives": self._attempts,  # the key of the first manifests
         }
 
@@ -191,15 +194,13 @@ def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> di
 
 
 def _device_facts(trainer: Trainer) -> dict[str, Any]:
-    device, cpus = trainer.strategy.root_device, Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = [*names, platform.processor(), platform.machine()][0]
+    device = trainer.strategy.root_device
     return {
         "kind": device.type,
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability(),
         "memory_gib": device_memory_gib(device),
-        "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,
@@ -229,15 +230,6 @@ def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
         kind: [{"layer": layer, **update._asdict()} for layer, update in by_layer.items()]
         for kind, by_layer in table.items()
     }
-
-
-def _find_early_stop(trainer: Trainer, planned: int | None) -> str | None:
-    """Return why Lightning's EarlyStopping ended this fit; ``None`` if it did not."""
-    stopper = find_callback(trainer, EarlyStopping)
-    ends_here = planned is not None and trainer.global_step >= planned
-    if stopper is None or ends_here or not trainer.should_stop:  # a checkpoint may hold that of the run before
-        return None
-    return (stopper.stopping_reason_message or "").removesuffix(" Signaling Trainer to stop.") or None
 
 
 def _now() -> str:

@@ -3,15 +3,10 @@
 It reads files, and imports neither torch nor Lightning, so that a report takes no second to start.
 """
 
-from qlora_lightning.report.page import render_report, write_run_page
-from qlora_lightning.report.run_files import Run, read_manifest, read_metrics, read_run, write_manifest
-
-__all__ = [
-    "Run",
-    "read_manifest",
-    "read_metrics",
-    "read_run",
-    "render_report",
-    "write_manifest",
-    "write_run_page",
-]
+from qlora_lightning.report.page import render_report as render_report
+from qlora_lightning.report.page import write_run_page as write_run_page
+from qlora_lightning.report.run_files import Run as Run
+from qlora_lightning.report.run_files import read_manifest as read_manifest
+from qlora_lightning.report.run_files import read_metrics as read_metrics
+from qlora_lightning.report.run_files import read_run as read_run
+from qlora_lightning.report.run_files import write_manifest as write_manifest

@@ -21,7 +21,7 @@ _KINDS = {
 _LOSSES = ("train_loss", "val_loss")
 _NOISY = ("train_loss", "grad_norm", "tokens_per_second")
 _UNDRAWN = (
-    *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "skipped_steps", "micro_batches"),
+    *("epoch", "val_perplexity", "labelled_tokens_per_second", "tokens_seen", "micro_batches"),
     *("memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
 )
 _STYLES: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ class Chart:
     unit: str  # of the y axis, in words
     curves: Sequence[Curve]  # the hindmost first
     x_label: str = "optimizer steps"
-    from_zero: bool = True  # otherwise the y axis may be logarithmic
+    from_zero: bool = True  # whether the y axis begins there
 
     @property
     def keys(self) -> list[Curve]:
@@ -75,12 +75,6 @@ class Chart:
         """The chart in words."""
         ends = (f"{each.label} from {each.points[0][1]:,.4g} to {each.points[-1][1]:,.4g}" for each in self.keys)
         return f"{self.title} over {self.x_label}: {', '.join(ends)}"
-
-    @property
-    def is_logarithmic(self) -> bool:
-        """Whether the values are so far apart that a linear axis would flatten what matters."""
-        values = [y for curve in self.curves for _, y in curve.points]
-        return not self.from_zero and 0 < 20 * min(values) < max(values)
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
@@ -172,13 +166,9 @@ def _draw(chart: Chart) -> str:
         axes.set_xlim(axes.dataLim.intervalx)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params("x", nbins=5, integer=True)
-        if chart.is_logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-        else:
-            axes.locator_params("y", nbins=5)
-            if chart.from_zero:
-                axes.update_datalim([(chart.curves[0].points[0][0], 0)])
+        axes.locator_params("y", nbins=5)
+        if chart.from_zero:
+            axes.update_datalim([(chart.curves[0].points[0][0], 0)])
         axes.set_xlabel(chart.x_label, loc="right", color=_TEXT)
         axes.tick_params(which="both", bottom=False, left=False, labelcolor=_TEXT)
         axes.grid(axis="y", color=_GRID, linewidth=1)

@@ -17,6 +17,7 @@ PageTable = tuple[list[str], list[list[str]]]
 
 _NO_SCORES = ("loss", GENERAL, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
+_MOST_SAMPLES = 20
 
 
 class MeasuredSides(NamedTuple):
@@ -114,7 +115,7 @@ def comparison_table(run: Run) -> PageTable:
 def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
     """Return prompt, expected and both answers of some rows, each with whether it is a right one of the adapter."""
     samples = []
-    for row in run.evaluation.get("samples") or []:
+    for row in (run.evaluation.get("samples") or [])[:_MOST_SAMPLES]:
         texts = {side: str(row.get(side) or "").strip() for side in ("prompt", "expected", BASE, "adapter")}
         is_right = texts["adapter"] == texts["expected"]
         samples.append([(side, _shorten(text), side == "adapter" and is_right) for side, text in texts.items()])

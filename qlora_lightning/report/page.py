@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from qlora_lightning import __version__
-from qlora_lightning.report import sections
+from qlora_lightning.report import figures, sections
 from qlora_lightning.report.charts import charts_of, draw_charts, update_chart
-from qlora_lightning.report.figures import comparison_table, figure_table, find_samples
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import show_controls
@@ -35,29 +33,13 @@ def render_report(runs: Sequence[Run]) -> str:
     )
     environment.filters["visible"] = lambda text: show_controls(str(text))
     environment.filters["pairs"] = lambda facts: ", ".join(f"{name} {fact}" for name, fact in (facts or {}).items())
+    environment.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return environment.get_template("report.html").render(
-        title=" · ".join(run.name for run in runs),
-        runs=[(run, sections.describe_run(run)) for run in runs],
+        runs=runs,
         charts=draw_charts(charts_of(runs)),
-        results=figure_table(runs) if len(runs) > 1 else ([], []),
-        differences=sections.difference_table(runs),
+        update_charts=draw_charts([update_chart(runs[0])]) if len(runs) == 1 else [],
+        verdict=judge(runs[0]) if len(runs) == 1 else None,
+        figures=figures,
+        sections=sections,
         version=__version__,
-        **(_describe_one(runs[0]) if len(runs) == 1 else {}),
     )
-
-
-def _describe_one(run: Run) -> dict[str, Any]:
-    verdict = judge(run)
-    return {
-        "manifest": run.manifest,
-        "headline": sections.headline(run),
-        "verdict": verdict,
-        "next_steps": sections.next_steps(run, verdict),
-        "comparison": comparison_table(run),
-        "samples": find_samples(run)[:20],
-        "update_charts": draw_charts([update_chart(run)]),
-        "updates": sections.update_table(run),
-        "training": sections.training_facts(run),
-        "starts": sections.starts_table(run),
-        "config": yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
-    }

@@ -100,7 +100,6 @@ def training_facts(run: Run) -> Facts:
         *((split, format_setting(file)) for split, file in _files(run).items()),
         ("settings", _list_settings(flat, _SETTINGS)),
         ("trained", ", ".join(trained)),
-        ("stopped early", manifest.get("stopped_early")),
         ("best checkpoint", best and f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"),
     ]
     return [(heading, text) for heading, text in facts if text]

@@ -44,9 +44,8 @@ def _divergence(run: Run, base: float, steps: float) -> str:
 
     Overfitting, where the training loss falls while that of validation rises, is none, unless it is blown up.
     """
-    validation = [value for _, value in run.metrics.get("val_loss", [])]
-    training = [value for _, value in run.metrics.get("train_loss", [])]
-    some = max(min(3, len(training) // 2), len(training) // 10, 1)
+    validation, training = ([value for _, value in run.metrics.get(f"{name}_loss", [])] for name in ("val", "train"))
+    some = max(min(3, len(training) // 2), len(training) // 10, 1)  # steps at each end
     first, last = (statistics.median(part) if part else math.nan for part in (training[:some], training[-some:]))
     if _is_blown_up(last, first):
         return f"the training loss rose from {first:.3f} to {last:.3f}"

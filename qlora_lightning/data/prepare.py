@@ -128,7 +128,7 @@ class Preparation:
                     self._add_prompt(each)
                 elif self._is_wanted(each):
                     written.append((each, [renderer.write(part) for part in each.parts]))
-        encoded = iter(renderer.encode([text.text for _, parts in written for texts in parts for text in texts]))
+        encoded = iter(renderer.encode([text for _, parts in written for texts in parts for text in texts]))
         for each, parts in written:
             encodings = [[next(encoded) for _ in texts] for texts in parts]
             with _noting_faults(each.number, each.row, bad):

@@ -3,6 +3,7 @@
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
@@ -44,7 +45,7 @@ class ChatRenderer:
                 f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
                 "one, of the library tokenizers."
             )
-        alone, newline, behind = (each.ids for each in self.encode(["a", "\n", "\na"]))
+        alone, newline, behind = (each.ids for each in self._encode_texts(["a", "\n", "\na"]))
         # Sentencepiece puts a space before a text: a part is encoded behind a newline there, whose ids are left out.
         self._lead = "" if behind[len(newline) :] == alone else "\n"
         self._lead_length = len(newline) if self._lead else 0
@@ -67,11 +68,16 @@ class ChatRenderer:
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
 
-    def encode(self, texts: Sequence[str]) -> list["_Encoded"]:
-        """Encode texts as they are, on all cores: the template writes the BOS itself."""
+    def encode(self, texts: Sequence[RenderedText]) -> list["_Encoded"]:
+        """Encode whole texts, on all cores."""
+        return self._encode_texts([text.text for text in texts])
+
+    def _encode_texts(self, texts: list[str]) -> list["_Encoded"]:
+        """Encode texts as they are: the template writes the BOS itself."""
         self._backend.no_truncation()
         self._backend.no_padding()
-        return [_Encoded(one) for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [_Encoded(each.ids, each.offsets) for each in encodings]
 
     def label(self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["_Encoded"]) -> list[Rendered]:
         """Label what :meth:`write` and :meth:`encode` made of a row.
@@ -94,17 +100,15 @@ class ChatRenderer:
             UserError: if there is no chat template.
         """
         self._check_messages(messages, tools)
-        text, answers = self._text.render_prompt(messages, tools)
-        (encoded,) = self.encode([text])
-        for answer in answers:
-            self._find_start(text, encoded, answer.start)
+        rendered = self._text.render_prompt(messages, tools)
+        encoded, _ = self._find_starts(rendered, *self.encode([rendered]))
         self._check_bos(encoded.ids)
         return encoded.ids
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
         """Render messages as one sample that trains the answers at these indices, the last message among them."""
         rendered = self._text.render(messages, tools, answers)[-1]
-        return self._label(rendered, self.encode([rendered.text])[0])
+        return self._label(rendered, *self.encode([rendered]))
 
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation, up to its last answer, without what ``reasoning: drop`` leaves out of it."""
@@ -148,11 +152,8 @@ class ChatRenderer:
     def _label(self, rendered: RenderedText, encoded: "_Encoded") -> Rendered:
         """Label the answers of a conversation, each to its stop token."""
         text, answers = rendered
+        encoded, starts = self._find_starts(rendered, encoded)
         ids = encoded.ids
-        starts, before = list[int](), 0
-        for answer in answers:
-            starts.append(self._find_start(text, encoded, answer.start, before))
-            before = answer.start
         self._check_bos(ids)
         labels = [IGNORED] * len(ids)
         for first, answer in zip(starts, answers, strict=True):
@@ -177,43 +178,46 @@ class ChatRenderer:
             raise RowFault(f"a label must be {IGNORED} or the token id itself, not shifted")
         return Rendered(ids, [IGNORED, *labels[1:]])
 
-    def _find_start(self, text: str, encoded: "_Encoded", start: int, before: int = 0) -> int:
-        r"""Return how many ids lie before an answer, exactly those that generation begins with.
+    def _find_starts(self, rendered: RenderedText, encoded: "_Encoded") -> tuple["_Encoded", list[int]]:
+        r"""Return the ids of a text, and how many lie before each answer: exactly those that generation begins with.
 
-        Generation begins at the answer without knowing what follows. Encoded as a whole, the newlines that end a header
-        may melt with an answer that begins with one: there ``encoded`` is cut, and encoded again from the answer on.
-        ``before`` is the character at which it was cut last. Of Llama 3 and the answer ``\nHi``, say::
+        Generation begins at an answer without knowing what follows. Encoded as a whole, the newlines that end a header
+        may melt with an answer that begins with one: there the text is cut, and what is behind encoded on its own. Of
+        Llama 3 and the answer ``\nHi``, say::
 
-            ids           … <|end_header_id|> \n\n\n Hi <|eot_id|>
-            header_ids      <|end_header_id|> \n\n              what generation begins with
-            cut             <|end_header_id|> \n\n \n Hi        takes the place of <|end_header_id|> \n\n\n Hi
+            as a whole      <|end_header_id|> \n\n\n Hi <|eot_id|>
+            generation      <|end_header_id|> \n\n
+            cut             <|end_header_id|> \n\n | \n Hi <|eot_id|>
         """
-        ids, controls = encoded.ids, self._controls.known
-        least = encoded.find(before) if before else 0
-        begin = max(encoded.find(start) - 1, least)
-        while begin > least and ids[begin] not in controls:
-            begin -= 1
-        at = encoded.spans[begin][0] if ids[begin] in controls else before
-        lead = self._lead if at and ids[begin] not in controls else ""
-        (header,) = self.encode([lead + text[at:start]])
-        skipped = self._lead_length if lead else 0
-        header_ids = header.ids[skipped:]
-        first = begin + len(header_ids)
-        if ids[begin:first] == header_ids:
-            return first
-        behind = next((token for token in range(begin + 1, len(ids)) if ids[token] in controls), len(ids))
-        end = encoded.spans[behind][0] if behind < len(ids) else len(text)
-        (answer,) = self.encode([self._lead + text[start:end]])
-        cut = [*header_ids, *answer.ids[self._lead_length :]]
-        decoded, wanted = (
-            str(self._backend.decode(each, skip_special_tokens=False)) for each in (cut, ids[begin:behind])
-        )
-        if not _is_same_text(decoded, wanted):
-            raise RowFault(f"cut where training begins, the tokens decode to {decoded!r}, not to {wanted!r}")
-        parts = ((header.spans[skipped:], at - len(lead)), (answer.spans[self._lead_length :], start - len(self._lead)))
-        encoded.spans[begin:behind] = [(a + by, b + by) for spans, by in parts for a, b in spans]
-        ids[begin:behind] = cut
-        return first
+        text, answers = rendered
+        counts = [self._count_before(text, encoded, answer.start) for answer in answers]
+        if None in counts:
+            cuts = [answer.start for answer, count in zip(answers, counts, strict=True) if count is None]
+            encoded = self._encode_parts(text, cuts)
+            counts = [self._count_before(text, encoded, answer.start) for answer in answers]
+        starts = [count for count in counts if count is not None]
+        if len(starts) < len(answers):
+            raise RowFault("the ids before an answer are not those that generation would begin with")
+        return encoded, starts
+
+    def _count_before(self, text: str, encoded: "_Encoded", start: int) -> int | None:
+        """Count the ids before a character, if they are those of the text up to it; its last control token parts it."""
+        behind = encoded.find(start)
+        begin = next((at for at in reversed(range(behind)) if encoded.ids[at] in self._controls.known), 0)
+        (header,) = self._encode_texts([text[encoded.spans[begin][0] : start]])
+        end = begin + len(header.ids)
+        return end if encoded.ids[begin:end] == header.ids else None
+
+    def _encode_parts(self, text: str, cuts: Sequence[int]) -> "_Encoded":
+        """Encode a text whose parts do not know each other."""
+        whole = _Encoded([], [])
+        for start, end in pairwise([0, *cuts, len(text)]):
+            lead, skipped = (self._lead, self._lead_length) if start else ("", 0)
+            (part,) = self._encode_texts([lead + text[start:end]])
+            whole.ids.extend(part.ids[skipped:])
+            shift = start - len(lead)
+            whole.spans.extend((first + shift, last + shift) for first, last in part.spans[skipped:])
+        return whole
 
     def _check_bos(self, ids: list[int]) -> None:
         """Reject a template that writes two BOS, or none where the tokenizer itself would write one."""
@@ -239,12 +243,11 @@ def _is_same_text(decoded: str, wanted: str) -> bool:
     return decoded == wanted or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", wanted).lstrip(" ")
 
 
-class _Encoded:
+class _Encoded(NamedTuple):
     """The ids of a text, and of each its first character and the one behind it."""
 
-    def __init__(self, encoding: Any) -> None:
-        self.ids: list[int] = encoding.ids
-        self.spans: list[tuple[int, int]] = encoding.offsets
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
     def find(self, character: int) -> int:
         """Return the first token that begins at a character or behind it."""

@@ -14,7 +14,7 @@ from qlora_lightning.evaluation.row_results import (
     EvaluationRow,
     answer_rows,
     evaluate_sides,
-    limit_batches,
+    take_batches,
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
@@ -171,7 +171,7 @@ class Evaluation(Callback):
         # If nothing was left to train, the Trainer has made no loader.
         loaders = trainer.val_dataloaders or datamodule_of(trainer).val_dataloader()
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        batches = [batch for each in loaders for batch in limit_batches(each, trainer.limit_val_batches)]
+        batches = [batch for each in loaders for batch in take_batches(each, trainer.limit_val_batches)]
         rows = [row for batch in batches for row in unpack_rows(batch)]
         asked = rows[: self._share(trainer)]
         settings = self.choose_settings(trainer, asked)

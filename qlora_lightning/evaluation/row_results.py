@@ -88,7 +88,7 @@ class AnswerSettings:
         return {name: SCORES[name](text, expected) for name in self.scores}
 
 
-def limit_batches(loader: Any, limit: float) -> Iterator[Any]:
+def take_batches(loader: Any, limit: float) -> Iterator[Any]:
     """Yield the first batches: as many as the Trainer's limit says, a number or (a float) their share."""
     most = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
     return itertools.islice(loader, most)

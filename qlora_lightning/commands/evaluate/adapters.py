@@ -15,9 +15,11 @@ from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.comparison import Comparison
 from qlora_lightning.evaluation.row_results import (
     Answer,
+    AnswerSettings,
     EvaluationRow,
+    OnAnswers,
     evaluate_sides,
-    limit_batches,
+    take_batches,
     unpack_rows,
 )
 from qlora_lightning.model.adapters.identity import data_differences
@@ -66,21 +68,14 @@ def evaluate(
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             _warn_of_other_data(name, folder, data)
-        asked, served = rows[: evaluation.rows], list[ServedAnswer]()
-        requests = [] if server is None else make_requests(data, options.split, asked)
+        asked = rows[: evaluation.rows]
         settings = evaluation.choose_settings(trainer, asked)
         unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
         if unfinished:
             set_aside(unfinished)
         on_answers = partial(_append_answers, unfinished)
-        if server is not None:  # before the base: it may fail
-            if settings is None:
-                raise UserError("--server: no row has a prompt that it could answer.")
-            prompted = [row for row in asked if row.prompt is not None]
-            limited = [{**each, "max_tokens": settings.max_new_tokens} for each in requests]
-            for row, answer in zip(prompted, server.answer(limited), strict=True):
-                on_answers(SERVED, [row], [answer[0]])
-                served.append(answer)
+        # before the base: it may fail
+        served = [] if server is None else _ask_server(server, data, options.split, asked, settings, on_answers)
         by_name = dict(zip(adapters, _load(module, adapters), strict=True))
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
@@ -110,6 +105,26 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
     return names
 
 
+def _ask_server(
+    server: Server,
+    data: Any,
+    split: str,
+    rows: Sequence[EvaluationRow],
+    settings: AnswerSettings | None,
+    on_answers: OnAnswers,
+) -> list[ServedAnswer]:
+    """Return the server's answers to the rows that have a prompt, in their order."""
+    requests = make_requests(data, split, rows)
+    if settings is None:
+        raise UserError("--server: no row has a prompt that it could answer.")
+    limited = [{**each, "max_tokens": settings.max_new_tokens} for each in requests]
+    prompted, served = [row for row in rows if row.prompt is not None], list[ServedAnswer]()
+    for row, answer in zip(prompted, server.answer(limited), strict=True):
+        on_answers(SERVED, [row], [answer[0]])
+        served.append(answer)
+    return served
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +135,7 @@ def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[
     """
     split, batches, rows = options.split, [], list[EvaluationRow]()
     loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
-    for batch in limit_batches(loader, limit) if options.rows is None else loader:
+    for batch in take_batches(loader, limit) if options.rows is None else loader:
         batches.append(batch)
         rows += unpack_rows(batch)
         if options.rows is not None and len(rows) >= options.rows:
@@ -182,7 +197,7 @@ def _report(
         for name, part in sources.items():
             part.print_metrics(f"{rows} of {name}")
     hardest = comparison.hardest_first()
-    wrong = [place for place in hardest if comparison.is_wrong(place)][:samples]
+    wrong = [index for index in hardest if comparison.is_wrong(index)][:samples]
     if wrong:
         say(f"The hardest rows for {comparison.adapters[0]}:")
     comparison.print_rows(wrong)
@@ -192,7 +207,7 @@ def _report(
     summary |= {
         "split": options.split,
         "adapters": {name: str(folder) for name, folder in adapters.items()},
-        "hardest": [comparison.rows[place].number for place in hardest],
+        "hardest": [comparison.rows[index].number for index in hardest],
         "sources": {name: part.figures() for name, part in sources.items()},
         **({} if verdict is None else {SERVED: verdict}),
     }

@@ -40,5 +40,6 @@ def main(argv: Sequence[str]) -> int:
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.chat.session import chat
 
-    chat(options, adapters)
+    settings = {name: value for name, value in vars(options).items() if name not in ("adapter", "prompt")}
+    chat(adapters, options.prompt, **settings)
     return 0

@@ -1,6 +1,5 @@
 """A conversation with adapters on one base: who answers, and how an answer streams."""
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Mapping
@@ -24,14 +23,14 @@ from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
 
-def chat(options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
-    """Load base and adapters, and converse as the options ask."""
-    session = Session(options, adapters)
-    if options.prompt is None:
+def chat(adapters: Mapping[str, Path], prompt: str | None = None, **settings: Any) -> None:
+    """Load base and adapters, and answer one prompt, or the lines of standard input; settings are the session's."""
+    session = Session(adapters, **settings)
+    if prompt is None:
         session.converse()
         return
     try:
-        session.ask(options.prompt)
+        session.ask(prompt)
     except RowFault as fault:
         raise UserError(f"--prompt was not answered: {fault}.") from fault
 
@@ -51,10 +50,32 @@ class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no
 
 
 class Session:
-    """A conversation, in which each adapter answers; it continues with the answer of the first."""
+    """A conversation, in which each adapter answers; it continues with the answer of the first.
 
-    def __init__(self, options: argparse.Namespace, adapters: Mapping[str, Path]) -> None:
-        sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
+    Args:
+        adapters: Their folders by name.
+        base: The base, if it is no longer found under the name it was trained under.
+        compare: Whether the base answers too.
+        system: The system prompt; ``None``: that of the first adapter's training.
+        temperature: Of sampling; 0: greedy.
+        top_p: Only the likeliest tokens that make up so much are sampled.
+        max_new_tokens: Where an answer is cut.
+        seed: Of sampling.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Path],
+        *,
+        base: str | None = None,
+        compare: bool = False,
+        system: str | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 512,
+        seed: int | None = None,
+    ) -> None:
+        sources = {name: find_adapter(folder, base) for name, folder in adapters.items()}
         self.first, first = next(iter(sources.items()))
         opened, identity = open_adapter(first)
         self.model: Any = opened
@@ -70,26 +91,30 @@ class Session:
             )
             for name, source in sources.items()
         }
-        if options.compare:
+        if compare:
             self.renderers = {BASE: self.renderers[self.first], **self.renderers}
         self.context = int(getattr(self.model.get_base_model().config, "max_position_embeddings", 1 << 20))
-        self.options = options
-        if options.seed is not None:
-            torch.manual_seed(options.seed)
+        self.max_new_tokens = max_new_tokens
+        self.sampling: dict[str, Any] = {}
+        if temperature != 0:
+            self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if seed is not None:
+            torch.manual_seed(seed)
         trained = (first.identity.get("data") or {}).get("settings") or {}
-        self.system: str | None = trained.get("system") if options.system is None else options.system
+        self.system: str | None = trained.get("system") if system is None else system
         self.messages: list[Message] = []
+        self.is_typed = False  # whether somebody at a terminal goes on after Ctrl-C
 
     def converse(self) -> None:
         """Answer the user's lines until the last; those of a pipe are shown, so that a log can be read."""
         say("/quit or Ctrl-D ends.")
-        is_typed = sys.stdin.isatty()
+        self.is_typed = sys.stdin.isatty()
         while True:
             try:
-                line = input("> " if is_typed else "").strip()
+                line = input("> " if self.is_typed else "").strip()
             except EOFError:
                 return
-            if not is_typed:
+            if not self.is_typed:
                 say(f"> {line}")
             if line == "/quit":
                 return
@@ -120,14 +145,11 @@ class Session:
 
     def _answer(self, name: str, prompt: list[int]) -> str:
         """Continue a prompt until a stop token; Ctrl-C at a terminal keeps what was answered until then."""
-        renderer, options = self.renderers[name], self.options
+        renderer = self.renderers[name]
         stream = AnswerStream(renderer.tokenizer)
-        sampling: dict[str, Any] = {}
-        if options.temperature != 0:
-            sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         if name != BASE:
             self.model.set_adapter(self.peft_names[name], inference_mode=True)
-        most = min(options.max_new_tokens, self.context - len(prompt))
+        most = min(self.max_new_tokens, self.context - len(prompt))
         try:
             with with_adapter(self.model, None) if name == BASE else contextlib.nullcontext():
                 (ids,) = generate_answers(
@@ -136,11 +158,11 @@ class Session:
                     stop_ids=sorted(renderer.stop_ids),
                     max_new_tokens=most,
                     streamer=stream,
-                    **sampling,
+                    **self.sampling,
                 )
         except KeyboardInterrupt:
             stream.end()
-            if options.prompt is not None or not sys.stdin.isatty():
+            if not self.is_typed:
                 raise  # which ends the command
             say("")
             return stream.text

@@ -1,6 +1,5 @@
 """Loads the base once, evaluates it and each adapter on the same rows, and reports."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,12 +42,24 @@ _QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
 
 
 def evaluate(
-    options: argparse.Namespace, adapters: Mapping[str, Path], arguments: Sequence[str], figures: dict[str, Any]
-) -> int:
-    """Evaluate, print, fill ``figures``; return the exit code. Without ``adapters`` it is that of the run folder."""
-    server = None
-    if options.server is not None:  # before minutes of loading
-        server = Server(options.server, options.served_name, options.timeout, options.parallel)
+    adapters: Mapping[str, Path],
+    arguments: Sequence[str],
+    *,
+    split: str = "val",
+    n_rows: int | None = None,
+    out: Path | None = None,
+    server: Server | None = None,
+) -> dict[str, Any]:
+    """Evaluate base and adapters on the same rows, and print what was found; return all figures.
+
+    Args:
+        adapters: Folders by name; without any it is that of the run folder.
+        arguments: Options of ``fit``, which choose base, data, and how rows are answered.
+        split: ``val`` or ``test``.
+        n_rows: Only the first so many rows.
+        out: Folder for ``evaluation.json`` and ``predictions.jsonl``.
+        server: That answers too, and is judged.
+    """
     with quiet_lightning():
         run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET], "validate")
         if run.config["ckpt_path"] is not None or run.names_adapter:
@@ -59,9 +70,9 @@ def evaluate(
         adapters = adapters or {"adapter": Path(trainer.default_root_dir) / ADAPTER_FOLDER}
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
-        data.setup("validate" if options.split == "val" else "test")
-        batches, rows = _select_rows(trainer, data, options)
-        report = data.reports.get(options.split)
+        data.setup("validate" if split == "val" else "test")
+        batches, rows = _select_rows(trainer, data, split, n_rows)
+        report = data.reports.get(split)
         if report is not None and (report.shortened or report.overlap):
             say(report.describe())
         if data.files["train"] is not None and "train" not in data.samples:
@@ -70,12 +81,12 @@ def evaluate(
             _warn_of_other_data(name, folder, data)
         asked = rows[: evaluation.rows]
         settings = evaluation.choose_settings(trainer, asked)
-        unfinished = options.out and options.out / UNFINISHED_PREDICTIONS
+        unfinished = out and out / UNFINISHED_PREDICTIONS
         if unfinished:
             set_aside(unfinished)
         on_answers = partial(_append_answers, unfinished)
         # before the base: it may fail
-        served = [] if server is None else _ask_server(server, data, options.split, asked, settings, on_answers)
+        served = [] if server is None else _ask_server(server, data, split, asked, settings, on_answers)
         by_name = dict(zip(adapters, _load(module, adapters), strict=True))
         found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
         results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
@@ -86,8 +97,7 @@ def evaluate(
             if general is not None:
                 general[SERVED] = [(0.0, 0.0)] * len(general[BASE])
         comparison = Comparison(rows, results, settings, general)
-        figures |= _report(comparison, adapters, options, evaluation.samples, verdict)
-        return int(verdict is not None and verdict["verdict"] != "adapter")
+        return _report(comparison, adapters, split, out, evaluation.samples, verdict)
 
 
 def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
@@ -128,19 +138,19 @@ def _ask_server(
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _select_rows(trainer: Any, data: Any, options: argparse.Namespace) -> tuple[list[Any], list[EvaluationRow]]:
+def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tuple[list[Any], list[EvaluationRow]]:
     """Return batches of a split and their rows, each with its place and source.
 
-    They are the first ``--rows``, else those within the Trainer's limit of batches.
+    They are the first ``n_rows``, else those within the Trainer's limit of batches.
     """
-    split, batches, rows = options.split, [], list[EvaluationRow]()
+    batches, rows = [], list[EvaluationRow]()
     loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
-    for batch in take_batches(loader, limit) if options.rows is None else loader:
+    for batch in take_batches(loader, limit) if n_rows is None else loader:
         batches.append(batch)
         rows += unpack_rows(batch)
-        if options.rows is not None and len(rows) >= options.rows:
+        if n_rows is not None and len(rows) >= n_rows:
             break
-    rows = rows[: options.rows]
+    rows = rows[:n_rows]
     if not rows:
         raise UserError(
             f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
@@ -185,12 +195,13 @@ def _warn_of_other_data(name: str, folder: Path, data: Any) -> None:
 def _report(
     comparison: Comparison,
     adapters: Mapping[str, Path],
-    options: argparse.Namespace,
+    split: str,
+    out: Path | None,
     samples: int,
     verdict: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Print the tables, write the files that were asked for, and return all figures."""
-    rows = "validation rows" if options.split == "val" else "test rows"
+    rows = "validation rows" if split == "val" else "test rows"
     comparison.print(rows)
     sources = comparison.by_source()
     if len(sources) > 1:
@@ -205,16 +216,16 @@ def _report(
         say(verdict["sentence"])
     summary = comparison.summary(samples)
     summary |= {
-        "split": options.split,
+        "split": split,
         "adapters": {name: str(folder) for name, folder in adapters.items()},
         "hardest": [comparison.rows[index].number for index in hardest],
         "sources": {name: part.figures() for name, part in sources.items()},
         **({} if verdict is None else {SERVED: verdict}),
     }
-    if options.out is not None:
-        figures, predictions = options.out / EVALUATION, options.out / PREDICTIONS
+    if out is not None:
+        figures, predictions = out / EVALUATION, out / PREDICTIONS
         write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
         write_whole(figures, summary)
-        set_aside(options.out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
+        set_aside(out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")
     return summary

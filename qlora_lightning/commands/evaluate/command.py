@@ -72,7 +72,14 @@ def main(argv: Sequence[str]) -> int:
     with json_output(options) as figures:
         with without_garbage_collection():  # here, so that --help and mistakes answer at once
             from qlora_lightning.commands.evaluate.adapters import evaluate
+            from qlora_lightning.commands.evaluate.server import SERVED, Server
 
         if len(adapters) > 1 and not find_configs(rest):
             say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
-        return evaluate(options, adapters, arguments, figures)
+        server = None
+        if options.server is not None:
+            server = Server(options.server, options.served_name, options.timeout, options.parallel)
+        figures |= evaluate(
+            adapters, arguments, split=options.split, n_rows=options.rows, out=options.out, server=server
+        )
+        return int(SERVED in figures and figures[SERVED]["verdict"] != "adapter")

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         if not splits:
             raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
     console = terminal(record=page is not None)
-    print_inspection(data, splits, run.config, options, console)
+    print_inspection(data, splits, run.config, console, places=options.row, longest=options.longest)
     if page is not None:
         write_whole(page, console.export_html())
         say(f"\nPage: {page}")

@@ -1,6 +1,5 @@
 """What `inspect` prints: the report of each split, sources, lengths, an epoch, and rows token by token."""
 
-import argparse
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +23,12 @@ _FIRST = 2  # rows shown if none are asked for
 
 
 def print_inspection(
-    data: Any, splits: Sequence[str], config: Any, options: argparse.Namespace, console: Console
+    data: Any,
+    splits: Sequence[str],
+    config: Any,
+    console: Console,
+    places: Sequence[str] = (),
+    longest: bool = False,
 ) -> None:
     """Print the whole report.
 
@@ -32,8 +36,9 @@ def print_inspection(
         data: An ``InstructionDataModule`` that is set up.
         splits: Names of those to report on.
         config: The parsed settings.
-        options: Which rows to show.
         console: Where to.
+        places: Rows to show, each ``LINE`` or ``FILE:LINE``; without any the first two.
+        longest: Whether to show the longest row.
     """
 
     def heading(text: str) -> None:
@@ -41,7 +46,7 @@ def print_inspection(
         console.print(Text(text, "bold"))
 
     first = splits[0]
-    rows = list(_show_rows(data.samples[first], data.tokenizer, data.stop_ids, options))
+    rows = list(_show_rows(data.samples[first], data.tokenizer, data.stop_ids, places, longest))
     stops = " or ".join(f"{data.tokenizer.decode([number])} ({number})" for number in data.stop_ids)
     settings = {"stop token": stops, **{key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
@@ -114,22 +119,22 @@ def _share(part: float, whole: float) -> str:
 
 
 def _show_rows(
-    samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], options: argparse.Namespace
+    samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], places: Sequence[str], longest: bool
 ) -> Iterator[tuple[Text, Text]]:
-    """Yield a heading and the tokens of each row, or of its answers, that the options name; else of the first two.
+    """Yield a heading and the tokens of each row, or of its answers, that is named; else of the first two.
 
     Raises:
         UserError: ``--row`` names no row.
     """
     numbers: list[int] = []
-    for place in options.row:
+    for place in places:
         file, _, line = place.rpartition(":")
         of_line = np.flatnonzero(samples.line == int(line)).tolist() if line.isdecimal() else []
         found = [number for number in of_line if samples.where(number).endswith(f"{file}:{line}")]
         if not found:
             raise UserError(f"--row {place}: no sample begins there. Expected a line number, or FILE:LINE.")
         numbers += found
-    if options.longest:
+    if longest:
         numbers.append(int(samples.lengths.argmax()))
     for number in numbers or range(min(_FIRST, len(samples))):
         start, end = samples.starts[number : number + 2].tolist()

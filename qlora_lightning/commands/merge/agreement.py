@@ -1,6 +1,5 @@
 """Whether a merged model computes what base and adapter compute, on validation rows."""
 
-import argparse
 import dataclasses
 import gc
 import itertools
@@ -104,22 +103,22 @@ def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[st
     return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}
 
 
-def sample_validation_rows(options: argparse.Namespace, adapter: Path, vocabulary: int) -> list[Mapping[str, Any]]:
-    """Prepare validation rows as the run did, and return ``--rows`` of them, evenly spaced, each as a flat batch.
+def sample_validation_rows(
+    adapter: Path, count: int, fit_options: Sequence[str], vocabulary: int
+) -> list[Mapping[str, Any]]:
+    """Prepare validation rows as the run did, and return so many of them, evenly spaced, each as a flat batch.
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
     """
     try:
-        arguments = add_config(adapter, options.fit)
-        if options.base is not None:
-            arguments += ["--model.base", options.base]
+        arguments = add_config(adapter, fit_options)
         with quiet_lightning():
             data: Any = QLoRACLI(arguments).datamodule
             data.setup("validate")
     except UserError as error:
         raise UserError(f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked.") from error
     samples = data.samples["val"]
-    rows = np.unique(np.linspace(0, len(samples) - 1, min(options.rows, len(samples)), dtype=int))
+    rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples)), dtype=int))
     compared = np.cumsum(samples.labelled_counts[rows])
     rows = rows[: max(1, np.searchsorted(compared, _LOGIT_BYTES // (4 * vocabulary), side="right"))]
     return [collate_rows(samples, [row]) for row in rows.tolist()]

@@ -37,7 +37,6 @@ def main(argv: Sequence[str]) -> int:
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
     options, rest = parser.parse_known_args(argv)
-    options.fit = rest  # options of fit, which choose rows for the check
     if rest and not options.rows:
         parser.error(f"{' '.join(rest)}: options of fit choose rows for the check, which --rows 0 leaves out")
     if options.out.exists() and not (options.force and (options.out / RECORD).is_file()):
@@ -50,5 +49,13 @@ def main(argv: Sequence[str]) -> int:
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.merge.merged_folder import merge
 
-    merge(options)
+    merge(
+        options.adapter,
+        options.out,
+        base=options.base,
+        dtype=options.dtype,
+        gguf=options.gguf,
+        rows=options.rows,
+        fit_options=rest,
+    )
     return 0

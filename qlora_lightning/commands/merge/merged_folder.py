@@ -1,11 +1,10 @@
 """The merge from end to end: weights, config and tokenizer into a folder that is whole or not there."""
 
-import argparse
 import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,28 @@ from qlora_lightning.support.files import read_json_object, set_usual_mode, writ
 _SHARD_BYTES = 2_000_000_000
 
 
-def merge(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
-    source = find_adapter(options.adapter, options.base)
+def merge(
+    adapter: str | Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "bf16",
+    gguf: str | None = None,
+    rows: int = 8,
+    fit_options: Sequence[str] = (),
+) -> None:
+    """Merge an adapter into its base, check the result, and write it into a folder that does not exist yet.
+
+    Args:
+        adapter: The adapter folder, or the run folder around it.
+        out: The folder to write.
+        base: The base, if it is no longer found under the name it was trained under.
+        dtype: Of the weights that are written, one of ``DTYPES``.
+        gguf: Kind of a GGUF file to write too: ``f16``, ``q8_0`` or one of ``K_QUANTS``.
+        rows: Validation rows to check on; 0: no check.
+        fit_options: Options of ``fit`` that choose them; without any they are those of the run.
+    """
+    source = find_adapter(adapter, base)
     plan = plan_merge(source.base.folder, source.folder)
     weights: Weights = TensorFiles(source.base.folder, source.base.name).read
     if source.quantization is None:
@@ -38,27 +56,30 @@ def merge(options: argparse.Namespace) -> None:
     else:
         how = (source.quantization, source.double_quant, source.compute_dtype)
         weights = TrainedWeights(source.base, *how, plan.transposed)
-    if options.gguf is not None:
+    if gguf is not None:
         architecture_of(plan.config)  # before the work
-    batches = sample_validation_rows(options, source.folder, plan.config.vocab_size) if options.rows else []
+    batches = []
+    if rows:
+        arguments = [*fit_options, *([] if base is None else ["--model.base", base])]
+        batches = sample_validation_rows(source.folder, rows, arguments, plan.config.vocab_size)
     figures: dict[str, Any] = {
         "adapter": str(source.folder),
         "base": source.identity.get("base", source.base.name),
         "fingerprint": source.identity.get("fingerprint"),
-        "dtype": DTYPES[options.dtype],
+        "dtype": DTYPES[dtype],
     }
-    with _whole_folder(options.out) as folder:
-        _write_companions(source, folder, options)
-        _write_weights(plan, weights, folder, getattr(torch, DTYPES[options.dtype]))
-        gguf_file = _write_gguf(source, plan, folder, options.gguf) if options.gguf else None
+    with _whole_folder(out) as folder:
+        _write_companions(source, folder, DTYPES[dtype])
+        _write_weights(plan, weights, folder, getattr(torch, DTYPES[dtype]))
+        gguf_file = _write_gguf(source, plan, folder, gguf) if gguf else None
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
         figures["check"] = check_written(source, folder, gguf_file, batches) if batches else None
         write_whole(folder / RECORD, figures)
     for name, size in figures["files"].items():
-        say(f"{options.out / name}  {format_bytes(size)}")
-    if gguf_file is not None:
-        _explain_gguf(options.out / "gguf" / gguf_file.name, options.gguf)
+        say(f"{out / name}  {format_bytes(size)}")
+    if gguf is not None and gguf_file is not None:
+        _explain_gguf(out / "gguf" / gguf_file.name, gguf)
 
 
 def _explain_gguf(file: Path, kind: str) -> None:
@@ -131,12 +152,12 @@ def _quantize(file: Path, kind: str) -> Path:
     return target
 
 
-def _write_companions(source: AdapterSource, folder: Path, options: argparse.Namespace) -> None:
+def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
     """Write all that belongs to a model beside its weights; tokenizer and stop tokens are the adapter's."""
     config = read_config(source.base.folder, source.base.name)
     left_out = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
     config = {name: value for name, value in config.items() if name not in left_out}
-    config["dtype"] = DTYPES[options.dtype]
+    config["dtype"] = dtype
     for origin in (source.base.folder, source.folder):
         generation = origin / "generation_config.json"
         if generation.is_file():

@@ -59,8 +59,13 @@ PARTS: dict[str, list[Settings]] = {  # each beside the defaults
 }
 
 
-def run(task: str, settings: Settings, seed: int, rows: int, folder: Path) -> dict[str, float]:
-    """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds."""
+def run(
+    task: str, settings: Settings, seed: int, rows: int, folder: Path, before: float | None = None
+) -> dict[str, float]:
+    """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds.
+
+    ``before`` is that of the base, if an earlier run has measured it.
+    """
     lightning.seed_everything(seed)
     options = DEFAULTS | settings
     file = TASKS[task]
@@ -74,13 +79,13 @@ def run(task: str, settings: Settings, seed: int, rows: int, folder: Path) -> di
     module, began = QLoRAModule(BASE, **options), time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        trainer = lightning.Trainer(
-            max_epochs=1, default_root_dir=out, accelerator="cpu", enable_model_summary=False, **quiet
-        )
-        (before,) = trainer.validate(module, data, verbose=False)
+        quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+        trainer = lightning.Trainer(max_epochs=1, default_root_dir=out, accelerator="cpu", **quiet)
+        if before is None:
+            before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
         trainer.fit(module, data)  # ends with a validation
     seconds = time.perf_counter() - began
-    return {"before": before["val_loss"], "loss": trainer.callback_metrics["val_loss"].item(), "seconds": seconds}
+    return {"before": before, "loss": trainer.callback_metrics["val_loss"].item(), "seconds": seconds}
 
 
 def planned(parts: list[str], tasks: list[str], seeds: int) -> Iterator[tuple[str, str, Settings, int]]:
@@ -93,6 +98,11 @@ def planned(parts: list[str], tasks: list[str], seeds: int) -> Iterator[tuple[st
 def what_is_run(line: dict[str, Any]) -> tuple[Any, ...]:
     """Return what decides a run's result: the same run may be planned by several parts."""
     return line["task"], line["seed"], line["rows"], DEFAULTS | line["settings"]
+
+
+def what_is_held_out(line: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what decides the loss before the training."""
+    return line["task"], line["seed"], line["rows"], (DEFAULTS | line["settings"])["quantization"]
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
@@ -127,8 +137,9 @@ def main() -> None:
             same = [line for line in lines if what_is_run(line) == what_is_run(about)]
             if any(line["part"] == part for line in same):
                 continue
-            found = same[0] if same else about | run(task, settings, seed, options.rows, options.data)
-            lines.append(found | {"part": part})
+            earlier = (line["before"] for line in lines if what_is_held_out(line) == what_is_held_out(about))
+            found = same[0] if same else run(task, settings, seed, options.rows, options.data, next(earlier, None))
+            lines.append(found | about)
             with options.file.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
     print_table(lines)

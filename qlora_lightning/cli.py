@@ -1,4 +1,4 @@
-"""The program ``qlora-lightning``: finds the command, runs it, and reports what went wrong.
+"""The program ``qlora-lightning``: finds the command, runs it, and reports errors.
 
 Each command is imported when it is called, so that ``--help`` answers at once.
 """
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-lightning {__version__}")
         return 0
     _prepare_process()
-    if os.getcwd() not in sys.path:  # an installed command does not look there, where people keep their classes
+    if os.getcwd() not in sys.path:  # users keep classes there, and an installed command does not search it
         sys.path.append(os.getcwd())
     try:
         with _logging_to_terminal():
@@ -74,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qlora-lightning: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        known = _find_known_error(error)
-        # a run whose Trainer was at work cannot be repeated for its traceback
-        of_a_run = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
-        if debug or (known is None and of_a_run):
+        user_message = _find_user_message(error)
+        # a training is too long to repeat for its traceback
+        in_trainer = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
+        if debug or (user_message is None and in_trainer):
             raise
-        shown = known or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
-        print(f"qlora-lightning: {show_controls(shown)}", file=sys.stderr)
-        return 1 if known is None else 2
+        message = user_message or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        print(f"qlora-lightning: {show_controls(message)}", file=sys.stderr)
+        return 1 if user_message is None else 2
 
 
 def _run(arguments: list[str]) -> int:
@@ -89,14 +89,13 @@ def _run(arguments: list[str]) -> int:
         hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
     check_configs(arguments)
-    module, _ = COMMANDS[arguments[0]]
+    module_name, _ = COMMANDS[arguments[0]]
     with without_garbage_collection():
-        found = importlib.import_module(f"qlora_lightning.commands.{module}")
-    code: int = found.main(arguments if module == "training" else arguments[1:])
-    return code
+        module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
+    return int(module.main(arguments if module_name == "training" else arguments[1:]))
 
 
-def _find_known_error(error: BaseException) -> str | None:
+def _find_user_message(error: BaseException) -> str | None:
     """Return the message of a user's mistake, which a library may have wrapped; None for any other error."""
     if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) and error.filename is not None:
         return f"{error.filename}: {str(error.strerror).lower()}. Choose another path."
@@ -125,11 +124,11 @@ def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices,
 
 
 def _prepare_process() -> None:
-    """Set what must be set before libraries are imported, and silence what they log that helps nobody."""
-    # before CUDA starts: batches of ever new lengths would leave holes in memory that is cut into fixed pieces
+    """Set the environment before libraries are imported, and silence log lines of theirs that help nobody."""
+    # before CUDA starts: in segments of fixed size, batches of varying lengths fragment the memory
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # GNU's threads spin for milliseconds at each barrier by default, on a core that their partner may be waiting for:
+    # by default GNU's OpenMP threads spin for milliseconds at each barrier, on a core that another thread may need:
     # beside other programs a step then takes ten times as long (measured)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -137,8 +136,8 @@ def _prepare_process() -> None:
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # it is in the config
-    if not sys.stderr.isatty():  # bars of tqdm, as transformers' while it quantizes, would fill a log with fragments
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config has the seed
+    if not sys.stderr.isatty():  # tqdm's bars, such as transformers' when it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*deprecated")

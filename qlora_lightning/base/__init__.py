@@ -1,4 +1,4 @@
-"""Where a base comes from: resolve its name, unpack a GGUF, its tokenizer, its fingerprint, and the cache.
+"""Sources of a base: its name, a GGUF to unpack, its tokenizer and fingerprint, and the cache.
 
 Importing this imports neither torch nor transformers.
 """

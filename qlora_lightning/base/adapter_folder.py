@@ -1,4 +1,4 @@
-"""An adapter folder as files: where it is, and what it says it belongs to."""
+"""An adapter folder as files: where it is, and the identity of what it belongs to."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ _REMEDY = "Copy the adapter folder again."
 
 
 def find_adapter_folder(named: str | Path) -> Path:
-    """Return the adapter folder itself if the run folder around it was named; any other folder as it is."""
+    """Return the adapter folder inside ``named`` if that is a run folder; any other folder as it is."""
     folder = Path(named).expanduser()
     inner = folder / ADAPTER_FOLDER
     is_run = not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
@@ -19,22 +19,22 @@ def find_adapter_folder(named: str | Path) -> Path:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """Check an adapter folder, and read what it says it belongs to; nothing if other tools wrote it."""
+    """Check an adapter folder and read its identity, which is empty if another tool wrote the folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
-    read_adapter_config(folder)  # its faults are reported before a base is loaded
+    read_adapter_config(folder)  # reports its faults before a base is loaded
     if not (folder / IDENTITY).is_file():
         return {}
-    stored = read_json_object(folder / IDENTITY, _REMEDY)
-    check_version(stored.get("format_version", 1), f"The adapter folder {folder}")
-    return {name: value for name, value in stored.items() if value is not None}
+    identity = read_json_object(folder / IDENTITY, _REMEDY)
+    check_version(identity.get("format_version", 1), f"The adapter folder {folder}")
+    return {name: value for name, value in identity.items() if value is not None}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the ``adapter_config.json`` of an adapter folder."""
     config = read_json_object(folder / "adapter_config.json", _REMEDY)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"{folder} holds an adapter of peft_type {kind}: expected LORA.")
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise UserError(f"{folder} holds an adapter of peft_type {peft_type}: expected LORA.")
     return config

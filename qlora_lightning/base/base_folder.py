@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-_FINGERPRINT_FORMAT = 1  # raised whenever the same tensors would give another fingerprint
+_FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Download or save the base again."
-_THREADS = 4  # hashlib lets go of the interpreter's lock; more threads than disks feed gain nothing
+_THREADS = 4  # hashlib releases the interpreter's lock; a disk cannot feed more threads
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BaseFolder:
 
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
-    """Find a base, unpack it if it is a GGUF, and check what is there, its weights only if they are wanted."""
+    """Find a base, unpack it if it is a GGUF, and check its files, the weights only with ``weights``."""
     path, commit = resolve_base(name, revision, weights=weights)
     is_gguf = path.is_file()
     folder = unpack_gguf(path, name) if is_gguf else path
@@ -67,16 +67,16 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained."
         )
     shards = [folder / shard for shard in sorted({*read_json_object(index, _REMEDY).get("weight_map", {}).values()})]
-    lacking = [file.name for file in shards if not file.is_file()]
-    if lacking or not shards:
-        raise UserError(f"Base {name}: {index} names no shard that is there ({', '.join(lacking[:1])}). {_REMEDY}")
+    missing = [file.name for file in shards if not file.is_file()]
+    if missing or not shards:
+        raise UserError(f"Base {name}: {index} names no shard that is there ({', '.join(missing[:1])}). {_REMEDY}")
     return shards
 
 
 def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of what ``base`` takes; a folder with nothing else (an adapter folder) works too."""
+    """Load the tokenizer of a base, or of a folder that has only a tokenizer (an adapter folder)."""
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
@@ -90,12 +90,12 @@ def load_tokenizer(
             f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). Set "
             "data.tokenizer to a folder or hub id with a tokenizer.json."
         ) from error
-    tokenizer.init_kwargs.pop("auto_map", None)  # names code that comes with it: no folder that we write shall
+    tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
     return tokenizer
 
 
 class TensorFiles:
-    """Reads tensors by name, each from a mapping of its own: pages of one over all weights would stay resident."""
+    """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._files = {key: file for file in weight_files(folder, name) for key in tensor_names(file)}
@@ -112,7 +112,7 @@ class TensorFiles:
 def fingerprint(folder: Path) -> str:
     """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes, however sharded.
 
-    The cache keeps it under the files' paths, sizes and times, if it can be written.
+    The cache keeps it by the files' paths, sizes and times, if the cache can be written.
     """
     files = weight_files(folder, str(folder))
     stats = [(file.resolve(), file.stat()) for file in files]
@@ -120,26 +120,26 @@ def fingerprint(folder: Path) -> str:
         "format": _FINGERPRINT_FORMAT,
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
     }
-    file_of_result = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
+    cache_file = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(file_of_result.read_text(encoding="utf-8"))["fingerprint"])
-    names = sorted((name, file) for file in files for name in tensor_names(file))
-    total = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
+        return str(json.loads(cache_file.read_text(encoding="utf-8"))["fingerprint"])
+    tensors = sorted((name, file) for file in files for name in tensor_names(file))
+    digest = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(_THREADS) as pool:
-        for description in pool.map(_describe_tensor, names):
-            total.update(json.dumps(description).encode())
+        for description in pool.map(_describe_tensor, tensors):
+            digest.update(json.dumps(description).encode())
     with suppress(OSError):
         make_root()
-        write_whole(file_of_result, {"fingerprint": total.hexdigest(), **key})
-    return total.hexdigest()
+        write_whole(cache_file, {"fingerprint": digest.hexdigest(), **key})
+    return digest.hexdigest()
 
 
 def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
-    """Return name, dtype, shape and SHA-256 of a tensor; from a mapping of its own, which is given back."""
+    """Return name, dtype, shape and SHA-256 of a tensor, read from its own memory mapping, which is released."""
     import torch
 
     name, file = item
     tensors = open_tensors(file)
-    stored = tensors.get_slice(name)
+    view = tensors.get_slice(name)
     content = tensors.get_tensor(name).flatten().view(torch.uint8).numpy()
-    return name, stored.get_dtype(), stored.get_shape(), hashlib.sha256(content).hexdigest()
+    return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()

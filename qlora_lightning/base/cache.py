@@ -1,6 +1,6 @@
-"""The cache: folders that are made once, checked, shared by processes, listed and cleared.
+"""The cache: folders that are built once, checked, shared by processes, listed and cleared.
 
-Locks are those of filelock: they work on every system, and the system frees them when their owner dies.
+Locks are those of filelock: they work on every system, which frees them when their owner dies.
 """
 
 import errno
@@ -28,7 +28,7 @@ Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
 _CHUNK_BYTES = 4 << 20
-# Only names that the cache itself gives: QLORA_LIGHTNING_CACHE may point to a folder that holds other things too.
+# Only names of the cache's own entries: QLORA_LIGHTNING_CACHE may be a folder that holds other things too.
 _ENTRY_NAME = "[0-9a-f]" * 24
 _log = logging.getLogger(__name__)
 
@@ -36,24 +36,24 @@ _log = logging.getLogger(__name__)
 def cache_root(kind: Kind | None = None) -> Path:
     """Return the cache's folder: ``QLORA_LIGHTNING_CACHE``, else the user's ``.cache``. It may not exist yet.
 
-    Compiled code is always in the user's own: a folder that is shared, or came from elsewhere, is data.
+    Compiled code is always in the user's own: a shared folder, or one from elsewhere, may hold only data.
     """
-    chosen = os.environ.get("QLORA_LIGHTNING_CACHE")
-    if chosen and kind != "kernels":
-        return Path(chosen).expanduser().absolute()
+    folder = os.environ.get("QLORA_LIGHTNING_CACHE")
+    if folder and kind != "kernels":
+        return Path(folder).expanduser().absolute()
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(parent).expanduser().absolute() / "qlora_lightning"
 
 
 def make_root(kind: Kind | None = None) -> None:
-    """Make the cache's folder, for this user alone: what is read from it is trained on, and libraries in it run."""
+    """Make the cache's folder, for this user alone: its data is trained on, and its libraries are run."""
     root = cache_root(kind)
     root.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(mode=0o700, exist_ok=True)
 
 
 def hash_key(key: Mapping[str, Json]) -> str:
-    """Name a key: 24 hexadecimal digits, the same whatever the order of its items."""
+    """Return the hash of a key: 24 hexadecimal digits, whatever the order of its items."""
     canonical = json.dumps(key, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:24]
 
@@ -63,16 +63,15 @@ def cached_folder(
 ) -> Path:
     """Return the complete folder for ``key``, building it if the cache does not hold it, in one process of several.
 
-    An entry counts as soon as it has its ``entry.json``, which is written last. What a killed build leaves has none,
-    and is removed by the next build.
+    An entry is complete once it has its ``entry.json``, which is written last. What a killed build leaves has none, and
+    the next build removes it.
 
     Args:
         kind: the part of the cache, a folder below its root.
         key: everything that the content depends on, versions of libraries included.
         build: writes the content into an empty folder.
         label: for messages and ``qlora-lightning cache list``.
-        check_weights: ``False`` leaves out the checksums of ``*.safetensors``, as nobody compares those of a
-            downloaded base.
+        check_weights: ``False`` does not compare the checksums of ``*.safetensors``.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
@@ -83,24 +82,24 @@ def cached_folder(
             make_root(kind)
             folder.parent.mkdir(exist_ok=True)
             with _lock(folder):
-                if not _is_whole(folder, check_weights):  # else the process that we waited for has built it
+                if not _is_whole(folder, check_weights):  # else another process has built it meanwhile
                     _build_entry(folder, key, build, label)
         except OSError as error:
             is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see raising_os_errors
             if not is_full and str(cache_root(kind)) not in str(error.filename):
-                raise  # of what the build reads
+                raise  # a file that the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
                 "with room that can be written, or make room with `qlora-lightning cache clear`."
             ) from error
-    with suppress(OSError):  # a read-only cache does not note when it was used
+    with suppress(OSError):  # a read-only cache does not record its last use
         os.utime(folder / _ENTRY_FILE)
     return folder
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What the cache holds under one path: an entry, or what a build has written that is running or was killed."""
+    """What the cache holds under one path: an entry, or the files of a running or killed build."""
 
     kind: Kind
     label: str
@@ -110,18 +109,18 @@ class CacheEntry:
 
 
 def list_entries(kind: Kind | None = None) -> list[CacheEntry]:
-    """Return what the cache holds, of one kind or of all, the last used first."""
+    """Return the entries of one kind or of all, the last used first."""
     entries = [
-        _describe(path, each)
-        for each in (get_args(Kind) if kind is None else (kind,))
-        for path in (cache_root(each) / each).glob(_ENTRY_NAME)
+        _describe(path, entry_kind)
+        for entry_kind in (get_args(Kind) if kind is None else (kind,))
+        for path in (cache_root(entry_kind) / entry_kind).glob(_ENTRY_NAME)
         if path.is_dir() and not path.is_symlink()
     ]
     return sorted(entries, key=lambda entry: entry.last_used, reverse=True)
 
 
 def clear_entries(kind: Kind | None = None) -> list[CacheEntry]:
-    """Remove what the cache holds, of one kind or of all, but what a process is building; return what was removed.
+    """Remove the entries of one kind or of all, except those being built; return the removed ones.
 
     A running process that has mapped an entry into memory keeps its data. Symbolic links are never followed.
     """
@@ -147,19 +146,19 @@ def _is_whole(folder: Path, check_weights: bool) -> bool:
             is_checked = check_weights or file.suffix != ".safetensors"
             if is_checked and _crc32(file, file.stat().st_mtime_ns) != checksum:
                 return False
-    except (OSError, ValueError, KeyError):  # a file is missing or cannot be read; entry.json is of an older version
+    except (OSError, ValueError, KeyError):  # a missing or unreadable file, or an old entry.json
         return False
     return True
 
 
 @functools.cache  # a process opens the same base several times, as for each trial of a sweep
 def _crc32(file: Path, mtime_ns: int) -> int:
-    """Read a file, without mapping it: its pages would count as resident."""
-    total = 0
+    """Return the CRC-32 of a file, read without a memory mapping, whose pages would count as resident."""
+    checksum = 0
     with file.open("rb", buffering=0) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
-            total = zlib.crc32(chunk, total)
-    return total
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], None], label: str) -> None:
@@ -174,16 +173,16 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
             flush(file)
         crc32 = {name: _crc32(file, file.stat().st_mtime_ns) for name, file in files.items()}
         write_whole(folder / _ENTRY_FILE, {"label": label, "key": key, "crc32": crc32})
-    except BaseException:  # an interrupted build as well must not keep gigabytes
+    except BaseException:  # an interrupted build must not keep gigabytes either
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _describe(folder: Path, kind: Kind) -> CacheEntry:
-    label, changed = "(unfinished)", folder
+    label, marker = "(unfinished)", folder
     with suppress(OSError, ValueError, KeyError):
-        label, changed = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["label"], folder / _ENTRY_FILE
+        label, marker = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["label"], folder / _ENTRY_FILE
     size = 0
-    with suppress(OSError):  # a build may be renaming its files just now
+    with suppress(OSError):  # a running build may be renaming files
         size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    return CacheEntry(kind, label, size, datetime.fromtimestamp(changed.stat().st_mtime, UTC), folder)
+    return CacheEntry(kind, label, size, datetime.fromtimestamp(marker.stat().st_mtime, UTC), folder)

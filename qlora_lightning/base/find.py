@@ -13,10 +13,10 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str | None]:
-    """Find a base by its name; only a hub id can touch the network, for its weights too if these are wanted.
+    """Find a base by its name; only a hub id uses the network, and loads weights only with ``weights``.
 
     Returns:
-        A GGUF file, or a folder that is still unchecked; and the commit of a hub snapshot, else None.
+        A GGUF file, or a folder, not yet checked; and the commit of a hub snapshot, else None.
     """
     if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
         folder = _download_snapshot(name, revision, weights)
@@ -35,14 +35,14 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
 def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
     """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
 
-    ``HF_HUB_OFFLINE`` and the hub's other variables are honoured.
+    ``HF_HUB_OFFLINE`` and the hub's other variables apply.
     """
     from huggingface_hub import snapshot_download
 
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
-    except Exception as error:  # of the hub, its HTTP library, OSError or ValueError: each means "no base" here
+    except Exception as error:  # many classes, of the hub and its HTTP library
         raise UserError(
             f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`."
@@ -51,7 +51,7 @@ def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def _find_in_package(name: str) -> Path:
-    """Find the one GGUF of an installed package, whose code is not run."""
+    """Find the only GGUF of an installed package, without running its code."""
     package = name.removeprefix("package:")
     # A dotted name would import the parent package to find the child.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

@@ -14,13 +14,13 @@ from qlora_lightning.support.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # raised whenever the same GGUF would be unpacked into another folder
+_FORMAT = 1  # incremented whenever the same GGUF would be unpacked differently
 
 
 def unpack_gguf(file: Path, name: str) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF, from the cache.
 
-    Weights are not compared with their checksums: a usual start reads config and tokenizer alone.
+    The checksums of weights are not compared: a usual start reads only config and tokenizer.
     """
     file = file.resolve()
     status = file.stat()
@@ -48,20 +48,20 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
         model, tokenizer = _load(file, name)
     except UserError:
         raise
-    except Exception as error:  # each library raises classes of its own, wherever the file breaks off
+    except Exception as error:  # each library raises its own classes for a damaged file
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(
             f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
             "Download it again, or give a folder."
         ) from error
     config = model.config
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer.eos_token_id not in (None, *eos):
-        config.eos_token_id = [tokenizer.eos_token_id, *(each for each in eos if each is not None)]
+    eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in (None, *eos_ids):
+        config.eos_token_id = [tokenizer.eos_token_id, *(token_id for token_id in eos_ids if token_id is not None)]
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    vars(config).pop("_model_name_or_path", None)  # the title in the GGUF, by which nothing could be loaded
+    vars(config).pop("_model_name_or_path", None)  # the GGUF's title, which cannot be loaded
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
 
@@ -75,21 +75,21 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     if config.model_type != "llama":
         raise UserError(f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-    # transformers 5.17 takes the token of the beginning for that of the end, and leaves out that for padding
+    # transformers 5.17 uses the bos token as eos token, and drops the pad token
     if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if tokenizer.pad_token_id is None and config.pad_token_id is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     model, report = AutoModelForCausalLM.from_pretrained(
         file.parent,
-        config=config,  # else the file's vocabulary is parsed once more, which takes seconds
+        config=config,  # else the vocabulary is parsed once more, for seconds
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
         **source,
     )
-    # transformers fills what the file lacks with random numbers, and only a warning says so.
-    lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if lacking:
-        raise UserError(f"Base {name}: {file} lacks tensors of its model ({lacking[0]}, …). Download it again.")
+    # transformers initializes missing tensors at random, and only warns.
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise UserError(f"Base {name}: {file} lacks tensors of its model ({missing[0]}, …). Download it again.")
     return model, tokenizer

@@ -1,4 +1,4 @@
-"""Files of tensors: how they are opened and written, and how their sizes are shown; and the label of no token."""
+"""Tensor files: how they are opened and written, how sizes are formatted; and the label that is ignored."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import raising_os_errors
 
 GIB = 2**30
-IGNORED = -100  # as a label: nothing is to be predicted; torch's cross entropy skips it
+IGNORED = -100  # label of a token that is not predicted; torch's cross entropy skips it
 
 
 def format_bytes(count: int) -> str:
@@ -18,12 +18,12 @@ def format_bytes(count: int) -> str:
 
 
 def format_gib(count: float) -> str:
-    """Format a number of bytes as memory is sold: ``5.30 GiB``."""
+    """Format a number of bytes in binary units, as memory is sold: ``5.30 GiB``."""
     return f"{count / GIB:.2f} GiB"
 
 
 def open_tensors(file: Path) -> Any:
-    """Open a safetensors file by ``safe_open``, which checks its header and its length."""
+    """Open a safetensors file with ``safe_open``, which checks its header and length."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -38,10 +38,10 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def save_model(model: Any, folder: Path, **options: Any) -> None:
-    """Write a model of transformers with its configs, by ``save_pretrained`` with those options, in any process.
+    """Write a transformers model and its configs by ``save_pretrained`` with ``options``, in any process.
 
-    Of processes that train together, transformers lets the first one alone write, without a word. An entry of the
-    cache is made by whichever process comes first.
+    If several processes train together, transformers silently writes in the first one only, but any of them may build
+    an entry of the cache.
     """
     model.should_save_on_this_rank = lambda is_main_process: True  # transformers' own method asks torch for the rank
     try:

@@ -1,4 +1,4 @@
-"""What happens around the loop: Lightning callbacks; those that take settings have a key of their own in the YAML."""
+"""Lightning callbacks for what happens around the training loop; those with settings have a key in the YAML."""
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.evaluation import Evaluation

@@ -31,19 +31,19 @@ class AdapterCheckpoint(Checkpoint):
     """Write ``checkpoints/last.ckpt``, the best checkpoints, and ``adapter/`` with the best adapter.
 
     What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
-    once if several are due, each at the end of an optimizer step, and write the PEFT folder. The run folder is kept to
-    one run, and to one process. Every file is written aside and renamed, ``last.ckpt`` as the last one: a kill at any
-    moment leaves a whole state.
+    once if several are due, each at the end of an optimizer step, and write the PEFT folder. A run folder holds one
+    run, of one process at a time. Every file is written under another name and renamed, ``last.ckpt`` last: a kill at
+    any moment leaves a complete state.
 
     Args:
-        every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: at each validation, at
-            the end and ``every_minutes``.
-        monitor: Metric that says which adapter is best; without validation data the last is.
+        every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: only at each validation,
+            at the end and ``every_minutes``.
+        monitor: Metric that decides which adapter is best; without validation data it is the last.
         save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
         mode: Whether a small or a large ``monitor`` is good; ``None``: a small one if it is a loss or a perplexity.
         enabled: ``False`` writes nothing.
         every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
-            ``None``: never for the time alone.
+            ``None``: time does not count.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class AdapterCheckpoint(Checkpoint):
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._value_before: Tensor | None = None
         self._saved_step = self._last_step = -1
-        self._stops_later = False  # when the open window ends
-        self._saved_at = 0.0  # by a clock that no change of the time moves
+        self._stops_later = False  # at the end of the open accumulation window
+        self._saved_at = 0.0  # by the monotonic clock
         self._lock = contextlib.ExitStack()
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
-        """Return the best adapter's tensors by the module's names, if there is a best and its file was kept."""
-        files = [Path(run_folder) / CHECKPOINTS / name for _, name in self.best[:1]]
-        if not files or not files[0].exists():
+        """Return the best adapter's tensors by the module's names, if there is a best one and its file exists."""
+        file = Path(run_folder) / CHECKPOINTS / self.best[0][1] if self.best else None
+        if file is None or not file.exists():
             return None
-        tensors: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)["state_dict"]
+        tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return tensors
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +111,7 @@ class AdapterCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         ends_step, self._last_step = trainer.global_step != self._last_step, trainer.global_step
-        self._stops_later = self._stops_later or trainer.should_stop  # as Timer asks for at any batch
+        self._stops_later = self._stops_later or trainer.should_stop  # Lightning's Timer asks at any batch
         trainer.should_stop = self._stops_later and ends_step
         if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer, pl_module):
             self._save(trainer, pl_module)
@@ -123,13 +123,13 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             module: Any = pl_module
             value = trainer.callback_metrics.get(self.monitor)
-            value = None if value is self._value_before else value  # of an earlier validation, by another adapter
+            value = None if value is self._value_before else value  # logged by an earlier validation
             self._save(trainer, pl_module, math.nan if value is None else float(value))
-            callbacks: Any = getattr(trainer, "callbacks", [])  # of which one may score answers at later validations
-            may_follow = any(getattr(each, "every_n_validations", None) for each in callbacks)
+            callbacks: Any = getattr(trainer, "callbacks", [])  # one may score answers, at later validations only
+            may_follow = any(getattr(callback, "every_n_validations", None) for callback in callbacks)
             if value is None and self.enabled and not may_follow and not module.statistics.fault:
-                known = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
-                raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {known}.")
+                metrics = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
+                raise UserError(f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {metrics}.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:
@@ -138,49 +138,49 @@ class AdapterCheckpoint(Checkpoint):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         minutes = self.every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        pl_module.window.counts["late"] = float(is_late)  # added up over ranks with the gradients
+        pl_module.window.counts["late"] = float(is_late)  # summed over ranks with the gradients
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
-        """Whether to save at the end of a step, behind which no validation follows: on all ranks alike."""
-        every, stop = self.every_n_train_steps, find_callback(trainer, StopSignals)
-        if (stop and stop.stopping) or _ends_training(trainer) or (every and trainer.global_step % every == 0):
+        """Whether to save at the end of a step that no validation follows; the same on all ranks."""
+        every_n, signals = self.every_n_train_steps, find_callback(trainer, StopSignals)
+        if (signals and signals.stopping) or _ends_training(trainer):
             return True
-        return bool(pl_module.window.totals["late"])
+        return bool((every_n and trainer.global_step % every_n == 0) or pl_module.window.totals["late"])
 
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, value: float = math.nan) -> None:
-        """Write a checkpoint, and what belongs to the best if it is that by a monitored value."""
+        """Write a checkpoint, and the adapter folder if ``value`` is the best so far or none is ranked."""
         if not self._writes(trainer):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
-        dropped = [] if math.isnan(value) else self._rank(name, value)
+        outranked = [] if math.isnan(value) else self._rank(name, value)
         is_best = bool(self.best) and self.best[0][1] == name
         content = collect_checkpoint(trainer)
         adapter = pl_module if is_best or not self.best else None
-        refuse_everywhere(trainer, lambda: self._write(trainer, adapter, content, name, dropped))
+        refuse_everywhere(trainer, lambda: self._write(trainer, adapter, content, name, outranked))
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
-    def _write(self, trainer: Trainer, adapter: Any, content: Any, name: str, dropped: list[str]) -> None:
+    def _write(self, trainer: Trainer, adapter: Any, content: Any, name: str, outranked: list[str]) -> None:
         folder = Path(trainer.default_root_dir) / CHECKPOINTS
         with reporting_disk_faults(trainer.default_root_dir):
             if hasattr(adapter, "save_adapter"):
                 data = datamodule_of(trainer)
                 tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
                 adapter.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-            if any(kept == name for _, kept in self.best):
+            if any(file_name == name for _, file_name in self.best):
                 write_checkpoint(content, folder / name)
             write_checkpoint(content, folder / LAST)
-            for each in dropped:
-                (folder / Path(each).name).unlink(missing_ok=True)
+            for file_name in outranked:
+                (folder / Path(file_name).name).unlink(missing_ok=True)
 
     def _rank(self, name: str, value: float) -> list[str]:
-        """Put a checkpoint among the best; return the names of those that no longer are."""
-        others = [entry for entry in self.best if entry[1] != name]
-        ranked = sorted([*others, (value, name)], key=lambda entry: entry[0], reverse=self.mode == "max")
+        """Rank a checkpoint among the best; return the names of those that are no longer among them."""
+        entries = [*(entry for entry in self.best if entry[1] != name), (value, name)]
+        ranked = sorted(entries, key=lambda entry: entry[0], reverse=self.mode == "max")
         self.best = ranked[: self.save_top_k]
-        return [name for _, name in ranked[self.save_top_k :]]
+        return [file_name for _, file_name in ranked[self.save_top_k :]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": [[value, name] for value, name in self.best]}
@@ -191,32 +191,32 @@ class AdapterCheckpoint(Checkpoint):
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a validation is due after the batch that a Trainer has trained on."""
-    every, every_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (every_epochs and (trainer.current_epoch + 1) % every_epochs):
+    every_n_batches, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every_n_epochs and (trainer.current_epoch + 1) % every_n_epochs):
         return False
-    if every is None or every == math.inf:
+    if every_n_batches is None or every_n_batches == math.inf:
         return bool(trainer.is_last_batch)
-    batches = trainer.fit_loop.total_batch_idx if every_epochs is None else batch_idx
-    return (batches + 1) % int(every) == 0
+    last_batch = trainer.fit_loop.total_batch_idx if every_n_epochs is None else batch_idx
+    return (last_batch + 1) % int(every_n_batches) == 0
 
 
 def _ends_training(trainer: Trainer) -> bool:
-    """Whether training ends with this batch: in ``on_train_end`` the epoch has ended too, even in its middle."""
+    """Whether training ends with this batch; in ``on_train_end`` even an unfinished epoch counts as ended."""
     ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
 
 
 @contextlib.contextmanager
 def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
-    """Hold the best adapter of a run in the model, and put the last one back; nothing if no best is known."""
-    writer = find_callback(trainer, AdapterCheckpoint)
-    best = writer and writer.read_best(trainer.default_root_dir)
-    if not best:
+    """Put a run's best adapter into the model, and restore the last one on exit; do nothing if there is no best."""
+    callback = find_callback(trainer, AdapterCheckpoint)
+    best_tensors = callback and callback.read_best(trainer.default_root_dir)
+    if not best_tensors:
         yield
         return
-    last = {name: tensor.detach().clone() for name, tensor in trainable_tensors(module).items()}
-    copy_tensors(module, best, "The best adapter")
+    last_tensors = {name: tensor.detach().clone() for name, tensor in trainable_tensors(module).items()}
+    copy_tensors(module, best_tensors, "The best adapter")
     try:
         yield
     finally:
-        copy_tensors(module, last, "The last adapter")
+        copy_tensors(module, last_tensors, "The last adapter")

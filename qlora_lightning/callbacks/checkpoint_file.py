@@ -18,7 +18,7 @@ LAST = "last.ckpt"
 
 
 class _Collector(TorchCheckpointIO):
-    """Keep what Lightning would write: a disk that fails while the other ranks wait for it would stop them forever."""
+    """Keeps what Lightning would write: if the disk failed inside Lightning, the other ranks would wait forever."""
 
     content: dict[str, Any] | None = None
 
@@ -27,20 +27,20 @@ class _Collector(TorchCheckpointIO):
 
 
 def collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the content of a checkpoint of this moment on the first rank; every rank takes part."""
+    """Return the content of a checkpoint of the current state, on the first rank; every rank must call this."""
     collector = _Collector()
-    usual, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, collector
+    original_io, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, collector
     try:
         trainer.save_checkpoint(LAST, weights_only=False)
     finally:
-        trainer.strategy.checkpoint_io = usual
+        trainer.strategy.checkpoint_io = original_io
     return collector.content
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint aside and rename it: a kill or a full disk leaves the old file or the new one."""
-    unfinished = file.with_name("unfinished")  # one name for all: the next save replaces what a kill left
-    unfinished.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+    """Write a checkpoint under another name and rename it: a kill or a full disk leaves the old file or the new one."""
+    unfinished = file.with_name("unfinished")  # always this name: the next save replaces what a kill left
+    unfinished.unlink(missing_ok=True)  # it may be a link to another file
     try:
         with unfinished.open("xb") as handle:
             torch.save(content, handle)
@@ -52,37 +52,37 @@ def write_checkpoint(content: dict[str, Any], file: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
-    """Report in one sentence why the disk rejects a write, and from where the run can be resumed; pass other errors."""
+    """Report why the disk rejects a write and from which checkpoint to resume; let other errors pass."""
     try:
         yield
     except Exception as error:
         fault: BaseException | None = error
-        while fault is not None and not isinstance(fault, OSError):  # torch hides it behind a RuntimeError of its own
+        while fault is not None and not isinstance(fault, OSError):  # torch wraps it in a RuntimeError
             fault = fault.__cause__ or fault.__context__
         if fault is None:
             raise
-        whole = find_newest(Path(run_folder) / CHECKPOINTS)
+        checkpoint = find_newest(Path(run_folder) / CHECKPOINTS)
         remedy = "Make room, or choose another folder."
-        if whole is not None:
-            remedy = f"{whole} is whole: when that is solved, resume from it with `--ckpt_path {whole}`."
+        if checkpoint is not None:
+            remedy = f"{checkpoint} is whole: when that is solved, resume from it with `--ckpt_path {checkpoint}`."
         reason = fault.strerror or str(fault)
         raise UserError(f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}") from error
 
 
 def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
-    """Return the file that ``--ckpt_path`` means; ``last`` is the run folder's last one, ``None`` without one."""
+    """Return the file that ``--ckpt_path`` means: for ``last`` the run folder's newest, ``None`` if there is none."""
     if name != "last":
         return name
     file = Path(run_folder) / CHECKPOINTS / LAST
     if file.exists():
         check_checkpoint(file)
         return str(file)
-    found = find_newest(file.parent)  # a kill during the very first save may leave one under its own name alone
-    return None if found is None else str(found)
+    newest = find_newest(file.parent)  # a kill during the very first save may leave only ``step-….ckpt``
+    return None if newest is None else str(newest)
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the undamaged checkpoint of most optimizer steps in a folder; ``last.ckpt`` among equals."""
+    """Return the undamaged checkpoint with the most optimizer steps in a folder; of equals, ``last.ckpt``."""
     steps: dict[Path, int] = {}
     for file in folder.glob("*.ckpt"):
         with contextlib.suppress(UserError):
@@ -91,25 +91,25 @@ def find_newest(folder: Path) -> Path | None:
 
 
 def check_checkpoint(file: str | Path) -> None:
-    """Reject a file that is not a whole checkpoint of ours, before anything is loaded for it."""
+    """Reject a file that is not a complete checkpoint of this package, before a model is loaded."""
     file = Path(file)
     if not file.is_file():
         raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
     try:
         _read_whole(file)
     except UserError as error:
-        better = find_newest(file.parent)
-        remedy = f"Resume from the newest good one, with `--ckpt_path {better}`." if better else "No other is good."
+        newest = find_newest(file.parent)
+        remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`." if newest else "No other is good."
         raise UserError(f"--ckpt_path {error} {remedy}") from error
 
 
 def _read_whole(file: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours, and compare the checksums of its tensors, at which ``torch.load`` does not look."""
-    content = read_checkpoint(file, mmap=True)  # first: it rejects what is compressed
+    """Read a checkpoint of this package, and verify its tensors' checksums, which ``torch.load`` does not."""
+    content = read_checkpoint(file, mmap=True)  # before the checksums: it rejects compressed files
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, EOFError) as error:  # or encrypted, or too new
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, EOFError) as error:  # or an encrypted or unknown zip
         raise UserError(f"{file} is damaged or not a checkpoint: {' '.join(str(error).split())}.") from error
     if damaged:
         raise UserError(f"{file} is damaged: {damaged} in it does not fit its checksum.")

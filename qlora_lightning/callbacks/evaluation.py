@@ -1,4 +1,4 @@
-"""Answers and scores: now and then during validation, and base against best adapter at the end of a fit."""
+"""Answers and scores: at every n-th validation, and of base and best adapter at the end of a fit."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +23,10 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 GeneralLoss = dict[str, list[tuple[float, float]]]
-"""Of each side, nats and labelled tokens of each row."""
-_FEWEST_NEW_TOKENS, _MOST_NEW_TOKENS = 32, 512
+"""For each side, nats and labelled tokens of each row."""
+_MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do it later."
 
 
@@ -35,10 +35,10 @@ class Evaluation(Callback):
 
     At the end of a fit base and best adapter are compared on all validation rows by their loss and on ``rows`` of them
     by their answers; what is printed goes to ``evaluation.json`` too. During validations, if asked for, the same rows
-    are answered in the pass that makes the loss, and ``val_exact_match`` and the like are logged.
+    are answered in the pass that computes the loss, and ``val_exact_match`` and the like are logged.
 
     Args:
-        enabled: ``False`` leaves all of it out.
+        enabled: ``False`` evaluates nothing.
         rows: How many validation rows to answer, the first ones.
         every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
         max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
@@ -46,8 +46,8 @@ class Evaluation(Callback):
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
         general: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
-            ``{path: …, format: text}``. Base and adapter are compared on their loss too, which tells how much was
-            forgotten; ``None``: they are not.
+            ``{path: …, format: text}``. The loss of base and adapter on them shows how much was forgotten; ``None``:
+            it is not computed.
         general_rows: How many rows of that file, the first ones.
     """
 
@@ -64,16 +64,16 @@ class Evaluation(Callback):
         general_rows: int = 100,
     ) -> None:
         counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
-        for name, value, least in (*counts, ("samples", samples, 0)):  # which would fail after a training
-            if value is not None and value < least:
-                raise UserError(f"evaluation.{name} is {value}: expected {least} or more.")
+        for name, value, minimum in (*counts, ("samples", samples, 0)):  # they would fail after training
+            if value is not None and value < minimum:
+                raise UserError(f"evaluation.{name} is {value}: expected {minimum} or more.")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.general, self.general_rows = general, general_rows
         self.every_n_validations = every_n_validations
         self.max_new_tokens, self.scores, self.batch_size = max_new_tokens, scores, batch_size
-        self.validations = 0  # of the fit that have ended
-        self._rows: list[EvaluationRow] | None = None  # of a validation that answers them
+        self.validations = 0  # completed in this fit
+        self._rows: list[EvaluationRow] | None = None  # None: this validation answers none
         self._general_batches: Sequence[Any] = ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,15 +83,15 @@ class Evaluation(Callback):
         self.validations = state_dict["validations"]
 
     def choose_settings(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> AnswerSettings | None:
-        """Choose scores and limits by what the rows of all processes answer; ``None`` if nothing can be answered."""
-        asked = gather_lists(trainer, [row for row in rows if row.prompt is not None])
+        """Choose scores and limits from the expected answers of all processes; ``None`` if nothing can be answered."""
+        answerable = gather_lists(trainer, [row for row in rows if row.prompt is not None])
         data = datamodule_of(trainer)
-        if not asked or not getattr(data, "tokenizer", None) or not getattr(data, "stop_ids", None):
+        if not answerable or not getattr(data, "tokenizer", None) or not getattr(data, "stop_ids", None):
             return None
-        texts = data.tokenizer.batch_decode([row.expected for row in asked], skip_special_tokens=True)
+        texts = data.tokenizer.batch_decode([row.expected for row in answerable], skip_special_tokens=True)
         scores = choose_scores([text.strip() for text in texts], self.scores)
-        twice = 2 * max(len(row.expected) for row in asked)
-        limit = self.max_new_tokens or min(max(twice, _FEWEST_NEW_TOKENS), _MOST_NEW_TOKENS)
+        longest = max(len(row.expected) for row in answerable)
+        limit = self.max_new_tokens or min(max(2 * longest, _MIN_NEW_TOKENS), _MAX_NEW_TOKENS)
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
     def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> GeneralLoss | None:
@@ -102,8 +102,8 @@ class Evaluation(Callback):
         numbers = [row.number for batch in batches for row in unpack_rows(batch)]
         results = evaluate_sides(module, batches, [], None, adapters, show, next_token=True)
         return {
-            side: sum_by_row((at, row.nll, row.labelled_tokens) for at, row in zip(numbers, each, strict=True))
-            for side, each in results.items()
+            side: sum_by_row((number, row.nll, row.labelled_tokens) for number, row in zip(numbers, rows, strict=True))
+            for side, rows in results.items()
         }
 
     def _read_general(self, data: Any) -> Sequence[Any]:
@@ -111,7 +111,7 @@ class Evaluation(Callback):
         return batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled:  # a file that is not there is found at once
+        if self.enabled:  # a missing file is reported before training
             data = datamodule_of(trainer)
             if self.general and "val" not in getattr(data, "samples", {}):
                 raise UserError("evaluation.general is read with validation rows: set data.val or data.val_fraction.")
@@ -120,9 +120,9 @@ class Evaluation(Callback):
     # ---- during validation -----------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every = self.every_n_validations
-        is_due = trainer.state.fn != "fit" or (every and (self.validations + 1) % every == 0)
-        self._rows = [] if self.enabled and every and is_due and not trainer.sanity_checking else None
+        every_n = self.every_n_validations
+        is_due = trainer.state.fn != "fit" or (every_n and (self.validations + 1) % every_n == 0)
+        self._rows = [] if self.enabled and every_n and is_due and not trainer.sanity_checking else None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: int
@@ -133,14 +133,14 @@ class Evaluation(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         is_due, rows, self._rows = self._rows is not None, self._rows or [], None
-        asked = [row for row in rows if row.prompt is not None][: self._share(trainer)]
-        settings = self.choose_settings(trainer, asked) if is_due else None  # of all processes, if one has no row
+        answerable = [row for row in rows if row.prompt is not None][: self._share(trainer)]
+        settings = self.choose_settings(trainer, answerable) if is_due else None  # on all ranks alike
         if settings is not None:
-            answers = _unless_out_of_memory(trainer, module, lambda: answer_rows(module, asked, settings))
+            answers = _unless_out_of_memory(trainer, module, lambda: answer_rows(module, answerable, settings))
             if answers is not None:
                 figures = [answer.figures for answer in gather_lists(trainer, list(answers.values()))]
-                means = {f"val_{name}": sum(each[name] for each in figures) / len(figures) for name in figures[0]}
-                # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
+                means = {f"val_{name}": sum(row[name] for row in figures) / len(figures) for name in figures[0]}
+                # They are means over all ranks already; sync_dist, which Lightning asks for, leaves them as they are.
                 module.log_dict(means, sync_dist=True)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validations += 1
@@ -149,7 +149,7 @@ class Evaluation(Callback):
         return math.ceil(self.rows / trainer.world_size)  # rows that each process answers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of the adapter as it was before
+        if trainer.is_global_zero and not is_trial_run(trainer):  # what is there is of an earlier adapter
             (Path(trainer.default_root_dir) / EVALUATION).unlink(missing_ok=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,55 +159,55 @@ class Evaluation(Callback):
             return
         was_evaluated = (Path(trainer.default_root_dir) / EVALUATION).exists()
         data = datamodule_of(trainer)
-        # a run that was killed in its evaluation has nothing left to train when it is resumed
-        is_left = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
-        if trainer.val_dataloaders or is_left:
+        # a run that was killed during this evaluation has nothing left to train when it is resumed
+        is_missing = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
+        if trainer.val_dataloaders or is_missing:
             module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
             with best_adapter(trainer, module):
                 self._compare(trainer, module)
             module.cpu()
 
     def _compare(self, trainer: Trainer, module: Any) -> None:
-        # If nothing was left to train, the Trainer has made no loader.
+        # If nothing was left to train, the Trainer has no loader.
         loaders = trainer.val_dataloaders or datamodule_of(trainer).val_dataloader()
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        batches = [batch for each in loaders for batch in take_batches(each, trainer.limit_val_batches)]
+        batches = [batch for loader in loaders for batch in take_batches(loader, trainer.limit_val_batches)]
         rows = [row for batch in batches for row in unpack_rows(batch)]
-        asked = rows[: self._share(trainer)]
-        settings = self.choose_settings(trainer, asked)
+        rows_to_answer = rows[: self._share(trainer)]
+        settings = self.choose_settings(trainer, rows_to_answer)
         adapters = {"adapter": module.model.active_adapter}
         show = trainer.is_global_zero
 
         def evaluate() -> tuple[Results, GeneralLoss | None]:
-            results = evaluate_sides(module, batches, asked, settings, adapters, show=show)
+            results = evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
             return results, self.evaluate_general(module, datamodule_of(trainer), adapters, show)
 
-        found = _unless_out_of_memory(trainer, module, evaluate)
-        if found is None:
+        evaluated = _unless_out_of_memory(trainer, module, evaluate)
+        if evaluated is None:
             return
-        results, general = found
+        results, general = evaluated
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:
-            rows, *sides = map(list, zip(*sorted(gathered, key=lambda each: each[0].number), strict=True))
+            rows, *sides = map(list, zip(*sorted(gathered, key=lambda entry: entry[0].number), strict=True))
             comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, general)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
 
 
-def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], Found]) -> Found | None:
-    """Return what is computed; ``None`` on all processes if memory runs out in one: no reason to end a training."""
-    failed, found = list[str](), None
+def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], T]) -> T | None:
+    """Return what ``compute`` does; ``None`` on all processes if one runs out of memory, which must not end a fit."""
+    faults, value = list[str](), None
     try:
-        found = compute()
+        value = compute()
     except Exception as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
-            words = _NOT_EVALUATED.format(trainer.global_step, error)
-            raise UserError(f"{words} What was saved can be resumed.") from error
-        failed.append(str(error))
-    if failed := gather_lists(trainer, failed):
-        say_once(_NOT_EVALUATED.format(trainer.global_step, failed[0]))
+            message = _NOT_EVALUATED.format(trainer.global_step, error)
+            raise UserError(f"{message} What was saved can be resumed.") from error
+        faults.append(str(error))
+    if faults := gather_lists(trainer, faults):
+        say_once(_NOT_EVALUATED.format(trainer.global_step, faults[0]))
         return None
-    return found
+    return value

@@ -1,4 +1,4 @@
-"""The setting of gradient checkpointing; what it does stands in ``model/memory/checkpointing.py``."""
+"""The settings of gradient checkpointing, which ``model/memory/checkpointing.py`` implements."""
 
 from typing import Any, Literal
 
@@ -8,15 +8,15 @@ from qlora_lightning.support.errors import UserError
 
 
 class GradientCheckpointing(Callback):
-    """Say when layers keep only their input, and compute the rest of their activations again in backward.
+    """Choose when layers keep only their input, and recompute their other activations in backward.
 
-    Without this callback it is ``auto``. Only training is changed by it.
+    Without this callback it is ``auto``. It affects training only.
 
     Args:
-        enabled: ``auto`` switches it on if a row alone would not fit without, or memory runs out in one; then
-            ``offload`` on a GPU.
+        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
+            with ``offload`` on a GPU.
         offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
-            is the same to the last bit. A CPU has them there in any case.
+            is the same to the last bit. On a CPU it changes nothing.
     """
 
     def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:

@@ -16,9 +16,9 @@ from qlora_lightning.support.versions import PEAK_NAMES
 class GPUMemoryMonitor(Callback):
     """Log memory in GiB per logging interval, and report the peak after loading.
 
-    On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the most allocated since
-    the last logging; the peak is reset then). Elsewhere ``private_memory_gib`` (memory of this process alone, without
-    a base mapped from a file) and ``peak_rss_gib`` (the most that was resident since the process began).
+    On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the peak since the last
+    logging, which resets it). Elsewhere ``private_memory_gib`` (memory of this process alone, without
+    a base mapped from a file) and ``peak_rss_gib`` (the peak of resident memory since the process began).
 
     Args:
         enabled: ``False`` logs nothing.
@@ -39,9 +39,9 @@ class GPUMemoryMonitor(Callback):
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            values, shown = read_memory(pl_module.device), PEAK_NAMES[pl_module.device.type]
-            for name, gib in values.items():
-                pl_module.log(name, torch.tensor(gib), prog_bar=name == shown)
+            memory, peak_name = read_memory(pl_module.device), PEAK_NAMES[pl_module.device.type]
+            for name, gib in memory.items():
+                pl_module.log(name, torch.tensor(gib), prog_bar=name == peak_name)
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -70,7 +70,7 @@ class ThroughputMonitor(Callback):
     ) -> None:
         if not self.enabled:
             return
-        # On a GPU the loss of each step has been waited for, before the optimizer took it.
+        # The GPU has finished the forward and backward: their loss was read before the optimizer step.
         self._seconds += time.perf_counter() - self._began
         if trainer.global_step == self._step:
             return  # inside an accumulation window
@@ -78,7 +78,7 @@ class ThroughputMonitor(Callback):
         tokens, labelled = (int(module.window.totals[name]) for name in ("tokens", "labelled_tokens"))
         self.tokens_seen += tokens
         self.labelled_seen += labelled
-        # as tensors on the host: Lightning would put numbers on the GPU, and who reads them would wait for it
+        # as tensors on the host: Lightning would put numbers on the GPU, and each read would wait for it
         pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
         pl_module.log("labelled_tokens_per_second", torch.tensor(labelled / self._seconds))
         pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
@@ -103,6 +103,6 @@ def read_memory(device: torch.device) -> dict[str, float]:
     status = Path("/proc/self/status")  # of Linux
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if {"RssAnon", "VmHWM"} <= fields.keys():  # some sandboxes have less
+        if {"RssAnon", "VmHWM"} <= fields.keys():  # some sandboxes lack them
             private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
     return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar that fits into a terminal of 80 columns, or a line now and then in a log file."""
+"""Progress of a run: a bar that fits into a terminal of 80 columns, or lines in a log file."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ from qlora_lightning.support.console import terminal
 from qlora_lightning.support.trainer import planned_steps
 from qlora_lightning.support.versions import PEAK_NAMES
 
-# the most important metric first, for a narrow terminal cuts the last ones
+# the most important metric first: a narrow terminal cuts the last ones
 _FORMATS = {
     "train_loss": "loss {:.3f}",
     "val_loss": "val {:.3f}",
@@ -41,13 +41,13 @@ class ShortProgressBar(RichProgressBar):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
         if self.progress is not None and self.train_progress_bar_id is not None:
-            left = self.train_progress_bar.time_remaining
-            shown = "-:--:--" if left is None else timedelta(seconds=int(left))
-            text = escape(f"{_name_epoch(trainer)} -{shown} {' '.join(_format_metrics(trainer))}")
+            seconds = self.train_progress_bar.time_remaining
+            remaining = "-:--:--" if seconds is None else timedelta(seconds=int(seconds))
+            text = escape(f"{_name_epoch(trainer)} -{remaining} {' '.join(_format_metrics(trainer))}")
             self.progress.update(self.train_progress_bar_id, description=text)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {}  # Lightning's own column of them would wrap
+        return {}  # Lightning's own column of metrics would wrap
 
 
 class ProgressLines(ProgressBar):
@@ -69,7 +69,7 @@ class ProgressLines(ProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._printed_at >= self._every:
-            self._print_step(trainer)  # the last one: now all callbacks have logged it
+            self._print_step(trainer)  # of the step before: now all callbacks have logged it
         self._epoch = _name_epoch(trainer)  # at the end of a run Lightning has counted one more
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,21 +82,21 @@ class ProgressLines(ProgressBar):
         self._printed_step, self._printed_at = step, time.monotonic()
         parts = [f"step {step}/{total or '?'}", self._epoch.lower(), *_format_metrics(trainer)]
         if total is not None:
-            mean = (time.monotonic() - self._began) / (step - self._first_step)
-            parts.append(f"{timedelta(seconds=round(mean * max(0, total - step)))} left")
+            seconds_per_step = (time.monotonic() - self._began) / (step - self._first_step)
+            parts.append(f"{timedelta(seconds=round(seconds_per_step * max(0, total - step)))} left")
         print(", ".join(parts), flush=True)
 
 
 def _name_epoch(trainer: Trainer) -> str:
-    """Name the epoch that trains, counted from 1."""
-    number, last = trainer.current_epoch + 1, trainer.max_epochs
-    return f"Epoch {number}/{last}" if last is not None and last > 0 else f"Epoch {number}"
+    """Name the current epoch, counted from 1."""
+    epoch, max_epochs = trainer.current_epoch + 1, trainer.max_epochs
+    return f"Epoch {epoch}/{max_epochs}" if max_epochs is not None and max_epochs > 0 else f"Epoch {epoch}"
 
 
 def _format_metrics(trainer: Trainer) -> list[str]:
-    """Format what is logged for the progress bar, and the learning rate."""
-    found = dict(trainer.progress_bar_metrics)
+    """Format the metrics of the progress bar, and the learning rate."""
+    metrics = dict(trainer.progress_bar_metrics)
     if "learning_rate" in trainer.callback_metrics:
-        found["learning_rate"] = float(trainer.callback_metrics["learning_rate"])
-    formats = _FORMATS | {name: f"{name} {{:.3f}}" for name in found if name not in _FORMATS}
-    return [text.format(float(found[name])) for name, text in formats.items() if name in found]
+        metrics["learning_rate"] = float(trainer.callback_metrics["learning_rate"])
+    formats = _FORMATS | {name: f"{name} {{:.3f}}" for name in metrics if name not in _FORMATS}
+    return [text.format(float(metrics[name])) for name, text in formats.items() if name in metrics]

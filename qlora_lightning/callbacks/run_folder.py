@@ -33,7 +33,7 @@ from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_tria
 
 
 class MetricsLogger(Logger):
-    """A line per logged step. Lightning's ``CSVLogger`` deletes the file when a run is resumed; this one keeps it.
+    """Write a line per logged step. Lightning's ``CSVLogger`` deletes the file on a resume; this one keeps it.
 
     Args:
         folder: The run folder.
@@ -42,7 +42,7 @@ class MetricsLogger(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / METRICS
-        self._columns: list[str] = []  # none: the file has not been read yet
+        self._columns: list[str] = []  # empty: the file has not been read yet
 
     @property
     def name(self) -> str:
@@ -73,14 +73,14 @@ class MetricsLogger(Logger):
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """Remove the lines of an optimizer step and of those after it, which a resumed run writes again."""
+        """Remove the lines from an optimizer step on, which a resumed run writes again."""
         with reporting_disk_faults(self.save_dir):
             rows = self._read()
             if rows:
                 self._rewrite([row for row in rows if int(row["step"]) < step])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the lines of the file without half a line at its end, which a kill leaves."""
+        """Return the lines of the file, without the incomplete last one that a kill leaves."""
         text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
@@ -107,12 +107,12 @@ class RunFolder(Callback):
             file = Path(trainer.default_root_dir) / CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
                 if not is_resumed(trainer):
-                    set_aside(file)  # the user's own, with its comments, may lie there
+                    set_aside(file)  # it may be the user's own, with comments
                 write_whole(file, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)
-            except Exception as fault:  # as MLflow, if a resumed run has other values: no reason not to train
+            except Exception as fault:  # as MLflow, if a resumed run has other values: train on
                 say(f"{type(logger).__name__} does not take the config: {type(fault).__name__}: {fault}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,10 +122,10 @@ class RunFolder(Callback):
 
 
 class PredictionWriter(Callback):
-    """Write ``predictions.jsonl`` into the run folder: the row, its own answer if it has one, and the model's.
+    """Write ``predictions.jsonl`` into the run folder: each row, its own answer if it has one, and the model's.
 
-    Each process appends its answers to a file of its own as they come; a stopped run leaves them there, in the order in
-    which they were answered. At the end the first process writes those of all, in the order of the rows.
+    Each process appends its answers to its own file as they come, which a stopped run leaves. At the end the first
+    process writes those of all processes, in the order of the rows.
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,7 +141,7 @@ class PredictionWriter(Callback):
         columns = zip(outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True)
         lines = [
             {"row": row_id, "prediction": tokenizer.decode(answer), "reference": reference, "input": row}
-            | {"stopped": len(answer) < MOST_PREDICTED}  # by itself, and was not cut
+            | {"stopped": len(answer) < MOST_PREDICTED}  # by itself, not cut
             for answer, row_id, reference, row in columns
         ]
         self._lines += lines
@@ -158,7 +158,7 @@ class PredictionWriter(Callback):
 
 @contextlib.contextmanager
 def locking(run_folder: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on a run's checkpoint folder itself: no file is left behind, and a kill releases it too.
+    """Hold an exclusive lock on a run's checkpoint folder itself: it leaves no file, and a kill releases it too.
 
     Without effect if the system (Windows) or the file system (NFS) has no such locks.
     """
@@ -180,7 +180,7 @@ def locking(run_folder: str | Path) -> Iterator[None]:
                 f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
                 "`--trainer.default_root_dir runs/NAME`."
             ) from error
-        except OSError:  # there are none
+        except OSError:  # no such locks
             pass
         yield
     finally:
@@ -188,7 +188,7 @@ def locking(run_folder: str | Path) -> Iterator[None]:
 
 
 def refuse_links(*folders: Path) -> None:
-    """Reject links in the place of folders that a run writes into: a stranger's may lead to any folder of the user's.
+    """Reject links instead of folders that a run writes into: one from elsewhere may lead to any folder of the user.
 
     The run folder itself, which the user names, may be one.
     """
@@ -201,13 +201,13 @@ def refuse_links(*folders: Path) -> None:
 
 
 def is_resumed(trainer: Trainer) -> bool:
-    """Whether a fit continues the run of its folder: from a checkpoint of it, or with the Trainer that made it."""
-    file = trainer.ckpt_path  # known from on_fit_start on
+    """Whether a fit continues the run of its folder: from its checkpoint, or with the Trainer that began it."""
+    file = trainer.ckpt_path  # set from on_fit_start on
     return _is_in(file, trainer.default_root_dir) if file else trainer.global_step > 0
 
 
 def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = None, table: bool = False) -> None:
-    """Reject a folder that holds a run already, unless ``resumed`` is a checkpoint of it.
+    """Reject a folder that already holds a run, unless ``resumed`` is a checkpoint of it.
 
     With ``table``, ``metrics.csv`` alone counts as a run.
     """
@@ -225,7 +225,7 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
 
 
 def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
-    """Let the first process do something, and end every process if that is refused: they would wait for it forever."""
+    """Call ``act`` in the first process, and raise its ``UserError`` in all: the others would wait for it forever."""
     fault = None
     if trainer.is_global_zero:
         try:
@@ -239,6 +239,6 @@ def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
 
 def _is_in(file: str | Path, run_folder: str | Path) -> bool:
     folder = Path(file).resolve().parent
-    owner = folder.parent if folder.name == CHECKPOINTS else None  # a run's folder may hold those of others
+    owner = folder.parent if folder.name == CHECKPOINTS else None  # a run folder may hold other run folders
     run = Path(run_folder).resolve()
     return owner == run if owner else run in (folder, *folder.parents)

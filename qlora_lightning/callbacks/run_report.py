@@ -1,4 +1,4 @@
-"""Writes what a run was into its folder: the manifest while it trains, the page when it ends."""
+"""Writes the record of a run into its folder: the manifest while it trains, the page when it ends."""
 
 import importlib.metadata
 import math
@@ -40,18 +40,18 @@ _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "toke
 class RunReport(Callback):
     """Write ``manifest.json`` at the start, at each validation and at the end of a fit, and then ``report.html``.
 
-    Also if a fit ends early, by a signal or an error. Each attempt of a run that is resumed is listed; seconds are
-    those of all of them. Nothing of it enters a checkpoint.
+    Also if a signal or an error ends the fit early. The manifest lists each attempt of a resumed run, and the sum of
+    their seconds. Nothing of it enters a checkpoint.
 
     Args:
         config: The run's whole config, if it has one.
-        command: What was typed, word by word; ``None``: what started this process.
+        command: The command line, as a list; ``None``: that of this process.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None, command: Sequence[str] | None = None) -> None:
         self.config = config
         self.command = list(sys.orig_argv if command is None else command)
-        self._facts: dict[str, Any] | None = None  # of a run that has begun
+        self._facts: dict[str, Any] | None = None  # None: no run has begun, or it has ended
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._facts = None
@@ -62,13 +62,13 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or is_trial_run(trainer):
             return
-        earlier = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
+        manifest = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
-        attempts = earlier.get("lives", [])
-        for each in attempts:
-            each["status"] = "killed" if each["status"] == "running" else each["status"]
-        self._attempts = [*attempts, attempt]
+        earlier_attempts = manifest.get("lives", [])
+        for earlier in earlier_attempts:
+            earlier["status"] = "killed" if earlier["status"] == "running" else earlier["status"]
+        self._attempts = [*earlier_attempts, attempt]
         self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         self._facts = _fixed_facts(trainer, pl_module, self.config or {})
         self._write(trainer, "running")
@@ -78,16 +78,16 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        if self._facts is not None and getattr(pl_module, "sharded_base", None) is None:  # of a sharded one none has W
+        if self._facts is not None and getattr(pl_module, "sharded_base", None) is None:  # sharded: no rank has W
             self._updates = _measure_updates(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._trained and trainer.global_step:  # nothing was left: a run that was killed at its end
+        if not self._trained and trainer.global_step:  # nothing was left: the run was killed at its end
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # The last hook of a fit: what other callbacks leave in the folder at its end is there.
+        # The last hook of a fit: other callbacks have written their files.
         self._end(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -101,7 +101,7 @@ class RunReport(Callback):
         self._facts = None
 
     def _write(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
-        """Write the manifest, and of a run that ends what came of it, and its page."""
+        """Write the manifest, and for a run that has ended its verdict and page."""
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
@@ -119,14 +119,14 @@ class RunReport(Callback):
                 if has_adapter:
                     say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
             if fault is not None and (isinstance(fault, RowDoesNotFit) or is_out_of_memory(fault)):
-                # charts need memory too, without which OpenBLAS ends the process
+                # charts need memory too; without it OpenBLAS ends the process
                 say(f"Report: `qlora-lightning report {folder}` makes it")
             else:
                 say(f"Report: {write_run_page(folder)}")
             if status != "finished" or has_adapter:
                 for purpose, command in next_steps(run, verdict)[:1]:
                     say(f"Next, {purpose}: {command}")
-        except Exception as error:  # a run that has trained does not fail for its report, nor one that fails for both
+        except Exception as error:  # a report must neither fail a trained run nor hide another error
             say(f"The report of the run could not be written: {type(error).__name__}: {error}")
 
     def _content(
@@ -136,34 +136,34 @@ class RunReport(Callback):
         error = None if fault is None else f"{type(fault).__name__}: {fault}"
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
-        speed, saved = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
-        best = saved.best[0] if saved and saved.best else None
-        again = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
-        again += ["--trainer.default_root_dir", f"{folder if folder.name else folder.resolve()}-again"]
+        throughput, saver = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
+        best = saver.best[0] if saver and saver.best else None
+        command = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
+        command += ["--trainer.default_root_dir", f"{folder if folder.name else folder.resolve()}-again"]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         return {
             "status": status,
             "error": error,
             **facts,
             "command": attempt["command"],
-            "reproduce": shlex.join(again) if self.config is not None else None,
+            "reproduce": shlex.join(command) if self.config is not None else None,
             "progress": {
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "tokens": speed.tokens_seen if speed else None,
-                "labelled_tokens": speed.labelled_seen if speed else None,
-                "seconds": sum(each["seconds"] for each in self._attempts),
+                "tokens": throughput.tokens_seen if throughput else None,
+                "labelled_tokens": throughput.labelled_seen if throughput else None,
+                "seconds": sum(entry["seconds"] for entry in self._attempts),
                 "planned_steps": self._planned,
             },
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
-            "best": best and saved and {"monitor": saved.monitor, "value": best[0], "checkpoint": best[1]},
+            "best": best and saver and {"monitor": saver.monitor, "value": best[0], "checkpoint": best[1]},
             "adapter_updates": self._updates,
-            "lives": self._attempts,  # the key of the first manifests
+            "lives": self._attempts,  # this key is that of the first manifests
         }
 
 
 def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what does not change during a run whose model and data are loaded."""
+    """Return the facts that do not change once a run's model and data are loaded."""
     data = datamodule_of(trainer)
     reports = getattr(data, "reports", {})
     hashes = identity_of_data(trainer)
@@ -184,7 +184,7 @@ def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> di
             "settings": settings,
         },
         "config": dict(config),
-        "seed": None if data is None else data.state_dict().get("seed"),  # it orders the rows
+        "seed": None if data is None else data.state_dict().get("seed"),  # of the order of rows
         "device": _device_facts(trainer),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -219,11 +219,11 @@ def _git_state() -> str | None:
 
 
 def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
-    """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that is not possible."""
+    """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that fails."""
     try:
         with best_adapter(trainer, module):
             table = measure_updates(module.model)
-    except Exception as fault:  # a model of another make: no reason to fail a run that has trained
+    except Exception as fault:  # another kind of model must not fail a trained run
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None
     return {

@@ -1,4 +1,4 @@
-"""Ends a command when a signal asks for it, training where it can be resumed exactly."""
+"""Ends a command on a signal; training ends where it can be resumed exactly."""
 
 import os
 import signal
@@ -22,14 +22,14 @@ class StopSignals(Callback):
     """Let Ctrl-C, SIGTERM, SIGHUP and SLURM's preemption signal end training after a step, with ``last.ckpt`` saved.
 
     Lightning ends inside the batch and saves nothing, or, under SLURM, saves inside it. Here a signal is only noted. At
-    the end of the optimizer step, or of the validation that runs, all ranks agree that one was noted anywhere, and
+    the end of the running optimizer step or validation, all ranks agree that one came to any of them, and
     :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
     job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
     have nothing to save: SIGTERM and SIGHUP end them at once.
     """
 
-    stopping = False  # all ranks agreed to
+    stopping = False  # agreed by all ranks
     received: int | None = None  # the first signal that this process got
     _requeue_signal: int | None = None
 
@@ -52,7 +52,7 @@ class StopSignals(Callback):
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
                 self.received = number
-                if trainer.is_global_zero:  # not by print, in which the signal may have come
+                if trainer.is_global_zero:  # not by print, which the signal may have interrupted
                     name = signal.Signals(number).name
                     text = f"\n{name}: saving at the end of this step or validation. Ctrl-C leaves without saving.\n"
                     os.write(2, text.encode())
@@ -62,22 +62,22 @@ class StopSignals(Callback):
         _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, preemption)), note)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """End the fit if all ranks agreed to, and report how to resume it."""
+        """End the fit if all ranks agreed to stop, and report how to resume it."""
         if not self.stopping:
             return
         last = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
-        how = "To resume a fit, add `--ckpt_path last` to the same command."
-        where = f", saved in {last}. {how}" if last.exists() else ". Nothing was saved."
-        self.end(trainer, f"Stopped at step {trainer.global_step} in epoch {trainer.current_epoch}{where}")
+        remedy = "To resume a fit, add `--ckpt_path last` to the same command."
+        saved = f", saved in {last}. {remedy}" if last.exists() else ". Nothing was saved."
+        self.end(trainer, f"Stopped at step {trainer.global_step} in epoch {trainer.current_epoch}{saved}")
 
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.on_train_batch_start(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        pl_module.window.counts["stops"] = float(self.received is not None)  # added up over ranks with the gradients
+        pl_module.window.counts["stops"] = float(self.received is not None)  # summed over ranks with the gradients
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step != self._step:  # else it is inside an accumulation window, which ends first
+        if trainer.global_step != self._step:  # else the accumulation window is still open
             self._step = trainer.global_step
             self.stopping = self.stopping or pl_module.window.totals["stops"] > 0
 
@@ -89,7 +89,7 @@ class StopSignals(Callback):
         self._agree(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stopping:  # it came with the last batch: what was to follow the training is left out
+        if self.stopping:  # the signal came with the last batch: skip what follows training
             self.end(trainer, "Training had come to its end, and all is saved.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,20 +121,20 @@ def _end_at_signals(trainer: Trainer) -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(number)  # the processes that this one has started
+            trainer.strategy.launcher.kill(number)  # processes that this one started
         raise TrainingStopped(128 + number)
 
     _handle(ENDING_SIGNALS, end)
 
 
 def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
-    """Handle signals, unless they are ignored, until Lightning puts back what was there before it."""
-    if threading.current_thread() is threading.main_thread():  # only there Python allows it
+    """Handle signals that are not ignored, until Lightning restores the earlier handlers."""
+    if threading.current_thread() is threading.main_thread():  # Python allows it only there
         for number in numbers:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP, and a shell's `&` Ctrl-C
                 signal.signal(number, handler)
 
 
 def was_requeued() -> bool:
-    """Whether SLURM started this job again: then it resumes, whatever its command says."""
+    """Whether SLURM has restarted this job, which then resumes whatever its command says."""
     return SLURMEnvironment.detect() and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0

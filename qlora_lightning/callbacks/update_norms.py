@@ -1,4 +1,4 @@
-"""How far an adapter moves each weight of the base, and how many directions of its rank the update uses."""
+"""How far an adapter moves each weight of the base, and how much of its rank the update uses."""
 
 from collections import defaultdict
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class UpdateNorm(NamedTuple):
 
     Attributes:
         ratio: ``‖ΔW‖ / ‖W‖`` in Frobenius norms.
-        rank: Rank of the adapter there.
+        rank: Rank of the adapter on W.
         effective_rank: Directions that the update uses, from 1 to ``rank``; 0 if it is zero.
     """
 
@@ -34,7 +34,7 @@ def measure_updates(model: nn.Module) -> dict[str, dict[int | None, UpdateNorm]]
     """
     table: dict[str, dict[int | None, UpdateNorm]] = defaultdict(dict)
     for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:  # an embedding's A is elsewhere
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:  # not of an embedding
             table[name.rpartition(".")[2]][layer_of(name)] = _measure(layer)
     return dict(table)
 
@@ -45,13 +45,13 @@ def _measure(layer: Any) -> UpdateNorm:
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ. The effective rank is
     the exponential of the entropy of their shares (Roy and Vetterli 2007, The effective rank).
     """
-    lora_A, lora_B = (pair[ADAPTER].weight.double().cpu() for pair in (layer.lora_A, layer.lora_B))
+    lora_A, lora_B = (linears[ADAPTER].weight.double().cpu() for linears in (layer.lora_A, layer.lora_B))
     core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
-    values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
+    singular_values = layer.scaling[ADAPTER] * torch.linalg.svdvals(core)
     base = layer.get_base_layer()
     is_quantized = type(base.weight) is not nn.Parameter
     weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)) if is_quantized else base.weight
-    shares = values / values.sum()
+    shares = singular_values / singular_values.sum()
     entropy = -torch.xlogy(shares, shares).sum()
-    effective = float(entropy.exp()) if values.any() else 0.0
-    return UpdateNorm(float(values.norm()) / float(weight.float().norm()), len(lora_A), effective)
+    effective_rank = float(entropy.exp()) if singular_values.any() else 0.0
+    return UpdateNorm(float(singular_values.norm()) / float(weight.float().norm()), len(lora_A), effective_rank)

@@ -1,4 +1,4 @@
-"""``qlora-lightning cache``: what the cache holds, and clearing it."""
+"""``qlora-lightning cache``: list what the cache holds, or clear it."""
 
 from typing import get_args
 
@@ -33,10 +33,10 @@ def main(argv: list[str]) -> int:
     table.columns[2].justify = "right"
     table.columns[4].overflow = "fold"  # a path that is cut off cannot be copied
     for entry in entries:
-        used = entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), used, escape(str(entry.path)))
+        date = entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
+        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), date, escape(str(entry.path)))
     console = terminal()
-    if not console.is_terminal:  # in a pipe rich would assume 80 columns, and fold the paths that a script looks for
+    if not console.is_terminal:  # in a pipe rich would assume 80 columns, and fold paths that a script reads
         console.width = 500
     console.print(table)
     say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")

@@ -1,4 +1,4 @@
-"""The config files of a command line: checked before a second is spent, and the short forms that users type in them."""
+"""Config files of a command line: checked before slow imports, and the short forms that users type in them."""
 
 import difflib
 import itertools
@@ -19,36 +19,36 @@ CALLBACKS = {
     "throughput": "ThroughputMonitor",
     "evaluation": "Evaluation",
 }
-"""Callbacks with a key of their own, by the names of their classes: ``inspect`` imports none of them."""
-_OTHER_NAMES = {  # of peers
+"""Class names of callbacks by their keys in a config: names, so that ``inspect`` imports none of the classes."""
+_OTHER_NAMES = {  # in other frameworks
     **{"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"},
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "model.quantization"),
 }
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
-    """Return what is behind each ``--config`` and ``-c``, as it was typed; a config itself, as JSON, is left out."""
-    found = [name for option, name in itertools.pairwise(arguments) if option in ("--config", "-c")]
-    found += [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
-    return [name for name in found if not name.startswith("{")]
+    """Return the value of each ``--config`` and ``-c``, as it was typed, except a config itself as JSON."""
+    names = [name for option, name in itertools.pairwise(arguments) if option in ("--config", "-c")]
+    names += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return [name for name in names if not name.startswith("{")]
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """Reject config files of a command line that cannot be read, before seconds of imports."""
+    """Reject config files of a command line that cannot be read, before slow imports."""
     for option, name in itertools.pairwise(arguments):
-        is_alone = not name.startswith("-") and not option.startswith("-") and option != "copy"
-        if is_alone and name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
+        is_positional = not name.startswith("-") and not option.startswith("-") and option != "copy"
+        if is_positional and name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
             raise UserError(f"{name} stands alone: a config is named as --config {name}.")
     for name in find_configs(arguments):
         read_config(name)
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Read a config file, by its name as it was typed."""
+    """Read the config file of this name, as it was typed."""
     try:
         config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        from qlora_lightning.commands.recipes import recipes_folder  # here: nobody else waits for its imports
+        from qlora_lightning.commands.recipes import recipes_folder  # here, so that nothing else waits for its imports
 
         recipe = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
         is_recipe = (recipes_folder() / f"{recipe}.yaml").is_file()
@@ -64,22 +64,22 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def shorten_parse_error(message: str, known: Sequence[str]) -> str:
-    """Return jsonargparse's words in one line: for a key that nothing reads the nearest of the ``known`` ones.
+    """Return jsonargparse's message in one line: for an unknown key, with the nearest of the ``known`` ones.
 
-    For a wrong value they are its key, the innermost reason, and the value.
+    For a wrong value: its key, the innermost reason, and the value.
     """
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
-    unread = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
-    if unread:
-        key = ".".join([*sections, unread[1]])
+    unknown = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    if unknown:
+        key = ".".join([*sections, unknown[1]])
         name = key.rpartition(".")[2]
-        named_so = [_OTHER_NAMES.get(name), *(each for each in known if each.endswith(f".{name}"))]
-        near = next(filter(None, [*named_so, *difflib.get_close_matches(key, known, n=1)]), None)
-        return f"There is no key {key!r}." + (f" Did you mean {near}?" if near else "")
+        same_name = [_OTHER_NAMES.get(name), *(candidate for candidate in known if candidate.endswith(f".{name}"))]
+        nearest = next(filter(None, [*same_name, *difflib.get_close_matches(key, known, n=1)]), None)
+        return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
-    innermost = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
-    reason = innermost[0] + "".join(f" or {each.removeprefix('Expected ')}" for each in innermost[1:])  # of a union
-    # not of our own classes, whose values are all settings
+    reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
+    reason = reasons[0] + "".join(f" or {other.removeprefix('Expected ')}" for other in reasons[1:])  # of a union
+    # not for our own classes, whose value is all of their settings
     details = re.findall(
         r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name).*", message
     )
@@ -101,9 +101,9 @@ def expand_config(config: Any) -> Any:
     for key in ("model", "data"):
         value = config.get(key)
         if isinstance(value, dict) and "class_path" in value:
-            beside = {name: value.pop(name) for name in list(value) if name not in ("class_path", "init_args")}
-            if beside:
-                value["init_args"] = {**beside, **value.get("init_args", {})}
+            flat_settings = {name: value.pop(name) for name in list(value) if name not in ("class_path", "init_args")}
+            if flat_settings:
+                value["init_args"] = {**flat_settings, **value.get("init_args", {})}
     for key in CALLBACKS:
         if key in config and (config[key] is None or isinstance(config[key], bool)):
             config[key] = {"enabled": bool(config[key])}
@@ -114,11 +114,11 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML."""
     expanded: list[str] = []
     options = {f"--{key}" for key in CALLBACKS}
-    for word in arguments:
+    for argument in arguments:
         if expanded and expanded[-1] in options:
-            word = f"{expanded.pop()}={word}"
-        name, _, value = word.partition("=")
+            argument = f"{expanded.pop()}={argument}"
+        name, _, value = argument.partition("=")
         if name in options and value.lower() in ("null", "false", "true"):
-            word = f"{name}.enabled={str(value.lower() == 'true').lower()}"
-        expanded.append(word)
+            argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
+        expanded.append(argument)
     return expanded

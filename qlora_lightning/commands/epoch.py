@@ -14,26 +14,26 @@ from qlora_lightning.support.trainer import limit_batches, steps_of_run
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of the training rows, and what the whole run makes of it."""
+    """Size of an epoch of the training rows, and of the whole run."""
 
     batches: int  # on each device
     devices: int  # of all nodes, on which batches run side by side
     tokens: int  # of all rows
     steps: int  # optimizer steps per epoch
     all_steps: int | None  # of the run; None if nothing ends it
-    all_tokens: int | None  # of the run, about
+    all_tokens: int | None  # of the run, approximately
 
 
 def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
-    """Count what the Trainer's settings, with their defaults, make of the first epoch of batches for one device."""
+    """Count epoch and run from a plan for one device, under the Trainer's settings with their defaults."""
     devices = count_devices(trainer)
     batches = limit_batches(len(replace(plan, world_size=devices)), trainer["limit_train_batches"])
     steps = math.ceil(batches / trainer["accumulate_grad_batches"])
     all_steps = steps_of_run(steps, trainer["max_epochs"], trainer["max_steps"])
-    counts = [int(plan.samples.lengths[batch.rows].sum()) for batch in plan.batches(0)]
-    of_a_step = batches * devices * sum(counts) / max(1, len(counts) * steps)  # on average
-    all_tokens = None if all_steps is None else round(all_steps * of_a_step)
-    return Epoch(batches, devices, sum(counts), steps, all_steps, all_tokens)
+    batch_tokens = [int(plan.samples.lengths[batch.rows].sum()) for batch in plan.batches(0)]
+    step_tokens = batches * devices * sum(batch_tokens) / max(1, len(batch_tokens) * steps)  # on average
+    all_tokens = None if all_steps is None else round(all_steps * step_tokens)
+    return Epoch(batches, devices, sum(batch_tokens), steps, all_steps, all_tokens)
 
 
 def count_devices(trainer: Mapping[str, Any]) -> int:

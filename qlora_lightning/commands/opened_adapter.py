@@ -19,12 +19,12 @@ from qlora_lightning.support.errors import UserError
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter folder, and how its base was held in training.
+    """An adapter folder, and its base in the form that it had in training.
 
     Attributes:
-        identity: What its ``qlora_lightning.json`` says; empty if another tool wrote the folder.
+        identity: Content of its ``qlora_lightning.json``; empty if another tool wrote the folder.
         quantization: ``None`` if the folder does not say.
-        tokenizer_folder: The adapter folder, or if it holds no tokenizer the base's.
+        tokenizer_folder: The adapter folder, or the base's if the adapter's holds no tokenizer.
     """
 
     folder: Path
@@ -39,38 +39,38 @@ class AdapterSource:
 def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
 
-    The base is looked for by ``base``, else by the name that it was trained under, and if that leads nowhere (it was a
-    relative path) in the folder that it was loaded from. No model is loaded.
+    The base is ``base``, else that of its name in training, or, if that is not found (it may be a relative path), the
+    folder that it was loaded from. No model is loaded.
     """
     folder = find_adapter_folder(named)
     identity = read_identity(folder)
     source = _find_base(folder, identity) if base is None else open_base(base)
-    current: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
-    settings = read_config(source.folder, source.name).get("quantization_config")
-    if settings is not None:
-        current["quantization"], current["double_quant"] = stored_quantization(settings)
-    check_identity(identity, current, f"The adapter folder {folder}")
-    held = identity | current
+    base_identity: dict[str, Any] = {"base": source.name, "fingerprint": fingerprint(source.folder)}
+    stored = read_config(source.folder, source.name).get("quantization_config")
+    if stored is not None:
+        base_identity["quantization"], base_identity["double_quant"] = stored_quantization(stored)
+    check_identity(identity, base_identity, f"The adapter folder {folder}")
+    settings = identity | base_identity
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return AdapterSource(
         folder,
         identity,
         source,
-        quantization=held.get("quantization"),
-        double_quant=held.get("double_quant", True),
+        quantization=settings.get("quantization"),
+        double_quant=settings.get("double_quant", True),
         compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
         tokenizer_folder=folder if has_tokenizer else source.folder,
     )
 
 
 def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
-    """Load the base of an adapter as it was held in training, on a CUDA device if there is one, and put that on it."""
+    """Load an adapter on its base in the form of the training, on a CUDA device if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
-    wanted: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
+    compute_dtype: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
     model_type = read_config(source.base.folder, source.base.name).get("model_type")
-    dtype = choose_compute_dtype(wanted, device, model_type)
+    dtype = choose_compute_dtype(compute_dtype, device, model_type)
     model, identity = assemble_model(
         name=source.base.name,
         device=device,
@@ -83,7 +83,7 @@ def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
         fast=True,
     )
     for name, parameter in trainable_tensors(model).items():
-        if ".lora_" not in name:  # whole modules, which nothing casts where no autocast is
+        if ".lora_" not in name:  # modules trained in full, which only autocast would cast
             parameter.data = parameter.data.to(dtype)
     return model, identity
 

@@ -14,7 +14,7 @@ from qlora_lightning.support.files import write_whole
 
 
 class OptionParser(argparse.ArgumentParser):
-    """The parser of a command, which raises a mistake in one sentence, without a page of usage.
+    """Parser of a command, which raises an error of one sentence, without a page of usage.
 
     With ``fit`` the command takes options of ``fit`` beside its own.
     """
@@ -30,13 +30,13 @@ class OptionParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Reject what was typed."""
+        """Raise the error as a UserError."""
         raise UserError(f"{message}. See `{self.prog} --help`.")
 
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning logs of devices, data and the end of a fit, for a command with a report of its own."""
+    """Silence Lightning's logs of devices, data and the end of a fit, for a command with a report of its own."""
     with quiet_loggers(logging.WARNING, "lightning.pytorch", "lightning.fabric"):
         yield
 
@@ -48,7 +48,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def expand_path(text: str) -> Path:
-    """Return the path of an option, in which ``~`` is the home folder: a shell leaves it in ``--out=~/DIR``."""
+    """Return the path of an option with ``~`` expanded, which a shell leaves as it is in ``--out=~/DIR``."""
     return Path(text).expanduser()
 
 
@@ -72,9 +72,9 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
 
 @contextlib.contextmanager
 def json_output(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a dictionary for figures, which ``--json`` has at the end.
+    """Yield a dictionary for figures, which are written to the file of ``--json`` at the end.
 
-    While that is standard output, so that it can be piped, all that is printed goes to standard error.
+    If that is standard output, to be piped, everything else is printed to standard error.
     """
     file, figures = check_output("--json", options.json, options.force), dict[str, Any]()
     with contextlib.redirect_stdout(sys.stderr) if options.json == "-" else contextlib.nullcontext():

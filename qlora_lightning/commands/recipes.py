@@ -53,7 +53,7 @@ def recipes_folder() -> Path:
 def _copy(config: Path, *, force: bool) -> None:
     files = [config, *sorted(file for file in config.with_suffix("").rglob("*") if file.is_file())]
     copies = {file: Path("configs") / file.relative_to(config.parent) for file in files}
-    # looked at before the first is written, so that a refusal leaves nothing half copied
+    # all are checked before the first is written, so that an error leaves nothing half copied
     for source, target in copies.items():
         if target.exists() and not force and target.read_bytes() != source.read_bytes():
             raise UserError(
@@ -63,8 +63,8 @@ def _copy(config: Path, *, force: bool) -> None:
         write_whole(target, source.read_bytes())
         print(f"wrote {target}")
     data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
-    named = [data[split] for split in ("train", "val") if data.get(split)]
-    paths: list[str] = [each["path"] if isinstance(each, dict) else each for each in named]
+    sources = [data[split] for split in ("train", "val") if data.get(split)]
+    paths: list[str] = [source["path"] if isinstance(source, dict) else source for source in sources]
     missing = [file for file in paths if not Path(file).exists()]
     if missing:
         print(f"\nBring the rows that it reads: {', '.join(missing)}.")

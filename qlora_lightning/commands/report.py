@@ -1,4 +1,4 @@
-"""``qlora-lightning report``: the page of a run again, or several runs side by side."""
+"""``qlora-lightning report``: the page of one run, or of several side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +34,8 @@ def main(argv: Sequence[str]) -> int:
     add_json_option(parser)
     options = parser.parse_args(argv)
     runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
-    usual = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
-    page = check_output("--out", options.out, options.force) or usual
+    default_page = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
+    page = check_output("--out", options.out, options.force) or default_page
     with json_output(options) as figures:
         terminal().print(_table(runs))
         write_whole(page, render_report(runs))

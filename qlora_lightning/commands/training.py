@@ -50,8 +50,8 @@ _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 class _Trainer(Trainer):
     """Lightning's Trainer, of whose limits 1 is one batch and 1.0 all of them."""
 
-    # jsonargparse tries the types of a union in their order; typing takes Lightning's Union[int, float] and
-    # Union[float, int] for the same, and returns whichever a library made first
+    # jsonargparse tries the types of a union in order, and typing's cache holds Lightning's Union[int, float] and
+    # Union[float, int] as one: the one that a library created first
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class _Trainer(Trainer):
 
 
 class QLoRACLI(LightningCLI):
-    """LightningCLI with our keys: parses options of ``fit`` and makes what they describe; nothing runs until ``run``.
+    """LightningCLI with our keys: parses options of ``fit`` and instantiates the objects; nothing runs before ``run``.
 
-    Nothing is loaded: that is up to ``model.configure_model()`` and ``datamodule.setup(stage)``.
+    ``model.configure_model()`` and ``datamodule.setup(stage)`` load base and rows, not this class.
 
     Args:
         args: the options, without a command in front.
-        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; without it no Trainer is made, and no logger,
-            callback, plugin or profiler that it would have.
+        verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; without it there is no Trainer, nor its
+            loggers, callbacks, plugins and profiler.
 
     Attributes:
         checkpoint: file of the checkpoint to run with.
@@ -124,8 +124,8 @@ class QLoRACLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            known = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
-            fault = shorten_parse_error(error.message, known)
+            keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
+            fault = shorten_parse_error(error.message, keys)
             hint = "" if find_configs(args) else " A config is named as --config FILE."
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
@@ -143,13 +143,13 @@ class QLoRACLI(LightningCLI):
             for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
                 self.config["trainer"][name] = None
             return
-        requested = self.config["ckpt_path"]
+        ckpt_path = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
-            requested = "last"  # whatever its command says
-        if requested not in (None, "last"):
-            check_checkpoint(requested)  # before Lightning reads it
-        self.checkpoint = find_checkpoint(folder, requested)
-        self._starts_fresh = requested is not None and self.checkpoint is None  # `last` of a folder that has none yet
+            ckpt_path = "last"  # whatever its command says
+        if ckpt_path not in (None, "last"):
+            check_checkpoint(ckpt_path)  # before Lightning reads it
+        self.checkpoint = find_checkpoint(folder, ckpt_path)
+        self._starts_fresh = ckpt_path is not None and self.checkpoint is None  # `last` of a folder that has none yet
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         self.config["ckpt_path"] = self.checkpoint
@@ -158,41 +158,41 @@ class QLoRACLI(LightningCLI):
         self.datamodule.take_tokenizer_of_base(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Make the Trainer: ``metrics.csv`` is always written, other loggers come beside it."""
+        """Make the Trainer; ``fit`` also logs to ``metrics.csv``, unless ``logger`` is false."""
         if self.verb is None:
             return None
         settings = self.config_init["trainer"]
-        folder, chosen = settings["default_root_dir"], settings["logger"]
-        others = [] if chosen in (None, True, False) else chosen if isinstance(chosen, list) else [chosen]
-        own = [MetricsLogger(folder)] if self.verb == "fit" else []
-        loggers: Any = False if chosen is False or settings["fast_dev_run"] else [*own, *others] or False
-        named = settings["callbacks"] or []
-        named = named if isinstance(named, list) else [named]
+        folder, logger = settings["default_root_dir"], settings["logger"]
+        loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
+        metrics = [MetricsLogger(folder)] if self.verb == "fit" else []
+        all_loggers: Any = False if logger is False or settings["fast_dev_run"] else [*metrics, *loggers] or False
+        configured = settings["callbacks"] or []
+        configured = configured if isinstance(configured, list) else [configured]
         config = self.short_config()
-        usual = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
-        usual.append(callbacks.PredictionWriter())
-        added = [each for each in usual if not any(isinstance(other, type(each)) for other in named)]
-        shows = settings["enable_progress_bar"] in (None, True)
-        if shows and not any(isinstance(callback, ProgressBar) for callback in named):
+        defaults = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
+        defaults.append(callbacks.PredictionWriter())
+        added = [default for default in defaults if not any(isinstance(user, type(default)) for user in configured)]
+        shows_progress = settings["enable_progress_bar"] in (None, True)
+        if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):
             added.append(choose_progress_display())
         try:
-            return super().instantiate_trainer(logger=loggers, callbacks=[*named, *added], **kwargs)
-        except (ValueError, MisconfigurationException) as error:  # what Lightning does not take, in its own words
+            return super().instantiate_trainer(logger=all_loggers, callbacks=[*configured, *added], **kwargs)
+        except (ValueError, MisconfigurationException) as error:  # Lightning rejects a setting
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def short_config(self) -> dict[str, Any]:
-        """Return the config as users write it: model and data flat, with a ``class_path`` only if it is another one."""
+        """Return the config as users write it: model and data flat, with a ``class_path`` only if it is not ours."""
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
-        for key, usual in _CLASSES.items():
+        for key, default in _CLASSES.items():
             class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
-            config[key] = settings if class_path == usual else {"class_path": class_path, **settings}
-        config["data"].pop("accept_changed_data", None)  # meant once: the next resume asks again
+            config[key] = settings if class_path == default else {"class_path": class_path, **settings}
+        config["data"].pop("accept_changed_data", None)  # it is for one resume: the next one asks again
         return config
 
     def run(self) -> None:
-        """Train, or evaluate what was trained, by the Trainer's method of that name."""
+        """Train, or evaluate what was trained, with the Trainer's method that ``verb`` names."""
         if self.verb != "fit":
             self._take_trained_adapter()
         elif self._starts_fresh:
@@ -202,14 +202,14 @@ class QLoRACLI(LightningCLI):
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         except (ValueError, MisconfigurationException) as error:
-            if "/lightning/pytorch/" in extract_tb(error.__traceback__)[-1].filename:  # a setting that it refuses
+            if "/lightning/pytorch/" in extract_tb(error.__traceback__)[-1].filename:  # it rejects a setting
                 raise UserError(f"trainer: {' '.join(str(error).split())}") from error
             raise
 
     @property
     def names_adapter(self) -> bool:
         """Whether the command line names an adapter folder, and not a config alone."""
-        return any(word.partition("=")[0] in _ADAPTER_OPTIONS for word in self._command)
+        return any(argument.partition("=")[0] in _ADAPTER_OPTIONS for argument in self._command)
 
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""
@@ -256,7 +256,7 @@ EXAMPLES = {
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """jsonargparse's, with our lines."""
+    """jsonargparse's, with our line breaks."""
 
 
 def _help_texts(verb: str) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is trained on: file → row → conversation → sample → batch, and the data module that wires it."""
+"""Training data: file → row → conversation → sample → batch, and the data module that connects them."""

@@ -1,4 +1,4 @@
-"""What became of the rows of one split."""
+"""Report on the rows of one split: how many are trained, left out, bad, repeated or suspicious."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,29 +15,29 @@ _MAX_UNUSABLE = 0.05
 
 @dataclass
 class DataReport:
-    """What became of the rows of one split; plain values. Of many rows the first 20 are listed."""
+    """Counts of the rows of one split, and the first 20 of each list; plain values."""
 
     split: str
     rows: int = 0  # read, bad and dropped ones included
     samples: int = 0
-    formats: list[str] = field(default_factory=list)  # that were found
+    formats: list[str] = field(default_factory=list)  # that were recognised
     tokens: int = 0
     labelled: int = 0  # of the tokens
     desirable: int | None = None  # samples with that verdict, if they have verdicts
     shortened: int = 0  # samples cut to max_length
     lost_labels: int = 0  # labelled tokens that max_length cut off or, with too_long: drop, left out with their rows
-    dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that are left out, by reason
+    dropped: dict[str, int] = field(default_factory=dict)  # well-formed rows that were left out, by reason
     unusable: int = 0  # of these, rows that leave nothing to train on
     bad_rows: int = 0
-    bad: dict[str, list[str]] = field(default_factory=dict)  # their places by reason
+    bad: dict[str, list[str]] = field(default_factory=dict)  # their files and lines, by reason
     duplicates: int = 0  # rows equal to an earlier one of the split
     duplicate_pairs: list[str] = field(default_factory=list)  # each with the row that it equals
     overlap: int = 0  # rows that are trained on too
     overlap_pairs: list[str] = field(default_factory=list)
-    suspicious: int = 0  # rows that are trained, and look as if something were missing
-    suspicious_rows: list[str] = field(default_factory=list)  # each with why
+    suspicious: int = 0  # trained rows that look incomplete
+    suspicious_rows: list[str] = field(default_factory=list)  # each with its reasons
     unread_columns: list[str] = field(default_factory=list)  # under our names
-    absent_columns: list[str] = field(default_factory=list)  # that are mapped, of a source that lacks them
+    absent_columns: list[str] = field(default_factory=list)  # mapped columns that a source lacks
     files: list[str] = field(default_factory=list)  # that were read
 
     def drop(self, reason: str, rows: int = 1) -> None:
@@ -56,7 +56,7 @@ class DataReport:
             self.bad.setdefault(row.reason, []).append(row.where)
 
     def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str]) -> None:
-        """Note a row whose answer is a word for none, or whose question is empty."""
+        """Note a row whose answer is a word such as "n/a", or whose question is empty."""
         reasons = [f"the answer is {text!r}" for text in answers if text.lower() in _MEANS_NONE]
         reasons += ["the question is empty" for text in questions if not text.strip()][:1]
         if reasons:
@@ -74,12 +74,12 @@ class DataReport:
         self.overlap, self.overlap_pairs = len(repeats.row_ids), repeats.pairs
 
     def count_samples(self, samples: SampleSet) -> None:
-        """Count samples that take the place of those counted so far."""
+        """Count samples, replacing earlier counts."""
         self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
         self.desirable = None if samples.desirable is None else int(samples.desirable.sum())
 
     def describe(self) -> str:
-        """Return what is printed for the split: one line, and one more for each thing to look at."""
+        """Return what is printed for the split: one line, and one more for each problem."""
         formats = f" ({', '.join(self.formats)})" if self.formats else ""
         parts = [f"{self.split}: {self.rows:,} rows{formats}", f"{self.tokens:,} tokens"]
         if self.labelled:
@@ -91,41 +91,38 @@ class DataReport:
         if self.shortened:
             parts.append(f"{self.shortened:,} shortened ({self.lost_labels:,} labelled tokens lost)")
         lines = [", ".join(parts)]
-        bad = [f"{', '.join(places)} ({reason})" for reason, places in self.bad.items()]
-        for title, places in (
+        bad = [f"{', '.join(locations)} ({reason})" for reason, locations in self.bad.items()]
+        for title, entries in (
             ("read from", self.files),
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
-            (
-                f"{self.suspicious:,} rows look incomplete; data.missing drops answers",
-                self.suspicious_rows,
-            ),
+            (f"{self.suspicious:,} rows look incomplete; data.missing drops answers", self.suspicious_rows),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
             (f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", self.overlap_pairs),
         ):
-            if places:
-                more = ", …" if len(places) > _LISTED else ""
-                lines.append(f"  {title}: {', '.join(places[:_LISTED])}{more}")
+            if entries:
+                ellipsis = ", …" if len(entries) > _LISTED else ""
+                lines.append(f"  {title}: {', '.join(entries[:_LISTED])}{ellipsis}")
         return "\n".join([*lines, *(f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items())])
 
     def check(self, skip_bad: bool, lenient: bool = False) -> None:
         """Reject a split that cannot be trained on as it is.
 
         Raises:
-            UserError: there are bad rows and they are not to be skipped; or no sample is left; or, unless ``lenient``,
-                more than 5 % of the rows leave nothing to train on.
+            UserError: there are bad rows without ``skip_bad``; or no sample is left; or, unless ``lenient``, more than
+                5 % of the rows leave nothing to train on.
         """
-        listed = [f"{self.bad_rows} {'row' if self.bad_rows == 1 else 'rows'} cannot be used:"]
-        listed += [f"  {', '.join(places)}: {reason}" for reason, places in self.bad.items()]
+        bad_lines = [f"{self.bad_rows} {'row' if self.bad_rows == 1 else 'rows'} cannot be used:"]
+        bad_lines += [f"  {', '.join(locations)}: {reason}" for reason, locations in self.bad.items()]
         if self.bad_rows > _SHOWN:
-            listed.append(f"  and {self.bad_rows - _SHOWN} more")
+            bad_lines.append(f"  and {self.bad_rows - _SHOWN} more")
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
         if self.bad_rows and not (skip_bad or lenient):
-            raise UserError("\n".join([*listed, "Correct them, or leave them out with `on_bad_row: skip`."]))
+            raise UserError("\n".join([*bad_lines, "Correct them, or leave them out with `on_bad_row: skip`."]))
         if self.samples == 0:
-            left = f"{self.split}: none of {self.rows:,} rows is left ({reasons})."
-            raise UserError("\n".join(listed) if self.bad_rows else left)
+            empty = f"{self.split}: none of {self.rows:,} rows is left ({reasons})."
+            raise UserError("\n".join(bad_lines) if self.bad_rows else empty)
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "

@@ -1,4 +1,4 @@
-"""The data module: files in, batches out, for LightningCLI and for Python alike."""
+"""The data module: files in, batches out, for LightningCLI and for Python."""
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -109,7 +109,7 @@ class InstructionDataModule(LightningDataModule):
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
-        self.missing = ["null" if each is None else each.lower() for each in missing or []]
+        self.missing = ["null" if answer is None else answer.lower() for answer in missing or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
@@ -118,7 +118,7 @@ class InstructionDataModule(LightningDataModule):
         self._check_settings()
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
-        self.lenient = False  # `inspect` looks at what training refuses
+        self.lenient = False  # `inspect` shows what training rejects
         self._own_rows = type(self).load_rows is not InstructionDataModule.load_rows
         self.samples: dict[str, SampleSet] = {}
         self.reports: dict[str, DataReport] = {}
@@ -126,23 +126,23 @@ class InstructionDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._prompts: list[Prompt] = []
-        self._shares: list[float] | None = None  # of an epoch, by source of training rows
+        self._shares: list[float] | None = None  # of an epoch, by source of the training rows
         self._seed: int | None = None
-        self.holdout_seed: int | None = None  # by which rows are held out, if not by that of their order
-        self._pool: Prepared | None = None  # training rows before validation rows are held out
+        self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
+        self._pool: Prepared | None = None  # training rows with the validation rows still in
 
     def _check_settings(self) -> None:
-        for name, known in (
+        for name, choices in (
             ("train_on", ("assistant", "last", "all")),
             ("reasoning", ("template", "drop")),
             ("too_long", ("truncate", "drop", "split")),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}: expected {', '.join(known)}, found {getattr(self, name)!r}.")
-        for name, least in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: expected {', '.join(choices)}, found {getattr(self, name)!r}.")
+        for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}: expected at least {least}, found {value}.")
+            if value is not None and value < minimum:
+                raise UserError(f"{name}: expected at least {minimum}, found {value}.")
         if self.val_fraction is not None:
             if not 0 < self.val_fraction < 1:
                 raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
@@ -153,38 +153,38 @@ class InstructionDataModule(LightningDataModule):
         if self.tokens_per_batch is not None and not self.shuffle:
             raise UserError("shuffle: false and tokens_per_batch are both given, but packing does not keep the order.")
 
-    # ---- what it is made with ------------------------------------------------------------------------------------
+    # ---- tokenizer, identity, rows -------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer with the chosen chat template, loaded when it is first needed."""
+        """The tokenizer with the chosen chat template, loaded at first use."""
         if self._tokenizer is None:
-            plain = load_chosen_tokenizer(self._tokenizer_choice)
-            self._tokenizer = choose_chat_template(plain, self.chat_template, self.template_options)
+            tokenizer = load_chosen_tokenizer(self._tokenizer_choice)
+            self._tokenizer = choose_chat_template(tokenizer, self.chat_template, self.template_options)
         return self._tokenizer
 
     @property
     def renderer(self) -> ChatRenderer:
-        """Renders conversations and prompts with the tokenizer and the settings of this data module."""
+        """Renderer of conversations and prompts, with the tokenizer and the settings of this data module."""
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer, train_on=self.train_on, reasoning=self.reasoning)
         return self._renderer
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids at which generation stops; every answer that is trained to its end ends in one of them."""
+        """Token ids at which generation stops; every answer that is trained to its end ends with one of them."""
         return sorted(self.renderer.stop_ids)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Hashes of training and validation samples, tokenizer and template, and the settings that made batches."""
+        """Hashes of training and validation samples, tokenizer and template, and the settings behind the batches."""
         settings = {name: getattr(self, name) for name in _REMEMBERED}
         return {**identify(self.samples, self.tokenizer), "settings": settings}
 
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
 
-        Override it to take rows from elsewhere: plain dicts work.
+        Override it to read rows from elsewhere: plain dicts work.
         """
         return (row for source in self.sources(split) for row in read_rows(source))
 
@@ -194,7 +194,8 @@ class InstructionDataModule(LightningDataModule):
         if self._seed is None:
             self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
             if self.trainer is not None and self.trainer.world_size > 1:
-                self._seed = self.trainer.strategy.broadcast(self._seed)  # without seed_everything each has its own
+                # without seed_everything each rank has its own
+                self._seed = self.trainer.strategy.broadcast(self._seed)
         self.take_tokenizer_of_base(getattr(self.trainer, "lightning_module", None))
         splits = _STAGES.get(stage or "", tuple(self.files))
         for split in splits:
@@ -203,15 +204,15 @@ class InstructionDataModule(LightningDataModule):
             if not optional and split not in self.reports:
                 raise UserError(f"{split} rows are needed, but none are given: name a file in `data.{split}`.")
         if "val" in splits and "val" not in self.samples:
-            # Lightning validates wherever the hook is overridden, and warns of loaders without batches.
+            # Lightning validates if the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def count_train_batches(self) -> int:
-        """Count the batches of one epoch on each rank: what a schedule is planned with."""
+        """Count the batches of one epoch on each rank, for schedules."""
         return len(self.train_dataloader())
 
     def train_dataloader(self) -> FlatLoader:
-        # `overfit_batches` is Lightning's wish for the same batches in every epoch.
+        # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
         return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
@@ -228,11 +229,11 @@ class InstructionDataModule(LightningDataModule):
         return {} if self._seed is None else {"seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        stored, own = state_dict.get("seed", self._seed), self._seed
-        depends = self.val_fraction is not None or (self.trainer is not None and self.trainer.training)
-        if depends and own not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
+        stored, seed = state_dict.get("seed", self._seed), self._seed
+        uses_seed = self.val_fraction is not None or (self.trainer is not None and self.trainer.training)
+        if uses_seed and seed not in (stored, None) and os.environ.get("PL_GLOBAL_SEED"):
             rank_zero_info(
-                f"seed_everything is {own}, but the checkpoint's {stored} rules: the order of rows, and which of them "
+                f"seed_everything is {seed}, but the checkpoint's {stored} rules: the order of rows, and which of them "
                 "are held out for validation, stay as they were."
             )
         self._seed = stored
@@ -242,9 +243,9 @@ class InstructionDataModule(LightningDataModule):
     # ---- from rows to samples ------------------------------------------------------------------------------------
 
     def _prepare(self, split: str) -> None:
-        """Prepare a split unless it is ready or there is none."""
+        """Prepare a split, unless it is ready or has no rows."""
         if split == "val" and self.val_fraction is not None:
-            split = "train"  # which holds the validation rows out
+            split = "train"  # preparing it holds the validation rows out
         if split in self.reports:
             return
         sources = [] if self._own_rows else self.sources(split)
@@ -264,7 +265,7 @@ class InstructionDataModule(LightningDataModule):
         rank_zero_info(report.describe())
 
     def _has_training_rows(self, split: str) -> bool:
-        """Whether there are training rows to compare with; if nothing has read them yet, they are read."""
+        """Whether there are training rows to compare with; local ones are read if they have not been yet."""
         if "train" not in self.samples and not self._own_rows:
             try:
                 if not any(source.is_remote for source in self.sources("train")):
@@ -274,13 +275,13 @@ class InstructionDataModule(LightningDataModule):
         return "train" in self.samples
 
     def _read(self, split: str, sources: Sequence[Source]) -> Prepared:
-        """Take the samples of a split from the cache, or make them; rows from elsewhere are made each time."""
+        """Take the samples of a split from the cache, or prepare them; those of ``load_rows`` are never cached."""
         if split == "train" and sources and sources[0].weight is not None:
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
             self._shares = [source.weight or 0.0 for source in sources]
 
-        def make() -> Prepared:
+        def prepare() -> Prepared:
             options = (self.max_length, self.too_long, self.pairs, self.missing)
             preparation = Preparation(self.renderer, split, *options)
             prepared = preparation.prepare(self._rows_by_source(split, sources), self.deduplicate)
@@ -288,38 +289,39 @@ class InstructionDataModule(LightningDataModule):
             return prepared
 
         if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
-            samples, report = make()
+            samples, report = prepare()
         else:
             settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
-            samples, report = cached_samples(sources, settings, make)
+            samples, report = cached_samples(sources, settings, prepare)
         files = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 
     def _rows_by_source(self, split: str, sources: Sequence[Source]) -> Sources:
         if not self._own_rows:
             return [(source.settings, read_rows(source)) for source in sources]
-        own = enumerate(self.load_rows(split) or (), start=1)
+        rows = enumerate(self.load_rows(split) or (), start=1)
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
-        return [(settings, (Row(row, split, at) if isinstance(row, dict) else row for at, row in own))]
+        return [(settings, (Row(row, split, number) if isinstance(row, dict) else row for number, row in rows))]
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
-        """Read rows of a split again, as conversations by their number; of a pair the chosen one, of texts none."""
+        """Read rows of a split again, as conversations by row number; of pairs the chosen one, without texts."""
         if split == "val" and self.val_fraction is not None:
             split = "train"
-        found, counting = dict[int, Chat](), count()
-        for settings, rows in self._rows_by_source(split, self.sources(split)):
+        conversations, row_numbers = dict[int, Chat](), count()
+        sources = [] if self._own_rows else self.sources(split)
+        for settings, rows in self._rows_by_source(split, sources):
             converter = RowConverter(settings, pairs=self.pairs)
-            for row, number in zip(rows, counting, strict=False):
+            for row, number in zip(rows, row_numbers, strict=False):
                 if number in numbers and isinstance(row, Row):
                     content = converter.convert(row)
                     chat = content.chosen if isinstance(content, Pair) else content
                     if isinstance(chat, Chat):
-                        found[number] = chat
-        return found
+                        conversations[number] = chat
+        return conversations
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
-        """Return the first rows of another file as batches, the same on each rank, by this tokenizer and template."""
+        """Return the first rows of another file as batches, with this tokenizer and template, the same on each rank."""
         names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
@@ -329,7 +331,7 @@ class InstructionDataModule(LightningDataModule):
         except UserError as error:
             raise UserError(f"evaluation.general: {str(error).removeprefix('data.test: ')}") from error
         samples = other.samples["test"]
-        return [collate_rows(samples, [*range(len(samples))[at : at + 8]]) for at in range(0, len(samples), 8)]
+        return [collate_rows(samples, range(len(samples))[start : start + 8]) for start in range(0, len(samples), 8)]
 
     def _divide(self) -> None:
         """Hold validation rows out of the training rows."""
@@ -340,25 +342,23 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(report.describe())
 
     def sources(self, split: str) -> list[Source]:
-        """Return what ``data.train`` or a neighbour names, in its order; none if it names nothing."""
+        """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
             train: Any = self.files["train"]
-            entries = train if isinstance(train, list) else [train]
-            whole = [each for each in entries if not isinstance(each, Mapping) or not {"rows", "weight"} & each.keys()]
-            paths = [each.get("path") if isinstance(each, Mapping) else each for each in whole]
-            value = [
-                each
-                for each, path in zip(whole, paths, strict=True)
-                if isinstance(path, str | Path) and has_split(path, split)
-            ]
+            value = []
+            for entry in train if isinstance(train, list) else [train]:
+                options = entry if isinstance(entry, Mapping) else {"path": entry}
+                path, is_part = options.get("path"), not {"rows", "weight"}.isdisjoint(options)
+                if isinstance(path, str | Path) and not is_part and has_split(path, split):
+                    value.append(entry)
         if not value:
             return []
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
         return find_sources(value, split, settings=settings, encoding=self.encoding)
 
     def take_tokenizer_of_base(self, module: Any) -> None:
-        """Take the tokenizer of a module's base; what was prepared with that of another base is made again."""
+        """Take the tokenizer of a module's base, and drop samples that were prepared with that of another base."""
         base = getattr(module, "base", None)
         if self._named_tokenizer is not None or not isinstance(base, str):
             return

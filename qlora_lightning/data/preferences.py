@@ -7,14 +7,14 @@ from qlora_lightning.support.errors import UserError
 class PreferenceDataModule(InstructionDataModule):
     """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
 
-    Or, for ``objective: kto``, rows with one answer, in any format of conversations, and a verdict on it: ``label`` or
-    ``desirable`` (true or false), or ``thumbs`` (up or down). The last answer is trained; a function of the user's
-    returns the conversation and a bool.
+    Or, for ``objective: kto``, rows with one answer, in any conversation format, and a verdict on it: ``label`` or
+    ``desirable`` (true or false), or ``thumbs`` (up or down). The last answer is trained; a user's function returns the
+    conversation and a bool.
 
     All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
-    and a function of the user's returns two conversations, which begin alike. A row is one sample with both answers, so
+    and a user's function returns two conversations that begin alike. A row is one sample with both answers, so
     ``batch_size`` counts pairs; in a batch it becomes two samples that begin with the same prompt, which is computed
-    once. ``max_length`` is of each answer with its prompt. A pair of which one answer is left out is left out.
+    once. ``max_length`` applies to each answer with its prompt; if one answer is left out, so is its pair.
     """
 
     pairs = True

@@ -1,4 +1,4 @@
-"""From rows to samples or prompts, in chunks, with a report of what became of them."""
+"""From rows to samples or prompts, in chunks, with a report on the rows."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,12 +23,12 @@ from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 
 TOO_LONG = "longer than max_length (too_long: drop)"
-CHUNK = 512  # rows that are rendered together: the tokenizer encodes them on all cores
+CHUNK = 512  # rows that the tokenizer encodes together, on all cores
 _PAUSE = 10.0  # seconds between two lines of the log
 
 Rows = Iterable[Row | BadRow]
 Sources = Sequence[tuple[RowSettings, Rows]]
-"""How the rows of each source are read, and the rows."""
+"""Of each source, how its rows are read and the rows."""
 Prepared = tuple[SampleSet, DataReport]
 
 
@@ -42,7 +42,7 @@ class Prompt(NamedTuple):
 
 
 class _Converted(NamedTuple):
-    """The content of a good row, or both of a pair, with its number in the split and that of its source."""
+    """The content of a good row, or both contents of a pair, with the numbers of row and source in the split."""
 
     number: int
     source: int
@@ -51,25 +51,25 @@ class _Converted(NamedTuple):
 
 
 def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
-    """Hold validation rows out of training rows; what became of rows before is reported with the training rows."""
+    """Hold validation rows out of training rows; rows dropped earlier are reported with the training rows."""
     train, val = hold_out(samples, fraction, seed)
-    left_out = sum(report.dropped.values()) + report.bad_rows
+    n_dropped = sum(report.dropped.values()) + report.bad_rows
     divided = [
-        (train, replace(report, rows=len(np.unique(train.row_ids)) + left_out)),
+        (train, replace(report, rows=len(np.unique(train.row_ids)) + n_dropped)),
         (val, DataReport("val", len(np.unique(val.row_ids)), formats=report.formats, files=report.files)),
     ]
-    for own, report in divided:
-        report.count_samples(own)
-        report.count_duplicates(own)
+    for samples, report in divided:
+        report.count_samples(samples)
+        report.count_duplicates(samples)
     return divided
 
 
 @dataclass
 class Preparation:
-    """Turns the rows of a split into samples, or, if they are to be predicted, into prompts; and reports on them.
+    """Turns the rows of a split into samples, or to predict into prompts, and reports on them.
 
-    A row's samples follow from it and the settings alone. With ``pairs`` a row is two answers to compare, and its
-    sample both, one behind the other; or one with a verdict, if all rows are such.
+    The samples of a row depend on it and the settings alone. With ``pairs`` a row is two answers to compare, and its
+    sample is both, one after the other; or all rows have one answer with a verdict.
     """
 
     renderer: ChatRenderer
@@ -77,37 +77,37 @@ class Preparation:
     max_length: int
     too_long: str
     pairs: bool
-    missing: Sequence[str]  # answers that mean that there is none
+    missing: Sequence[str]  # answers that mean that there is none, in lower case
 
     def __post_init__(self) -> None:
-        self.for_prompts = self.split == "predict"  # its samples have no labels, its rows may lack answers
+        self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
         self.report, self.builder, self.prompts = DataReport(self.split), SampleSetBuilder(), list[Prompt]()
         self._are_pairs: bool | None = None
 
     def prepare(self, sources: Sources, deduplicate: bool) -> Prepared:
-        """Turn all rows into samples; a source is read when its turn comes."""
-        report, logged = self.report, time.monotonic()
+        """Turn all rows into samples, reading one source after the other."""
+        report, log_time = self.report, time.monotonic()
         pairs = self.pairs and not self.for_prompts
         converters = [RowConverter(settings, not self.for_prompts, pairs) for settings, _ in sources]
         for source, (converter, (_, rows)) in enumerate(zip(converters, sources, strict=True)):
-            remaining = iter(rows)
-            chunk = list(islice(remaining, CHUNK))
+            row_iterator = iter(rows)
+            chunk = list(islice(row_iterator, CHUNK))
             converter.check([row for row in chunk if isinstance(row, Row)])
             while chunk:
                 self._add(source, converter, chunk)
-                if time.monotonic() - logged > _PAUSE:
+                if time.monotonic() - log_time > _PAUSE:
                     rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
-                    logged = time.monotonic()
-                chunk = list(islice(remaining, CHUNK))
+                    log_time = time.monotonic()
+                chunk = list(islice(row_iterator, CHUNK))
             report.formats += [name for name in converter.formats if name not in report.formats]
             report.unread_columns += [name for name in converter.unread_columns if name not in report.unread_columns]
             report.absent_columns += sorted(converter.absent_columns)
         samples = self.builder.build()
         if deduplicate and not self.for_prompts:
-            repeated = find_repeats(samples).row_ids
-            samples = samples.take(np.flatnonzero(~np.isin(samples.row_ids, repeated)))
-            if len(repeated):
-                report.drop("equal to an earlier row (deduplicate: true)", len(repeated))
+            duplicates = find_repeats(samples).row_ids
+            samples = samples.take(np.flatnonzero(~np.isin(samples.row_ids, duplicates)))
+            if len(duplicates):
+                report.drop("equal to an earlier row (deduplicate: true)", len(duplicates))
         elif not self.for_prompts:
             report.count_duplicates(samples)
         report.count_samples(samples)
@@ -116,69 +116,68 @@ class Preparation:
     def _add(self, source: int, converter: RowConverter, rows: Sequence[Row | BadRow]) -> None:
         """Add rows of a source; bad ones are reported and left out."""
         renderer, bad = self.renderer, dict[int, BadRow]()
-        written: list[tuple[_Converted, list[list[RenderedText]]]] = []
+        rendered: list[tuple[_Converted, list[list[RenderedText]]]] = []
         for number, row in enumerate(rows, start=self.report.rows):
             if isinstance(row, BadRow):
                 bad[number] = row
                 continue
             with _noting_faults(number, row, bad):
                 content = converter.convert(row)
-                each = _Converted(number, source, row, content if isinstance(content, Pair) else [content])
+                converted = _Converted(number, source, row, content if isinstance(content, Pair) else [content])
                 if self.for_prompts:
-                    self._add_prompt(each)
-                elif self._is_wanted(each):
-                    written.append((each, [renderer.write(part) for part in each.parts]))
-        encoded = iter(renderer.encode([text for _, parts in written for texts in parts for text in texts]))
-        for each, parts in written:
+                    self._add_prompt(converted)
+                elif self._is_wanted(converted):
+                    rendered.append((converted, [renderer.write(part) for part in converted.parts]))
+        encoded = iter(renderer.encode([text for _, parts in rendered for texts in parts for text in texts]))
+        for converted, parts in rendered:
             encodings = [[next(encoded) for _ in texts] for texts in parts]
-            with _noting_faults(each.number, each.row, bad):
-                self._add_samples(each, parts, list(map(renderer.label, each.parts, parts, encodings)))
+            with _noting_faults(converted.number, converted.row, bad):
+                self._add_samples(converted, parts, list(map(renderer.label, converted.parts, parts, encodings)))
         self.report.rows += len(rows)
         for number in sorted(bad):
             self.report.count_bad_row(bad[number])
 
     def _is_wanted(self, converted: _Converted) -> bool:
-        """Whether a row is trained; one whose answer means none may be left out, or else is noted."""
+        """Whether a row is trained: not if an answer is one of ``missing``; suspicious rows are noted."""
         is_pair = isinstance(converted.parts, Pair)
         if self._are_pairs not in (None, is_pair):
             raise RowFault("two answers to compare and answers with a verdict do not mix: give each a run")
         self._are_pairs = is_pair
-        messages = [each for part in converted.parts if isinstance(part, Chat) for each in part.messages]
-        answers = {each["content"].strip() for each in messages if each["role"] == "assistant"}
-        if not {each.lower() for each in answers}.isdisjoint(self.missing):
+        messages = [message for part in converted.parts if isinstance(part, Chat) for message in part.messages]
+        answers = {message["content"].strip() for message in messages if message["role"] == "assistant"}
+        if not {answer.lower() for answer in answers}.isdisjoint(self.missing):
             self.report.drop("an answer is one of data.missing")
             return False
-        questions = [each["content"] for each in messages if each["role"] == "user"]
-        self.report.note_suspicious(converted.row.where, answers, questions)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        self.report.note_suspicious(converted.row.where, sorted(answers), questions)
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:
         number, source, row, (content, *_) = converted
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
-        *asked, last = content.messages
+        *earlier, last = content.messages
         reference = last["content"] if last["role"] == "assistant" else None
-        ids = self.renderer.render_prompt(content.messages if reference is None else asked, content.tools)
+        ids = self.renderer.render_prompt(content.messages if reference is None else earlier, content.tools)
         self.builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
         self.prompts.append(Prompt(ids, reference, number, row.values))
 
     def _add_samples(
         self, converted: _Converted, parts: list[list[RenderedText]], rendered: list[list[Rendered]]
     ) -> None:
-        """Add the samples of a row, or count why it has none: ``rendered`` is of each part its samples."""
+        """Add the samples of a row, or count why it has none; ``rendered`` has the samples of each part."""
         (number, source, row, contents), report = converted, self.report
         fitted = [
             [sample for sample in self._fit(*part) if _count(sample)]
             for part in zip(contents, parts, rendered, strict=True)
         ]
-        turn_by_turn = any(len(samples) > 1 for samples in rendered)
-        whole = [sample for samples in rendered for sample in samples]
-        if self.pairs and turn_by_turn:
+        samples = [sample for part in rendered for sample in part]
+        if self.pairs and any(len(part) > 1 for part in rendered):
             report.leave_untrained("the chat template makes several samples of an answer, which cannot be compared")
-        elif not any(map(_count, whole)):
+        elif not any(map(_count, samples)):
             report.leave_untrained("every answer is marked `train: false`")
         elif not all(fitted):
-            if self.too_long == "drop" and any(len(sample.ids) > self.max_length for sample in whole):
+            if self.too_long == "drop" and any(len(sample.ids) > self.max_length for sample in samples):
                 report.drop(TOO_LONG)
             else:
                 report.leave_untrained("no labelled token within max_length")
@@ -197,23 +196,26 @@ class Preparation:
                 self.builder.add(ids, labels, number, source, row.file, row.line, desirable=desirable)
 
     def _fit(self, content: Content, texts: list[RenderedText], rendered: list[Rendered]) -> list[Rendered]:
-        """Return the samples of a content, those that are too long as ``too_long`` has them."""
-        most, too_long = self.max_length, self.too_long
-        if all(len(sample.ids) <= most for sample in rendered):
+        """Return the samples of a content; ``too_long`` is applied to those over ``max_length``."""
+        max_length, too_long = self.max_length, self.too_long
+        if all(len(sample.ids) <= max_length for sample in rendered):
             return rendered
         if isinstance(content, Text) or too_long == "split":
             context = 1 if isinstance(content, Text) else None  # every piece of a text is trained
-            return [piece for sample in rendered for piece in split_up(sample, most, context)]
+            return [piece for sample in rendered for piece in split_up(sample, max_length, context)]
         fitted = list[Rendered]()
         if too_long == "truncate" and isinstance(content, Chat):
             for sample, text in zip(rendered, texts, strict=True):
+                if len(sample.ids) <= max_length:
+                    fitted.append(sample)
+                    continue
                 trained = [answer.message for answer in text.answers]
-                is_long = len(sample.ids) > most
-                short = shorten(self.renderer, content.messages, content.tools, trained, most) if is_long else sample
-                fitted += [] if short is None else [short]
-                self.report.shortened += is_long and short is not None
+                shortened = shorten(self.renderer, content.messages, content.tools, trained, max_length)
+                if shortened is not None:
+                    fitted.append(shortened)
+                    self.report.shortened += 1
         elif too_long == "truncate":
-            fitted = [Rendered(sample.ids[:most], sample.labels[:most]) for sample in rendered]
+            fitted = [Rendered(sample.ids[:max_length], sample.labels[:max_length]) for sample in rendered]
             self.report.shortened += len(fitted)
         self.report.lost_labels += sum(map(_count, rendered)) - sum(map(_count, fitted))
         return fitted
@@ -221,7 +223,7 @@ class Preparation:
 
 @contextmanager
 def _noting_faults(number: int, row: Row, bad: dict[int, BadRow]) -> Iterator[None]:
-    """Note a row that cannot be used as bad."""
+    """Note a row as bad if it cannot be used."""
     try:
         yield
     except RowFault as fault:
@@ -229,7 +231,7 @@ def _noting_faults(number: int, row: Row, bad: dict[int, BadRow]) -> Iterator[No
 
 
 def _prompt_of(sample: Rendered) -> list[int]:
-    return sample.ids[: next(at for at, label in enumerate(sample.labels) if label != IGNORED)]
+    return sample.ids[: next(i for i, label in enumerate(sample.labels) if label != IGNORED)]
 
 
 def _count(sample: Rendered) -> int:

@@ -1,4 +1,4 @@
-"""Samples kept in the user's cache, and what data, tokenizer and template are, as short hashes."""
+"""Samples in the user's cache, and hashes of data, tokenizer and template."""
 
 import hashlib
 import json
@@ -18,35 +18,35 @@ from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 
-_LAYOUT = 9  # of what is stored; counts up when the same rows would give other samples, or would be refused
+_LAYOUT = 9  # version of the stored files; increase it when the same rows give other samples, or are rejected
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
     """Hash each split's samples as they are trained on, the tokenizer without its template, and the template."""
-    found: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
-    if found:
-        found["samples"] = {split: len(samples[split]) for split in found}
+    hashes: dict[str, Any] = {split: samples[split].content_hash for split in ("train", "val") if split in samples}
+    if hashes:
+        hashes["samples"] = {split: len(samples[split]) for split in hashes}
     parts = [None, tokenizer.backend_tokenizer.to_str(), None, tokenizer.special_tokens_map]  # as checkpoints have it
-    found["tokenizer"] = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    hashes["tokenizer"] = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     template = tokenizer.chat_template  # a text, or several by name
     if template is not None:
         text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-        found["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+        hashes["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
 
 
 def can_be_kept(source: Source) -> bool:
-    """Whether it is known what the rows of a source depend on.
+    """Whether the samples of a source can be cached.
 
-    A function of the user's may depend on anything, and only a download tells what is behind a URL.
+    Not those of a user's function, which may depend on anything, nor those of a URL, whose content may change.
     """
     return "." not in source.settings.format and not any(isinstance(file, str) for file in source.files)
 
 
 def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepare: Callable[[], Prepared]) -> Prepared:
-    """Return what ``prepare`` makes, from the cache if it was made before, mapped into memory.
+    """Return what ``prepare`` returns, from the cache if it is there, mapped into memory.
 
-    Sources and settings are everything that the samples depend on.
+    The samples depend on sources and settings alone.
     """
     key = {
         "sources": [[repr(replace(source, weight=None)), hash_source(source)] for source in sources],

@@ -1,4 +1,4 @@
-"""Token ids and labels of many rows, as a few flat arrays; rows that occur twice; rows held out for validation."""
+"""Token ids and labels of many rows as flat arrays; repeated rows; rows held out for validation."""
 
 import hashlib
 import json
@@ -25,27 +25,27 @@ class SampleSet:
 
     ids: npt.NDArray[np.int32]  # (T,), sample after sample
     labelled: npt.NDArray[np.bool_]  # (T,): whether a token is trained; never at a sample's start
-    starts: npt.NDArray[np.int64]  # (N + 1,): where each sample begins, and last T
-    row_ids: npt.NDArray[np.int64]  # (N,): number of its row in the split, which the pieces of one row share
-    source: npt.NDArray[np.int32]  # (N,): which of the split's sources it came from
-    file: npt.NDArray[np.int32]  # (N,): which of ``files`` it is in; -1 for none
+    starts: npt.NDArray[np.int64]  # (N + 1,): start of each sample, and last T
+    row_ids: npt.NDArray[np.int64]  # (N,): number of its row in the split, the same for all pieces of a row
+    source: npt.NDArray[np.int32]  # (N,): index of its source in the split
+    file: npt.NDArray[np.int32]  # (N,): index of its file in ``files``; -1 for none
     line: npt.NDArray[np.int64]  # (N,)
     files: tuple[str, ...]
-    # (N,): tokens of the first of two answers to compare, which a sample of preferences holds one behind the other
+    # (N,): tokens of the first of two answers to compare, which a preference sample has one after the other
     first: npt.NDArray[np.int64] | None = None
-    desirable: npt.NDArray[np.bool_] | None = None  # (N,): the verdict on the answer of each, if rows have one
+    desirable: npt.NDArray[np.bool_] | None = None  # (N,): the verdict on each answer, if rows have one
 
     @classmethod
     def load(cls, folder: Path) -> "SampleSet":
-        """Map what ``save`` wrote: its tokens are read from the files when they are used."""
-        # a view of a mapped file is a plain array, and quicker to cut
+        """Map what ``save`` wrote into memory: tokens are read from the files when they are used."""
+        # as plain arrays, views of the mapped files, which are quicker to slice
         arrays = {
             file.stem: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)) for file in folder.glob("*.npy")
         }
         return cls(**arrays, files=tuple(json.loads((folder / "files.json").read_text(encoding="utf-8"))))
 
     def save(self, folder: Path) -> None:
-        """Write one ``.npy`` file for each array, and the names of the files, into an existing folder."""
+        """Write one ``.npy`` file for each array, and the names of the data files, into an existing folder."""
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray):
                 np.save(folder / f"{name}.npy", value, allow_pickle=False)
@@ -54,11 +54,11 @@ class SampleSet:
     @cached_property
     def content_hash(self) -> str:
         """Hash of tokens, labels and order of the samples, and of which source each comes from."""
-        total = hashlib.sha256()
+        digest = hashlib.sha256()
         for values in (self.starts, self.ids, self.labelled, self.source, self.first, self.desirable):
             if values is not None:
-                total.update(values.data)
-        return total.hexdigest()
+                digest.update(values.data)
+        return digest.hexdigest()
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -71,25 +71,25 @@ class SampleSet:
         return np.add.reduceat(self.labelled, self.starts[:-1], dtype=np.int64)
 
     def where(self, n: int) -> str:
-        """Return the file and line of sample ``n``, ``train.jsonl:17``; without a file the number of its row."""
+        """Return the file and line of sample ``n``, ``train.jsonl:17``, or its row number if it has no file."""
         if self.file[n] < 0:
             return f"row {int(self.row_ids[n])}"
         return f"{self.files[self.file[n]]}:{int(self.line[n])}"
 
     def take(self, indices: Sequence[int] | npt.NDArray[Any]) -> "SampleSet":
-        """Return the samples of these numbers, copied, in this order; a number may occur twice."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        spans = [slice(0, 0), *map(slice, self.starts[chosen].tolist(), self.starts[chosen + 1].tolist())]
-        arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[chosen])])}
+        """Return copies of the samples at these indices, in this order; an index may occur twice."""
+        indices = np.asarray(indices, dtype=np.int64)
+        spans = [slice(0, 0), *map(slice, self.starts[indices].tolist(), self.starts[indices + 1].tolist())]
+        arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[indices])])}
         for name in ("ids", "labelled"):
             arrays[name] = np.concatenate([getattr(self, name)[span] for span in spans])
         for name in ("row_ids", "source", "file", "line", "first", "desirable"):
             values = getattr(self, name)
-            arrays[name] = None if values is None else values[chosen]
+            arrays[name] = None if values is None else values[indices]
         return replace(self, **arrays)
 
     def spans(self, rows: Sequence[int]) -> list[slice]:
-        """Return where the tokens of some samples are; of preferences, those of each answer."""
+        """Return the token spans of samples; of preferences, the span of each answer."""
         begins, ends = self.starts[list(rows)], self.starts[1:][list(rows)]
         if self.first is None:
             return list(map(slice, begins.tolist(), ends.tolist()))
@@ -102,7 +102,7 @@ class SampleSet:
 
 
 class SampleSetBuilder:
-    """Gathers samples, and makes one ``SampleSet`` of them."""
+    """Collects samples into one ``SampleSet``."""
 
     def __init__(self) -> None:
         self._ids, self._labelled, self._desirable = array("i"), bytearray(), bytearray()
@@ -122,8 +122,8 @@ class SampleSetBuilder:
     ) -> None:
         """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
 
-        ``first``: of a sample of preferences, the tokens of the first answer; then the second begins. ``desirable``:
-        the verdict on an answer, which all samples have or none.
+        ``first``: in a preference sample, the number of tokens of the first answer, after which the second begins.
+        ``desirable``: the verdict on an answer, for all samples or for none.
         """
         assert 0 < len(ids) == len(labels)
         labelled = np.array(labels, dtype=np.int64) != IGNORED
@@ -131,44 +131,44 @@ class SampleSetBuilder:
         self._ids.extend(ids)
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
-        number = -1 if file is None else self._files.setdefault(file, len(self._files))
-        self._rows.extend((row_id, source, number, line, first))
+        file_index = -1 if file is None else self._files.setdefault(file, len(self._files))
+        self._rows.extend((row_id, source, file_index, line, first))
         if desirable is not None:
             self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
-        """Return all that was added; the builder is used up."""
+        """Return all samples; do not use the builder afterwards."""
         ids, starts = np.frombuffer(self._ids, np.int32), np.frombuffer(self._starts, np.int64)
-        row_ids, sources, files, line, first = np.frombuffer(self._rows, np.int64).reshape(-1, 5).T.copy()
-        source, file, first_ids = sources.astype(np.int32), files.astype(np.int32), first if first.any() else None
+        row_ids, sources, files, line, n_first = np.frombuffer(self._rows, np.int64).reshape(-1, 5).T.copy()
+        source, file, first = sources.astype(np.int32), files.astype(np.int32), n_first if n_first.any() else None
         labelled = np.frombuffer(self._labelled, np.bool_)
         desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
-        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first_ids, desirable)
+        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first, desirable)
 
 
 class Repeats(NamedTuple):
-    """The ids of rows that occur elsewhere too, and the first 20: ``place = place of the first row like it``."""
+    """The ids of repeated rows, and the first 20 as ``train.jsonl:17 = train.jsonl:3``, the row that each equals."""
 
     row_ids: npt.NDArray[np.int64]
     pairs: list[str]
 
 
 def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
-    """Find rows that equal one of ``among``, or without it an earlier one of the same set.
+    """Find rows that equal a row of ``among``, by default an earlier row of the same set.
 
-    Rows are equal if their token ids and labels are, in all their pieces.
+    Rows are equal if the token ids and labels of all their pieces are.
     """
     rows, hashes = hash_rows(samples)
     earlier_rows, earlier_hashes = (rows, hashes) if among is None else hash_rows(among)
-    contents, first = np.unique(earlier_hashes, return_index=True)
-    repeated = np.flatnonzero(np.isin(hashes, contents))
-    earliest = first[np.searchsorted(contents, hashes[repeated])]
+    unique_hashes, first_indices = np.unique(earlier_hashes, return_index=True)
+    repeated = np.flatnonzero(np.isin(hashes, unique_hashes))
+    earliest = first_indices[np.searchsorted(unique_hashes, hashes[repeated])]
     if among is None:
         is_first = earliest == repeated
         repeated, earliest = repeated[~is_first], earliest[~is_first]
     pairs = [
-        f"{samples.where(own)} = {(among or samples).where(equal)}"
-        for own, equal in zip(rows[repeated[:_SHOWN]], earlier_rows[earliest[:_SHOWN]], strict=True)
+        f"{samples.where(row)} = {(among or samples).where(earlier)}"
+        for row, earlier in zip(rows[repeated[:_SHOWN]], earlier_rows[earliest[:_SHOWN]], strict=True)
     ]
     return Repeats(samples.row_ids[rows[repeated]], pairs)
 
@@ -176,33 +176,33 @@ def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
 def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet, SampleSet]:
     """Split samples into (training, validation), both in file order, by content and seed, not by line.
 
-    Rows with the same tokens are on the same side, so that no duplicate is trained on and validated on, and so are all
-    pieces of a row: the fraction is of different contents, at least one on each side.
+    Rows with the same tokens are on the same side, so that no row is both trained and validated on, and so are all
+    pieces of a row. The fraction counts distinct contents, at least one on each side.
 
     Raises:
         UserError: there are fewer than two different rows.
     """
     rows, hashes = hash_rows(samples, key=str(seed).encode(), labels=False)
-    contents = np.unique(hashes)  # sorted: those held out are the ones with the lowest hashes
-    if len(contents) < 2:
-        raise UserError(f"val_fraction: expected at least 2 different rows to split, found {len(contents)}.")
-    count = min(max(round(fraction * len(contents)), 1), len(contents) - 1)
-    held = np.isin(samples.row_ids, samples.row_ids[rows[hashes <= contents[count - 1]]])
-    return samples.take(np.flatnonzero(~held)), samples.take(np.flatnonzero(held))
+    unique_hashes = np.unique(hashes)  # sorted: the rows with the lowest hashes are held out
+    if len(unique_hashes) < 2:
+        raise UserError(f"val_fraction: expected at least 2 different rows to split, found {len(unique_hashes)}.")
+    n_val = min(max(round(fraction * len(unique_hashes)), 1), len(unique_hashes) - 1)
+    is_val = np.isin(samples.row_ids, samples.row_ids[rows[hashes <= unique_hashes[n_val - 1]]])
+    return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))
 
 
 def hash_rows(
     samples: SampleSet, key: bytes = b"", labels: bool = True
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, if asked, labels, ``(R,)``."""
-    # Bytes of whole arrays, cut up without copying: one call of the hash for each sample is all that takes time.
+    """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, optionally, labels, ``(R,)``."""
+    # Bytes of whole arrays, sliced without copying: the only cost is one call of the hash for each sample.
     ids, labelled = samples.ids.view(np.uint8).data, samples.labelled.view(np.uint8).data
     digests, verdicts = bytearray(), b"" if samples.desirable is None else samples.desirable.tobytes()
-    for number, (start, end) in enumerate(pairwise(samples.starts.tolist())):
+    for index, (start, end) in enumerate(pairwise(samples.starts.tolist())):
         digest = hashlib.blake2b(ids[4 * start : 4 * end], key=key, digest_size=8)
         if labels:
             digest.update(labelled[start:end])
-            digest.update(verdicts[number : number + 1])
+            digest.update(verdicts[index : index + 1])
         digests += digest.digest()
-    first = np.flatnonzero(np.diff(samples.row_ids, prepend=-1))
-    return first, np.add.reduceat(np.frombuffer(bytes(digests), dtype=np.uint64), first)
+    first_samples = np.flatnonzero(np.diff(samples.row_ids, prepend=-1))
+    return first_samples, np.add.reduceat(np.frombuffer(bytes(digests), dtype=np.uint64), first_samples)

@@ -22,28 +22,28 @@ from qlora_lightning.evaluation.scores import GENERAL, describe_answered, descri
 from qlora_lightning.support.console import say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
-"""By side, the base first: the same rows in the same order."""
-_MOST_PLACES = 8  # named in a line
-_LONGEST = 300  # characters shown of a text: a model that does not stop would fill the screen
+"""By side, the base first: results of the same rows in the same order."""
+_MAX_PLACES = 8  # named in a line
+_MAX_LENGTH = 300  # characters of a text: a model that does not stop would fill the screen
 
 
 def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, float]]:
-    """Add up numerators and denominators of the pieces of each row, which are no independent draws.
+    """Sum numerators and denominators over the pieces of each row, which are not independent draws.
 
-    A piece is its row's number (below 0: it is a row of its own), its numerator and its denominator.
+    A piece is its row's number (negative: it is a row by itself), its numerator and its denominator.
     """
     sums: dict[int, tuple[float, float]] = {}
-    for at, (number, above, below) in enumerate(pieces):
-        key = number if number >= 0 else -1 - at
-        earlier = sums.get(key, (0.0, 0.0))
-        sums[key] = earlier[0] + above, earlier[1] + below
+    for index, (number, numerator, denominator) in enumerate(pieces):
+        key = number if number >= 0 else -1 - index
+        total = sums.get(key, (0.0, 0.0))
+        sums[key] = total[0] + numerator, total[1] + denominator
     return list(sums.values())
 
 
 def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
-    """Name the metric of what is correct: of pairs, or of tokens.
+    """Return the accuracy metric: of preference pairs, or of tokens.
 
-    ``None`` of answers with a verdict: the base is its own reference, and has a margin of 0 on all of them.
+    ``None`` for answers with a verdict: the base is its own reference, so its margin is 0 on all of them.
     """
     if not rows or not rows[0].is_preference:
         return "token_accuracy"
@@ -51,15 +51,15 @@ def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
 
 
 def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
-    """Compute every metric of every side by its name: losses over all rows, scores over those that were answered."""
+    """Compute every metric of every side, by name: losses over all rows, scores over the answered ones."""
     numbers = [row.number for row in rows] or [-1] * len(next(iter(results.values())))
 
     def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
-        """Measure what has a numerator and a denominator in each result, or in some."""
+        """Measure a fraction that all results have, or some of them."""
         sides = {}
-        for side, each in results.items():
-            found = [(number, fraction(result)) for number, result in zip(numbers, each, strict=True)]
-            sides[side] = sum_by_row((number, *parts) for number, parts in found if parts is not None)
+        for side, row_results in results.items():
+            fractions = [(number, fraction(result)) for number, result in zip(numbers, row_results, strict=True)]
+            sides[side] = sum_by_row((number, *parts) for number, parts in fractions if parts is not None)
         return measure(name, sides)
 
     accuracy = _accuracy_of(rows)
@@ -67,7 +67,7 @@ def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, M
     metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
     if accuracy is not None:
         metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
-    answers = (result.answer for each in results.values() for result in each if result.answer is not None)
+    answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
     for name in next((answer.figures for answer in answers), ()):
         metrics[name] = over_rows(name, partial(_read_figure, name))
     return metrics
@@ -81,16 +81,16 @@ class Comparison:
     """Base and adapters on the same rows.
 
     Args:
-        rows: That were evaluated.
-        results: Of each side.
+        rows: The evaluated rows.
+        results: Their results, by side.
         settings: How rows were answered; ``None``: they were not.
-        general: Of each side, nats and tokens of rows that have nothing to do with the task, if there are such: their
-            loss is one metric more.
+        general: For each side, nats and tokens of rows that have nothing to do with the task: their loss is another
+            metric.
 
     Attributes:
         answered: Indices of the rows that were answered.
-        score: The answers' score that counts most; ``None``: they were not scored.
-        compared_by: Metric by which rows are won and lost: the preference of pairs, else that score, else the loss.
+        score: The most important score of answers; ``None``: they were not scored.
+        compared_by: Metric that decides which side wins a row: the preference of pairs, else that score, else the loss.
     """
 
     def __init__(
@@ -111,27 +111,27 @@ class Comparison:
         self.score = settings.scores[0] if settings else None
         by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
         self.compared_by = by_kind[_accuracy_of(rows)]
-        if self.compared_by != self.score:  # what has answers alone, as a server has, is not compared by a loss
+        if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 
     def by_source(self) -> "dict[str, Comparison]":
         """Return a comparison for each source of rows."""
-        parts: dict[str, list[int]] = {}
+        by_source: dict[str, list[int]] = {}
         for index, row in enumerate(self.rows):
-            parts.setdefault(row.source, []).append(index)
+            by_source.setdefault(row.source, []).append(index)
         return {
             name: Comparison(
                 [self.rows[index] for index in indices],
                 {side: [results[index] for index in indices] for side, results in self.results.items()},
                 self.settings,
             )
-            for name, indices in parts.items()
+            for name, indices in by_source.items()
         }
 
     def compare_rows(self, adapter: str) -> tuple[list[int], list[int], int]:
-        """Return the indices of rows on which an adapter is better than the base, and worse, and how many are alike.
+        """Return the indices of rows on which an adapter is better than the base, and worse, and the number of ties.
 
-        They are compared by ``compared_by``: a score of answered rows, or the preference or loss of all.
+        Rows are compared by ``compared_by``: a score of the answered ones, or the preference or loss of all.
         """
         indices = self.answered if self.compared_by == self.score else range(len(self.rows))
         gains = {index: self._merit(adapter, index) - self._merit(BASE, index) for index in indices}
@@ -145,13 +145,13 @@ class Comparison:
         return by_metric.get(self.compared_by, self._score(side, index))
 
     def hardest_first(self) -> list[int]:
-        """Return the indices of all rows, the lowest score of the first adapter first; of equals, the highest loss."""
+        """Return the indices of all rows, the first adapter's lowest score first, then its highest loss."""
         results = self.results[self.adapters[0]]
         indices = range(len(self.rows))
         return sorted(indices, key=lambda index: (self._score(self.adapters[0], index), -results[index].loss))
 
     def is_wrong(self, index: int) -> bool:
-        """Whether a row was answered, and the first adapter has not the full score on it."""
+        """Whether a row was answered, and the first adapter's answer has less than the full score."""
         return self._score(self.adapters[0], index) < 1
 
     def _score(self, side: str, index: int) -> float:
@@ -161,51 +161,51 @@ class Comparison:
     # ---- for people ------------------------------------------------------------------------------------------------
 
     def print(self, rows: str) -> None:
-        """Print all metrics, and on which rows (of ``validation rows``, say) each adapter is better than the base."""
+        """Print all metrics, and on which rows each adapter beats the base; ``rows`` says what they are."""
         self.print_metrics(rows)
-        by = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
+        metric = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
         for adapter in self.adapters:
-            better, worse, alike = self.compare_rows(adapter)
+            better, worse, ties = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
-            say(f"By {by}, {name} is better on {len(better):,} rows, the base on {len(worse):,}; {alike:,} alike.")
-            for word, found in (("better", better), ("worse", worse)):
-                places = [self.rows[index].place for index in found if self.rows[index].place]
+            say(f"By {metric}, {name} is better on {len(better):,} rows, the base on {len(worse):,}; {ties:,} alike.")
+            for outcome, indices in (("better", better), ("worse", worse)):
+                places = [self.rows[index].place for index in indices if self.rows[index].place]
                 if places:
-                    say(f"  {word}: {', '.join(places[:_MOST_PLACES])}{' …' if len(places) > _MOST_PLACES else ''}")
+                    say(f"  {outcome}: {', '.join(places[:_MAX_PLACES])}{' …' if len(places) > _MAX_PLACES else ''}")
 
     def print_metrics(self, rows: str) -> None:
-        """Print a table of all metrics with their intervals, which a narrow terminal has below their values."""
+        """Print a table of all metrics with their intervals, below the values in a narrow terminal."""
         is_wide = terminal().width >= 100
-        cut = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
+        limit = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
         count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
-        table = Table("", title=escape(f"{count}{cut}, with 95 % intervals"), title_justify="left")
+        table = Table("", title=escape(f"{count}{limit}, with 95 % intervals"), title_justify="left")
         gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
         for heading in (*self.results, *gains):
             table.add_column(escape(heading), justify="right")
         for name, metric in self.metrics.items():
             digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
-            sides = [format_interval(each, is_share(name), "", digits) for each in metric.sides.values()]
-            found = [metric.differences[adapter] for adapter in self.adapters]
-            gains = [format_interval(each, is_share(name), "+", digits) for each in found]
-            cells = [each if is_wide else each.replace(" [", "\n[") for each in (*sides, *gains)]
+            sides = [format_interval(interval, is_share(name), "", digits) for interval in metric.sides.values()]
+            differences = [metric.differences[adapter] for adapter in self.adapters]
+            gains = [format_interval(interval, is_share(name), "+", digits) for interval in differences]
+            cells = [cell if is_wide else cell.replace(" [", "\n[") for cell in (*sides, *gains)]
             table.add_row(describe_metric(name), *map(escape, cells))
         terminal().print(table)
 
     def print_rows(self, indices: Sequence[int]) -> None:
-        """Print rows that were answered: what was asked, what was expected, and what each side answered."""
+        """Print answered rows: the question, the expected answer, and the answer of each side."""
         for index in indices:
             table = Table(show_header=False, expand=True, title=escape(self.rows[index].place), title_justify="left")
             table.add_column(style="dim", no_wrap=True, min_width=8)
             table.add_column(overflow="fold")
             for name, text in self._show(index).items():
                 text = text.strip() or "(empty)"
-                table.add_row(escape(name), escape(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"))
+                table.add_row(escape(name), escape(text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]} …"))
             terminal().print(table)
 
     def _show(self, index: int) -> dict[str, str]:
         row, settings = self.rows[index], self.settings
         assert settings is not None
-        # what ChatML and Llama-3 leave of the turn's header
+        # ChatML and Llama-3 leave this of the turn's header
         question = settings.decode(self._questions[index]).removeprefix("user\n")
         answers = {side: results[index].answer for side, results in self.results.items()}
         texts = {side: answer.text if answer else "" for side, answer in answers.items()}
@@ -214,7 +214,7 @@ class Comparison:
     # ---- for programs ----------------------------------------------------------------------------------------------
 
     def summary(self, samples: int) -> dict[str, Any]:
-        """Return all figures as plain values, and the first ``samples`` answered rows with their answers."""
+        """Return all figures as plain values, and the first ``samples`` answered rows."""
         outcomes = {adapter: self.compare_rows(adapter) for adapter in self.adapters}
         return {
             **self.figures(),
@@ -226,17 +226,17 @@ class Comparison:
                     "score": self.compared_by,
                     "wins": [self.rows[index].number for index in better],
                     "losses": [self.rows[index].number for index in worse],
-                    "ties": alike,
+                    "ties": ties,
                 }
-                for adapter, (better, worse, alike) in outcomes.items()
+                for adapter, (better, worse, ties) in outcomes.items()
             },
             "samples": [self._show(index) for index in self.answered[:samples]],
         }
 
     def figures(self) -> dict[str, Any]:
-        """Return counts of rows, and each metric's ``{side: {value, low, high}, difference: …}``, of the first adapter.
+        """Return counts of rows, and each metric's ``{side: {value, low, high}, difference: …}``.
 
-        Several adapters have ``differences`` too.
+        ``difference`` is the first adapter's; with several adapters ``differences`` has those of all.
         """
         metrics: dict[str, Any] = {}
         for name, metric in self.metrics.items():
@@ -248,7 +248,7 @@ class Comparison:
         return {"rows": len(self.rows), "answered_rows": len(self.answered), "metrics": metrics}
 
     def predictions(self, order: Sequence[int]) -> list[dict[str, Any]]:
-        """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in an order.
+        """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in ``order``.
 
         A row without a prompt of its own (``train_on: all``) has losses only.
         """
@@ -278,11 +278,11 @@ def find_questions(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) ->
     """Return the last turn of each prompt, without system prompt and header.
 
     Most templates end each turn with a stop token, so that all prompts end alike: with the header of the answer. Others
-    (Mistral's, Alpaca's) end answers alone, and the question is what is behind the last one.
+    (Mistral's, Alpaca's) end only answers with one, and the question follows the last of these.
     """
-    stops = [[-1, *(at for at, token in enumerate(prompt) if token in stop_ids)] for prompt in prompts]
-    both = list(zip(prompts, stops, strict=True))
-    tails = [list(prompt[own[-1] + 1 :]) for prompt, own in both]
+    positions = [[-1, *(index for index, token in enumerate(prompt) if token in stop_ids)] for prompt in prompts]
+    pairs = list(zip(prompts, positions, strict=True))
+    tails = [list(prompt[stops[-1] + 1 :]) for prompt, stops in pairs]
     if len({tuple(tail) for tail in tails if tail}) > 1:
         return tails
-    return [list(prompt[own[-2] + 1 : own[-1]] if len(own) > 1 else prompt) for prompt, own in both]
+    return [list(prompt[stops[-2] + 1 : stops[-1]] if len(stops) > 1 else prompt) for prompt, stops in pairs]

@@ -1,4 +1,4 @@
-"""Means with confidence intervals and paired differences, computed and written. Needs no torch."""
+"""Means with confidence intervals and paired differences, computed and formatted. Needs no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from qlora_lightning.evaluation.scores import is_share
 RESAMPLES = 2_000
 SEED = 0
 PREFERENCE_ACCURACY = "preference_accuracy"
-# of which each row counts as 0 or 1
+# Metrics for which each row counts as 0 or 1.
 _YES_OR_NO = (PREFERENCE_ACCURACY, "exact_match", "json_valid", "numeric_match", "stop_rate")
-_NO_WIDTH = 1e-9  # what sums of equal rows differ by in rounding
-_Z = 1.959964  # of the normal distribution, two-sided 95 %
+_NO_WIDTH = 1e-9  # rounding differences of sums of equal rows
+_Z = 1.959964  # quantile of the normal distribution, two-sided 95 %
 Floats = npt.NDArray[np.float64]
 
 
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """One metric of all sides, and of each but the first its difference from the first, on the same rows."""
+    """One metric of all sides, and the difference of each other side from the first, on the same rows."""
 
     sides: dict[str, Interval]
     differences: dict[str, Interval]
@@ -55,7 +55,7 @@ def measure(name: str, rows: Mapping[str, Sequence[tuple[float, float]]]) -> Met
 
 
 def _ratios(name: str, sums: Floats) -> Floats:
-    with np.errstate(all="ignore"):  # of no tokens a mean is NaN, and the perplexity of a hopeless model infinite
+    with np.errstate(all="ignore"):  # no tokens: NaN; a hopeless model's perplexity: infinite
         means: Floats = sums[..., 0] / sums[..., 1]
         return np.exp(means) if name == "perplexity" else means
 
@@ -74,30 +74,30 @@ def percentile_interval(
 ) -> Interval:
     """Return a value with the middle 95 % of its resamples.
 
-    Rows that are all alike give a bootstrap nothing to draw from, and an interval without width, as if the value were
-    certain. Then at most so large a share of all rows is otherwise as Wilson's interval has for none of ``n_rows``, and
-    these are at the worst on a bound, the least or largest value of a row; without bounds the interval is NaN.
+    If all rows are equal, every resample is too, and the interval would have no width, as if the value were certain.
+    Then the share of rows that may differ is the upper end of Wilson's interval for 0 of ``n_rows``, and such rows are
+    taken to lie on a bound, the smallest or largest value of a row; without bounds the interval is NaN.
     """
     with np.errstate(invalid="ignore"):  # between infinities there is nothing to interpolate
         low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
     if high - low <= _NO_WIDTH * max(1.0, abs(value)):
         if bounds is None:
             return Interval(float(value), math.nan, math.nan)
-        others = wilson_interval(0, n_rows).high
-        low, high = value - others * (value - bounds[0]), value + others * (bounds[1] - value)
+        share = wilson_interval(0, n_rows).high
+        low, high = value - share * (value - bounds[0]), value + share * (bounds[1] - value)
     return Interval(float(value), float(low), float(high))
 
 
 def wilson_interval(hits: float, n_rows: int) -> Interval:
     """Return a share of rows with Wilson's interval (1927): unlike a bootstrap, it allows for luck in 100 of 100."""
     share, z2 = float(hits) / n_rows, _Z * _Z
-    middle = (share + z2 / (2 * n_rows)) / (1 + z2 / n_rows)
-    reach = _Z / (1 + z2 / n_rows) * math.sqrt(share * (1 - share) / n_rows + z2 / (4 * n_rows * n_rows))
-    # Rounded, the ends may be beyond 0, 1 or the share itself.
-    return Interval(share, max(0.0, min(middle - reach, share)), min(1.0, max(middle + reach, share)))
+    center = (share + z2 / (2 * n_rows)) / (1 + z2 / n_rows)
+    half_width = _Z / (1 + z2 / n_rows) * math.sqrt(share * (1 - share) / n_rows + z2 / (4 * n_rows * n_rows))
+    # Rounding may put the ends beyond 0, 1 or the share itself.
+    return Interval(share, max(0.0, min(center - half_width, share)), min(1.0, max(center + half_width, share)))
 
 
-# ---- written ---------------------------------------------------------------------------------------------------------
+# ---- formatted -------------------------------------------------------------------------------------------------------
 
 
 def plain_interval(interval: Interval) -> dict[str, float | None]:
@@ -106,22 +106,21 @@ def plain_interval(interval: Interval) -> dict[str, float | None]:
 
 
 def choose_digits(intervals: Sequence[Interval]) -> int:
-    """Return the decimals that show the smallest of some values that are no shares."""
+    """Return how many decimals show the smallest of some values that are not shares."""
     sizes = [abs(interval.value) for interval in intervals if interval.value and math.isfinite(interval.value)]
     smallest = min(sizes, default=1.0)
     return 1 if smallest >= 10 else 3 if smallest >= 0.1 else 4
 
 
 def format_interval(interval: Interval, percent: bool, sign: str, digits: int) -> str:
-    """Write ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` with some digits of what is no share.
+    """Format ``98.0 % [93.0, 99.4]``, or ``2.098 [2.010, 2.201]`` with ``digits`` decimals.
 
     ``sign`` is ``+`` for a difference.
     """
     if math.isnan(interval.value):
         return "–"
-    factor = 100 if percent else 1
-    digits = 1 if percent else digits
-    value, low, high = (round(part * factor, digits) + 0.0 for part in interval)  # + 0.0: no -0.0
+    factor, digits = (100, 1) if percent else (1, digits)
+    value, low, high = (round(number * factor, digits) + 0.0 for number in interval)  # + 0.0: no -0.0
     unit = " %" if percent and not sign else ""
-    reach = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"
-    return f"{value:{sign},.{digits}f}{unit}{reach}"
+    bounds = "" if math.isnan(low) else f" [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{value:{sign},.{digits}f}{unit}{bounds}"

@@ -1,4 +1,4 @@
-"""Rows to evaluate, and what a model makes of them: loss, answer and scores of each."""
+"""Rows to evaluate, and a model's results on them: loss, answer and scores of each."""
 
 import itertools
 import math
@@ -23,19 +23,19 @@ from qlora_lightning.support.console import progress_counter
 ProgressCounter = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
 OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
-"""Called with a side's name, some rows and their answers as soon as these are there."""
+"""Called with a side's name, some rows and their answers, as soon as they are complete."""
 
 
 @dataclass
 class EvaluationRow:
-    """One row; of two answers to compare, prompt and expected answer are those of the chosen one."""
+    """One row; prompt and expected answer of a preference pair are those of the chosen answer."""
 
     number: int  # in its split; -1 for a batch that is not flat
-    source: str  # number of the split's source that it is from, or its name
+    source: str  # the source of its split: number or name
     prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
-    is_preference: bool = False  # whether it is two answers to compare, or one with a verdict
+    is_preference: bool = False  # whether it is a preference pair, or an answer with a verdict
     has_verdict: bool = False
 
 
@@ -43,18 +43,18 @@ class Answer(NamedTuple):
     """What a model answered to a prompt."""
 
     text: str  # without control tokens and space around it
-    tokens: int  # how many
+    tokens: int  # number of tokens
     stopped: bool  # whether it ended with a stop token
-    scores: dict[str, float]  # the one that counts most first
+    scores: dict[str, float]  # the most important one first
 
     @property
     def figures(self) -> dict[str, float]:
-        """All that is averaged over answers."""
+        """All values that are averaged over answers."""
         return {**self.scores, "stop_rate": float(self.stopped), "answer_tokens": float(self.tokens)}
 
 
 class RowResult(NamedTuple):
-    """Loss and answer of one row; two answers to compare count as one token, correct if the chosen is the likelier."""
+    """Loss and answer of one row; a preference pair counts as one token, correct if the chosen answer is likelier."""
 
     nll: float  # sum over its labelled tokens, in nats
     labelled_tokens: int
@@ -73,9 +73,9 @@ class AnswerSettings:
 
     tokenizer: Any
     stop_ids: list[int]
-    scores: list[str]  # names, the one that counts most first
+    scores: list[str]  # names, the most important one first
     max_new_tokens: int
-    batch_size: int  # at most so many rows are answered together
+    batch_size: int  # most rows that are answered together
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of an answer, without control tokens and space around it."""
@@ -83,15 +83,15 @@ class AnswerSettings:
         return text.strip()
 
     def score(self, text: str, row: EvaluationRow) -> dict[str, float]:
-        """Return the scores of an answer beside what the row expects."""
+        """Return the scores of an answer against the expected one of its row."""
         expected = self.decode(row.expected)
         return {name: SCORES[name](text, expected) for name in self.scores}
 
 
 def take_batches(loader: Any, limit: float) -> Iterator[Any]:
-    """Yield the first batches: as many as the Trainer's limit says, a number or (a float) their share."""
-    most = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
-    return itertools.islice(loader, most)
+    """Yield the first batches, up to the Trainer's limit: an int is their number, a float their share."""
+    n_batches = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
+    return itertools.islice(loader, n_batches)
 
 
 def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
@@ -103,18 +103,18 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         end = int(row["cu_seqlens"][1])
         prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
         number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
-        is_judged = "desirable" in row
-        if is_judged and not bool(row["desirable"][0]):  # an answer that is not to be given
+        has_verdict = "desirable" in row
+        if has_verdict and not bool(row["desirable"][0]):  # an undesirable answer
             prompt = None
-        is_preference = is_judged or row.get("pairs", False)
-        rows.append(EvaluationRow(number, source, prompt, expected, "", is_preference, is_judged))
+        is_preference = has_verdict or row.get("pairs", False)
+        rows.append(EvaluationRow(number, source, prompt, expected, "", is_preference, has_verdict))
     return rows
 
 
 def split_sample(ids: list[int], labels: list[int]) -> tuple[list[int] | None, list[int]]:
-    """Return what is before the last run of labelled tokens, and that run.
+    """Return the tokens before the last run of labelled tokens, and that run.
 
-    With all tokens labelled (``train_on: all``) nobody knows where the prompt ends: it is ``None``.
+    If all tokens are labelled (``train_on: all``), the end of the prompt is unknown: it is ``None``.
     """
     end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
     start = next((index + 1 for index in range(end - 1, -1, -1) if labels[index] == IGNORED), 0)
@@ -135,53 +135,53 @@ def evaluate_sides(
     on_answers: OnAnswers = lambda side, rows, answers: None,
     next_token: bool = False,
 ) -> dict[str, list[RowResult]]:
-    """Evaluate the base alone, and with each adapter; a bar shows the progress, if ``show``.
+    """Evaluate the base alone, and with each adapter.
 
     Args:
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`.
-        batches: As a loader gives them, on the host.
-        rows: To answer: the first that :func:`unpack_rows` finds in these batches. One without a prompt is left out.
+        batches: As a loader returns them, on the host.
+        rows: To answer: the first that :func:`unpack_rows` returns for these batches. One without a prompt is skipped.
         settings: How to answer; ``None``: no row is answered.
-        adapters: PEFT's names of them, by the names that they have in the results.
-        show: Whether a terminal gets the bar.
-        on_answers: Called as soon as a batch of answers is there.
+        adapters: PEFT's names of the adapters, by their names in the results.
+        show: Whether a terminal shows a progress bar.
+        on_answers: Called as soon as a batch of answers is complete.
         next_token: Whether the loss is that of the next token, whatever the module's ``compute_loss`` does.
     """
     model, results = module.model, {}
-    losses = sum(len(unpack_rows(batch)) for batch in batches)
-    steps = (1 + len(adapters)) * (losses + (len(rows) if settings else 0))
+    n_losses = sum(len(unpack_rows(batch)) for batch in batches)
+    steps = (1 + len(adapters)) * (n_losses + (len(rows) if settings else 0))
     with progress_counter(f"base and {', '.join(adapters)}", steps, show) as count:
         for side in (BASE, *adapters):
             if side != BASE:
                 model.set_adapter(adapters[side])
-            hidden = with_adapter(model, None) if side == BASE else nullcontext()
-            with hidden, collective_passes(module), dense_weights(model):
-                found = _evaluate_rows(module, batches, count, next_token)
+            disabled = with_adapter(model, None) if side == BASE else nullcontext()
+            with disabled, collective_passes(module), dense_weights(model):
+                row_results = _evaluate_rows(module, batches, count, next_token)
                 answers = answer_rows(module, rows, settings, count, partial(on_answers, side)) if settings else {}
-            results[side] = [each._replace(answer=answers.get(index)) for index, each in enumerate(found)]
+            results[side] = [result._replace(answer=answers.get(index)) for index, result in enumerate(row_results)]
     return results
 
 
 @torch.no_grad()
-def _evaluate_rows(module: Any, batches: Iterable[Any], watch: ProgressCounter, next_token: bool) -> list[RowResult]:
-    """Compute the loss of every row of some batches by a module as it is now, whose training mode is restored."""
+def _evaluate_rows(module: Any, batches: Iterable[Any], count: ProgressCounter, next_token: bool) -> list[RowResult]:
+    """Compute the loss of every row of some batches with the module as it is; its training mode is restored."""
     was_training, results = module.training, []
     module.eval()
     try:
         for batch in batches:
             for sums in row_losses(module, batch, next_token):
                 results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
-                watch(1)
+                count(1)
     finally:
         module.train(was_training)
     return results
 
 
 def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) -> Iterator[LossSums]:
-    """Compute what ``module.compute_loss`` returns for each row alone that :func:`unpack_rows` finds in a batch.
+    """Compute what ``module.compute_loss`` returns for each single row that :func:`unpack_rows` returns for a batch.
 
-    If that is not overridden, rows go through the model together, which is two to three times as quick. An override
-    gets one row after the other: only it knows how its loss is made up, unless ``next_token`` asks for the usual one.
+    If that is not overridden, rows go through the model together, which is two to three times as fast. An override
+    gets one row after the other, for its loss may be of any kind; ``next_token`` asks for the usual one instead.
     """
     if not is_flat(batch) or (module.overrides("compute_loss") and not next_token):
         for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
@@ -193,11 +193,11 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
 
 
 def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
-    states, targets = module.last_states(part)
+    hidden, targets = module.last_states(part)
     head, counts = lm_head_of(module.causal_lm), part["layout"].counts
     with module.autocast():
-        pairs = zip(states.split(counts), targets.split(counts), strict=True)
-        return [head_loss(own, wanted, head, fast=module.fast) for own, wanted in pairs if len(wanted)]
+        samples = zip(hidden.split(counts), targets.split(counts), strict=True)
+        return [head_loss(states, labels, head, fast=module.fast) for states, labels in samples if len(labels)]
 
 
 def answer_rows(
@@ -209,21 +209,21 @@ def answer_rows(
 ) -> dict[int, Answer]:
     """Answer the rows that have a prompt, and score the answers; return them by the rows' indices.
 
-    Rows of like length are answered together, the longest first: memory that does not suffice fails at once.
+    Rows of similar length are answered together, the longest first: too little memory fails at once.
     """
-    limit, found = settings.max_new_tokens, dict[int, Answer]()
+    limit, stop_ids, answers = settings.max_new_tokens, settings.stop_ids, dict[int, Answer]()
     prompts = {index: row.prompt for index, row in enumerate(rows) if row.prompt is not None}
     longest_first = sorted(prompts, key=lambda index: -len(prompts[index]))
     with collective_passes(module), dense_weights(module.model):
         for start in range(0, len(longest_first), settings.batch_size):
             indices = longest_first[start : start + settings.batch_size]
-            own = [rows[index] for index in indices]
-            ids = module.answer([row.prompt for row in own], settings.stop_ids, limit, batch_size=len(own), watch=watch)
-            texts = [settings.decode(answer) for answer in ids]
-            answers = [
-                Answer(text, len(answer), len(answer) < limit, settings.score(text, row))
-                for text, answer, row in zip(texts, ids, own, strict=True)
+            batch = [rows[index] for index in indices]
+            ids = module.answer([row.prompt for row in batch], stop_ids, limit, batch_size=len(batch), watch=watch)
+            texts = [settings.decode(token_ids) for token_ids in ids]
+            batch_answers = [
+                Answer(text, len(token_ids), len(token_ids) < limit, settings.score(text, row))
+                for text, token_ids, row in zip(texts, ids, batch, strict=True)
             ]
-            found |= zip(indices, answers, strict=True)
-            on_answers(own, answers)
-    return {index: found[index] for index in prompts}
+            answers |= zip(indices, batch_answers, strict=True)
+            on_answers(batch, batch_answers)
+    return {index: answers[index] for index in prompts}

@@ -1,4 +1,4 @@
-"""Scores of an answer beside its reference, and which of them apply to given references. Needs no torch."""
+"""Scores of an answer against its reference, and which of them apply to given references. Needs no torch."""
 
 import json
 import re
@@ -9,9 +9,9 @@ from typing import Any
 from qlora_lightning.support.errors import UserError
 
 MARK = "####"  # before GSM8K's final number
-# A minus after a digit or a bracket subtracts, and is no sign.
+# A minus after a digit or a bracket is a subtraction, not a sign.
 _NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
-GENERAL = "general_loss"  # nats a token of text that has nothing to do with the task
+GENERAL = "general_loss"  # nats per token, of text that has nothing to do with the task
 _NAMES = {
     GENERAL: "loss on other text",
     "rouge_l": "ROUGE-L",
@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def exact_match(answer: str, expected: str) -> float:
-    """Return 1 if the answer is the reference, letter by letter."""
+    """Return 1 if the answer equals the reference, character by character."""
     return float(answer == expected)
 
 
@@ -30,7 +30,7 @@ def parse_json_answer(text: str) -> dict[str, Any] | list[Any] | None:
     """Parse an answer that is a JSON object or array and nothing else; ``None`` for any other."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # a model that runs on may open brackets without end
+    except (ValueError, RecursionError):  # a model that does not stop may open many brackets
         return None
     return value if isinstance(value, dict | list) else None
 
@@ -41,55 +41,55 @@ def json_valid(answer: str, expected: str) -> float:
 
 
 def json_f1(answer: str, expected: str) -> float:
-    """Return the F1 of fields: of all leaves ``path: value``, those that answer and reference share.
+    """Return the F1 of fields: the leaves ``path: value`` that answer and reference share.
 
-    Order of keys does not count. An answer that is not JSON has no field right.
+    The order of keys does not matter. An answer that is not JSON scores 0.
     """
-    found, wanted = parse_json_answer(answer), parse_json_answer(expected)
-    if found is None or wanted is None:
+    value, reference = parse_json_answer(answer), parse_json_answer(expected)
+    if value is None or reference is None:
         return 0.0
-    fields, reference = set(_leaves(found)), set(_leaves(wanted))
-    return 2 * len(fields & reference) / (len(fields) + len(reference))
+    fields, reference_fields = set(_leaves(value)), set(_leaves(reference))
+    return 2 * len(fields & reference_fields) / (len(fields) + len(reference_fields))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield each leaf as its path and its value as JSON; an empty object or array is a leaf."""
     if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{json.dumps(key)}")
+        for key, child in value.items():
+            yield from _leaves(child, f"{path}.{json.dumps(key)}")
     elif isinstance(value, list) and value:
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
+        for index, child in enumerate(value):
+            yield from _leaves(child, f"{path}[{index}]")
     else:
-        whole = isinstance(value, float) and value.is_integer()
-        yield path, json.dumps(int(value) if whole else value)
+        is_whole = isinstance(value, float) and value.is_integer()
+        yield path, json.dumps(int(value) if is_whole else value)
 
 
 def find_number(text: str) -> Decimal | None:
-    """Return the first number behind the last ``####``; without the mark, the last number of all.
+    """Return the first number after the last ``####``; without the mark, the last number of the text.
 
     The second rule is for a base that was never trained on the mark (lm-evaluation-harness: flexible extraction).
-    Thousands' commas and a dollar sign are left out.
+    Thousands' commas and a dollar sign are dropped.
     """
-    _, mark, after = text.rpartition(MARK)
-    numbers = _NUMBER.findall(after)
+    _, mark, tail = text.rpartition(MARK)
+    numbers = _NUMBER.findall(tail)
     if not numbers:
         return None
     return Decimal(re.sub(r"[,$\s]", "", numbers[0] if mark else numbers[-1]))
 
 
 def numeric_match(answer: str, expected: str) -> float:
-    """Return 1 if answer and reference come to the same number; see :func:`find_number`."""
+    """Return 1 if answer and reference have the same number; see :func:`find_number`."""
     number = find_number(answer)
     return float(number is not None and number == find_number(expected))
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """Return ROUGE-L's F1: of words of any alphabet, along the longest common subsequence (Lin 2004)."""
+    """Return ROUGE-L's F1 of words, of any alphabet: by the longest common subsequence (Lin 2004)."""
     from torchmetrics.functional.text import rouge_score
 
-    found = rouge_score(answer, expected, normalizer=_split_words, rouge_keys="rougeL")
-    return float(found["rougeL_fmeasure"])
+    rouge = rouge_score(answer, expected, normalizer=_split_words, rouge_keys="rougeL")
+    return float(rouge["rougeL_fmeasure"])
 
 
 def _split_words(text: str) -> str:
@@ -112,11 +112,11 @@ SCORES: dict[str, Callable[[str, str], float]] = {
     "rouge_l": rouge_l,
     "chrf": chrf,
 }
-"""Each maps an answer and the expected one, without space around them, to a number from 0 to 1; 1 is best."""
+"""Each maps an answer and its reference, stripped of surrounding space, to a number from 0 to 1; 1 is best."""
 
 
 def check_scores(named: str | Sequence[str]) -> None:
-    """Reject a name that is not a score's."""
+    """Reject a name that is not that of a score."""
     unknown = [] if named == "auto" else [name for name in _as_list(named) if name not in SCORES]
     if unknown:
         raise UserError(f"There is no score {unknown[0]!r}: expected auto, or some of {', '.join(SCORES)}.")
@@ -126,9 +126,9 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
     """Return the names of the scores that apply, the most important one first.
 
     Args:
-        references: The expected answers; one at least.
-        named: Those that the user wants; ``auto``: JSON answers are scored as JSON, answers of which each has
-            GSM8K's ``####`` by their number, other text and mixtures letter by letter, by ROUGE-L and by chrF.
+        references: The expected answers; at least one.
+        named: The user's choice; ``auto``: JSON answers are scored as JSON, answers that all have GSM8K's ``####`` by
+            their number, other text and mixtures by exact match, ROUGE-L and chrF.
     """
     if named != "auto":
         return _as_list(named)
@@ -140,7 +140,7 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is between 0 and 1, and shown in percent."""
+    """Whether a metric is between 0 and 1 and shown in percent."""
     return metric not in ("loss", "perplexity", GENERAL, "answer_tokens")
 
 
@@ -150,9 +150,9 @@ def describe_metric(metric: str) -> str:
 
 
 def describe_answered(answered: int, rows: int) -> str:
-    """Return, to follow a number of rows, how many of them were answered; nothing if it was all of them, or none."""
+    """Describe how many of some rows were answered, to follow their number; nothing if it was all of them, or none."""
     return f", {answered:,} of them answered" if 0 < answered < rows else ""
 
 
-def _as_list(named: str | Sequence[str]) -> list[str]:
-    return [part.strip() for part in named.split(",")] if isinstance(named, str) else list(named)
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)

@@ -2,4 +2,4 @@
 
 from qlora_lightning.support.imports import import_bitsandbytes
 
-import_bitsandbytes()  # before any module of this package does so, whichever way a program comes here
+import_bitsandbytes()  # before any module of this package does so, whatever a program imports first

@@ -21,7 +21,7 @@ FLAT_TYPES: tuple[str, ...] = (
     *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
     *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
-# Found there too, and rejected.
+# Found by it too, and rejected.
 _NOT_CAUSAL = (
     *("bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "electra", "ernie"),
     *("megatron-bert", "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm"),
@@ -33,11 +33,11 @@ REJECTED_TYPES = {
     "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
     "rwkv": "rescales its weights in place, which 4-bit ones do not take",
 }
-# And: with SDPA these give another result than with transformers' own attention, so that is used.
+# With SDPA these give another result than with transformers' own attention, which is used instead.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
 _FLAT_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
-LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name of a linear whose weight is transposed
-_MOST_EXPERTS = 0.1  # of the layers' weights
+LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear whose weight is transposed
+_MAX_EXPERT_SHARE = 0.1  # of the layers' weights
 
 
 def runs_flat(config: Any) -> bool:
@@ -64,12 +64,12 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
 
 
 def decoder_layers(causal_lm: Any) -> list[Any]:
-    """Return the decoder layers: of the lists that have as many as the config says, the largest, and those alike."""
-    stacks: list[Any] = [each for each in causal_lm.modules() if isinstance(each, nn.ModuleList) and len(each)]
+    """Return the decoder layers: the largest module list of the config's length, and all of the same layer class."""
+    stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not stacks:
         raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
-    counted = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
-    largest = max(counted or stacks, key=lambda stack: sum(each.numel() for each in stack.parameters()))
+    candidates = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
+    largest = max(candidates or stacks, key=lambda stack: sum(weight.numel() for weight in stack.parameters()))
     return [layer for stack in stacks if type(stack[0]) is type(largest[0]) for layer in stack]
 
 
@@ -80,10 +80,10 @@ def layer_of(name: str) -> int | None:
 
 def check_experts(causal_lm: Any, name: str) -> None:
     """Reject a mixture of experts whose fused weights, of three dimensions, would stay in 16 bits."""
-    weights = {parameter: parameter.dim() for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
-    experts = sum(each.numel() for each, dims in weights.items() if dims == 3)
-    share = experts / max(1, sum(each.numel() for each in weights))
-    if share > _MOST_EXPERTS:
+    weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
+    expert_size = sum(weight.numel() for weight in weights if weight.dim() == 3)
+    share = expert_size / max(1, sum(weight.numel() for weight in weights))
+    if share > _MAX_EXPERT_SHARE:
         raise UserError(
             f"Base {name}: {share:.0%} of its layers' weights are fused experts, which bitsandbytes does not quantize. "
             "Set model.quantization to none, which trains them in 16 bits, or choose a dense base."

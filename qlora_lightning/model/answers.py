@@ -1,4 +1,4 @@
-"""Answers to prompts by transformers' ``generate``: rows of like length together, 4-bit weights dense meanwhile."""
+"""Answers to prompts by transformers' ``generate``: batches of similar lengths, 4-bit weights dense meanwhile."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ from qlora_lightning.support.errors import UserError
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
 MOST_PREDICTED = 1024  # tokens of an answer that `predict` writes
-_FEW_PROMPTS = 4  # for so few bitsandbytes multiplies packed weights on every card
+_MAX_PACKED_PROMPTS = 4  # up to this many bitsandbytes multiplies packed weights on every card
 _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
     **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
     **{"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_length": None, "use_cache": True},
@@ -38,7 +38,7 @@ def generate_answers(
 ) -> list[list[int]]:
     """Continue each prompt until a stop token, greedily; in float32 an answer is the same whatever it is batched with.
 
-    4-bit weights are dequantized once for all of it, if there is memory for that; a GPU multiplies a few rows by the
+    4-bit weights are dequantized once for all prompts, if there is memory for that; a GPU multiplies a few rows by the
     packed ones. The model's mode is restored.
 
     Args:
@@ -54,21 +54,21 @@ def generate_answers(
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
     # an embedding may be sharded, and its shards on the host
-    device = next(each for each in decoder_layers(causal_lm)[0].parameters() if not isinstance(each, DTensor)).device
+    device = next(param for param in decoder_layers(causal_lm)[0].parameters() if not isinstance(param, DTensor)).device
     batch_size = batch_size if runs_flat(causal_lm.config) else 1  # types that padding may change
-    padding = min(stop_ids, default=0)
+    pad_id = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
-    settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": padding, "synced_gpus": False, **options}
+    settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "synced_gpus": False, **options}
     settings["eos_token_id"] = list(stop_ids) or None
-    is_packed = len(prompts) <= _FEW_PROMPTS and device.type == "cuda"
+    is_packed = len(prompts) <= _MAX_PACKED_PROMPTS and device.type == "cuda"
     was_training = causal_lm.training
     causal_lm.eval()
     try:
         batches = _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size)
         with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _prepared_head(causal_lm):
             for rows in batches:
-                found = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
-                for row, answer in zip(rows, found, strict=True):
+                batch_answers = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
+                for row, answer in zip(rows, batch_answers, strict=True):
                     answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
                 watch(len(rows))
     finally:
@@ -79,17 +79,17 @@ def generate_answers(
 def _answer_batch(
     causal_lm: Any, prompts: Sequence[Sequence[int]], device: torch.device, settings: Mapping[str, Any]
 ) -> list[list[int]]:
-    """Continue prompts that are padded on the left; half of them at a time if memory runs out."""
+    """Continue prompts, padded on the left; if memory runs out, half of them at a time."""
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), int(settings["pad_token_id"]))
-    mask = torch.zeros_like(ids)
+    input_ids = torch.full((len(prompts), longest), int(settings["pad_token_id"]))
+    mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
+        input_ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = torch.tensor(prompt), 1
     try:
-        output: Tensor = causal_lm.generate(ids.to(device), attention_mask=mask.to(device), **settings)
+        output: Tensor = causal_lm.generate(input_ids.to(device), attention_mask=mask.to(device), **settings)
         return cast(list[list[int]], output[:, longest:].tolist())
     except Exception as error:
-        if not is_out_of_memory(error) or isinstance(causal_lm.base_model, FSDPModule):  # others wait in their passes
+        if not is_out_of_memory(error) or isinstance(causal_lm.base_model, FSDPModule):  # others wait in passes
             raise
         if len(prompts) == 1:
             raise UserError(
@@ -97,12 +97,12 @@ def _answer_batch(
                 "less, and so do fewer new tokens."
             ) from error
     half = len(prompts) // 2  # not in the handler: the error's traceback holds the keys and values
-    halves = (_answer_batch(causal_lm, part, device, settings) for part in (prompts[:half], prompts[half:]))
-    return [answer for found in halves for answer in found]
+    parts = prompts[:half], prompts[half:]
+    return [answer for part in parts for answer in _answer_batch(causal_lm, part, device, settings)]
 
 
 def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Put rows of like length together, the longest first: memory that does not suffice fails at once."""
+    """Batch rows of similar length, the longest first, so that memory runs out at once or never."""
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while rows:
         size = min(batch_size, max(1, TOKEN_BUDGET // (lengths[rows[0]] + max_new_tokens)))
@@ -112,25 +112,25 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> Iterat
 
 @contextlib.contextmanager
 def _prepared_head(causal_lm: Any) -> Iterator[None]:
-    """Let the model's own forward call a sharded head so that it is gathered, and copy what the head is handed.
+    """Let the model's own forward call a sharded head so that it is gathered, and copy the input of the head.
 
-    That is the last position of each prompt, a view, which torch multiplies by a frozen linear row by row: in bfloat16
-    on a CPU in 3.2 seconds for 40 prompts of SmolLM2, a copy of it in 9 ms (measured with torch 2.13).
+    The input is a view, the last position of each prompt, which torch multiplies by a frozen linear row by row: in
+    bfloat16 on a CPU in 3.2 seconds for 40 prompts of SmolLM2, a copy of it in 9 ms (measured with torch 2.13).
     """
     linear = causal_lm.get_output_embeddings()
     head = vars(causal_lm).get("sharded_head", linear)
-    copying = head.register_forward_pre_hook(lambda _, inputs: tuple(each.contiguous() for each in inputs))
+    hook = head.register_forward_pre_hook(lambda _, inputs: tuple(tensor.contiguous() for tensor in inputs))
     try:
         causal_lm.set_output_embeddings(head)
         yield
     finally:
-        copying.remove()
+        hook.remove()
         causal_lm.set_output_embeddings(linear)
 
 
 @contextlib.contextmanager
 def dense_weights(model: nn.Module) -> Iterator[None]:
-    """Hold every 4-bit linear's weight in its compute dtype, as it is multiplied anyway, if there is memory for it.
+    """Hold every 4-bit linear's weight dequantized in its compute dtype, if half of the free memory is enough.
 
     Nothing is merged, and every product has the same operands. Afterwards the 4-bit linears are back, untouched.
     Weights of a sharded base stay as they are: no process has them all.
@@ -141,8 +141,8 @@ def dense_weights(model: nn.Module) -> Iterator[None]:
         for name, child in parent.named_children()
         if type(child) is bnb.nn.Linear4bit and not isinstance(child.weight, DTensor)
     ]
-    size = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
-    if size > free_bytes(next(model.parameters()).device) / 2:
+    n_bytes = sum(linear.in_features * linear.out_features * _dtype_of(linear).itemsize for _, _, linear in linears)
+    if n_bytes > free_bytes(next(model.parameters()).device) / 2:
         linears = []
     try:
         for parent, name, linear in linears:

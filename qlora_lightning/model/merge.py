@@ -29,10 +29,10 @@ Weights = Callable[[str], Tensor]  # a base's tensor by its name
 
 
 class TrainedWeights:
-    """Weights as an adapter saw them in training: quantized and back, in fp32; all others in the compute dtype.
+    """Weights as an adapter saw them in training: quantized ones dequantized to fp32, others in the compute dtype.
 
-    They are those of the quantized base in the cache, or of a base that is stored quantized, bit for bit. If the cache
-    does not hold that base, it is made. ``transposed`` are weights that quantized linears have the other way round.
+    They are bit for bit those of the quantized base in the cache, which is made if it is missing, or of a base that is
+    stored quantized. ``transposed`` names the weights that quantized linears hold transposed.
     """
 
     def __init__(
@@ -50,22 +50,22 @@ class TrainedWeights:
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
-        beside_images = name.replace("model.", "model.language_model.", 1)  # of Qwen3.5, say
-        known = next((each for each in (name, beside_images) if each in self.files), None)
-        if known is None:
+        multimodal_name = name.replace("model.", "model.language_model.", 1)  # as in Qwen3.5
+        stored_name = next((key for key in (name, multimodal_name) if key in self.files), None)
+        if stored_name is None:
             raise UserError(f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.")
-        name, stored = known, self.files.read(known)
-        if stored.dtype == torch.uint8:
-            parts = [part for part in self.files if part.startswith(f"{name}.")]
-            tensors = {part.removeprefix(f"{name}."): self.files.read(part) for part in parts}
-            state = bnb.functional.QuantState.from_dict(tensors, torch.device("cpu"))
-            state.dtype = torch.float32  # of what comes out: no rounding to the compute dtype on top
-            weight: Tensor = bnb.functional.dequantize_4bit(stored, state)
-        elif stored.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
+        name, tensor = stored_name, self.files.read(stored_name)
+        if tensor.dtype == torch.uint8:
+            keys = [key for key in self.files if key.startswith(f"{name}.")]
+            quant_tensors = {key.removeprefix(f"{name}."): self.files.read(key) for key in keys}
+            quant_state = bnb.functional.QuantState.from_dict(quant_tensors, torch.device("cpu"))
+            quant_state.dtype = torch.float32  # of the result: no extra rounding to the compute dtype
+            weight: Tensor = bnb.functional.dequantize_4bit(tensor, quant_state)
+        elif tensor.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
             scales = self.files.read(name.removesuffix("weight") + "SCB")
-            weight = stored.float() * (scales.float().unsqueeze(1) / 127)
+            weight = tensor.float() * (scales.float().unsqueeze(1) / 127)
         else:
-            return stored.to(self.compute_dtype)
+            return tensor.to(self.compute_dtype)
         return weight.t() if name in self._transposed else weight
 
 
@@ -74,7 +74,7 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A base without numbers, a real adapter on it, and the shapes of the merged model's tensors, tied ones once.
+    """A base on the meta device with a real adapter, and the shapes of the merged model's tensors, tied ones once.
 
     ``config`` is the base's, without quantization; ``transposed`` are the weights of GPT-2's Conv1D.
     """
@@ -94,27 +94,27 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
 
 
 class MergedWeights:
-    """Weights of the base with an adapter worked in, by name.
+    """Weights of the base with an adapter merged, by name.
 
-    PEFT's own layers merge, on weights in fp32; a tensor that the adapter leaves alone comes as ``weights`` gives it.
+    PEFT's own layers merge, on weights in fp32; a tensor that the adapter does not change is that of ``weights``.
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
-        self._weights, kinds = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
-        self._changed = {  # by the names of what they change
+        self._weights, layer_types = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
+        self._changed = {  # modules of the adapter by the names of those that they change
             re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
             for name, module in plan.model.get_base_model().named_modules()
-            if isinstance(module, kinds) and not getattr(module, "tied_adapter", None)
+            if isinstance(module, layer_types) and not getattr(module, "tied_adapter", None)
         }
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
-        owner, _, kind = name.rpartition(".")
-        module: Any = self._changed.get(owner)
+        module_name, _, tensor_name = name.rpartition(".")
+        module: Any = self._changed.get(module_name)
         if isinstance(module, ModulesToSaveWrapper):  # trained whole
-            tensor: Tensor = getattr(module.modules_to_save[ADAPTER], kind)
+            tensor: Tensor = getattr(module.modules_to_save[ADAPTER], tensor_name)
             return tensor.detach().float()
-        if module is None or kind != "weight":  # adapters leave biases alone
+        if module is None or tensor_name != "weight":  # adapters do not change biases
             return self._weights(name)
         base_layer = module.get_base_layer()
         meta_weight = base_layer.weight

@@ -40,7 +40,7 @@ class QLoRAModule(lightning.LightningModule):
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``optimizer_zero_grad``,
-    ``backward``; behind those of a step ``on_before_optimizer_step``; in a validation ``on_validation_start``,
+    ``backward``; after those of a step ``on_before_optimizer_step``; in a validation ``on_validation_start``,
     ``validation_step``, ``on_validation_epoch_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
@@ -63,27 +63,27 @@ class QLoRAModule(lightning.LightningModule):
         layers: ``all``, ``last:N`` or a list of layer indices.
         lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
-        learning_rate: Peak learning rate; ``auto`` is chosen by the base's width, 2e-4 of 8B: see
+        learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, 2e-4 for 8B: see
             :func:`~qlora_lightning.model.step.optimization.choose_learning_rate`.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
-        weight_decay: Of all adapters.
+        weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
-        loraplus_ratio: How many times as fast B learns as A (LoRA+, Hayou et al. 2024), as 16; ``None``: as fast.
-        neftune_alpha: Of noise on the embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: no noise.
-        fast: ``False`` takes every plain path of PEFT, transformers and torch instead of ours: layers, attention, the
-            head's loss; all tokens are computed.
-        micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a row alone may
-            have more. It changes memory and speed, of the result the rounding and what dropout draws. ``auto`` begins
-            with as many as the free memory holds by the formula, on a CPU with 8,192; they are halved when it runs out.
+        loraplus_ratio: Learning rate of B over that of A (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
+        neftune_alpha: Strength of noise on embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: none.
+        fast: ``False`` uses the plain layers, attention and loss of PEFT, transformers and torch instead of ours, and
+            computes all tokens.
+        micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a single row may
+            have more. It changes memory and speed; of the result, only rounding and what dropout draws. ``auto`` starts
+            with what the formula says fits into free memory, on a CPU 8,192. It is halved when memory runs out.
 
     Attributes:
-        model: The base with its adapter, ``None`` until ``configure_model`` has made it. ``disable_adapter()`` and
-            ``set_adapter(name)`` of it choose whose losses and answers are computed.
+        model: The base with its adapter, ``None`` before ``configure_model``. Its ``disable_adapter()`` and
+            ``set_adapter(name)`` choose whose losses and answers are computed.
         identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
         sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
-        pairs: Whether rows are two answers to compare: what the objective takes.
+        pairs: Whether the module learns from preferences, as :class:`PreferenceModule` does.
     """
 
     pairs = False
@@ -126,11 +126,11 @@ class QLoRAModule(lightning.LightningModule):
             "layers": layers,
             "lora_options": lora_options,
         }
-        self.learning_rate: Any = learning_rate  # a number once the model is there
+        self.learning_rate: Any = learning_rate  # a number after configure_model
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
-        # here, and not only where they are used: after minutes of loading
+        # checked here, since they are used only after minutes of loading
         inject.check_adapter_settings(rank, alpha, dropout)
         optimization.check_optimization(self)
         self.adapter, self.fast = adapter, fast
@@ -153,20 +153,19 @@ class QLoRAModule(lightning.LightningModule):
         guard.check_start(self, required=(ExactResume, guard.TrainingGuard))
         if self.model is not None:
             return
-        with without_garbage_collection():  # loading imports much, and makes many objects that stay
+        with without_garbage_collection():  # loading imports much and creates many lasting objects
             self.model = self.build_model()
-            if self.adapter is not None and self.overrides("build_model"):
-                # which need not have read self.adapter
+            if self.adapter is not None and self.overrides("build_model"):  # which may ignore self.adapter
                 adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
-        # DDP would send the whole base to every rank, which has it already, mapped from a file; it has no public way.
+        # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
         trainable = inject.trainable_tensors(self)
-        named = [*self.named_parameters(), *self.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in named if name not in trainable]
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in trainable]
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
@@ -200,7 +199,7 @@ class QLoRAModule(lightning.LightningModule):
         return model
 
     def overrides(self, name: str) -> bool:
-        """Whether a method is other than QLoRAModule's: what follows from how that works does not hold then."""
+        """Whether a subclass, or this object, replaces a method of QLoRAModule."""
         return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
 
     def _device_of_process(self) -> torch.device:
@@ -209,8 +208,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fn = fn if self.sharded_base is None else self.sharded_base.skipping_shards(fn)
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return moved
+        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return module
 
     @property
     def causal_lm(self) -> Any:
@@ -222,27 +221,27 @@ class QLoRAModule(lightning.LightningModule):
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def choose_layers(self) -> fuse.Fusion:
-        """Choose which layers run fused: where anything runs, and for who changes or watches parts in between."""
+        """Choose which layers run fused. Call it after changing or hooking parts of the model."""
         return fuse.choose_layers(self.causal_lm)
 
     def _choose_autocast(self) -> None:
-        """Choose it once: inside evaluations PEFT switches off what trains."""
+        """Choose the autocast dtypes now: inside evaluations PEFT switches off what trains."""
         name = self.identity.get("compute_dtype", "float32")
         dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
         self.autocast_dtype = dtype if fuse.needs_autocast(self.causal_lm, self.choose_layers()) else None
-        # transformers itself calls embedding and head for answers, which are in float32 if they train
+        # for answers transformers itself calls embedding and head, which are in float32 if they train
         self._autocast_dtype_of_answers = dtype if fuse.trains_ends(self.causal_lm) else self.autocast_dtype
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # of loading: the micro-batch is corrected by that of steps
+            torch.cuda.reset_peak_memory_stats(self.device)  # of loading: the peak of steps corrects the token budget
         self.window.replace_ddp_reduction(self.trainer.strategy.model)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> losses.LossSums:
-        """Sum the loss over a flat batch. Override it for another objective; sums, not means, are wanted.
+        """Sum the loss over a flat batch. Override it for another objective; return sums, not means.
 
         Args:
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``;
@@ -253,10 +252,10 @@ class QLoRAModule(lightning.LightningModule):
             return losses.head_loss(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the states from which labelled tokens are predicted: ``(K, width)``, and those tokens, ``(K,)``.
+        """Compute the hidden states that predict the labelled tokens, ``(K, width)``, and these tokens, ``(K,)``.
 
-        Only tokens that a label of this batch needs are computed: what hooks on the model see is shorter than the
-        batch. States are in the order of the samples.
+        Only tokens that a label of this batch needs are computed: hooks on the model see fewer tokens than the batch
+        has. States are in the order of the samples.
 
         Raises:
             UserError: See :meth:`layout_of`.
@@ -284,7 +283,7 @@ class QLoRAModule(lightning.LightningModule):
     def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.
 
-        Under a sharded base, where a pass is one of all processes, each has as many parts.
+        With a sharded base, whose passes take all processes, each process has the same number of parts.
         """
         return micro_batch.cut_into_micro_batches(self, batch) if is_flat(batch) else [batch]
 
@@ -297,9 +296,9 @@ class QLoRAModule(lightning.LightningModule):
         return micro_batch.lay_out_batch(self, batch) if is_flat(batch) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if not is_flat(batch) or "layouts" not in batch:  # who moves a batch by hand need not have laid it out
+        if not is_flat(batch) or "layouts" not in batch:  # a batch that was moved by hand may have no layouts
             return batch
-        return {**batch, "layouts": [each.bind(batch) for each in batch["layouts"]]}
+        return {**batch, "layouts": [layout.bind(batch) for layout in batch["layouts"]]}
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -311,19 +310,18 @@ class QLoRAModule(lightning.LightningModule):
 
     @property
     def loss_scale(self) -> float:
-        """Factor of gradients in backward, divided out before a step: in fp16 the smallest would vanish.
+        """Factor of the loss in backward, divided out before a step: in fp16 small gradients would vanish.
 
-        The gradient of a sum over tokens is large already: 32 is enough, without the search for a factor that
-        overflows.
+        The gradient of a sum over tokens is large already: 32 is enough, without dynamic loss scaling.
         """
         return 32.0 if self.identity.get("compute_dtype") == "float16" else 1.0
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if loss.requires_grad:  # else it is the mean that training_step has returned, whose gradients are there
+        if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
-        """Leave the gradients alone, which are there when Lightning calls this: a window begins without."""
+        """Keep the gradients, which are computed before Lightning calls this; the window clears them."""
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         means, totals = self.window.divide_gradients(
@@ -349,18 +347,18 @@ class QLoRAModule(lightning.LightningModule):
         try:
             for sums in self.run_in_parts(batch, self.compute_loss):
                 self.statistics.update(sums)
-        except budget.RowDoesNotFit as error:  # no reason to lose what was trained since the last checkpoint
+        except budget.RowDoesNotFit as error:  # not worth losing what was trained since the last checkpoint
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
                 raise
             self.statistics.fault = str(error)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        QLoRAModule.validation_step(self, batch, batch_idx)  # whatever a subclass does in its own
+        QLoRAModule.validation_step(self, batch, batch_idx)  # not the one of a subclass
 
     def run_in_parts(
         self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], micro_batch.Result]
     ) -> list[micro_batch.Result]:
-        """Compute something without gradients for each part of a batch: the batch again in smaller ones, if need be."""
+        """Compute without gradients for each part of a batch; if memory runs out, start over with smaller parts."""
 
         def run() -> list[micro_batch.Result]:
             return [compute(part) for part in micro_batch.run_micro_batches(self, batch)]
@@ -388,7 +386,7 @@ class QLoRAModule(lightning.LightningModule):
             return
         means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
         values = {f"{split}_{name}": value.float() for name, value in means.items()}
-        # They are those of all ranks already; their mean over ranks is the same, and Lightning wants it.
+        # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
 
@@ -446,24 +444,24 @@ class QLoRAModule(lightning.LightningModule):
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the adapter's tensors only; the frozen base is not walked: it is loaded again by its name."""
+        """Return the adapter's tensors only; the frozen base is loaded again by its name."""
         destination = {} if destination is None else destination
         for name, tensor in inject.trainable_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
-        """Set the adapter's tensors; always strict: every one must be there with its shape, and no other."""
+        """Set the adapter's tensors; always strict: names and shapes must be exactly the adapter's."""
         self.configure_model()
         inject.copy_tensors(self, state_dict, "The checkpoint")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # before the tensors are set: a misfit of shapes is better reported by its cause
+        # before tensors are set: another base or rank is a clearer error than shapes that do not fit
         identity = checkpoint_format.read_content(checkpoint, "The checkpoint")["identity"]
         check_identity(identity, self.identity, "The checkpoint")
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # our settings lie under our own key, and no hparams file exists
+    def load_from_checkpoint(  # type: ignore[override]  # our settings are under our own key, and no hparams file exists
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
     ) -> Self:
         """Make a module from a checkpoint: settings, base and adapter, on the device ``map_location``.

@@ -1,4 +1,4 @@
-"""Training on preferences: of two answers to a prompt the first is the better one, or an answer has a verdict."""
+"""Training on preferences: pairs of answers, the better one first, or single answers with a verdict."""
 
 import hashlib
 import math
@@ -31,23 +31,23 @@ class PreferenceModule(QLoRAModule):
 
     Rows are pairs of answers, of ``kto`` single ones with a verdict, desirable or not.
 
-    The reference of ``dpo``, ``ipo`` and ``kto`` is the model as training found it: the same base with its adapter
+    The reference of ``dpo``, ``ipo`` and ``kto`` is the model before training: the same base with its adapter
     switched off, or with the adapter that ``adapter`` names.
 
     Logs, beside ``train_loss`` (per pair) and ``grad_norm``, for each split ``…_accuracy`` (share of pairs whose chosen
     answer has the larger reward), ``…_margin`` (mean difference of the rewards), ``…_chosen_reward`` and
     ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an answer, against the reference's if there
-    is one, else per token. Of ``kto`` a margin is by how much the reward of a desirable answer is above ``beta · kl``,
-    or that of another below; accuracy is the share of positive margins; ``…_kl`` is the estimate of the divergence.
+    is one, else per token. With ``kto`` a margin is how far the reward of a desirable answer is above ``beta · kl``, or
+    that of another below; accuracy is the share of positive margins; ``…_kl`` is the estimate of the divergence.
 
     Args:
-        base: As of :class:`QLoRAModule`.
+        base: As in :class:`QLoRAModule`.
         objective: ``dpo`` (Rafailov et al. 2023), ``ipo`` (Azar et al. 2023), ``simpo`` (Meng et al. 2024), ``orpo``
             (Hong et al. 2024) or ``kto`` (Ethayarajh et al. 2024); ``simpo`` and ``orpo`` need no reference.
-        beta: How far the model may go from the reference: the smaller, the farther; of ``simpo`` the scale of rewards,
-            of ``orpo`` the weight of the odds ratio. ``None``: 0.1, of ``simpo`` 2.
-        gamma: Of ``simpo``: by how much the chosen reward is to be larger; ``None``: 1.
-        sft_share: Factor of the chosen answer's loss per token, which is added; not of ``kto``.
+        beta: How far the model may go from the reference: the smaller, the farther; for ``simpo`` the scale of rewards,
+            for ``orpo`` the weight of the odds ratio. ``None``: 0.1, for ``simpo`` 2.
+        gamma: Target margin between the rewards of ``simpo``; ``None``: 1.
+        sft_share: Factor of the chosen answer's loss per token, which is added; not for ``kto``.
         kwargs: More arguments of :class:`QLoRAModule`.
     """
 
@@ -85,81 +85,81 @@ class PreferenceModule(QLoRAModule):
             folder = find_adapter_folder(self._reference_adapter)
             self.add_adapter(_REFERENCE, folder)
             weights = (folder / "adapter_model.safetensors").read_bytes()
-            self.identity["reference"] = hashlib.sha256(weights).hexdigest()[:16]  # a resume compares with the same
+            self.identity["reference"] = hashlib.sha256(weights).hexdigest()[:16]  # a resume must use the same
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: dict[str, Any]) -> LossSums:
         """Sum the loss of the rows of a flat batch, in which the two answers of a pair are neighbours.
 
-        What counts as a labelled token is a row; as correct a pair whose chosen answer is the likelier, per token, of
-        ``kto`` a row with a positive margin.
+        Labelled tokens are the number of rows. A pair is correct if its chosen answer is the likelier per token, a row
+        of ``kto`` if its margin is positive.
         """
-        kind, key = (
-            ("answers with a verdict", "desirable") if self.objective == "kto" else ("pairs of answers", "pairs")
-        )
+        is_kto = self.objective == "kto"
+        kind, key = ("answers with a verdict", "desirable") if is_kto else ("pairs of answers", "pairs")
         if key not in batch:
             raise UserError(f"model.objective {self.objective} learns from {kind}, which the rows of data are not.")
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
-        rows = len(layout.counts) if any(layout.counts) else 0  # a filler has none
-        log_probs = -_sum_pieces(self._token_losses(batch), layout.counts)[:rows]  # a number for each answer
-        reference = self._reference_log_probs(batch)[:rows] if self._has_reference else None
-        if self.objective == "kto":
+        n_answers = len(layout.counts) if any(layout.counts) else 0  # a filler has none
+        log_probs = -_sum_segments(self._token_losses(batch), layout.counts)[:n_answers]  # (answers,)
+        reference = self._reference_log_probs(batch)[:n_answers] if self._has_reference else None
+        if is_kto:
             assert reference is not None
             return self._sum_kto(batch, log_probs - reference)
         log_probs = log_probs.view(-1, 2)  # (pairs, 2)
-        counts = torch.tensor(layout.counts[:rows]).view(-1, 2).to(self.device, non_blocking=True)
-        mean = log_probs / counts  # per token
+        counts = torch.tensor(layout.counts[:n_answers]).view(-1, 2).to(self.device, non_blocking=True)
+        mean_log_probs = log_probs / counts  # per token
         if reference is not None:
             ratios = log_probs - reference.view(-1, 2)
             rewards = self.beta * ratios
-            compared = ratios / counts if self.objective == "ipo" else rewards
+            scores = ratios / counts if self.objective == "ipo" else rewards
         else:
-            rewards = compared = self.beta * mean
+            rewards = scores = self.beta * mean_log_probs
         margins = rewards[:, 0] - rewards[:, 1]
-        losses = self._losses(compared[:, 0] - compared[:, 1], mean)
-        return self._sum(losses, mean[:, 0] > mean[:, 1], margins > 0, margins, rewards[:, 0], rewards[:, 1])
+        losses = self._losses(scores[:, 0] - scores[:, 1], mean_log_probs)
+        correct = mean_log_probs[:, 0] > mean_log_probs[:, 1]
+        return self._sum(losses, correct, margins > 0, margins, rewards[:, 0], rewards[:, 1])
 
     def _sum(self, losses: Tensor, correct: Tensor, *logged: Tensor) -> LossSums:
-        """Sum the losses of rows, ``(rows,)``, which of them are correct, and what is logged of each."""
-        sums = {name: each.detach().float().sum() for name, each in zip(self._logged, logged, strict=True)}
+        """Sum the losses of rows, whether they are correct, and what is logged, each ``(rows,)``."""
+        sums = {name: values.detach().float().sum() for name, values in zip(self._logged, logged, strict=True)}
         return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), correct.sum(), sums)
 
-    def _losses(self, difference: Tensor, mean: Tensor) -> Tensor:
+    def _losses(self, score_diff: Tensor, mean_log_probs: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``.
 
         Args:
-            difference: By how much the chosen answer is ahead: of its reward, of ``ipo`` of its log-ratio per token.
-            mean: Log-probability per token of both answers, ``(pairs, 2)``.
+            score_diff: Reward of the chosen answer minus that of the other, for ``ipo`` log-ratios per token.
+            mean_log_probs: Log-probability per token of both answers, ``(pairs, 2)``.
         """
         if self.objective == "ipo":  # Azar et al., equation 17, per token as the authors' results are
-            losses = (difference - 1 / (2 * self.beta)).square()
+            losses = (score_diff - 1 / (2 * self.beta)).square()
         elif self.objective == "orpo":  # Hong et al., equations 6 and 7
-            certain = mean.clamp(max=-1e-7)  # of a probability of 1 the odds are infinite
-            log_odds = certain - torch.log(-torch.expm1(certain))
-            losses = -mean[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+            log_p = mean_log_probs.clamp(max=-1e-7)  # of a probability of 1 the odds are infinite
+            log_odds = log_p - torch.log(-torch.expm1(log_p))
+            losses = -mean_log_probs[:, 0] - self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
         else:  # Rafailov et al., equation 7; Meng et al., equation 6
-            losses = -F.logsigmoid(difference - self.gamma)
-        return losses - self.sft_share * mean[:, 0]
+            losses = -F.logsigmoid(score_diff - self.gamma)
+        return losses - self.sft_share * mean_log_probs[:, 0]
 
     def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:
         """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer, ``(rows,)`` (Ethayarajh et al., equation 8)."""
         desirable = batch["desirable"][: len(ratios)]
         kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
         margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
-        of_desirable, of_others = self._weights() if self.training else (1.0, 1.0)
-        losses = torch.where(desirable, of_desirable, of_others) * torch.sigmoid(-margins)
+        desirable_weight, other_weight = self._weights() if self.training else (1.0, 1.0)
+        losses = torch.where(desirable, desirable_weight, other_weight) * torch.sigmoid(-margins)
         return self._sum(losses, margins > 0, margins > 0, margins, kl.expand(len(ratios)))
 
     def _weights(self) -> tuple[float, float]:
-        """Return the factors of both kinds: the rarer one of the training rows weighs as much more as it is rarer."""
+        """Return the weights of desirable and other rows: the rarer kind in training weighs more, in proportion."""
         samples = samples_of(datamodule_of(trainer_of(self)), "train")
         verdicts = None if samples is None else samples.desirable
         if verdicts is None:
             return 1.0, 1.0
-        good, bad = int(verdicts.sum()), int((~verdicts).sum())
-        return max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1))
+        n_desirable, n_other = int(verdicts.sum()), int((~verdicts).sum())
+        return max(1.0, n_other / max(n_desirable, 1)), max(1.0, n_desirable / max(n_other, 1))
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -178,19 +178,19 @@ class PreferenceModule(QLoRAModule):
         return parts
 
     def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
-        """Estimate how far the model is from the reference: by the mean log-ratio of mismatched answers, at least 0.
+        """Estimate the divergence from the reference: the mean log-ratio of mismatched answers, at least 0.
 
-        A row that comes alone, as in an evaluation, has no other's answer: 0.
+        A single row, as in an evaluation, has no mismatched answer: 0.
         """
-        total, rows = torch.zeros((), device=self.device), 0
-        if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else the others wait in their passes
-            return total
+        ratio_sum, n_answers = torch.zeros((), device=self.device), 0
+        if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else other ranks wait in their passes
+            return ratio_sum
         with torch.no_grad():
             for part in run_micro_batches(self, mismatch_answers(batch)):
-                own = -_sum_pieces(self._token_losses(part), part["layout"].counts)
-                total += (own - self._reference_log_probs(part)).sum()
-                rows += sum(map(bool, part["layout"].counts))
-        return (total / rows).clamp(min=0) if rows > 1 else total * 0.0
+                log_probs = -_sum_segments(self._token_losses(part), part["layout"].counts)
+                ratio_sum += (log_probs - self._reference_log_probs(part)).sum()
+                n_answers += sum(map(bool, part["layout"].counts))
+        return (ratio_sum / n_answers).clamp(min=0) if n_answers > 1 else ratio_sum * 0.0
 
     def _token_losses(self, batch: dict[str, Any]) -> Tensor:
         hidden, targets = self.last_states(batch)
@@ -206,29 +206,29 @@ class PreferenceModule(QLoRAModule):
         self.eval()  # without dropout and noise
         try:
             with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
-                return -_sum_pieces(self._token_losses(batch), batch["layout"].counts)
+                return -_sum_segments(self._token_losses(batch), batch["layout"].counts)
         finally:
             self.train(was_training)
 
 
 def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a flat batch, on the host, of each prompt with the answer of the row before, of the first with the last's.
+    """Make a flat batch, on the host, of each prompt with the previous row's answer, the first with the last's.
 
-    It begins at the first labelled token, and is cut where a row has as many tokens as the longest of the batch.
+    An answer begins at the first labelled token, and is cut so that no row is longer than the longest of the batch.
     """
     lengths = batch["cu_seqlens"].diff().tolist()
     stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()
     rows = torch.split(stacked, lengths, dim=1)  # (2, tokens) each
-    prompts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
+    starts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
     mismatched = []
-    for n, row in enumerate(rows):  # rows[n - 1] of the first is the last
-        prompt, answer = row[:, : prompts[n]], rows[n - 1][:, prompts[n - 1] :]
+    for n, row in enumerate(rows):  # for the first row, rows[n - 1] is the last
+        prompt, answer = row[:, : starts[n]], rows[n - 1][:, starts[n - 1] :]
         mismatched.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
     tokens, targets = torch.cat(mismatched, 1)
-    sizes = torch.tensor([each.shape[1] for each in mismatched])
+    sizes = torch.tensor([row.shape[1] for row in mismatched])
     return {
         "input_ids": tokens[None],
-        "position_ids": torch.cat([torch.arange(each.shape[1]) for each in mismatched])[None],
+        "position_ids": torch.cat([torch.arange(row.shape[1]) for row in mismatched])[None],
         "labels": targets[None],
         "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
         "row_ids": batch["row_ids"],
@@ -236,5 +236,5 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sum_pieces(values: Tensor, counts: Sequence[int]) -> Tensor:
-    return torch.stack([piece.sum() for piece in torch.split(values, list(counts))])
+def _sum_segments(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    return torch.stack([segment.sum() for segment in torch.split(values, list(lengths))])

@@ -1,8 +1,8 @@
 """Spreads a frozen base over the processes of a run: torch's FSDP2 gathers each decoder layer where it is used.
 
-A step goes so: the layer's packed weights come together before its forward, and again before its backward; afterwards
-each process keeps its own shard. The adapters are whole on every process, and DDP's. So every pass is one of all
-processes: see :func:`collective_passes`, which is all that others need to know.
+A layer's packed weights are gathered before its forward and again before its backward; afterwards each process keeps
+only its own shard. The adapters are whole on every process, as under DDP. So every pass takes all processes: see
+:func:`collective_passes`, which is all that callers need to know.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 
-_BYTE = torch.float8_e4m3fn  # as which bytes travel: FSDP2 of torch 2.11 takes floating dtypes only
-_BODY, _HEAD, _DONE = range(3)  # what a process runs next among collective passes, in the order in which they come
+_BYTE = torch.float8_e4m3fn  # dtype in which packed bytes are gathered: FSDP2 of torch 2.11 takes floating dtypes only
+_BODY, _HEAD, _DONE = range(3)  # a process's next collective pass: the smallest of all processes runs first
 
 
 @contextlib.contextmanager
 def collective_passes(module: Any) -> Iterator[None]:
     """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
 
-    Such a pass gathers layers, which takes all processes. Inside this context a process announces each pass, and one
-    that has none gathers along. All processes must enter; one that raises inside ends, and the others with it. It does
-    nothing if the base of the module is not sharded.
+    Such a pass gathers layers, which takes all processes: inside this context a process announces each pass, and those
+    that have none join its gathers. All processes must enter; if one raises inside, all end. Nothing happens if the
+    base of the module is not sharded.
     """
     base: ShardedBase | None = getattr(module, "sharded_base", None)
     if base is None or base.announces or base.group.size() == 1:
@@ -58,9 +58,9 @@ class ShardedBase:
     Embedding and head are sharded too unless they are one tensor, or single rows of them are trained.
 
     Args:
-        causal_lm: On the CPU, where it may be mapped from a file: one layer after the other is read and sharded.
-        group: Of all processes, and for this alone: what DDP exchanges comes in an order of its own.
-        device: Of this process.
+        causal_lm: On the CPU, where it may be mapped from a file: layers are read and sharded one by one.
+        group: All processes, in a group for this alone: DDP's collectives have an order of their own.
+        device: The device of this process.
         offload: Keep the shards on the host, pinned.
     """
 
@@ -95,17 +95,17 @@ class ShardedBase:
             self._parts_of_body[0].set_unshard_in_backward(False)
             self._head = shard(ShardedHead(head))
             self._head.register_forward_pre_hook(lambda *_: self.sync_pass(_HEAD), prepend=True)
-            vars(causal_lm)["sharded_head"] = self._head  # no part of the model, which has the head already
-        fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root: no own weights
-        # FSDP2 would gather ahead in the order of the passes that a process has run, which may differ among them
-        for before, layer in pairwise([layers[0], *layers]):
-            layer.set_modules_to_backward_prefetch([before])
+            vars(causal_lm)["sharded_head"] = self._head  # no submodule: the model has the head already
+        fully_shard(self._body, mesh=mesh, ignored_params=set(self._body.parameters()))  # the root, without own weights
+        # FSDP2 would prefetch in the order of a process's last pass, which may differ among processes
+        for previous, layer in pairwise([layers[0], *layers]):
+            layer.set_modules_to_backward_prefetch([previous])
         self._body.register_forward_pre_hook(lambda *_: self.sync_pass(_BODY), prepend=True)
         for root in filter(None, (self._body, self._head)):
             root.register_forward_hook(_reset_pass_order)
 
     def start(self) -> None:
-        """Run one token, so that the processes meet.
+        """Run one token on all processes.
 
         FSDP2 takes the module that runs first for the root, and NEFTune calls the embedding before the body.
         """
@@ -120,35 +120,35 @@ class ShardedBase:
 
     @staticmethod
     def skipping_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function that moves, say, a tensor, but leaves a sharded one where it is."""
+        """Return a function that applies ``fn``, such as a move, to a tensor, but returns a sharded one as it is."""
         return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
     def sync_pass(self, wanted: int) -> None:
-        """Wait until the smallest pass that a process asks for is this one's; meanwhile join the others' gathers.
+        """Wait until the smallest pass that any process asks for is this one's; meanwhile join the others' gathers.
 
-        When all ask for ``_DONE``, all have run what they had to run.
+        When all ask for ``_DONE``, all have run all of their passes.
         """
         if not self.announces:
             return
-        now = self._all_reduce_min(wanted)
-        while now != wanted:
-            for module in self._parts_of_body if now == _BODY else [self._head]:
+        next_pass = self._all_reduce_min(wanted)
+        while next_pass != wanted:
+            for module in self._parts_of_body if next_pass == _BODY else [self._head]:
                 module.unshard()
                 module.reshard()
-            now = self._all_reduce_min(wanted)
+            next_pass = self._all_reduce_min(wanted)
 
     def largest(self, number: int) -> int:
-        """Return the largest number that a process has; inside :func:`collective_passes` its own."""
+        """Return the largest ``number`` of all processes; inside :func:`collective_passes` that of this one."""
         return number if self.announces else -self._all_reduce_min(-number)
 
     def _all_reduce_min(self, number: int) -> int:
-        smallest = torch.tensor(number, device=self._device)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN, self.group)
-        return int(smallest)
+        minimum = torch.tensor(number, device=self._device)
+        dist.all_reduce(minimum, dist.ReduceOp.MIN, self.group)
+        return int(minimum)
 
 
 def _reset_pass_order(root: Any, *_: Any) -> None:
-    """Clear the order of a pass without backward, which FSDP2 would keep until the next one with it."""
+    """Clear the order of a pass without backward, which FSDP2 would keep until the next backward."""
     if not torch.is_grad_enabled() and hasattr(root, "reset_iter_state"):  # torch 2.11 and 2.12 have nothing public
         root.reset_iter_state()
 
@@ -157,28 +157,28 @@ def _reset_pass_order(root: Any, *_: Any) -> None:
 
 
 def shards_vocabulary(causal_lm: Any) -> bool:
-    """Whether a sharded base shards embedding and head: not one tensor for both, nor where PEFT trains single rows."""
-    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    trains_rows = any(isinstance(part, TrainableTokensLayer) for end in ends for part in end.modules())
-    return not trains_rows and ends[0].weight is not ends[1].weight
+    """Whether a sharded base shards embedding and head: not if they are one tensor, or PEFT trains single rows."""
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    trains_rows = any(isinstance(part, TrainableTokensLayer) for layer in (embedding, head) for part in layer.modules())
+    return not trains_rows and embedding.weight is not head.weight
 
 
 class ShardedHead(nn.Module):
-    """A head of which each process holds a shard: FSDP2 makes it whole for this module's forward, and its backward."""
+    """A head of which each process holds a shard: FSDP2 gathers it for this module's forward and backward."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, hidden: Tensor, *loss_arguments: Any) -> Any:
-        """Compute losses, or the linear's output: as the head of a model of transformers, which scales it itself."""
+        """Compute losses; or, called by a model of transformers, the linear's output, which the model scales itself."""
         if not loss_arguments:
             return getattr(self.head, "linear", self.head)(hidden)
         targets, fast = loss_arguments
         return token_losses(hidden, targets, self.head, fast=fast)
 
     def token_losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:
-        """Compute the losses of tokens; backward reads the head only where autograd makes its gradient."""
+        """Compute the losses of tokens; backward gathers the head only if autograd computes the gradient."""
         sharded: Any = self
         sharded.set_unshard_in_backward(not (fast and is_frozen_linear(self.head)))
         return self(hidden, targets, fast)
@@ -188,11 +188,11 @@ class ShardedHead(nn.Module):
 
 
 def _quantized_linears(module: nn.Module) -> list[Any]:
-    return [each for each in module.modules() if isinstance(each, bnb.nn.Linear4bit)]
+    return [layer for layer in module.modules() if isinstance(layer, bnb.nn.Linear4bit)]
 
 
 def _hold_as_bytes(linear: Any, device: torch.device) -> None:
-    """Leave a linear its packed bytes as a plain tensor, which FSDP2 can shard, and beside it what else they need."""
+    """Hold a linear's packed bytes as a plain tensor, which FSDP2 can shard, and their quant_state beside it."""
     weight = linear.weight
     linear.quant_state = weight.quant_state
     linear.quant_state.to(device)
@@ -200,22 +200,22 @@ def _hold_as_bytes(linear: Any, device: torch.device) -> None:
 
 
 def _restore_weights(linears: list[Any]) -> None:
-    """Give gathered weights back what bitsandbytes knows of them."""
+    """Turn gathered bytes into weights of bitsandbytes again."""
     for linear in linears:
         if not isinstance(linear.weight, bnb.nn.Params4bit):
             state = linear.quant_state
-            settings = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
+            options = {"quant_state": state, "quant_type": state.quant_type, "blocksize": state.blocksize}
             packed = linear.weight.data.view(torch.uint8)
-            linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, **settings)
+            linear.weight = bnb.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True, **options)
 
 
 def _restore_weights_when_gathered(layer: nn.Module) -> None:
-    """Restore a layer's weights by hooks that come after FSDP2's, which gather."""
+    """Restore a layer's weights in hooks that run after FSDP2's, which gather."""
     linears = _quantized_linears(layer)
 
     def restore_before_backward(_: Any, inputs: Any, output: Any) -> None:
         if output.requires_grad:
-            output.register_hook(lambda _: _restore_weights(linears))  # behind FSDP2's own hook, which gathers
+            output.register_hook(lambda _: _restore_weights(linears))  # after FSDP2's own hook, which gathers
 
     layer.register_forward_pre_hook(lambda *_: _restore_weights(linears))
     layer.register_forward_hook(restore_before_backward)
@@ -227,14 +227,13 @@ SHARDED_STRATEGIES = {"ddp_sharded": False, "ddp_sharded_offload": True}  # name
 
 
 class ShardedDDPStrategy(DDPStrategy):
-    """DDP of the adapters over a base of which each process holds a shard: what one device cannot hold.
+    """DDP of the adapters over a base of which each process holds a shard: for a base too large for one device.
 
-    Results, checkpoints and adapter folders are those of ``ddp``. The module's ``sharded_base`` is what the base has
-    become: see :class:`ShardedBase`.
+    Results, checkpoints and adapter folders are those of ``ddp``. The module's ``sharded_base`` is the base.
 
     Args:
-        offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used. One process
-            alone may do so too.
+        offload: Keep the shards in the machine's memory, and copy each layer to the device when it is used. It works
+            for a single process too.
         kwargs: More arguments of ``DDPStrategy``.
     """
 

@@ -1,6 +1,6 @@
 """What a run folder holds: its manifest and curves, and the page and table made of them.
 
-It reads files, and imports neither torch nor Lightning, so that a report takes no second to start.
+It reads files, and imports neither torch nor Lightning, so that a report starts within a second.
 """
 
 from qlora_lightning.report.page import render_report as render_report

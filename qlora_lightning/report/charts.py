@@ -30,7 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "dots": {"linewidth": 2, "marker": "o", "markersize": 5},
     "level": {"linewidth": 1.5, "dashes": (4, 3)},
 }
-# Colours that stand for those of the page, which differ between light and dark.
+# Placeholders of the page's colours, which differ between light and dark.
 _CURVE, _TEXT, _GRID = "#0000c", "#0000d0", "#0000d1"
 _WIDTH, _HEIGHT = 400, 230  # in pixels of the page
 _SETTINGS: Any = {
@@ -49,7 +49,7 @@ _SETTINGS: Any = {
 class Curve:
     """One curve of a chart."""
 
-    label: str  # empty for a curve behind another one
+    label: str  # empty for a curve behind its mean
     points: Points
     style: str = "line"  # or faint, dots (few points), level (one value all across)
     colour: int = 0  # one of eight
@@ -61,7 +61,7 @@ class Chart:
 
     title: str
     unit: str  # of the y axis, in words
-    curves: Sequence[Curve]  # the hindmost first
+    curves: Sequence[Curve]  # from back to front
     x_label: str = "optimizer steps"
     from_zero: bool = True  # whether the y axis begins there
 
@@ -73,8 +73,8 @@ class Chart:
     @property
     def summary(self) -> str:
         """The chart in words."""
-        ends = (f"{each.label} from {each.points[0][1]:,.4g} to {each.points[-1][1]:,.4g}" for each in self.keys)
-        return f"{self.title} over {self.x_label}: {', '.join(ends)}"
+        ranges = (f"{curve.label} from {curve.points[0][1]:,.4g} to {curve.points[-1][1]:,.4g}" for curve in self.keys)
+        return f"{self.title} over {self.x_label}: {', '.join(ranges)}"
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
@@ -84,14 +84,14 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
     def chart(name: str, title: str, unit: str) -> Chart:
         curves: list[Curve] = []
-        for number, run in enumerate(runs):
+        for index, run in enumerate(runs):
             points = run.metrics.get(name, [])
             if by_tokens:
                 steps, tokens = zip(*run.metrics["tokens_seen"], strict=True)
                 points = [(float(np.interp(step, steps, tokens)), value) for step, value in points]
             style = "dots" if name.startswith("val_") else "line"
             if len(runs) > 1:
-                curves.append(Curve(run.name, running_mean(points) if name in _NOISY else points, style, number % 8))
+                curves.append(Curve(run.name, running_mean(points) if name in _NOISY else points, style, index % 8))
             elif name in _NOISY:
                 curves += _smooth(title.lower(), points)
             else:
@@ -100,13 +100,14 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         return Chart(title, unit, curves, x_label, from_zero=name not in (*_LOSSES, "grad_norm"))
 
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
-    others = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # and what users log
-    kinds = _KINDS | {name: (describe_metric(name), "") for name in others}
+    other_metrics = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # also those of users
+    kinds = _KINDS | {name: (describe_metric(name), "") for name in other_metrics}
     has_pairs = any("train_chosen_reward" in run.metrics for run in runs)  # of preferences
     unit = "mean over pairs" if has_pairs else "nats per labelled token"
-    several = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
-    losses = [Chart("Loss", unit, _loss_curves(runs[0]), from_zero=False)] if len(runs) == 1 else several
-    return losses + [chart(name, *kind) for name, kind in kinds.items()]
+    loss_charts = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
+    if len(runs) == 1:
+        loss_charts = [Chart("Loss", unit, _loss_curves(runs[0]), from_zero=False)]
+    return loss_charts + [chart(name, *kind) for name, kind in kinds.items()]
 
 
 def _loss_curves(run: Run) -> list[Curve]:
@@ -122,14 +123,14 @@ def _loss_curves(run: Run) -> list[Curve]:
 def update_chart(run: Run) -> Chart:
     """Return how far the adapter has moved each kind of module, layer by layer."""
     curves = []
-    for number, (kind, own) in enumerate((run.manifest.get("adapter_updates") or {}).items()):
-        points = [(each["layer"], each["ratio"]) for each in own if each["layer"] is not None]
-        curves.append(Curve(kind, points, colour=number % 8))
+    for index, (kind, updates) in enumerate((run.manifest.get("adapter_updates") or {}).items()):
+        points = [(update["layer"], update["ratio"]) for update in updates if update["layer"] is not None]
+        curves.append(Curve(kind, points, colour=index % 8))
     return Chart("How far each weight moved", "‖ΔW‖/‖W‖", curves, "decoder layer")
 
 
 def _smooth(label: str, points: Points) -> list[Curve]:
-    """Return the values faintly, and their mean in front; short curves as they are."""
+    """Return a faint curve and its running mean in front; a short curve as it is."""
     if len(points) < 40:
         return [Curve(label, points)]
     mean = Curve(f"{label}, mean of {2 * (len(points) // 40) + 1} steps", running_mean(points))
@@ -141,14 +142,15 @@ def running_mean(points: Points) -> Points:
     window = np.ones(2 * (len(points) // 40) + 1)
     if len(window) == 1:
         return points
-    sums, counts = (np.convolve(each, window, "same") for each in ([y for _, y in points], np.ones(len(points))))
+    sums = np.convolve([value for _, value in points], window, "same")
+    counts = np.convolve(np.ones(len(points)), window, "same")
     return [(x, float(mean)) for (x, _), mean in zip(points, sums / counts, strict=True)]
 
 
 def draw_charts(charts: Sequence[Chart]) -> list[tuple[Chart, str]]:
     """Draw charts as SVG. A chart of one step says less than the tables, and is left out."""
     charts = [replace(chart, curves=[curve for curve in chart.curves if curve.points]) for chart in charts]
-    drawn = [chart for chart in charts if any(each.points[0][0] < each.points[-1][0] for each in chart.curves)]
+    drawn = [chart for chart in charts if any(curve.points[0][0] < curve.points[-1][0] for curve in chart.curves)]
     return [(chart, _draw(chart)) for chart in drawn]
 
 

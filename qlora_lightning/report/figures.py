@@ -1,4 +1,4 @@
-"""What was measured of a run: base against adapter, and the figures by which runs are compared."""
+"""Measurements of a run: base against adapter, and the figures by which runs are compared."""
 
 import math
 import statistics
@@ -13,11 +13,11 @@ from qlora_lightning.evaluation.scores import GENERAL, describe_answered, descri
 from qlora_lightning.report.run_files import MEMORY, Run
 
 PageTable = tuple[list[str], list[list[str]]]
-"""Headings, and rows, of which the first cell says what they are."""
+"""Headings and rows; the first cell of a row is its label."""
 
 _NO_SCORES = ("loss", GENERAL, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
-_LONGEST = 1_200  # characters shown of an answer: a model that does not stop would fill the page
-_MOST_SAMPLES = 20
+_MAX_CHARACTERS = 1_200  # of an answer: a model that does not stop would fill the page
+_MAX_SAMPLES = 20
 
 
 class MeasuredSides(NamedTuple):
@@ -56,12 +56,12 @@ def read_comparison(run: Run) -> BaseComparison:
         for metric, sides in (content.get("metrics") or {}).items()
     }
     rows = content.get("rows") or 0
-    words = f"{rows:,} validation rows{describe_answered(content.get('answered_rows') or 0, rows)}"
-    return BaseComparison(words, [name for name in metrics if name not in _NO_SCORES], metrics)
+    description = f"{rows:,} validation rows{describe_answered(content.get('answered_rows') or 0, rows)}"
+    return BaseComparison(description, [name for name in metrics if name not in _NO_SCORES], metrics)
 
 
-def _read_interval(found: Mapping[str, float | None] | None) -> Interval:
-    values = ((found or {}).get(name) for name in Interval._fields)
+def _read_interval(bounds: Mapping[str, float | None] | None) -> Interval:
+    values = ((bounds or {}).get(name) for name in Interval._fields)
     return Interval(*(math.nan if value is None else float(value) for value in values))
 
 
@@ -69,11 +69,11 @@ def find_figures(run: Run) -> dict[str, Figure]:
     """Return each figure that is known, by its name in the JSON."""
     comparison, progress = read_comparison(run), run.manifest.get("progress") or {}
     logged = {name: [value for _, value in points] for name, points in run.metrics.items() if points}
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
 
     def add(name: str, heading: str, form: str, value: float | None) -> None:
         if value is not None and not math.isnan(value):
-            found[name] = Figure(heading, form, value)
+            figures[name] = Figure(heading, form, value)
 
     for metric in ("loss", *comparison.scores, "token_accuracy"):
         values, is_loss = logged.get(f"val_{metric}", [math.nan]), metric == "loss"
@@ -91,14 +91,14 @@ def find_figures(run: Run) -> dict[str, Figure]:
         add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)
     add("steps", "optimizer steps", "{:,.0f}", progress.get("steps"))
     add("tokens", "tokens", "{:,.0f}", progress.get("tokens") or logged.get("tokens_seen", [math.nan])[-1])
-    return found
+    return figures
 
 
 def figure_table(runs: Sequence[Run]) -> PageTable:
     """Return the known figures of each run."""
-    found = [find_figures(run) for run in runs]
-    headings = {name: figure.heading for figures in found for name, figure in figures.items()}
-    rows = [[heading, *(str(figures.get(name, "–")) for figures in found)] for name, heading in headings.items()]
+    columns = [find_figures(run) for run in runs]
+    headings = {name: figure.heading for figures in columns for name, figure in figures.items()}
+    rows = [[heading, *(str(figures.get(name, "–")) for figures in columns)] for name, heading in headings.items()]
     return ["", *(run.name for run in runs)], rows
 
 
@@ -107,15 +107,16 @@ def comparison_table(run: Run) -> PageTable:
     comparison, rows = read_comparison(run), []
     for metric, measured in comparison.metrics.items():
         digits, signs = choose_digits(measured), ("", "", "+")
-        texts = [format_interval(each, is_share(metric), s, digits) for each, s in zip(measured, signs, strict=True)]
+        pairs, as_percent = zip(measured, signs, strict=True), is_share(metric)
+        texts = [format_interval(interval, as_percent, sign, digits) for interval, sign in pairs]
         rows.append([describe_metric(metric), *(text.replace("-", "−") for text in texts)])
     return [comparison.rows, *MeasuredSides._fields], rows
 
 
 def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
-    """Return prompt, expected and both answers of some rows, each with whether it is a right one of the adapter."""
+    """Return prompt, expected and both answers of some rows, each with whether it is the adapter's and right."""
     samples = []
-    for row in (run.evaluation.get("samples") or [])[:_MOST_SAMPLES]:
+    for row in (run.evaluation.get("samples") or [])[:_MAX_SAMPLES]:
         texts = {side: str(row.get(side) or "").strip() for side in ("prompt", "expected", BASE, "adapter")}
         is_right = texts["adapter"] == texts["expected"]
         samples.append([(side, _shorten(text), side == "adapter" and is_right) for side, text in texts.items()])
@@ -123,4 +124,4 @@ def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
 
 
 def _shorten(text: str) -> str:
-    return f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text or "(empty)"
+    return f"{text[:_MAX_CHARACTERS]} …" if len(text) > _MAX_CHARACTERS else text or "(empty)"

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself: of one run, or of several side by side."""
+"""The report as one self-contained HTML page: of one run, or of several side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def write_run_page(folder: Path) -> Path:
 
 
 def render_report(runs: Sequence[Run]) -> str:
-    """Return the page of one run, or of several beside each other; every text from outside is escaped."""
+    """Return the page of one run, or of several side by side; every text from outside is escaped."""
     import jinja2  # here, so that a fit starts without it
 
     environment = jinja2.Environment(

@@ -12,7 +12,7 @@ from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_js
 from qlora_lightning.support.versions import PEAK_NAMES
 
 MEMORY = tuple(PEAK_NAMES.values())
-"""Where peaks of memory are, in metrics and manifest: of a GPU; of the process."""
+"""Names of memory peaks in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
@@ -32,7 +32,7 @@ class Run:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder, also of a run that is still training; a ``UserError`` names a file that is damaged."""
+    """Read a run folder, also of a run that is still training; a ``UserError`` names a damaged file."""
     manifest = read_manifest(folder)
     if not manifest:
         raise UserError(
@@ -52,7 +52,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write ``manifest.json`` whole, under its format and version."""
+    """Write ``manifest.json``, under its format and version."""
     write_whole(folder / MANIFEST, {"format": _FORMAT, "format_version": _VERSION, **content})
 
 
@@ -70,12 +70,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_metrics(file: Path) -> dict[str, Points]:
     """Read each column of ``metrics.csv`` as points; empty cells, NaN and infinities are left out.
 
-    Half a line at the end, which a killed or running fit leaves, is left out too. A missing file has no columns.
+    An incomplete last line, of a killed or running fit, is left out too. A missing file has no columns.
     """
-    if not file.is_file():  # a pipe would be waited for
+    if not file.is_file():  # reading a pipe would block
         return {}
-    whole, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")  # a spreadsheet adds a byte-order mark
-    rows = csv.DictReader(whole.splitlines())
+    lines, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")  # a spreadsheet adds a byte-order mark
+    rows = csv.DictReader(lines.splitlines())
     columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
     for row in rows:
         for name, points in columns.items():

@@ -1,4 +1,4 @@
-"""What a run was, in words for a person: figures, what to do next, and the tables of the page."""
+"""A run in words: its figures, what to do next, and the tables of the page."""
 
 import shlex
 import statistics
@@ -15,7 +15,7 @@ from qlora_lightning.report.verdict import Verdict
 from qlora_lightning.support.files import CHECKPOINTS
 
 Facts = list[tuple[str, str]]
-_NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, and changes nothing
+_NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect
 _SETTINGS = (
     *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
     *("model.neftune_alpha", "model.loraplus_ratio", "trainer.gradient_clip_val"),
@@ -28,68 +28,68 @@ def describe_run(run: Run) -> str:
     """Describe in a sentence what was trained on what."""
     base, adapter, data = (run.manifest.get(name) or {} for name in ("base", "adapter", "data"))
     files, rows = _files(run).get("train"), ((data.get("splits") or {}).get("train") or {}).get("rows")
-    trained = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
-    trained_on = f", trained on {format_setting(files)}" if files else ""
-    return f"{trained}{trained_on}{f' ({rows:,} rows)' if rows else ''}."
+    model = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
+    source = f", trained on {format_setting(files)}" if files else ""
+    return f"{model}{source}{f' ({rows:,} rows)' if rows else ''}."
 
 
 def headline(run: Run) -> Facts:
-    """Return the figures at the top of the page, each with what it is."""
+    """Return the figures at the top of the page, each with its label."""
     comparison, figures = read_comparison(run), find_figures(run)
-    shown: Facts = []
+    facts: Facts = []
     for metric in ("loss", *comparison.scores[:1]):
         if metric in comparison.metrics:
             base, adapter, _ = (side.value for side in comparison.metrics[metric])
             form = ".3f" if metric == "loss" else ".0%"
-            words = "validation loss" if metric == "loss" else describe_metric(metric)
-            shown.append((f"{base:{form}} → {adapter:{form}}", f"{words}, base\u00a0→\u00a0adapter"))
-    if "val_loss" in figures and not shown:
-        shown.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
+            label = "validation loss" if metric == "loss" else describe_metric(metric)
+            facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))
+    if "val_loss" in figures and not facts:
+        facts.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
     planned = (run.manifest.get("progress") or {}).get("planned_steps")
     for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
         if name in figures:
-            of = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
-            shown.append((f"{figures[name]}{of}", figures[name].heading))
-    return shown
+            total = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
+            facts.append((f"{figures[name]}{total}", figures[name].heading))
+    return facts
 
 
 def next_steps(run: Run, verdict: Verdict) -> Facts:
-    """Return the commands that follow from a verdict, each with what it is for."""
+    """Return the commands that follow from a verdict, each with its purpose."""
     folder, command = shlex.quote(str(run.folder)), str(run.manifest.get("command"))
     if verdict.kind == "diverged":
-        rates, again = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
-        if not again or not rates:
+        learning_rates, reproduce = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
+        if not reproduce or not learning_rates:
             return []
-        lower = max(rate for _, rate in rates) / 3
-        return [("start again with a lower learning rate", f"{again} --model.learning_rate {lower:.1g}")]
+        lower_rate = max(rate for _, rate in learning_rates) / 3
+        return [("start again with a lower learning rate", f"{reproduce} --model.learning_rate {lower_rate:.1g}")]
     has_checkpoint = any((run.folder / CHECKPOINTS).glob("*.ckpt"))
     if run.status != "finished" and has_checkpoint and command.startswith("qlora-lightning fit"):
-        again = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
-        what = "resume it" if run.status != "running" else "resume it if it was killed"
-        return [(f"{what}, from the same working folder", again)]
+        resume = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
+        purpose = "resume it" if run.status != "running" else "resume it if it was killed"
+        return [(f"{purpose}, from the same working folder", resume)]
     if run.status != "finished":
         return []
-    steps, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
+    commands, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
     splits = (run.manifest.get("data") or {}).get("splits") or {}
-    rows = "--rows 0"  # there are none to check a merge on
+    options = "--rows 0"  # there are no rows to check a merge on
     if "val" in splits or data.get("test"):
-        rows = f"--config {folder}/config.yaml"
+        options = f"--config {folder}/config.yaml"
         split = " --split test" if data.get("test") else ""
-        evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {rows}{split} --out {folder}-evaluated"
-        steps.append(("evaluate it, with its hardest rows", evaluate))
+        evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {options}{split} --out {folder}-evaluated"
+        commands.append(("evaluate it, with its hardest rows", evaluate))
     if verdict.kind == "learned":
-        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {rows}"
-        steps.append(("merge it, to serve it", merge))
-    return steps
+        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {options}"
+        commands.append(("merge it, to serve it", merge))
+    return commands
 
 
 def training_facts(run: Run) -> Facts:
     """Return base, adapter, data, length and settings of the training."""
     manifest, progress, best = run.manifest, run.manifest.get("progress") or {}, run.manifest.get("best")
-    applied = (manifest.get("data") or {}).get("settings") or {}  # null has become what it stands for
+    applied = (manifest.get("data") or {}).get("settings") or {}  # null is replaced by its meaning
     flat = {**flatten(run.config), **flatten(applied, "data.")}
     counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
-    trained = [f"{progress[name]:,} {words}" for words, name in counts.items() if progress.get(name) is not None]
+    trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
     base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
     trainable, total = parameters.get("trainable", 0), parameters.get("all", 0)
     facts = [
@@ -106,29 +106,30 @@ def training_facts(run: Run) -> Facts:
 
 
 def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    shown = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
-    return ", ".join(f"{name} {format_setting(value)}" for name, value in shown.items() if value not in (None, -1))
+    settings = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in settings.items() if value not in (None, -1))
 
 
 def starts_table(run: Run) -> PageTable:
-    """Return when a run that was resumed was started, and how each of its attempts ended."""
+    """Return start, length and end of each attempt of a run that was resumed."""
     rows = []
-    for each in run.manifest.get("lives") or []:
-        steps, took = f"{each['from_step']:,} to {each['to_step']:,}", timedelta(seconds=round(each["seconds"]))
-        rows.append([each["started"].replace("T", " "), steps, str(took), each.get("error") or each["status"]])
+    for attempt in run.manifest.get("lives") or []:
+        steps = f"{attempt['from_step']:,} to {attempt['to_step']:,}"
+        duration, started = timedelta(seconds=round(attempt["seconds"])), attempt["started"].replace("T", " ")
+        rows.append([started, steps, str(duration), attempt.get("error") or attempt["status"]])
     return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
 
 
 def update_table(run: Run) -> PageTable:
     """Return median and largest ‖ΔW‖/‖W‖ and the effective rank of each kind of module."""
     rows = []
-    for kind, own in (run.manifest.get("adapter_updates") or {}).items():
-        most = max(own, key=lambda update: update["ratio"])
-        where = "" if most["layer"] is None else f" in layer {most['layer']}"
-        ratio, used, rank = (
-            statistics.median(update[name] for update in own) for name in ("ratio", "effective_rank", "rank")
+    for kind, updates in (run.manifest.get("adapter_updates") or {}).items():
+        largest = max(updates, key=lambda update: update["ratio"])
+        layer = "" if largest["layer"] is None else f" in layer {largest['layer']}"
+        ratio, effective_rank, rank = (
+            statistics.median(update[name] for update in updates) for name in ("ratio", "effective_rank", "rank")
         )
-        rows.append([kind, f"{ratio:.2%}", f"{most['ratio']:.2%}{where}", f"{used:.1f} of {rank:.0f}"])
+        rows.append([kind, f"{ratio:.2%}", f"{largest['ratio']:.2%}{layer}", f"{effective_rank:.1f} of {rank:.0f}"])
     return ["", "‖ΔW‖/‖W‖, median", "largest", "effective rank, median"], rows
 
 

@@ -1,1 +1,1 @@
-"""What everything else stands on."""
+"""What all other folders use: console, errors, files, imports, the Trainer, versions."""

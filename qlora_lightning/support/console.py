@@ -1,4 +1,4 @@
-"""What is printed: control characters of paths, rows and answers are shown, not sent to the terminal."""
+"""Printed output: control characters of paths, rows and answers are shown, not sent to the terminal."""
 
 import contextlib
 import logging
@@ -11,19 +11,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 
-_JOINER = "\N{ZERO WIDTH JOINER}"  # is inside emoji
+_JOINER = "\N{ZERO WIDTH JOINER}"  # part of emoji
 _PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\t": "⇥", "\x7f": "␡"}
 
 
 def show_controls(text: str, keep: str = "\n") -> str:
-    """Make characters visible that would not be, or that would act on a terminal, except those in ``keep``."""
+    """Make invisible characters, and those that control a terminal, visible, except those in ``keep``."""
     if text.isprintable():
         return text
     return "".join(
-        _PICTURES.get(each) or each.encode("unicode_escape").decode()
-        if unicodedata.category(each) in ("Cc", "Cf") and each not in keep and each != _JOINER
-        else each
-        for each in text
+        _PICTURES.get(char) or char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in ("Cc", "Cf") and char not in keep and char != _JOINER
+        else char
+        for char in text
     )
 
 
@@ -41,13 +41,13 @@ def terminal(stderr: bool = False, record: bool = False) -> Console:
 
 
 def say(what: Any) -> None:
-    """Print a line without markup, colours or breaks of our own; or a table of rich."""
+    """Print a line without markup, colours or added breaks, or a table of rich."""
     terminal().print(what, markup=False, soft_wrap=isinstance(what, str))
 
 
 @contextlib.contextmanager
 def progress_counter(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with the number of steps done; in a terminal it moves a bar, gone at the end."""
+    """Yield a function to call with the number of steps done; it moves a bar in a terminal, removed at the end."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = terminal(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
@@ -57,12 +57,12 @@ def progress_counter(description: str, total: int, show: bool = True) -> Iterato
 
 @contextlib.contextmanager
 def quiet_loggers(level: int, *names: str) -> Iterator[None]:
-    """Silence loggers below a level, whatever level they had."""
-    before = {name: logging.getLogger(name).level for name in names}
+    """Silence loggers below a level, and restore their levels on exit."""
+    levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for name, level_before in before.items():
-            logging.getLogger(name).setLevel(level_before)
+        for name, old_level in levels.items():
+            logging.getLogger(name).setLevel(old_level)

@@ -1,15 +1,15 @@
-"""What ends a command early: a mistake in what the user gave us, or a signal that asked training to stop."""
+"""What ends a command early: a mistake in the user's input, or a signal that asked training to stop."""
 
 import difflib
 import signal
 from collections.abc import Iterable
 
-# that of a closed terminal is not there on Windows
+# Windows has no SIGHUP, the signal of a closed terminal
 ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a config value, a file, a checkpoint.
+    """A mistake in the user's input: a config value, a file, a checkpoint.
 
     The message is one clear sentence or two: what was expected, what was found (file and line, key, value) and what
     to do. The command line prints it without a traceback and exits with code 2.
@@ -17,17 +17,17 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """A loss or gradient is NaN or infinite: the run ends, and what was saved before stays."""
+    """A loss or gradient is NaN or infinite: the run ends, and earlier checkpoints stay."""
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return `` Did you mean 'x'?`` with the most similar known name, to end a message with; empty if none is."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Return `` Did you mean 'x'?`` with the most similar known name, to end a message; empty if none is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 class TrainingStopped(SystemExit):
-    """A signal asked a command to stop, and what there was to save is saved: nothing failed.
+    """A signal asked a command to stop, and everything is saved: nothing failed.
 
     A ``SystemExit``, so that a script that trains ends with the code that a shell or a scheduler expects of the signal:
     130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what users may have cut off or mixed up in JSON and YAML."""
+"""Writes files completely or not at all, and reads JSON and YAML with clear errors for damaged or ambiguous ones."""
 
 import contextlib
 import errno
@@ -20,23 +20,22 @@ UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
 
-
 _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
 
 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
-    """Write a small file so that a reader, and a machine that dies, leave the old or the new one, never half.
+    """Write a small file so that a crash leaves, and a reader finds, the old or the new one, never half.
 
-    A mapping is written as JSON. The file's folder is made. A link is replaced and not followed: a folder from
-    elsewhere may hold one that leads to any file of the user's.
+    A mapping is written as JSON. The file's folder is made. A link is replaced and not followed: in a folder from
+    elsewhere it may lead to any file of the user.
 
     Raises:
-        OSError: The disk is full or fails, or who reads the pipe has gone.
+        OSError: The disk is full or fails, or the pipe is closed.
     """
     if isinstance(content, Mapping):
         content = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"  # a config may hold dates
-        content = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", content)  # it may be printed
-    # a file name may hold bytes that are no UTF-8, which Python keeps as lone surrogates
+        content = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", content)  # it may be printed
+    # a file name may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if file.is_relative_to("/dev") or (file.exists() and not file.is_file() and not file.is_symlink()):
         with file.open("ab") as stream:  # standard output, or a pipe
@@ -46,7 +45,7 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     try:
-        with unfinished.open("xb") as stream:  # which follows no link
+        with unfinished.open("xb") as stream:  # "x" follows no link
             stream.write(data)
         put_in_place(unfinished, file)
     except BaseException:  # Ctrl-C too
@@ -60,14 +59,14 @@ def format_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a file of JSON lines, which has them when this returns: a process that is killed loses none."""
+    """Append rows to a file of JSON lines and close it: a killed process loses none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(format_json_lines(rows))
 
 
 def set_aside(file: Path) -> Path:
-    """Rename what an earlier run or a user has left under a file's name; return that name."""
+    """Rename a file that an earlier run or a user has left to ``earlier-…``; return the new path."""
     earlier = file.with_name(f"earlier-{file.name}")
     if file.exists():
         os.replace(file, earlier)
@@ -75,22 +74,22 @@ def set_aside(file: Path) -> Path:
 
 
 def set_usual_mode(file: Path) -> None:
-    """Set the mode that the umask wants: safetensors lets nobody but the owner read what it writes."""
-    mask = os.umask(0)  # which can only be read by setting it
+    """Set the mode that the umask implies: files of safetensors are readable by their owner only."""
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     file.chmod(0o666 & ~mask)
 
 
 def put_in_place(unfinished: Path, target: Path) -> None:
-    """Flush a written file, and give it the name under which it counts; a file of that name stays until then."""
+    """Flush a written file and rename it to ``target``, whose old file stays until then."""
     flush(unfinished)
     os.replace(unfinished, target)
     flush(target.parent)
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or the names that were changed in a folder."""
-    if os.name == "nt":  # Windows flushes by the handle that has written, and no folders
+    """Wait until the disk has the content of a file, or the names in a folder."""
+    if os.name == "nt":  # Windows flushes only by the handle that wrote, and no folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -104,7 +103,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def raising_os_errors() -> Iterator[None]:
-    """Raise an ``OSError`` if safetensors or tokenizers, which raise classes of their own, cannot write a file."""
+    """Turn the errors that safetensors and tokenizers raise if a file cannot be written into an ``OSError``."""
     try:
         yield
     except OSError:
@@ -114,7 +113,7 @@ def raising_os_errors() -> Iterator[None]:
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
-    """Read a file that holds a JSON object; ``remedy``, what to do with a damaged one, ends the error."""
+    """Read a file that holds a JSON object; ``remedy`` ends the error for a damaged one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -125,10 +124,10 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Rejects a key that is twice in one mapping, which YAML forbids and PyYAML lets pass."""
+    """Rejects a duplicate key in a mapping, which YAML forbids and PyYAML accepts."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # without what a merge key (<<) brings in
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # before merge keys (<<) are resolved
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -138,17 +137,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# A date stays text, as it was typed: jsonargparse reads it as any other value.
+# A date stays the text that was typed: jsonargparse reads it as any other value.
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    character: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
 def load_yaml(text: str) -> Any:
-    """Return what a YAML text holds.
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: It is not YAML, or a key is twice in it.
+        yaml.YAMLError: It is not YAML, or has a duplicate key.
     """
     return _Loader(text).get_single_data()

@@ -1,4 +1,4 @@
-"""What a Trainer has that its class does not declare, and an exchange between its processes."""
+"""Attributes of a Trainer that its class does not declare, its planned steps, and lists of all its processes."""
 
 import math
 from typing import Any, TypeVar, cast
@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.support.console import say
 
-say_once = rank_zero_only(say)  # a line, once for all processes
+say_once = rank_zero_only(say)  # one line for all processes
 Item = TypeVar("Item")
-Found = TypeVar("Found", bound=Callback)
+CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
     """Return the Trainer that a module is attached to, ``None`` without one.
 
-    Lightning's ``trainer`` raises then, and under Fabric it is none either.
+    Without one, Lightning's ``trainer`` raises; under Fabric it is not a Trainer.
     """
     if module.fabric is not None:
         return None
@@ -34,7 +34,7 @@ def datamodule_of(trainer: Any) -> Any:
 
 
 def split_of_pass(module: LightningModule) -> tuple[Any, str | None]:
-    """Return the data module, and the split whose rows go through a module now; ``None`` if that is not known."""
+    """Return the data module, and the split whose rows go through a module now; ``None`` for both if unknown."""
     trainer = trainer_of(module)
     stage = None if trainer is None else trainer.state.stage
     if stage == RunningStage.TRAINING and not torch.is_grad_enabled():  # a fit's last evaluation
@@ -50,20 +50,20 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def find_callback(trainer: Trainer, kind: type[Found]) -> Found | None:
+def find_callback(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     """Return the first callback of a class, if there is one."""
-    return next((each for each in callbacks_of(trainer) if isinstance(each, kind)), None)
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def is_trial_run(trainer: Trainer) -> bool:
-    """Whether ``fast_dev_run`` was asked for: a few batches that leave nothing behind."""
+    """Whether ``fast_dev_run`` is set: a few batches that write nothing."""
     return bool(cast(Any, trainer).fast_dev_run)
 
 
 def planned_steps(trainer: Any) -> int | None:
     """Count the optimizer steps of the whole run, on one rank; ``None`` if only time ends it.
 
-    Lightning's ``estimated_stepping_batches`` loads the data loader early, and a stateful loader then loses its place
+    Lightning's ``estimated_stepping_batches`` loads the data loader early: a stateful loader then loses its position
     on resume.
     """
     count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
@@ -75,20 +75,20 @@ def planned_steps(trainer: Any) -> int | None:
 
 
 def limit_batches(batches: int, limit: int | float | None) -> int:
-    """Return how many batches of an epoch ``trainer.limit_train_batches`` leaves: a number of them, or a share."""
+    """Apply ``trainer.limit_train_batches``, a number or a share, to the batches of an epoch."""
     return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
 
 
 def steps_of_run(steps_of_epoch: int, max_epochs: int | None, max_steps: int | None) -> int | None:
-    """Return a run's optimizer steps; ``None`` if neither epochs nor steps end it, of which ``None`` and -1 are any."""
-    epochs, steps = (-1 if each is None else each for each in (max_epochs, max_steps))
-    return min((most for most in (epochs * steps_of_epoch, steps) if most >= 0), default=None)
+    """Return a run's optimizer steps; ``None`` if neither limit ends it: ``None`` and -1 mean no limit."""
+    epochs, steps = (-1 if limit is None else limit for limit in (max_epochs, max_steps))
+    return min((limit for limit in (epochs * steps_of_epoch, steps) if limit >= 0), default=None)
 
 
 def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:
-    """Return the concatenated lists of all processes, in the order of their ranks, to each of them."""
+    """Return, in every process, the lists of all processes concatenated in the order of ranks."""
     if trainer.world_size == 1:
         return items
     lists: list[list[Item]] = [[] for _ in range(trainer.world_size)]
     torch.distributed.all_gather_object(lists, items)
-    return [item for each in lists for item in each]
+    return [item for rank_items in lists for item in rank_items]

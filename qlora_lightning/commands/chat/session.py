@@ -24,7 +24,7 @@ from qlora_lightning.support.errors import UserError
 
 
 def chat(adapters: Mapping[str, Path], prompt: str | None = None, **settings: Any) -> None:
-    """Load base and adapters, and answer one prompt, or the lines of standard input; settings are the session's."""
+    """Load base and adapters, and answer one prompt, or the lines of standard input; settings are ``Session``'s."""
     session = Session(adapters, **settings)
     if prompt is None:
         session.converse()
@@ -58,7 +58,7 @@ class Session:
         compare: Whether the base answers too.
         system: The system prompt; ``None``: that of the first adapter's training.
         temperature: Of sampling; 0: greedy.
-        top_p: Only the likeliest tokens that make up so much are sampled.
+        top_p: Only the likeliest tokens of this total probability are sampled.
         max_new_tokens: Where an answer is cut.
         seed: Of sampling.
     """
@@ -76,11 +76,10 @@ class Session:
         seed: int | None = None,
     ) -> None:
         sources = {name: find_adapter(folder, base) for name, folder in adapters.items()}
-        self.first, first = next(iter(sources.items()))
-        opened, identity = open_adapter(first)
-        self.model: Any = opened
-        # a user's name may hold what PEFT does not take
-        self.peft_names = {name: f"adapter_{number}" if number else ADAPTER for number, name in enumerate(sources)}
+        self.first, first_source = next(iter(sources.items()))
+        self.model, identity = open_adapter(first_source)
+        # PEFT does not take every name of a user
+        self.peft_names = {name: f"adapter_{index}" if index else ADAPTER for index, name in enumerate(sources)}
         for name in [*sources][1:]:
             add_named_adapter(self.model, self.peft_names[name], sources[name].folder, identity)
         self.model.eval()
@@ -100,10 +99,10 @@ class Session:
             self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if seed is not None:
             torch.manual_seed(seed)
-        trained = (first.identity.get("data") or {}).get("settings") or {}
-        self.system: str | None = trained.get("system") if system is None else system
+        data_settings = (first_source.identity.get("data") or {}).get("settings") or {}
+        self.system: str | None = data_settings.get("system") if system is None else system
         self.messages: list[Message] = []
-        self.is_typed = False  # whether somebody at a terminal goes on after Ctrl-C
+        self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
 
     def converse(self) -> None:
         """Answer the user's lines until the last; those of a pipe are shown, so that a log can be read."""
@@ -125,23 +124,23 @@ class Session:
                 say(f"Not sent: {fault}.")
 
     def ask(self, text: str) -> None:
-        """Answer a message, after each speaker's name if several answer.
+        """Answer a message; if several answer, each after its name.
 
         Raises:
             RowFault: it cannot be rendered, or is too long.
         """
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        prompts = {name: renderer.render_prompt([*system, *asked]) for name, renderer in self.renderers.items()}
-        longest = max(map(len, prompts.values()))
-        if longest >= self.context:
-            raise RowFault(f"the conversation has {longest:,} tokens, and the context of the base {self.context:,}")
+        prompts = {name: renderer.render_prompt([*system, *messages]) for name, renderer in self.renderers.items()}
+        n_tokens = max(map(len, prompts.values()))
+        if n_tokens >= self.context:
+            raise RowFault(f"the conversation has {n_tokens:,} tokens, and the context of the base {self.context:,}")
         answers = {}
         for name, prompt in prompts.items():
             if len(prompts) > 1:
                 say(f"[{name}]")
             answers[name] = self._answer(name, prompt)
-        self.messages = [*asked, {"role": "assistant", "content": answers[self.first]}]
+        self.messages = [*messages, {"role": "assistant", "content": answers[self.first]}]
 
     def _answer(self, name: str, prompt: list[int]) -> str:
         """Continue a prompt until a stop token; Ctrl-C at a terminal keeps what was answered until then."""
@@ -149,14 +148,14 @@ class Session:
         stream = AnswerStream(renderer.tokenizer)
         if name != BASE:
             self.model.set_adapter(self.peft_names[name], inference_mode=True)
-        most = min(self.max_new_tokens, self.context - len(prompt))
+        limit = min(self.max_new_tokens, self.context - len(prompt))
         try:
             with with_adapter(self.model, None) if name == BASE else contextlib.nullcontext():
-                (ids,) = generate_answers(
+                (token_ids,) = generate_answers(
                     self.model.get_base_model(),
                     [prompt],
                     stop_ids=sorted(renderer.stop_ids),
-                    max_new_tokens=most,
+                    max_new_tokens=limit,
                     streamer=stream,
                     **self.sampling,
                 )
@@ -166,7 +165,7 @@ class Session:
                 raise  # which ends the command
             say("")
             return stream.text
-        except ValueError as error:  # transformers' own, of a setting that cannot be
+        except ValueError as error:  # transformers rejects a setting
             raise UserError(str(error)) from error
-        say("" if len(ids) < most else f"\n({name} was cut after {most} tokens: it had not stopped.)")
+        say("" if len(token_ids) < limit else f"\n({name} was cut after {limit} tokens: it had not stopped.)")
         return stream.text

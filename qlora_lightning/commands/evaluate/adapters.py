@@ -50,15 +50,15 @@ def evaluate(
     out: Path | None = None,
     server: Server | None = None,
 ) -> dict[str, Any]:
-    """Evaluate base and adapters on the same rows, and print what was found; return all figures.
+    """Evaluate base and adapters on the same rows, and print the comparison; return all figures.
 
     Args:
-        adapters: Folders by name; without any it is that of the run folder.
+        adapters: Folders by name; if empty, that of the run folder.
         arguments: Options of ``fit``, which choose base, data, and how rows are answered.
         split: ``val`` or ``test``.
         n_rows: Only the first so many rows.
         out: Folder for ``evaluation.json`` and ``predictions.jsonl``.
-        server: That answers too, and is judged.
+        server: One that answers too, and gets a verdict.
     """
     with quiet_lightning():
         run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET], "validate")
@@ -79,21 +79,21 @@ def evaluate(
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             _warn_of_other_data(name, folder, data)
-        asked = rows[: evaluation.rows]
-        settings = evaluation.choose_settings(trainer, asked)
-        unfinished = out and out / UNFINISHED_PREDICTIONS
-        if unfinished:
-            set_aside(unfinished)
-        on_answers = partial(_append_answers, unfinished)
+        answered_rows = rows[: evaluation.rows]
+        settings = evaluation.choose_settings(trainer, answered_rows)
+        unfinished_file = out and out / UNFINISHED_PREDICTIONS
+        if unfinished_file:
+            set_aside(unfinished_file)
+        on_answers = partial(_append_answers, unfinished_file)
         # before the base: it may fail
-        served = [] if server is None else _ask_server(server, data, split, asked, settings, on_answers)
-        by_name = dict(zip(adapters, _load(module, adapters), strict=True))
-        found = evaluate_sides(module, batches, asked, settings, by_name, on_answers=on_answers)
-        results = {side: each[: len(rows)] for side, each in found.items()}  # --rows may end within a batch
-        general = evaluation.evaluate_general(module, data, by_name, show=True)
+        served = [] if server is None else _ask_server(server, data, split, answered_rows, settings, on_answers)
+        peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
+        results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
+        results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
+        general = evaluation.evaluate_general(module, data, peft_names, show=True)
         verdict = None
         if server is not None and settings is not None:
-            verdict = add_served(served, asked, settings, results)
+            verdict = add_served(served, answered_rows, settings, results)
             if general is not None:
                 general[SERVED] = [(0.0, 0.0)] * len(general[BASE])
         comparison = Comparison(rows, results, settings, general)
@@ -101,18 +101,18 @@ def evaluate(
 
 
 def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
-    """Load the base with the first adapter and put the others beside it; return PEFT's names of them."""
-    first, *others = adapters.values()
-    module.adapter = str(first)
-    if not module.overrides("build_model"):  # another one may ask for them
+    """Load the base with the first adapter and add the others; return PEFT's names of all."""
+    first_folder, *other_folders = adapters.values()
+    module.adapter = str(first_folder)
+    if not module.overrides("build_model"):  # an override may need them
         module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
     module.configure_model()
     module.to(module.trainer.strategy.root_device)
-    names = [ADAPTER]
-    for number, folder in enumerate(others, start=1):  # a user's name may hold what PEFT does not take
-        names.append(f"adapter_{number}")
-        module.add_adapter(names[-1], folder)
-    return names
+    peft_names = [ADAPTER]
+    for number, folder in enumerate(other_folders, start=1):  # PEFT does not take every name of a user
+        peft_names.append(f"adapter_{number}")
+        module.add_adapter(peft_names[-1], folder)
+    return peft_names
 
 
 def _ask_server(
@@ -127,12 +127,12 @@ def _ask_server(
     requests = make_requests(data, split, rows)
     if settings is None:
         raise UserError("--server: no row has a prompt that it could answer.")
-    limited = [{**each, "max_tokens": settings.max_new_tokens} for each in requests]
-    prompted, served = [row for row in rows if row.prompt is not None], list[ServedAnswer]()
-    for row, answer in zip(prompted, server.answer(limited), strict=True):
+    requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
+    prompted_rows, answers = [row for row in rows if row.prompt is not None], list[ServedAnswer]()
+    for row, answer in zip(prompted_rows, server.answer(requests), strict=True):
         on_answers(SERVED, [row], [answer[0]])
-        served.append(answer)
-    return served
+        answers.append(answer)
+    return answers
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _ask_server(
 def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tuple[list[Any], list[EvaluationRow]]:
     """Return batches of a split and their rows, each with its place and source.
 
-    They are the first ``n_rows``, else those within the Trainer's limit of batches.
+    These are the first ``n_rows``, else those within the Trainer's limit of batches.
     """
     batches, rows = [], list[EvaluationRow]()
     loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
@@ -156,8 +156,8 @@ def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tup
             f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
         )
     # validation rows may be held out of the training rows
-    read_from = "train" if split == "val" and data.val_fraction is not None else split
-    samples, sources = data.samples.get(split), [source.path for source in data.sources(read_from)]
+    file_split = "train" if split == "val" and data.val_fraction is not None else split
+    samples, sources = data.samples.get(split), [source.path for source in data.sources(file_split)]
     places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
     for row in rows:
         row.place = places.get(row.number, f"row {row.number}")
@@ -166,24 +166,24 @@ def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tup
 
 
 def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
-    """Write answers as they come into the folder of the results, if there is one."""
+    """Append answers, as they come, to the file of the results, if there is one."""
     if file is not None:
         pairs = zip(rows, answers, strict=True)
-        lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
+        lines = [{"row": row.number, "place": row.place, "side": side, **answer._asdict()} for row, answer in pairs]
         append_json_lines(file, lines)
 
 
 def _warn_of_other_data(name: str, folder: Path, data: Any) -> None:
-    """Report settings that make other prompts than an adapter's training had, or hold out other rows."""
-    stored, own = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
-    differs = data_differences(stored, own)
-    if getattr(data, "val_fraction", None) is not None and {"train", "val"} & differs.keys():
+    """Warn of settings that give other prompts, or other held-out rows, than an adapter's training had."""
+    stored, current = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
+    differences = data_differences(stored, current)
+    if getattr(data, "val_fraction", None) is not None and {"train", "val"} & differences.keys():
         say(
             f"Warning: the rows that are held out now are not those of {name}'s training, which may have had them: "
             "pass the --seed_everything and the data of its run."
         )
-    keys = [f"data.{key}" for key in ("tokenizer", "chat_template") if key in differs]
-    if "settings" in stored and stored["settings"].get("system") != (own.get("settings") or {}).get("system"):
+    keys = [f"data.{key}" for key in ("tokenizer", "chat_template") if key in differences]
+    if "settings" in stored and stored["settings"].get("system") != (current.get("settings") or {}).get("system"):
         keys.append("data.system")
     if keys:
         say(f"Warning: {name} was trained with another {' and '.join(keys)}, so its prompts here are new to it.")
@@ -205,8 +205,8 @@ def _report(
     comparison.print(rows)
     sources = comparison.by_source()
     if len(sources) > 1:
-        for name, part in sources.items():
-            part.print_metrics(f"{rows} of {name}")
+        for name, source in sources.items():
+            source.print_metrics(f"{rows} of {name}")
     hardest = comparison.hardest_first()
     wrong = [index for index in hardest if comparison.is_wrong(index)][:samples]
     if wrong:
@@ -219,7 +219,7 @@ def _report(
         "split": split,
         "adapters": {name: str(folder) for name, folder in adapters.items()},
         "hardest": [comparison.rows[index].number for index in hardest],
-        "sources": {name: part.figures() for name, part in sources.items()},
+        "sources": {name: source.figures() for name, source in sources.items()},
         **({} if verdict is None else {SERVED: verdict}),
     }
     if out is not None:

@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> int:
     add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
     add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
     add_json_option(parser)
-    options, rest = parser.parse_known_args(argv)
+    options, fit_options = parser.parse_known_args(argv)
     adapters = name_adapters(options.adapter)
     if len(adapters) == 1 and "=" not in options.adapter[0]:
         adapters = {"adapter": next(iter(adapters.values()))}
     if options.server and len(adapters) > 1:
         raise UserError("--server is compared with one adapter: pass one --adapter.")
-    first = next(iter(adapters.values()), None)
-    arguments = add_config(first, rest)
+    first_folder = next(iter(adapters.values()), None)
+    arguments = add_config(first_folder, fit_options)
     for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
         if key.startswith("evaluation.") and value is not None:
             arguments += [f"--{key}", value]
@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
             from qlora_lightning.commands.evaluate.adapters import evaluate
             from qlora_lightning.commands.evaluate.server import SERVED, Server
 
-        if len(adapters) > 1 and not find_configs(rest):
-            say(f"Config, rows and limits are those of {first}, the first adapter; --config FILE names others.")
+        if len(adapters) > 1 and not find_configs(fit_options):
+            say(f"Config, rows and limits are those of {first_folder}, the first adapter; --config FILE names others.")
         server = None
         if options.server is not None:
             server = Server(options.server, options.served_name, options.timeout, options.parallel)

@@ -33,16 +33,16 @@ def main(argv: Sequence[str]) -> int:
     add("--longest", action="store_true", help="show the longest row")
     add("--html", metavar="FILE", help="write what is printed as a page, with its colours, too")
     add("--force", action="store_true", help="overwrite a file that is there already")
-    options, rest = parser.parse_known_args(argv)
+    options, fit_options = parser.parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     with without_garbage_collection():  # here, so that --help and mistakes answer at once
         from qlora_lightning.commands.inspection.overview import print_inspection
         from qlora_lightning.commands.training import QLoRACLI
 
     with quiet_lightning():
-        run = QLoRACLI(rest)
+        run = QLoRACLI(fit_options)
         data: Any = run.datamodule
-        data.lenient = True  # bad rows are listed, and the rest is prepared
+        data.lenient = True  # bad rows are listed, and the others prepared
         data.setup()
         splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]
         if not splits:

@@ -18,8 +18,8 @@ from qlora_lightning.support.errors import UserError
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
 _MARKS = Text("⟦labelled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
-_MOST_TOKENS = 16  # of a character
-_FIRST = 2  # rows shown if none are asked for
+_MAX_CHARACTER_TOKENS = 16
+_DEFAULT_ROWS = 2  # shown if none are requested
 
 
 def print_inspection(
@@ -34,9 +34,9 @@ def print_inspection(
 
     Args:
         data: An ``InstructionDataModule`` that is set up.
-        splits: Names of those to report on.
+        splits: Names of the splits to report on.
         config: The parsed settings.
-        console: Where to.
+        console: Where to print.
         places: Rows to show, each ``LINE`` or ``FILE:LINE``; without any the first two.
         longest: Whether to show the longest row.
     """
@@ -45,9 +45,9 @@ def print_inspection(
         console.print()
         console.print(Text(text, "bold"))
 
-    first = splits[0]
-    rows = list(_show_rows(data.samples[first], data.tokenizer, data.stop_ids, places, longest))
-    stops = " or ".join(f"{data.tokenizer.decode([number])} ({number})" for number in data.stop_ids)
+    shown_split = splits[0]
+    rows = list(_show_rows(data.samples[shown_split], data.tokenizer, data.stop_ids, places, longest))
+    stops = " or ".join(f"{data.tokenizer.decode([token_id])} ({token_id})" for token_id in data.stop_ids)
     settings = {"stop token": stops, **{key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
     heading("Rows")
@@ -64,122 +64,122 @@ def print_inspection(
         heading("An epoch of train")
         epoch = plan_epoch(data.train_dataloader().plan, config["trainer"])
         size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
-        on_each = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
-        console.print(Text(f"{epoch.batches:,} batches of {size}{on_each}; {epoch.tokens:,} tokens, no padding"))
-        in_all = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
-        console.print(Text(f"{epoch.steps:,} optimizer steps; {in_all}"))
-    heading(f"Rows of {first} as the model sees them")
+        per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
+        console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))
+        run_steps = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
+        console.print(Text(f"{epoch.steps:,} optimizer steps; {run_steps}"))
+    heading(f"Rows of {shown_split} as the model sees them")
     console.print(_MARKS)
-    for where, tokens in rows:
+    for title, tokens in rows:
         console.print()
-        console.print(where)
+        console.print(title)
         console.print(tokens)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
 def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
-    weights = sum(source.weight or 0.0 for source in sources)
-    lines = []
-    for number, source in enumerate(sources):
-        own = samples.source == number
-        tokens, labelled = int(samples.lengths[own].sum()), int(samples.labelled_counts[own].sum())
-        line = [source.path, f"{len(np.unique(samples.row_ids[own])):,}", f"{own.sum():,}", f"{tokens:,}"]
-        line.append(_share(labelled, tokens))
-        lines.append(line + ([_share(source.weight or 0.0, weights)] if weights else []))
-    headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if weights else [])]
-    return _table(headings, lines)
+    total_weight = sum(source.weight or 0.0 for source in sources)
+    rows = []
+    for index, source in enumerate(sources):
+        mask = samples.source == index
+        n_tokens, n_labelled = int(samples.lengths[mask].sum()), int(samples.labelled_counts[mask].sum())
+        row = [source.path, f"{len(np.unique(samples.row_ids[mask])):,}", f"{mask.sum():,}", f"{n_tokens:,}"]
+        row.append(_share(n_labelled, n_tokens))
+        rows.append(row + ([_share(source.weight or 0.0, total_weight)] if total_weight else []))
+    headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if total_weight else [])]
+    return _table(headings, rows)
 
 
-def _length_table(samples: dict[str, SampleSet]) -> Table:
-    lines = []
-    for split, own in samples.items():
-        for kind, values in (("tokens", own.lengths), ("labelled", own.labelled_counts)):
-            if values.any():
-                found = np.percentile(values, list(_PERCENTILES.values()), method="inverted_cdf")  # values that occur
-                lines.append([f"{split} {kind}", *(f"{int(value):,}" for value in found)])
-    return _table(["", *_PERCENTILES], lines)
+def _length_table(sample_sets: dict[str, SampleSet]) -> Table:
+    rows = []
+    for split, samples in sample_sets.items():
+        for kind, counts in (("tokens", samples.lengths), ("labelled", samples.labelled_counts)):
+            if counts.any():
+                percentiles = np.percentile(counts, list(_PERCENTILES.values()), method="inverted_cdf")  # actual values
+                rows.append([f"{split} {kind}", *(f"{int(count):,}" for count in percentiles)])
+    return _table(["", *_PERCENTILES], rows)
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "–"
+def _share(part: float, total: float) -> str:
+    return f"{part / total:.1%}" if total else "–"
 
 
 # ---- rows token by token ---------------------------------------------------------------------------------------------
 
 
 def _show_rows(
-    samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], places: Sequence[str], longest: bool
+    samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], row_names: Sequence[str], longest: bool
 ) -> Iterator[tuple[Text, Text]]:
-    """Yield a heading and the tokens of each row, or of its answers, that is named; else of the first two.
+    """Yield a title and the tokens of each requested row, or of both its answers; else of the first two.
 
     Raises:
         UserError: ``--row`` names no row.
     """
-    numbers: list[int] = []
-    for place in places:
-        file, _, line = place.rpartition(":")
-        of_line = np.flatnonzero(samples.line == int(line)).tolist() if line.isdecimal() else []
-        found = [number for number in of_line if samples.where(number).endswith(f"{file}:{line}")]
-        if not found:
-            raise UserError(f"--row {place}: no sample begins there. Expected a line number, or FILE:LINE.")
-        numbers += found
+    indices: list[int] = []
+    for name in row_names:
+        file, _, line = name.rpartition(":")
+        candidates = np.flatnonzero(samples.line == int(line)).tolist() if line.isdecimal() else []
+        matches = [index for index in candidates if samples.where(index).endswith(f"{file}:{line}")]
+        if not matches:
+            raise UserError(f"--row {name}: no sample begins there. Expected a line number, or FILE:LINE.")
+        indices += matches
     if longest:
-        numbers.append(int(samples.lengths.argmax()))
-    for number in numbers or range(min(_FIRST, len(samples))):
-        start, end = samples.starts[number : number + 2].tolist()
-        parts = [("", start, end)]
+        indices.append(int(samples.lengths.argmax()))
+    for index in indices or range(min(_DEFAULT_ROWS, len(samples))):
+        start, end = samples.starts[index : index + 2].tolist()
+        answers = [("", start, end)]
         if samples.first is not None:
-            second = start + int(samples.first[number])
-            parts = [("chosen: ", start, second), ("rejected: ", second, end)]
+            rejected_start = start + int(samples.first[index])
+            answers = [("chosen: ", start, rejected_start), ("rejected: ", rejected_start, end)]
         elif samples.desirable is not None:
-            parts = [("desirable: " if samples.desirable[number] else "undesirable: ", start, end)]
-        for kind, begin, stop in parts:
-            ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
-            about = f"  {kind}{len(ids):,} tokens, {sum(labelled):,} labelled"
-            tokens = _mark_tokens(ids, labelled, tokenizer, stop_ids)
-            yield Text.assemble((samples.where(number), "bold"), about), tokens
+            answers = [("desirable: " if samples.desirable[index] else "undesirable: ", start, end)]
+        for label, begin, stop in answers:
+            token_ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
+            summary = f"  {label}{len(token_ids):,} tokens, {sum(labelled):,} labelled"
+            tokens = _mark_tokens(token_ids, labelled, tokenizer, stop_ids)
+            yield Text.assemble((samples.where(index), "bold"), summary), tokens
 
 
-def _mark_tokens(ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]) -> Text:
+def _mark_tokens(token_ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any, stop_ids: Collection[int]) -> Text:
     """Return a sample as text: a mark between tokens, labelled ones in brackets, control tokens in colours."""
     special_ids, text = ControlTokens(tokenizer, stop_ids).known, Text()
     is_labelled = False
-    for piece, number in _cut(ids, labelled, tokenizer):
-        mark = "│" if number else ""
-        if labelled[number] != is_labelled:
-            is_labelled = labelled[number]
+    for token, index in _decode(token_ids, labelled, tokenizer):
+        mark = "│" if index else ""
+        if labelled[index] != is_labelled:
+            is_labelled = labelled[index]
             mark = "⟦" if is_labelled else "⟧"
         colour = "green" if is_labelled else ""
-        if ids[number] in special_ids:
+        if token_ids[index] in special_ids:
             colour = "bold magenta" if is_labelled else "magenta"
-        text.append(mark, "dim").append(show_controls(piece).replace("\n", "↵\n"), colour)
-        text.append("■" if is_labelled and ids[number] in stop_ids else "")
+        text.append(mark, "dim").append(show_controls(token).replace("\n", "↵\n"), colour)
+        text.append("■" if is_labelled and token_ids[index] in stop_ids else "")
     text.append("⟧" if is_labelled else "")
     text.rstrip()
     return text
 
 
-def _cut(ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any) -> Iterator[tuple[str, int]]:
-    """Yield the text of each token, or of the few that make up a character together, and the number of the first."""
-    before = start = 0
-    while start < len(ids):
-        # decoded behind the piece before it, a token keeps the space that some decoders drop at the start of a text
-        context = tokenizer.decode(list(ids[before:start])) if start else ""
-        for end in range(start + 1, len(ids) + 1):
-            text = tokenizer.decode(list(ids[before:end])).removeprefix(context)
-            is_whole = not text.endswith(_UNFINISHED) or end in (len(ids), start + _MOST_TOKENS)
-            if is_whole or labelled[end] != labelled[start]:
+def _decode(token_ids: Sequence[int], labelled: Sequence[bool], tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Yield the text of each token, or of the few that form one character, with the index of the first."""
+    context_start = start = 0
+    while start < len(token_ids):
+        # decoded after the token before it, a token keeps the space that some decoders drop at the start of a text
+        context = tokenizer.decode(list(token_ids[context_start:start])) if start else ""
+        for end in range(start + 1, len(token_ids) + 1):
+            text = tokenizer.decode(list(token_ids[context_start:end])).removeprefix(context)
+            is_complete = not text.endswith(_UNFINISHED) or end in (len(token_ids), start + _MAX_CHARACTER_TOKENS)
+            if is_complete or labelled[end] != labelled[start]:
                 break
         yield text, start
-        before, start = start, end
+        context_start, start = start, end

@@ -32,39 +32,38 @@ _LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 5
 def check_written(
     source: AdapterSource, folder: Path, gguf_file: Path | None, batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Load what was written with transformers, one after the other, and compare it with base and adapter.
+    """Load the merged models with transformers, one after the other, and compare them with base and adapter.
 
-    Returns what was found, for ``merge.json``; raises UserError if a model differs by too much.
+    Returns the figures for ``merge.json``; raises UserError if a model differs by too much.
     """
-    trained_on = dataclasses.replace(source, quantization=source.quantization or "none")
-    reference, labels = labelled_logits(open_adapter(trained_on)[0].eval(), batches)
+    source = dataclasses.replace(source, quantization=source.quantization or "none")
+    reference, labels = labelled_logits(open_adapter(source)[0].eval(), batches)
     loss = compare_logits(reference, reference, labels)["loss"]
     say(f"Checked on {len(batches)} validation rows, {len(labels):,} labelled tokens: base + adapter: loss {loss:.4f}")
     figures: dict[str, Any] = {"rows": len(batches), "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     for file in (None, gguf_file) if gguf_file else (None,):
         name, kind = ("merged", "") if file is None else (file.name, file.stem.removeprefix("model-"))
         logits, _ = labelled_logits(_load_written(folder, file), batches)
-        found = compare_logits(reference, logits, labels)
-        figures[name] = found
-        say(f"  {name}: loss {found['loss']:.4f}, KL {found['kl']:.1e}, same top token {found['top1']:.2%}")
+        agreement = figures[name] = compare_logits(reference, logits, labels)
+        say(f"  {name}: loss {agreement['loss']:.4f}, KL {agreement['kl']:.1e}, same top token {agreement['top1']:.2%}")
         limit = _MAX_KL_OF_GGUF.get(kind, _MAX_KL)
-        if not found["kl"] <= limit:  # NaN is a fault
+        if not agreement["kl"] <= limit:  # NaN is a fault
             raise UserError(
-                f"The merged model is not kept: {name} differs from base and adapter (KL {found['kl']:.2g} nats per "
-                f"token, more than {limit:g}). Merge in fp32, or choose a --gguf type of more bits."
+                f"The merged model is not kept: {name} differs from base and adapter (KL {agreement['kl']:.2g} nats "
+                f"per token, more than {limit:g}). Merge in fp32, or choose a --gguf type of more bits."
             )
     return figures
 
 
 def _load_written(folder: Path, gguf_file: Path | None) -> Any:
     """Load a merged model, or its GGUF file, with transformers: in fp32 if the hardware multiplies slowly otherwise."""
-    gc.collect()  # the model before is in circles of references
+    gc.collect()  # the previous model is in reference cycles
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    is_quick = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
-    options: dict[str, Any] = {"dtype": config.dtype if is_quick else torch.float32, "device_map": {"": device}}
+    is_fast = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
+    options: dict[str, Any] = {"dtype": config.dtype if is_fast else torch.float32, "device_map": {"": device}}
     if gguf_file is not None:
-        # transformers reads of a file's own config neither scaled rotary embeddings nor, of Qwen3, the size of heads
+        # from a file's own config transformers reads neither scaled rotary embeddings nor Qwen3's size of heads
         kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]
         config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
         options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -83,8 +82,8 @@ def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[T
         for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
             next_labels = batch["labels"][0, start + 1 : end]
             predict_index = (next_labels != IGNORED).nonzero()[:, 0]
-            ids = batch["input_ids"][:, start:end].to(device)
-            output = model(input_ids=ids, logits_to_keep=predict_index.to(device), use_cache=False)
+            input_ids = batch["input_ids"][:, start:end].to(device)
+            output = model(input_ids=input_ids, logits_to_keep=predict_index.to(device), use_cache=False)
             logits.append(output.logits[0].float().cpu())
             labels.append(next_labels[predict_index])
     return torch.cat(logits), torch.cat(labels)
@@ -98,9 +97,9 @@ def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[st
         the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
     """
     log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may put it below
-    same = reference.argmax(-1) == logits.argmax(-1)
-    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same.float().mean())}
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may go below
+    same_top = reference.argmax(-1) == logits.argmax(-1)
+    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same_top.float().mean())}
 
 
 def sample_validation_rows(
@@ -119,6 +118,6 @@ def sample_validation_rows(
         raise UserError(f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked.") from error
     samples = data.samples["val"]
     rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples)), dtype=int))
-    compared = np.cumsum(samples.labelled_counts[rows])
-    rows = rows[: max(1, np.searchsorted(compared, _LOGIT_BYTES // (4 * vocabulary), side="right"))]
+    n_labelled = np.cumsum(samples.labelled_counts[rows])
+    rows = rows[: max(1, np.searchsorted(n_labelled, _LOGIT_BYTES // (4 * vocabulary), side="right"))]
     return [collate_rows(samples, [row]) for row in rows.tolist()]

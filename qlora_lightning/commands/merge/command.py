@@ -1,4 +1,4 @@
-"""``qlora-lightning merge``: an adapter worked into its base, checked against both."""
+"""``qlora-lightning merge``: merge an adapter into its base, checked against both."""
 
 from collections.abc import Sequence
 
@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     rows_help = "validation rows to check on (default: 8; 0: no check)"
     add("--rows", type=NonNegativeInt, default=8, metavar="N", help=rows_help)
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
-    options, rest = parser.parse_known_args(argv)
-    if rest and not options.rows:
-        parser.error(f"{' '.join(rest)}: options of fit choose rows for the check, which --rows 0 leaves out")
+    options, fit_options = parser.parse_known_args(argv)
+    if fit_options and not options.rows:
+        parser.error(f"{' '.join(fit_options)}: options of fit choose rows for the check, which --rows 0 leaves out")
     if options.out.exists() and not (options.force and (options.out / RECORD).is_file()):
         raise UserError(
             f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "
@@ -56,6 +56,6 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         gguf=options.gguf,
         rows=options.rows,
-        fit_options=rest,
+        fit_options=fit_options,
     )
     return 0

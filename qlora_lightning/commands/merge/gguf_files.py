@@ -21,11 +21,11 @@ from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError
 
 Array = npt.NDArray[Any]
-_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # of which the files are verified; llama.cpp calls them so, too
+_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # whose files are verified; llama.cpp has the same names
 _CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of the expressions by which tokenizers split text
+# llama.cpp's names of the regular expressions by which tokenizers split text
 _SPLITS = {
     rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
     rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "qwen2",
@@ -42,14 +42,14 @@ def architecture_of(config: Any) -> Any:
 
 
 def write_gguf(folder: Path, plan: MergePlan, kind: str, base: BaseFolder) -> Path:
-    """Write a merged model's folder as a GGUF file, tensor by tensor, and return that.
+    """Write a merged model's folder as a GGUF file, tensor by tensor, and return the file.
 
     Args:
-        folder: Of the merged model; the file gets a folder of its own in it: beside a tokenizer's files transformers
-            misreads the tokenizer in a GGUF.
-        plan: What the tensors are.
-        kind: Of matrices, ``f16`` or ``q8_0``.
-        base: Whose own file, if it is a GGUF, says how text is split.
+        folder: Folder of the merged model; the file gets a folder of its own in it, since beside a tokenizer's files
+            transformers misreads the tokenizer in a GGUF.
+        plan: Plan of the merged tensors.
+        kind: Type of matrices, ``f16`` or ``q8_0``.
+        base: The base; if it is a GGUF, its file says how text is split.
     """
     config, file = plan.config, folder / "gguf" / f"model-{kind}.gguf"
     file.parent.mkdir()
@@ -90,31 +90,31 @@ def write_gguf(folder: Path, plan: MergePlan, kind: str, base: BaseFolder) -> Pa
 
 
 def _permute_rows(name: str, rows: Array, config: Any) -> Array:
-    """Put the rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, pairs that rotate side by side.
+    """Put rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, with rotated pairs side by side.
 
     transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
-    architectures. Other tensors come back as they are.
+    architectures. Other tensors are returned as they are.
     """
-    found = re.search(r"\.(q|k)_proj\.", name)
-    if found is None or architecture_of(config) != gguf.MODEL_ARCH.LLAMA:
+    match = re.search(r"\.(q|k)_proj\.", name)
+    if match is None or architecture_of(config) != gguf.MODEL_ARCH.LLAMA:
         return rows
-    heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
-    half = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, 2, half, *rows.shape[1:])
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    half_dim = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, 2, half_dim, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
-    """Choose fp32 for vectors, what is asked for matrices, and f16 if their rows hold no whole blocks."""
+    """Choose fp32 for vectors, ``kind`` for matrices, and f16 if their rows are not made of full blocks."""
     if len(shape) == 1:
         return GGMLQuantizationType.F32
-    wanted = GGMLQuantizationType[kind.upper()]
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if shape[-1] % block == 0 else GGMLQuantizationType.F16
+    quantization = GGMLQuantizationType[kind.upper()]
+    block_size, _ = gguf.GGML_QUANT_SIZES[quantization]
+    return quantization if shape[-1] % block_size == 0 else GGMLQuantizationType.F16
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -122,22 +122,22 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
 def _rope_factors(plan: MergePlan) -> Array | None:
-    """Return what Llama 3's scaling divides each frequency by, ``(head_dim / 2,)``; None without scaling."""
+    """Return the divisors of Llama 3's scaling for each frequency, ``(head_dim / 2,)``; None without scaling."""
     rope = plan.config.rope_parameters
     if rope["rope_type"] == "default":
         return None
     if rope["rope_type"] != "llama3":
         raise UserError(f"--gguf writes no rotary embeddings of the kind {rope['rope_type']}. {_CONVERT}")
-    scaled = LlamaRotaryEmbedding(plan.config).inv_freq.float()
-    factors: Tensor = rope["rope_theta"] ** -(torch.arange(len(scaled)) / len(scaled)) / scaled
+    inv_freq = LlamaRotaryEmbedding(plan.config).inv_freq.float()
+    factors: Tensor = rope["rope_theta"] ** -(torch.arange(len(inv_freq)) / len(inv_freq)) / inv_freq
     return factors.numpy().astype(np.float32)
 
 
@@ -147,33 +147,33 @@ def _rope_factors(plan: MergePlan) -> Array | None:
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base: BaseFolder) -> None:
     """Write tokens, their types, merges, special ids and the chat template of a tokenizer's folder.
 
-    Rows of the embedding (``vocabulary``) that no token has are marked as unused.
+    Rows of the embedding (``vocabulary`` in all) without a token are marked as unused.
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
     types = gguf.TokenType
-    tokens = {number: (text, types.NORMAL) for text, number in model["vocab"].items()}
+    tokens = {token_id: (text, types.NORMAL) for text, token_id in model["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
-    listed = [tokens.get(number, (f"[PAD{number}]", types.UNUSED)) for number in range(vocabulary)]
+    rows = [tokens.get(token_id, (f"[PAD{token_id}]", types.UNUSED)) for token_id in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
-    writer.add_token_list([text for text, _ in listed])
-    writer.add_token_types([kind for _, kind in listed])
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    # llama.cpp would begin every prompt with a BOS if the file is silent; templates write their own
+    # without this key llama.cpp begins every prompt with a BOS; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
 
 
 def _read_split(base: BaseFolder) -> str | None:
-    """Return llama.cpp's name of how the base's own GGUF file splits text; None if it is no GGUF."""
+    """Return llama.cpp's pre-tokenizer name in the base's own GGUF file; None if it is no GGUF."""
     if base.kind != "gguf":
         return None
-    found = gguf.GGUFReader(resolve_base(base.name)[0]).get_field(gguf.Keys.Tokenizer.PRE)
-    return None if found is None else str(found.contents())
+    field = gguf.GGUFReader(resolve_base(base.name)[0]).get_field(gguf.Keys.Tokenizer.PRE)
+    return None if field is None else str(field.contents())
 
 
 def _name_split(pre_tokenizer: dict[str, Any]) -> str:

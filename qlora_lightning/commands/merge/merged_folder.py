@@ -1,4 +1,4 @@
-"""The merge from end to end: weights, config and tokenizer into a folder that is whole or not there."""
+"""The merge from end to end: weights, config and tokenizer in a folder that is complete or absent."""
 
 import contextlib
 import os
@@ -43,7 +43,7 @@ def merge(
         adapter: The adapter folder, or the run folder around it.
         out: The folder to write.
         base: The base, if it is no longer found under the name it was trained under.
-        dtype: Of the weights that are written, one of ``DTYPES``.
+        dtype: Type of the weights that are written, one of ``DTYPES``.
         gguf: Kind of a GGUF file to write too: ``f16``, ``q8_0`` or one of ``K_QUANTS``.
         rows: Validation rows to check on; 0: no check.
         fit_options: Options of ``fit`` that choose them; without any they are those of the run.
@@ -54,10 +54,10 @@ def merge(
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
     else:
-        how = (source.quantization, source.double_quant, source.compute_dtype)
-        weights = TrainedWeights(source.base, *how, plan.transposed)
+        quantization = (source.quantization, source.double_quant, source.compute_dtype)
+        weights = TrainedWeights(source.base, *quantization, plan.transposed)
     if gguf is not None:
-        architecture_of(plan.config)  # before the work
+        architecture_of(plan.config)  # raises before the work
     batches = []
     if rows:
         arguments = [*fit_options, *([] if base is None else ["--model.base", base])]
@@ -68,7 +68,7 @@ def merge(
         "fingerprint": source.identity.get("fingerprint"),
         "dtype": DTYPES[dtype],
     }
-    with _whole_folder(out) as folder:
+    with _atomic_folder(out) as folder:
         _write_companions(source, folder, DTYPES[dtype])
         _write_weights(plan, weights, folder, getattr(torch, DTYPES[dtype]))
         gguf_file = _write_gguf(source, plan, folder, gguf) if gguf else None
@@ -84,10 +84,10 @@ def merge(
 
 def _explain_gguf(file: Path, kind: str) -> None:
     """Print the commands that run a GGUF file."""
-    wanted = file.with_name(f"model-{kind}.gguf")
-    if file != wanted:
+    quantized = file.with_name(f"model-{kind}.gguf")
+    if file != quantized:
         say("llama-quantize of llama.cpp is not on the PATH. It quantizes:")
-        say(f"    llama-quantize {file} {wanted} {kind.upper()}")
+        say(f"    llama-quantize {file} {quantized} {kind.upper()}")
     say(f"Of an adapter for GSM8K on SmolLM2-135M, {kind} kept {KEPT[kind]} of the gain in loss.")
     say("Run it with llama.cpp, or with Ollama, to whose Modelfile a system prompt of the training is to be added:")
     say(f"    llama-cli -m {file}")
@@ -95,8 +95,8 @@ def _explain_gguf(file: Path, kind: str) -> None:
 
 
 @contextlib.contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target``, whose place it takes at the end; if anything fails, it is removed."""
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces ``target`` at the end; if anything fails, it is removed."""
     folder = Path(os.path.realpath(target))
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was killed
@@ -122,47 +122,47 @@ def _write_weights(plan: MergePlan, weights: Weights, folder: Path, dtype: torch
                 tensors[name] = merged(name).to(dtype).contiguous()
                 advance(1)
             save_file(tensors, folder / shard, {"format": "pt"})
-            set_usual_mode(folder / shard)  # a server may be another user
+            set_usual_mode(folder / shard)  # a server may run as another user
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_whole(folder / "model.safetensors.index.json", index)
 
 
 def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str) -> Path:
-    """Write a merged model as a GGUF file of a kind, f16 where nothing here makes that kind, and its Modelfile."""
+    """Write a merged model as a GGUF file of a kind, or f16 without a program that makes it, and its Modelfile."""
     file = write_gguf(folder, plan, "f16" if kind in K_QUANTS else kind, source.base)
     if kind in K_QUANTS and shutil.which("llama-quantize"):
         file = _quantize(file, kind)
     tokenizer = load_tokenizer(str(folder))
-    stops = (tokenizer.decode([number]) for number in sorted(find_stop_ids(tokenizer)))
+    stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
     lines = [f"FROM ./{file.name}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
-    # for Ollama, which finds the chat template in the file, if it knows it
+    # Ollama takes the chat template from the file, if it knows that
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 
 def _quantize(file: Path, kind: str) -> Path:
-    """Quantize a GGUF file of 16 bits, and return the file that takes its place."""
+    """Quantize a GGUF file of 16 bits, and return the file that replaces it."""
     target = file.with_name(f"model-{kind}.gguf")
     command = ["llama-quantize", str(file), str(target), kind.upper()]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise UserError(f"--gguf {kind}: llama-quantize failed:\n{done.stderr or done.stdout}")
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if process.returncode:
+        raise UserError(f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}")
     file.unlink()
     return target
 
 
 def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
-    """Write all that belongs to a model beside its weights; tokenizer and stop tokens are the adapter's."""
+    """Write config and tokenizer, the files beside the weights; tokenizer and stop tokens are the adapter's."""
     config = read_config(source.base.folder, source.base.name)
-    left_out = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
-    config = {name: value for name, value in config.items() if name not in left_out}
+    dropped = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
+    config = {name: value for name, value in config.items() if name not in dropped}
     config["dtype"] = dtype
     for origin in (source.base.folder, source.folder):
-        generation = origin / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, folder / generation.name)
-            settings = read_json_object(generation, "Copy it from where the base came from.")
+        file = origin / "generation_config.json"
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+            settings = read_json_object(file, "Copy it from where the base came from.")
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
     write_whole(folder / "config.json", config)

@@ -1,4 +1,4 @@
-"""``qlora-lightning plan``: what a config trains, and the memory and steps that it takes, before it is loaded."""
+"""``qlora-lightning plan``: what a config trains, with its memory and steps, before anything is loaded."""
 
 import re
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ def main(argv: Sequence[str]) -> int:
     memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
     parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
     add_json_option(parser)
-    own, rest = parser.parse_known_args(argv)
-    memory = None if own.device_memory is None else read_size(own.device_memory)
-    with json_output(own) as output, quiet_lightning():
+    options, fit_options = parser.parse_known_args(argv)
+    memory = None if options.device_memory is None else read_size(options.device_memory)
+    with json_output(options) as output, quiet_lightning():
         with without_garbage_collection():  # here, so that --help and mistakes answer at once
-            import_bitsandbytes()  # before the planner imports PEFT, which would
+            import_bitsandbytes()  # before PEFT, which the planner imports, would
 
             from qlora_lightning.commands.plan.planner import plan_run, print_plan
 
-        figures, model = plan_run(rest, memory)
+        figures, model = plan_run(fit_options, memory)
         print_plan(figures, model, terminal())
         output.update(figures)
         return 0 if figures["memory"]["fits"] else 1

@@ -1,4 +1,4 @@
-"""Plans a config: its model without numbers, its batches, and the memory of a step; in figures and as tables."""
+"""Plans a config: its model on the meta device, its batches, and the memory of a step, as figures and tables."""
 
 import re
 from collections import Counter
@@ -30,13 +30,13 @@ from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
 
-_ON_A_CPU = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # parts; all else is measured there
+_CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else
 
 
 def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], peft.PeftModel]:
-    """Parse options of ``fit``, and plan what they describe, for a device of so much ``memory`` if the user names it.
+    """Parse options of ``fit``, and plan that run, for a device with ``memory`` bytes if the user names them.
 
-    Returns all figures, in bytes, as the JSON has them; and the model without numbers.
+    Returns all figures, in bytes, as the JSON has them, and the model on the meta device.
     """
     run = QLoRACLI(arguments)
     module: Any = run.model
@@ -45,7 +45,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     notes: list[str] = []
     device = _choose_device(str(trainer["accelerator"]), memory)
     is_cuda = device["kind"] == "cuda"
-    # a card that is not here is taken for one of this decade
+    # a GPU that is not in this machine is assumed to be a recent one
     dtype_device = "meta" if is_cuda and not torch.cuda.is_available() else device["kind"]
     offload = SHARDED_STRATEGIES.get(str(trainer["strategy"]))  # None: the base is not sharded
     if offload is not None:
@@ -57,9 +57,9 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
     epoch: Epoch | None = None
     try:
-        rows = _plan_batches(data)
-        epoch = plan_epoch(rows, trainer)
-        batch = _largest_batch(rows, epoch)
+        epoch_plan = _plan_batches(data)
+        epoch = plan_epoch(epoch_plan, trainer)
+        batch = _largest_batch(epoch_plan, epoch)
     except UserError as error:
         epoch, batch = None, _largest_allowed(data)
         notes.append(f"The data were not read. {error}")
@@ -69,26 +69,26 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
             notes.append(f"{type(module).__name__} has a {name} of its own: the plan is for the usual one.")
 
     budget, usable = module.token_budget, USABLE * device["memory"]
-    longest = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
+    row_tokens = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
     fit = find_fit(
-        step, usable, longest, checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
+        step, usable, row_tokens, checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
     )
-    tokens = min(batch["tokens"], (fit.tokens or longest) if budget.is_auto and is_cuda else budget.tokens)
-    at_once = max(tokens, batch["longest"])
-    parts = step.parts(at_once, fit.choice)
+    tokens = min(batch["tokens"], (fit.tokens or row_tokens) if budget.is_auto and is_cuda else budget.tokens)
+    pass_tokens = max(tokens, batch["longest"])
+    parts = step.parts(pass_tokens, fit.choice)
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
     else:
-        parts = {part: parts[part] for part in _ON_A_CPU}
-    trained, parameters = count_parameters(model)
+        parts = {part: parts[part] for part in _CPU_PARTS}
+    n_trainable, n_parameters = count_parameters(model)
     figures = {
         "base": {
             "name": module.base,
             "config": origin,
             "quantization": module.quantization,
-            "parameters": parameters - trained,
+            "parameters": n_parameters - n_trainable,
         },
-        "adapters": {"parameters": trained},
+        "adapters": {"parameters": n_trainable},
         "compute_dtype": str(dtype).removeprefix("torch."),
         "device": device,
         "memory": {
@@ -100,7 +100,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
             "most_tokens": fit.tokens if budget.is_auto and is_cuda else budget.tokens,
             "gradient_checkpointing": fit.choice._asdict(),
             "host_bytes": step.host_base,  # of the base
-            "pinned_bytes": step.host_bytes(at_once, fit.choice) if is_cuda else 0,  # and of the inputs of layers
+            "pinned_bytes": step.host_bytes(pass_tokens, fit.choice) if is_cuda else 0,  # of base and layers' inputs
         },
         "largest_batch": batch,
         "run": epoch and {"steps": epoch.all_steps, "tokens": epoch.all_tokens, "epoch": asdict(epoch)},
@@ -110,15 +110,15 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
 
 def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
-    """Choose whose memory is planned; ``auto`` is CUDA if this machine has it, or if the user names its memory."""
+    """Choose the device to plan for; ``auto`` is CUDA if this machine has it, or if the user names its memory."""
     has_gpu = torch.cuda.is_available()
     is_cuda = has_gpu or memory is not None if accelerator == "auto" else accelerator != "cpu"
     if is_cuda and memory is None and not has_gpu:
         raise UserError(f"trainer.accelerator is {accelerator}, and there is no GPU here: add --device-memory 16GiB.")
-    kind, here = "cuda" if is_cuda else "cpu", memory is None
+    kind, is_named = "cuda" if is_cuda else "cpu", memory is not None
     if memory is None:
         memory = int(device_memory_gib(torch.device(kind)) * GIB)
-    return {"kind": kind, "memory": memory, "named": not here}
+    return {"kind": kind, "memory": memory, "named": is_named}
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -149,23 +149,22 @@ def _largest_allowed(data: Any) -> dict[str, int]:
 
 
 def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, str]:
-    """Return transformers' config of what ``model.base`` takes, and where it comes from.
+    """Return transformers' config of a ``model.base``, and where it comes from.
 
-    A hub id that cannot be asked is looked up among the shapes that come with the recipes.
+    A hub id that cannot be fetched is looked up among the shapes that come with the recipes.
     """
     try:
         folder = open_base(name, revision, weights=False).folder
         origin = str(folder / "config.json")
     except UserError:
-        # of one shape are meta-llama/Meta-Llama-3.1-8B and Llama-3.1-8B-Instruct, but not phi-4 and Phi-4-mini
-        known = re.sub("^meta-|(-(instruct|it|base|v0[.]3|2507))+$", "", name.rpartition("/")[2].lower())
+        # meta-llama/Meta-Llama-3.1-8B and Llama-3.1-8B-Instruct share a shape, phi-4 and Phi-4-mini do not
+        shape_name = re.sub("^meta-|(-(instruct|it|base|v0[.]3|2507))+$", "", name.rpartition("/")[2].lower())
         shapes = (recipes_folder() / "shapes").glob("*/config.json")
-        shape: Path | None = next((file for file in shapes if file.parent.name == known), None)
+        shape: Path | None = next((file for file in shapes if file.parent.name == shape_name), None)
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    return config, origin
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code), origin
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -173,11 +172,11 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
 
 def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     """Print the figures of a plan and its model."""
-    base, trained = plan["base"], plan["adapters"]["parameters"]
+    base, n_trainable = plan["base"], plan["adapters"]["parameters"]
     console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
     console.print(_model_table(model))
-    share = trained / (base["parameters"] + trained)
-    console.print(f"{base['parameters']:,} parameters are frozen, {trained:,} train ({share:.2%}).")
+    share = n_trainable / (base["parameters"] + n_trainable)
+    console.print(f"{base['parameters']:,} parameters are frozen, {n_trainable:,} train ({share:.2%}).")
     console.print(_memory_table(plan))
     console.print(_describe_fit(plan))
     if host := plan["memory"]["pinned_bytes"]:
@@ -203,25 +202,25 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     device, memory = plan["device"], plan["memory"]
     total = sum(memory["parts"].values())
     machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
-    numbers = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
+    usage = f"{format_gib(total)} of {format_gib(device['memory'])} of {machine}"
     if not memory["fits"]:
         checkpoints = memory["gradient_checkpointing"]["checkpointed"]
         on_cuda = device["kind"] == "cuda"
         remedies = list_remedies(plan["base"]["quantization"], checkpoints=checkpoints, on_cuda=on_cuda)
-        words = f": {numbers}. A tenth is kept back. What is left: {remedies}."
-        return Text.assemble(("It does not fit", "bold red"), words)
+        details = f": {usage}. A tenth is kept back. What is left: {remedies}."
+        return Text.assemble(("It does not fit", "bold red"), details)
     if memory["peak_bytes"] is None:
-        return Text(f"{numbers}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
-    how = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
-    longest = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
-    return Text.assemble(("It fits", "bold green"), f"{how}: {numbers}{longest}.")
+        return Text(f"{usage}; what a step adds on a CPU is not planned: `fit` measures and logs it.")
+    limits = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
+    assumption = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
+    return Text.assemble(("It fits", "bold green"), f"{limits}: {usage}{assumption}.")
 
 
 def _run_table(plan: Mapping[str, Any]) -> Table:
     run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
     table = Table(title="The run", title_justify="left", show_header=False)
-    which = "at most, as the settings allow" if run is None else "the largest"
-    table.add_row("batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {which}")
+    kind = "at most, as the settings allow" if run is None else "the largest"
+    table.add_row("batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}")
     table.add_row("micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}")
     if run is None:
         table.add_row("steps, tokens", "unknown: the data were not read")
@@ -234,7 +233,7 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
 
 
 def _model_table(model: Any) -> Table:
-    """List what carries an adapter, of equal modules of all layers once."""
+    """List the modules that carry an adapter, equal ones of several layers in one row."""
     causal_lm = model.get_base_model()
     config, counts = causal_lm.config, Counter[tuple[str, ...]]()
     for name, module in causal_lm.named_modules():

@@ -1,6 +1,7 @@
 """``qlora-lightning sweep-rank``: double the rank while it pays; likewise target modules and learning rates."""
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,14 +27,14 @@ RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` ta
 def main(argv: Sequence[str]) -> int:
     """Sweep; return the exit code."""
     parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, fit=True)
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--ranks", type=_values_of(int), metavar="N,N,…", help="ranks to try (default: 8,16,32,64)")
-    one("--target-modules", type=_values_of(str), metavar="NAME,…", help="instead: what carries an adapter")
-    one("--learning-rates", type=_values_of(float), metavar="X,…", help="instead: learning rates to try")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--ranks", type=_parse_values(int), metavar="N,N,…", help="ranks to try (default: 8,16,32,64)")
+    add("--target-modules", type=_parse_values(str), metavar="NAME,…", help="instead: what carries an adapter")
+    add("--learning-rates", type=_parse_values(float), metavar="X,…", help="instead: learning rates to try")
     seeds_help = "trainings with the first value, to measure what another seed alone does (default: 3; 1: do not)"
     parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help=seeds_help)
     add_json_option(parser)
-    options, rest = parser.parse_known_args(argv)
+    options, fit_options = parser.parse_known_args(argv)
     setting, values = "rank", sorted(options.ranks or (8, 16, 32, 64))
     if options.target_modules:
         setting, values = "target_modules", options.target_modules
@@ -43,15 +44,16 @@ def main(argv: Sequence[str]) -> int:
         with without_garbage_collection():  # here, so that --help and mistakes answer at once
             from qlora_lightning.commands.sweep.trials import run_sweep
 
-        figures.update(run_sweep(setting, values, options.seeds, rest))
+        figures.update(run_sweep(setting, values, options.seeds, fit_options))
     return 0
 
 
-def _values_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def values(text: str) -> tuple[Any, ...]:
-        parsed = tuple(kind(part.strip()) for part in text.split(","))
-        if len(parsed) < 2 or len(set(parsed)) < len(parsed):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more, each once, as 8,16,32")
-        return parsed
+def _parse_values(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        with contextlib.suppress(ValueError):
+            values = tuple(kind(part.strip()) for part in text.split(","))
+            if len(values) >= 2 and len(set(values)) == len(values):
+                return values
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more, each once, as 8,16,32")
 
-    return values
+    return parse

@@ -1,4 +1,4 @@
-"""A sweep: fits in a loop, compared by their validation losses; a table, a picture and files of them."""
+"""A sweep: fits in a loop, compared by their validation losses in a table, a plot and files."""
 
 import math
 import re
@@ -36,8 +36,8 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     Args:
         setting: The key under ``model`` that is varied.
-        values: Ranks rise, and the first that does not pay is the last; all values of another setting are tried.
-        seeds: Trainings with the first value; what another seed makes of the loss is noise.
+        values: Ranks rise, and the first that does not pay ends the sweep; of another setting all values are tried.
+        seeds: Trainings with the first value; the spread of their losses is the noise.
         arguments: Options of ``fit``.
     """
     cli = QLoRACLI(arguments)
@@ -57,33 +57,33 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     write_whole(settings_file, settings)
 
     def run(value: Any, repeat: int = 0) -> Trial:
-        own = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
-        refuse_links(own)
+        trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
+        refuse_links(trial_folder)
         seed = int(config["seed_everything"])
-        options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={own}", "--ckpt_path=last"]
-        # the update is alpha / rank · B A x: with alpha = 2 × rank each rank acts as strongly
+        options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
+        # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
         options += ["--model.alpha=null"] if setting == "rank" else []
         options += [f"--seed_everything={seed + repeat}", "--evaluation.enabled=false"]
-        if read_manifest(own).get("status") != "finished":  # of an earlier sweep that was stopped
-            trial = QLoRACLI([*arguments, *options], "fit")
-            if trial.trainer.world_size > 1:
+        if read_manifest(trial_folder).get("status") != "finished":  # in an earlier sweep that was stopped
+            trial_cli = QLoRACLI([*arguments, *options], "fit")
+            if trial_cli.trainer.world_size > 1:
                 raise UserError("A sweep needs --trainer.devices 1.")
-            trial.datamodule.holdout_seed = seed  # the same rows are held out in all trials
+            trial_cli.datamodule.holdout_seed = seed  # the same rows are held out in all trials
             try:
-                trial.run()
+                trial_cli.run()
             except Diverged as error:
-                say(f"{own.name}: {error}")
-        found = read_run(own)
-        figures, parameters = find_figures(found), found.manifest["parameters"]["trainable"]
-        if found.status == "failed":  # it diverged
-            return Trial(own.name, value, parameters, math.inf, figures["minutes"].value)
+                say(f"{trial_folder.name}: {error}")
+        result = read_run(trial_folder)
+        figures, n_trainable = find_figures(result), result.manifest["parameters"]["trainable"]
+        if result.status == "failed":  # it diverged
+            return Trial(trial_folder.name, value, n_trainable, math.inf, figures["minutes"].value)
         if "val_loss" not in figures:
             raise UserError(
-                f"{own} has no validation loss to compare: it ended before its first validation. Shorten the epoch by "
-                "trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
+                f"{trial_folder} has no validation loss to compare: it ended before its first validation. Shorten the "
+                "epoch by trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
             )
-        say(f"{own.name}: val_loss {figures['val_loss'].value:.4f}")
-        return Trial(own.name, value, parameters, figures["val_loss"].value, figures["minutes"].value)
+        say(f"{trial_folder.name}: val_loss {figures['val_loss'].value:.4f}")
+        return Trial(trial_folder.name, value, n_trainable, figures["val_loss"].value, figures["minutes"].value)
 
     trials = [run(values[0])]
     losses = [trials[0].val_loss, *(run(values[0], repeat).val_loss for repeat in range(1, seeds))]
@@ -94,7 +94,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             break
     if not math.isfinite(min(trial.val_loss for trial in trials)):
         raise UserError(f"All trials diverged ({folder}): choose lower learning rates.")
-    chosen, why = choose(setting, trials, noise)
+    chosen, reason = choose(setting, trials, noise)
     _print_table(trials, noise)
     figures = {
         "setting": f"model.{setting}",
@@ -103,39 +103,39 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             asdict(trial) | {"val_loss": trial.val_loss if math.isfinite(trial.val_loss) else None} for trial in trials
         ],
         "chosen": chosen.value,
-        "why": why,
+        "why": reason,
     }
     write_whole(folder / "sweep.json", figures)
     _draw(trials, chosen, noise, folder / "sweep.png")
     config["model"] |= {setting: chosen.value, **({"alpha": None} if setting == "rank" else {})}
     write_whole(folder / "chosen.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    say(f"Chosen: {folder / chosen.folder / ADAPTER_FOLDER}. {why}")
+    say(f"Chosen: {folder / chosen.folder / ADAPTER_FOLDER}. {reason}")
     say(f"Its config: {folder / 'chosen.yaml'}, the plot: {folder / 'sweep.png'}")
     return figures
 
 
-def _pays(before: Trial, after: Trial, noise: float) -> bool:
-    """Whether the loss falls by more than another seed alone makes."""
-    return before.val_loss - after.val_loss > noise
+def _pays(reference: Trial, trial: Trial, noise: float) -> bool:
+    """Whether a trial's loss is lower than the reference's by more than the noise."""
+    return reference.val_loss - trial.val_loss > noise
 
 
 def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, str]:
     """Choose one of at least two trials; return it, and why.
 
-    Of ranks, it is the last one that paid over the one before it. Of anything else, it is the one with the fewest
-    parameters among those that the best does not beat by more than noise, and of equals the one of the lowest loss.
+    Among ranks, it is the last that paid over the one before it. Otherwise, it is the one with the fewest parameters
+    among those that the best does not beat by more than noise, and among equals the one with the lowest loss.
     """
     if setting == "rank":
-        before, last = trials[-2:]
-        if _pays(before, last, noise):
+        prior, last = trials[-2:]
+        if _pays(prior, last, noise):
             return last, "Each rank paid over the one before it: a larger one may pay too."
-        gain = before.val_loss - last.val_loss
-        return before, f"Rank {last.value} does not pay: it gains {gain:+.4f} nats per token, another seed {noise:.4f}."
+        gain = prior.val_loss - last.val_loss
+        return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f} nats per token, another seed {noise:.4f}."
     best = min(trials, key=lambda trial: trial.val_loss)
-    near = [trial for trial in trials if trial is best or not _pays(trial, best, noise)]
-    names = ", ".join(str(trial.value) for trial in near)
-    why = f"Within noise of the lowest loss: {names}. It has the fewest parameters, or of equals the lowest loss."
-    return min(near, key=lambda trial: (trial.parameters, trial.val_loss)), why
+    candidates = [trial for trial in trials if trial is best or not _pays(trial, best, noise)]
+    names = ", ".join(str(trial.value) for trial in candidates)
+    reason = f"Within noise of the lowest loss: {names}. It has the fewest parameters, or of equals the lowest loss."
+    return min(candidates, key=lambda trial: (trial.parameters, trial.val_loss)), reason
 
 
 def _print_table(trials: Sequence[Trial], noise: float) -> None:
@@ -153,9 +153,9 @@ def _draw(trials: Sequence[Trial], chosen: Trial, noise: float, file: Path) -> N
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     trials = [trial for trial in trials if math.isfinite(trial.val_loss)]
-    for number, trial in enumerate(trials):
-        filled = "C0" if trial is chosen else "white"
-        axes.errorbar(number, trial.val_loss, yerr=noise, fmt="o", color="C0", markerfacecolor=filled)
+    for x, trial in enumerate(trials):
+        fill = "C0" if trial is chosen else "white"
+        axes.errorbar(x, trial.val_loss, yerr=noise, fmt="o", color="C0", markerfacecolor=fill)
     axes.set_xticks(range(len(trials)), [trial.folder for trial in trials])
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title("Filled: chosen. Bars: what another seed alone makes", fontsize=9)

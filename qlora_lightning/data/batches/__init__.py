@@ -1,1 +1,1 @@
-"""Samples as flat batches, in an order from which a run can stop and resume exactly."""
+"""Samples as flat batches, in an order that lets a run stop and resume exactly."""

@@ -1,4 +1,4 @@
-"""Several samples as one flat stream, end to end, without padding."""
+"""Concatenate several samples into one flat stream, without padding."""
 
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
@@ -15,18 +15,18 @@ class Batch(TypedDict):
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
-    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where nothing is trained, and at each sample's start,
-    # so that nothing is predicted across samples
+    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where a token is not trained, and at each sample's
+    # start, so that nothing is predicted across samples
     labels: torch.Tensor
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, where each sample begins; the last is T
-    row_ids: torch.Tensor  # (B,) int64, number of each row in its split; -1 for a filler
-    source: torch.Tensor  # (B,) int64, which of the split's sources each row came from
-    pairs: NotRequired[bool]  # whether rows are two samples each: answers to compare
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, start of each sample; the last is T
+    row_ids: torch.Tensor  # (B,) int64, number of each sample's row in the split; -1 in a filler
+    source: torch.Tensor  # (B,) int64, index of each row's source in the split
+    pairs: NotRequired[bool]  # whether each row is two samples, the answers to compare
     desirable: NotRequired[torch.Tensor]  # (B,) bool, the verdict on each answer
 
 
 def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
-    """Lay samples of a set end to end; as a filler with nothing labelled and no rows of their own."""
+    """Concatenate samples of a set; a filler has no labels and no row ids."""
     spans = samples.spans(rows)
     lengths = np.array([span.stop - span.start for span in spans])
     rows = np.repeat(rows, len(spans) // len(rows)).tolist()

@@ -1,4 +1,4 @@
-"""Which rows make up each batch of an epoch: their order, mixed by weight or packed, and each rank's share of them."""
+"""Rows of each batch of an epoch: their order, mixed by weight or packed, and each rank's share of them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from qlora_lightning.support.errors import UserError
 
 
 class RankBatch(NamedTuple):
-    """The rows of one batch on one rank; a filler's row is only there to be run, its labels count nothing."""
+    """Rows of one batch on one rank; a filler runs a row without labels to keep the ranks in step."""
 
     rows: list[int]
     filler: bool
@@ -25,36 +25,36 @@ class RankBatch(NamedTuple):
 class EpochPlan:
     """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
-    Without ``shuffle`` every epoch is the same: rows in file order, packed too. Every epoch has the same number of
-    batches: under ``shares``, where the number of bins may come out differently, that of epoch 0: the last bins are
-    left out, or the first come twice.
+    Without ``shuffle`` every epoch is the same: rows in file order, also when packed. Every epoch has as many batches
+    as epoch 0. Under ``shares`` another epoch may pack into more or fewer bins: then its last bins are left out, or its
+    first bins are repeated.
     """
 
     samples: SampleSet
     batch_size: int | None = None  # rows per batch on each rank; or
-    tokens_per_batch: int | None = None  # tokens per batch on each rank, which best-fit bins stay within
+    tokens_per_batch: int | None = None  # the most tokens per batch on each rank
     shuffle: bool = False
-    shares: Sequence[float] | None = None  # of an epoch, by source; without, each row is taken once an epoch
+    shares: Sequence[float] | None = None  # of an epoch, by source; if None, each row occurs once an epoch
     seed: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
         assert (self.batch_size is None) != (self.tokens_per_batch is None)
         if self.shares is not None:
-            rows = np.bincount(self.samples.source, minlength=len(self.shares))
-            if not rows.all():
-                number = int(rows.argmin()) + 1
-                raise UserError(f"weight: source {number} has no usable row, so it has no share: leave it out.")
+            n_rows = np.bincount(self.samples.source, minlength=len(self.shares))
+            if not n_rows.all():
+                source = int(n_rows.argmin()) + 1
+                raise UserError(f"weight: source {source} has no usable row, so it has no share: leave it out.")
         lengths, budget = self.samples.lengths, self.tokens_per_batch
         if budget is not None and lengths.max(initial=0) > budget:
-            worst = int(lengths.argmax())
+            longest = int(lengths.argmax())
             raise UserError(
-                f"tokens_per_batch: expected room for the longest sample, {lengths[worst]:,} tokens "
-                f"({self.samples.where(worst)}), found {budget:,}: raise it, or lower max_length."
+                f"tokens_per_batch: expected room for the longest sample, {lengths[longest]:,} tokens "
+                f"({self.samples.where(longest)}), found {budget:,}: raise it, or lower max_length."
             )
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the rows of an epoch in their order, ``(N,)``."""
+        """Return the rows of an epoch in order, ``(N,)``."""
         n = len(self.samples)
         epoch = epoch if self.shuffle else 0
         if self.shares is not None:
@@ -66,19 +66,19 @@ class EpochPlan:
         if self.batch_size is not None:
             return rank_batches(self.order(epoch).tolist(), self.batch_size, rank, self.world_size)
         packed = self._pack(epoch)
-        bins = [packed[number % len(packed)] for number in range(self._bins)]
+        bins = [packed[i % len(packed)] for i in range(self._bins)]
         if self.shuffle:
-            bins = [bins[number] for number in permute(len(bins), self.seed, epoch, "bins")]
+            bins = [bins[i] for i in permute(len(bins), self.seed, epoch, "bins")]
         return rank_bins(bins, rank, self.world_size)
 
     def __len__(self) -> int:
-        """Batches of each rank in any epoch."""
+        """Number of batches of each rank in any epoch."""
         if self.batch_size is not None:
             return count_batches(len(self.samples), self.batch_size, self.world_size)
         return count_batches(self._bins, 1, self.world_size)
 
     def find_largest(self, limit: int | None = None) -> list[int]:
-        """Return the rows of the batch with most tokens among the first rank's of epoch 0, or the first ``limit``."""
+        """Return the rows of rank 0's batch with most tokens in epoch 0, or in its first ``limit`` batches."""
         lengths = self.samples.lengths
         batches = [batch.rows for batch in self.batches(0)[:limit]]
         return max(batches, key=lambda rows: int(lengths[rows].sum()), default=list[int]())
@@ -89,14 +89,14 @@ class EpochPlan:
 
     def _pack(self, epoch: int) -> list[list[int]]:
         assert self.tokens_per_batch is not None
-        pack = best_fit if self.shuffle else next_fit  # the first batches of a validation have its first rows
+        pack = best_fit if self.shuffle else next_fit  # in file order, the first batches hold the first rows
         return pack(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
 
 
 def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
-    """Return a permutation of ``range(n)``, ``(n,)``, drawn from no global generator.
+    """Return a permutation of ``range(n)``, ``(n,)``, without a global generator.
 
-    It is a pure function of its arguments: the key (seed, epoch, what is permuted) tells it from all others.
+    It is a pure function of its arguments; the key is the seed, the epoch and what is permuted.
     """
     # Hashed rather than added: seed 1 in epoch 2 must not repeat seed 2 in epoch 1.
     digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
@@ -113,97 +113,97 @@ def count_batches(n: int, batch_size: int, world_size: int) -> int:
 def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[RankBatch]:
     """Cut an order into batches and return those of one rank.
 
-    Batch i of all ranks together is rows ``[i*b*w, (i+1)*b*w)``, so a window of the optimizer holds the same rows
-    however many ranks share them. In a short last one the ranks share what is left, the first ones taking a row more; a
-    rank that gets none runs a filler, so that every rank has the same number of batches.
+    Batch i of all ranks together is rows ``[i*b*w, (i+1)*b*w)``, so an optimizer step sees the same rows whatever the
+    number of ranks. The ranks divide a short last batch evenly, with one row more on the first ranks. A rank without
+    rows runs a filler, so that every rank has the same number of batches.
     """
     stride = batch_size * world_size
     batches = []
     for begin in range(0, len(order), stride):
         rows = order[begin : begin + stride]
-        each, more = divmod(len(rows), world_size)
-        first = rank * each + min(rank, more)
-        mine = list(rows[first : first + each + (rank < more)])
-        batches.append(RankBatch(mine or [rows[0]], not mine))
+        rows_per_rank, remainder = divmod(len(rows), world_size)
+        start = rank * rows_per_rank + min(rank, remainder)
+        rank_rows = list(rows[start : start + rows_per_rank + (rank < remainder)])
+        batches.append(RankBatch(rank_rows or [rows[0]], not rank_rows))
     return batches
 
 
 def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[RankBatch]:
-    """Return the bins of one rank, each a batch: bin ``i*w + rank`` is its i-th; without one it runs a filler."""
+    """Return the bins of one rank, each a batch: its i-th is bin ``i*w + rank``, or a filler if there is none."""
     batches = rank_batches(range(len(bins)), 1, rank, world_size)
-    return [RankBatch(bins[number][:1] if filler else bins[number], filler) for (number,), filler in batches]
+    return [RankBatch(bins[i][:1] if filler else bins[i], filler) for (i,), filler in batches]
 
 
 def share_out(shares: Sequence[float], n: int) -> list[int]:
-    """Divide ``n`` rows among sources in proportion; largest remainders are rounded up, so that they sum to n."""
-    exact = np.array(shares) / np.sum(shares) * n
-    rows = np.floor(exact).astype(np.int64)
-    largest = np.argsort(rows - exact, kind="stable")  # of equal remainders, the first source's
-    rows[largest[: n - int(rows.sum())]] += 1
-    return [int(count) for count in rows]
+    """Divide ``n`` rows among sources in proportion; the largest remainders are rounded up, so that the sum is n."""
+    quotas = np.array(shares) / np.sum(shares) * n
+    counts = np.floor(quotas).astype(np.int64)
+    by_remainder = np.argsort(counts - quotas, kind="stable")  # largest first; of equal ones, the first source
+    counts[by_remainder[: n - int(counts.sum())]] += 1
+    return [int(count) for count in counts]
 
 
 def mix_sources(source: npt.NDArray[np.int32], shares: Sequence[float], seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the shuffled rows of an epoch in which each source has its share.
+    """Return the shuffled rows of an epoch in which each source has its share, ``(n,)``.
 
-    Each source is an endless line of permutations of its rows, from which every epoch takes the next stretch: within a
-    source every row is used before any is used again, over epochs too. A row can occur several times in an epoch.
-    No epoch needs the ones before it. ``source`` is that of each row, ``(n,)``, as the result; ``shares`` in any unit.
+    Each source is an endless sequence of permutations of its rows, from which every epoch takes the next slice: within
+    a source every row is used before any is used again, over epochs too. A row can occur several times in an epoch.
+    An epoch does not depend on earlier ones. ``source`` has the source of each row, ``(n,)``; ``shares`` any unit.
     """
     n = len(source)
-    taken = [
-        _take(np.flatnonzero(source == number), count * epoch, count, seed, number)
-        for number, count in enumerate(share_out(shares, n))
+    rows_by_source = [
+        _take(np.flatnonzero(source == i), count * epoch, count, seed, i)
+        for i, count in enumerate(share_out(shares, n))
     ]
-    return np.concatenate(taken)[permute(n, seed, epoch)]
+    return np.concatenate(rows_by_source)[permute(n, seed, epoch)]
 
 
-def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
-    """Return rows ``[begin, begin + count)`` of a source's endless line."""
-    rounds = range(begin // len(rows), -(-(begin + count) // len(rows)))
-    line = [rows[permute(len(rows), seed, "source", number, turn)] for turn in rounds]
+def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, source: int) -> npt.NDArray[np.int64]:
+    """Return rows ``[begin, begin + count)`` of a source's endless sequence."""
+    passes = range(begin // len(rows), -(-(begin + count) // len(rows)))
+    permutations = [rows[permute(len(rows), seed, "source", source, i)] for i in passes]
     start = begin % len(rows)
-    return np.concatenate([rows[:0], *line])[start : start + count]
+    return np.concatenate([rows[:0], *permutations])[start : start + count]
 
 
 _Numbers = Sequence[int] | npt.NDArray[Any]
 
 
 def next_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
-    """Pack rows into bins in their order, each bin as full as that allows."""
-    bins, room = list[list[int]](), 0
+    """Pack rows into bins in order: a row that does not fit the last bin opens the next."""
+    bins, capacity = list[list[int]](), 0
     for row in map(int, order):
-        if not bins or lengths[row] > room:
+        if not bins or lengths[row] > capacity:
             bins.append([])
-            room = budget
+            capacity = budget
         bins[-1].append(row)
-        room -= int(lengths[row])
+        capacity -= int(lengths[row])
     return bins
 
 
 def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
-    """Pack rows into bins, from the longest to the shortest, each where it leaves the least room.
+    """Pack rows into bins, from the longest to the shortest, each into the fullest bin that it fits.
 
-    Rows of one length take their turn as they are in ``order``, so that another order makes other bins; how many
-    depends on the lengths alone. None is longer than the budget, and the first has the longest row.
+    Rows of equal length keep their order in ``order``, so another order makes other bins; their number depends on the
+    lengths alone. No bin is longer than the budget, and the first has the longest row.
     """
-    chosen = np.asarray(order, dtype=np.int64)
-    sizes = np.asarray(lengths)[chosen]
-    falling = np.argsort(-sizes, kind="stable")
+    rows = np.asarray(order, dtype=np.int64)
+    sizes = np.asarray(lengths)[rows]
+    longest_first = np.argsort(-sizes, kind="stable")
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(budget + 1)]  # bins by the room left in them
-    rooms = 0  # bit r is set where with_room[r] is not empty: the least room that will do is one bit scan away
-    for row, size in zip(chosen[falling].tolist(), sizes[falling].tolist(), strict=True):
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            number = with_room[room].pop()
-            bins[number].append(row)
-            if not with_room[room]:
-                rooms ^= 1 << room
+    by_capacity: list[list[int]] = [[] for _ in range(budget + 1)]  # indices of bins by their remaining capacity
+    capacities = 0  # bit c is set if by_capacity[c] is not empty: one bit scan finds the least sufficient capacity
+    for row, size in zip(rows[longest_first].tolist(), sizes[longest_first].tolist(), strict=True):
+        sufficient = capacities >> size
+        if sufficient:
+            capacity = size + (sufficient & -sufficient).bit_length() - 1
+            index = by_capacity[capacity].pop()
+            bins[index].append(row)
+            if not by_capacity[capacity]:
+                capacities ^= 1 << capacity
         else:
-            room, number = budget, len(bins)
+            capacity, index = budget, len(bins)
             bins.append([row])
-        with_room[room - size].append(number)
-        rooms |= 1 << (room - size)
+        by_capacity[capacity - size].append(index)
+        capacities |= 1 << (capacity - size)
     return bins

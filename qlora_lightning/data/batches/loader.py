@@ -1,4 +1,4 @@
-"""Batches in the order of an epoch, from which a run can stop and resume."""
+"""Loaders of an epoch's batches, with a position from which a run resumes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from qlora_lightning.support.errors import UserError
 
 
 class EpochNumber(SequentialSampler):
-    """The epoch of a loader, which Lightning sets on its ``sampler``; from one of this class it takes no rows."""
+    """The epoch of a loader, which Lightning sets on its ``sampler``; it never replaces a ``SequentialSampler``."""
 
     def __init__(self) -> None:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration takes."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
 
 class FlatLoader:
     """One rank's batches of a split, with a position that Lightning saves and restores.
 
-    torch's ``DataLoader`` has no position to save. Here the state counts batches handed out, which under Lightning
-    (it fetches nothing ahead from a sized loader) are batches consumed. There are no worker processes: laying ready
-    tokens end to end takes less time than sending them.
+    torch's ``DataLoader`` has no position to save. Here the state counts batches yielded, which under Lightning (it
+    prefetches nothing from a sized loader) are batches consumed. There are no worker processes: concatenating tokens
+    takes less time than sending them.
     """
 
-    batch_sampler = None  # Lightning reads it wherever there is a `sampler`
+    batch_sampler = None  # Lightning reads it if there is a `sampler`
 
     def __init__(self, plan: EpochPlan, rank: int = 0) -> None:
         self.plan, self.rank = plan, rank
@@ -40,7 +40,7 @@ class FlatLoader:
         self._epoch = 0
         self._position = 0
         self._restored = False
-        self._has_ended = False  # the epoch that was restored: with more rows now, it would have batches left
+        self._has_ended = False  # whether the restored epoch was over, though more rows now would give it more batches
 
     @property
     def samples(self) -> SampleSet:
@@ -51,12 +51,12 @@ class FlatLoader:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: nothing below runs before the first batch, when Lightning has set the epoch.
+        # A generator: this runs at the first batch, after Lightning has set the epoch.
         epoch = self.sampler.epoch
-        continues = self._restored and self._epoch == epoch and self._position < len(self)
-        if continues and self._has_ended:
+        is_resuming = self._restored and self._epoch == epoch and self._position < len(self)
+        if is_resuming and self._has_ended:
             return
-        start = self._position if continues else 0
+        start = self._position if is_resuming else 0
         self._epoch, self._position, self._restored = epoch, start, False
         batches = self.plan.batches(epoch, self.rank)
         for position in range(start, len(batches)):
@@ -64,23 +64,23 @@ class FlatLoader:
             yield collate_rows(self.samples, *batches[position])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return epoch, batches consumed in it, and what they were cut from, as plain values."""
+        """Return the epoch, the number of batches consumed and what decides the batches, as plain values."""
         position = self._position if self._epoch == self.sampler.epoch else 0
         return {"epoch": self.sampler.epoch, "position": position, "batches": len(self), **self._cut_from()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue behind the batches that were consumed, if the next iteration is of the same epoch.
+        """Resume after the batches that were consumed, if the next iteration is of the same epoch.
 
         Raises:
-            UserError: if the position lies inside an epoch of other data, or of batches that were cut differently.
+            UserError: if the position is inside an epoch of other data or of other batches.
         """
         epoch, position, batches = (state_dict[key] for key in ("epoch", "position", "batches"))
-        for key, mine in self._cut_from().items():
-            stored = state_dict.get(key, mine)
-            if 0 < position < batches and mine != stored:
+        for key, value in self._cut_from().items():
+            stored = state_dict.get(key, value)
+            if 0 < position < batches and value != stored:
                 raise UserError(
                     f"the checkpoint was saved after batch {position} of an epoch with {key} = {stored}, but now {key} "
-                    f"= {mine}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
+                    f"= {value}: to resume inside that epoch keep the training data, max_length, too_long, batch_size "
                     "times processes (tokens_per_batch and processes), shuffle and weights as they were."
                 )
         self._epoch, self._position, self._restored = epoch, position, True
@@ -88,14 +88,14 @@ class FlatLoader:
         self.sampler.set_epoch(epoch)
 
     def _cut_from(self) -> dict[str, Any]:
-        """Return what decides the batches of an epoch, beside the seed."""
+        """Return what decides the batches of an epoch, besides the seed."""
         plan = self.plan
         return {
             "rows": len(self.samples),
             "tokens": len(self.samples.ids),
             "rows_per_batch": (plan.batch_size or 0) * plan.world_size,
             "tokens_per_batch": plan.tokens_per_batch or 0,
-            # two ranks of 2,048 pack other bins than one of 4,096
+            # two ranks with 2,048 tokens pack other bins than one with 4,096
             "bins_per_batch": plan.world_size if plan.tokens_per_batch else 0,
             "shuffle": plan.shuffle,
             "weights": None if plan.shares is None else [float(share) for share in plan.shares],
@@ -103,19 +103,19 @@ class FlatLoader:
 
 
 class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
-    """A ``FlatLoader`` for Lightning Fabric, which takes torch's class only; the Trainer would ask that for workers."""
+    """A ``FlatLoader`` for Lightning Fabric, which accepts torch's class only; the Trainer would ask it for workers."""
 
-    # of torch's class, whose constructor would set another sampler
+    # set here, because torch's constructor would set another sampler
     num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None
 
     @property
     def dataset(self) -> IterableDataset[Batch]:  # type: ignore[override]  # a plain attribute there
-        """Itself: Fabric puts no sampler of its own before an iterable data set. Each rank has its own rows already."""
+        """The loader itself: Fabric adds no sampler to an iterable data set, and each rank already has its own rows."""
         return self
 
 
 class PromptBatch(TypedDict):
-    """Several rows to predict; plain lists. A rank that has no row left gets no prompts."""
+    """Several rows to predict, as plain lists; empty ones on a rank that has no row left."""
 
     prompt_ids: list[list[int]]
     stop_ids: list[int]

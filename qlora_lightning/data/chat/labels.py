@@ -17,7 +17,7 @@ from qlora_lightning.support.errors import UserError
 
 
 class Rendered(NamedTuple):
-    """Token ids and, aligned with them, labels: the id itself where it is trained, else -100, as the first always."""
+    """Token ids and, aligned with them, labels: the id itself if it is trained, else -100, as always the first."""
 
     ids: list[int]
     labels: list[int]
@@ -26,9 +26,9 @@ class Rendered(NamedTuple):
 class ChatRenderer:
     """Renders conversations, texts and tokens with one tokenizer; settings are those of the data module.
 
-    A text is encoded as a whole, and the characters that each token stands for say which tokens are an answer. Every
-    row is checked: the ids before an answer are those that generation would begin with, and the labelled ids decode to
-    the answer and its stop token.
+    A text is encoded as a whole; the character offsets of its tokens locate the answers. Every row is checked: the ids
+    before an answer are those that generation would begin with, and the labelled ids decode to the answer and its stop
+    token.
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
@@ -45,13 +45,13 @@ class ChatRenderer:
                 f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
                 "one, of the library tokenizers."
             )
-        alone, newline, behind = (each.ids for each in self._encode_texts(["a", "\n", "\na"]))
-        # Sentencepiece puts a space before a text: a part is encoded behind a newline there, whose ids are left out.
-        self._lead = "" if behind[len(newline) :] == alone else "\n"
+        plain, newline, after_newline = (encoded.ids for encoded in self._encode_texts(["a", "\n", "\na"]))
+        # Sentencepiece puts a space before a text: there a part is encoded after a newline, whose ids are dropped.
+        self._lead = "" if after_newline[len(newline) :] == plain else "\n"
         self._lead_length = len(newline) if self._lead else 0
 
     def write(self, content: Content) -> list[RenderedText]:
-        """Return the texts that a row becomes, without the turns after its last answer; tokens become none.
+        """Return the texts of a row, without the turns after its last answer; a row of tokens has none.
 
         Raises:
             RowFault: the row cannot be trained on exactly.
@@ -61,10 +61,10 @@ class ChatRenderer:
             return []
         if isinstance(content, Text):
             return [self._write_document(content.text)]
-        # what follows the last answer teaches nothing
+        # messages after the last answer are not trained
         messages = content.messages[: answer_indices(content.messages)[-1] + 1]
         self._check_messages(messages, content.tools)
-        if self.train_on == "all" and not all(one.get("train", True) for one in messages):
+        if self.train_on == "all" and not all(message.get("train", True) for message in messages):
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
 
@@ -77,23 +77,23 @@ class ChatRenderer:
         self._backend.no_truncation()
         self._backend.no_padding()
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [_Encoded(each.ids, each.offsets) for each in encodings]
+        return [_Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def label(self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["_Encoded"]) -> list[Rendered]:
-        """Label what :meth:`write` and :meth:`encode` made of a row.
+        """Label what :meth:`write` and :meth:`encode` returned for a row.
 
         Raises:
             RowFault: the row cannot be trained on exactly.
-            UserError: the template writes not one BOS.
+            UserError: the template does not write exactly one BOS.
         """
         if isinstance(content, Tokens):
             return [self._check_tokens(content)]
         if isinstance(content, Text):
-            return [_label_all(one.ids) for one in encoded]
+            return [_label_all(encoding.ids) for encoding in encoded]
         return [self._label(*pair) for pair in zip(texts, encoded, strict=True)]
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Return the ids that generation starts from: the conversation so far and the header of the answer to come.
+        """Return the ids that generation starts from: the conversation so far and the header of the next answer.
 
         Raises:
             RowFault: if the messages cannot be rendered, or hold control tokens as text.
@@ -106,23 +106,23 @@ class ChatRenderer:
         return encoded.ids
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> Rendered:
-        """Render messages as one sample that trains the answers at these indices, the last message among them."""
+        """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, *self.encode([rendered]))
 
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
-        """Return a conversation, up to its last answer, without what ``reasoning: drop`` leaves out of it."""
+        """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
     def _write_document(self, text: str) -> RenderedText:
         self._check_text(text, "the text contains")
-        begin = self.tokenizer.bos_token if self._writes_bos else ""
-        return RenderedText(f"{begin}{text}{self.tokenizer.eos_token or ''}", [])
+        bos = self.tokenizer.bos_token if self._writes_bos else ""
+        return RenderedText(f"{bos}{text}{self.tokenizer.eos_token or ''}", [])
 
     def _find_trained(self, conversation: Conversation) -> list[int]:
         answers = answer_indices(conversation)
-        wanted = answers if self.train_on == "assistant" else answers[-1:]
-        return [number for number in wanted if conversation[number].get("train", True)]
+        trained = answers if self.train_on == "assistant" else answers[-1:]
+        return [index for index in trained if conversation[index].get("train", True)]
 
     def _check_messages(self, messages: Sequence[Message], tools: Tools) -> None:
         """Reject control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
@@ -132,18 +132,18 @@ class ChatRenderer:
                 f"data.chat_template to {', '.join(find_presets(self.tokenizer))} or a .jinja file."
             )
         for number, message in enumerate(messages, start=1):
-            texts = message["content"]
+            text = message["content"]
             for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
                 if key in message:
-                    texts += "\n" + json.dumps(message[key], ensure_ascii=False)
-            self._check_text(texts, f"message {number} ({message['role']}) contains")
+                    text += "\n" + json.dumps(message[key], ensure_ascii=False)
+            self._check_text(text, f"message {number} ({message['role']}) contains")
         if tools:
             self._check_text(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
     def _check_text(self, text: str, subject: str) -> None:
-        found = self._controls.pattern.search(text)
-        if found:
-            raise RowFault(f"{subject} the control token {found[0]!r} as text, which would end or begin a turn there")
+        control = self._controls.pattern.search(text)
+        if control:
+            raise RowFault(f"{subject} the control token {control[0]!r} as text, which would end or begin a turn there")
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -156,13 +156,13 @@ class ChatRenderer:
         ids = encoded.ids
         self._check_bos(ids)
         labels = [IGNORED] * len(ids)
-        for first, answer in zip(starts, answers, strict=True):
-            after = encoded.find(answer.end)
-            decoded = str(self._backend.decode(ids[first:after], skip_special_tokens=False))
-            wanted = text[answer.start : answer.end]
-            if not _is_same_text(decoded, wanted):
-                raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {wanted!r}")
-            labels[first:after] = ids[first:after]
+        for start, answer in zip(starts, answers, strict=True):
+            end = encoded.find(answer.end)
+            decoded = str(self._backend.decode(ids[start:end], skip_special_tokens=False))
+            expected = text[answer.start : answer.end]
+            if not _is_same_text(decoded, expected):
+                raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {expected!r}")
+            labels[start:end] = ids[start:end]
         return _label_all(ids) if self.train_on == "all" else Rendered(ids, [IGNORED, *labels[1:]])
 
     def _check_tokens(self, content: Tokens) -> Rendered:
@@ -174,18 +174,18 @@ class ChatRenderer:
             raise RowFault(
                 f"token ids from {min(ids)} to {max(ids)}, in a vocabulary of {size:,}: another tokenizer's?"
             )
-        if any(label not in (IGNORED, number) for number, label in zip(ids, labels, strict=True)):
+        if any(label not in (IGNORED, token_id) for token_id, label in zip(ids, labels, strict=True)):
             raise RowFault(f"a label must be {IGNORED} or the token id itself, not shifted")
         return Rendered(ids, [IGNORED, *labels[1:]])
 
     def _find_starts(self, rendered: RenderedText, encoded: "_Encoded") -> tuple["_Encoded", list[int]]:
-        r"""Return the ids of a text, and how many lie before each answer: exactly those that generation begins with.
+        r"""Return the ids of a text, and how many precede each answer: exactly those that generation begins with.
 
-        Generation begins at an answer without knowing what follows. Encoded as a whole, the newlines that end a header
-        may melt with an answer that begins with one: there the text is cut, and what is behind encoded on its own. Of
-        Llama 3 and the answer ``\nHi``, say::
+        Generation encodes the header without the answer. In the whole text the newlines that end a header may merge
+        with an answer that begins with one. There the text is cut, and the rest is encoded on its own. For example,
+        Llama 3 and the answer ``\nHi``::
 
-            as a whole      <|end_header_id|> \n\n\n Hi <|eot_id|>
+            whole text      <|end_header_id|> \n\n\n Hi <|eot_id|>
             generation      <|end_header_id|> \n\n
             cut             <|end_header_id|> \n\n | \n Hi <|eot_id|>
         """
@@ -201,26 +201,26 @@ class ChatRenderer:
         return encoded, starts
 
     def _count_before(self, text: str, encoded: "_Encoded", start: int) -> int | None:
-        """Count the ids before a character, if they are those of the text up to it; its last control token parts it."""
-        behind = encoded.find(start)
-        begin = next((at for at in reversed(range(behind)) if encoded.ids[at] in self._controls.known), 0)
+        """Count the ids before a character; None if from the last control token on they are not those of the header."""
+        n_before = encoded.find(start)
+        begin = next((i for i in reversed(range(n_before)) if encoded.ids[i] in self._controls.known), 0)
         (header,) = self._encode_texts([text[encoded.spans[begin][0] : start]])
         end = begin + len(header.ids)
         return end if encoded.ids[begin:end] == header.ids else None
 
     def _encode_parts(self, text: str, cuts: Sequence[int]) -> "_Encoded":
-        """Encode a text whose parts do not know each other."""
-        whole = _Encoded([], [])
+        """Encode the parts of a text between cuts, each on its own."""
+        encoded = _Encoded([], [])
         for start, end in pairwise([0, *cuts, len(text)]):
-            lead, skipped = (self._lead, self._lead_length) if start else ("", 0)
+            lead, n_lead = (self._lead, self._lead_length) if start else ("", 0)
             (part,) = self._encode_texts([lead + text[start:end]])
-            whole.ids.extend(part.ids[skipped:])
+            encoded.ids.extend(part.ids[n_lead:])
             shift = start - len(lead)
-            whole.spans.extend((first + shift, last + shift) for first, last in part.spans[skipped:])
-        return whole
+            encoded.spans.extend((span[0] + shift, span[1] + shift) for span in part.spans[n_lead:])
+        return encoded
 
     def _check_bos(self, ids: list[int]) -> None:
-        """Reject a template that writes two BOS, or none where the tokenizer itself would write one."""
+        """Reject a template that writes two BOS, or none although the tokenizer itself would write one."""
         bos = self.tokenizer.bos_token_id
         if bos is None or (ids[0] == bos and ids[1:2] != [bos]) or (ids[0] != bos and not self._writes_bos):
             return
@@ -231,24 +231,24 @@ class ChatRenderer:
 
 
 def _label_all(ids: list[int]) -> Rendered:
-    return Rendered(ids, [IGNORED, *ids[1:]])  # nothing predicts the first one
+    return Rendered(ids, [IGNORED, *ids[1:]])  # nothing predicts the first token
 
 
-def _is_same_text(decoded: str, wanted: str) -> bool:
-    """Whether a tokenizer changed no more than how characters are composed, or a space before them.
+def _is_same_text(decoded: str, expected: str) -> bool:
+    """Whether two texts are equal but for how characters are composed, and for spaces at the start.
 
-    Qwen's tokenizers compose accents (NFC), others spell out ligatures too (NFKC); decoders of sentencepiece drop a
-    space at the start.
+    Qwen's tokenizers compose accents (NFC), others also spell out ligatures (NFKC); sentencepiece decoders drop a space
+    at the start.
     """
-    return decoded == wanted or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", wanted).lstrip(" ")
+    return decoded == expected or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", expected).lstrip(" ")
 
 
 class _Encoded(NamedTuple):
-    """The ids of a text, and of each its first character and the one behind it."""
+    """The ids of a text, and the span of characters of each, ``(start, end)``."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
     def find(self, character: int) -> int:
-        """Return the first token that begins at a character or behind it."""
+        """Return the index of the first token that begins at a character or after it."""
         return bisect_left(self.spans, character, key=lambda span: span[0])

@@ -1,4 +1,4 @@
-"""What a chat template makes of a conversation, as text, and where the answers are in it."""
+"""Render conversations as text with a chat template, and locate the answers in it."""
 
 import json
 import re
@@ -15,17 +15,17 @@ _OURS = ("train", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
 _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
 _OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
-# a block without content, and the line breaks that templates write behind it
+# a block without content, and the line breaks that templates write after it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
 
 
 class AnswerSpan(NamedTuple):
-    """An assistant turn in a rendered text: what generation must produce."""
+    """Span of an assistant turn in a rendered text: what generation must produce."""
 
     message: int  # its index in the conversation
     start: int
-    end: int  # the character behind its stop token
+    end: int  # of its stop token, exclusive
 
 
 class RenderedText(NamedTuple):
@@ -38,9 +38,9 @@ class RenderedText(NamedTuple):
 class ChatText:
     r"""Renders conversations as text with the chat template of one tokenizer.
 
-    An answer is what the template writes behind the prompt that generation would see. Its reasoning is handed to the
-    template under the name that it reads; to one that reads none, as ``<think>…</think>`` before the content. A block
-    without reasoning that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
+    An answer is what the template writes after the prompt that generation would see. Its reasoning is passed to the
+    template under the key that it reads; if it reads none, as ``<think>…</think>`` before the content. An empty block
+    that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
     """
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
@@ -50,14 +50,14 @@ class ChatText:
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
         """Render a conversation to train on.
 
-        Usually that is one text. A template that renders an answer otherwise once more turns follow (some strip its
-        reasoning) gives a text of its own for that answer: the conversation up to there, as generation would see it.
+        Usually that is one text. If the template renders an answer differently once more turns follow (some strip its
+        reasoning), that answer gets its own text: the conversation up to it, as generation would see it.
 
         ``wanted`` are the indices of the answers that are trained; the last message is an answer.
 
         Raises:
-            RowFault: the template refuses the conversation, changes or leaves out a message, or writes an answer
-                otherwise than generation would begin it.
+            RowFault: the template rejects the conversation, changes or leaves out a message, or begins an answer
+                differently than generation would.
             UserError: it writes no stop token after an answer.
         """
         messages = self.drop_earlier_reasoning(messages)
@@ -65,76 +65,76 @@ class ChatText:
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
-        apart, together = list[RenderedText](), list[AnswerSpan]()
-        for number in wanted:
-            found = self._find_span(messages, tools, number, text)
-            if found is None:
+        prefixes, answers = list[RenderedText](), list[AnswerSpan]()
+        for index in wanted:
+            located = self._find_span(messages, tools, index, text)
+            if located is None:
                 raise RowFault(
-                    f"the chat template is not prefix-preserving: it renders message {number + 1} (assistant) "
+                    f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) "
                     "otherwise than generation would see and continue it"
                 )
-            answer = self._check_answer(messages[number], *found)
-            if found[0] == text:
-                together.append(answer)
+            answer_text, span = located
+            answer = self._check_answer(messages[index], answer_text, span)
+            if answer_text == text:
+                answers.append(answer)
             else:
-                apart.append(RenderedText(found[0], [answer]))
-        return [*apart, RenderedText(text, together)] if together or not apart else apart
+                prefixes.append(RenderedText(answer_text, [answer]))
+        return [*prefixes, RenderedText(text, answers)] if answers or not prefixes else prefixes
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
-        """Render what generation begins with; the earlier answers are those that training finds in the same text."""
+        """Render what generation begins with; its answers are the earlier ones that training finds in the same text."""
         messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
-        found = [self._find_span(messages, tools, number, text) for number in answer_indices(messages)]
-        return RenderedText(text, [each[1] for each in found if each and each[0] == text])
+        located = [self._find_span(messages, tools, index, text) for index in answer_indices(messages)]
+        return RenderedText(text, [pair[1] for pair in located if pair and pair[0] == text])
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        """Return messages without the reasoning of earlier answers, if it is dropped; all are for generation."""
+        """Return messages, without the reasoning of earlier answers if it is dropped; in generation all are earlier."""
         if self.reasoning != "drop":
             return list(messages)
         answers = answer_indices(messages)
         earlier = set(answers if generation else answers[:-1])
-        return [_without_reasoning(one) if number in earlier else one for number, one in enumerate(messages)]
+        return [_without_reasoning(message) if i in earlier else message for i, message in enumerate(messages)]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
-        plain = [self._as_read(message) for message in messages]
+        template_messages = [self._as_read(message) for message in messages]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=generation)
-            )
+            options = {"tools": tools, "tokenize": False, "add_generation_prompt": generation}
+            return str(self.tokenizer.apply_chat_template(template_messages, **options))
         except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
             advice = f". {_ADVICE}" if tools or any("tool_calls" in message for message in messages) else ""
             reason = f"{type(error).__name__}: {error}{advice}"
             raise RowFault(f"the chat template cannot render the conversation: {reason}") from error
 
     def _as_read(self, message: Message) -> dict[str, Any]:
-        """Return a message as the template reads it: without marks, its reasoning where the template looks for it."""
-        plain: dict[str, Any] = {key: value for key, value in message.items() if key not in _OURS}
-        thought = message.get("reasoning_content")
-        if thought and self._reasoning_key:
-            plain[self._reasoning_key] = thought
-        elif thought:
-            plain["content"] = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + message["content"]
-        return plain
+        """Return a message as the template reads it: without ``train``, its reasoning under the template's key."""
+        fields: dict[str, Any] = {key: value for key, value in message.items() if key not in _OURS}
+        reasoning = message.get("reasoning_content")
+        if reasoning and self._reasoning_key:
+            fields[self._reasoning_key] = reasoning
+        elif reasoning:
+            fields["content"] = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + message["content"]
+        return fields
 
-    def _find_span(self, messages: Conversation, tools: Tools, number: int, text: str) -> tuple[str, AnswerSpan] | None:
-        """Return the text, or else that of the conversation that an answer ends, with the span of its turn there.
+    def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> tuple[str, AnswerSpan] | None:
+        """Return the text with an answer as generated, and its span: the whole text, else the text up to the answer.
 
-        None if generation could not begin it so.
+        None if generation could not begin the answer so.
         """
-        prompt = self._apply(messages[:number], tools, generation=True)
-        whole = text if number + 1 == len(messages) else self._apply(messages[: number + 1], tools)
-        turn = _find_turn(messages[number], prompt, whole)
+        prompt = self._apply(messages[:index], tools, generation=True)
+        rendered = text if index + 1 == len(messages) else self._apply(messages[: index + 1], tools)
+        turn = _find_turn(messages[index], prompt, rendered)
         if turn is None:
             return None
         generated, block_end = turn
-        alone = prompt + generated
-        span = AnswerSpan(number, len(prompt) + block_end, len(alone))
-        return text if text.startswith(alone) else alone, span
+        prefix = prompt + generated
+        span = AnswerSpan(index, len(prompt) + block_end, len(prefix))
+        return text if text.startswith(prefix) else prefix, span
 
     def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
-        """Check that a turn holds its answer, and return it to the end of its stop token."""
-        number, start, limit = span
+        """Check that a turn has its answer, and return its span up to the end of the stop token."""
+        index, start, limit = span
         stop = self.controls.stop_pattern.search(text, start, limit)
         if stop is None:
             raise UserError(
@@ -143,39 +143,39 @@ class ChatText:
                 f"{text[start:limit]!r}"
             )
         turn = text[start : stop.end()]
-        thought, content = _split_reasoning(message)
+        reasoning, content = _split_reasoning(message)
         calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
-        if not all(part in turn for part in ((thought or "").strip(), content.strip(), *_leaves(calls))):
-            raise RowFault(f"the chat template changes the answer (message {number + 1}) to {turn!r}")
-        return AnswerSpan(number, start, stop.end())
+        if not all(part in turn for part in ((reasoning or "").strip(), content.strip(), *_leaves(calls))):
+            raise RowFault(f"the chat template changes the answer (message {index + 1}) to {turn!r}")
+        return AnswerSpan(index, start, stop.end())
 
 
 def answer_indices(messages: Sequence[Message]) -> list[int]:
     """Return the indices of the answers."""
-    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _find_turn(message: Message, prompt: str, whole: str) -> tuple[str, int] | None:
-    """Return what generation must produce behind a prompt to give the whole; None if the template does not let it.
+def _find_turn(message: Message, prompt: str, rendered: str) -> tuple[str, int] | None:
+    """Return what generation must produce after a prompt to give the rendered text; None if that is impossible.
 
-    With it comes the length of the block without reasoning at its beginning that the template itself writes.
+    The second value is the length of the empty reasoning block at its start that the template itself writes.
     """
-    thought, _ = _split_reasoning(message)
-    if whole.startswith(prompt):
-        generated = whole[len(prompt) :]
-        block = _NO_REASONING.match(generated) if thought is None else None
+    reasoning, _ = _split_reasoning(message)
+    if rendered.startswith(prompt):
+        generated = rendered[len(prompt) :]
+        block = _NO_REASONING.match(generated) if reasoning is None else None
         return generated, block.end() if block else 0
-    opened = _OPENED.search(prompt)
-    if not opened or not whole.startswith(prompt[: opened.start()]):
+    opening = _OPENED.search(prompt)
+    if not opening or not rendered.startswith(prompt[: opening.start()]):
         return None
     # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
-    closing = f"\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
-    generated = (thought or "").strip("\n") + closing + whole[opened.start() :].lstrip("\n")
-    return generated, len(closing) if thought is None else 0
+    closing = f"\n{opening[1]}/{opening[2]}{opening[3]}\n\n"
+    generated = (reasoning or "").strip("\n") + closing + rendered[opening.start() :].lstrip("\n")
+    return generated, len(closing) if reasoning is None else 0
 
 
 def _check_messages(messages: Sequence[Message], text: str) -> None:
-    """Reject a template that leaves out or changes messages, beside the answers."""
+    """Reject a template that leaves out or changes messages other than the answers."""
     for number, message in enumerate(messages, start=1):
         content = message["content"].strip()
         if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
@@ -186,20 +186,20 @@ def _check_messages(messages: Sequence[Message], text: str) -> None:
 
 def _split_reasoning(message: Message) -> tuple[str | None, str]:
     """Return the reasoning of an answer, None if it has none, and the rest of its content."""
-    thought, content = message.get("reasoning_content"), message["content"]
-    if thought:
-        return thought, content
+    reasoning, content = message.get("reasoning_content"), message["content"]
+    if reasoning:
+        return reasoning, content
     inline = _INLINE.match(content)
     return (inline[2], content[inline.end() :]) if inline else (None, content)
 
 
 def _without_reasoning(message: Message) -> Message:
-    thought, content = _split_reasoning(message)
-    if thought is None:
+    reasoning, content = _split_reasoning(message)
+    if reasoning is None:
         return message
-    plain: Message = {**message, "content": content}
-    plain.pop("reasoning_content", None)
-    return plain
+    answer: Message = {**message, "content": content}
+    answer.pop("reasoning_content", None)
+    return answer
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -207,13 +207,13 @@ def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
+        for item in value:
+            yield from _leaves(item)
     elif isinstance(value, str | int | float) and not isinstance(value, bool):
         yield _as_json(value)
 
 
 def _as_json(value: str | float) -> str:
-    """Return a text or number as JSON has it, without quotes: how some templates write what a tool returned."""
+    """Return a text or number as JSON without quotes, as some templates write what a tool returned."""
     text = json.dumps(value, ensure_ascii=False)
     return text[1:-1] if isinstance(value, str) else text

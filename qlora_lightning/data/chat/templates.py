@@ -12,27 +12,27 @@ from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, wr
 from qlora_lightning.data.rows.conversation import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
 
-# each preset with the control tokens that it writes beside the tokenizer's own BOS and end-of-sequence tokens
+# each preset with the control tokens that it writes besides the tokenizer's own BOS and end-of-sequence tokens
 PRESETS: dict[str, tuple[str, ...]] = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "chatml-tools": ("<|im_start|>", "<|im_end|>"),  # the same: chatml once knew no tools
+    "chatml-tools": ("<|im_start|>", "<|im_end|>"),  # an alias: chatml writes tools too
     "alpaca": (),
 }
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
-_FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write where there is no clock
+_FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write if there is no clock
 
 
 def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[str, Any] | None = None) -> Any:
     """Return a copy of a tokenizer that renders with the chosen template and ends where its assistant turns end.
 
-    The same row renders the same on every day and in every program: the options become defaults inside the template,
-    and a template that asks for today's date gets a fixed one. The token that ends an assistant turn becomes the
+    A row renders the same on every day and in every program: the options become defaults inside the template, and a
+    template that asks for today's date gets a fixed one. The token that ends an assistant turn becomes the
     end-of-sequence token; the former one stays a stop id (``find_stop_ids``). The vocabulary is never enlarged.
 
     Args:
-        tokenizer: a tokenizer of transformers; itself is returned if nothing has to change.
+        tokenizer: a tokenizer of transformers, returned itself if nothing has to change.
         choice: a name of ``PRESETS``, or a file with a jinja template. ``None`` keeps the tokenizer's own template.
         options: values of the template's variables, such as ``date_string``.
 
@@ -40,25 +40,27 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
         UserError: there is no such template or file, it does not fit the tokenizer, or it has no such variable.
     """
     if choice is None and getattr(tokenizer, "chat_template", None) is None:
-        return tokenizer  # the renderer refuses it
+        return tokenizer  # the renderer rejects it
     chosen = tokenizer if choice is None else _put_template(tokenizer, choice)
-    whose = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
-    chosen = _set_variables(chosen, options or {}, whose)
+    title = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
+    chosen = _set_variables(chosen, options or {}, title)
     try:
-        end = find_turn_end(chosen)
+        end_id = find_turn_end(chosen)
     except Exception as error:  # a template may raise anything
-        if choice is None:  # the renderer says so of the row that it cannot render
+        if choice is None:  # the renderer reports it with the row that it cannot render
             return chosen
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{whose} cannot render a question and its answer: {reason}") from error
+        raise UserError(f"{title} cannot render a question and its answer: {reason}") from error
     if choice is None:
-        return chosen if end is None or end in find_stop_ids(chosen) else _end_turns(copy.deepcopy(chosen), end)
-    if end is None:
+        if end_id is None or end_id in find_stop_ids(chosen):
+            return chosen
+        chosen = copy.deepcopy(chosen)
+    elif end_id is None:
         raise UserError(
-            f"{whose} writes no token of {name_tokenizer(tokenizer)} after an answer at which generation could stop: "
+            f"{title} writes no token of {name_tokenizer(tokenizer)} after an answer at which generation could stop: "
             f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example."
         )
-    return _end_turns(chosen, end)
+    return _end_turns(chosen, end_id)
 
 
 def find_presets(tokenizer: Any) -> list[str]:
@@ -67,7 +69,7 @@ def find_presets(tokenizer: Any) -> list[str]:
 
 
 def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
-    """Return the key of a message under which a chat template looks for reasoning; None if it looks for none."""
+    """Return the key of a message from which a chat template reads reasoning; None if it reads none."""
     text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
     return next((key for key in REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
 
@@ -82,15 +84,15 @@ def _put_template(tokenizer: Any, choice: str) -> Any:
             raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
         chosen.chat_template = file.read_text(encoding="utf-8")
         return chosen
-    lacking = _lacking(tokenizer, choice)
-    if lacking:
+    missing = _lacking(tokenizer, choice)
+    if missing:
         raise UserError(
-            f"chat_template: {choice} needs {', '.join(lacking)}, which {name_tokenizer(tokenizer)} does not have. "
+            f"chat_template: {choice} needs {', '.join(missing)}, which {name_tokenizer(tokenizer)} does not have. "
             f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file."
         )
     _make_special(chosen, PRESETS[choice])
     text = (_FOLDER / f"{choice.removesuffix('-tools')}.jinja").read_text(encoding="utf-8")
-    # Llama 3 always begins with a BOS; in ChatML and Alpaca a model sees one if it did in its pre-training
+    # Llama 3 always begins with a BOS; ChatML and Alpaca only if the model was pre-trained with one
     has_bos = choice == "llama3" or (tokenizer.bos_token not in PRESETS[choice] and writes_bos(tokenizer))
     chosen.chat_template = text if has_bos else text.removeprefix(_BOS)
     return chosen
@@ -98,31 +100,31 @@ def _put_template(tokenizer: Any, choice: str) -> Any:
 
 def _lacking(tokenizer: Any, name: str) -> list[str]:
     vocabulary = tokenizer.get_vocab()
-    lacking = [token for token in PRESETS[name] if token not in vocabulary]
-    return lacking if PRESETS[name] or tokenizer.eos_token_id is not None else ["an end-of-sequence token"]
+    missing = [token for token in PRESETS[name] if token not in vocabulary]
+    return missing if PRESETS[name] or tokenizer.eos_token_id is not None else ["an end-of-sequence token"]
 
 
 def _make_special(tokenizer: Any, tokens: tuple[str, ...]) -> None:
-    """Let tokens of the vocabulary be encoded as one id each wherever they stand; no id is added."""
+    """Let tokens of the vocabulary be encoded as one id each anywhere in a text; no id is added."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokenizer.add_tokens([token for token in tokens if token not in special], special_tokens=True)
 
 
-def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> Any:
-    """Return a tokenizer whose template holds the options and no clock; itself if that changes nothing.
+def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> Any:
+    """Return a tokenizer whose template has the options and no clock; itself if that changes nothing.
 
     Raises:
-        UserError: the template does not mention such a variable, a value cannot be written into it, or the clock cannot
-            be stopped.
+        UserError: the template has no such variable, a value cannot be written into it, or the date cannot be fixed.
     """
-    own = tokenizer.chat_template
-    texts = own if isinstance(own, dict) else {"": own}
-    words = {word for text in texts.values() for word in re.findall(r"[A-Za-z_]\w*", text)}
+    template = tokenizer.chat_template
+    texts = template if isinstance(template, dict) else {"": template}
+    identifiers = {name for text in texts.values() for name in re.findall(r"[A-Za-z_]\w*", text)}
     for name, value in options.items():
-        if name not in words:
-            raise UserError(f"template_options: {whose} has no variable {name!r}.{nearest(name, words)}")
+        if name not in identifiers:
+            hint = nearest(name, identifiers)
+            raise UserError(f"template_options: {title} has no variable {name!r}.{hint}")
         try:
-            json.dumps(value, allow_nan=False)  # what jinja has literals for
+            json.dumps(value, allow_nan=False)  # jinja has literals for what JSON has
         except (TypeError, ValueError) as error:
             expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
             raise UserError(f"template_options: {name} must be {expected}, found {value!r}.") from error
@@ -130,36 +132,36 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], whose: str) -> An
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()
     )
-    # jinja drops the line break after a tag; a template of an adapter folder may have the same options already
-    changed = {name: defaults + _stop_clock(text, whose).removeprefix(defaults) for name, text in texts.items()}
-    if changed == texts:
+    # jinja drops the line break after a tag; the template of an adapter folder may already have the same options
+    new_texts = {key: defaults + _stop_clock(text, title).removeprefix(defaults) for key, text in texts.items()}
+    if new_texts == texts:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = changed if isinstance(own, dict) else changed[""]
+    tokenizer.chat_template = new_texts if isinstance(template, dict) else new_texts[""]
     return tokenizer
 
 
-def _stop_clock(template: str, whose: str) -> str:
-    """Put a fixed date in the place of each call of ``strftime_now``, which writes today's."""
+def _stop_clock(template: str, title: str) -> str:
+    """Replace each call of ``strftime_now``, which writes today's date, by a fixed date."""
     call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
-    stopped = re.sub(call, lambda found: repr(_FIXED_DATE.strftime(found[2])), template)
-    if "strftime_now(" in stopped:
+    text = re.sub(call, lambda match: repr(_FIXED_DATE.strftime(match[2])), template)
+    if "strftime_now(" in text:
         raise UserError(
-            f"{whose} writes today's date by strftime_now of a variable: write the format itself there, in quotes, and "
+            f"{title} writes today's date by strftime_now of a variable: write the format itself there, in quotes, and "
             "pass the template by data.chat_template."
         )
-    return stopped
+    return text
 
 
-def _end_turns(tokenizer: Any, end: int) -> Any:
-    """Make a token the end-of-sequence token of a tokenizer that may be changed; its stop ids stay stop ids."""
+def _end_turns(tokenizer: Any, end_id: int) -> Any:
+    """Make a token the end-of-sequence token of a tokenizer, in place; its stop ids stay stop ids."""
     tokenizer.former_stop_ids = find_stop_ids(tokenizer)
-    token = tokenizer.convert_ids_to_tokens(end)
+    token = tokenizer.convert_ids_to_tokens(end_id)
     _make_special(tokenizer, (token,))
     tokenizer.eos_token = token
     return tokenizer
 
 
 def name_tokenizer(tokenizer: Any) -> str:
-    """Return what messages call a tokenizer."""
+    """Return the name of a tokenizer for messages."""
     return f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"

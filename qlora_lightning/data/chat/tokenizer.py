@@ -1,4 +1,4 @@
-"""A tokenizer: what it is named by and consists of, its control tokens, and those at which generation stops."""
+"""Load a tokenizer; find its control tokens, and those at which generation stops."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -11,14 +11,14 @@ from qlora_lightning.support.files import read_json_object
 
 
 def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code: bool = False) -> str | dict[str, Any]:
-    """Return the choice that is the base's own tokenizer, of the same revision."""
+    """Return what names the base's own tokenizer, of the same revision."""
     if revision is None and not trust_remote_code:
         return base
     return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
 
 
 def load_chosen_tokenizer(choice: str | dict[str, Any] | Any | None) -> Any:
-    """Load a tokenizer by hub id, folder, ``package:NAME`` or ``{name, revision, trust_remote_code}``; or return it."""
+    """Load a tokenizer by hub id, folder, ``package:NAME`` or ``{name, revision, trust_remote_code}``, or return it."""
     if choice is None:
         raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
     if not isinstance(choice, str | dict):
@@ -36,8 +36,8 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
-        stops = {tokenizer.decode([number]): number for number in stop_ids}
-        self.ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        stops = {tokenizer.decode([token_id]): token_id for token_id in stop_ids}
+        self.ids = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.ids.update(stops)
         self.known = frozenset(self.ids.values())
@@ -66,29 +66,29 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     """Return every id at which generation with this tokenizer's model stops.
 
     They are the tokenizer's end-of-sequence id, the former one if a template was chosen, and those of the
-    ``generation_config.json`` in its folder, or of ``config.json`` without one. They often disagree.
+    ``generation_config.json`` in its folder, or else of ``config.json``. They often disagree.
     """
     ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
     name = str(getattr(tokenizer, "name_or_path", ""))
     files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
     config = next((file for file in files if file.is_file()), None)
     if config is not None:
-        found = read_json_object(config, "It names the stop tokens: correct or delete it.").get("eos_token_id")
-        ids.update(found if isinstance(found, list) else [found])
-    return frozenset(number for number in ids if number is not None)
+        eos_ids = read_json_object(config, "It names the stop tokens: correct or delete it.").get("eos_token_id")
+        ids.update(eos_ids if isinstance(eos_ids, list) else [eos_ids])
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def find_turn_end(tokenizer: Any) -> int | None:
-    """Return the id of the first control token after an answer, as the chat template writes it; ``None`` without one.
+    """Return the id of the first control token that the chat template writes after an answer; None if it writes none.
 
-    Whatever the template raises is raised; a UserError if it changes the answer.
+    Errors of the template pass through; a UserError if it changes the answer.
     """
     text = tokenizer.apply_chat_template(list(PROBE), tokenize=False, add_generation_prompt=False)
-    _, found, after = str(text).rpartition(PROBE[1]["content"])
-    if not found:
+    _, answer, tail = str(text).rpartition(PROBE[1]["content"])
+    if not answer:
         raise UserError(
             f"the chat template does not write the content of an assistant message: it renders one as {text!r}."
         )
     controls = ControlTokens(tokenizer, ())
-    first = controls.pattern.search(after)
-    return controls.ids[first[0]] if first else None
+    control = controls.pattern.search(tail)
+    return controls.ids[control[0]] if control else None

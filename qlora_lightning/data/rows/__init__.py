@@ -1,1 +1,1 @@
-"""Rows: where they come from, and the conversation, text or tokens that each becomes."""
+"""Rows of data files and data sets, and their conversion to a conversation, text or tokens."""

@@ -7,11 +7,11 @@ from qlora_lightning.support.errors import UserError
 
 
 class RowFault(UserError):
-    """One row cannot be used; the message is a short reason, to which the caller adds file and line."""
+    """One row cannot be used. The message is a short reason; the caller adds file and line."""
 
 
 class BadRow(NamedTuple):
-    """A row that was rejected: its place (``train.jsonl:17``) and why."""
+    """A rejected row: its file and line (``train.jsonl:17``) and the reason."""
 
     where: str
     reason: str
@@ -23,17 +23,17 @@ def kind_of(value: Any) -> str:
 
 
 def read_string(value: Any, where: str) -> str:
-    """Return a string, or raise a RowFault, of whose sentence ``where`` is the subject."""
+    """Return a string, or raise a RowFault that begins with ``where``."""
     if not isinstance(value, str):
         raise RowFault(f"{where} must be a string, found {kind_of(value)}")
     return value
 
 
 def parse_json(value: Any, where: str) -> Any:
-    """Return what a JSON string holds, or raise a RowFault; any other value as it is."""
+    """Parse a JSON string, or raise a RowFault; return any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as a number of 5,000 digits is
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of 5,000 digits
         raise RowFault(f"{where}: not JSON ({error})") from error

@@ -1,4 +1,4 @@
-"""What a row becomes: a checked conversation, a text or tokens; and the checks of messages and tools."""
+"""Contents of rows (conversation, text or tokens), and the checks of messages and tools."""
 
 import reprlib
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, parse_json, re
 
 
 class Message(TypedDict):
-    """One turn: who speaks (system, user, assistant or tool), the text, and what else a chat template may need.
+    """One turn: its role (system, user, assistant or tool), its text, and what else a chat template may need.
 
-    ``train`` is only ever False, on an answer that is not to be trained. Templates do not see it.
+    ``train`` is only set to False, on an answer that is not trained. Templates do not see it.
     """
 
     role: str
@@ -35,13 +35,13 @@ class Chat(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A document, trained as a whole, with the tokenizer's own beginning and end, without a chat template."""
+    """A document, trained as a whole, between the tokenizer's BOS and EOS, without a chat template."""
 
     text: str
 
 
 class Tokens(NamedTuple):
-    """Token ids as they are trained, and their labels: -100 where they are not."""
+    """Token ids, and their labels: -100 where a token is not trained."""
 
     ids: list[int]
     labels: list[int]
@@ -67,11 +67,11 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
-_UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost without a word
+_UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost silently
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
-    """Whether an assistant speaks, by a name that is known."""
+    """Whether the role of a message is one of the known names of the assistant."""
     speaker = message.get("role") or message.get("from")
     return speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant"
 
@@ -90,8 +90,8 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     speaker = str(message.get("role") or message.get("from"))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
-        known = ", ".join((*ROLES, *_SPEAKERS))
-        raise RowFault(f"{where} has the role {speaker!r}, expected {known}; name others by `roles: {{theirs: ours}}`")
+        names = ", ".join((*ROLES, *_SPEAKERS))
+        raise RowFault(f"{where} has the role {speaker!r}, expected {names}; name others by `roles: {{theirs: ours}}`")
     content = message.get("value") if message.get("content") is None else message["content"]
     calls = message.get("tool_calls")
     if speaker == "function_call":
@@ -101,24 +101,24 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
     text = _read_content("" if content is None and calls else content, where, role)
-    read: Message = {"role": role, "content": text}
+    checked: Message = {"role": role, "content": text}
     if calls:
         calls = [calls] if isinstance(calls, dict) else calls
         if not isinstance(calls, list):
             raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
-        read["tool_calls"] = [_read_call(call, f"call {at} of {where}") for at, call in enumerate(calls, start=1)]
+        checked["tool_calls"] = [_read_call(call, f"call {i} of {where}") for i, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
     if reasoning:
         if text.lstrip().startswith("<think>"):
             raise RowFault(f"{where} has reasoning beside a <think> block in its content: keep one")
-        read["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
+        checked["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
     for key in ("name", "tool_call_id"):
         if role == "tool" and message.get(key) is not None:
-            read[key] = read_string(message[key], f"{key!r} of {where}")
+            checked[key] = read_string(message[key], f"{key!r} of {where}")
     if not _is_trained(message, where) and role == "assistant":
-        read["train"] = False
-    return read
+        checked["train"] = False
+    return checked
 
 
 def _read_content(content: Any, where: str, role: str) -> str:
@@ -129,26 +129,26 @@ def _read_content(content: Any, where: str, role: str) -> str:
     for number, part in enumerate(content, start=1):
         is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
         if not is_text or any(value is not None for key, value in part.items() if key not in ("type", "text")):
-            found = f"part {number} of {where} is {reprlib.repr(part)}"
-            raise RowFault(f"{found}, expected {{type: text, text: …}}: only text is read, and no mark of a part")
+            subject = f"part {number} of {where} is {reprlib.repr(part)}"
+            raise RowFault(f"{subject}, expected {{type: text, text: …}}: only text is read, and no mark of a part")
         text += part["text"]
     return text
 
 
 def _is_trained(message: dict[str, Any], where: str) -> bool:
-    """Whether an answer is trained: what ``train``, or OpenAI's ``weight``, of the message decides."""
+    """Whether an answer is trained, by the ``train`` or OpenAI's ``weight`` of the message."""
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):
             raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
-    marks = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
-    for key, value in marks.items():
+    flags = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
+    for key, value in flags.items():
         if value not in (0, 1):
             raise RowFault(f"{key!r} of {where} must be true or false, 1 or 0, found {reprlib.repr(value)}")
-    return all(marks.values())
+    return all(flags.values())
 
 
 def check_order(conversation: Conversation, needs_answer: bool) -> None:
-    """Refuse a conversation whose turns come in an order that no chat has, by a RowFault."""
+    """Raise a RowFault for turns in an order that no chat has."""
     roles = [message["role"] for message in conversation]
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
@@ -177,16 +177,16 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     arguments = parse_json(function.get("arguments"), f"the arguments of {where}")
     if not isinstance(arguments, dict):
         raise RowFault(f"the arguments of {where} must be an object, or a JSON string of one, found {arguments!r:.80}")
-    read: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    checked: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if call.get("id") is not None:
-        read["id"] = read_string(call["id"], f"the id of {where}")
-    return read
+        checked["id"] = read_string(call["id"], f"the id of {where}")
+    return checked
 
 
 def _read_function(value: Any, where: str) -> dict[str, Any]:
-    """Return what is under ``function``, or the value itself where it is the function alone."""
+    """Return the value under ``function``, or the value itself if it is the function alone."""
     if isinstance(value, dict) and value.get("type") in (None, "function"):
-        function = value.get("function") or {key: inner for key, inner in value.items() if key != "type"}
+        function = value.get("function") or {key: item for key, item in value.items() if key != "type"}
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             return function
     raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")

@@ -1,4 +1,4 @@
-"""From a row to what it holds: columns renamed, its format recognised, its messages checked."""
+"""Convert a row: rename its columns, recognise its format, check its messages."""
 
 import reprlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from qlora_lightning.support.errors import UserError
 
 
 class RowConverter:
-    """Turns the rows of one source into contents; each follows from its row and the settings alone.
+    """Turns the rows of one source into contents, which depend on the row and the settings alone.
 
     Args:
         settings: how the rows are read.
@@ -32,9 +32,9 @@ class RowConverter:
         pairs: whether they are preferences: two answers to compare, or one with a verdict.
 
     Attributes:
-        formats: names of the formats that were recognised, in the order in which they came.
+        formats: names of the recognised formats, in order of appearance.
         unread_columns: columns that no format reads, under our names.
-        absent_columns: columns that are mapped, and that no row has.
+        absent_columns: mapped columns that no row has.
 
     Raises:
         UserError: there is no such format.
@@ -53,10 +53,10 @@ class RowConverter:
         """Raise a UserError if no format fits the first rows of the source."""
         renamed = [self._rename(row) for row in rows]
         if rows and not any(map(self._find_format, renamed)):
-            wanted = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
+            expected = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
             raise UserError(
                 f"{rows[0].where}: no format is recognised by the keys {', '.join(renamed[0].values) or '(none)'}; "
-                f"expected {wanted}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
+                f"expected {expected}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
                 "`format: text`, any other shape by a function, `format: package.module.function`."
             )
 
@@ -74,36 +74,36 @@ class RowConverter:
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
-            read = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
-            self.unread_columns += [key for key in row.values if key not in (*read, *self.unread_columns)]
+            read_keys = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
+            self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
         verdict = read_verdict(row.values, numbers=True) if form.is_ours and form is not PREFERENCE_FORMAT else None
-        if isinstance(content, tuple) and [type(each) for each in content[1:]] == [bool]:  # of a function of the user's
+        if isinstance(content, tuple) and [type(item) for item in content[1:]] == [bool]:  # from a user's function
             content, verdict = content
         if verdict is not None:
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
-        return pair_up(*(self._to_chat(each, row.values, form) for each in content))
+        return pair_up(*(self._to_chat(messages, row.values, form) for messages in content))
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
         columns = self.settings.columns
         self.absent_columns -= row.values.keys()
-        names = {key: ours for key in row.values if (ours := columns.get(key, key)) is not None}
+        names = {key: name for key in row.values if (name := columns.get(key, key)) is not None}
         if len(set(names.values())) < len(names):
             raise UserError(f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name.")
-        row = row._replace(values={ours: row.values[key] for key, ours in names.items()})
-        if self._named is None or self._named.is_ours:  # a function of the user's own may read what it likes
+        row = row._replace(values={name: row.values[key] for key, name in names.items()})
+        if self._named is None or self._named.is_ours:  # a user's function may read any column
             _refuse_other_task(row, self.needs_answer, self.pairs)
         return row
 
     def _find_format(self, row: Row) -> Format | None:
         has_verdict = self.pairs and "rejected" not in row.values and read_verdict(row.values, numbers=True) is not None
-        named = None if has_verdict and self.settings.format == "auto" else self._named
-        form = named or recognise(row.values, self.needs_answer, row.where)
+        form = None if has_verdict and self.settings.format == "auto" else self._named
+        form = form or recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:
             raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
         return form
@@ -117,30 +117,30 @@ class RowConverter:
             return form.read(dict(values))
         except RowFault:
             raise
-        except Exception as error:  # a user's function may raise anything, and ours meet rows that nobody expects
+        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
             reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
             raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}") from error
 
     def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> Chat:
-        """Check a conversation, and put system prompt and tools beside it."""
-        messages, tools, own_system = content, values.get("tools"), values.get("system") if form.is_ours else None
+        """Check a conversation, and add system prompt and tools."""
+        messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, Chat):
             messages, tools = content.messages, content.tools
         if not isinstance(messages, list) or not messages:
             raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
         roles = self.settings.roles
-        conversation = [read_message(message, at, roles) for at, message in enumerate(messages, start=1)]
+        conversation = [read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         check_order(conversation, self.needs_answer)
-        if own_system and conversation[0]["role"] == "system":
+        if row_system and conversation[0]["role"] == "system":
             raise RowFault("has a system message and the key 'system' as well: expected one of them")
-        system = read_string(own_system, "'system'") if own_system else self.settings.system
+        system = read_string(row_system, "'system'") if row_system else self.settings.system
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return Chat(conversation, find_tools(tools))
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
-    """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: all rows of its source are such."""
+    """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: its whole source is affected."""
     for key, value in row.values.items():
         if key in MEDIA and (any(value.values()) if isinstance(value, dict) else value):  # {"bytes": None, "path": …}
             reason = "only text is read: its answer would be trained without what it is about"

@@ -16,15 +16,15 @@ class Format(NamedTuple):
     """How the columns of a row are read."""
 
     name: str  # as in ``format:``
-    prompt_keys: tuple[str, ...]  # that every row has
-    answer_keys: tuple[str, ...]  # that a row to train on has as well; rows to predict may lack them
+    prompt_keys: tuple[str, ...]  # columns of every row
+    answer_keys: tuple[str, ...]  # further columns of rows to train on; rows to predict may lack them
     read: Callable[[dict[str, Any]], Any]  # returns unchecked messages, a Text or Tokens
-    other_keys: tuple[str, ...] = ()  # that a row may have
+    other_keys: tuple[str, ...] = ()  # optional columns
     is_chat: bool = True
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is no function of the user's, which is named by its dotted path."""
+        """Whether it is one of ours; a user's function has a dotted path as its name."""
         return "." not in self.name
 
     @property
@@ -43,8 +43,8 @@ def read_alpaca(values: dict[str, Any]) -> list[Any]:
     history = parse_json(values.get("history") or [], "'history'")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
-    earlier = [message for pair in history for message in exchange(*pair)]
-    return [*earlier, *exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
+    turns = [message for pair in history for message in exchange(*pair)]
+    return [*turns, *exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
 def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
@@ -57,7 +57,7 @@ def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
 
 
 def refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Reject a list of messages that is a text, as CSV holds it: it would be trained as that text."""
+    """Reject a list of messages in a string, as in CSV: it would be trained as that text."""
     for key in keys:
         if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
             raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
@@ -65,8 +65,8 @@ def refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> N
 
 def exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     """Return a question and its answer, if there is one, as messages."""
-    asked = [{"role": "user", "content": prompt}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+    question = [{"role": "user", "content": prompt}]
+    return question if answer is None else [*question, {"role": "assistant", "content": answer}]
 
 
 def _read_text(values: dict[str, Any]) -> Text:
@@ -80,7 +80,7 @@ def _read_tokens(values: dict[str, Any]) -> Tokens:
     """Read ids and labels, which are aligned (not shifted), -100 where a token is not trained."""
     ids, labels = (parse_json(values[key], repr(key)) for key in ("input_ids", "labels"))
     for key, tokens in (("input_ids", ids), ("labels", labels)):
-        if not isinstance(tokens, list) or not tokens or not all(type(number) is int for number in tokens):
+        if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
             raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
     return Tokens(ids, labels)
 
@@ -97,7 +97,7 @@ FORMATS = {
         Format("tokens", ("input_ids", "labels"), (), _read_tokens, is_chat=False),
     )
 }
-# Text is read only if `format:` names it: it may be a conversation with a template applied.
+# Text is read only if `format:` names it: it may be a conversation that a template has rendered.
 RECOGNISED = [form for form in FORMATS.values() if form.name != "text"]
 
 
@@ -106,9 +106,9 @@ def find_format(name: str) -> Format:
     if name in FORMATS:
         return FORMATS[name]
     if "." not in name:
-        known = ["auto", *FORMATS]
-        expected = f"{', '.join(known)} or the dotted path of a function"
-        raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, known)}")
+        names = ["auto", *FORMATS]
+        expected = f"{', '.join(names)} or the dotted path of a function"
+        raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, names)}")
     try:
         function = pkgutil.resolve_name(name)
     except Exception as error:
@@ -122,14 +122,14 @@ def recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> For
     """Return the format that has these columns, if there is one.
 
     Raises:
-        UserError: several formats have them; ``where`` is the place of the row.
+        UserError: several formats have them; ``where`` is the file and line of the row.
     """
-    # Rows to predict may hold answers too: then all the keys of their format decide, as in training.
+    # Rows to predict may have answers too: then all the keys of their format decide, as in training.
     for answers in (True,) if needs_answer else (True, False):
-        fitting = [form for form in RECOGNISED if columns.keys() >= set(form.keys(answers))]
-        if len(fitting) > 1:
-            names = " and ".join(form.name for form in fitting)
+        forms = [form for form in RECOGNISED if columns.keys() >= set(form.keys(answers))]
+        if len(forms) > 1:
+            names = " and ".join(form.name for form in forms)
             raise UserError(f"{where} fits more than one format, {names}: name one in `format:`.")
-        if fitting:
-            return fitting[0]
+        if forms:
+            return forms[0]
     return None

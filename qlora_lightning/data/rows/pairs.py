@@ -1,4 +1,4 @@
-"""Rows of preferences: two answers to one prompt, of which the first is better, or one answer and a verdict on it."""
+"""Preference rows: two answers to one prompt, the better one first, or one answer with a verdict."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -10,40 +10,40 @@ from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca, ref
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
 VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
-_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # words, as in CSV
+_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # as strings, as in CSV
 _NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False}
 
 
 def read_verdict(values: Mapping[str, Any], numbers: bool = False) -> bool | None:
-    """Return whether a row says that its one answer is desirable; ``None`` if it has no such column.
+    """Return the verdict of a row, whether its one answer is desirable; None if it has no such column.
 
-    ``numbers``: whether 1 and 0 say it too, which elsewhere may be classes.
+    ``numbers``: whether 1 and 0 are verdicts too; in other rows they may be classes.
     """
-    known = _VERDICTS | _NUMBERS if numbers else _VERDICTS
-    words = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
-    return next((known[word] for word in words if word in known), None)
+    verdicts = _VERDICTS | _NUMBERS if numbers else _VERDICTS
+    texts = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
+    return next((verdicts[text] for text in texts if text in verdicts), None)
 
 
 def attach_verdict(chat: Chat, desirable: bool) -> Chat:
-    """Put a verdict on the answer of a conversation: what an assistant said before the last question is its prompt."""
+    """Put a verdict on the last answer of a conversation; earlier ones belong to the prompt and are not trained."""
     roles = [message["role"] for message in chat.messages]
-    last = max((at for at, role in enumerate(roles) if role == "assistant"), default=0)
-    asked = max((at for at, role in enumerate(roles[:last]) if role == "user"), default=0)
-    _leave_untrained(chat.messages[:asked])
+    answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+    question = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=0)
+    _leave_untrained(chat.messages[:question])
     return chat._replace(desirable=desirable)
 
 
 def pair_up(chosen: Chat, rejected: Chat) -> Pair:
-    """Return two conversations as a pair; the messages with which both begin are the prompt that each must answer."""
-    one, other = chosen.messages, rejected.messages
-    if one == other:
+    """Return two conversations as a pair; the messages that both begin with are the prompt, which each must answer."""
+    conversations = chosen.messages, rejected.messages
+    if chosen.messages == rejected.messages:
         raise RowFault("'chosen' and 'rejected' are the same")
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    if not shared or not all(each[shared:] and each[shared]["role"] == "assistant" for each in (one, other)):
+    n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*conversations, strict=False)))
+    if not n_prompt or not all(turns[n_prompt:] and turns[n_prompt]["role"] == "assistant" for turns in conversations):
         raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
-    if one[shared - 1]["role"] == "assistant":
+    if chosen.messages[n_prompt - 1]["role"] == "assistant":
         raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
-    _leave_untrained([*one[:shared], *other[:shared]])
+    _leave_untrained([*chosen.messages[:n_prompt], *rejected.messages[:n_prompt]])
     return Pair(chosen, rejected)
 
 
@@ -54,10 +54,10 @@ def _leave_untrained(prompt: Sequence[Message]) -> None:
 
 
 def _read_pair(values: dict[str, Any]) -> list[Any]:
-    """Read ``chosen`` and ``rejected``: each a text, a message or a list of messages, behind the row's prompt.
+    """Read ``chosen`` and ``rejected``, each a text, a message or a list of messages, and put the prompt before each.
 
     The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
-    without one, or beside one, both hold whole conversations, which begin alike (TRL's implicit prompt).
+    if both are whole conversations, which begin alike (TRL's implicit prompt), it is not read.
     """
     answers = [values[key] for key in ("chosen", "rejected")]
     refuse_messages_as_text(values, ("chosen", "rejected", *_PROMPT_KEYS))

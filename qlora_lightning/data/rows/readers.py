@@ -1,6 +1,6 @@
-"""The rows of a source, in order, each with its file and line or number.
+"""Read the rows of a source in order, each with its file and line or number.
 
-JSON is read here, so that bad rows are named by their line and tool schemas stay as they are; CSV by pandas; parquet,
+JSON is read here, so that bad rows are reported by line and tool schemas stay as they are; CSV by pandas; parquet,
 Arrow and data sets of the hub by ``datasets``.
 """
 
@@ -24,8 +24,8 @@ class Row(NamedTuple):
 
     Attributes:
         values: the row's own keys and values.
-        file: the file, as the user wrote it or below the folder he wrote; for a data set of the hub its id.
-        line: of JSON lines the line, else the number of the row, from 1.
+        file: the path as the user wrote it, or below that folder; for a data set of the hub its id.
+        line: the line in JSON lines, else the number of the row, from 1.
     """
 
     values: dict[str, Any]
@@ -34,37 +34,37 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> str:
-        """File and line, as every message about this row begins: ``train.jsonl:17``."""
+        """File and line, with which messages about this row begin: ``train.jsonl:17``."""
         return f"{self.file}:{self.line}"
 
 
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
-    """Yield the rows of a source, and between them those that cannot be read.
+    """Yield the rows of a source, also those that cannot be read, in order.
 
     Raises:
-        UserError: a file cannot be read or is damaged, or the source holds no rows at all.
+        UserError: a file cannot be read or is damaged, or the source has no rows.
     """
     rows = itertools.islice(_read_files(source), source.rows)
-    first = next(rows, None)
-    if first is None:
+    first_row = next(rows, None)
+    if first_row is None:
         raise UserError(f"{source.path} is empty: it holds no rows.")
-    yield first
+    yield first_row
     yield from rows
 
 
 def hash_source(source: Source) -> str:
-    """Return a hash of the bytes of a source's local files, or of what ``datasets`` knows a data set of the hub by."""
-    total = hashlib.blake2b(digest_size=20)
+    """Return a hash of the bytes of a source's local files, or of the identity of a hub data set in ``datasets``."""
+    digest = hashlib.blake2b(digest_size=20)
     if not source.files:
         with _naming(f"data set {source.path}"):
             from datasets import load_dataset_builder as load
 
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
-        total.update(f"{builder.hash} {builder.config_id}".encode())
+        digest.update(f"{builder.hash} {builder.config_id}".encode())
     for file in source.files:
         with Path(file).open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "blake2b").digest())
-    return total.hexdigest()
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _read_files(source: Source) -> Iterator[Row | BadRow]:
@@ -80,7 +80,7 @@ def _read_files(source: Source) -> Iterator[Row | BadRow]:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Name what could not be read in the errors of fsspec, pandas, pyarrow, ``datasets`` and the hub."""
+    """Raise errors of fsspec, pandas, pyarrow, ``datasets`` and the hub as a UserError that names the file."""
     try:
         yield
     except Exception as error:
@@ -110,12 +110,12 @@ def _read_json(file: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
     import fsspec  # a fifth of a second
 
-    # Bytes that cannot be decoded are the fault of their row alone.
+    # Bytes that cannot be decoded make their row bad, not the file.
     options = {"encoding": encoding, "errors": "surrogateescape", "newline": "\n"}
     with fsspec.open(file, "r", compression="infer", **options) as lines:
         is_first = True
         for number, line in enumerate(lines, start=1):
-            text = line.strip("\ufeff \t\r\n")  # Windows editors write the mark, and files are put end to end
+            text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files
             if is_first and text.startswith("["):
                 yield from enumerate(
                     map(_check_object, _parse_json(line.removeprefix("\ufeff") + lines.read())), start=1
@@ -154,7 +154,7 @@ def _read_csv(file: str, source: Source, delimiter: str) -> Any:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """Drop the nulls inside a column: Arrow gives every struct the keys of all, those that a row lacks as null."""
+    """Drop nulls inside a column: Arrow adds the keys that a struct lacks, with null values."""
     if isinstance(value, dict):
-        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_drop_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value

@@ -23,9 +23,9 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION
 
-UNFINISHED = ".writing"  # a folder inside, in which the files of a save are written
+UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"
-_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of A and B
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of A and B
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -51,12 +51,12 @@ def save_adapter_folder(
 ) -> None:
     """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
 
-    All files are written aside, and then take their places, the weights last. If only these differ, as between two
-    saves of a run, a kill leaves one adapter or the other. Else the old weights go first, and a kill leaves a folder
-    without weights, which every reader rejects.
+    All files are written to a subfolder and then moved, the weights last. If only the weights differ, as between two
+    saves of a run, a kill leaves one adapter or the other. Else the old weights are deleted first, and a kill leaves a
+    folder without weights, which every reader rejects.
 
     Args:
-        folder: Where to; it may hold an earlier adapter, and files of the user's, which stay.
+        folder: Target folder; it may hold an earlier adapter, and files of the user, which stay.
         model: The model with the adapter.
         tokenizer: Saved beside, with its chat template and a ``generation_config.json``; may be ``None``.
         identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
@@ -71,9 +71,9 @@ def save_adapter_folder(
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
-    if isinstance(config.target_modules, set):  # whose order is another one each time
+    if isinstance(config.target_modules, set):  # whose order changes from run to run
         config.target_modules = sorted(config.target_modules)
-    config.inference_mode = True  # as PEFT writes it: who loads the folder uses it, unless asked to train
+    config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
     is_causal = config.task_type in (None, peft.TaskType.CAUSAL_LM)
     # no path, so that the folder can be moved and uploaded as it is
@@ -82,8 +82,8 @@ def save_adapter_folder(
     (staging / "README.md").write_text(card, encoding="utf-8")
     write_whole(staging / IDENTITY, {"format_version": FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
-    tensors = _tensors_by_key(model, adapter).items()
-    weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors}
+    tensors = _tensors_by_key(model, adapter)
+    weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors.items()}
     with raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     set_usual_mode(staging / _WEIGHTS)
@@ -91,7 +91,7 @@ def save_adapter_folder(
     weights_target = targets.pop(staging / _WEIGHTS)
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
         weights_target.unlink(missing_ok=True)
-    if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an adapter that was there before
+    if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
@@ -126,9 +126,9 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
     """Return the base's generation config, with every token at which generation stops."""
     base = getattr(model.get_base_model(), "generation_config", None)
     settings: dict[str, Any] = {} if base is None else json.loads(base.to_json_string(ignore_metadata=True))
-    known = settings.get("eos_token_id")
-    # the first is the token that ends an assistant turn, if that is the tokenizer's, as it is with a chosen template
-    stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *(known if isinstance(known, list) else [known])])
+    eos = settings.get("eos_token_id")
+    # the tokenizer's comes first: with a chosen template it is the token that ends an assistant turn
+    stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids, *(eos if isinstance(eos, list) else [eos])])
     stops.pop(None, None)
     tokens = {"eos_token_id": [*stops], "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return settings | {name: value for name, value in tokens.items() if value is not None}
@@ -141,7 +141,7 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it."""
     read_identity(folder)  # reports what is missing or damaged
     config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    if str(config.init_lora_weights).startswith(_CHANGING_THE_BASE):
+    if str(config.init_lora_weights).startswith(_BASE_CHANGING_INITS):
         raise UserError(
             f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
             "weights: it belongs to a base that is not the one it names."
@@ -153,8 +153,8 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
-    opened = open_tensors(file)
-    stored: dict[str, Tensor] = {key: opened.get_tensor(key) for key in tensor_names(file)}
+    reader = open_tensors(file)
+    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in tensor_names(file)}
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
@@ -174,7 +174,7 @@ def add_named_adapter(
 
     ``identity`` is the model's.
     """
-    # the shape of its first adapter may be another
+    # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     with warnings.catch_warnings(action="ignore"):  # as in adapters/inject.py
         model.add_adapter(name, read_lora_config(folder))

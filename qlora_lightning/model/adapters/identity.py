@@ -12,7 +12,7 @@ from qlora_lightning.model.anatomy import layer_of
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
-# Options of PEFT that change the adapter's shape or function; the others, as the initialization, are of the past.
+# Options of PEFT that change the adapter's shape or function; the others, as the initialization, no longer matter.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _COMPARED = (
     *("fingerprint", "reference", "quantization", "double_quant"),
@@ -25,7 +25,7 @@ _DATA |= {"train": "training samples", "val": "validation samples"}
 def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
     """Return rank, alpha, dropout, targets, layers and options of the adapter as plain values.
 
-    Targets and layers are read off the modules that carry it, however they were chosen.
+    Targets and layers are read from the modules that carry it, however they were chosen.
     """
     config = model.peft_config[ADAPTER]
     modules = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
@@ -43,13 +43,13 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
 
 
 def identity_of_data(trainer: Any) -> dict[str, Any]:
-    """Return what the trainer's data module says of its rows, tokenizer and template, if it does."""
+    """Return the data module's identity: its rows, tokenizer and template; empty if it has none."""
     return dict(getattr(datamodule_of(trainer), "identity", None) or {})
 
 
 def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source: str) -> None:
     """Reject an adapter of another base or another shape: it would load without an error and answer nonsense."""
-    flat_stored, flat_current = ({**each, **(each.get("adapter") or {})} for each in (stored, current))
+    flat_stored, flat_current = ({**identity, **(identity.get("adapter") or {})} for identity in (stored, current))
     for name, (before, now) in _differences(flat_stored, flat_current, _COMPARED).items():
         if name == "reference":
             raise UserError(
@@ -68,10 +68,10 @@ def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source
 
 
 def data_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """Describe, by name, what differs between two identities of data: in counts of samples, or in hashes."""
-    counts = [each.get("samples", {}) for each in (stored, current)]
+    """Describe, by name, what differs between two identities of data, by counts of samples or hashes."""
+    stored_counts, counts = (identity.get("samples", {}) for identity in (stored, current))
     return {
-        name: f"{_DATA[name]} ({counts[0].get(name, before)} there, {counts[1].get(name, now)} here)"
+        name: f"{_DATA[name]} ({stored_counts.get(name, before)} there, {counts.get(name, now)} here)"
         for name, (before, now) in _differences(stored, current, _DATA).items()
     }
 
@@ -79,7 +79,7 @@ def data_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> d
 def _differences(
     stored: Mapping[str, Any], current: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, tuple[str, str]]:
-    """Return both values, as text, of what differs; what one of the two does not know is not compared."""
+    """Return both values, as text, of what differs; what one of the two lacks is not compared."""
     pairs = {name: (stored.get(name), current.get(name)) for name in names}
     return {name: (_format(a), _format(b)) for name, (a, b) in pairs.items() if None not in (a, b) and a != b}
 

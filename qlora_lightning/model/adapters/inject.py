@@ -48,7 +48,7 @@ def add_adapters(
     PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA ``alpha / sqrt(rank)``. The adapters are fp32 whatever
     the base is. The arguments are those of :class:`~qlora_lightning.QLoRAModule`.
     """
-    options = copy.deepcopy(lora_options or {})  # PEFT writes into lists that it is handed
+    options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
     targets = resolve_targets(model, target_modules, layers)
     _check_options(model, options, targets)
     config = peft.LoraConfig(
@@ -60,8 +60,8 @@ def add_adapters(
         **options,
     )
     adapted = inject(model, config)
-    found = adapted.base_model.targeted_module_names
-    if missing := [name for name in targets if name not in found]:  # PEFT moves some to fused experts
+    adapted_names = adapted.base_model.targeted_module_names
+    if missing := [name for name in targets if name not in adapted_names]:  # PEFT moves some to fused experts
         raise UserError(
             f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
             "expected other modules, such as attention."
@@ -70,44 +70,44 @@ def add_adapters(
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
-    """Reject what PEFT would pass over, or do wrong on this base, without a word.
+    """Reject options that PEFT would silently ignore, or apply wrongly on this base.
 
-    PEFT quantizes the base once more for ``olora`` and begins a plain adapter for ``eva`` and ``lora_ga``; ``pissa``,
+    PEFT quantizes the base once more for ``olora`` and starts a plain adapter for ``eva`` and ``lora_ga``; ``pissa``,
     ``corda`` and ``loftq`` need the weights from before quantization.
     """
-    unknown, start = [*(options.keys() - set(_OPTIONS))], options.get("init_lora_weights", True)
+    unknown, init = [*(options.keys() - set(_OPTIONS))], options.get("init_lora_weights", True)
     if unknown:
         raise UserError(f"model.lora_options sets {unknown[0]}: expected one of {', '.join(_OPTIONS)}.")
-    if start not in (True, False, "gaussian", "orthogonal"):
+    if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(
-            f"model.lora_options sets init_lora_weights to {start!r}, which does not work on a quantized base: "
+            f"model.lora_options sets init_lora_weights to {init!r}, which does not work on a quantized base: "
             "expected true, false, gaussian or orthogonal."
         )
-    trained = options.get("modules_to_save") or []
-    for ending in trained:
+    saved_modules = options.get("modules_to_save") or []
+    for ending in saved_modules:
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(f"model.lora_options.modules_to_save names {ending}, which the base does not have.")
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
             raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
-    alone = targets if options.get("ensure_weight_tying") else [*targets, *trained]
-    ends = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+    untied = targets if options.get("ensure_weight_tying") else [*targets, *saved_modules]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)}
     ties = getattr(model.config, "tie_word_embeddings", False)
-    if ties and {*names.values()} & {name.rpartition(".")[2] for name in alone}:
+    if ties and {*names.values()} & {name.rpartition(".")[2] for name in untied}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{names[ends[0]]}], ensure_weight_tying: true}}."
+            f"{{modules_to_save: [{names[embedding]}], ensure_weight_tying: true}}."
         )
 
 
 def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
-    """Let PEFT put an adapter on the base: drawn from the seed alone, whatever drew before, and in fp32.
+    """Let PEFT put an adapter on the base, in fp32, and drawn from the seed alone, whatever was drawn before.
 
-    On a base on the meta device the adapter's tensors are shapes alone too.
+    On a base on the meta device the adapter is there too.
     """
     on_meta = model.device.type == "meta"
-    # PEFT warns of what is of no use to users, and of what is rejected above
+    # PEFT's warnings do not help users, or are about what is rejected above
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         with torch.device("meta") if on_meta else contextlib.nullcontext():
@@ -121,23 +121,23 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every tensor that trains, by name: the adapter, and nothing of the base."""
+    """Return every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count trainable and all parameters; a packed 4-bit weight counts as the numbers that it stands for."""
+    """Count trainable and all parameters; a packed 4-bit weight counts as its unpacked elements."""
     sizes = {parameter: parameter.numel() for parameter in model.parameters()}
     linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     sizes |= {linear.weight: linear.in_features * linear.out_features for linear in linears}
-    return sum(size for each, size in sizes.items() if each.requires_grad), sum(sizes.values())
+    return sum(size for parameter, size in sizes.items() if parameter.requires_grad), sum(sizes.values())
 
 
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str | None) -> Iterator[None]:
-    """Switch to another adapter, or to none; afterwards all is as before, and the same tensors train."""
+    """Switch to another adapter, or to none; afterwards restore the adapter and which tensors train."""
     active, was_enabled = model.active_adapter, model.get_model_status().enabled is not False
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if name is None:
             model.disable_adapter_layers()
@@ -149,8 +149,8 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
         if name is not None:
             model.set_adapter(active)
         (model.enable_adapter_layers if was_enabled else model.disable_adapter_layers)()
-        for parameter, trains in trained:  # PEFT's switches let all of an active adapter train
-            parameter.requires_grad_(trains)
+        for parameter, requires_grad in flags:  # PEFT's switches let all of an active adapter train
+            parameter.requires_grad_(requires_grad)
 
 
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -164,11 +164,12 @@ def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 def check_shapes(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Reject tensors of ``source`` that have other names or shapes than the model's."""
-    expected, found = ({name: tuple(each.shape) for name, each in group.items()} for group in (tensors, stored))
-    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if odd:
-        shapes = f"{found.get(odd[0], 'missing')} there, {expected.get(odd[0], 'missing')} here"
+    expected = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    names = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    if names:
+        shapes = f"{actual.get(names[0], 'missing')} there, {expected.get(names[0], 'missing')} here"
         raise UserError(
-            f"{source} does not fit the adapter of this model: {len(odd)} tensors differ ({odd[0]} is {shapes}). Use "
-            "the base, rank, target_modules, layers and lora_options that it was trained with."
+            f"{source} does not fit the adapter of this model: {len(names)} tensors differ ({names[0]} is {shapes}). "
+            "Use the base, rank, target_modules, layers and lora_options that it was trained with."
         )

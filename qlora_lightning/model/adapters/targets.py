@@ -8,9 +8,9 @@ from torch import nn
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError
 
-_ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear that belongs to it, in whatever type
+_ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear of attention, in any type
 _PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba2")  # whose kernel reads the weight of out_proj past an adapter
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba2")  # whose kernel reads the weight of out_proj, not its adapter
 
 
 def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
@@ -23,7 +23,7 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
     """
     candidates = [name for name, module in model.named_modules() if isinstance(module, (*LINEARS, nn.Embedding))]
-    in_layers = {each for layer in decoder_layers(model) for each in layer.modules()}
+    in_layers = {module for layer in decoder_layers(model) for module in layer.modules()}
     names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
     if model.config.model_type in _MAMBA:
         names_in_layers = {name for name in names_in_layers if not name.endswith(".out_proj")}
@@ -55,15 +55,15 @@ def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: 
 
 
 def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
-    present = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
+    indices = sorted({layer for name in candidates if (layer := layer_of(name)) is not None})
     if layers == "all":
-        return present
+        return indices
     if isinstance(layers, str):
         last = re.fullmatch(r"last:([1-9]\d*)", layers)
-        chosen = list(range(present[-1] + 1 - int(last[1]), present[-1] + 1)) if last else []
+        selected = list(range(indices[-1] + 1 - int(last[1]), indices[-1] + 1)) if last else []
     else:
-        chosen = layers
-    if not chosen or not set(chosen) <= set(present):
-        expected = f"expected all, last:N, or a list of numbers from 0 to {present[-1]}"
-        raise UserError(f"model.layers is {layers!r}, but the base has {len(present)} layers: {expected}.")
-    return chosen
+        selected = layers
+    if not selected or not set(selected) <= set(indices):
+        expected = f"expected all, last:N, or a list of numbers from 0 to {indices[-1]}"
+        raise UserError(f"model.layers is {layers!r}, but the base has {len(indices)} layers: {expected}.")
+    return selected

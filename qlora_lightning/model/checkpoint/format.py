@@ -19,9 +19,9 @@ KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning
 
 
 def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file; raise UserError if it is none, cut off, or holds what would run code when it is read."""
+    """Read a checkpoint file; raise UserError if it is missing, damaged, or would run code when it is loaded."""
     try:
-        with zipfile.ZipFile(file) as archive:  # torch compresses nothing: a few MB may stand for many GB
+        with zipfile.ZipFile(file) as archive:  # torch compresses nothing; a few MB could expand to many GB
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
@@ -46,20 +46,20 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def usable_settings(stored: Mapping[str, Any], known: Collection[str], owner: str) -> dict[str, Any]:
-    """Return the stored settings that a class, ``owner``, knows, without those that a file must not decide."""
-    never = {"trust_remote_code"}
+    """Return the stored settings that the class ``owner`` takes, without those that a file must not decide."""
+    excluded = {"trust_remote_code"}
     if unknown := sorted(stored.keys() - known):
         say(f"Settings of the checkpoint that {owner} does not know, ignored: {', '.join(unknown)}.")
-    choice = stored.get("optimizer")
-    optimizer = str(choice.get("class_path") if isinstance(choice, Mapping) else choice or "torch.optim.")
-    if not optimizer.startswith(("torch.optim.", "bitsandbytes.optim.")):  # which alone import no stranger's code
-        say(f"The checkpoint's optimizer {optimizer} is not taken over: a file must not choose which code runs.")
-        never.add("optimizer")
-    return {name: stored[name] for name in sorted((stored.keys() & known) - never)}
+    optimizer = stored.get("optimizer")
+    class_path = str(optimizer.get("class_path") if isinstance(optimizer, Mapping) else optimizer or "torch.optim.")
+    if not class_path.startswith(("torch.optim.", "bitsandbytes.optim.")):  # others could import foreign code
+        say(f"The checkpoint's optimizer {class_path} is not taken over: a file must not choose which code runs.")
+        excluded.add("optimizer")
+    return {name: stored[name] for name in sorted((stored.keys() & known) - excluded)}
 
 
 def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that ``torch.load(weights_only=True)`` can read; a subclass may take any other argument."""
+    """Return the settings that ``torch.load(weights_only=True)`` can read, without a subclass's other arguments."""
     plain = {}
     for name, value in settings.items():
         with contextlib.suppress(TypeError):
@@ -76,9 +76,9 @@ def restore_module(kind: type, file: str | Path, map_location: Any, overrides: d
     checkpoint = read_checkpoint(file, map_location)
     content = read_content(checkpoint, str(file))
     parameters = inspect.signature(kind).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    known = content["settings"] if takes_any else parameters
-    settings = {**usable_settings(content["settings"], known, kind.__name__), **overrides}
+    takes_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepted = content["settings"] if takes_kwargs else parameters
+    settings = {**usable_settings(content["settings"], accepted, kind.__name__), **overrides}
     module: Any = kind(**settings)
     module.to(map_location)
     module.configure_model()

@@ -26,13 +26,13 @@ _VALIDATION = ("limit_val_batches", "val_check_interval", "check_val_every_n_epo
 class ExactResume(Callback):
     """Save and restore what Lightning does not: the random generators of each process, settings, and an identity.
 
-    A checkpoint to resume from is of the end of an optimizer step: there are no gradients to keep. The module brings
-    this callback along by ``configure_callbacks``, a new one for each fit. A subclass that overrides
-    ``on_save_checkpoint`` without calling ``super()`` so breaks nothing.
+    A checkpoint to resume from is written at the end of an optimizer step: there are no gradients to save. The module
+    adds this callback in ``configure_callbacks``, a new one for each fit. Since it is no hook of the module, a subclass
+    that overrides ``on_save_checkpoint`` without calling ``super()`` breaks nothing.
     """
 
     def __init__(self) -> None:
-        self._checkpoint: dict[str, Any] | None = None  # that is being restored, until the first batch
+        self._checkpoint: dict[str, Any] | None = None  # being restored, until the first batch
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module: Any = pl_module
@@ -52,38 +52,39 @@ class ExactResume(Callback):
         if trainer.state.fn != "fit":
             return
         self._checkpoint = checkpoint
-        data, batches = content["identity"]["data"], checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        stored_data, batches = content["identity"]["data"], checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         changes = find_changes(content["trainer"], trainer_settings(trainer), "trainer")
         identity = identity_of_data(trainer)
-        lost = [("data.val", "rows", None)] if "val" in data and identity and "val" not in identity else []
-        _check_position(batches, content["trainer"]["accumulate_grad_batches"], [*changes, *lost])
-        _check_samples(trainer, data, batches)
+        val_removed = "val" in stored_data and identity and "val" not in identity
+        data_changes = [("data.val", "rows", None)] if val_removed else []
+        _check_position(batches, content["trainer"]["accumulate_grad_batches"], [*changes, *data_changes])
+        _check_samples(trainer, stored_data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
-        changes += find_changes(data.get("settings", {}), identity_of_data(trainer).get("settings", {}), "data")
+        changes += find_changes(stored_data.get("settings", {}), identity.get("settings", {}), "data")
         token_budget: Any = pl_module.token_budget
-        sizes = content["micro_batch_size"]  # of each process that saved
-        token_budget.load_state_dict(sizes[trainer.global_rank % len(sizes)])
+        budgets = content["micro_batch_size"]  # of each process that saved
+        token_budget.load_state_dict(budgets[trainer.global_rank % len(budgets)])
         if changes:
-            shown = [f"  {_show_change(each)}" for each in changes]
-            say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *shown]))
+            lines = [f"  {_show_change(change)}" for change in changes]
+            say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
-            _keep_configured(trainer, self._checkpoint)
+            _apply_current_settings(trainer, self._checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        module.window.clear()  # a search for a learning rate, or a fit that failed, may have ended inside one
+        module.window.clear()  # a search for a learning rate, or a failed fit, may have ended inside a window
         _align_validations(trainer)
         if self._checkpoint is not None:
-            # Lightning may end an epoch first, whose validation was before: there early stopping looks at them.
+            # Lightning may first end an epoch that was validated before: early stopping then reads these.
             monitored = self._checkpoint[KEY]["monitored"]
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         progress: Any = trainer.fit_loop.epoch_progress
         if progress.current.ready == progress.current.processed:
-            # After a resume at an epoch's end Lightning leaves the next one uncounted. A checkpoint from inside it
+            # After a resume at an epoch's end Lightning does not count the next epoch. A checkpoint from inside it
             # would be read as one from its end, and the rest of the epoch would be lost.
             progress.increment_ready()
             progress.increment_started()
@@ -118,25 +119,25 @@ def restore_generators(state: dict[str, Any]) -> None:
 
 
 def _computes_on_gpu() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # to ask for a generator initializes
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # reading a generator would initialize it
 
 
 # ---- where a run may resume, and where it validates ------------------------------------------------------------------
 
 
 def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequence[Change]) -> None:
-    """Reject a place, by Lightning's counters of batches, from which it would not continue exactly."""
+    """Reject a checkpoint, by Lightning's counters of batches, from which a run would not resume exactly."""
     ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
     if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
         raise UserError(
             "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
             "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`."
         )
-    validations = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
-    if batches["is_last_batch"] and completed == ready and validations:  # behind the validation of an epoch's end
-        raise UserError(  # Lightning could take the next batch for one more of the epoch that is over
+    val_changes = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
+    if batches["is_last_batch"] and completed == ready and val_changes:  # after the validation of an epoch's end
+        raise UserError(  # Lightning could count the next batch as one of the finished epoch
             "The checkpoint is of an epoch's end, and its validations were others: "
-            f"{', '.join(map(_show_change, validations))}. Put that back as it was (it may change inside an epoch)."
+            f"{', '.join(map(_show_change, val_changes))}. Put that back as it was (it may change inside an epoch)."
         )
 
 
@@ -147,54 +148,54 @@ def has_other_validation(checkpoint: Mapping[str, Any], trainer: Any) -> bool:
 
 
 def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping[str, Any]) -> None:
-    """Reject other samples, unless they are meant; inside an epoch in any case: some would come twice, others never."""
+    """Reject changed samples unless accepted, inside an epoch always: some would come twice, others never."""
     data, differences = datamodule_of(trainer), data_differences(stored, identity_of_data(trainer))
-    samples = {name: differences[name] for name in ("train", "val") if name in differences}
+    changed = {name: differences[name] for name in ("train", "val") if name in differences}
     inside_epoch = batches["current"]["completed"] and not batches["is_last_batch"]
-    if "train" in samples and inside_epoch:
+    if "train" in changed and inside_epoch:
         raise UserError(
-            f"The checkpoint was saved inside an epoch with other {samples['train']}: a run cannot resume exactly "
+            f"The checkpoint was saved inside an epoch with other {changed['train']}: a run cannot resume exactly "
             "there. Put data, tokenizer and chat template back as they were, or begin a new run from the adapter "
             "folder with model.adapter."
         )
-    if samples and not getattr(data, "accept_changed_data", False):
+    if changed and not getattr(data, "accept_changed_data", False):
         raise UserError(
-            f"The data are not those of the checkpoint: other {' and other '.join(samples.values())}. Put them back as "
+            f"The data are not those of the checkpoint: other {' and other '.join(changed.values())}. Put them back as "
             "they were, or pass `--data.accept_changed_data true` (in Python an attribute of the data module): with "
             "other validation samples the ranking of the best adapter starts over."
         )
 
 
 def _align_validations(trainer: Trainer) -> None:
-    """Let validations, and so checkpoints, come between optimizer steps only: a number of batches is rounded down.
+    """Move validations, and so checkpoints, to the ends of optimizer steps: an interval in batches is rounded down.
 
-    A distance in minutes is rejected, and a number that is counted on over epochs which end with a short window.
+    An interval in minutes is rejected, and one that is counted across epochs that end with a short window.
     """
-    every, window, batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
-    if not trainer.enable_validation or window == 1 or every == math.inf:
+    interval, window, n_batches = trainer.val_check_batch, trainer.accumulate_grad_batches, trainer.num_training_batches
+    if not trainer.enable_validation or window == 1 or interval == math.inf:
         return
-    ends_short = batches != math.inf and batches % window != 0
-    if every is None or (ends_short and trainer.check_val_every_n_epoch is None):
+    ends_short = n_batches != math.inf and n_batches % window != 0
+    if interval is None or (ends_short and trainer.check_val_every_n_epoch is None):
         raise UserError(
             f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
             f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, with "
             "trainer.check_val_every_n_epoch: 1."
         )
-    if every < batches:
-        trainer.val_check_batch = int(min(max(int(every) // window, 1) * window, batches))
+    if interval < n_batches:
+        trainer.val_check_batch = int(min(max(int(interval) // window, 1) * window, n_batches))
 
 
 # ---- settings: the command line beats the config, which beats the checkpoint -----------------------------------------
 
 
 def trainer_settings(trainer: Any) -> dict[str, Any]:
-    """Return those of the Trainer's settings that training depends on, as plain values."""
+    """Return the Trainer's settings that training depends on, as plain values."""
     values = {name: getattr(trainer, name, None) for name in (*_TRAINING, *_VALIDATION)}
     return {name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()}
 
 
 def find_changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str) -> list[Change]:
-    """List the settings that differ, of those that both sides know."""
+    """List the settings of both sides whose values differ."""
     names = sorted(stored.keys() & current.keys())
     return [(f"{prefix}.{name}", stored[name], current[name]) for name in names if stored[name] != current[name]]
 
@@ -206,23 +207,23 @@ def _show_change(change: Change) -> str:
 
 
 def _optimizer_classes(trainer: Any) -> list[str]:
-    return [f"{type(each).__module__}.{type(each).__qualname__}" for each in trainer.optimizers]
+    return [f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" for optimizer in trainer.optimizers]
 
 
-def _keep_configured(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Change the states from which optimizers are about to be restored: what is configured now counts.
+def _apply_current_settings(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Put the current settings into the states from which optimizers and schedules are about to be restored.
 
     torch restores learning rate and weight decay together with the moments: a new ``model.learning_rate`` would change
     nothing. The rates of a schedule other than transformers' stay the checkpoint's.
 
     Raises:
-        UserError: An optimizer is of another class: the state means nothing to it.
+        UserError: An optimizer is of another class, which cannot use the state.
     """
-    before, now = checkpoint[KEY]["optimizers"], _optimizer_classes(trainer)
-    if before != now:
+    stored_classes, classes = checkpoint[KEY]["optimizers"], _optimizer_classes(trainer)
+    if stored_classes != classes:
         raise UserError(
-            f"The optimizer was {', '.join(before)} and is {', '.join(now)}, which cannot continue from that state: "
-            "put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
+            f"The optimizer was {', '.join(stored_classes)} and is {', '.join(classes)}, which cannot continue from "
+            "that state: put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
         )
     states = checkpoint["optimizer_states"]
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
@@ -231,8 +232,8 @@ def _keep_configured(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
             group.update({name: value for name, value in configured.items() if name not in skipped})
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
         schedule = config.scheduler
-        if isinstance(schedule, LambdaLR):  # its rates follow from the step alone, as those of transformers do
+        if isinstance(schedule, LambdaLR):  # its rates depend on the step alone, as transformers' do
             groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
-            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
-                group.update(initial_lr=base, lr=base * factor(state["last_epoch"]))
+            for group, base_lr, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
+                group.update(initial_lr=base_lr, lr=base_lr * factor(state["last_epoch"]))
             state["base_lrs"] = schedule.base_lrs

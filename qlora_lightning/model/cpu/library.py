@@ -1,4 +1,4 @@
-"""The C++ for this CPU: compiled once, kept in the cache, called with tensors."""
+"""The C++ kernels for this CPU: compiled once, cached, called with tensors."""
 
 import ctypes
 import functools
@@ -28,13 +28,13 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, ``None`` if it cannot be had, which on Linux is reported.
+    """Return the compiled kernels; ``None`` if there are none, for which Linux logs the reason.
 
-    Compiling takes some seconds, once for a CPU.
+    Compiling takes some seconds, once per CPU.
     """
     if not sys.platform.startswith("linux"):
         return None
-    source = hashlib.sha256(b"".join(each.read_bytes() for each in (*_SOURCES, *_HEADERS))).hexdigest()
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu()}
     try:
         folder = cached_folder("kernels", key, _compile, "C++ kernels for this CPU")
@@ -48,16 +48,16 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _compile(folder: Path) -> None:
-    # g++, since torch's threads are GNU's: another compiler's would run beside them
+    # g++, since torch uses GNU's OpenMP threads: another compiler would add its own
     command = ["g++", *_OPTIONS, "-shared", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
 
 
 def _cpu() -> str:
-    """Describe the instructions of this CPU, for which it is compiled: a cache may serve several machines."""
+    """Return a hash of this CPU's model and instructions: a cache may serve several machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    described = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return hashlib.sha256("\n".join(sorted(set(described))).encode()).hexdigest()
+    features = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return hashlib.sha256("\n".join(sorted(features)).encode()).hexdigest()
 
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -69,8 +69,8 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     if library is None or dtype not in NAMES:
         return None
     try:
-        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None  # null: Linux denies AMX's tiles
-    except ValueError:  # not compiled: in bfloat16 some take AVX512-BF16
+        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None  # null: Linux denies AMX tiles
+    except ValueError:  # not compiled: some bfloat16 functions need AVX512-BF16
         return None
 
 
@@ -80,12 +80,12 @@ def has_function(name: str, dtype: torch.dtype) -> bool:
 
 
 def is_here(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are in the memory of the CPU: torch's tracers have tensors of other types."""
+    """Whether a tensor has data in CPU memory: torch's tracers have tensors of other types."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
-    """Call a function; of a tensor its address is handed over. Raises MemoryError if a thread gets no memory."""
+    """Call a function, a tensor as its address. Raises MemoryError if a thread gets no memory."""
     with torch.profiler.record_function(f"cpu::{name}"):
         if not _function(name, dtype)(*map(_to_c, arguments)):
             raise MemoryError(f"not enough memory for the threads of cpu::{name}")

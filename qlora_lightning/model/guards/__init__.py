@@ -1,1 +1,1 @@
-"""What is checked so that a run does not train for nothing: its setup, and each step."""
+"""Checks of the setup of a run, and of each step, so that it does not train for nothing."""

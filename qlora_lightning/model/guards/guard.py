@@ -1,4 +1,4 @@
-"""Stops what silently breaks training: where a run starts, and in a step; and a run that would train for nothing."""
+"""Checks that stop what silently breaks training, or makes it useless: at the start of a run, and in each step."""
 
 import math
 import warnings
@@ -28,7 +28,7 @@ from qlora_lightning.support.trainer import (
     trainer_of,
 )
 
-# ---- where a run starts ----------------------------------------------------------------------------------------------
+# ---- at the start of a run -------------------------------------------------------------------------------------------
 
 
 def check_setup(module: Any) -> None:
@@ -36,7 +36,7 @@ def check_setup(module: Any) -> None:
     # Lightning warns of these hooks beside a data module that has none of its own.
     warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
     if Path(module.trainer.ckpt_path or "").is_file():
-        read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning does, in torch's words
+        read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning, whose error is torch's
     data = datamodule_of(module.trainer)
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(
@@ -46,7 +46,7 @@ def check_setup(module: Any) -> None:
 
 
 def check_start(module: Any, required: tuple[type[Callback], ...]) -> None:
-    """Check what a module runs with, before its model is built; a fit needs some callbacks."""
+    """Check a module and its Trainer before the model is built; a fit needs the ``required`` callbacks."""
     trainer = trainer_of(module)
     if trainer is None:
         return
@@ -75,8 +75,8 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -
             f"trainer.precision is {precision}: leave it at 32-true, that of the adapters, which in 16 bits would lose "
             "small updates. All products are computed in model.compute_dtype anyway."
         )
-    kinds = " ".join(kind.__name__ for kind in strategy.__mro__)
-    if any(kind in kinds for kind in ("FSDP", "DeepSpeed", "ModelParallel")):
+    class_names = " ".join(kind.__name__ for kind in strategy.__mro__)
+    if any(name in class_names for name in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
             f"trainer.strategy is {strategy.__name__}, which shards parameters: of a quantized base that is silently "
             "wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no device can hold."
@@ -89,7 +89,7 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -
 
 
 def check_training_mode(model: nn.Module) -> None:
-    """Reject a model that generation, say, left in evaluation mode."""
+    """Reject a model in evaluation mode, in which generation may have left it."""
     in_eval = [name for name, module in model.named_modules() if not module.training]
     if in_eval:
         raise RuntimeError(
@@ -101,25 +101,25 @@ def check_training_mode(model: nn.Module) -> None:
 def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any, split: str | None) -> None:
     """Reject a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
 
-    A stop token at the end of rows is never looked up there: only the loss would meet it, as a label. The place of its
-    row comes from the ``split`` of ``data``, the Trainer's data module, if there is one.
+    A stop token at the end of a row is never embedded: only the loss would meet it, as a label. Its row is located in
+    the ``split`` of ``data``, the Trainer's data module, if there is one.
     """
-    ids = batch["input_ids"][0]
-    first = ((ids < 0) | (ids >= vocabulary)).nonzero()[:1, 0]
-    if not len(first):
+    token_ids = batch["input_ids"][0]
+    position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
+    if not len(position):
         return
-    sample = int(torch.searchsorted(batch["cu_seqlens"].to(first), first, right=True)) - 1
-    rows = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
-    place = f" of {format_locations(row_locations(data, rows, split))}" if rows else ""
+    sample = int(torch.searchsorted(batch["cu_seqlens"].to(position), position, right=True)) - 1
+    row_ids = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
+    location = f" of {format_locations(row_locations(data, row_ids, split))}" if row_ids else ""
     raise UserError(
-        f"A token{place} has the id {int(ids[first]):,}, and the base has embeddings only for ids below "
+        f"A token{location} has the id {int(token_ids[position]):,}, and the base has embeddings only for ids below "
         f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "
         "tokenizer, or a base whose embedding was resized for this one."
     )
 
 
 def has_no_loss(module: Any) -> bool:
-    """Whether a row of this validation did not fit into memory on any rank, which is reported; every rank asks."""
+    """Report whether a row of this validation did not fit into memory on any rank; every rank must call it."""
     faults = gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
     if faults:
         module.statistics.fault = faults[0]
@@ -130,19 +130,19 @@ def has_no_loss(module: Any) -> bool:
 def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
     """Reject trainable tensors that the optimizer was not given, or that get no gradient.
 
-    Of A and B a gradient of zeros counts as none. A's is zero until B has moved away from zero, so A is checked only
-    then: the result is whether all tensors were.
+    For A and B a gradient of zeros counts as none. A's is zero as long as B is, so A is checked only after that; return
+    whether all tensors were checked.
     """
-    in_groups = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    without_group, without_gradient, waits = [], [], False
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    without_group, without_gradient, all_checked = [], [], True
     for name, parameter in trainable.items():
         lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."), parameter)
-        if id(parameter) not in in_groups:
+        if id(parameter) not in optimized:
             without_group.append(name)
         elif parameter.grad is None:
             without_gradient.append(name)
         elif ".lora_A." in name and not lora_B.detach().any():
-            waits = True
+            all_checked = False
         elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
             without_gradient.append(name)
     if without_group:
@@ -156,7 +156,7 @@ def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.opti
             f"{', '.join(without_gradient[:3])}: they would never learn. A frozen layer passes no gradient, "
             "compute_loss does not use them, or training has diverged (lower model.learning_rate)."
         )
-    return not waits
+    return all_checked
 
 
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
@@ -165,10 +165,10 @@ def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.opti
 class TrainingGuard(Callback):
     """Check each optimizer step before it is taken, and each validation before it is saved.
 
-    The module brings it along by ``configure_callbacks`` and calls :meth:`check_step`.
+    The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
 
     Attributes:
-        checks_due: Whether the next step is looked at closely: the first one, and the first after each validation.
+        checks_due: Whether the next step's gradients are checked: of the first step, and after each validation.
     """
 
     def __init__(self) -> None:
@@ -184,37 +184,37 @@ class TrainingGuard(Callback):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Stop the run if the mean ``loss`` or ``grad_norm`` is not finite; return all on the host, for the log.
 
-        They are those of all ranks, which so decide alike. The one time in a step that the host waits for a GPU.
+        They are over all ranks, which therefore decide alike. Only here does the host wait for a GPU in a step.
         """
         trainer = pl_module.trainer
-        numbers = torch.stack([each.detach().double() for each in (*means.values(), *totals.values())]).cpu()
-        on_host = {name: number.float() for name, number in zip(means, numbers, strict=False)}
-        counted = dict(zip(totals, numbers[len(means) :].tolist(), strict=True))
-        bad = [name for name in ("loss", "grad_norm") if not math.isfinite(on_host[name])]
+        values = torch.stack([value.detach().double() for value in (*means.values(), *totals.values())]).cpu()
+        host_means = {name: value.float() for name, value in zip(means, values, strict=False)}
+        host_totals = dict(zip(totals, values[len(means) :].tolist(), strict=True))
+        not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(host_means[name])]
         if self not in callbacks_of(trainer):
-            # Lightning's search for a learning rate runs without them, and ends where training diverges.
-            trainer.should_stop = trainer.should_stop or bool(bad)
-        elif bad:
-            self._stop(pl_module, optimizer, "loss" if "loss" in bad else "gradient")
-        elif self.checks_due and counted["labelled_tokens"]:  # without labels gradients of zero are right
+            # Lightning's search for a learning rate runs without callbacks, and ends where training diverges.
+            trainer.should_stop = trainer.should_stop or bool(not_finite)
+        elif not_finite:
+            self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
+        elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
             self.checks_due = not check_gradients(trainable_tensors(pl_module), optimizer)
-        self._last_loss = float(on_host["loss"])
-        return on_host, counted
+        self._last_loss = float(host_means["loss"])
+        return host_means, host_totals
 
-    def _stop(self, pl_module: Any, optimizer: torch.optim.Optimizer, what: str) -> None:
+    def _stop(self, pl_module: Any, optimizer: torch.optim.Optimizer, quantity: str) -> None:
         """Stop the run, and name the rows of the step; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
         rows = format_locations(gather_lists(trainer, row_locations(datamodule_of(trainer), pl_module.window.row_ids)))
-        before = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
+        last_loss = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         is_fp16 = pl_module.identity.get("compute_dtype") == "float16"
-        first = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
+        dtype_advice = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
         raise Diverged(
-            f"The {what} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{before} Rows "
-            f"of the step: {rows}. {first}Look at these rows, or lower model.learning_rate."
+            f"The {quantity} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{last_loss}"
+            f" Rows of the step: {rows}. {dtype_advice}Look at these rows, or lower model.learning_rate."
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if find_callback(trainer, LearningRateFinder) is not None:  # that of Tuner.lr_find ends before this
+        if find_callback(trainer, LearningRateFinder) is not None:  # the one of Tuner.lr_find has ended by now
             raise UserError(
                 "LearningRateFinder in trainer.callbacks would give its rate to the first step alone: call Lightning's "
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds."
@@ -227,12 +227,12 @@ class TrainingGuard(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         module: Any = pl_module
-        self.checks_due = True  # an evaluation pass is what breaks training elsewhere
+        self.checks_due = True  # an evaluation pass may have changed what trains
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and not loss.isfinite() and not module.statistics.fault:
             has_saved = (Path(trainer.default_root_dir) / CHECKPOINTS / "last.ckpt").exists()
-            before = ": `--ckpt_path last` is from before" if has_saved else ""
+            hint = ": `--ckpt_path last` is from before" if has_saved else ""
             raise Diverged(  # before callbacks that write checkpoints, which come last
                 f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
-                f"saved{before}. Lower model.learning_rate, or look at the validation rows."
+                f"saved{hint}. Lower model.learning_rate, or look at the validation rows."
             )

@@ -1,1 +1,1 @@
-"""How a LLaMA layer computes on a flat batch: attention, LoRA linears, norms and SwiGLU, fused where that may be."""
+"""A LLaMA layer on a flat batch: attention, LoRA linears, norms and SwiGLU, fused if possible."""

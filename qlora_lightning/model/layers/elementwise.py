@@ -1,7 +1,7 @@
-"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, keeping little.
+"""RMSNorm, rotary position embedding and SwiGLU, forward and backward, which save little.
 
-Each is a region: element-wise code, which a GPU runs as one compiled kernel. A CPU runs it operation by operation, but
-for SwiGLU, whose exponentials cost most, it has a kernel of ours.
+Each is a region: element-wise code, which a GPU runs as one compiled kernel. A CPU runs it one operation at a time,
+except SwiGLU, whose exponentials cost most: it is in C++.
 """
 
 import functools
@@ -17,21 +17,21 @@ from torch.autograd.function import once_differentiable
 from qlora_lightning.model.cpu.library import call, has_function, is_here
 
 _log = logging.getLogger(__name__)
-_Operations = TypeVar("_Operations", bound=Callable[..., Any])
-# Which dimension is the tokens', by how many a tensor has: (tokens, width), (1, tokens, …), (1, heads, tokens, …)
-_TOKENS = {2: 0, 3: 1, 4: 2}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+# The dimension of tokens, by the rank of a tensor: (tokens, width), (1, tokens, …), (1, heads, tokens, …)
+_TOKEN_DIM = {2: 0, 3: 1, 4: 2}
 
 
-def _region(operations: _Operations) -> _Operations:
-    @functools.wraps(operations)
+def _region(function: _Function) -> _Function:
+    @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        return run_region(operations, *arguments)
+        return run_region(function, *arguments)
 
-    return cast(_Operations, run)
+    return cast(_Function, run)
 
 
 def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run element-wise code: on a GPU, if Triton can, compiled into one kernel for any number of rows."""
+    """Run element-wise code: on a GPU with Triton, compiled into one kernel for any number of tokens."""
     if arguments[0].is_cuda and has_triton():
         mark_tokens(arguments)
         function = compile_region(function)
@@ -40,23 +40,23 @@ def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @functools.cache
 def compile_region(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """Compile a region for any number of tokens, and for each width again: a kernel is quicker if it knows that."""
+    """Compile a region for any number of tokens, but once for each width: a kernel that knows it is faster."""
     return torch.compile(function, dynamic=False, backend=backend)
 
 
 def mark_tokens(arguments: Iterable[Any]) -> None:
-    """Tell the compiler which dimension of each tensor is the tokens'; see :data:`_TOKENS`."""
-    for each in arguments:
-        if isinstance(each, Tensor) and each.dim() in _TOKENS:
-            torch._dynamo.maybe_mark_dynamic(each, _TOKENS[each.dim()])
+    """Mark each tensor's dimension of tokens as dynamic for the compiler; see :data:`_TOKEN_DIM`."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.dim() in _TOKEN_DIM:
+            torch._dynamo.maybe_mark_dynamic(argument, _TOKEN_DIM[argument.dim()])
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton makes a kernel here: it takes a C compiler, Python's headers and a card that is not too old."""
+    """Whether Triton compiles a kernel here: it needs a C compiler, Python's headers and a recent enough GPU."""
     try:
         torch.compile(torch.sin)(torch.zeros(1, device="cuda"))
-    except Exception as error:  # of Triton, of its compiler or of torch's
+    except Exception as error:  # from Triton, its compiler or torch's
         reason = str(error).strip().partition("\n")[0]
         _log.warning("Triton compiles nothing here (%s): norm, rotary and SwiGLU take several kernels each.", reason)
         return False
@@ -70,25 +70,25 @@ def has_triton() -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
-    It rounds before the weight, as transformers does.
+    Like transformers it rounds before it multiplies by the weight.
     """
-    scaled = _to_float32(x)
-    squares: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).square_()
-    inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return scaled.mul_(inverse).to(x.dtype, copy=True).mul_(weight), inverse
+    x_float = _to_float32(x)
+    square_sum: Tensor = torch.linalg.vector_norm(x_float, dim=-1, keepdim=True).square_()
+    inverse_rms = square_sum.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x_float.mul_(inverse_rms).to(x.dtype, copy=True).mul_(weight), inverse_rms
 
 
 @_region
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """Compute the gradient of x, ``inverse (w g - x̂ mean(w g x̂))`` where ``x̂ = x · inverse``, from the output's."""
-    scaled = _to_float32(x).mul_(inverse)
-    precise = _to_float32(grad).mul_(weight.to(scaled.dtype))
-    mean = (scaled * precise).mean(-1, keepdim=True)
-    return precise.addcmul_(scaled, mean, value=-1).mul_(inverse).to(x.dtype)
+    x_hat = _to_float32(x).mul_(inverse)
+    weighted_grad = _to_float32(grad).mul_(weight.to(x_hat.dtype))
+    mean = (x_hat * weighted_grad).mean(-1, keepdim=True)
+    return weighted_grad.addcmul_(x_hat, mean, value=-1).mul_(inverse).to(x.dtype)
 
 
 def _to_float32(x: Tensor) -> Tensor:
-    """Copy in float32, or better, once: an operation on mixed dtypes would make such a copy each time."""
+    """Copy to float32, or float64, once: each operation on mixed dtypes would make such a copy."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
@@ -107,23 +107,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @_region
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute h once more, and the gradients of gate and up from that of h, which may be written over."""
+    """Recompute h, and compute the gradients of gate and up from that of h, which may be overwritten."""
     if _has_cpu_kernel(gate, up, grad):
         outputs = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
         call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *outputs)
         return outputs
-    active = F.silu(gate)
-    hidden = active * up
-    grad_up = active.mul_(grad)
+    silu_gate = F.silu(gate)
+    hidden = silu_gate * up
+    grad_up = silu_gate.mul_(grad)
     grad_gate: Tensor = torch.ops.aten.silu_backward(grad.mul_(up), gate)
     return hidden, grad_gate, grad_up
 
 
 def _has_cpu_kernel(*states: Tensor) -> bool:
     """Whether the C++ loops take states ``(n_tokens, intermediate)``."""
-    first = states[0]
-    alike = all((each.dtype, each.shape, each.is_contiguous()) == (first.dtype, first.shape, True) for each in states)
-    return alike and all(map(is_here, states)) and first.numel() % 16 == 0 and has_function("swiglu", first.dtype)
+    gate = states[0]
+    is_uniform = all((x.dtype, x.shape, x.is_contiguous()) == (gate.dtype, gate.shape, True) for x in states)
+    return is_uniform and all(map(is_here, states)) and gate.numel() % 16 == 0 and has_function("swiglu", gate.dtype)
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def _has_cpu_kernel(*states: Tensor) -> bool:
 class Rotary(torch.autograd.Function):
     """Rotate each pair ``(x[i], x[i + half])`` by its position's angle (Su et al. 2021, RoFormer).
 
-    As transformers' ``apply_rotary_pos_emb`` lays pairs out. The angles get no gradient.
+    Pairs are as in transformers' ``apply_rotary_pos_emb``. The angles get no gradient.
     """
 
     @staticmethod
@@ -150,7 +150,7 @@ class Rotary(torch.autograd.Function):
 
 @_region
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """Rotate, or in backward, with a ``sign`` of -1, the other way. Both halves of the angles are the same."""
+    """Rotate by the angles times ``sign``, which is -1 in backward. Both halves of the angles are the same."""
     cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
 
     def rotate(states: Tensor) -> Tensor:

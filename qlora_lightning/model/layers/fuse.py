@@ -1,7 +1,7 @@
-"""Which layers run fused: chosen when a model is put together, and when a fit, a validation, a test or answers start.
+"""Choose which layers run fused: when a model is built, and when a fit, a validation, a test or answers start.
 
-A fused forward does the work of parts that it does not call. So it is chosen only where these parts are as the
-libraries made them, nobody watches them, and they compute what the fused functions do.
+A fused forward replaces submodules without calling them. So it is chosen only if these are unmodified, have no hooks,
+and compute what the fused functions do.
 """
 # mypy: allow-untyped-calls
 
@@ -22,16 +22,16 @@ from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, com
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
-_ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of swish, which is the same function
+_ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of its synonym swish
 _NONSTANDARD = "their parts are hooked, replaced or trained"
 
 
 class Fusion(NamedTuple):
-    """What of a model runs fused, ``None``, and why the rest does not, by name.
+    """Why modules of a model do not run fused, by name; ``None`` for those that do.
 
     Attributes:
-        layers: The decoder layers; the others run as transformers wrote them.
-        linears: The LoRA linears; the others run as PEFT wrote them.
+        layers: Decoder layers; those with a reason run as transformers wrote them.
+        linears: LoRA linears; those with a reason run as PEFT wrote them.
     """
 
     layers: dict[str, str | None]
@@ -39,10 +39,10 @@ class Fusion(NamedTuple):
 
 
 def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
-    """Put fused decoder layers and LoRA linears in the place of those of transformers and PEFT; choose which run so."""
-    family = _modeling_of(model)
+    """Replace decoder layers of transformers and LoRA linears of PEFT by fused ones, and choose which run fused."""
+    modeling = _modeling_of(model)
     for name, module in list(model.named_modules()) if fast else []:
-        if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == family:
+        if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
@@ -50,57 +50,57 @@ def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
 
 
 def _modeling_of(model: Any) -> str | None:
-    """Return the module of transformers that has a family's layers, if these can run fused."""
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    return f"transformers.models.{family}.modeling_{family}" if family in FUSED_TYPES else None
+    """Return the transformers module that defines a model type's layers, if these can run fused."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return f"transformers.models.{model_type}.modeling_{model_type}" if model_type in FUSED_TYPES else None
 
 
 def choose_layers(model: Any) -> Fusion:
-    """Choose attention, and for each layer of a model whether it runs fused: anyone may have changed its parts."""
+    """Choose a model's attention, and whether each layer runs fused: its submodules may have been changed."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (name := attention_of(causal_lm.config)) is not None:
-        model.set_attn_implementation(name)  # whatever set another one
-    _checkpoint_in_our_way(causal_lm)
-    fusion, family = Fusion({}, {}), _modeling_of(model)
+        model.set_attn_implementation(name)  # whoever has set another one
+    _set_recompute_contexts(causal_lm)
+    fusion, modeling = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             reason = fusion.linears[name] = _plain_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
-            reason = fusion.layers[name] = _plain_reason_of_layer(module, family)
+            reason = fusion.layers[name] = _plain_reason_of_layer(module, modeling)
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion
 
 
 def needs_autocast(causal_lm: Any, fusion: Fusion) -> bool:
-    """Whether something trains in float32 in layers of PEFT or transformers, which do not cast it by themselves."""
-    ends = {parameter for end in _ends(causal_lm) for parameter in end.parameters()}  # which flat batches cast
-    trained = [(name, each) for name, each in causal_lm.named_parameters() if each.requires_grad]
-    is_flat = runs_flat(causal_lm.config)
-    trains_beside = any(not is_flat if each in ends else ".lora_" not in name for name, each in trained)
-    return trains_beside or any(fusion.linears.values())
+    """Whether float32 parameters train in layers of PEFT or transformers, which do not cast them by themselves."""
+    cast_params = {param for module in _embedding_and_head(causal_lm) for param in module.parameters()}
+    trainable = [(name, param) for name, param in causal_lm.named_parameters() if param.requires_grad]
+    is_flat = runs_flat(causal_lm.config)  # flat batches cast embedding and head
+    trains_uncast = any(not is_flat if param in cast_params else ".lora_" not in name for name, param in trainable)
+    return trains_uncast or any(fusion.linears.values())
 
 
 def trains_ends(causal_lm: Any) -> bool:
     """Whether embedding or head train."""
-    return any(map(_trains, _ends(causal_lm)))
+    return any(map(_trains, _embedding_and_head(causal_lm)))
 
 
-def _ends(causal_lm: Any) -> list[nn.Module]:
-    return [end for end in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()) if end]
+def _embedding_and_head(causal_lm: Any) -> list[nn.Module]:
+    return [module for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()) if module]
 
 
-def _checkpoint_in_our_way(causal_lm: Any) -> None:
-    """Let layers that others checkpoint know their flat batch in backward too, and be checkpointed non-reentrant."""
+def _set_recompute_contexts(causal_lm: Any) -> None:
+    """Make layers that were checkpointed elsewhere non-reentrant, and recompute them with their flat batch."""
     for module in causal_lm.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public way to ask
+        function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public getter
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
             enable_activation_checkpointing(causal_lm, recompute_contexts, draws=has_dropout(causal_lm))
             return
 
 
 def attention_of(config: Any) -> str | None:
-    """Return ``attn_implementation`` of a type: ours in flat batches; ``None`` leaves it to transformers."""
+    """Return the ``attn_implementation`` of a model: ours in flat batches; ``None`` leaves it to transformers."""
     if runs_flat(config):
         return register_flat_attention()
     return "eager" if config.model_type in EAGER_TYPES else None
@@ -120,19 +120,19 @@ def _plain_reason_of_linear(layer: Any) -> str | None:
     return None if is_standard and not any(map(has_hooks, layer.children())) else _NONSTANDARD
 
 
-def _plain_reason_of_layer(layer: Any, family: str | None) -> str | None:
+def _plain_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
-        return "layers of this family have no fused form" if family is None else "build_model has not fused them"
+        return "layers of this family have no fused form" if modeling is None else "build_model has not fused them"
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    parts = {type(part).__module__ for part in (attention, mlp, *norms)}
-    if parts != {family} or any(map(has_hooks, layer.children())) or any(map(_trains, norms)):
+    modules = {type(module).__module__ for module in (attention, mlp, *norms)}
+    if modules != {modeling} or any(map(has_hooks, layer.children())) or any(map(_trains, norms)):
         return _NONSTANDARD
     if attention.attention_dropout or type(mlp.act_fn) not in _ACTIVATIONS:
         return "the base has attention_dropout, or a hidden_act other than silu"
     linears = layer.linears()
-    for reason in filter(None, map(_plain_reason_of_linear, linears)):
+    if reason := next(filter(None, map(_plain_reason_of_linear, linears)), None):
         return reason
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
         return f"the base is in {layer.compute_dtype}, and computes in another dtype"
@@ -140,11 +140,11 @@ def _plain_reason_of_layer(layer: Any, family: str | None) -> str | None:
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    return any(param.requires_grad for param in module.parameters())
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module, or one inside it, has hooks or a forward of its own."""
-    # torch has no public way to ask
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any("forward" in vars(each) or any(vars(each)[name] for name in hooks) for each in module.modules())
+    """Whether a module, or one inside it, has hooks or a ``forward`` set on the instance."""
+    # torch has no public getter of hooks
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any("forward" in fields or any(fields[name] for name in names) for fields in map(vars, module.modules()))

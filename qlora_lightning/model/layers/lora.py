@@ -1,4 +1,4 @@
-"""A LoRA linear over a frozen weight: products with the weight and with the adapter, as one autograd function."""
+"""A LoRA linear over a frozen weight: the products with weight and adapter as one autograd function."""
 # mypy: allow-untyped-calls
 
 import functools
@@ -14,18 +14,18 @@ from torch.autograd.function import once_differentiable
 
 from qlora_lightning.model.layers.attention import current_batch
 
-_FEW_ROWS = 64  # on a GPU bitsandbytes chooses for so few: to read the packed weight itself, or to make it dense
+_FEW_ROWS = 64  # for so few, on a GPU, bitsandbytes chooses whether it multiplies by the packed or a dense weight
 
 
 class LinearParts(NamedTuple):
-    """What a linear computes with, all of it without a gradient: an autograd function hands those of A and B back.
+    """Operands of a linear, detached: the autograd functions return the gradients of A and B.
 
     Attributes:
         weight: W, ``(out, in)``: ``Params4bit`` or dense.
-        bias: ``(out,)``, or none.
+        bias: ``(out,)``, or ``None``.
         scaling: Factor on the adapter's part.
         lora_A: ``(rank, in)``, in the dtype of the products; ``None`` without an adapter.
-        lora_B: ``(out, rank)``, likewise.
+        lora_B: ``(out, rank)``, in the same dtype, or ``None``.
     """
 
     weight: Any
@@ -39,7 +39,7 @@ class LinearParts(NamedTuple):
 
 
 def apply_A(x: Tensor, linears: Sequence[LinearParts]) -> list[Tensor | None]:
-    """Compute ``x Aᵀ``, ``(n_tokens, rank)``, of linears that share their input, ``(n_tokens, in)``, by one product."""
+    """Compute ``x Aᵀ``, ``(n_tokens, rank)``, of linears that share the input ``(n_tokens, in)``, as one product."""
     stacked_A = _stack_A(linears)
     return _split_ranks(None if stacked_A is None else x @ stacked_A.t(), linears, dim=1)
 
@@ -50,12 +50,12 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
     Args:
         x: ``(n_tokens, in)``.
         xa: ``x Aᵀ``, ``(n_tokens, rank)``; ``None`` without an adapter.
-        linear: Its parts.
-        residual: ``(n_tokens, out)``; left as it is.
+        linear: The linear's parts.
+        residual: ``(n_tokens, out)``; not modified.
     """
     output = None
     if xa is not None and linear.lora_B is not None:
-        # First the adapter's product: beta is 0, so that no sum has to be read.
+        # The adapter's product comes first: with beta = 0 it need not read a sum.
         output = _product(xa, linear.lora_B.t(), linear.scaling)
     if x.is_cuda and len(x) <= _FEW_ROWS and isinstance(linear.weight, bnb.nn.Params4bit):
         product: Tensor = bnb.matmul_4bit(x, linear.weight.data, linear.weight.quant_state)
@@ -65,7 +65,7 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
         output = x @ weight.t() if output is None else output.addmm_(x, weight.t())
     if linear.bias is not None:
         output.add_(linear.bias)
-    # last the residual: its numbers are larger, and each sum with them is rounded as they are
+    # the residual comes last: its values are larger, and sums with them are rounded more coarsely
     return output if residual is None else output.add_(residual)
 
 
@@ -73,9 +73,9 @@ def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, linears: Seq
     """Compute the gradient of the input that linears share, ``(n_tokens, in)``: ``Σ grad W + grad_xa A``.
 
     Args:
-        grads: Of the outputs, ``(n_tokens, out)`` each.
-        grad_xa: Of the products with A, ``(n_tokens, sum of ranks)``; ``None`` without an adapter.
-        linears: Their parts; at least one.
+        grads: Gradients of the outputs, ``(n_tokens, out)`` each.
+        grad_xa: Gradients of the products with A, ``(n_tokens, sum of ranks)``; ``None`` without an adapter.
+        linears: The parts of each linear; at least one.
     """
     stacked_A = _stack_A(linears)
     grad_x = None if grad_xa is None or stacked_A is None else grad_xa @ stacked_A
@@ -108,8 +108,7 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, linears: Sequence[LinearPa
 def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, bnb.nn.Params4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)
-    dense: Tensor = weight.to(dtype)
-    return dense
+    return cast(Tensor, weight.to(dtype))
 
 
 def _stack_A(linears: Sequence[LinearParts]) -> Tensor | None:
@@ -118,33 +117,33 @@ def _stack_A(linears: Sequence[LinearParts]) -> Tensor | None:
 
 
 def _split_ranks(stacked: Tensor | None, linears: Sequence[LinearParts], dim: int) -> list[Tensor | None]:
-    """Return the part of each linear, ``None`` if it has no adapter."""
+    """Return each linear's slice, ``None`` if it has no adapter."""
     if stacked is None:
         return [None] * len(linears)
-    parts = stacked.split([0 if linear.lora_A is None else len(linear.lora_A) for linear in linears], dim)
-    return [None if linear.lora_A is None else part for linear, part in zip(linears, parts, strict=True)]
+    slices = stacked.split([0 if linear.lora_A is None else len(linear.lora_A) for linear in linears], dim)
+    return [None if linear.lora_A is None else matrix for linear, matrix in zip(linears, slices, strict=True)]
 
 
-def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """Compute ``scaling · left right`` in one operation."""
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+def _product(mat1: Tensor, mat2: Tensor, scaling: float) -> Tensor:
+    """Compute ``scaling · mat1 mat2`` in one operation."""
+    return torch.addmm(mat1.new_empty(()), mat1, mat2, beta=0, alpha=scaling)
 
 
-def _master_gradient(left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """Compute ``scaling · left right``, of a float32 master; on a GPU it is summed up in float32 and never rounded."""
-    if sums_in_float32(left):
-        nothing = left.new_empty((), dtype=torch.float32)
-        return torch.addmm(nothing, left, right, beta=0, alpha=scaling, out_dtype=torch.float32)
-    return _product(left, right, scaling).float()
+def _master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
+    """Compute ``scaling · mat1 mat2``, the gradient of a float32 A or B; a GPU sums in float32 and does not round."""
+    if sums_in_float32(mat1):
+        unread = mat1.new_empty((), dtype=torch.float32)
+        return torch.addmm(unread, mat1, mat2, beta=0, alpha=scaling, out_dtype=torch.float32)
+    return _product(mat1, mat2, scaling).float()
 
 
 def sums_in_float32(tensor: Tensor) -> bool:
-    """Whether a product of 16-bit numbers can be had in the float32 in which it is summed up: on a GPU."""
+    """Whether a product of 16-bit tensors can be returned in float32, in which it is summed: on a GPU."""
     return tensor.is_cuda and tensor.dtype.itemsize == 2
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, keeping only ``x`` and ``x Aᵀ`` for backward.
+    """Compute ``y = (residual +) x Wᵀ + bias + scaling (x Aᵀ) Bᵀ``, saving only ``x`` and ``x Aᵀ`` for backward.
 
     A and B are float32 masters, used in x's dtype (Hu et al. 2021, LoRA; Dettmers et al. 2023, QLoRA). W and bias are
     frozen and get no gradient.
@@ -156,7 +155,7 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> Tensor:
         """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``."""
         (xa,) = apply_A(x, [linear])
-        # A and B, so that autograd notices if they change before backward
+        # A and B are saved so that autograd notices if they change before backward
         ctx.save_for_backward(None if xa is None else x, xa, lora_A, lora_B)
         ctx.linear = linear
         return apply_linear(x, xa, linear, residual)
@@ -175,7 +174,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 class Fused(nn.Module):
-    """A layer of a library with a forward of ours before its own.
+    """A library's layer with our fused forward before its own.
 
     Attributes:
         plain_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
@@ -186,9 +185,9 @@ class Fused(nn.Module):
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Self:
-        """Make one that shares all parts of a layer: parameters and their names stay.
+        """Build one that shares all submodules and parameters of a layer, under the same names.
 
-        Its class is a subclass of the layer's, by which transformers and PEFT find what is theirs.
+        Its class is a subclass of the layer's: transformers and PEFT find their layers by class.
         """
         classes: tuple[Any, Any] = cls, type(layer)
         fused = object.__new__(_fused_class(*classes))
@@ -200,8 +199,8 @@ class Fused(nn.Module):
 
 
 @functools.cache
-def _fused_class(fused: Any, kind: Any) -> Any:
-    return type(f"Fused{kind.__name__}", (fused, kind), {"__module__": fused.__module__})
+def _fused_class(fused: Any, layer_class: Any) -> Any:
+    return type(f"Fused{layer_class.__name__}", (fused, layer_class), {"__module__": fused.__module__})
 
 
 class FusedLoRA(Fused):
@@ -210,12 +209,12 @@ class FusedLoRA(Fused):
     active_adapters: list[str]
 
     def computes_fused(self) -> bool:
-        """Whether the fused forward computes what the layer is to compute now: PEFT switches adapters at any time."""
+        """Whether the fused forward gives the layer's current output: PEFT may switch adapters at any time."""
         is_plain_sum = self.disable_adapters or len(self.active_adapters) == 1
         return self.plain_reason is None and not self.merged and bool(is_plain_sum)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(…, in)`` to ``(…, out)``; whatever is not plain LoRA goes PEFT's own way."""
+        """Map ``(…, in)`` to ``(…, out)``; all but plain LoRA takes PEFT's own forward."""
         if args or kwargs or self.disable_adapters or not self.computes_fused():
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
@@ -223,16 +222,16 @@ class FusedLoRA(Fused):
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
-            flat = x.to(dtype).reshape(-1, x.shape[-1])
-            output = LoRALinearFunction.apply(flat, *linear_parts(self, dtype), None)
-        output = output.view(*x.shape[:-1], output.shape[-1])  # here, since a model may write into what it gets
+            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            output = LoRALinearFunction.apply(rows, *linear_parts(self, dtype), None)
+        output = output.view(*x.shape[:-1], output.shape[-1])  # outside the function: a model may write into it
         return output if autocasts else output.to(x.dtype)
 
 
 def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, LinearParts]:
-    """Return A and B of a linear, which may train, and all that it computes with in ``dtype``.
+    """Return A and B of a linear, which may train, and its parts in ``dtype``.
 
-    The flat batch that is computed may have A and B in that dtype. Where no adapter acts, they are ``None``.
+    The current flat batch may have A and B in that dtype. Without an active adapter they are ``None``.
     """
     base = base_linear(layer)
     bias = None if base.bias is None else base.bias.to(dtype)
@@ -241,7 +240,7 @@ def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, T
         return None, None, LinearParts(base.weight, bias)
     batch = current_batch.get()
     casts = {} if batch is None else batch.casts
-    cast_A, cast_B = (casts[each] if each in casts else each.detach().to(dtype) for each in (lora_A, lora_B))
+    cast_A, cast_B = (casts[param] if param in casts else param.detach().to(dtype) for param in (lora_A, lora_B))
     return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
 
 
@@ -254,7 +253,7 @@ def active_lora(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 
 def base_linear(layer: nn.Module) -> Any:
-    """Return the frozen linear inside a LoRA linear, or one without an adapter itself."""
+    """Return the frozen linear inside a LoRA linear; a linear without an adapter is returned itself."""
     return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
@@ -266,5 +265,5 @@ def compute_dtype_of(layer: nn.Module) -> torch.dtype | None:
 
 
 def device_of_autocast(tensor: Tensor) -> str:
-    """Return the type of a tensor's device; of one without numbers the CPU, since the meta device has no autocast."""
+    """Return the type of a tensor's device; ``cpu`` for a meta tensor, since the meta device has no autocast."""
     return "cpu" if tensor.is_meta else tensor.device.type

@@ -23,14 +23,14 @@ from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
-# Of a config: nothing that the model computes.
-_OF_THE_COPY = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+# Keys of a config that change nothing that the model computes.
+_IRRELEVANT_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 _log = logging.getLogger(__name__)
 
 
 class LoadedBase(NamedTuple):
-    """A frozen base, the folder that it is from, and what adapter folders and checkpoints say of it."""
+    """A frozen base, its folder, and its identity for adapter folders and checkpoints."""
 
     model: PreTrainedModel
     source: BaseFolder
@@ -55,21 +55,21 @@ def load_base(
     section 3. ``plain_scales``: see :func:`unnest_scales`; not for a sharded base, of which each device has all scales.
     """
     source = open_base(name, revision)
-    settings_of_base = read_config(source.folder, name)
-    check_type(settings_of_base.get("model_type"), name, trust_remote_code and "auto_map" in settings_of_base)
-    stored = settings_of_base.get("quantization_config")
+    config = read_config(source.folder, name)
+    check_type(config.get("model_type"), name, trust_remote_code and "auto_map" in config)
+    stored = config.get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
-    folder, settings = source.folder, None
+    folder, bnb_config = source.folder, None
     if stored is None and quantization != "none":
         if cache:
             folder = quantized_folder(source, quantization, double_quant, compute_dtype, device, trust_remote_code)
         else:
-            settings = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-    model = _load(folder, settings, compute_dtype, device, trust_remote_code)
-    for module in model.modules() if stored is not None else ():  # transformers takes the dtype that was stored
-        if isinstance(module, bnb.nn.Linear4bit):
+            bnb_config = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+    model = _load(folder, bnb_config, compute_dtype, device, trust_remote_code)
+    for module in model.modules():
+        if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
             module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
-    trim_malloc()  # copies in 16 and 32 bits that quantizing has made
+    trim_malloc()  # the copies in 16 and 32 bits that quantization made
     freeze(model)
     if plain_scales:
         unnest_scales(model)
@@ -92,24 +92,24 @@ def quantized_folder(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> Path:
-    """Return the cache's folder of a quantized base, which the device quantizes if it is not there.
+    """Return the cache folder of a quantized base; if it is missing, ``device`` quantizes the base.
 
-    A GPU gives the same layout.
+    A GPU writes the same layout as a CPU.
     """
     config = read_config(source.folder, source.name)
-    settings = _bitsandbytes_config(quantization, double_quant, dtype)
+    bnb_config = _bitsandbytes_config(quantization, double_quant, dtype)
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
-        model = _load(source.folder, settings, dtype, device, trust_remote_code)
-        freeze(model)  # packed weights would be saved wrongly, see there
+        model = _load(source.folder, bnb_config, dtype, device, trust_remote_code)
+        freeze(model)  # else packed weights would be saved wrongly, see freeze
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
 
     key: dict[str, Json] = {
         "source": fingerprint(source.folder),
-        "config": {name: value for name, value in config.items() if name not in _OF_THE_COPY},
-        "settings": settings.to_diff_dict(),
+        "config": {name: value for name, value in config.items() if name not in _IRRELEVANT_KEYS},
+        "settings": bnb_config.to_diff_dict(),
         "dtype": str(dtype),
         "bitsandbytes": bnb.__version__,
         "transformers": transformers.__version__,
@@ -119,18 +119,18 @@ def quantized_folder(
 
 def _load(
     folder: Path,
-    settings: BitsAndBytesConfig | None,
+    bnb_config: BitsAndBytesConfig | None,
     dtype: torch.dtype,
     device: torch.device | str,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """Load a folder by transformers; with ``settings`` its linears are quantized, which takes minutes."""
+    """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
-    if settings is not None:
+    if bnb_config is not None:
         with torch.device("meta"):
             check_experts(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), str(folder))
-    with _quiet_bars() if settings is None else contextlib.nullcontext():
+    with _quiet_bars() if bnb_config is None else contextlib.nullcontext():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -138,7 +138,7 @@ def _load(
             attn_implementation=attention_of(config),
             use_safetensors=True,
             **options,
-            **({} if settings is None else {"quantization_config": settings}),
+            **({} if bnb_config is None else {"quantization_config": bnb_config}),
         )
     if trust_remote_code and not type(model).__module__.startswith("transformers."):
         model.config.has_own_code = True
@@ -172,21 +172,21 @@ def _quiet_bars() -> Iterator[None]:
 def unnest_scales(model: nn.Module) -> None:
     """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the device's free memory.
 
-    Double quantization has them in 8 bits, and makes them plain again for each product. The numbers are the same.
+    Double quantization stores them in 8 bits and dequantizes them for each product. The values are the same.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    nested = [weight.quant_state for weight in weights if weight.quant_state.nested]
-    if not nested:
+    states = [weight.quant_state for weight in weights if weight.quant_state.nested]
+    if not states:
         return
-    more = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in nested)
-    if 20 * more <= free_bytes(nested[0].absmax.device):
-        for state in nested:
+    extra_bytes = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in states)
+    if 20 * extra_bytes <= free_bytes(states[0].absmax.device):
+        for state in states:
             state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
             state.nested, state.state2, state.offset = False, None, None
 
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return how a base is stored by the ``quantization_config`` of its ``config.json``, and whether scales are too."""
+    """Return the quantization that a base's ``quantization_config`` names, and whether it covers the scales."""
     kind = settings.get("quant_method", "unknown")
     if settings.get("load_in_8bit"):
         kind = "int8"
@@ -198,10 +198,10 @@ def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
 def check_quantization(
     stored: Mapping[str, Any] | None, quantization: Quantization, double_quant: bool, name: str
 ) -> bool:
-    """Return whether the scales are quantized; of a base that is stored quantized, its ``quantization_config`` tells.
+    """Return whether scales are quantized: by ``stored``, the base's ``quantization_config``, if it has one.
 
     Raises:
-        UserError: The base is stored otherwise than asked for.
+        UserError: The base is stored with another quantization.
     """
     if stored is None:
         return double_quant
@@ -228,9 +228,9 @@ def freeze(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, bnb.nn.Linear8bitLt):
             layer.train()
-            layer.train = partial(_keep_training_mode, layer)  # a method of this one layer
+            layer.train = partial(_keep_training_mode, layer)  # of this layer alone
 
 
 def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:
-    """Take the place of ``layer.train``, which ``eval()`` of the whole model calls too."""
+    """Replace ``layer.train``, which ``eval()`` of the whole model calls too."""
     return layer

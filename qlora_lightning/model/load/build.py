@@ -29,20 +29,20 @@ def assemble_model(
 
     Args:
         adapter: Folder of an adapter.
-        adapter_options: Of new ones.
+        adapter_options: Arguments of ``add_adapters`` for new ones.
         fast: Whether layers run fused.
         base_options: Arguments of ``load_base``.
 
     Returns:
-        The model, and what adapter folders say of base and adapter.
+        The model, and the identity of base and adapter.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
-    stored = {} if folder is None else read_identity(folder)  # a misspelt name is reported before the base is loaded
+    stored_identity = {} if folder is None else read_identity(folder)  # reports a wrong name before loading
     base, source, identity = load_base(**base_options)
     if folder is not None:
-        check_identity(stored, identity, f"The adapter folder {folder}")
+        check_identity(stored_identity, identity, f"The adapter folder {folder}")
     model = put_adapters(base, folder, **adapter_options)
-    config = model.peft_config[ADAPTER]  # PEFT loads the base by it
+    config = model.peft_config[ADAPTER]  # by which PEFT finds the base
     config.base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
     config.revision = source.revision
     identity["adapter"] = describe_adapter(model)
@@ -51,9 +51,9 @@ def assemble_model(
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
-    """Put the adapter of a folder on a base, whose own rank, alpha and targets apply, or new ones by ``add_adapters``.
+    """Put the adapter of a folder, with its own rank, alpha and targets, on a base, or new ones by ``add_adapters``.
 
-    On a base on the meta device new adapters are shapes alone too; those of a folder have their numbers.
+    On a base on the meta device new adapters are on it too; those of a folder have their values.
     """
     if folder is None:
         return add_adapters(base, **options)
@@ -63,11 +63,11 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 
 def report_model(module: Any, fusion: Fusion) -> None:
-    """Print the dtype of the products where it surprises, what trains, and why layers do not run fused."""
+    """Print the compute dtype of hardware without bf16, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
-    rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # a build_model may do otherwise
-    reasons, config = [each for each in fusion.layers.values() if each is not None], module.causal_lm.config
+    rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # build_model may be overridden
+    reasons, config = [reason for reason in fusion.layers.values() if reason is not None], module.causal_lm.config
     if module.autocast_dtype is not None and not reasons:  # under autocast no layer runs fused
         reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     for line in (
@@ -91,9 +91,9 @@ def report_model(module: Any, fusion: Fusion) -> None:
 
 
 def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Quantization = "none") -> PreTrainedModel:
-    """Make a frozen base of shapes alone, on the meta device.
+    """Build a frozen base on the meta device.
 
-    What transformers' config says of quantization is taken out of it.
+    ``config`` loses its ``quantization_config``.
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -118,26 +118,26 @@ def meta_model(
     adapter_options: dict[str, Any],
     fast: bool = True,
 ) -> peft.PeftModel:
-    """Make a base with its adapters as :func:`assemble_model` does, of shapes alone; arguments are as there."""
+    """Build a base with its adapters as :func:`assemble_model` does, but on the meta device."""
     model = put_adapters(meta_base(config, dtype, quantization), adapter, **adapter_options).to("meta")
     fuse_layers(model, fast)
     return model
 
 
 def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
-    """Make a linear of bitsandbytes; its weight is as transformers' loading leaves it."""
+    """Build a linear of bitsandbytes whose weight is as transformers loads it."""
     weight, sizes = linear.weight.detach(), (*linear_sizes(linear), linear.bias is not None)
     weight = weight.t() if isinstance(linear, Conv1D) else weight  # (out, in)
     quantized: Any
     if quantization == "int8":
         quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        quantized.weight = bnb.nn.Int8Params(rows, requires_grad=False, CB=rows, SCB=scales)
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        quantized.weight = bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
     else:
         quantized = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype, quant_type=quantization)
-        packed, state = bnb.functional.quantize_4bit(weight, quant_type=quantization)
+        packed, quant_state = bnb.functional.quantize_4bit(weight, quant_type=quantization)
         quantized.weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, quant_type=quantization, bnb_quantized=True
+            packed, requires_grad=False, quant_state=quant_state, quant_type=quantization, bnb_quantized=True
         )
     if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.detach())

@@ -20,7 +20,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def choose_compute_dtype(name: ComputeDtype, device: torch.device, model_type: str | None = None) -> torch.dtype:
     """Return the dtype of a name; ``auto`` is bf16 if the hardware has it, else fp16 on CUDA and fp32 on a CPU.
 
-    Of a type that is known to overflow in fp16, ``auto`` is fp32 there too.
+    For a type that is known to overflow in fp16, ``auto`` is fp32 on CUDA too.
 
     Raises:
         UserError: bf16 is asked for on a CUDA device that would only emulate it.
@@ -36,7 +36,7 @@ def choose_compute_dtype(name: ComputeDtype, device: torch.device, model_type: s
 
 
 def explain_dtype(device: torch.device, dtype: str) -> str | None:
-    """Describe the products of hardware without bf16; ``None`` if it has that."""
+    """Describe the compute dtype of hardware without bf16; ``None`` if it has bf16."""
     if _has_bfloat16(device):
         return None
     if device.type == "cpu" and dtype != "float32":  # 170 times as long as in fp32 on an EPYC 7003 (measured)
@@ -48,7 +48,7 @@ def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        # without its instructions torch converts back and forth, and fp32 is faster
+        # without bf16 instructions torch converts back and forth, and fp32 is faster
         return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     return True
 
@@ -63,7 +63,7 @@ def device_memory_gib(device: torch.device) -> float:
 def free_bytes(device: torch.device) -> int:
     """Read how much memory this process can still take: of the CUDA device, or of this machine within its limit."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, which is free too
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free too
         return torch.cuda.mem_get_info(device)[0] + cached
     free = psutil.virtual_memory().available
     if sys.platform.startswith("linux"):
@@ -74,16 +74,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a class for a GPU's, and for a CPU's only words of torch and oneDNN."""
-    words = (
+    """Whether memory ran out: for a GPU torch has an exception class, for a CPU only messages of torch and oneDNN."""
+    messages = (
         *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
         *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
     )
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
+_MMAP_THRESHOLD_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 
 
 def tune_malloc() -> None:
@@ -92,13 +92,13 @@ def tune_malloc() -> None:
     A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
     element-wise operation on a few MiB takes ten times as long then (measured).
     """
-    if not _call_glibc("mallopt", _M_MMAP_THRESHOLD, _KEPT_BYTES):
-        _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 25)  # the most that an older glibc takes
-    _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never
+    if not _call_glibc("mallopt", _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES):
+        _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 25)  # the maximum of an older glibc
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never trim
 
 
 def trim_malloc() -> None:
-    """Return all that is free to the system; does nothing without glibc."""
+    """Return freed blocks to the system; does nothing without glibc."""
     _call_glibc("malloc_trim", 0)
 
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: keep only each layer's input, on the device or on the host."""
+"""Gradient checkpointing: save only each layer's input, on the device or on the host."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +9,7 @@ from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class Checkpointing(NamedTuple):
-    """Whether layers are checkpointed, and whether their inputs wait in host memory."""
+    """Whether layers are checkpointed, and whether their inputs are kept in host memory."""
 
     checkpointed: bool = False
     offload: bool = False
@@ -23,14 +23,14 @@ class Checkpointing(NamedTuple):
 def checkpointing_choices(
     enabled: bool | Literal["auto"] = "auto", offload: bool = False, *, on_cuda: bool
 ) -> list[Checkpointing]:
-    """Return what may be done about memory, in the order in which it is."""
+    """Return the choices of checkpointing, in the order in which they are tried."""
     checkpointed = [Checkpointing(True, offload and on_cuda), Checkpointing(True, on_cuda)]
     choices = {True: checkpointed[:1], False: [Checkpointing()], "auto": [Checkpointing(), *checkpointed]}
     return list(dict.fromkeys(choices[enabled]))
 
 
 def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpointing) -> None:
-    """Switch from what a fit before has chosen; what a ``build_model`` has switched on stays on."""
+    """Switch from the choice of the fit before; checkpointing that a ``build_model`` has enabled stays on."""
     if choice.checkpointed:
         enable_activation_checkpointing(
             causal_lm, recompute_contexts, draws=has_dropout(causal_lm), offload=choice.offload

@@ -1,4 +1,4 @@
-"""Finds by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
+"""Find by the formula how a step fits: how many tokens at a time, and with which checkpointing."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
-TOKENS_OF_A_CPU = 8192  # more make its products no quicker
-USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula forgets
-_USABLE_ON_CPU = 0.7  # whose heap has more fragments, and oneDNN's code of each shape beside it
-_MOST_TOKENS = 1 << 20
+TOKENS_OF_A_CPU = 8192  # more make its products no faster
+USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula omits
+_USABLE_ON_CPU = 0.7  # its heap has more fragments, and oneDNN keeps code for each shape
+_MAX_TOKENS = 1 << 20
 
 
 class Fit(NamedTuple):
@@ -36,7 +36,7 @@ class Fit(NamedTuple):
 
 
 def list_remedies(quantization: str, *, checkpoints: bool, on_cuda: bool) -> str:
-    """List what takes less memory than the settings of a run, whose layers are checkpointed or cannot be."""
+    """List settings that take less memory; ``checkpoints`` says that checkpointing is on, or no remedy."""
     remedies = ["a smaller data.max_length", "a smaller model.rank", "a smaller model.base"]
     remedies += [] if quantization in ("nf4", "fp4") else ["model.quantization: nf4"]
     remedies += [] if checkpoints else ["gradient_checkpointing.enabled: auto"]
@@ -49,12 +49,12 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
 
     Args:
         step: The formula.
-        usable: Bytes that a step may take in all.
+        usable: Bytes that a step may take.
         longest: Tokens of the longest row.
         choices: In the order in which they are tried; each takes less memory than the one before.
     """
     for choice in choices:
-        tokens = bisect_right(range(_MOST_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
+        tokens = bisect_right(range(_MAX_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
         if tokens >= longest:
             return Fit(tokens, choice)
     return Fit(0, choice)
@@ -63,7 +63,7 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
 def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
     """Correct the planned tokens of a micro-batch by the peak of one that had them, in bytes.
 
-    What is beside ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
+    All memory except ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
     """
     factor = (usable - held) / max(peak - held, 1.0)
     return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
@@ -72,18 +72,18 @@ def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> in
 def plan_step(
     module: Any, config: Any, dtype: torch.dtype, memory: float, processes: int, sharded_offload: bool | None
 ) -> tuple[peft.PeftModel, StepMemory]:
-    """Make the model of a module without numbers, and the formula of its step.
+    """Build the model of a module on the meta device, and the formula of its step.
 
     Args:
-        module: Its settings are read.
-        config: Of the base, by transformers.
-        dtype: Of the products.
+        module: The module, for its settings.
+        config: The base's config of transformers.
+        dtype: The dtype of the products.
         memory: Bytes of the device.
-        processes: That train together.
+        processes: Number of processes that train together.
         sharded_offload: See :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
     """
-    stored = getattr(config, "quantization_config", None)
-    double_quant = check_quantization(stored, module.quantization, module.double_quant, module.base)
+    quantization_config = getattr(config, "quantization_config", None)
+    double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
@@ -94,10 +94,10 @@ def plan_step(
 def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     """Plan a fit before any weight is downloaded or loaded.
 
-    ``None`` if the base's code is its own, which need not run without numbers, or what builds the model is.
+    ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not run on the meta device.
 
     Raises:
-        UserError: The longest row does not fit on the GPU, whatever is done.
+        UserError: The longest row does not fit on the GPU with any choice.
     """
     if module.overrides("build_model"):
         return None
@@ -107,25 +107,25 @@ def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
-    memory = free_bytes(device) + CONTEXT_BYTES  # which is there already, and in the formula too
-    offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
+    memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
+    sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     try:
-        _, step = plan_step(module, config, dtype, memory, module.trainer.world_size, offload)
+        _, step = plan_step(module, config, dtype, memory, module.trainer.world_size, sharded_offload)
     except UserError:
         raise
-    except Exception as error:  # code of transformers or bitsandbytes that does not run without numbers
+    except Exception as error:  # code of transformers or bitsandbytes that does not run on the meta device
         say(f"Memory is not planned: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return None
     data = datamodule_of(module.trainer)
-    samples = samples_of(data, "train")  # of a pair both answers count
+    samples = samples_of(data, "train")  # a preference pair counts both answers
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
-    longest = min(longest, _MOST_TOKENS - 1)
+    longest = min(longest, _MAX_TOKENS - 1)
     on_gpu = device.type == "cuda"
     fit = find_fit(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
-    if not on_gpu:  # of which the formula tells only whether memory is short
+    if not on_gpu:  # for a CPU the formula only tells whether memory is short
         return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
     if not fit.tokens:
-        planned, fixed = (sum(parts.values()) for parts in (step.parts(longest, fit.choice), step.fixed))
+        planned, fixed = sum(step.parts(longest, fit.choice).values()), sum(step.fixed.values())
         remedies = list_remedies(module.quantization, checkpoints=fit.choice.checkpointed, on_cuda=True)
         raise UserError(
             f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "

@@ -1,1 +1,1 @@
-"""A step: its batches, their layout, the loss at the head, the window and the optimizer."""
+"""A training step: batches, their layout, the loss at the head, the window and the optimizer."""

@@ -1,4 +1,4 @@
-"""Next-token loss on the labelled tokens only; all ``(tokens, vocabulary)`` logits exist of no flat batch."""
+"""Next-token loss on labelled tokens only; a flat batch's ``(tokens, vocabulary)`` logits never exist all at once."""
 # mypy: allow-untyped-calls
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,9 @@ from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.fuse import has_hooks
 from qlora_lightning.model.layers.lora import device_of_autocast
 
-_MOST_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no quicker
-_LOGIT_BYTES = 64 << 20  # and their logits take no more than this; of 128,256 tokens in bf16 261 rows
-_LOGIT_BYTES_OF_GPU = 256 << 20  # there the rows that this holds, 1,046 of these: few large kernels
+_MAX_LOGIT_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no faster
+_LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of a vocabulary of 128,256 in bf16
+_LOGIT_BYTES_OF_GPU = 256 << 20  # on a GPU the only limit, 1,046 such rows: few large kernels
 
 
 class LossSums(NamedTuple):
@@ -27,7 +27,7 @@ class LossSums(NamedTuple):
         nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
         labelled_tokens: How many tokens were counted, int64 scalar.
         correct: For how many of them the most likely token was the label, int64 scalar.
-        logged: More sums over the same, by name: their means are logged beside the loss.
+        logged: More sums over the same tokens, by name: their means are logged beside the loss.
     """
 
     nll_sum: Tensor
@@ -40,8 +40,8 @@ class TokenStatistics:
     """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result.
 
     Attributes:
-        sums: Over what was added.
-        fault: Why not all was computed, so that no mean is known; empty if it was.
+        sums: The sums so far, by name.
+        fault: Why some losses were not computed, so that there are no means; empty if all were.
     """
 
     def __init__(self) -> None:
@@ -50,15 +50,15 @@ class TokenStatistics:
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
-        means = {"loss": sums.nll_sum, **(sums.logged or {"token_accuracy": sums.correct})}
-        for name, each in {"labelled_tokens": sums.labelled_tokens, **means}.items():
-            self.sums[name] = self.sums.get(name, 0) + each.detach().double()
+        logged = {"loss": sums.nll_sum, **(sums.logged or {"token_accuracy": sums.correct})}
+        for name, value in {"labelled_tokens": sums.labelled_tokens, **logged}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
-        """Return the means over all that was added.
+        """Return the means of all sums.
 
         They are ``loss`` (nats per labelled token), and its exponential ``perplexity`` and ``token_accuracy`` (share of
-        labelled tokens that were the most likely one), or those of ``logged``, if there are.
+        labelled tokens that were the most likely one), or those of ``logged`` if there are any.
         """
         totals = torch.stack([*self.sums.values()])
         if over_ranks:
@@ -68,17 +68,17 @@ class TokenStatistics:
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
-    """Return how many labelled tokens' logits exist at a time."""
+    """Return the number of labelled tokens whose logits exist at a time."""
     if device != "cpu":
         return max(1, _LOGIT_BYTES_OF_GPU // (vocabulary * number_bytes))
-    return max(1, min(_MOST_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
+    return max(1, min(_MAX_LOGIT_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
 
 
 def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) -> LossSums:
     """Sum the loss of labelled tokens; arguments are those of :func:`token_losses`."""
     nll, correct = token_losses(hidden, targets, head, fast=fast)
-    count = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
-    return LossSums(nll.sum(), count, correct.sum())
+    n_tokens = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
+    return LossSums(nll.sum(), n_tokens, correct.sum())
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
@@ -87,34 +87,33 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
     The logits of some tokens exist at a time: see :func:`logits_chunk_size`.
 
     Args:
-        hidden: The last hidden states, after the final norm, from which they are predicted, ``(K, width)``.
-        targets: The tokens, ``(K,)``.
+        hidden: The last hidden states, after the final norm, that predict them, ``(K, width)``.
+        targets: The labels, ``(K,)``.
         head: Maps hidden states to logits; see :func:`lm_head_of`.
-        fast: Whether a frozen head's gradient may be made while the logits exist; ``False`` leaves it to autograd.
+        fast: Whether a frozen head's gradient may be computed with the logits; ``False`` leaves it to autograd.
     """
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
-        losses: tuple[Tensor, Tensor] = head.token_losses(hidden, targets, fast)
-        return losses
-    chunk = logits_chunk_size(len(head.weight), head.weight.element_size(), hidden.device.type)
+        return cast(tuple[Tensor, Tensor], head.token_losses(hidden, targets, fast))
+    chunk_size = logits_chunk_size(len(head.weight), head.weight.element_size(), hidden.device.type)
     if fast and is_frozen_linear(head):
-        nll, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk)
+        nll, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk_size)
         return nll, correct
-    return _checkpointed_head_loss(hidden, head, targets, chunk)
+    return _checkpointed_head_loss(hidden, head, targets, chunk_size)
 
 
 def lm_head_of(causal_lm: Any) -> nn.Module:
-    """Return what maps last hidden states to logits as the model's own forward.
+    """Return the module that maps last hidden states to logits as the model's own forward does.
 
-    Granite divides them by a scale, Cohere multiplies, HyperCLOVA X too, Gemma 4 caps them.
+    Granite divides logits by a scale, Cohere and HyperCLOVA X multiply them, Gemma 4 caps them.
     """
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
     if not runs_flat(config):
-        return _Head(linear, lambda logits: logits)  # which the model's own forward has computed, a row at a time
+        return _Head(linear, lambda logits: logits)  # the model's own forward gave logits, a row at a time
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     divisor, factor, softcap = (getattr(config, name, None) for name in names)
-    if config.model_type == "hyperclovax":  # whose scaling is a factor
+    if config.model_type == "hyperclovax":  # its logits_scaling is a factor
         divisor, factor = None, divisor
     if divisor is None and factor is None and softcap is None:
         return cast(nn.Module, linear)
@@ -127,7 +126,7 @@ def lm_head_of(causal_lm: Any) -> nn.Module:
 
 
 class _Head(nn.Module):
-    """Maps states to logits by a function, beside the linear whose weight ``(vocabulary, width)`` tells their size."""
+    """Maps states to logits by a function; the linear's weight, ``(vocabulary, width)``, gives their size."""
 
     def __init__(self, linear: nn.Module, to_logits: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -142,58 +141,58 @@ class _Head(nn.Module):
 
 
 def is_frozen_linear(head: Any) -> bool:
-    """Whether a head is a plain linear without a bias that is not trained, and nobody watches."""
+    """Whether a head is a frozen ``nn.Linear`` without bias and without hooks."""
     is_plain = type(head) is nn.Linear and not has_hooks(head)
     return is_plain and head.bias is None and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """Cross-entropy of a frozen linear head; the gradient of the hidden states is made while the logits exist.
+    """Cross-entropy of a frozen linear head; the gradient of the hidden states is computed while the logits exist.
 
-    d nll / d hidden = (softmax(logits) - onehot(target)) @ weight, so that backward only scales what forward kept.
+    d nll / d hidden = (softmax(logits) - onehot(target)) @ weight, so that backward only scales what forward saved.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         nll, correct = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logits = hidden[part].to(weight.dtype) @ weight.t()  # then their gradient
-            nll[part], correct[part] = _cross_entropy(logits, targets[part], gradient is not None)
-            if gradient is not None:
-                gradient[part] = logits @ weight
-            del logits  # before the next are made
-        ctx.save_for_backward(gradient)
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = hidden[chunk].to(weight.dtype) @ weight.t()  # later overwritten by their gradient
+            nll[chunk], correct[chunk] = _cross_entropy(logits, targets[chunk], grad_hidden is not None)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = logits @ weight
+            del logits  # before the next chunk's exist
+        ctx.save_for_backward(grad_hidden)
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        if gradient is not None:  # by factors in float32, and rounded once
-            gradient = torch.mul(gradient, grad_nll[:, None], out=torch.empty_like(gradient))
-        return gradient, None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        if grad_hidden is not None:  # the factors are float32, and the product is rounded once
+            grad_hidden = torch.mul(grad_hidden, grad_nll[:, None], out=torch.empty_like(grad_hidden))
+        return grad_hidden, None, None, None
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Compute negative log-likelihoods, and whether targets are the likeliest.
+    """Compute negative log-likelihoods, and whether targets are the most likely tokens.
 
-    With the gradient it takes the place of the logits.
+    If ``with_gradient``, the gradient overwrites the logits.
     """
     target, probabilities = targets[:, None], torch.softmax(logits, -1, dtype=torch.float32)  # (rows, vocabulary)
     prediction = probabilities.argmax(-1, keepdim=True)  # the first of the largest
-    # log p(target) = log p(best) + logit(target) - logit(best): p(target) may be too small for a float
-    behind = logits.gather(1, prediction).float() - logits.gather(1, target).float()
-    nll, correct = behind - probabilities.gather(1, prediction).log_(), prediction == target
+    # log p(target) = log p(prediction) + logit(target) - logit(prediction): p(target) may underflow
+    margin = logits.gather(1, prediction).float() - logits.gather(1, target).float()
+    nll, correct = margin - probabilities.gather(1, prediction).log_(), prediction == target
     if with_gradient:
         logits.copy_(probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)))
     return nll.flatten(), correct.flatten()
 
 
-def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Compute the same by autograd, logits again in backward: for a head that trains, and as the plain path."""
+def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Compute the same by autograd, which recomputes the logits: for a head that trains, and on the plain path."""
 
     def losses(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # a head that trains is in float32, and multiplied in the dtype of the states
@@ -201,11 +200,11 @@ def _checkpointed_head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, ch
             logits = head(hidden).float()
         return F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1) == target
 
-    parts = [
-        checkpoint(losses, hidden[start : start + chunk], targets[start : start + chunk], use_reentrant=False)
-        for start in range(0, len(targets), chunk)
+    chunks = [
+        checkpoint(losses, hidden[start : start + size], targets[start : start + size], use_reentrant=False)
+        for start in range(0, len(targets), size)
     ]
-    if not parts:  # keeps the graph connected if nothing is labelled
+    if not chunks:  # keeps the graph connected if nothing is labelled
         return hidden.sum(-1).float() * 0.0, torch.zeros_like(targets, dtype=torch.bool)
-    nll, correct = (torch.cat(each) for each in zip(*parts, strict=True))
+    nll, correct = map(torch.cat, zip(*chunks, strict=True))
     return nll, correct

@@ -1,7 +1,7 @@
-"""Micro-batches: the parts in which a flat batch goes through the model, and smaller ones whenever memory runs out.
+"""Micro-batches: the parts in which a flat batch goes through the model, smaller ones after memory has run out.
 
-Gradients are of sums, so that it does not matter how a batch is cut. How large a part may be, the module's
-:class:`~qlora_lightning.model.memory.budget.TokenBudget` knows.
+Gradients are of sums, so it does not matter how a batch is cut. The module's
+:class:`~qlora_lightning.model.memory.budget.TokenBudget` limits the size of a part.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
-    """Lay a flat batch out as a module computes it; see :meth:`QLoRAModule.layout_of`."""
+    """Lay a flat batch out for a module; see :meth:`QLoRAModule.layout_of`."""
     causal_lm = module.causal_lm
     check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), *split_of_pass(module))
     layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
@@ -31,50 +31,50 @@ def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
 
 
 def lay_out_batch(module: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a flat batch the layouts of its parts: before it moves to a GPU, whose numbers would be waited for."""
+    """Add the layouts of its parts to a flat batch before it moves to a GPU: the host would wait to read it."""
     parts = cut_batch(batch, batch["cu_seqlens"].tolist(), module.token_budget.tokens)
     layouts = [lay_out_part(module, part) for part in parts]
-    if module.device.type == "cuda":  # from pinned memory alone it is copied in the background
-        batch = {name: each.pin_memory() if isinstance(each, Tensor) else each for name, each in batch.items()}
+    if module.device.type == "cuda":  # only from pinned memory does a GPU copy in the background
+        batch = {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in batch.items()}
     return {**batch, "layouts": layouts}
 
 
 def cut_into_micro_batches(module: Any, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cut a flat batch; see :meth:`QLoRAModule.micro_batches`."""
     layouts: list[Layout] = batch.get("layouts", [])
-    layouts = layouts if all(each.matches(batch) for each in layouts) else []
-    lengths = itertools.chain.from_iterable(each.lengths for each in layouts)
+    layouts = layouts if all(layout.matches(batch) for layout in layouts) else []
+    lengths = itertools.chain.from_iterable(layout.lengths for layout in layouts)
     cu_seqlens = list(itertools.accumulate(lengths, initial=0)) if layouts else batch["cu_seqlens"].tolist()
     parts = cut_batch(batch, cu_seqlens, module.token_budget.tokens)
-    if [len(each.lengths) for each in layouts] != [len(part["cu_seqlens"]) - 1 for part in parts]:
+    if [len(layout.lengths) for layout in layouts] != [len(part["cu_seqlens"]) - 1 for part in parts]:
         layouts = [lay_out_part(module, part).to(module.device) for part in parts]
-    if module.sharded_base is not None and (missing := module.sharded_base.largest(len(parts)) - len(parts)):
+    if module.sharded_base is not None and (n_fillers := module.sharded_base.largest(len(parts)) - len(parts)):
         filler = filler_of(batch, cu_seqlens)
-        parts += [filler] * missing
-        layouts = [*layouts, *[lay_out_part(module, filler).to(module.device)] * missing]
+        parts += [filler] * n_fillers
+        layouts = [*layouts, *[lay_out_part(module, filler).to(module.device)] * n_fillers]
     return [{**part, "layout": layout.bind(part)} for part, layout in zip(parts, layouts, strict=True)]
 
 
 def run_micro_batches(module: Any, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the micro-batches of a batch, each while it goes through the model."""
-    for part in module.micro_batches(batch):
-        module.token_budget.running = part
-        yield part
+    for micro_batch in module.micro_batches(batch):
+        module.token_budget.running = micro_batch
+        yield micro_batch
 
 
 def compute_within_memory(
     module: Any, batch: Any, compute: Callable[[], Result], replay: Callable[[], Result]
 ) -> Result:
-    """Return what takes memory to compute: as often as memory runs out, with less in the model at a time.
+    """Return the result of a pass, which is repeated with fewer tokens at a time as often as memory runs out.
 
     Args:
         module: The module whose pass this is.
-        batch: What goes through the model.
-        compute: Computes it, by :func:`run_micro_batches`.
-        replay: Computes it again, with all that memory which ran out has undone.
+        batch: The batch that goes through the model.
+        compute: Computes the result, by :func:`run_micro_batches`.
+        replay: Computes it again, with everything else that was lost.
 
     Raises:
-        RowDoesNotFit: Nothing is left that would help.
+        RowDoesNotFit: A single row does not fit.
         UserError: The base is sharded.
     """
     while True:
@@ -82,7 +82,7 @@ def compute_within_memory(
         try:
             return compute()
         except Exception as error:
-            # any other batch cannot be cut
+            # no other batch can be cut
             if not is_out_of_memory(error) or not is_flat(batch) or module.token_budget.running is None:
                 raise
             if module.sharded_base is not None:
@@ -90,6 +90,6 @@ def compute_within_memory(
                     f"Out of memory on {module.device} under a sharded base, whose other processes wait in their "
                     "passes: set model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
                 ) from error
-            words = str(error).partition("\n")[0].rstrip(".")
-        module.token_budget.lower(module, words)  # not in the handler: the error's traceback holds the activations
+            reason = str(error).partition("\n")[0].rstrip(".")
+        module.token_budget.lower(module, reason)  # not in the handler: the error's traceback holds the activations
         compute = replay

@@ -31,18 +31,18 @@ def check_optimization(module: Any) -> None:
 
 
 def choose_learning_rate(choice: LearningRate, width: int) -> float:
-    """Return the peak learning rate: ``auto`` stands for ``2e-4 · (4096 / width)^0.78``, by a base's hidden size.
+    """Return the peak learning rate: ``auto`` means ``2e-4 · (4096 / width)^0.78``, by a base's hidden size.
 
-    2e-4 is that of Dettmers et al. 2023 (QLoRA) for 7B; the exponent is from a sweep over LLaMA bases (Thinking
-    Machines 2025, "LoRA Without Regret"). Of 70B that is 1.2e-4, of Llama-3.2-1B 3.4e-4, of SmolLM2-135M 9.2e-4.
+    2e-4 is from Dettmers et al. 2023 (QLoRA) for 7B; the exponent is from a sweep over LLaMA bases (Thinking
+    Machines 2025, "LoRA Without Regret"). For 70B this is 1.2e-4, for Llama-3.2-1B 3.4e-4, for SmolLM2-135M 9.2e-4.
     """
     return 2e-4 * (4096 / width) ** 0.78 if choice == "auto" else choice
 
 
 def build_optimizer(module: Any) -> tuple[Optimizer, LRScheduler]:
     """Build the optimizer of a module over its parameter groups, and its schedule."""
-    kind, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
-    optimizer = kind(module.parameter_groups(), **arguments)  # whose own rates stay
+    optimizer_class, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    optimizer = optimizer_class(module.parameter_groups(), **arguments)  # groups keep their own rates
     steps = planned_steps(module.trainer)
     if not steps:
         raise UserError(
@@ -55,7 +55,7 @@ def build_optimizer(module: Any) -> tuple[Optimizer, LRScheduler]:
 def choose_optimizer(
     choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """Return class and arguments of an optimizer.
+    """Return the class and arguments of an optimizer.
 
     ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
     fused.
@@ -66,10 +66,10 @@ def choose_optimizer(
         raise UserError(f"model.weight_decay is {weight_decay}: expected 0 or more.")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
-    named: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
-    if "class_path" not in named or named.keys() - {"class_path", "init_args"}:
+    spec: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
+    if "class_path" not in spec or spec.keys() - {"class_path", "init_args"}:
         raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")
-    path, arguments = named["class_path"], dict(named.get("init_args") or {})
+    path, arguments = spec["class_path"], dict(spec.get("init_args") or {})
     for name in ("lr", "weight_decay"):
         if name in arguments:
             key = "model.learning_rate" if name == "lr" else "model.weight_decay"
@@ -88,16 +88,16 @@ def choose_optimizer(
 def group_parameters(
     model: nn.Module, learning_rate: float, weight_decay: float, ratio: float | None
 ) -> ParameterGroups:
-    """Put all that trains into one group, or, with a ratio, into those of PEFT's LoRA+.
+    """Put all trainable parameters into one group or, with a ratio, into the groups of PEFT's LoRA+.
 
-    Hayou et al. 2024 (LoRA+): with the same rate A and B of wide layers do not both learn efficiently. B, and whatever
-    has one dimension, takes ``ratio`` times the learning rate of A; biases have no weight decay.
+    Hayou et al. 2024 (LoRA+): with the same rate A and B of wide layers do not both learn efficiently. B, and tensors
+    of one dimension, take ``ratio`` times the learning rate of A; biases have no weight decay.
     """
     if ratio is None:
         return [{"params": list(trainable_tensors(model).values())}]
     from peft.optimizers import create_loraplus_optimizer
 
-    # PEFT gives the groups only as those of an optimizer, of whatever class.
+    # PEFT returns the groups only inside an optimizer, of any class.
     sgd = create_loraplus_optimizer(
         model,
         SGD,
@@ -111,20 +111,20 @@ def group_parameters(
 
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
-    """Return name and arguments of a schedule; see :func:`build_schedule`."""
+    """Return the name and arguments of a schedule; see :func:`build_schedule`."""
     if not 0.0 <= warmup_ratio < 1.0:
         raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
-    needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not once per optimizer step
-    known = sorted({kind.value for kind in SchedulerType} - needs_metrics)
-    if name not in known:
-        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(known)}.")
-    if name == "constant" and warmup_ratio:  # which alone has no warmup
+    needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not stepped once per optimizer step
+    names = sorted({schedule.value for schedule in SchedulerType} - needs_metrics)
+    if name not in names:
+        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(names)}.")
+    if name == "constant" and warmup_ratio:  # the only one without warmup
         name = "constant_with_warmup"
     accepted = [*inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters]
     for argument in arguments:
-        if argument not in accepted:  # transformers passes over some, and stops at others once the base is loaded
+        if argument not in accepted:  # transformers ignores some, and rejects others only after the base is loaded
             raise UserError(
                 f"model.schedule has the argument {argument!r}, which {name} lacks: expected {', '.join(accepted[1:])}."
             )
@@ -136,9 +136,9 @@ def build_schedule(
 ) -> LRScheduler:
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
-    ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, as ``min_lr_rate``. Over a share
-    ``warmup_ratio`` of the steps, rounded up to whole ones, the rate rises from 0; not if that is less than one step,
-    which would move nothing.
+    ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, such as ``min_lr_rate``. Over a share
+    ``warmup_ratio`` of the steps, rounded up, the rate rises from 0; there is no warmup of less than one step, in which
+    nothing would move.
     """
     name, arguments = check_schedule(choice, warmup_ratio)
     warmup = warmup_ratio * total_steps

@@ -12,20 +12,20 @@ from qlora_lightning.model.step.micro_batch import compute_within_memory, run_mi
 
 
 class Window:
-    """Computes the gradients of the batches of one optimizer step, and adds up what their micro-batches have counted.
+    """Computes the gradients of the batches of one optimizer step, and adds up the sums of their micro-batches.
 
     Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by the
     labelled tokens of the whole window over all ranks, so that every token weighs the same, however the rows were cut
     into micro-batches and ranks.
 
     Attributes:
-        batches: Of this process in the open window.
+        batches: The batches of this process in the open window.
         row_ids: Their rows.
-        micro_batches: How many parts they had.
-        largest: Tokens of the largest of these.
+        micro_batches: Number of their micro-batches.
+        largest: Tokens of the largest micro-batch.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
-            window's ``tokens``, and what callbacks put in before a step.
-        totals: Of the last step, over all ranks: ``counts``, and ``labelled_tokens``.
+            window's ``tokens``, and what callbacks add before a step.
+        totals: ``counts`` and ``labelled_tokens`` of the last step, over all ranks.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Window:
         self._clear_sums()
 
     def _clear_sums(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and what LossSums logs
+        self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.logged
         self.micro_batches, self.largest = 0, 0
         self.row_ids: list[int] = []
 
@@ -62,7 +62,7 @@ class Window:
         def replay() -> Tensor:
             module.zero_grad(set_to_none=True)
             self._clear_sums()
-            return [self._compute(module, each) for each in self.batches][-1]
+            return [self._compute(module, batch) for batch in self.batches][-1]
 
         mean: Tensor = compute_within_memory(module, batch, lambda: self._compute(module, batch), replay)
         return mean
@@ -74,9 +74,9 @@ class Window:
             sums: LossSums = module.compute_loss(part)
             (sums.nll_sum * module.loss_scale).backward()
             nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
-            counted = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **sums.logged}
-            for name, each in counted.items():
-                self._sums[name] = each.detach() + self._sums.get(name, 0)
+            logged = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **sums.logged}
+            for name, value in logged.items():
+                self._sums[name] = value.detach() + self._sums.get(name, 0)
             self.micro_batches += 1
             self.largest = max(self.largest, part["input_ids"].numel() if "input_ids" in part else 0)
             self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
@@ -84,12 +84,12 @@ class Window:
 
     @staticmethod
     def replace_ddp_reduction(model: nn.Module | None) -> None:
-        """Keep DDP, if it wraps a model, from adding up gradients: :meth:`divide_gradients` does, once a step.
+        """Stop DDP, if it wraps a model, from reducing gradients: :meth:`divide_gradients` does that, once a step.
 
-        DDP adds up what one backward gives, and each process may have another number of them. It puts gradients into
-        buckets, and orders them again after the first backward. The place of a number decides in which order three or
-        more ranks are added up, and so its last bit: a resumed run would be rounded otherwise than one that was never
-        stopped. In one flat tensor the order is always the same.
+        DDP reduces in each backward, and processes may have different numbers of them. It also sorts its buckets of
+        gradients again after the first backward. The position in a bucket sets the order in which three or more ranks
+        are added, and so the last bit: a resumed run would round differently from one that was never stopped. In one
+        flat tensor the order is always the same.
         """
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = False
@@ -100,25 +100,25 @@ class Window:
         """Turn accumulated gradients into those of the window's mean loss; return what is logged, and ``totals``.
 
         Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.logged``. ``factor`` undoes a
-        scale that they have; ``over_ranks`` says that there are several ranks, over which all is summed up.
+        scale of the gradients; ``over_ranks`` means that they and all sums are added up over several ranks.
         """
-        if over_ranks:  # a tensor that one rank alone has used is in its place on all
+        if over_ranks:  # every rank has gradients of the same parameters, even if only one has used them
             parameters = list(parameters)
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sums = torch.stack([each.double() for each in self._sums.values()])
+            for param in parameters:
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        grads = [param.grad for param in parameters if param.grad is not None]
+        sums = torch.stack([value.double() for value in self._sums.values()])
         sums = torch.cat([sums, torch.tensor(list(self.counts.values()), dtype=torch.float64).to(sums.device)])
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
             torch.distributed.all_reduce(sums)
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+            flat_grad = torch.cat([grad.reshape(-1) for grad in grads])
+            torch.distributed.all_reduce(flat_grad)
+            slices = torch.split(flat_grad, [grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [reduced.view_as(grad) for reduced, grad in zip(slices, grads, strict=True)])
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
-        if gradients:
-            torch._foreach_mul_(gradients, (factor / tokens).float())
+        if grads:
+            torch._foreach_mul_(grads, (factor / tokens).float())
         means = dict(zip([*self._sums][1:], (sums[1:] / tokens).float(), strict=False))
         totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[len(self._sums) :], strict=True))}
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(means["loss"])
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}, totals

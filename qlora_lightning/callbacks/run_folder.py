@@ -106,7 +106,7 @@ class RunFolder(Callback):
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             file = Path(trainer.default_root_dir) / CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
-                if not is_resumed(trainer):
+                if not is_resumed(trainer) and not file.with_name(f"earlier-{CONFIG}").exists():
                     set_aside(file)  # it may be the user's own, with comments
                 write_whole(file, text)
         for logger in trainer.loggers:

@@ -195,11 +195,10 @@ def _fixed_facts(trainer: Trainer, module: Any, config: Mapping[str, Any]) -> di
 
 def _device_facts(trainer: Trainer) -> dict[str, Any]:
     device = trainer.strategy.root_device
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"  # its speed depends on the latter
     return {
         "kind": device.type,
-        "name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else torch.backends.cpu.get_cpu_capability(),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "memory_gib": device_memory_gib(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

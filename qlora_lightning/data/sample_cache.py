@@ -18,7 +18,7 @@ from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
 
-_LAYOUT = 9  # version of the stored files; increase it when the same rows give other samples, or are rejected
+_LAYOUT = 10  # version of the stored files; increase it when the same rows give other samples, or are rejected
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Base and adapters side by side: tables for the terminal, ``evaluation.json`` and ``predictions.jsonl``."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -277,12 +278,15 @@ class Comparison:
 def find_questions(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[list[int]]:
     """Return the last turn of each prompt, without system prompt and header.
 
-    Most templates end each turn with a stop token, so that all prompts end alike: with the header of the answer. Others
-    (Mistral's, Alpaca's) end only answers with one, and the question follows the last of these.
+    Most templates end each turn with a stop token, and most prompts with the same tokens behind the last one: the
+    header of the answer. Others (Mistral's, Alpaca's) end only answers with a stop token, and the question follows it.
     """
     positions = [[-1, *(index for index, token in enumerate(prompt) if token in stop_ids)] for prompt in prompts]
     pairs = list(zip(prompts, positions, strict=True))
     tails = [list(prompt[stops[-1] + 1 :]) for prompt, stops in pairs]
-    if len({tuple(tail) for tail in tails if tail}) > 1:
+    counts = Counter(tuple(tail) for tail in tails if tail)
+    shortest_first = sorted(counts, key=len)
+    header = list(max(shortest_first, key=counts.__getitem__, default=()))
+    if 2 * sum(tail[: len(header)] == header for tail in tails if tail) <= counts.total():
         return tails
     return [list(prompt[stops[-2] + 1 : stops[-1]] if len(stops) > 1 else prompt) for prompt, stops in pairs]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
+from unicodedata import category
 
 from qlora_lightning.support.errors import UserError
 
@@ -93,7 +94,8 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def _split_words(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", text.lower())
+    # letters, the marks on them, and numbers
+    return "".join(char if category(char)[0] in "LMN" else " " for char in text.lower())
 
 
 def chrf(answer: str, expected: str) -> float:

@@ -17,7 +17,7 @@ PageTable = tuple[list[str], list[list[str]]]
 
 _NO_SCORES = ("loss", GENERAL, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _MAX_CHARACTERS = 1_200  # of an answer: a model that does not stop would fill the page
-_MAX_SAMPLES = 20
+_MAX_SAMPLES = 10
 
 
 class MeasuredSides(NamedTuple):

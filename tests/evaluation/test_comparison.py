@@ -56,6 +56,10 @@ def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by
     [
         ([[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 5, 9, 7]], [[5, 6], [5]]),  # turns end with a stop token, and 7 is a header
         ([[1, 5, 9, 6, 8], [1, 5]], [[6, 8], [1, 5]]),  # answers alone do
+        (
+            [[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 7, 8, 8]],
+            [[5, 6], [4]],
+        ),  # some headers go on, as Qwen3's without reasoning
         ([[1, 5, 6], []], [[1, 5, 6], []]),
     ],
 )

@@ -59,6 +59,7 @@ def test_overlap_is_that_worked_out_by_hand():
     for score in (rouge_l, chrf):
         assert [score(text, "one two") for text in ("one two", "")] == pytest.approx([1.0, 0.0])
         assert score("Привет, мир", "Привет, мир") == pytest.approx(1.0)
+    assert rouge_l("की", "का") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MANIFEST = {
         "hashes": {"train": "cd" * 32, "val": "ef" * 32},
     },
     "device": {
-        **{"kind": "cpu", "name": "A CPU", "memory_gib": 16.0, "processor": "A CPU", "cores": 2, "threads": 2},
+        **{"kind": "cpu", "name": "A CPU", "memory_gib": 16.0, "cores": 2, "threads": 2},
         **{"processes": 1, "nodes": 1, "strategy": "SingleDeviceStrategy", "precision": "32-true"},
     },
     "packages": {"torch": "2.13.0"},

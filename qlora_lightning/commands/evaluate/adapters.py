@@ -80,13 +80,14 @@ def evaluate(
         for name, folder in adapters.items():
             _warn_of_other_data(name, folder, data)
         answered_rows = rows[: evaluation.rows]
+        requests = [] if server is None else make_requests(data, split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
         unfinished_file = out and out / UNFINISHED_PREDICTIONS
         if unfinished_file:
             set_aside(unfinished_file)
         on_answers = partial(_append_answers, unfinished_file)
         # before the base: it may fail
-        served = [] if server is None else _ask_server(server, data, split, answered_rows, settings, on_answers)
+        served = [] if server is None else _ask_server(server, requests, answered_rows, settings, on_answers)
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
         results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
         results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
@@ -117,14 +118,12 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
 
 def _ask_server(
     server: Server,
-    data: Any,
-    split: str,
+    requests: Sequence[Mapping[str, Any]],
     rows: Sequence[EvaluationRow],
     settings: AnswerSettings | None,
     on_answers: OnAnswers,
 ) -> list[ServedAnswer]:
     """Return the server's answers to the rows that have a prompt, in their order."""
-    requests = make_requests(data, split, rows)
     if settings is None:
         raise UserError("--server: no row has a prompt that it could answer.")
     requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]

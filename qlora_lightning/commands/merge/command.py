@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     add("--force", action="store_true", help="replace a folder that an earlier merge wrote")
     options, fit_options = parser.parse_known_args(argv)
     if fit_options and not options.rows:
-        parser.error(f"{' '.join(fit_options)}: options of fit choose rows for the check, which --rows 0 leaves out")
+        parser.error(f"unrecognized arguments: {' '.join(fit_options)} (options of fit choose rows to check on)")
     if options.out.exists() and not (options.force and (options.out / RECORD).is_file()):
         raise UserError(
             f"--out {options.out} exists: choose another folder. --force replaces one that an earlier merge wrote "

@@ -37,7 +37,7 @@ def merge(
     rows: int = 8,
     fit_options: Sequence[str] = (),
 ) -> None:
-    """Merge an adapter into its base, check the result, and write it into a folder that does not exist yet.
+    """Merge an adapter into its base, check the result, and write it into a folder, in place of an earlier merge.
 
     Args:
         adapter: The adapter folder, or the run folder around it.

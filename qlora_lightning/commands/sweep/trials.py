@@ -87,7 +87,8 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     trials = [run(values[0])]
     losses = [trials[0].val_loss, *(run(values[0], repeat).val_loss for repeat in range(1, seeds))]
-    noise = max(losses) - min(losses) if math.isfinite(max(losses)) else 0.0
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    noise = max(losses) - min(losses) if losses else 0.0
     for value in values[1:]:
         trials.append(run(value))
         if setting == "rank" and not _pays(trials[-2], trials[-1], noise):
@@ -129,6 +130,8 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
         prior, last = trials[-2:]
         if _pays(prior, last, noise):
             return last, "Each rank paid over the one before it: a larger one may pay too."
+        if not math.isfinite(last.val_loss):
+            return prior, f"Rank {last.value} diverged."
         gain = prior.val_loss - last.val_loss
         return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f} nats per token, another seed {noise:.4f}."
     best = min(trials, key=lambda trial: trial.val_loss)

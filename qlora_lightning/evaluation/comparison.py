@@ -285,8 +285,7 @@ def find_questions(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) ->
     pairs = list(zip(prompts, positions, strict=True))
     tails = [list(prompt[stops[-1] + 1 :]) for prompt, stops in pairs]
     counts = Counter(tuple(tail) for tail in tails if tail)
-    shortest_first = sorted(counts, key=len)
-    header = list(max(shortest_first, key=counts.__getitem__, default=()))
-    if 2 * sum(tail[: len(header)] == header for tail in tails if tail) <= counts.total():
+    header = max(sorted(counts, key=len), key=lambda tail: counts[tail]) if counts else ()
+    if 2 * sum(tuple(tail[: len(header)]) == header for tail in tails if tail) <= counts.total():
         return tails
     return [list(prompt[stops[-2] + 1 : stops[-1]] if len(stops) > 1 else prompt) for prompt, stops in pairs]

@@ -158,7 +158,7 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         origin = str(folder / "config.json")
     except UserError:
         # meta-llama/Meta-Llama-3.1-8B and Llama-3.1-8B-Instruct share a shape, phi-4 and Phi-4-mini do not
-        shape_name = re.sub("^meta-|(-(instruct|it|base|v0[.]3|2507))+$", "", name.rpartition("/")[2].lower())
+        shape_name = re.sub("^meta-|(-(instruct|it|base|text|v0[.]3|2507))+$", "", name.rpartition("/")[2].lower())
         shapes = (recipes_folder() / "shapes").glob("*/config.json")
         shape: Path | None = next((file for file in shapes if file.parent.name == shape_name), None)
         if shape is None or Path(name).expanduser().exists():

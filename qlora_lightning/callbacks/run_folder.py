@@ -107,6 +107,8 @@ class RunFolder(Callback):
             file = Path(trainer.default_root_dir) / CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
                 if not is_resumed(trainer) and not file.with_name(f"earlier-{CONFIG}").exists():
+                    if file.exists():
+                        say(f"Kept as earlier-{CONFIG}: {file}")
                     set_aside(file)  # it may be the user's own, with comments
                 write_whole(file, text)
         for logger in trainer.loggers:

@@ -199,7 +199,7 @@ def _device_facts(trainer: Trainer) -> dict[str, Any]:
     return {
         "kind": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
-        "memory_gib": device_memory_gib(device),
+        "memory_gib": round(device_memory_gib(device), 2),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": trainer.world_size,

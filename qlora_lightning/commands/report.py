@@ -10,8 +10,10 @@ from rich.text import Text
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.report import Run, read_run, render_report
 from qlora_lightning.report.figures import figure_table, find_figures
+from qlora_lightning.report.page import is_report
 from qlora_lightning.report.sections import find_differences
 from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import PAGE, write_whole
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
@@ -36,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
     default_page = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = check_output("--out", options.out, options.force) or default_page
+    if len(runs) > 1 and page == default_page and page.is_file() and not is_report(page):
+        raise UserError(f"{page} is another page: move it away, or name a file by --out.")
     with json_output(options) as figures:
         terminal().print(_table(runs))
         write_whole(page, render_report(runs))

@@ -178,7 +178,11 @@ class Comparison:
         """Print a table of all metrics with their intervals, below the values in a narrow terminal."""
         is_wide = terminal().width >= 100
         limit = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
-        count = f"{len(self.rows):,} {rows}{describe_answered(len(self.answered), len(self.rows))}"
+        n_rows = len({row.number for row in self.rows if row.number >= 0}) or len(self.rows)
+        count = f"{n_rows:,} {rows}"
+        if n_rows < len(self.rows):  # turns, or pieces of a long text
+            count += f" in {len(self.rows):,} samples"
+        count += describe_answered(len(self.answered), len(self.rows))
         table = Table("", title=escape(f"{count}{limit}, with 95 % intervals"), title_justify="left")
         gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
         for heading in (*self.results, *gains):

@@ -20,6 +20,11 @@ def write_run_page(folder: Path) -> Path:
     return folder / PAGE
 
 
+def is_report(file: Path) -> bool:
+    """Whether a file is a page of ours."""
+    return b'content="qlora_lightning report"' in file.read_bytes()
+
+
 def render_report(runs: Sequence[Run]) -> str:
     """Return the page of one run, or of several side by side; every text from outside is escaped."""
     import jinja2  # here, so that a fit starts without it

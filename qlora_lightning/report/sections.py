@@ -55,7 +55,8 @@ def headline(run: Run) -> Facts:
 
 def next_steps(run: Run, verdict: Verdict) -> Facts:
     """Return the commands that follow from a verdict, each with its purpose."""
-    folder, command = shlex.quote(str(run.folder)), str(run.manifest.get("command"))
+    named_folder = run.folder if run.folder.name else run.folder.resolve()  # not "."
+    folder, command = shlex.quote(str(named_folder)), str(run.manifest.get("command"))
     if verdict.kind == "diverged":
         learning_rates, reproduce = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
         if not reproduce or not learning_rates:

@@ -53,6 +53,9 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     assert found["differing_settings"] == {"model.rank": [8, 16]}
     assert [run["results"]["val_loss"] for run in found["runs"]] == [0.45, 0.25]
     assert [run["folder"] for run in found["runs"]] == ["runs/one", "runs/two"]
+    (tmp_path / "comparison.html").write_text("of another tool")
+    assert cli(["report", "runs/one", "runs/two"]) == 2
+    assert (tmp_path / "comparison.html").read_text() == "of another tool"
 
 
 def test_it_needs_no_torch(make_run, tmp_path):

@@ -142,7 +142,7 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
 
 
 def _print_table(trials: Sequence[Trial], noise: float) -> None:
-    title = f"val_loss in nats per token; another seed alone makes {noise:.4f}"
+    title = f"val_loss in nats per token; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
     table = Table("", "parameters", "val_loss", "minutes", title=title, title_justify="left")
     for trial in trials:
         loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"

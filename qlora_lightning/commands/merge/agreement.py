@@ -21,7 +21,7 @@ from qlora_lightning.commands.opened_adapter import AdapterSource, open_adapter
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.collate import collate_rows
-from qlora_lightning.model.load.machine import choose_compute_dtype
+from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -59,6 +59,9 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
     """Load a merged model, or its GGUF file, with transformers: in fp32 if the hardware multiplies slowly otherwise."""
     gc.collect()  # the previous model is in reference cycles
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device.type == "cuda" and 1.2 * weight_bytes > free_bytes(device):  # a card that held the base in 4 bits
+        device = torch.device("cpu")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     is_fast = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
     options: dict[str, Any] = {"dtype": config.dtype if is_fast else torch.float32, "device_map": {"": device}}

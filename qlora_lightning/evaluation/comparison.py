@@ -89,6 +89,7 @@ class Comparison:
             metric.
 
     Attributes:
+        n_rows: Of which a template, or a cut, may make several samples.
         answered: Indices of the rows that were answered.
         score: The most important score of answers; ``None``: they were not scored.
         compared_by: Metric that decides which side wins a row: the preference of pairs, else that score, else the loss.
@@ -102,6 +103,7 @@ class Comparison:
         general: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
+        self.n_rows = len({row.number for row in rows if row.number >= 0}) or len(rows)
         self.metrics = compare(results, rows)
         if general is not None:
             self.metrics[GENERAL] = measure(GENERAL, general)
@@ -178,9 +180,8 @@ class Comparison:
         """Print a table of all metrics with their intervals, below the values in a narrow terminal."""
         is_wide = terminal().width >= 100
         limit = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
-        n_rows = len({row.number for row in self.rows if row.number >= 0}) or len(self.rows)
-        count = f"{n_rows:,} {rows}"
-        if n_rows < len(self.rows):  # turns, or pieces of a long text
+        count = f"{self.n_rows:,} {rows}"
+        if self.n_rows < len(self.rows):  # turns, or pieces of a long text
             count += f" in {len(self.rows):,} samples"
         count += describe_answered(len(self.answered), len(self.rows))
         table = Table("", title=escape(f"{count}{limit}, with 95 % intervals"), title_justify="left")
@@ -250,7 +251,7 @@ class Comparison:
             metrics[name]["difference"] = differences[self.adapters[0]]
             if len(self.adapters) > 1:
                 metrics[name]["differences"] = differences
-        return {"rows": len(self.rows), "answered_rows": len(self.answered), "metrics": metrics}
+        return {"rows": self.n_rows, "answered_rows": len(self.answered), "metrics": metrics}
 
     def predictions(self, order: Sequence[int]) -> list[dict[str, Any]]:
         """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in ``order``.

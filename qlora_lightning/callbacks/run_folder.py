@@ -26,6 +26,7 @@ from qlora_lightning.support.files import (
     UNFINISHED_PREDICTIONS,
     append_json_lines,
     format_json_lines,
+    name_earlier,
     set_aside,
     write_whole,
 )
@@ -106,10 +107,8 @@ class RunFolder(Callback):
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             file = Path(trainer.default_root_dir) / CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
-                if not is_resumed(trainer) and not file.with_name(f"earlier-{CONFIG}").exists():
-                    if file.exists():
-                        say(f"Kept as earlier-{CONFIG}: {file}")
-                    set_aside(file)  # it may be the user's own, with comments
+                if file.exists() and not is_resumed(trainer) and not name_earlier(file).exists():
+                    say(f"Kept as {set_aside(file).name}: {file}")  # it may be the user's own, with comments
                 write_whole(file, text)
         for logger in trainer.loggers:
             try:

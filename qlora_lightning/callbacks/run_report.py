@@ -31,7 +31,7 @@ from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
@@ -67,7 +67,8 @@ class RunReport(Callback):
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
         earlier_attempts = manifest.get("lives", [])
         for earlier in earlier_attempts:
-            earlier["status"] = "killed" if earlier["status"] == "running" else earlier["status"]
+            if earlier["status"] == "running":
+                earlier["status"] = "killed"
         self._attempts = [*earlier_attempts, attempt]
         self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         self._facts = _fixed_facts(trainer, pl_module, self.config or {})
@@ -139,7 +140,7 @@ class RunReport(Callback):
         throughput, saver = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
         best = saver.best[0] if saver and saver.best else None
         command = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
-        command += ["--trainer.default_root_dir", f"{folder if folder.name else folder.resolve()}-again"]
+        command += ["--trainer.default_root_dir", f"{resolve_unnamed(folder)}-again"]
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         return {
             "status": status,

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from rich.markup import escape
@@ -109,13 +109,16 @@ class Comparison:
             self.metrics[GENERAL] = measure(GENERAL, general)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
-        stop_ids = settings.stop_ids if settings else []
-        self._questions = find_questions([row.prompt or [] for row in rows], stop_ids)
         self.score = settings.scores[0] if settings else None
         by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
         self.compared_by = by_kind[_accuracy_of(rows)]
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
+
+    @cached_property
+    def _questions(self) -> list[list[int]]:
+        """Token ids of each row's last turn; only rows that are shown need them."""
+        return find_questions([row.prompt or [] for row in self.rows], self.settings.stop_ids if self.settings else [])
 
     def by_source(self) -> "dict[str, Comparison]":
         """Return a comparison for each source of rows."""

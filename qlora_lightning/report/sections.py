@@ -12,7 +12,7 @@ from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.figures import PageTable, find_figures, read_comparison
 from qlora_lightning.report.run_files import Run
 from qlora_lightning.report.verdict import Verdict
-from qlora_lightning.support.files import CHECKPOINTS
+from qlora_lightning.support.files import CHECKPOINTS, resolve_unnamed
 
 Facts = list[tuple[str, str]]
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect
@@ -55,8 +55,7 @@ def headline(run: Run) -> Facts:
 
 def next_steps(run: Run, verdict: Verdict) -> Facts:
     """Return the commands that follow from a verdict, each with its purpose."""
-    named_folder = run.folder if run.folder.name else run.folder.resolve()  # not "."
-    folder, command = shlex.quote(str(named_folder)), str(run.manifest.get("command"))
+    folder, command = shlex.quote(str(resolve_unnamed(run.folder))), str(run.manifest.get("command"))
     if verdict.kind == "diverged":
         learning_rates, reproduce = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
         if not reproduce or not learning_rates:

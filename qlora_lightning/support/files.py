@@ -65,9 +65,19 @@ def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         stream.write(format_json_lines(rows))
 
 
+def name_earlier(file: Path) -> Path:
+    """Return the name under which :func:`set_aside` keeps a file."""
+    return file.with_name(f"earlier-{file.name}")
+
+
+def resolve_unnamed(folder: Path) -> Path:
+    """Return a folder by a path that ends in its name, which ``.`` does not, so that names can be made of it."""
+    return folder if folder.name else folder.resolve()
+
+
 def set_aside(file: Path) -> Path:
     """Rename a file that an earlier run or a user has left to ``earlier-…``; return the new path."""
-    earlier = file.with_name(f"earlier-{file.name}")
+    earlier = name_earlier(file)
     if file.exists():
         os.replace(file, earlier)
     return earlier

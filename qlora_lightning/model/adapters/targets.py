@@ -1,6 +1,7 @@
 """Which modules carry an adapter: presets, names, regular expressions and layers, resolved to full module names."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -43,7 +44,8 @@ def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: 
     for ending in [target_modules] if isinstance(target_modules, str) else target_modules:
         matches = {name for name in candidates if f".{name}".endswith(f".{ending}")}
         if isinstance(target_modules, str):
-            matches |= {name for name in candidates if re.fullmatch(ending, name)}
+            with suppress(re.error):  # it may be no expression: *proj
+                matches |= {name for name in candidates if re.fullmatch(ending, name)}
         if not matches:
             names = dict.fromkeys([*_PRESETS, *(name.rpartition(".")[2] for name in candidates)])
             raise UserError(

@@ -55,6 +55,7 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
             for start in ("pissa", "loftq", "eva", "olora", "corda", "lora_ga")
         ),
         ({"target_modules": ["q_proj", "v_prj"]}, "v_prj"),  # PEFT passes over the second
+        ({"target_modules": "*proj"}, r"names '\*proj', which the base does not have"),  # no expression
         ({"target_modules": r"model\.layers\.0\..*_proj", "layers": [1]}, "layers"),
         *(({"layers": layers}, "layers") for layers in ([0, 4], [-1], [], "last:0")),
     ],

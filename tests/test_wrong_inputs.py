@@ -163,6 +163,11 @@ WRONG = [
     wrong(f"--ckpt_path {LAST}", "last.ckpt is damaged", "checksum", prepare=flip_a_bit),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
+    wrong(
+        '--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}',
+        "model.optimizer SGD rejects its init_args",
+        "momentun",
+    ),
     # adapters
     wrong("--model.adapter none", "none", "adapter_config.json"),
     wrong(

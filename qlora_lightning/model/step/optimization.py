@@ -5,6 +5,7 @@ import math
 import pydoc
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +22,12 @@ LearningRate = float | Literal["auto"]
 
 def check_optimization(module: Any) -> None:
     """Reject settings of the optimizer and its schedule, before minutes of loading."""
-    choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    optimizer_class, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
+    if module.optimizer_config is not None:
+        try:
+            optimizer_class([nn.Parameter(torch.zeros(1, 1))], **{**arguments, "lr": 1e-4})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer {optimizer_class.__name__} rejects its init_args: {error}") from error
     check_schedule(module.schedule, module.warmup_ratio)
     ratio, alpha = module.loraplus_ratio, module.neftune_alpha
     if ratio is not None and not 1 <= ratio < math.inf:

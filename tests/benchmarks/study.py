@@ -111,12 +111,13 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         settings[line["part"], line["task"]][json.dumps(line["settings"])].append(line)
     for (part, task), by_setting in settings.items():
         print(f"\n{part}, {task}")
-        for name, runs in sorted(by_setting.items(), key=lambda item: _describe(item[1], "loss")):
-            print(f"  {_describe(runs, 'before')} → {_describe(runs, 'loss')}  {len(runs)} seeds  {name}")
+        losses = {name: [[run[key] for run in runs] for key in ("before", "loss")] for name, runs in by_setting.items()}
+        for name, (before, after) in sorted(losses.items(), key=lambda item: statistics.mean(item[1][1])):
+            print(f"  {_describe(before)} → {_describe(after)}  {len(after)} seeds  {name}")
 
 
-def _describe(runs: list[dict[str, Any]], key: str) -> str:
-    values = [line[key] for line in runs]
+def _describe(values: list[float]) -> str:
+    """Return the mean of values over seeds and, of several, their standard deviation."""
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4f}{spread}"
 

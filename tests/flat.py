@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.data.batches.loader import Batch, collate_rows
 from qlora_lightning.data.chat.labels import Rendered
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 

@@ -393,7 +393,7 @@ def test_a_resume_against_another_reference_is_rejected(config, tmp_path, capsys
     assert "was trained against another reference" in capsys.readouterr().err
 
 
-def test_rows_of_a_step_may_be_cut_into_micro_batches_in_any_way(tmp_path, tiny_base):
+def test_rows_of_a_step_may_come_in_batches_of_any_size(tmp_path, tiny_base):
     adapters = []
     for batch_size, accumulate in ((4, 1), (1, 4)):
         data = make_data(tmp_path, tiny_base, batch_size=batch_size)

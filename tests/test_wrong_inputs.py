@@ -25,30 +25,20 @@ LAST = "run/checkpoints/last.ckpt"
 WEIGHTS = "wrong/adapter_model.safetensors"
 
 
-def wrong(arguments: str, *words: str, prepare: Callable[[], object] = lambda: None, lines: int = 1) -> object:
+def wrong(arguments: str, *words: str, prepare: Callable[[], object] = lambda: None) -> object:
     """Make a case of the table: what is behind ``fit --config c.yaml``, or a whole command; and words of the message.
 
-    ``prepare`` makes files in the current folder; only if rows are listed the message has more than one of ``lines``.
+    ``prepare`` makes files in the current folder.
     """
-    return pytest.param(arguments, words, prepare, lines, id=arguments)
+    return pytest.param(arguments, words, prepare, id=arguments)
 
 
 def write(name: str, content: str) -> Callable[[], object]:
     return lambda: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_text(content))
 
 
-def rows(*values: object) -> Callable[[], object]:
-    return write("wrong.jsonl", "".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in values))
-
-
 def cut(source: str, target: str, size: int) -> Callable[[], object]:
     return lambda: Path(target).write_bytes(Path(source).read_bytes()[:size])
-
-
-def flip_a_bit() -> None:
-    content = bytearray(Path(LAST).read_bytes())
-    content[content.index(b".lora_A.")] ^= 1
-    Path(LAST).write_bytes(content)
 
 
 def edit_checkpoint(edit: Callable[[dict], object]) -> Callable[[], object]:
@@ -82,7 +72,6 @@ class Code:
         return (Path("ran").touch, ())
 
 
-ALPACA = {"instruction": "Say it.", "output": "it"}
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
@@ -96,7 +85,7 @@ CHAT = "chat --adapter run/adapter"
 WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
-    wrong("fit c.yaml", "c.yaml stands alone: a config is named as --config c.yaml."),
+    wrong("fit c.yaml", "c.yaml", "A config is named as --config FILE."),
     wrong("fit --config quickstart", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit", "required: base", "A config is named as --config FILE."),
@@ -141,7 +130,6 @@ WRONG = [
     wrong("--model.revision main", "only a hub id has revisions"),
     # data
     wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
-    wrong("--data.train wrong.jsonl", "wrong.jsonl:2", prepare=rows(ALPACA, "{'a"), lines=9),
     wrong("validate --config c.yaml", "data.val"),
     # checkpoints
     wrong("--ckpt_path none.ckpt", "none.ckpt", "no such file"),
@@ -160,7 +148,6 @@ WRONG = [
         prepare=edit_checkpoint(lambda ours: ours["identity"].update(ELSEWHERE)),
     ),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
-    wrong(f"--ckpt_path {LAST}", "last.ckpt is damaged", "checksum", prepare=flip_a_bit),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
     wrong(
@@ -191,7 +178,6 @@ WRONG = [
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
-    wrong("merge --adapter run/adapter --out run --rows 0 --force", "run"),
     wrong("report rows.jsonl", "rows.jsonl holds no run"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),
@@ -251,12 +237,12 @@ def reject(prepared, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # what libraries warn of before the input is rejected is not at issue here
-@pytest.mark.parametrize(("arguments", "words", "prepare", "lines"), WRONG)
-def test_wrong_input_is_reported_in_one_sentence_and_touches_nothing(reject, arguments, words, prepare, lines):
+@pytest.mark.parametrize(("arguments", "words", "prepare"), WRONG)
+def test_wrong_input_is_reported_in_one_sentence_and_touches_nothing(reject, arguments, words, prepare):
     prepare()
     message = reject(arguments)
     assert [word for word in words if word not in message] == [], message
-    assert message.count("\n") <= lines, message
+    assert message.count("\n") <= 1, message
 
 
 @pytest.mark.parametrize("value", ["/proc/no", "rows.jsonl"])

@@ -190,18 +190,20 @@ class AdapterCheckpoint(Checkpoint):
 
 
 def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a validation is due after the batch that a Trainer has trained on."""
+    """Whether a validation is due after the batch that a Trainer has trained on, as far as that is known."""
     every_n_batches, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every_n_epochs and (trainer.current_epoch + 1) % every_n_epochs):
         return False
-    if every_n_batches is None or every_n_batches == math.inf:
+    if every_n_batches is None:  # by the clock
+        return False
+    if every_n_batches == math.inf:
         return bool(trainer.is_last_batch)
     last_batch = trainer.fit_loop.total_batch_idx if every_n_epochs is None else batch_idx
     return (last_batch + 1) % int(every_n_batches) == 0
 
 
 def _ends_training(trainer: Trainer) -> bool:
-    """Whether training ends with this batch; in ``on_train_end`` even an unfinished epoch counts as ended."""
+    """Whether training ends with the batch that a Trainer has trained on."""
     ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
 

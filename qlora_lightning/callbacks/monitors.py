@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.support.console import say
-from qlora_lightning.support.versions import PEAK_NAMES
+from qlora_lightning.support.files import MEMORY_PEAKS
 
 
 class GPUMemoryMonitor(Callback):
@@ -29,8 +29,8 @@ class GPUMemoryMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled and trainer.is_global_zero:
-            peak = read_memory(pl_module.device)[PEAK_NAMES[pl_module.device.type]]
-            say(f"Memory after loading: {peak:.2f} GiB at its peak")
+            peaks = [gib for name, gib in read_memory(pl_module.device).items() if name in MEMORY_PEAKS]
+            say(f"Memory after loading: {peaks[0]:.2f} GiB at its peak")
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step
@@ -39,9 +39,8 @@ class GPUMemoryMonitor(Callback):
         if not self.enabled or trainer.global_step == self._step:
             return  # inside an accumulation window the peak is not reached yet
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            memory, peak_name = read_memory(pl_module.device), PEAK_NAMES[pl_module.device.type]
-            for name, gib in memory.items():
-                pl_module.log(name, torch.tensor(gib), prog_bar=name == peak_name)
+            for name, gib in read_memory(pl_module.device).items():
+                pl_module.log(name, torch.tensor(gib), prog_bar=name in MEMORY_PEAKS)
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -97,7 +96,7 @@ def read_memory(device: torch.device) -> dict[str, float]:
         return {
             "memory_allocated_gib": torch.cuda.memory_allocated(device) / GIB,
             "memory_reserved_gib": torch.cuda.memory_reserved(device) / GIB,
-            PEAK_NAMES["cuda"]: torch.cuda.max_memory_allocated(device) / GIB,
+            "memory_peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
         }
     private = peak = psutil.Process().memory_info().rss
     status = Path("/proc/self/status")  # of Linux
@@ -105,4 +104,4 @@ def read_memory(device: torch.device) -> dict[str, float]:
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         if {"RssAnon", "VmHWM"} <= fields.keys():  # some sandboxes lack them
             private, peak = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmHWM"))
-    return {"private_memory_gib": private / GIB, PEAK_NAMES["cpu"]: peak / GIB}
+    return {"private_memory_gib": private / GIB, "peak_rss_gib": peak / GIB}

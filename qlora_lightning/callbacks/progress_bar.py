@@ -13,8 +13,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.table import Column
 
 from qlora_lightning.support.console import terminal
+from qlora_lightning.support.files import MEMORY_PEAKS
 from qlora_lightning.support.trainer import planned_steps
-from qlora_lightning.support.versions import PEAK_NAMES
 
 # the most important metric first: a narrow terminal cuts the last ones
 _FORMATS = {
@@ -22,7 +22,7 @@ _FORMATS = {
     "val_loss": "val {:.3f}",
     "learning_rate": "lr {:.1e}",
     "tokens_per_second": "{:.0f} tok/s",
-    **dict.fromkeys(PEAK_NAMES.values(), "{:.2f} GiB"),
+    **dict.fromkeys(MEMORY_PEAKS, "{:.2f} GiB"),
 }
 
 

@@ -139,11 +139,15 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         tokenizer: Any = datamodule_of(trainer).tokenizer
-        columns = zip(outputs, batch["row_ids"], batch["references"], batch["rows"], strict=True)
         lines = [
-            {"row": row_id, "prediction": tokenizer.decode(answer), "reference": reference, "input": row}
-            | {"stopped": len(answer) < MOST_PREDICTED}  # by itself, not cut
-            for answer, row_id, reference, row in columns
+            {
+                "row": prompt.row_id,
+                "prediction": tokenizer.decode(answer),
+                "reference": prompt.reference,
+                "input": prompt.values,
+                "stopped": len(answer) < MOST_PREDICTED,  # by itself, not cut
+            }
+            for answer, prompt in zip(outputs, batch["prompts"], strict=True)
         ]
         self._lines += lines
         append_json_lines(self._unfinished, lines)

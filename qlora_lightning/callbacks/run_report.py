@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,14 +17,17 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
 from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
-from qlora_lightning.callbacks.update_norms import measure_updates
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.adapters.inject import count_parameters
+from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
+from qlora_lightning.model.anatomy import layer_of
 from qlora_lightning.model.load.machine import device_memory_gib, is_out_of_memory
 from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
@@ -114,19 +118,17 @@ class RunReport(Callback):
             run = read_run(folder)
             verdict = judge(run)
             write_manifest(folder, content | {"verdict": asdict(verdict)})
-            has_adapter = (folder / ADAPTER_FOLDER / IDENTITY).exists()
             if status == "finished":
                 say(" ".join(verdict.sentences))
-                if has_adapter:
+                if (folder / ADAPTER_FOLDER / IDENTITY).exists():
                     say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
             if fault is not None and (isinstance(fault, RowDoesNotFit) or is_out_of_memory(fault)):
                 # charts need memory too; without it OpenBLAS ends the process
                 say(f"Report: `qlora-lightning report {folder}` makes it")
             else:
                 say(f"Report: {write_run_page(folder)}")
-            if status != "finished" or has_adapter:
-                for purpose, command in next_steps(run, verdict)[:1]:
-                    say(f"Next, {purpose}: {command}")
+            for purpose, command in next_steps(run, verdict)[:1]:
+                say(f"Next, {purpose}: {command}")
         except Exception as error:  # a report must neither fail a trained run nor hide another error
             say(f"The report of the run could not be written: {type(error).__name__}: {error}")
 
@@ -138,6 +140,7 @@ class RunReport(Callback):
         attempt |= {"ended": _now(), "seconds": time.perf_counter() - self._began, "status": status, "error": error}
         attempt["to_step"] = trainer.global_step
         throughput, saver = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
+        counted = throughput if throughput and throughput.enabled else None
         best = saver.best[0] if saver and saver.best else None
         command = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
         command += ["--trainer.default_root_dir", f"{resolve_unnamed(folder)}-again"]
@@ -151,8 +154,8 @@ class RunReport(Callback):
             "progress": {
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "tokens": throughput.tokens_seen if throughput else None,
-                "labelled_tokens": throughput.labelled_seen if throughput else None,
+                "tokens": counted.tokens_seen if counted else None,
+                "labelled_tokens": counted.labelled_seen if counted else None,
                 "seconds": sum(entry["seconds"] for entry in self._attempts),
                 "planned_steps": self._planned,
             },
@@ -218,17 +221,45 @@ def _git_state() -> str | None:
         return None
 
 
-def _measure_updates(trainer: Trainer, module: Any) -> dict[str, Any] | None:
-    """Return ‖ΔW‖/‖W‖ and effective rank of the best adapter, by kind of module; ``None`` if that fails."""
+def _measure_updates(trainer: Trainer, module: Any) -> dict[str, list[dict[str, Any]]] | None:
+    """Measure the updates of the best adapter, by kind of module (``q_proj``, …); ``None`` if that fails.
+
+    A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
+    """
+    updates: dict[str, list[dict[str, Any]]] = defaultdict(list)
     try:
-        with best_adapter(trainer, module):
-            table = measure_updates(module.model)
+        with best_adapter(trainer, module), torch.no_grad():
+            for name, linear in module.model.named_modules():
+                if isinstance(linear, LoraLayer) and ADAPTER in linear.lora_A:  # not of an embedding
+                    updates[name.rpartition(".")[2]].append({"layer": layer_of(name), **_measure_update(linear)})
     except Exception as fault:  # another kind of model must not fail a trained run
         say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
         return None
+    return dict(updates)
+
+
+def _measure_update(linear: Any) -> dict[str, float]:
+    """Measure the update ΔW = scaling · B A of one weight W, without forming it; DoRA's magnitudes are not counted.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ.
+
+    Returns:
+        ``ratio``: ``‖ΔW‖ / ‖W‖`` in Frobenius norms; ``rank``; ``effective_rank``: directions that the update uses,
+        from 1 to the rank, 0 if it is zero: the exponential of the entropy of the singular values' shares (Roy and
+        Vetterli 2007, The effective rank).
+    """
+    lora_A, lora_B = (linears[ADAPTER].weight.double().cpu() for linears in (linear.lora_A, linear.lora_B))
+    core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
+    singular_values = linear.scaling[ADAPTER] * torch.linalg.svdvals(core)
+    base = linear.get_base_layer()
+    is_quantized = type(base.weight) is not nn.Parameter
+    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)) if is_quantized else base.weight
+    shares = singular_values / singular_values.sum()
+    entropy = -torch.xlogy(shares, shares).sum()
     return {
-        kind: [{"layer": layer, **update._asdict()} for layer, update in by_layer.items()]
-        for kind, by_layer in table.items()
+        "ratio": float(singular_values.norm()) / float(weight.float().norm()),
+        "rank": len(lora_A),
+        "effective_rank": float(entropy.exp()) if singular_values.any() else 0.0,
     }
 
 

@@ -14,8 +14,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from qlora_lightning.callbacks.checkpoint_file import LAST
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import ENDING_SIGNALS, TrainingStopped
+from qlora_lightning.support.errors import TrainingStopped
 from qlora_lightning.support.files import CHECKPOINTS
+
+# Windows has no SIGHUP, the signal of a closed terminal
+_ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopSignals(Callback):
@@ -59,7 +62,7 @@ class StopSignals(Callback):
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        _handle(filter(None, (signal.SIGINT, *ENDING_SIGNALS, preemption)), note)
+        _handle(filter(None, (signal.SIGINT, *_ENDING_SIGNALS, preemption)), note)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """End the fit if all ranks agreed to stop, and report how to resume it."""
@@ -124,7 +127,7 @@ def _end_at_signals(trainer: Trainer) -> None:
             trainer.strategy.launcher.kill(number)  # processes that this one started
         raise TrainingStopped(128 + number)
 
-    _handle(ENDING_SIGNALS, end)
+    _handle(_ENDING_SIGNALS, end)
 
 
 def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:

@@ -19,7 +19,7 @@ CALLBACKS = {
     "throughput": "ThroughputMonitor",
     "evaluation": "Evaluation",
 }
-"""Class names of callbacks by their keys in a config: names, so that ``inspect`` imports none of the classes."""
+"""Class names of callbacks by their keys in a config: names, since ``cli.py`` imports this file before torch."""
 _OTHER_NAMES = {  # in other frameworks
     **{"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"},
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "model.quantization"),
@@ -35,10 +35,6 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
 
 def check_configs(arguments: Sequence[str]) -> None:
     """Reject config files of a command line that cannot be read, before slow imports."""
-    for option, name in itertools.pairwise(arguments):
-        is_positional = not name.startswith("-") and not option.startswith("-") and option != "copy"
-        if is_positional and name.endswith((".yaml", ".yml")) and not Path(name).is_dir():
-            raise UserError(f"{name} stands alone: a config is named as --config {name}.")
     for name in find_configs(arguments):
         read_config(name)
 
@@ -103,7 +99,7 @@ def expand_config(config: Any) -> Any:
         if isinstance(value, dict) and "class_path" in value:
             flat_settings = {name: value.pop(name) for name in list(value) if name not in ("class_path", "init_args")}
             if flat_settings:
-                value["init_args"] = {**flat_settings, **value.get("init_args", {})}
+                value["init_args"] = {**flat_settings, **(value.get("init_args") or {})}
     for key in CALLBACKS:
         if key in config and (config[key] is None or isinstance(config[key], bool)):
             config[key] = {"enabled": bool(config[key])}

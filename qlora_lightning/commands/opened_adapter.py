@@ -9,10 +9,8 @@ import torch
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.base.base_folder import BaseFolder, fingerprint, open_base, read_config
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.load.base_model import Quantization, stored_quantization
-from qlora_lightning.model.load.build import assemble_model
-from qlora_lightning.model.load.machine import ComputeDtype, choose_compute_dtype
+from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -63,29 +61,21 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     )
 
 
-def open_adapter(source: AdapterSource) -> tuple[Any, dict[str, Any]]:
+def open_adapter(source: AdapterSource) -> QLoRAModule:
     """Load an adapter on its base in the form of the training, on a CUDA device if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
-    compute_dtype: ComputeDtype = "fp32" if source.compute_dtype == torch.float32 else "auto"
-    model_type = read_config(source.base.folder, source.base.name).get("model_type")
-    dtype = choose_compute_dtype(compute_dtype, device, model_type)
-    model, identity = assemble_model(
-        name=source.base.name,
-        device=device,
-        compute_dtype=dtype,
+    module = QLoRAModule(
+        source.base.name,
+        source.base.revision,
         quantization=source.quantization or "nf4",
         double_quant=source.double_quant,
-        revision=source.base.revision,
+        compute_dtype="fp32" if source.compute_dtype == torch.float32 else "auto",
         adapter=str(source.folder),
-        adapter_options={},
-        fast=True,
     )
-    for name, parameter in trainable_tensors(model).items():
-        if ".lora_" not in name:  # modules trained in full, which only autocast would cast
-            parameter.data = parameter.data.to(dtype)
-    return model, identity
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module.configure_model()
+    return module.eval()
 
 
 def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:

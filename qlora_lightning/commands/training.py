@@ -37,7 +37,7 @@ from qlora_lightning.support.trainer import is_trial_run, say_once
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
 _PARSER_MODE = "qlora_yaml"
-TRAINER_DEFAULTS = {
+TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "default_root_dir": "runs/default",
@@ -120,7 +120,10 @@ class QLoRACLI(LightningCLI):
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without Lightning's warning that arguments come both from Python and from the command line."""
+        """Parse and check the arguments, and find the checkpoint to run with.
+
+        Lightning's own method would warn that arguments come both from Python and from the command line.
+        """
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
@@ -128,7 +131,7 @@ class QLoRACLI(LightningCLI):
             fault = shorten_parse_error(error.message, keys)
             hint = "" if find_configs(args) else " A config is named as --config FILE."
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
-        folder = os.path.expanduser(self.config["trainer"]["default_root_dir"])
+        folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):
             raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
@@ -170,7 +173,8 @@ class QLoRACLI(LightningCLI):
         configured = configured if isinstance(configured, list) else [configured]
         config = self.short_config()
         defaults = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
-        defaults.append(callbacks.PredictionWriter())
+        if not settings["fast_dev_run"]:  # which writes nothing
+            defaults.append(callbacks.PredictionWriter())
         added = [default for default in defaults if not any(isinstance(user, type(default)) for user in configured)]
         shows_progress = settings["enable_progress_bar"] in (None, True)
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):

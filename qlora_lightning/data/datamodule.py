@@ -11,12 +11,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import FabricLoader, FlatLoader, PromptLoader
+from qlora_lightning.data.batches.loader import Batch, FabricLoader, FlatLoader, PromptLoader, collate_rows
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.chat.tokenizer import load_chosen_tokenizer, tokenizer_of_base
 from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
 from qlora_lightning.data.rows.bad_rows import BadRow
@@ -26,12 +25,13 @@ from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import UserError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
-# Settings that a checkpoint remembers; one that it lacks had its default.
+# Settings that a checkpoint remembers
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
@@ -129,7 +129,6 @@ class InstructionDataModule(LightningDataModule):
         self._shares: list[float] | None = None  # of an epoch, by source of the training rows
         self._seed: int | None = None
         self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
-        self._pool: Prepared | None = None  # training rows with the validation rows still in
 
     def _check_settings(self) -> None:
         for name, choices in (
@@ -159,7 +158,13 @@ class InstructionDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer with the chosen chat template, loaded at first use."""
         if self._tokenizer is None:
-            tokenizer = load_chosen_tokenizer(self._tokenizer_choice)
+            choice = self._tokenizer_choice
+            if choice is None:
+                raise UserError(
+                    "tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually)."
+                )
+            options = {"name": choice} if isinstance(choice, str) else choice
+            tokenizer = load_tokenizer(**options) if isinstance(options, dict) else options
             self._tokenizer = choose_chat_template(tokenizer, self.chat_template, self.template_options)
         return self._tokenizer
 
@@ -237,8 +242,10 @@ class InstructionDataModule(LightningDataModule):
                 "are held out for validation, stay as they were."
             )
         self._seed = stored
-        if self._pool is not None:
-            self._divide()
+        if self.val_fraction is not None and stored != seed and "train" in self.samples:
+            for split in ("train", "val"):  # other rows are held out
+                del self.samples[split], self.reports[split]
+            self._prepare("train")
 
     # ---- from rows to samples ------------------------------------------------------------------------------------
 
@@ -256,13 +263,15 @@ class InstructionDataModule(LightningDataModule):
             return
         report.check(self.on_bad_row == "skip", self.lenient)
         if split == "train" and self.val_fraction is not None:
-            self._pool = samples, report
-            self._divide()
+            seed = self._seed if self.holdout_seed is None else self.holdout_seed
+            for part, part_report in divide(samples, report, self.val_fraction, seed or 0):
+                self.samples[part_report.split], self.reports[part_report.split] = part, part_report
+                rank_zero_info(show_controls(part_report.describe()))
             return
         self.samples[split], self.reports[split] = samples, report
         if split in ("val", "test") and self._has_training_rows(split):
             report.count_overlap(samples, self.samples["train"])
-        rank_zero_info(report.describe())
+        rank_zero_info(show_controls(report.describe()))
 
     def _has_training_rows(self, split: str) -> bool:
         """Whether there are training rows to compare with; local ones are read if they have not been yet."""
@@ -271,7 +280,7 @@ class InstructionDataModule(LightningDataModule):
                 if not any(source.is_remote for source in self.sources("train")):
                     self._prepare("train")
             except UserError as error:
-                rank_zero_info(f"{split} rows are not compared with the training rows: {error}")
+                rank_zero_info(f"{split} rows are not compared with the training rows: {show_controls(str(error))}")
         return "train" in self.samples
 
     def _read(self, split: str, sources: Sequence[Source]) -> Prepared:
@@ -322,24 +331,15 @@ class InstructionDataModule(LightningDataModule):
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, with this tokenizer and template, the same on each rank."""
-        names = ("encoding", "chat_template", "template_options", "reasoning", "max_length")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("encoding", "reasoning", "max_length")}
         entry = {"path": source} if isinstance(source, str) else source
-        other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self._tokenizer_choice, **options)
+        other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self.tokenizer, **options)
         try:
             other.setup("test")
         except UserError as error:
             raise UserError(f"evaluation.general: {str(error).removeprefix('data.test: ')}") from error
         samples = other.samples["test"]
         return [collate_rows(samples, range(len(samples))[start : start + 8]) for start in range(0, len(samples), 8)]
-
-    def _divide(self) -> None:
-        """Hold validation rows out of the training rows."""
-        assert self._pool is not None
-        seed = self._seed if self.holdout_seed is None else self.holdout_seed
-        for samples, report in divide(*self._pool, self.val_fraction or 0.0, seed or 0):
-            self.samples[report.split], self.reports[report.split] = samples, report
-            rank_zero_info(report.describe())
 
     def sources(self, split: str) -> list[Source]:
         """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
@@ -362,9 +362,10 @@ class InstructionDataModule(LightningDataModule):
         base = getattr(module, "base", None)
         if self._named_tokenizer is not None or not isinstance(base, str):
             return
-        choice = tokenizer_of_base(base, getattr(module, "revision", None), getattr(module, "trust_remote_code", False))
+        options = {name: getattr(module, name, None) for name in ("revision", "trust_remote_code")}
+        choice = {"name": base, **{name: value for name, value in options.items() if value}}
         if choice != self._tokenizer_choice:
-            self._tokenizer_choice, self._tokenizer, self._renderer, self._pool = choice, None, None, None
+            self._tokenizer_choice, self._tokenizer, self._renderer = choice, None, None
             self.samples.clear()
             self.reports.clear()
 
@@ -380,5 +381,8 @@ class InstructionDataModule(LightningDataModule):
     def _make_loader(self, split: str, **settings: Any) -> FlatLoader:
         rank, world_size = self._rank_and_world_size()
         settings |= {"seed": self._seed or 0, "world_size": world_size}
-        plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
+        if split == "train":
+            plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
+        else:  # in their order; memory is not at stake without gradients
+            plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
         return (FlatLoader if self.trainer is not None else FabricLoader)(plan, rank)

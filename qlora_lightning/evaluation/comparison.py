@@ -41,29 +41,18 @@ def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, 
     return list(sums.values())
 
 
-def _accuracy_of(rows: Sequence[EvaluationRow]) -> str | None:
-    """Return the accuracy metric: of preference pairs, or of tokens.
-
-    ``None`` for answers with a verdict: the base is its own reference, so its margin is 0 on all of them.
-    """
-    if not rows or not rows[0].is_preference:
-        return "token_accuracy"
-    return None if rows[0].has_verdict else PREFERENCE_ACCURACY
-
-
-def compare(results: Results, rows: Sequence[EvaluationRow] = ()) -> dict[str, Metric]:
+def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric]:
     """Compute every metric of every side, by name: losses over all rows, scores over the answered ones."""
-    numbers = [row.number for row in rows] or [-1] * len(next(iter(results.values())))
 
     def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
         """Measure a fraction that all results have, or some of them."""
         sides = {}
         for side, row_results in results.items():
-            fractions = [(number, fraction(result)) for number, result in zip(numbers, row_results, strict=True)]
+            fractions = [(row.number, fraction(result)) for row, result in zip(rows, row_results, strict=True)]
             sides[side] = sum_by_row((number, *parts) for number, parts in fractions if parts is not None)
         return measure(name, sides)
 
-    accuracy = _accuracy_of(rows)
+    accuracy = rows[0].accuracy
     losses = ("loss", "perplexity") if accuracy == "token_accuracy" else ("loss",)
     metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
     if accuracy is not None:
@@ -111,7 +100,7 @@ class Comparison:
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
         by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
-        self.compared_by = by_kind[_accuracy_of(rows)]
+        self.compared_by = by_kind[rows[0].accuracy]
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 
@@ -173,9 +162,10 @@ class Comparison:
         for adapter in self.adapters:
             better, worse, ties = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
-            say(f"By {metric}, {name} is better on {len(better):,} rows, the base on {len(worse):,}; {ties:,} alike.")
+            unit = "samples" if self.n_rows < len(self.rows) else "rows"
+            say(f"By {metric}, {name} is better on {len(better):,} {unit}, the base on {len(worse):,}; {ties:,} alike.")
             for outcome, indices in (("better", better), ("worse", worse)):
-                places = [self.rows[index].place for index in indices if self.rows[index].place]
+                places = [*dict.fromkeys(self.rows[index].place for index in indices if self.rows[index].place)]
                 if places:
                     say(f"  {outcome}: {', '.join(places[:_MAX_PLACES])}{' …' if len(places) > _MAX_PLACES else ''}")
 
@@ -254,7 +244,8 @@ class Comparison:
             metrics[name]["difference"] = differences[self.adapters[0]]
             if len(self.adapters) > 1:
                 metrics[name]["differences"] = differences
-        return {"rows": self.n_rows, "answered_rows": len(self.answered), "metrics": metrics}
+        answered_rows = len({self.rows[index].number for index in self.answered})
+        return {"rows": self.n_rows, "answered_rows": answered_rows, "metrics": metrics}
 
     def predictions(self, order: Sequence[int]) -> list[dict[str, Any]]:
         """Return each row's place, prompt and expected answer, and each side's answer, scores and loss, in ``order``.

@@ -12,12 +12,13 @@ import torch
 
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.evaluation import BASE
+from qlora_lightning.evaluation.intervals import PREFERENCE_ACCURACY
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.batch import cut_into_rows, is_flat
-from qlora_lightning.model.step.loss import LossSums, head_loss, lm_head_of
+from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.support.console import progress_counter
 
 ProgressCounter = Callable[[int], None]
@@ -35,8 +36,8 @@ class EvaluationRow:
     prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
-    is_preference: bool = False  # whether it is a preference pair, or an answer with a verdict
-    has_verdict: bool = False
+    # None of an answer with a verdict: the base is its own reference, so its margin is 0 on all of them
+    accuracy: str | None = "token_accuracy"
 
 
 class Answer(NamedTuple):
@@ -106,8 +107,8 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         has_verdict = "desirable" in row
         if has_verdict and not bool(row["desirable"][0]):  # an undesirable answer
             prompt = None
-        is_preference = has_verdict or row.get("pairs", False)
-        rows.append(EvaluationRow(number, source, prompt, expected, "", is_preference, has_verdict))
+        accuracy = None if has_verdict else PREFERENCE_ACCURACY if row.get("pairs") else "token_accuracy"
+        rows.append(EvaluationRow(number, source, prompt, expected, accuracy=accuracy))
     return rows
 
 
@@ -193,11 +194,9 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
 
 
 def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
-    hidden, targets = module.last_states(part)
-    head, counts = lm_head_of(module.causal_lm), part["layout"].counts
-    with module.autocast():
-        samples = zip(hidden.split(counts), targets.split(counts), strict=True)
-        return [head_loss(states, labels, head, fast=module.fast) for states, labels in samples if len(labels)]
+    counts = part["layout"].counts
+    samples = zip(*(values.split(counts) for values in module.token_losses(part)), strict=True)
+    return [LossSums(nll.sum(), torch.tensor(len(nll)), correct.sum()) for nll, correct in samples if len(nll)]
 
 
 def answer_rows(
@@ -209,21 +208,22 @@ def answer_rows(
 ) -> dict[int, Answer]:
     """Answer the rows that have a prompt, and score the answers; return them by the rows' indices.
 
-    Rows of similar length are answered together, the longest first: too little memory fails at once.
+    ``watch`` and ``on_answers`` are called for each batch, as soon as it is complete.
     """
-    limit, stop_ids, answers = settings.max_new_tokens, settings.stop_ids, dict[int, Answer]()
-    prompts = {index: row.prompt for index, row in enumerate(rows) if row.prompt is not None}
-    longest_first = sorted(prompts, key=lambda index: -len(prompts[index]))
-    with collective_passes(module), dense_weights(module.model):
-        for start in range(0, len(longest_first), settings.batch_size):
-            indices = longest_first[start : start + settings.batch_size]
-            batch = [rows[index] for index in indices]
-            ids = module.answer([row.prompt for row in batch], stop_ids, limit, batch_size=len(batch), watch=watch)
-            texts = [settings.decode(token_ids) for token_ids in ids]
-            batch_answers = [
-                Answer(text, len(token_ids), len(token_ids) < limit, settings.score(text, row))
-                for text, token_ids, row in zip(texts, ids, batch, strict=True)
-            ]
-            answers |= zip(indices, batch_answers, strict=True)
-            on_answers(batch, batch_answers)
-    return {index: answers[index] for index in prompts}
+    limit, answers = settings.max_new_tokens, dict[int, Answer]()
+    indices = [index for index, row in enumerate(rows) if row.prompt is not None]
+
+    def add(batch: Sequence[int], ids: Sequence[list[int]]) -> None:
+        batch_rows = [rows[indices[n]] for n in batch]
+        texts = [settings.decode(token_ids) for token_ids in ids]
+        batch_answers = [
+            Answer(text, len(token_ids), len(token_ids) < limit, settings.score(text, row))
+            for text, token_ids, row in zip(texts, ids, batch_rows, strict=True)
+        ]
+        answers.update(zip((indices[n] for n in batch), batch_answers, strict=True))
+        watch(len(batch))
+        on_answers(batch_rows, batch_answers)
+
+    prompts = [rows[index].prompt for index in indices]
+    module.answer(prompts, settings.stop_ids, limit, batch_size=settings.batch_size, on_batch=add)
+    return {index: answers[index] for index in indices}

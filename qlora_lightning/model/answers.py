@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.anatomy import decoder_layers, runs_flat
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
 from qlora_lightning.support.errors import UserError
 
@@ -33,7 +33,7 @@ def generate_answers(
     stop_ids: Sequence[int],
     max_new_tokens: int = 128,
     batch_size: int = BATCH_SIZE,
-    watch: Callable[[int], None] = lambda rows: None,
+    on_batch: Callable[[Sequence[int], Sequence[list[int]]], None] = lambda indices, answers: None,
     **options: Any,
 ) -> list[list[int]]:
     """Continue each prompt until a stop token, greedily; in float32 an answer is the same whatever it is batched with.
@@ -47,14 +47,14 @@ def generate_answers(
         stop_ids: Tokens that end an answer.
         max_new_tokens: Tokens after which an answer is cut.
         batch_size: Rows of a batch at most; fewer if ``TOKEN_BUDGET`` would be passed.
-        watch: Called with the number of rows of each batch that is done.
+        on_batch: Called for each batch that is done, with the indices of its prompts and their answers.
         options: More arguments of ``generate``, such as ``do_sample`` and ``temperature``.
 
     Returns:
         The ids of each answer, without the stop token: one shorter than ``max_new_tokens`` has stopped by itself.
     """
-    # an embedding may be sharded, and its shards on the host
-    device = next(param for param in decoder_layers(causal_lm)[0].parameters() if not isinstance(param, DTensor)).device
+    # that of an adapter, which is never sharded: shards may be on the host
+    device = next(param for param in causal_lm.parameters() if not isinstance(param, DTensor)).device
     batch_size = batch_size if runs_flat(causal_lm.config) else 1  # types that padding may change
     pad_id = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -70,7 +70,7 @@ def generate_answers(
                 batch_answers = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
                 for row, answer in zip(rows, batch_answers, strict=True):
                     answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
-                watch(len(rows))
+                on_batch(rows, [answers[row] for row in rows])
     finally:
         causal_lm.train(was_training)
     return answers

@@ -9,16 +9,16 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base import base_folder
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.model import answers, sharded
+from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.guards import guard
 from qlora_lightning.model.layers import fuse
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
@@ -139,7 +139,7 @@ class QLoRAModule(lightning.LightningModule):
         self.autocast_dtype: torch.dtype | None = None
         self.window = Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
-        self.guard = guard.TrainingGuard()
+        self.guard = guards.TrainingGuard()
         self.statistics = losses.TokenStatistics()
         self.sharded_base: sharded.ShardedBase | None = None
 
@@ -150,7 +150,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
-        guard.check_start(self, required=(ExactResume, guard.TrainingGuard))
+        guards.check_start(self)
         if self.model is not None:
             return
         with without_garbage_collection():  # loading imports much and creates many lasting objects
@@ -216,9 +216,13 @@ class QLoRAModule(lightning.LightningModule):
         """The model of transformers inside PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Compute in the compute dtype what PEFT's own layers would compute in float32."""
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+    def autocast(self, whole: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the compute dtype what PEFT's own layers would compute in float32.
+
+        ``whole``: for transformers' own forward, which calls embedding and head too; they are in float32 if they train.
+        """
+        dtype = self._whole_autocast_dtype if whole else self.autocast_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def choose_layers(self) -> fuse.Fusion:
         """Choose which layers run fused. Call it after changing or hooking parts of the model."""
@@ -229,14 +233,17 @@ class QLoRAModule(lightning.LightningModule):
         name = self.identity.get("compute_dtype", "float32")
         dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
         self.autocast_dtype = dtype if fuse.needs_autocast(self.causal_lm, self.choose_layers()) else None
-        # for answers transformers itself calls embedding and head, which are in float32 if they train
-        self._autocast_dtype_of_answers = dtype if fuse.trains_ends(self.causal_lm) else self.autocast_dtype
+        self._whole_autocast_dtype = dtype if fuse.trains_ends(self.causal_lm) else self.autocast_dtype
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # of loading: the peak of steps corrects the token budget
-        self.window.replace_ddp_reduction(self.trainer.strategy.model)
+        if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
+            # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
+            # may have different numbers, and sorts its buckets again after the first, so that a resume would round
+            # differently
+            model.require_backward_grad_sync = False
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -247,9 +254,18 @@ class QLoRAModule(lightning.LightningModule):
             batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``;
                 under a Trainer also ``layout``, see :meth:`layout_of`.
         """
+        nll, correct = self.token_losses(batch)
+        n_tokens = torch.full((), len(nll), device=nll.device)  # torch.tensor would wait for a GPU
+        return losses.LossSums(nll.sum(), n_tokens, correct.sum())
+
+    def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Compute the loss of each labelled token of a flat batch, ``(K,)``, and whether it is the most likely one.
+
+        They are in the order of the samples, ``layout.counts`` of each.
+        """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return losses.head_loss(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
+            return losses.token_losses(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
 
     def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the hidden states that predict the labelled tokens, ``(K, width)``, and these tokens, ``(K,)``.
@@ -288,7 +304,7 @@ class QLoRAModule(lightning.LightningModule):
         return micro_batch.cut_into_micro_batches(self, batch) if is_flat(batch) else [batch]
 
     def setup(self, stage: str) -> None:
-        guard.check_setup(self)
+        guards.check_setup(self)
         if stage == "fit":
             self.token_budget.plan(self)
 
@@ -305,7 +321,7 @@ class QLoRAModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the gradients of a batch's *sums*; on_before_optimizer_step turns them into the mean's."""
         if self.guard.checks_due:
-            guard.check_training_mode(self.model)
+            guards.check_training_mode(self.model)
         return self.window.take(self, batch)
 
     @property
@@ -379,7 +395,7 @@ class QLoRAModule(lightning.LightningModule):
         self._log_statistics("test")
 
     def _log_statistics(self, split: str) -> None:
-        if guard.has_no_loss(self):
+        if guards.has_no_loss(self):
             self.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
             return
         if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
@@ -414,7 +430,8 @@ class QLoRAModule(lightning.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily, up to 1,024 tokens; return token ids."""
-        return self.answer(batch["prompt_ids"], batch["stop_ids"], answers.MOST_PREDICTED)
+        prompts = [prompt.ids for prompt in batch["prompts"]]
+        return self.answer(prompts, batch["stop_ids"], answers.MOST_PREDICTED)
 
     def answer(
         self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any
@@ -424,8 +441,7 @@ class QLoRAModule(lightning.LightningModule):
         Options are more arguments of :func:`~qlora_lightning.model.answers.generate_answers`.
         """
         self.choose_layers()
-        dtype = self._autocast_dtype_of_answers
-        with sharded.collective_passes(self), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with sharded.collective_passes(self), self.autocast(whole=True):
             return answers.generate_answers(
                 self.causal_lm, prompts, stop_ids=stop_ids, max_new_tokens=max_new_tokens, **options
             )

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.batch import samples_of
-from qlora_lightning.model.step.loss import LossSums, lm_head_of, token_losses
+from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.micro_batch import run_micro_batches
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, trainer_of
@@ -102,7 +102,7 @@ class PreferenceModule(QLoRAModule):
         layout = self.layout_of(batch)
         batch = {**batch, "layout": layout}
         n_answers = len(layout.counts) if any(layout.counts) else 0  # a filler has none
-        log_probs = -_sum_segments(self._token_losses(batch), layout.counts)[:n_answers]  # (answers,)
+        log_probs = self._log_probs(batch)[:n_answers]
         reference = self._reference_log_probs(batch)[:n_answers] if self._has_reference else None
         if is_kto:
             assert reference is not None
@@ -187,16 +187,15 @@ class PreferenceModule(QLoRAModule):
             return ratio_sum
         with torch.no_grad():
             for part in run_micro_batches(self, mismatch_answers(batch)):
-                log_probs = -_sum_segments(self._token_losses(part), part["layout"].counts)
+                log_probs = self._log_probs(part)
                 ratio_sum += (log_probs - self._reference_log_probs(part)).sum()
                 n_answers += sum(map(bool, part["layout"].counts))
         return (ratio_sum / n_answers).clamp(min=0) if n_answers > 1 else ratio_sum * 0.0
 
-    def _token_losses(self, batch: dict[str, Any]) -> Tensor:
-        hidden, targets = self.last_states(batch)
-        with self.autocast():
-            nll, _ = token_losses(hidden, targets, lm_head_of(self.causal_lm), fast=self.fast)
-        return nll
+    def _log_probs(self, batch: dict[str, Any]) -> Tensor:
+        """Compute the log-probability of each answer, ``(answers,)``."""
+        nll, _ = self.token_losses(batch)
+        return -torch.stack([answer.sum() for answer in torch.split(nll, batch["layout"].counts)])
 
     # ---- the reference -----------------------------------------------------------------------------------------------
 
@@ -206,7 +205,7 @@ class PreferenceModule(QLoRAModule):
         self.eval()  # without dropout and noise
         try:
             with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
-                return -_sum_segments(self._token_losses(batch), batch["layout"].counts)
+                return self._log_probs(batch)
         finally:
             self.train(was_training)
 
@@ -234,7 +233,3 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
         "row_ids": batch["row_ids"],
         "source": batch["source"],
     }
-
-
-def _sum_segments(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    return torch.stack([segment.sum() for segment in torch.split(values, list(lengths))])

@@ -10,13 +10,14 @@ import numpy as np
 
 from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.figures import read_comparison
-from qlora_lightning.report.run_files import MEMORY, Points, Run
+from qlora_lightning.report.run_files import Points, Run
+from qlora_lightning.support.files import MEMORY_PEAKS
 
 _KINDS = {
     "learning_rate": ("Learning rate", ""),
     "grad_norm": ("Gradient norm", "before clipping"),
     "tokens_per_second": ("Speed", "tokens/s"),
-    **dict.fromkeys(MEMORY, ("Peak memory", "GiB")),
+    **dict.fromkeys(MEMORY_PEAKS, ("Peak memory", "GiB")),
 }
 _LOSSES = ("train_loss", "val_loss")
 _NOISY = ("train_loss", "grad_norm", "tokens_per_second")

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, choose_digits, format_interval
 from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share
-from qlora_lightning.report.run_files import MEMORY, Run
+from qlora_lightning.report.run_files import Run
+from qlora_lightning.support.files import MEMORY_PEAKS
 
 PageTable = tuple[list[str], list[list[str]]]
 """Headings and rows; the first cell of a row is its label."""
@@ -85,7 +86,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     add("train_loss", "training loss, last", "{:.4f}", logged.get("train_loss", [math.nan])[-1])
     speeds = logged.get("tokens_per_second", [math.nan])
     add("tokens_per_second", "tokens/s, median", "{:,.0f}", statistics.median(speeds))
-    peak = next((max(logged[name]) for name in MEMORY if name in logged), None)
+    peak = next((max(logged[name]) for name in MEMORY_PEAKS if name in logged), None)
     add("peak_memory_gib", "peak memory", "{:.2f}\u00a0GiB", peak)
     if run.status != "running":  # the manifest has the seconds at the last validation
         add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)

@@ -9,10 +9,7 @@ from typing import Any
 
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
-from qlora_lightning.support.versions import PEAK_NAMES
 
-MEMORY = tuple(PEAK_NAMES.values())
-"""Names of memory peaks in metrics and manifest: of a GPU; of the process."""
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""

@@ -12,7 +12,7 @@ from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report.figures import PageTable, find_figures, read_comparison
 from qlora_lightning.report.run_files import Run
 from qlora_lightning.report.verdict import Verdict
-from qlora_lightning.support.files import CHECKPOINTS, resolve_unnamed
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, resolve_unnamed
 
 Facts = list[tuple[str, str]]
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect
@@ -67,7 +67,7 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
         resume = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
         purpose = "resume it" if run.status != "running" else "resume it if it was killed"
         return [(f"{purpose}, from the same working folder", resume)]
-    if run.status != "finished":
+    if run.status != "finished" or not (run.folder / ADAPTER_FOLDER / IDENTITY).exists():
         return []
     commands, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
     splits = (run.manifest.get("data") or {}).get("splits") or {}

@@ -1,11 +1,7 @@
 """What ends a command early: a mistake in the user's input, or a signal that asked training to stop."""
 
 import difflib
-import signal
 from collections.abc import Iterable
-
-# Windows has no SIGHUP, the signal of a closed terminal
-ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class UserError(ValueError):
@@ -20,9 +16,9 @@ class Diverged(UserError):
     """A loss or gradient is NaN or infinite: the run ends, and earlier checkpoints stay."""
 
 
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` with the most similar known name, to end a message; empty if none is similar."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    matches = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-PEAK_NAMES = {"cuda": "memory_peak_gib", "cpu": "peak_rss_gib"}  # of the memory in metrics.csv and manifest.json
 
 
 def check_version(version: int, source: str) -> None:

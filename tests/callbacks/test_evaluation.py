@@ -125,7 +125,7 @@ def test_every_second_validation_answers_rows_and_training_ends_in_the_same_byte
     assert not {f"val_{name}" for name in SCORES} & first.keys()
     assert {f"val_{name}" for name in [*SCORES, "stop_rate", "answer_tokens"]} <= second.keys()
     data.setup("predict")
-    prompts = [prompt for batch in data.predict_dataloader() for prompt in batch["prompt_ids"]][:3]
+    prompts = [prompt.ids for batch in data.predict_dataloader() for prompt in batch["prompts"]][:3]
     answers = module.answer(prompts, data.stop_ids, 4)
     assert second["val_answer_tokens"] == pytest.approx(sum(map(len, answers)) / 3)
     assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in answers) / 3)

@@ -73,7 +73,7 @@ def test_checkpoint_and_adapter_folder_are_evaluated_alike_and_without_either_th
     folder = command("validate")
     checkpoint = command("validate", "--ckpt_path", "last")
     assert "Adapter:" not in checkpoint
-    base = command("validate", "--trainer.default_root_dir", "elsewhere")
+    base = command("validate", "--trainer.default_root_dir", "null")  # as Lightning's own configs have it
     assert "this evaluates the base alone" in base
     assert loss(folder) == loss(checkpoint) != loss(base)
 
@@ -85,8 +85,12 @@ def test_null_and_false_switch_callbacks_off_in_yaml_and_on_the_command_line(
     monkeypatch.setenv("HOME", str(tmp_path))
     config = write_config(trainer={"max_steps": 1, "limit_val_batches": 0}, throughput=False)
     switches = ("--gpu_memory", "null", "--evaluation=False", "--gradient_checkpointing", "true")
+    switches += ("--adapter_checkpoint", "null")
     out = command("fit", *switches, "--trainer.default_root_dir", "~/off", config=config)
     assert "Memory after loading" not in out
+    assert "chat --adapter" not in out + (tmp_path / "off" / "report.html").read_text()  # there is none to talk to
+    progress = json.loads((tmp_path / "off" / "manifest.json").read_text())["progress"]
+    assert (progress["tokens"], progress["labelled_tokens"]) == (None, None)
     stored = read_config(tmp_path / "off")
     assert [stored[key]["enabled"] for key in ("evaluation", "gradient_checkpointing")] == [False, True]
     assert not {"private_memory_gib", "tokens_seen"} & read_metrics(tmp_path / "off" / "metrics.csv").keys()
@@ -95,6 +99,7 @@ def test_null_and_false_switch_callbacks_off_in_yaml_and_on_the_command_line(
 def test_a_trial_run_leaves_a_finished_run_alone(command, tmp_path):
     before = contents(tmp_path / "run")
     command("fit", "--trainer.fast_dev_run", "true")
+    command("predict", "--trainer.fast_dev_run", "true")
     assert contents(tmp_path / "run") == before
 
 

@@ -93,19 +93,12 @@ def test_the_seed_is_torchs_without_seed_everything_and_no_global_number_is_draw
 
 
 PAIR = {"prompt": "q", "completion": "k"}
-OTHER_TASKS = [
-    ({"prompt": "q", "chosen": "k", "rejected": "b"}, "`chosen: completion`"),
-    ({**PAIR, "label": False}, "{label: null}"),  # of TRL
-    ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "{image: null}"),
-]
 
 
-@pytest.mark.parametrize(("row", "advice"), OTHER_TASKS)
-def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write, row, advice):
-    write("other.jsonl", [PAIR, {"prompt": "q"}, row])
-    with pytest.raises(UserError, match=r"^other\.jsonl:3 ") as error:
+def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write):
+    write("other.jsonl", [PAIR, {"prompt": "q"}, {**PAIR, "label": False}])
+    with pytest.raises(UserError, match=r"^other\.jsonl:3 .*\{label: null\}"):
         make(train="other.jsonl", on_bad_row="skip").setup("fit")
-    assert advice in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +119,10 @@ def test_rows_to_predict(make, write):
     data = make(predict="ask.jsonl", system="S")
     data.setup("predict")
     first, second = data.predict_dataloader()
-    assert "".join(map(chr, first["prompt_ids"][0])) == "{s\nS}\n{u\nq}\n{a\n"
+    assert "".join(map(chr, first["prompts"][0].ids)) == "{s\nS}\n{u\nq}\n{a\n"
     assert data.samples["predict"].labelled_counts.tolist() == [0, 0, 0]
-    assert (first["references"], second["references"], second["row_ids"]) == ([None, None], ["k"], [2])
+    found = [[(prompt.reference, prompt.row_id) for prompt in batch["prompts"]] for batch in (first, second)]
+    assert found == [[(None, 0), (None, 1)], [("k", 2)]]
     assert data.stop_ids == [125]
 
 

@@ -19,8 +19,10 @@ def read(samples, n):
     return "".join(map(chr, unpack(samples)[n].ids))
 
 
-def test_rows_become_samples_and_a_report(characters):
-    data = prepare_rows([pair("q", "ok"), pair("q" * 20, "k")], characters, max_length=16)
+def test_rows_become_samples_and_a_report(characters, caplog):
+    rows = [pair("q", "ok"), pair("q" * 20, "k") | {"\x1b]0;owned": 1}]
+    data = prepare_rows(rows, characters, max_length=16)
+    assert "columns not read: ␛]0;owned" in caplog.text
     assert [data.samples["train"].where(n) for n in range(2)] == ["train:1", "train:2"]
     report = data.reports["train"]
     assert (report.rows, report.samples, report.formats) == (2, 2, ["prompt_completion"])

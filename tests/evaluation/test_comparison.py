@@ -15,12 +15,16 @@ def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_toke
     return RowResult(loss * tokens, tokens, correct, found)
 
 
+def rows_of(results):
+    return [EvaluationRow(number, "0", None, []) for number in range(len(results))]
+
+
 def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_differences_are_paired():
     unanswered = result(loss=1.0, tokens=3, correct=3)
     base = [result(loss=2.0, answer="a", exact_match=0.0, chrf=0.5, answer_tokens=4, stopped=False), unanswered]
     adapter = [result(loss=1.0, correct=1, answer="b", exact_match=1.0, chrf=0.75, answer_tokens=2)]
     adapter.append(result(loss=0.0, tokens=3, correct=3))
-    metrics = compare({"base": base, "adapter": adapter})
+    metrics = compare({"base": base, "adapter": adapter}, rows_of(base))
     values = {name: (metric.sides["base"].value, metric.sides["adapter"].value) for name, metric in metrics.items()}
     expected = {
         "loss": (5 / 4, 1 / 4),
@@ -37,15 +41,19 @@ def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_dif
     assert metrics["loss"].differences["adapter"] == pytest.approx((-1.0, math.nan, math.nan), nan_ok=True)
 
 
-def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by_loss():
+def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by_loss(capsys):
     pieces = {"base": [result(loss) for loss in (1, 1, 3, 3, 2)], "adapter": [result(loss) for loss in (1, 2, 2, 1, 1)]}
     scored = {"base": [result(answer="", exact_match=float(right)) for right in (1, 0, 1, 1, 0)]}
     rows = [EvaluationRow(number, "0", None, []) for number in (7, 7, 9, 9, 11)]
     whole = {"base": [result(1, 2), result(3, 2), result(2)], "adapter": [result(1.5, 2), result(1.5, 2), result(1)]}
-    assert compare(pieces, rows)["loss"] == compare(whole)["loss"]
+    assert compare(pieces, rows)["loss"] == compare(whole, rows_of(whole["base"]))["loss"]
     share = compare(scored, rows)["exact_match"].sides["base"]
     assert (share.value, share.low) == pytest.approx((3 / 5, 0.1725), abs=1e-4)  # Wilson's of three rows, not of five
-    judged = [EvaluationRow(number, "0", None, [], is_preference=True, has_verdict=True) for number in range(5)]
+    Comparison(rows, pieces, None).print("rows")
+    assert "the adapter is better on 3 samples, the base on 1; 1 alike" in capsys.readouterr().out
+    settings = AnswerSettings(None, [0], ["exact_match"], 5, 1)
+    assert Comparison(rows, scored | {"adapter": scored["base"]}, settings).figures()["answered_rows"] == 3
+    judged = [EvaluationRow(number, "0", None, [], accuracy=None) for number in range(5)]
     found = Comparison(judged, pieces, None)
     assert list(found.metrics) == ["loss"]
     assert found.compare_rows("adapter") == ([2, 3, 4], [1], 1)
@@ -70,7 +78,7 @@ def test_the_question_is_the_last_turn_by_any_template(prompts, questions):
 def test_no_interval_says_that_a_share_is_certain():
     base = [result(answer="a", exact_match=0.0, chrf=0.0)] * 100
     adapter = [result(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100
-    metrics = compare({"base": base, "adapter": adapter})
+    metrics = compare({"base": base, "adapter": adapter}, rows_of(base))
     for name in ("exact_match", "chrf", "token_accuracy", "stop_rate"):
         for interval in (*metrics[name].sides.values(), *metrics[name].differences.values()):
             assert interval.high - interval.low > 0.03, name
@@ -81,7 +89,8 @@ def test_no_interval_says_that_a_share_is_certain():
     assert metrics["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
     assert math.isnan(metrics["loss"].sides["base"].low)  # nobody knows how high a loss may be elsewhere
     half = [result(answer="a", exact_match=float(row < 50)) for row in range(100)]
-    assert compare({"base": half})["exact_match"].sides["base"] == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
+    share = compare({"base": half}, rows_of(half))["exact_match"].sides["base"]
+    assert share == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows_and_the_same_each_time():

@@ -40,7 +40,7 @@ def greedy(module):
 def test_padded_rows_are_answered_as_alone_in_batches_of_any_size(module, greedy, monkeypatch, batch_size, budget):
     monkeypatch.setattr(answers, "TOKEN_BUDGET", budget)  # 24: two rows of at most 6 + 6 tokens
     done = []
-    assert answer(module, batch_size=batch_size, watch=done.append) == greedy
+    assert answer(module, batch_size=batch_size, on_batch=lambda rows, _: done.append(len(rows))) == greedy
     assert sum(done) == len(PROMPTS)
     assert max(done) <= min(batch_size, budget // 7)
 

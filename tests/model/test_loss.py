@@ -6,18 +6,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlora_lightning.base.tensors import IGNORED
-from qlora_lightning.model.step import loss as loss_module
 from qlora_lightning.model.step.layout import next_labels
+from qlora_lightning.model.step.loss import LossSums, token_losses
 
 WIDTH, VOCABULARY = 16, 50
 UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]
 
 
-def head_loss(hidden, labels, head, **options):
+def head_loss(hidden, labels, head, fast=True):
     """The loss of the labelled tokens of a stream."""
     targets = next_labels(labels)
     is_labelled = targets != IGNORED
-    return loss_module.head_loss(hidden[is_labelled], targets[is_labelled], head, **options)
+    nll, correct = token_losses(hidden[is_labelled], targets[is_labelled], head, fast=fast)
+    return LossSums(nll.sum(), torch.tensor(len(nll)), correct.sum())
 
 
 def draw(trainable_head=False, bias=False, labelled=12):

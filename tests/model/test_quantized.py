@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import UserError, load_base
+from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
 from tests.equality import base_tensors, same
 
@@ -111,3 +112,10 @@ def test_dtypes_are_chosen_by_the_hardware_and_slow_ones_announced(monkeypatch, 
     assert choose_compute_dtype(name, device, model_type) == dtype
     found = explain_dtype(device, str(dtype).removeprefix("torch."))
     assert found is None if words is None else re.search(words, found)
+
+
+def test_the_limit_of_a_container_counts_without_the_files_that_it_has_cached(tmp_path, monkeypatch):
+    for name, content in {"max": "1000", "current": "600", "stat": "anon 500\ninactive_file 100"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    assert machine.free_bytes(torch.device("cpu")) == 500

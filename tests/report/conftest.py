@@ -56,9 +56,15 @@ EVALUATION = {
 }
 
 
+def write_adapter(run):
+    """Write what tells that a run folder has an adapter."""
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "qlora_lightning.json").write_text("{}")
+
+
 def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=EVALUATION, **changes):
     """Write a run folder of so many steps, with a validation every ten; return the folder."""
-    folder.mkdir(parents=True)
+    write_adapter(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     with (folder / "metrics.csv").open("w", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")

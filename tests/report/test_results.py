@@ -1,12 +1,10 @@
 """What the page of a run says: the first screen, whether it learned, base against adapter, and what comes next."""
 
-from pathlib import Path
-
 import pytest
 
 from qlora_lightning.report import Run, read_run, render_report
 from tests.markup import Reader
-from tests.report.conftest import CONFIG, EVALUATION, MANIFEST
+from tests.report.conftest import CONFIG, EVALUATION, MANIFEST, write_adapter
 
 
 def read_page(run):
@@ -16,7 +14,7 @@ def read_page(run):
     return [text for text in page.texts("p") if text.strip()], commands, page
 
 
-def make(folder=Path("a"), status="finished", command="", **files):
+def make(folder, status="finished", command="", **files):
     manifest = {**MANIFEST, "command": command, "progress": {}}
     return Run(folder=folder, name="a", status=status, manifest=manifest, config=CONFIG, **files)
 
@@ -89,12 +87,13 @@ ALL, NO_MERGE, AGAIN = ["chat", "evaluate", "merge"], ["chat", "evaluate"], ["fi
         ([2.5, 2.4], sides(2.5, 2.51), ALL, ["is not clearly better"]),  # one row has no interval
     ],
 )
-def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(losses, measured, follows, words):
+def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(tmp_path, losses, measured, follows, words):
     """Only one that learned is merged, and one that diverged is started again."""
     metrics = {"train_loss": [(10, 1.0)], "learning_rate": [(1, 5e-4), (2, 1e-3)]}
     metrics["val_loss"] = [(10 * step, value) for step, value in enumerate(losses, start=1)]
     evaluation = {"metrics": {"loss": measured}, "rows": 5} if measured else {}
-    sentences, commands, _ = read_page(make(metrics=metrics, evaluation=evaluation))
+    write_adapter(tmp_path)
+    sentences, commands, _ = read_page(make(tmp_path, metrics=metrics, evaluation=evaluation))
     assert [each for each in words if each not in " ".join(sentences)] == []
     assert [command.split()[1] for command in commands] == [*follows, "fit"]  # the last repeats the run
     assert commands[0].endswith("--model.learning_rate 0.0003") == (follows == AGAIN)
@@ -122,10 +121,10 @@ TO_10, TO_9, TO_40 = (
     ],
 )
 def test_overfitting_is_no_divergence_a_training_loss_may_show_one_and_a_few_steps_show_nothing(
-    metrics, loss, sentence
+    tmp_path, metrics, loss, sentence
 ):
     evaluation = {"metrics": {"loss": loss}, "rows": 5} if loss else {}
-    first, *others = read_page(make(metrics=metrics, evaluation=evaluation))[0]
+    first, *others = read_page(make(tmp_path, metrics=metrics, evaluation=evaluation))[0]
     assert first.startswith(sentence)
     assert bool(others) == (metrics is OVERFITTED)
 

@@ -16,9 +16,7 @@ from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.model.adapters.folder import add_named_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, with_adapter
-from qlora_lightning.model.answers import generate_answers
 from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
@@ -67,22 +65,21 @@ class Session:
         self,
         adapters: Mapping[str, Path],
         *,
-        base: str | None = None,
-        compare: bool = False,
-        system: str | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        max_new_tokens: int = 512,
-        seed: int | None = None,
+        base: str | None,
+        compare: bool,
+        system: str | None,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: int | None,
     ) -> None:
         sources = {name: find_adapter(folder, base) for name, folder in adapters.items()}
         self.first, first_source = next(iter(sources.items()))
-        self.model, identity = open_adapter(first_source)
+        self.module = open_adapter(first_source)
         # PEFT does not take every name of a user
         self.peft_names = {name: f"adapter_{index}" if index else ADAPTER for index, name in enumerate(sources)}
         for name in [*sources][1:]:
-            add_named_adapter(self.model, self.peft_names[name], sources[name].folder, identity)
-        self.model.eval()
+            self.module.add_adapter(self.peft_names[name], sources[name].folder)
         self.renderers = {
             name: ChatRenderer(
                 choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None),
@@ -92,7 +89,7 @@ class Session:
         }
         if compare:
             self.renderers = {BASE: self.renderers[self.first], **self.renderers}
-        self.context = int(getattr(self.model.get_base_model().config, "max_position_embeddings", 1 << 20))
+        self.context = int(getattr(self.module.causal_lm.config, "max_position_embeddings", 1 << 20))
         self.max_new_tokens = max_new_tokens
         self.sampling: dict[str, Any] = {}
         if temperature != 0:
@@ -147,18 +144,12 @@ class Session:
         renderer = self.renderers[name]
         stream = AnswerStream(renderer.tokenizer)
         if name != BASE:
-            self.model.set_adapter(self.peft_names[name], inference_mode=True)
+            self.module.model.set_adapter(self.peft_names[name], inference_mode=True)
         limit = min(self.max_new_tokens, self.context - len(prompt))
         try:
-            with with_adapter(self.model, None) if name == BASE else contextlib.nullcontext():
-                (token_ids,) = generate_answers(
-                    self.model.get_base_model(),
-                    [prompt],
-                    stop_ids=sorted(renderer.stop_ids),
-                    max_new_tokens=limit,
-                    streamer=stream,
-                    **self.sampling,
-                )
+            with with_adapter(self.module.model, None) if name == BASE else contextlib.nullcontext():
+                stop_ids = sorted(renderer.stop_ids)
+                (token_ids,) = self.module.answer([prompt], stop_ids, limit, streamer=stream, **self.sampling)
         except KeyboardInterrupt:
             stream.end()
             if not self.is_typed:

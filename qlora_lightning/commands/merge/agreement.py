@@ -20,7 +20,7 @@ from qlora_lightning.commands.merge.gguf_files import architecture_of
 from qlora_lightning.commands.opened_adapter import AdapterSource, open_adapter
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.data.batches.collate import collate_rows
+from qlora_lightning.data.batches.loader import collate_rows
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -37,7 +37,10 @@ def check_written(
     Returns the figures for ``merge.json``; raises UserError if a model differs by too much.
     """
     source = dataclasses.replace(source, quantization=source.quantization or "none")
-    reference, labels = labelled_logits(open_adapter(source)[0].eval(), batches)
+    module = open_adapter(source)
+    with module.autocast(whole=True):
+        reference, labels = labelled_logits(module.model, batches)
+    del module  # before the merged model is loaded
     loss = compare_logits(reference, reference, labels)["loss"]
     say(f"Checked on {len(batches)} validation rows, {len(labels):,} labelled tokens: base + adapter: loss {loss:.4f}")
     figures: dict[str, Any] = {"rows": len(batches), "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}

@@ -25,9 +25,9 @@ class RankBatch(NamedTuple):
 class EpochPlan:
     """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
-    Without ``shuffle`` every epoch is the same: rows in file order, also when packed. Every epoch has as many batches
-    as epoch 0. Under ``shares`` another epoch may pack into more or fewer bins: then its last bins are left out, or its
-    first bins are repeated.
+    Without ``shuffle`` every epoch is the same: rows in file order, or packed in one way. Every epoch has as many
+    batches as epoch 0. Under ``shares`` another epoch may pack into more or fewer bins: then its last bins are left
+    out, or its first bins are repeated.
     """
 
     samples: SampleSet
@@ -89,8 +89,7 @@ class EpochPlan:
 
     def _pack(self, epoch: int) -> list[list[int]]:
         assert self.tokens_per_batch is not None
-        pack = best_fit if self.shuffle else next_fit  # in file order, the first batches hold the first rows
-        return pack(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
+        return best_fit(self.samples.lengths, self.order(epoch), self.tokens_per_batch)
 
 
 def permute(n: int, *key: int | str) -> npt.NDArray[np.int64]:
@@ -167,18 +166,6 @@ def _take(rows: npt.NDArray[np.int64], begin: int, count: int, seed: int, source
 
 
 _Numbers = Sequence[int] | npt.NDArray[Any]
-
-
-def next_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:
-    """Pack rows into bins in order: a row that does not fit the last bin opens the next."""
-    bins, capacity = list[list[int]](), 0
-    for row in map(int, order):
-        if not bins or lengths[row] > capacity:
-            bins.append([])
-            capacity = budget
-        bins[-1].append(row)
-        capacity -= int(lengths[row])
-    return bins
 
 
 def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]:

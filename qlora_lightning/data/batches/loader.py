@@ -1,16 +1,60 @@
-"""Loaders of an epoch's batches, with a position from which a run resumes."""
+"""Flat batches of samples, and their loaders, with a position from which a run resumes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from qlora_lightning.data.batches.collate import Batch, collate_rows
+from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, count_batches, rank_batches
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.errors import UserError
+
+
+class Batch(TypedDict):
+    """One flat stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
+    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where a token is not trained, and at each sample's
+    # start, so that nothing is predicted across samples
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, start of each sample; the last is T
+    row_ids: torch.Tensor  # (B,) int64, number of each sample's row in the split; -1 in a filler
+    source: torch.Tensor  # (B,) int64, index of each row's source in the split
+    pairs: NotRequired[bool]  # whether each row is two samples, the answers to compare
+    desirable: NotRequired[torch.Tensor]  # (B,) bool, the verdict on each answer
+
+
+def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
+    """Concatenate samples of a set; a filler has no labels and no row ids."""
+    spans = samples.spans(rows)
+    lengths = np.array([span.stop - span.start for span in spans])
+    rows = np.repeat(rows, len(spans) // len(rows)).tolist()
+    starts = np.cumsum([0, *lengths])  # (B + 1,)
+    ids = np.concatenate([samples.ids[span] for span in spans], dtype=np.int64)
+    if filler:
+        labels, row_ids = np.full_like(ids, IGNORED), np.full(len(rows), -1)
+    else:
+        labelled = np.concatenate([samples.labelled[span] for span in spans])
+        labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
+    batch: Batch = {
+        "input_ids": torch.from_numpy(ids).unsqueeze(0),
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
+        "labels": torch.from_numpy(labels).unsqueeze(0),
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "row_ids": torch.from_numpy(row_ids),
+        "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
+    }
+    if samples.first is not None:
+        batch["pairs"] = True
+    if samples.desirable is not None:
+        batch["desirable"] = torch.from_numpy(samples.desirable[rows])
+    return batch
 
 
 class EpochNumber(SequentialSampler):
@@ -114,16 +158,6 @@ class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # ty
         return self
 
 
-class PromptBatch(TypedDict):
-    """Several rows to predict, as plain lists; empty ones on a rank that has no row left."""
-
-    prompt_ids: list[list[int]]
-    stop_ids: list[int]
-    references: list[str | None]
-    row_ids: list[int]
-    rows: list[dict[str, Any]]
-
-
 @dataclass
 class PromptLoader:
     """One rank's prompts in file order; every rank has the same number of batches."""
@@ -137,13 +171,7 @@ class PromptLoader:
     def __len__(self) -> int:
         return count_batches(len(self.prompts), self.batch_size, self.world_size)
 
-    def __iter__(self) -> Iterator[PromptBatch]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield ``{"prompts": [Prompt, …], "stop_ids": [int, …]}``; no prompts on a rank that has no row left."""
         for rows, filler in rank_batches(range(len(self.prompts)), self.batch_size, self.rank, self.world_size):
-            prompts = [] if filler else [self.prompts[row] for row in rows]
-            yield {
-                "prompt_ids": [prompt.ids for prompt in prompts],
-                "stop_ids": self.stop_ids,
-                "references": [prompt.reference for prompt in prompts],
-                "row_ids": [prompt.row_id for prompt in prompts],
-                "rows": [prompt.values for prompt in prompts],
-            }
+            yield {"prompts": [] if filler else [self.prompts[row] for row in rows], "stop_ids": self.stop_ids}

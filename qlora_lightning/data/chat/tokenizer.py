@@ -1,4 +1,4 @@
-"""Load a tokenizer; find its control tokens, and those at which generation stops."""
+"""The control tokens of a tokenizer, and those at which generation stops."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -8,24 +8,6 @@ from typing import Any
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object
-
-
-def tokenizer_of_base(base: str, revision: str | None = None, trust_remote_code: bool = False) -> str | dict[str, Any]:
-    """Return what names the base's own tokenizer, of the same revision."""
-    if revision is None and not trust_remote_code:
-        return base
-    return {"name": base, "revision": revision, "trust_remote_code": trust_remote_code}
-
-
-def load_chosen_tokenizer(choice: str | dict[str, Any] | Any | None) -> Any:
-    """Load a tokenizer by hub id, folder, ``package:NAME`` or ``{name, revision, trust_remote_code}``, or return it."""
-    if choice is None:
-        raise UserError("tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually).")
-    if not isinstance(choice, str | dict):
-        return choice
-    from qlora_lightning.base.base_folder import load_tokenizer
-
-    return load_tokenizer(**({"name": choice} if isinstance(choice, str) else choice))
 
 
 class ControlTokens:

@@ -99,7 +99,8 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dic
 
     rows: Any
     if file:
-        rows = load_dataset(kind[1:], data_files=glob.escape(str(file)), split="train", streaming=True)
+        name = glob.escape(str(file)) if isinstance(file, Path) else file  # of a URL `?` begins the query
+        rows = load_dataset(kind[1:], data_files=name, split="train", streaming=True)
     else:
         options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
         rows = load_dataset(source.path, source.name, **options)

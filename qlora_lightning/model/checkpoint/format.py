@@ -18,13 +18,13 @@ from qlora_lightning.support.versions import check_version
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
 
 
-def read_checkpoint(file: str | Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file; raise UserError if it is missing, damaged, or would run code when it is loaded."""
+def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code."""
     try:
         with zipfile.ZipFile(file) as archive:  # torch compresses nothing; a few MB could expand to many GB
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
         raise UserError(
             f"{file} is not read: it is missing, cut off or no checkpoint, or it holds objects that run code when they "
@@ -73,7 +73,7 @@ def restore_module(kind: type, file: str | Path, map_location: Any, overrides: d
     Raises:
         UserError: The file is no checkpoint or a foreign one, or belongs to another base.
     """
-    checkpoint = read_checkpoint(file, map_location)
+    checkpoint = read_checkpoint(file)
     content = read_content(checkpoint, str(file))
     parameters = inspect.signature(kind).parameters
     takes_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -1,1 +1,1 @@
-"""Attention in C++ for a CPU."""
+"""Attention and SwiGLU in C++ for a CPU."""

@@ -110,20 +110,6 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     return model
 
 
-def meta_model(
-    config: Any,
-    dtype: torch.dtype,
-    quantization: Quantization,
-    adapter: Path | None,
-    adapter_options: dict[str, Any],
-    fast: bool = True,
-) -> peft.PeftModel:
-    """Build a base with its adapters as :func:`assemble_model` does, but on the meta device."""
-    model = put_adapters(meta_base(config, dtype, quantization), adapter, **adapter_options).to("meta")
-    fuse_layers(model, fast)
-    return model
-
-
 def _quantized_linear(linear: Any, quantization: Quantization, dtype: torch.dtype) -> Any:
     """Build a linear of bitsandbytes whose weight is as transformers loads it."""
     weight, sizes = linear.weight.detach(), (*linear_sizes(linear), linear.bias is not None)

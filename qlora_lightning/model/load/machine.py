@@ -1,7 +1,9 @@
 """The machine: its dtypes, its memory and its allocator."""
 
+import contextlib
 import ctypes
 import sys
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -10,6 +12,7 @@ import torch
 from qlora_lightning.base.tensors import GIB
 from qlora_lightning.support.errors import UserError
 
+CGROUPS = Path("/sys/fs/cgroup")
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 # Families whose states are known to pass 65,504 in fp16.
@@ -70,7 +73,23 @@ def free_bytes(device: torch.device) -> int:
         process = psutil.Process()
         limit, _ = process.rlimit(psutil.RLIMIT_AS)
         free = free if limit == psutil.RLIM_INFINITY else min(free, limit - process.memory_info().vms)
+        free = min([free, *_free_bytes_of_cgroups()])
     return int(free)
+
+
+def _free_bytes_of_cgroups() -> list[int]:
+    """Return what each cgroup (version 2) that limits this process has left: a container's, a job's of SLURM."""
+    free = []
+    with contextlib.suppress(OSError):  # no cgroups
+        own_group = CGROUPS / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        for group in (own_group, *own_group.parents):
+            limit_file = group / "memory.max"  # the root has none
+            limit = limit_file.read_text().strip() if limit_file.exists() else "max"
+            if limit != "max":
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # cached files make way
+                free.append(int(limit) - used)
+    return free
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,8 +11,9 @@ from transformers import AutoConfig
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import check_quantization
-from qlora_lightning.model.load.build import meta_model
+from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
@@ -85,7 +86,9 @@ def plan_step(
     quantization_config = getattr(config, "quantization_config", None)
     double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
-    model = meta_model(config, dtype, module.quantization, folder, module.adapter_options, module.fast)
+    base = meta_base(config, dtype, module.quantization)
+    model = put_adapters(base, folder, **module.adapter_options).to("meta")
+    fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
     settings |= {"device_bytes": memory, "processes": processes, "sharded_offload": sharded_offload}
     return model, build_step_memory(model, dtype, **settings)

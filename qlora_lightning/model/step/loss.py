@@ -74,13 +74,6 @@ def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
     return max(1, min(_MAX_LOGIT_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
 
 
-def head_loss(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool = True) -> LossSums:
-    """Sum the loss of labelled tokens; arguments are those of :func:`token_losses`."""
-    nll, correct = token_losses(hidden, targets, head, fast=fast)
-    n_tokens = torch.full((), len(targets), device=hidden.device)  # torch.tensor would wait for a GPU
-    return LossSums(nll.sum(), n_tokens, correct.sum())
-
-
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 

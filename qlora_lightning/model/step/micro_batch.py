@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from qlora_lightning.model.guards.guard import check_token_ids
+from qlora_lightning.model.guards import check_token_ids
 from qlora_lightning.model.load.machine import is_out_of_memory
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.forward import skips_unlabelled

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.micro_batch import compute_within_memory, run_micro_batches
@@ -81,18 +80,6 @@ class Window:
             self.largest = max(self.largest, part["input_ids"].numel() if "input_ids" in part else 0)
             self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
         return nll_sum / labelled_tokens.clamp(min=1)
-
-    @staticmethod
-    def replace_ddp_reduction(model: nn.Module | None) -> None:
-        """Stop DDP, if it wraps a model, from reducing gradients: :meth:`divide_gradients` does that, once a step.
-
-        DDP reduces in each backward, and processes may have different numbers of them. It also sorts its buckets of
-        gradients again after the first backward. The position in a bucket sets the order in which three or more ranks
-        are added, and so the last bit: a resumed run would round differently from one that was never stopped. In one
-        flat tensor the order is always the same.
-        """
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = False
 
     def divide_gradients(
         self, parameters: Iterable[nn.Parameter], factor: float, *, over_ranks: bool = False

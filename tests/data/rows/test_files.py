@@ -4,7 +4,9 @@ import bz2
 import gzip
 import json
 import lzma
+import threading
 from dataclasses import asdict
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -76,6 +78,22 @@ def test_every_kind_is_read_from_a_file_and_from_a_url(kind, suffix):
         file.write(data)
     for place in (f"a{kind}{suffix}", f"memory://files/a{kind}{suffix}", f"memory://files/*{kind}{suffix}"):
         assert values(place) == ROWS
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_a_url_may_have_a_query(kind):
+    Path(f"a{kind}").write_bytes(content(kind))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            assert values(f"http://127.0.0.1:{server.server_port}/a{kind}?download=true") == ROWS
+        finally:
+            server.shutdown()
 
 
 def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():

@@ -45,8 +45,8 @@ def check_setup(module: Any) -> None:
         )
 
 
-def check_start(module: Any, required: tuple[type[Callback], ...]) -> None:
-    """Check a module and its Trainer before the model is built; a fit needs the ``required`` callbacks."""
+def check_start(module: Any) -> None:
+    """Check a module and its Trainer before the model is built."""
     trainer = trainer_of(module)
     if trainer is None:
         return
@@ -60,9 +60,9 @@ def check_start(module: Any, required: tuple[type[Callback], ...]) -> None:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 name = type(callback).__name__
                 raise UserError(f"{name} averages the whole model, a frozen base's packed bytes too: leave it out.")
-        if missing := [kind.__name__ for kind in required if find_callback(trainer, kind) is None]:
+        if find_callback(trainer, TrainingGuard) is None:
             raise RuntimeError(
-                f"{missing[0]} is missing, and runs would not resume, or not be watched over: return "
+                "The callbacks that watch over a run and resume it are missing: return "
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
             )
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)

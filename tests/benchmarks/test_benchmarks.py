@@ -1,4 +1,4 @@
-"""The table's arithmetic by hand-made figures, and one tiny run of all."""
+"""A tiny run of all measurements, and what quantizing takes."""
 
 import importlib.util
 import json
@@ -10,23 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.child import ROOT, run_child
-from tests.benchmarks.table import PLAIN, Row, make_rows
-
-RUN = {"side": "ours", "setting": PLAIN, "tokens": 1200, "start_seconds": 5.5}
-
-
-def test_rows_are_medians_of_each_side_and_shares_of_ours() -> None:
-    runs = [RUN | {"seconds": seconds, "peak_bytes": 2e9} for seconds in (3.0, 2.0, 9.0)]
-    runs += [RUN | {"side": "peer", "seconds": seconds, "peak_bytes": 8e9} for seconds in (12.0, 9.0, 20.0)]
-    runs.append({"side": "ours", "tokens": 512, "seconds": 8.0, "setting": "512 tokens"})
-    rows = make_rows(runs)
-    assert rows == [
-        Row("tokens/s", PLAIN, 400.0, 100.0),
-        Row("tokens/s", "512 tokens", 64.0),
-        Row("peak memory, GB", PLAIN, 2.0, 8.0),
-        Row("seconds", "second start", 5.5, 5.5),
-    ]
-    assert (rows[0].ratio, rows[1].ratio) == (4.0, None)
 
 
 @pytest.mark.slow

@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,15 @@ FAMILIES["qwen3.5-9b"] = "qwen3_5_text"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-def test_the_recipes_that_the_readme_promises_are_here():
-    llamas = "llama-3.1-70b-2x24gb llama-3.1-8b llama-3.1-8b-multi-gpu llama-3.2-1b quickstart"
-    others = "gemma-4-e2b mistral-7b phi-4 qwen3-4b qwen3.5-9b smollm2-gsm8k smollm2-preferences"
-    assert {config.stem for config in CONFIGS} == {*llamas.split(), *others.split()}
+@pytest.mark.parametrize("script", sorted((ROOT / "configs").rglob("make_data.py")), ids=lambda file: file.parent.name)
+def test_running_a_script_again_writes_the_committed_bytes(script, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    again = tmp_path / script.relative_to(ROOT)
+    for name in ("train.jsonl", "val.jsonl"):
+        (again.parent / name).unlink()
+    subprocess.run([sys.executable, str(again)], check=True)
+    for name in ("train.jsonl", "val.jsonl"):
+        assert (again.parent / name).read_bytes() == (script.parent / name).read_bytes()
 
 
 QUICK = ("llama-3.1-8b", "smollm2-preferences")

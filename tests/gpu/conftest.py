@@ -12,12 +12,6 @@ from tests.random_base import save_random_llama, save_tokenizer
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "/gpu/" in item.path.as_posix():
-            item.add_marker(pytest.mark.gpu)
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A random LLaMA of two layers in bfloat16, so that its quantized weights are the same for every compute dtype."""

@@ -10,7 +10,14 @@ import torch
 from lightning import Callback, seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
+from qlora_lightning import (
+    AdapterCheckpoint,
+    GPUMemoryMonitor,
+    GradientCheckpointing,
+    QLoRAModule,
+    ShardedDDPStrategy,
+)
+from qlora_lightning.callbacks.run_folder import MetricsLogger
 from qlora_lightning.cli import main
 from qlora_lightning.report import read_metrics
 from tests.dying import MachineFailed, Stop
@@ -18,6 +25,7 @@ from tests.equality import read_checkpoint, same
 from tests.gpu.conftest import DEVICE, make_base, make_module
 from tests.steps import fit, make_batch, trainable_tensors
 
+pytestmark = pytest.mark.gpu
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
 
 
@@ -165,3 +173,22 @@ def test_two_cards_with_a_sharded_base_take_the_same_steps_as_with_whole_ones(ro
         subprocess.run([sys.executable, "-m", "qlora_lightning", "fit", *options, *run], check=True, timeout=500)
         ends.append(read_checkpoint(tmp_path / name)["state_dict"])
     assert same(*ends)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="of a card's own memory")
+def test_allocated_and_reserved_memory_and_a_peak_of_its_own_interval_are_logged(base, rows_file, tmp_path):
+    class Spike(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                torch.ones(512 * 1024**2 // 4, device=pl_module.device)  # freed at once
+
+    logger = MetricsLogger(tmp_path)
+    options = {"accelerator": ACCELERATOR, "max_steps": 2, "logger": logger, "log_every_n_steps": 1}
+    fit(make_module(base), tmp_path, rows_file, callbacks=[GPUMemoryMonitor(), Spike()], **options)
+    logged = read_metrics(logger.file)
+    names = [f"memory_{name}_gib" for name in ("allocated", "reserved", "peak")]
+    allocated, reserved, peaks = ([gib for _, gib in logged[name]] for name in names)
+    capacity = torch.cuda.get_device_properties(0).total_memory / 2**30
+    assert all(gib <= peak <= capacity for gib, peak in zip(allocated, peaks, strict=True))
+    assert len(reserved) == 2
+    assert peaks[0] > 0.5 > peaks[1]

@@ -6,6 +6,8 @@ import torch
 from tests.gpu.conftest import DEVICE, make_module
 from tests.steps import LENGTHS, distance, loss_and_gradients, make_batch, to_device
 
+pytestmark = pytest.mark.gpu
+
 DTYPES = ("fp32", "bf16", "fp16")
 
 

@@ -106,10 +106,9 @@ def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, 
     assert errors(found, exact).max() <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
-def test_in_either_dtype_the_loops_err_no_more_than_torch(samples, heads, width, dtype):
-    qkv = draw(len(samples.expanded.first_expanded), dtype, heads, width)
+def test_in_bf16_the_loops_err_no_more_than_torch(samples, heads, width):
+    qkv = draw(len(samples.expanded.first_expanded), torch.bfloat16, heads, width)
     loops, torchs, exact = (with_gradients(attend, qkv, samples=samples) for attend in (fast, plain, by_formula))
     assert (errors(loops, exact) <= 1.5 * errors(torchs, exact) + 1e-6).all()
 

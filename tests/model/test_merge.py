@@ -3,16 +3,12 @@
 import math
 import shutil
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_lightning import load_base
-from qlora_lightning.base import open_base
 from qlora_lightning.cli import main
 from qlora_lightning.commands.merge.agreement import compare_logits
-from qlora_lightning.model.merge import TrainedWeights
 from tests.adapters import make_run
 from tests.random_base import save_family
 
@@ -20,33 +16,9 @@ LINEAR = "model.layers.1.mlp.down_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 
 
-def dense(module):
-    """What a loaded layer multiplies with, in fp32."""
-    if isinstance(module, bnb.nn.Linear4bit):
-        module.weight.quant_state.dtype = torch.float32
-        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-    return module.weight.data.float() * (module.weight.SCB.unsqueeze(1) / 127)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "double_quant", "dtype", "cache"),
-    [
-        ("fp4", False, torch.float32, False),  # quantized again
-        ("int8", True, torch.bfloat16, False),
-    ],
-)
-def test_weights_are_those_that_a_loaded_base_computes_with(
-    tiny_base, tmp_path, monkeypatch, quantization, double_quant, dtype, cache
-):
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path))
-    options = {"quantization": quantization, "double_quant": double_quant, "compute_dtype": dtype}
-    model = load_base(str(tiny_base), cache=cache, **options).model
-    weights = TrainedWeights(open_base(str(tiny_base)), quantization, double_quant, dtype)
-    assert torch.equal(weights(f"{LINEAR}.weight"), dense(model.get_submodule(LINEAR)))
-
-
 PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3.0}}
 VARIANTS = {
+    "fp4": {"quantization": "fp4", "double_quant": False},
     "patterns": {"lora_options": PATTERNS},
     "dora": {"lora_options": {"use_dora": True}},
     "tokens and norms": {"lora_options": {"trainable_token_indices": [5, 6], "modules_to_save": ["norm"]}},

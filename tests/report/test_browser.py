@@ -10,7 +10,8 @@ from selenium.webdriver.common.by import By
 from qlora_lightning.report import read_run, render_report
 from tests.report.conftest import write_run
 
-pytestmark = pytest.mark.slow
+no_browser = pytest.mark.skipif(shutil.which("chromedriver") is None, reason="takes chromium and chromedriver")
+pytestmark = [pytest.mark.slow, no_browser]
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),

@@ -1,4 +1,4 @@
-"""A tiny run of all measurements, and what quantizing takes."""
+"""A tiny run of all measurements, what quantizing takes, and the tables of the study."""
 
 import importlib.util
 import json
@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks import study
 from tests.benchmarks.child import ROOT, run_child
+
+
+def test_the_page_shows_the_tables_of_the_study() -> None:
+    page = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    lines = study.read(ROOT / "tests" / "benchmarks" / "study.jsonl")
+    assert [table for table in study.format_tables(lines) if table not in page] == []
 
 
 @pytest.mark.slow

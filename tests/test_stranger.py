@@ -134,6 +134,15 @@ def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path
     assert "the rows that are held out now are not those of adapter's training" in capsys.readouterr().out
 
 
+def test_answers_as_they_come_follow_no_link_that_leads_nowhere_yet(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.unfinished.jsonl").symlink_to(tmp_path / "made")
+    line = f"evaluate --adapter run/adapter --rows 1 --max-new-tokens 1 --out {tmp_path / 'out'}"
+    assert main(line.split()) == 0
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     """But for the run folder itself, which the user names."""
     (tmp_path / "disk").mkdir()

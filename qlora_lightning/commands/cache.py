@@ -15,8 +15,8 @@ _EPILOG = """examples:
   qlora-lightning cache list
   qlora-lightning cache clear --kind quantized
 
-The cache is in $QLORA_LIGHTNING_CACHE, else in ~/.cache/qlora_lightning. All of it can be made again:
-clearing costs time at the next start, nothing else."""
+The cache is in $QLORA_LIGHTNING_CACHE, else in ~/.cache/qlora_lightning. All of it can be made again: clearing costs
+time at the next start. Plain PEFT finds a GGUF base only while its unpacked folder is there."""
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ _EPILOG = """examples:
   qlora-lightning recipes
   qlora-lightning recipes copy quickstart
 
-`copy` writes configs/NAME.yaml, and the data that it reads, into the current folder."""
+`copy` writes configs/NAME.yaml, and the data or scripts that come with it, into the current folder."""
 
 
 def main(argv: list[str]) -> int:

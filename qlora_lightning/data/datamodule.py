@@ -65,7 +65,7 @@ class InstructionDataModule(LightningDataModule):
             is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
-        batch_size: rows of a step on each device; 8 by default.
+        batch_size: rows of a batch on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
         deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.

@@ -36,7 +36,7 @@ class EvaluationRow:
     prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
-    # None of an answer with a verdict: the base is its own reference, so its margin is 0 on all of them
+    # None of an answer with a verdict: a base that is its own reference has a margin of 0 on all of them
     accuracy: str | None = "token_accuracy"
 
 

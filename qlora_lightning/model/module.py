@@ -61,7 +61,9 @@ class QLoRAModule(lightning.LightningModule):
         dropout: Probability with which inputs of A are dropped in training.
         target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
         layers: ``all``, ``last:N`` or a list of layer indices.
-        lora_options: More for ``peft.LoraConfig``: ``use_rslora``, ``use_dora``, ``init_lora_weights``, …
+        lora_options: More for ``peft.LoraConfig``, of what is verified on a quantized base: ``use_rslora``,
+            ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
+            ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
         learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, 2e-4 for 8B: see
             :func:`~qlora_lightning.model.step.optimization.choose_learning_rate`.

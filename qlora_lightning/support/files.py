@@ -79,7 +79,7 @@ def resolve_unnamed(folder: Path) -> Path:
 def set_aside(file: Path) -> Path:
     """Rename a file that an earlier run or a user has left to ``earlier-…``; return the new path."""
     earlier = name_earlier(file)
-    if file.exists():
+    if file.exists() or file.is_symlink():  # a link that leads nowhere yet would be followed by who writes
         os.replace(file, earlier)
     return earlier
 

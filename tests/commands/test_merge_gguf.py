@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
+from qlora_lightning.commands.merge import merged_folder
 from tests.adapters import make_run
 from tests.random_base import save_family
 
@@ -55,6 +56,16 @@ def test_other_families_are_refused_before_the_work(folder, small_base, capsys):
     merge("--gguf", "f16", code=2)
     assert "llama, qwen2, qwen3, not of phi3" in capsys.readouterr().err
     assert not (folder / "merged").exists()
+
+
+def test_other_tokenizers_are_refused_before_the_work(with_run, monkeypatch, capsys):
+    file = with_run / "run" / "adapter" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["byte_fallback"] = True  # as Llama 2's
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr(merged_folder, "_write_weights", lambda *_: pytest.fail("weights were written"))
+    merge("--gguf", "f16", code=2)
+    assert "--gguf writes tokenizers of bytes" in capsys.readouterr().err
 
 
 def test_a_tokenizer_of_qwen_is_named_so(with_run):

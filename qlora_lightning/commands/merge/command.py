@@ -10,7 +10,7 @@ from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.imports import without_garbage_collection
 
-_DESCRIPTION = """Merge an adapter into its base: a folder for plain transformers, vLLM and others, or a GGUF file.
+_DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
 
 Layer by layer, in fp32, never into 4 bits, onto the dequantized base that the adapter was trained on. The result is
 compared with base and adapter on validation rows, and kept only if they agree; merge.json in it has the figures."""

@@ -41,6 +41,12 @@ def architecture_of(config: Any) -> Any:
     return gguf.MODEL_ARCH[config.model_type.upper()]
 
 
+def check_gguf(folder: Path, plan: MergePlan, base: BaseFolder) -> None:
+    """Raise UserError if rotary embedding or tokenizer of a folder, which needs no weights, cannot be written."""
+    _rope_factors(plan)
+    _read_tokenizer(folder, base)
+
+
 def write_gguf(folder: Path, plan: MergePlan, kind: str, base: BaseFolder) -> Path:
     """Write a merged model's folder as a GGUF file, tensor by tensor, and return the file.
 
@@ -149,23 +155,28 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base:
 
     Rows of the embedding (``vocabulary`` in all) without a token are marked as unused.
     """
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
+    content, split = _read_tokenizer(folder, base)
     types = gguf.TokenType
-    tokens = {token_id: (text, types.NORMAL) for text, token_id in model["vocab"].items()}
+    tokens = {token_id: (text, types.NORMAL) for text, token_id in content["model"]["vocab"].items()}
     for token in content.get("added_tokens", []):
         tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
     rows = [tokens.get(token_id, (f"[PAD{token_id}]", types.UNUSED)) for token_id in range(vocabulary)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_read_split(base) or _name_split(content.get("pre_tokenizer") or {}))
+    writer.add_tokenizer_pre(split)
     writer.add_token_list([text for text, _ in rows])
     writer.add_token_types([kind for _, kind in rows])
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     # without this key llama.cpp begins every prompt with a BOS; templates write their own
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _read_tokenizer(folder: Path, base: BaseFolder) -> tuple[dict[str, Any], str]:
+    """Return the content of a tokenizer's file, and llama.cpp's name for how it splits text."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
+    return content, _read_split(base) or _name_split(content.get("pre_tokenizer") or {})
 
 
 def _read_split(base: BaseFolder) -> str | None:

@@ -16,7 +16,7 @@ from qlora_lightning.base.base_folder import TensorFiles, load_tokenizer, read_c
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
-from qlora_lightning.commands.merge.gguf_files import architecture_of, write_gguf
+from qlora_lightning.commands.merge.gguf_files import architecture_of, check_gguf, write_gguf
 from qlora_lightning.commands.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
@@ -70,6 +70,8 @@ def merge(
     }
     with _atomic_folder(out) as folder:
         _write_companions(source, folder, DTYPES[dtype])
+        if gguf:
+            check_gguf(folder, plan, source.base)
         _write_weights(plan, weights, folder, getattr(torch, DTYPES[dtype]))
         gguf_file = _write_gguf(source, plan, folder, gguf) if gguf else None
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))

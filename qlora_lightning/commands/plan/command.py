@@ -11,7 +11,7 @@ from qlora_lightning.support.imports import import_bitsandbytes, without_garbage
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
 The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
-is read or fetched; the data are read if they are on this machine."""
+is read or fetched (a GGUF is unpacked once); the data are read if they are on this machine."""
 _EPILOG = """examples:
   qlora-lightning plan --config configs/quickstart.yaml
   qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json

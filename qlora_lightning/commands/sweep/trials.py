@@ -111,7 +111,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     config["model"] |= {setting: chosen.value, **({"alpha": None} if setting == "rank" else {})}
     write_whole(folder / "chosen.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     say(f"Chosen: {folder / chosen.folder / ADAPTER_FOLDER}. {reason}")
-    say(f"Its config: {folder / 'chosen.yaml'}, the plot: {folder / 'sweep.png'}")
+    say(f"Its config, with the limits of a trial: {folder / 'chosen.yaml'}, the plot: {folder / 'sweep.png'}")
     return figures
 
 

@@ -16,7 +16,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 ComputeDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 # Families whose states are known to pass 65,504 in fp16.
-_OVERFLOW_IN_FP16 = ("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "qwen2", "qwen3", "vaultgemma")
+_OVERFLOW_IN_FP16 = ("gemma", "qwen", "vaultgemma")  # how their types begin
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -31,7 +31,7 @@ def choose_compute_dtype(name: ComputeDtype, device: torch.device, model_type: s
     if name == "auto":
         if _has_bfloat16(device):
             return torch.bfloat16
-        takes_fp16 = device.type == "cuda" and model_type not in _OVERFLOW_IN_FP16
+        takes_fp16 = device.type == "cuda" and not str(model_type).startswith(_OVERFLOW_IN_FP16)
         return torch.float16 if takes_fp16 else torch.float32
     if name == "bf16" and device.type == "cuda" and not _has_bfloat16(device):
         raise UserError("model.compute_dtype is bf16, which this GPU only emulates: set it to fp16, or to auto.")

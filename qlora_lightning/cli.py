@@ -50,7 +50,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 the user's mistake, 128 + N signal N."""
+    """Run one command and return its exit code: 0 done, 1 failed, 2 explained by a message, 128 + N signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

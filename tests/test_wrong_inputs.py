@@ -86,6 +86,7 @@ WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
     wrong("fit c.yaml", "c.yaml", "A config is named as --config FILE."),
+    wrong("fit --config c.yaml d.yaml", "d.yaml", "A config is named as --config FILE."),
     wrong("fit --config quickstart", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit", "required: base", "A config is named as --config FILE."),

@@ -129,7 +129,8 @@ class QLoRACLI(LightningCLI):
         except argparse.ArgumentError as error:
             keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
             fault = shorten_parse_error(error.message, keys)
-            hint = "" if find_configs(args) else " A config is named as --config FILE."
+            is_stray = error.message.endswith((".yaml", ".yml"))
+            hint = " A config is named as --config FILE." if is_stray or not find_configs(args) else ""
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder

@@ -189,7 +189,7 @@ class InstructionDataModule(LightningDataModule):
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
 
-        Override it to read rows from elsewhere: plain dicts work.
+        Override it to read rows from elsewhere: plain dicts work. It may be called again.
         """
         return (row for source in self.sources(split) for row in read_rows(source))
 

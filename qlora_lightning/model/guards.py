@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
+from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.batch import format_locations, row_locations
 from qlora_lightning.support.errors import Diverged, UserError
@@ -60,7 +61,7 @@ def check_start(module: Any) -> None:
             if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
                 name = type(callback).__name__
                 raise UserError(f"{name} averages the whole model, a frozen base's packed bytes too: leave it out.")
-        if find_callback(trainer, TrainingGuard) is None:
+        if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
             raise RuntimeError(
                 "The callbacks that watch over a run and resume it are missing: return "
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."

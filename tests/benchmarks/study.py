@@ -160,6 +160,7 @@ def _format_cell(runs: Runs, defaults: Runs, with_before: bool) -> str:
     Seeds hold out other rows, so runs are compared within a seed: of the rows of some seeds alone the mean is that of
     the defaults and of the differences.
     """
+    runs = {seed: run for seed, run in runs.items() if seed in defaults}
     if not runs:
         return ""
     before, loss = (

@@ -7,13 +7,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora_lightning import load_base
+from qlora_lightning.base import open_base
 from qlora_lightning.cli import main
 from qlora_lightning.commands.merge.agreement import compare_logits
+from qlora_lightning.model.merge import TrainedWeights
 from tests.adapters import make_run
 from tests.random_base import save_family
 
 LINEAR = "model.layers.1.mlp.down_proj"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+def test_an_int8_weight_is_that_which_a_loaded_base_computes_with(tiny_base, cache):
+    options = {"quantization": "int8", "compute_dtype": torch.bfloat16, "cache": False}
+    weight = load_base(str(tiny_base), **options).model.get_submodule(LINEAR).weight
+    weights = TrainedWeights(open_base(str(tiny_base)), "int8", True, torch.bfloat16)
+    assert torch.equal(weights(f"{LINEAR}.weight"), weight.data.float() * (weight.SCB.unsqueeze(1) / 127))
 
 
 PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3.0}}

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing, QLoRAModule, UserError
+from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit
@@ -145,6 +146,7 @@ CHOICES = checkpointing_choices(on_cuda=True)
 def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_than_fit(tiny_base):
     base = meta_base(AutoConfig.from_pretrained(tiny_base), torch.bfloat16, "nf4")
     model = put_adapters(base, rank=2).to("meta")
+    fuse_layers(model)
     step = build_step_memory(model, torch.bfloat16)
     least, most = (sum(step.parts(1000, each).values()) for each in CHOICES[::-2])
     assert [Checkpointing(), Checkpointing(True, False), Checkpointing(True, True)] == CHOICES

@@ -383,6 +383,6 @@ class InstructionDataModule(LightningDataModule):
         settings |= {"seed": self._seed or 0, "world_size": world_size}
         if split == "train":
             plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
-        else:  # in their order; memory is not at stake without gradients
+        else:  # not packed: rows in their order, and without gradients they take less memory
             plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
         return (FlatLoader if self.trainer is not None else FabricLoader)(plan, rank)

@@ -159,10 +159,10 @@ class Comparison:
         """Print all metrics, and on which rows each adapter beats the base; ``rows`` says what they are."""
         self.print_metrics(rows)
         metric = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
+        unit = "samples" if self.n_rows < len(self.rows) else "rows"
         for adapter in self.adapters:
             better, worse, ties = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
-            unit = "samples" if self.n_rows < len(self.rows) else "rows"
             say(f"By {metric}, {name} is better on {len(better):,} {unit}, the base on {len(worse):,}; {ties:,} alike.")
             for outcome, indices in (("better", better), ("worse", worse)):
                 places = [*dict.fromkeys(self.rows[index].place for index in indices if self.rows[index].place)]

@@ -227,8 +227,9 @@ def _apply_current_settings(trainer: Any, checkpoint: Mapping[str, Any]) -> None
         )
     states = checkpoint["optimizer_states"]
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
-        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=False):  # torch checks them
-            skipped = ("params", "lr", "initial_lr")
+        skipped = ("params", "lr", "initial_lr")
+        # another number of groups is rejected by torch
+        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=False):
             group.update({name: value for name, value in configured.items() if name not in skipped})
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
         schedule = config.scheduler

@@ -110,9 +110,11 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        ends_step, self._last_step = trainer.global_step != self._last_step, trainer.global_step
-        self._stops_later = self._stops_later or trainer.should_stop  # Lightning's Timer asks at any batch
-        trainer.should_stop = self._stops_later and ends_step
+        ends_step = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        # Lightning's Timer asks at any batch: the training stops at the end of a step
+        self._stops_later = self._stops_later or trainer.should_stop
+        trainer.should_stop = ends_step and self._stops_later
         if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer, pl_module):
             self._save(trainer, pl_module)
 

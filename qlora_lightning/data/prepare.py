@@ -41,13 +41,23 @@ class Prompt(NamedTuple):
     values: dict[str, Any]
 
 
+@dataclass
+class _Part:
+    """The content of a row, or one of a pair's two, the texts that the template writes of it, and its samples."""
+
+    content: Content
+    texts: Sequence[RenderedText] = ()
+    samples: Sequence[Rendered] = ()  # as long as they are
+
+
 class _Converted(NamedTuple):
-    """The content of a good row, or both contents of a pair, with the numbers of row and source in the split."""
+    """A good row: its numbers and its source's in the split, and its content in one part, or of a pair in two."""
 
     number: int
     source: int
     row: Row
-    parts: Sequence[Content]
+    parts: Sequence[_Part]
+    is_pair: bool
 
 
 def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
@@ -116,34 +126,40 @@ class Preparation:
     def _add(self, source: int, converter: RowConverter, rows: Sequence[Row | BadRow]) -> None:
         """Add rows of a source; bad ones are reported and left out."""
         renderer, bad = self.renderer, dict[int, BadRow]()
-        rendered: list[tuple[_Converted, list[list[RenderedText]]]] = []
+        written = list[_Converted]()
         for number, row in enumerate(rows, start=self.report.rows):
             if isinstance(row, BadRow):
                 bad[number] = row
                 continue
             with _noting_faults(number, row, bad):
                 content = converter.convert(row)
-                converted = _Converted(number, source, row, content if isinstance(content, Pair) else [content])
+                is_pair = isinstance(content, Pair)
+                parts = [_Part(part) for part in (content if isinstance(content, Pair) else [content])]
+                converted = _Converted(number, source, row, parts, is_pair)
                 if self.for_prompts:
                     self._add_prompt(converted)
                 elif self._is_wanted(converted):
-                    rendered.append((converted, [renderer.write(part) for part in converted.parts]))
-        encoded = iter(renderer.encode([text for _, parts in rendered for texts in parts for text in texts]))
-        for converted, parts in rendered:
-            encodings = [[next(encoded) for _ in texts] for texts in parts]
+                    for part in parts:
+                        part.texts = renderer.write(part.content)
+                    written.append(converted)
+        encoded = iter(renderer.encode([text for row in written for part in row.parts for text in part.texts]))
+        for converted in written:
+            encodings = [[next(encoded) for _ in part.texts] for part in converted.parts]
             with _noting_faults(converted.number, converted.row, bad):
-                self._add_samples(converted, parts, list(map(renderer.label, converted.parts, parts, encodings)))
+                for part, part_encodings in zip(converted.parts, encodings, strict=True):
+                    part.samples = renderer.label(part.content, part.texts, part_encodings)
+                self._add_samples(converted)
         self.report.rows += len(rows)
         for number in sorted(bad):
             self.report.count_bad_row(bad[number])
 
     def _is_wanted(self, converted: _Converted) -> bool:
         """Whether a row is trained: not if an answer is one of ``missing``; suspicious rows are noted."""
-        is_pair = isinstance(converted.parts, Pair)
-        if self._are_pairs not in (None, is_pair):
+        if self._are_pairs not in (None, converted.is_pair):
             raise RowFault("two answers to compare and answers with a verdict do not mix: give each a run")
-        self._are_pairs = is_pair
-        messages = [message for part in converted.parts if isinstance(part, Chat) for message in part.messages]
+        self._are_pairs = converted.is_pair
+        chats = [part.content for part in converted.parts if isinstance(part.content, Chat)]
+        messages = [message for chat in chats for message in chat.messages]
         answers = {message["content"].strip() for message in messages if message["role"] == "assistant"}
         if not {answer.lower() for answer in answers}.isdisjoint(self.missing):
             self.report.drop("an answer is one of data.missing")
@@ -153,7 +169,8 @@ class Preparation:
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:
-        number, source, row, (content, *_) = converted
+        number, source, row, (part,), _ = converted
+        content = part.content
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
         *earlier, last = content.messages
@@ -162,17 +179,12 @@ class Preparation:
         self.builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
         self.prompts.append(Prompt(ids, reference, number, row.values))
 
-    def _add_samples(
-        self, converted: _Converted, parts: list[list[RenderedText]], rendered: list[list[Rendered]]
-    ) -> None:
-        """Add the samples of a row, or count why it has none; ``rendered`` has the samples of each part."""
-        (number, source, row, contents), report = converted, self.report
-        fitted = [
-            [sample for sample in self._fit(*part) if _count(sample)]
-            for part in zip(contents, parts, rendered, strict=True)
-        ]
-        samples = [sample for part in rendered for sample in part]
-        if self.pairs and any(len(part) > 1 for part in rendered):
+    def _add_samples(self, converted: _Converted) -> None:
+        """Add the samples of a row, or count why it has none."""
+        (number, source, row, parts, is_pair), report = converted, self.report
+        fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
+        samples = [sample for part in parts for sample in part.samples]
+        if self.pairs and any(len(part.samples) > 1 for part in parts):
             report.leave_untrained("the chat template makes several samples of an answer, which cannot be compared")
         elif not any(map(_count, samples)):
             report.leave_untrained("every answer is marked `train: false`")
@@ -181,31 +193,32 @@ class Preparation:
                 report.drop(TOO_LONG)
             else:
                 report.leave_untrained("no labelled token within max_length")
-        elif isinstance(contents, Pair):
+        elif is_pair:
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
                 report.drop("their two answers are the same within max_length")
-            elif fitted != rendered and _prompt_of(chosen) != _prompt_of(rejected):
+            elif [chosen, rejected] != samples and _prompt_of(chosen) != _prompt_of(rejected):
                 report.drop("their prompt is too long for the two answers to share what is left of it")
             else:
                 ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
                 self.builder.add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
         else:
-            desirable = contents[0].desirable if isinstance(contents[0], Chat) else None
+            content = parts[0].content
+            desirable = content.desirable if isinstance(content, Chat) else None
             for ids, labels in fitted[0]:
                 self.builder.add(ids, labels, number, source, row.file, row.line, desirable=desirable)
 
-    def _fit(self, content: Content, texts: list[RenderedText], rendered: list[Rendered]) -> list[Rendered]:
-        """Return the samples of a content; ``too_long`` is applied to those over ``max_length``."""
-        max_length, too_long = self.max_length, self.too_long
-        if all(len(sample.ids) <= max_length for sample in rendered):
-            return rendered
+    def _fit(self, part: _Part) -> Sequence[Rendered]:
+        """Return the samples of a part; ``too_long`` is applied to those over ``max_length``."""
+        content, samples, max_length, too_long = part.content, part.samples, self.max_length, self.too_long
+        if all(len(sample.ids) <= max_length for sample in samples):
+            return samples
         if isinstance(content, Text) or too_long == "split":
             context = 1 if isinstance(content, Text) else None  # every piece of a text is trained
-            return [piece for sample in rendered for piece in split_up(sample, max_length, context)]
+            return [piece for sample in samples for piece in split_up(sample, max_length, context)]
         fitted = list[Rendered]()
         if too_long == "truncate" and isinstance(content, Chat):
-            for sample, text in zip(rendered, texts, strict=True):
+            for sample, text in zip(samples, part.texts, strict=True):
                 if len(sample.ids) <= max_length:
                     fitted.append(sample)
                     continue
@@ -215,9 +228,9 @@ class Preparation:
                     fitted.append(shortened)
                     self.report.shortened += 1
         elif too_long == "truncate":
-            fitted = [Rendered(sample.ids[:max_length], sample.labels[:max_length]) for sample in rendered]
+            fitted = [Rendered(sample.ids[:max_length], sample.labels[:max_length]) for sample in samples]
             self.report.shortened += len(fitted)
-        self.report.lost_labels += sum(map(_count, rendered)) - sum(map(_count, fitted))
+        self.report.lost_labels += sum(map(_count, samples)) - sum(map(_count, fitted))
         return fitted
 
 

@@ -140,14 +140,14 @@ class AdapterCheckpoint(Checkpoint):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         minutes = self.every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        pl_module.window.counts["late"] = float(is_late)  # summed over ranks with the gradients
+        pl_module.window.vote("late", is_late)
 
     def _is_due(self, trainer: Trainer, pl_module: Any) -> bool:
         """Whether to save at the end of a step that no validation follows; the same on all ranks."""
         every_n, signals = self.every_n_train_steps, find_callback(trainer, StopSignals)
         if (signals and signals.stopping) or _ends_training(trainer):
             return True
-        return bool((every_n and trainer.global_step % every_n == 0) or pl_module.window.totals["late"])
+        return bool(every_n and trainer.global_step % every_n == 0) or pl_module.window.any_voted("late")
 
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)

@@ -1,7 +1,6 @@
 """Checkpoint files: collected and written, found by ``--ckpt_path``, rejected if damaged."""
 
 import contextlib
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,9 @@ def find_newest(folder: Path) -> Path | None:
     steps: dict[Path, int] = {}
     for file in folder.glob("*.ckpt"):
         with contextlib.suppress(UserError):
-            steps[file] = _read_whole(file)["global_step"]
+            checkpoint = read_checkpoint(file, mmap=True)
+            read_content(checkpoint, str(file))
+            steps[file] = checkpoint["global_step"]
     return max(steps, key=lambda file: (steps[file], file.name == LAST), default=None)
 
 
@@ -96,22 +97,8 @@ def check_checkpoint(file: str | Path) -> None:
     if not file.is_file():
         raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
     try:
-        _read_whole(file)
+        read_content(read_checkpoint(file, mmap=True), str(file))
     except UserError as error:
         newest = find_newest(file.parent)
         remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`." if newest else "No other is good."
         raise UserError(f"--ckpt_path {error} {remedy}") from error
-
-
-def _read_whole(file: Path) -> dict[str, Any]:
-    """Read a checkpoint of this package, and verify its tensors' checksums, which ``torch.load`` does not."""
-    content = read_checkpoint(file, mmap=True)  # before the checksums: it rejects compressed files
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, EOFError) as error:  # or an encrypted or unknown zip
-        raise UserError(f"{file} is damaged or not a checkpoint: {' '.join(str(error).split())}.") from error
-    if damaged:
-        raise UserError(f"{file} is damaged: {damaged} in it does not fit its checksum.")
-    read_content(content, str(file))
-    return content

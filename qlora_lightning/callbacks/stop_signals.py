@@ -77,12 +77,12 @@ class StopSignals(Callback):
         self.on_train_batch_start(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        pl_module.window.counts["stops"] = float(self.received is not None)  # summed over ranks with the gradients
+        pl_module.window.vote("stop", self.received is not None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if trainer.global_step != self._step:  # else the accumulation window is still open
             self._step = trainer.global_step
-            self.stopping = self.stopping or pl_module.window.totals["stops"] > 0
+            self.stopping = self.stopping or pl_module.window.any_voted("stop")
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

@@ -52,9 +52,10 @@ def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric
             sides[side] = sum_by_row((number, *parts) for number, parts in fractions if parts is not None)
         return measure(name, sides)
 
-    accuracy = rows[0].accuracy
-    losses = ("loss", "perplexity") if accuracy == "token_accuracy" else ("loss",)
+    losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
     metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
+    # of answers with a verdict there is none: a base that is its own reference has a margin of 0 on all of them
+    accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
         metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
     answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
@@ -99,8 +100,8 @@ class Comparison:
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        by_kind = {"token_accuracy": self.score or "loss", PREFERENCE_ACCURACY: PREFERENCE_ACCURACY, None: "loss"}
-        self.compared_by = by_kind[rows[0].accuracy]
+        by_kind = {"answer": self.score or "loss", "pair": PREFERENCE_ACCURACY, "verdict": "loss"}
+        self.compared_by = by_kind[rows[0].kind]
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 

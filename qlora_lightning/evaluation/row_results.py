@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.intervals import PREFERENCE_ACCURACY
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
@@ -23,6 +22,8 @@ from qlora_lightning.support.console import progress_counter
 
 ProgressCounter = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
+RowKind = Literal["answer", "pair", "verdict"]
+"""An answer to imitate, a preference pair, or an answer with a verdict."""
 OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
 """Called with a side's name, some rows and their answers, as soon as they are complete."""
 
@@ -36,8 +37,7 @@ class EvaluationRow:
     prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
-    # None of an answer with a verdict: a base that is its own reference has a margin of 0 on all of them
-    accuracy: str | None = "token_accuracy"
+    kind: RowKind = "answer"
 
 
 class Answer(NamedTuple):
@@ -104,11 +104,10 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         end = int(row["cu_seqlens"][1])
         prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
         number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
-        has_verdict = "desirable" in row
-        if has_verdict and not bool(row["desirable"][0]):  # an undesirable answer
+        if "desirable" in row and not bool(row["desirable"][0]):  # an undesirable answer
             prompt = None
-        accuracy = None if has_verdict else PREFERENCE_ACCURACY if row.get("pairs") else "token_accuracy"
-        rows.append(EvaluationRow(number, source, prompt, expected, accuracy=accuracy))
+        kind: RowKind = "verdict" if "desirable" in row else "pair" if row.get("pairs") else "answer"
+        rows.append(EvaluationRow(number, source, prompt, expected, kind=kind))
     return rows
 
 

@@ -53,7 +53,7 @@ def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by
     assert "the adapter is better on 3 samples, the base on 1; 1 alike" in capsys.readouterr().out
     settings = AnswerSettings(None, [0], ["exact_match"], 5, 1)
     assert Comparison(rows, scored | {"adapter": scored["base"]}, settings).figures()["answered_rows"] == 3
-    judged = [EvaluationRow(number, "0", None, [], accuracy=None) for number in range(5)]
+    judged = [EvaluationRow(number, "0", None, [], kind="verdict") for number in range(5)]
     found = Comparison(judged, pieces, None)
     assert list(found.metrics) == ["loss"]
     assert found.compare_rows("adapter") == ([2, 3, 4], [1], 1)

@@ -21,13 +21,14 @@ KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning
 def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code."""
     try:
-        with zipfile.ZipFile(file) as archive:  # torch compresses nothing; a few MB could expand to many GB
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+        with zipfile.ZipFile(file) as archive:
+            # torch compresses nothing, and a few MB could expand to many GB; nor does it verify checksums
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch has no exception of its own for a file that it cannot read
         raise UserError(
-            f"{file} is not read: it is missing, cut off or no checkpoint, or it holds objects that run code when they "
+            f"{file} is not read: it is missing, damaged or no checkpoint, or it holds objects that run code when they "
             "are loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone."
         ) from error
     return checkpoint if isinstance(checkpoint, dict) else {}

@@ -22,8 +22,8 @@ class Window:
         row_ids: Their rows.
         micro_batches: Number of their micro-batches.
         largest: Tokens of the largest micro-batch.
-        counts: Numbers of this process, by name, which are added up over all ranks together with the gradients: the
-            window's ``tokens``, and what callbacks add before a step.
+        counts: Numbers of this process, by name, which are added up over all ranks together with the gradients:
+            ``tokens``, and votes.
         totals: ``counts`` and ``labelled_tokens`` of the last step, over all ranks.
     """
 
@@ -41,6 +41,14 @@ class Window:
         self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.logged
         self.micro_batches, self.largest = 0, 0
         self.row_ids: list[int] = []
+
+    def vote(self, question: str, answer: bool) -> None:
+        """Answer a question for this rank, before an optimizer step: the answers travel with the gradients."""
+        self.counts[question] = float(answer)
+
+    def any_voted(self, question: str) -> bool:
+        """Whether any rank has answered yes before the last optimizer step."""
+        return self.totals[question] > 0
 
     def take(self, module: Any, batch: dict[str, Any]) -> Tensor:
         """Compute the gradients of a batch's sums, and return its mean loss.

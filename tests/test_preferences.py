@@ -232,7 +232,7 @@ def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(t
     (batch,) = make_data(tmp_path, smollm2_folder, rows, columns={"good": "desirable"}).train_dataloader()
     assert (int((batch["labels"] >= 0).sum()), batch["desirable"].tolist()) == (3, [True])  # Hello . <|im_end|>
     assert "pairs" not in batch
-    rows = [{**VERDICTS[0], "label": label} for label in (1, 0)]
+    rows = [{**VERDICTS[0], "label": label, "chosen": None, "rejected": None} for label in (1, 0)]
     (batch,) = make_data(tmp_path, smollm2_folder, rows, deduplicate=False).train_dataloader()
     assert sorted(batch["desirable"].tolist()) == [False, True]
     monkeypatch.chdir(tmp_path)
@@ -251,8 +251,12 @@ def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_pat
         make_data(tmp_path, smollm2_folder, train_on="all")
     with pytest.raises(UserError, match=r"train\.jsonl:2.*do not mix"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
-    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing"):
+    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.* verdict: true or false"):
         make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": "maybe"}])
+    with pytest.raises(UserError, match=r"train\.jsonl:1.*there is no verdict: true or false in 'label'"):
+        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": None}], format="prompt_completion")
+    with pytest.raises(UserError, match=r"train\.jsonl:1.*its verdicts disagree"):
+        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": True, "thumbs": "down"}])
 
 
 def test_kto_takes_no_batch_of_one_row(tmp_path, tiny_base):
@@ -307,6 +311,9 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
         total = sum(sums.nll_sum for sums in parts)
         assert_same_step((float(total.detach()), gradients_of(total, module)), expected)
         assert sum(float(sums.logged["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4, abs=1e-4)
+        # what is logged has no weights: a batch with the rare verdict would look like a divergence
+        unweighted = sum(float(sums.logged["loss"]) for sums in parts)
+        assert unweighted == pytest.approx(float((1 - value).sum().detach()), rel=1e-5)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -436,7 +443,7 @@ def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_p
     (reported,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert reported["results"]["preference_accuracy"] == accuracy["adapter"]["value"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert all(words in page for words in ("preference accuracy, base\u00a0→\u00a0adapter", "mean over pairs"))
+    assert all(words in page for words in ("preference accuracy, base\u00a0→\u00a0adapter", "mean over rows"))
     assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["metrics"] == {name: found["metrics"][name] for name in again["metrics"]}

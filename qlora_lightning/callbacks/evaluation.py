@@ -64,7 +64,8 @@ class Evaluation(Callback):
         general_rows: int = 100,
     ) -> None:
         counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
-        for name, value, minimum in (*counts, ("samples", samples, 0)):  # they would fail after training
+        counts += [("samples", samples, 0), ("general_rows", general_rows, 1)]
+        for name, value, minimum in counts:  # they would fail after training
             if value is not None and value < minimum:
                 raise UserError(f"evaluation.{name} is {value}: expected {minimum} or more.")
         check_scores(scores)
@@ -94,9 +95,9 @@ class Evaluation(Callback):
         limit = self.max_new_tokens or min(max(2 * longest, _MIN_NEW_TOKENS), _MAX_NEW_TOKENS)
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
-    def evaluate_general(self, module: Any, data: Any, adapters: Mapping[str, str], show: bool) -> GeneralLoss | None:
-        """Compute nats and tokens of base and adapters on each row of ``general``; ``None`` without such a file."""
-        batches = self._general_batches or self._read_general(data)
+    def evaluate_general(self, module: Any, adapters: Mapping[str, str], show: bool) -> GeneralLoss | None:
+        """Compute nats and tokens of base and adapters on each row that :meth:`read_general` read; ``None``: no row."""
+        batches = self._general_batches
         if not batches:
             return None
         numbers = [row.number for batch in batches for row in unpack_rows(batch)]
@@ -106,16 +107,16 @@ class Evaluation(Callback):
             for side, rows in results.items()
         }
 
-    def _read_general(self, data: Any) -> Sequence[Any]:
-        batches: Sequence[Any] = data.read_other_rows(self.general, self.general_rows) if self.general else ()
-        return batches
+    def read_general(self, data: Any) -> None:
+        """Read the file ``general``, if it is set, before anything else is computed: it may be wrong."""
+        self._general_batches = data.read_other_rows(self.general, self.general_rows) if self.general else ()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.enabled:  # a missing file is reported before training
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.enabled and stage == "fit":  # before the base is loaded
             data = datamodule_of(trainer)
             if self.general and "val" not in getattr(data, "samples", {}):
                 raise UserError("evaluation.general is read with validation rows: set data.val or data.val_fraction.")
-            self._general_batches = self._read_general(data)
+            self.read_general(data)
 
     # ---- during validation -----------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Evaluation(Callback):
 
         def evaluate() -> tuple[Results, GeneralLoss | None]:
             results = evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
-            return results, self.evaluate_general(module, datamodule_of(trainer), adapters, show)
+            return results, self.evaluate_general(module, adapters, show)
 
         evaluated = _unless_out_of_memory(trainer, module, evaluate)
         if evaluated is None:

@@ -331,7 +331,8 @@ class InstructionDataModule(LightningDataModule):
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
         """Return the first rows of another file as batches, with this tokenizer and template, the same on each rank."""
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("encoding", "reasoning", "max_length")}
+        names = ("encoding", "reasoning", "max_length", "on_bad_row")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self.tokenizer, **options)
         try:

@@ -43,28 +43,34 @@ def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, 
 
 def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric]:
     """Compute every metric of every side, by name: losses over all rows, scores over the answered ones."""
+    n_by_kind = Counter(row.kind for row in rows)
 
-    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
+    def over_rows(name: str, fraction: Callable[[EvaluationRow, RowResult], tuple[float, float] | None]) -> Metric:
         """Measure a fraction that all results have, or some of them."""
         sides = {}
         for side, row_results in results.items():
-            fractions = [(row.number, fraction(result)) for row, result in zip(rows, row_results, strict=True)]
+            fractions = [(row.number, fraction(row, result)) for row, result in zip(rows, row_results, strict=True)]
             sides[side] = sum_by_row((number, *parts) for number, parts in fractions if parts is not None)
         return measure(name, sides)
 
+    def sum_loss(row: EvaluationRow, result: RowResult) -> tuple[float, float]:
+        # all desirable answers weigh as much as all undesirable ones: it is no gain if every answer is likelier
+        weight = len(rows) / n_by_kind[row.kind]
+        return weight * result.nll, weight * result.labelled_tokens
+
     losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
-    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
+    metrics = {name: over_rows(name, sum_loss) for name in losses}
     # of answers with a verdict there is none: a base that is its own reference has a margin of 0 on all of them
     accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
-        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
+        metrics[accuracy] = over_rows(accuracy, lambda _, result: (result.correct, result.labelled_tokens))
     answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
     for name in next((answer.figures for answer in answers), ()):
         metrics[name] = over_rows(name, partial(_read_figure, name))
     return metrics
 
 
-def _read_figure(name: str, result: RowResult) -> tuple[float, float] | None:
+def _read_figure(name: str, row: EvaluationRow, result: RowResult) -> tuple[float, float] | None:
     return None if result.answer is None else (result.answer.figures[name], 1.0)
 
 
@@ -100,8 +106,8 @@ class Comparison:
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        by_kind = {"answer": self.score or "loss", "pair": PREFERENCE_ACCURACY, "verdict": "loss"}
-        self.compared_by = by_kind[rows[0].kind]
+        by_kind = {"answer": self.score or "loss", "pair": PREFERENCE_ACCURACY}
+        self.compared_by = by_kind.get(rows[0].kind, "loss")
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 

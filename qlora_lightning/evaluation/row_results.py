@@ -22,7 +22,7 @@ from qlora_lightning.support.console import progress_counter
 
 ProgressCounter = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
-RowKind = Literal["answer", "pair", "verdict"]
+RowKind = Literal["answer", "pair", "desirable", "undesirable"]
 """An answer to imitate, a preference pair, or an answer with a verdict."""
 OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
 """Called with a side's name, some rows and their answers, as soon as they are complete."""
@@ -104,9 +104,11 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         end = int(row["cu_seqlens"][1])
         prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
         number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
-        if "desirable" in row and not bool(row["desirable"][0]):  # an undesirable answer
+        kind: RowKind = "pair" if row.get("pairs") else "answer"
+        if "desirable" in row:
+            kind = "desirable" if bool(row["desirable"][0]) else "undesirable"
+        if kind == "undesirable":  # nobody wants to see it again
             prompt = None
-        kind: RowKind = "verdict" if "desirable" in row else "pair" if row.get("pairs") else "answer"
         rows.append(EvaluationRow(number, source, prompt, expected, kind=kind))
     return rows
 

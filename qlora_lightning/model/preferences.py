@@ -22,7 +22,7 @@ from qlora_lightning.support.trainer import datamodule_of, trainer_of
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-_LOGGED_BY_KTO = ("accuracy", "margin", "kl")
+_LOGGED_BY_KTO = ("loss", "accuracy", "margin", "kl")  # the loss without weights, as in validation
 _REFERENCE = "reference"  # name of the adapter that the reference has
 
 
@@ -149,8 +149,9 @@ class PreferenceModule(QLoRAModule):
         kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
         margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
         desirable_weight, other_weight = self._weights() if self.training else (1.0, 1.0)
-        losses = torch.where(desirable, desirable_weight, other_weight) * torch.sigmoid(-margins)
-        return self._sum(losses, margins > 0, margins > 0, margins, kl.expand(len(ratios)))
+        losses = torch.sigmoid(-margins)
+        weighted_losses = torch.where(desirable, desirable_weight, other_weight) * losses
+        return self._sum(weighted_losses, margins > 0, losses, margins > 0, margins, kl.expand(len(ratios)))
 
     def _weights(self) -> tuple[float, float]:
         """Return the weights of desirable and other rows: the rarer kind in training weighs more, in proportion."""

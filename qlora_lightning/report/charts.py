@@ -103,8 +103,8 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     other_metrics = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # also those of users
     kinds = _KINDS | {name: (describe_metric(name), "") for name in other_metrics}
-    has_pairs = any("train_chosen_reward" in run.metrics for run in runs)  # of preferences
-    unit = "mean over pairs" if has_pairs else "nats per labelled token"
+    has_preferences = any("train_margin" in run.metrics for run in runs)
+    unit = "mean over rows" if has_preferences else "nats per labelled token"
     loss_charts = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
     if len(runs) == 1:
         loss_charts = [Chart("Loss", unit, _loss_curves(runs[0]), from_zero=False)]

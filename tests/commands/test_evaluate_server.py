@@ -26,10 +26,11 @@ QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
 
 
 @contextmanager
-def serving(answer_to, names=("mine",), prompt_tokens=None):
+def serving(answer_to, models=("mine",), prompt_tokens=None):
     """A server that answers a question by ``answer_to(question)``, with a text or a message.
 
-    Yields its address and the requests that came.
+    ``models`` are names, or what it sends as its list of models; ``None``: it has no list. Yields its address and the
+    requests that came.
     """
     requests = []
 
@@ -42,7 +43,8 @@ def serving(answer_to, names=("mine",), prompt_tokens=None):
             self.wfile.write(data)
 
         def do_GET(self):
-            self.reply(200, {"data": [{"id": name} for name in names]})
+            names = models if isinstance(models, tuple) else ()
+            self.reply(404 if models is None else 200, {"data": [{"id": name} for name in names] or models})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -175,7 +177,60 @@ def test_a_server_that_takes_too_long_is_reported(evaluate):
     with serving(lambda question: time.sleep(1) or "late") as (url, _):
         code, printed, _ = evaluate(url, "--timeout", "0.2")
     assert code == 2
-    assert "gives no OpenAI answer to /chat/completions: ReadTimeout" in printed
+    assert "gives no OpenAI answer to /chat/completions: none within 0.2 seconds" in printed
+
+
+def test_a_request_that_fails_ends_the_others(evaluate):
+    ended = threading.Event()
+    with serving(lambda question: None if question == QUESTIONS[3] else ended.wait(60) and "late") as (url, _):
+        code, printed, _ = evaluate(url)
+        assert not ended.is_set()  # no other request was answered
+        ended.set()
+    assert code == 2
+    assert "500" in printed
+
+
+@pytest.mark.parametrize("models", ["mine", [{"name": "mine"}], ["mine"]])
+def test_a_list_of_models_in_another_shape_is_reported(evaluate, models):
+    with serving(lambda question: "4", models) as (url, _):
+        code, printed, _ = evaluate(url)
+    assert code == 2
+    assert f"--server {url} gives no answer: " in printed
+
+
+def test_a_server_without_a_list_of_models_is_asked_by_name_and_its_numbers_are_checked(evaluate):
+    with serving(lambda question: "4", None) as (url, requests):
+        assert evaluate(url, "--served-name", "mine")[0] == 1
+        assert evaluate(url)[0] == 2
+    assert {body["model"] for _, body in requests} == {"mine"}
+    with serving(lambda question: "4", prompt_tokens="many") as (url, _):
+        code, printed, _ = evaluate(url)
+    assert code == 2
+    assert f"--server {url} gives no answer: " in printed
+
+
+def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "Two pairs."}
+    asked = [{"role": "user", "content": "What is 2 + 2?"}, answer]
+    long = [{"role": "user", "content": "Say so. " * 40}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": asked + asked}, {"messages": long}]
+    Path("reasoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(lambda question: "4") as (url, requests):
+        _, printed, figures = evaluate(url, "--data.val", "reasoned.jsonl", "--data.max_length", "128")
+    ((_, body),) = requests
+    # the template reads no reasoning: it was trained as text
+    contents = [message["content"] for message in body["messages"]]
+    assert contents == [asked[0]["content"], "<think>\nTwo pairs.\n</think>\n\n4", asked[0]["content"]]
+    assert "reasoning_content" not in body["messages"][1]
+    assert "1 rows are not answered: a server gets prompts whole" in " ".join(printed.split())
+    assert figures["answered_rows"] == 1
+
+
+def test_other_text_that_is_not_there_is_reported_before_anything_is_answered(evaluate):
+    with serving(lambda question: "4") as (url, requests):
+        code, printed, _ = evaluate(url, "--general", "nothing.jsonl")
+    assert (code, requests) == (2, [])
+    assert "evaluation.general: data file nothing.jsonl" in printed
 
 
 def test_answers_are_kept_as_they_come_when_the_server_fails(evaluate, tmp_path):
@@ -198,6 +253,14 @@ def test_nonsense_is_neither():
         found = judge_answers(*map(answers, (base, adapter, served)), ["row"] * 20, "exact_match")
         assert found["verdict"] == verdict
     assert judge_answers(*map(answers, (base, base, base)), ["row"] * 20, "exact_match")["verdict"] == "unknown"
+
+
+def test_the_score_that_decides_is_named():
+    adapter = [Answer(f"Train {n} leaves at noon.", 9, True, {"exact_match": 0.0, "chrf": 0.9}) for n in range(20)]
+    base = [Answer(f"I know no train {n}.", 9, True, {"exact_match": 0.0, "chrf": 0.1}) for n in range(20)]
+    served = [a._replace(scores={"exact_match": 0.0, "chrf": 0.7 + n / 200}) for n, a in enumerate(adapter)]
+    found = judge_answers(base, adapter, served, ["row"] * 20, "exact_match")
+    assert (found["verdict"], found["score"], found["equal_to_adapter"]) == ("neither", "chrf", 1.0)
 
 
 def test_answers_to_other_questions_in_the_style_of_the_adapter_are_neither():
@@ -244,7 +307,7 @@ def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
     ],
 )
 def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words):
-    with serving(lambda question: None, names) as (url, _):
+    with serving(lambda question: None, tuple(names)) as (url, _):
         code, printed, _ = evaluate(url, *arguments)
     assert code == 2
     assert words in printed

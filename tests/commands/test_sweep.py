@@ -20,7 +20,7 @@ def trial(value, loss, parameters=10):
 @pytest.mark.parametrize(
     ("setting", "trials", "noise", "chosen", "why"),
     [
-        ("rank", [(8, 1.0), (16, 0.8)], 0.3, 8, "Rank 16 does not pay: it gains +0.2000 nats per token, another seed"),
+        ("rank", [(8, 1.0), (16, 0.8)], 0.3, 8, "Rank 16 does not pay: it gains +0.2000, another seed"),
         ("rank", [(8, 1.0), (16, 0.8), (32, 0.9)], 0.1, 16, "Rank 32 does not pay: it gains -0.1000"),
         ("rank", [(8, 1.0), (16, 0.8), (32, 0.6)], 0.1, 32, "Each rank paid over the one before it"),
         # of all values: the fewest parameters of those that the best does not beat by more than noise

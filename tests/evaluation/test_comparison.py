@@ -53,10 +53,19 @@ def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by
     assert "the adapter is better on 3 samples, the base on 1; 1 alike" in capsys.readouterr().out
     settings = AnswerSettings(None, [0], ["exact_match"], 5, 1)
     assert Comparison(rows, scored | {"adapter": scored["base"]}, settings).figures()["answered_rows"] == 3
-    judged = [EvaluationRow(number, "0", None, [], kind="verdict") for number in range(5)]
+    judged = [EvaluationRow(number, "0", None, [], kind="desirable") for number in range(5)]
     found = Comparison(judged, pieces, None)
     assert list(found.metrics) == ["loss"]
     assert found.compare_rows("adapter") == ([2, 3, 4], [1], 1)
+
+
+def test_to_make_every_answer_likelier_is_no_gain():
+    kinds = ["desirable"] * 4 + ["undesirable"]
+    rows = [EvaluationRow(number, "0", None, [], kind=kind) for number, kind in enumerate(kinds)]
+    losses = {"base": [0.5] * 5, "adapter": [0.4] * 4 + [0.6]}
+    found = compare({side: [result(loss) for loss in each] for side, each in losses.items()}, rows)["loss"]
+    assert found.differences["adapter"].value == pytest.approx(0.0)
+    assert found.sides["adapter"].value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def evaluate(
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if split == "val" else "test")
+        evaluation.read_general(data)
         batches, rows = _select_rows(trainer, data, split, n_rows)
         report = data.reports.get(split)
         if report is not None and (report.shortened or report.overlap):
@@ -91,7 +92,7 @@ def evaluate(
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
         results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
         results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
-        general = evaluation.evaluate_general(module, data, peft_names, show=True)
+        general = evaluation.evaluate_general(module, peft_names, show=True)
         verdict = None
         if server is not None and settings is not None:
             verdict = add_served(served, answered_rows, settings, results)
@@ -127,11 +128,8 @@ def _ask_server(
     if settings is None:
         raise UserError("--server: no row has a prompt that it could answer.")
     requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
-    prompted_rows, answers = [row for row in rows if row.prompt is not None], list[ServedAnswer]()
-    for row, answer in zip(prompted_rows, server.answer(requests), strict=True):
-        on_answers(SERVED, [row], [answer[0]])
-        answers.append(answer)
-    return answers
+    prompted_rows = [row for row in rows if row.prompt is not None]
+    return server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

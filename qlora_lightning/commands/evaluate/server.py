@@ -1,21 +1,23 @@
 """An inference server beside base and adapter: it answers the same rows, and is compared with both."""
 
+import asyncio
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
-from rich.progress import track
+from rich.progress import Progress
 
+from qlora_lightning.data.chat.render import answer_indices
+from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.support.console import terminal
+from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
@@ -29,45 +31,85 @@ class Server:
     """An inference server that speaks OpenAI's chat completions: ``http://localhost:8000/v1``.
 
     ``name`` is that of the served model, ``None`` if there is only one; ``timeout`` the seconds that an answer may
-    take, ``parallel`` the requests at a time.
+    take, ``parallel`` the number of requests at a time.
     """
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
         self._key = "".join(os.environ.get(KEY_VARIABLE, "").split())  # a line break is no part of a header
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        models = [model["id"] for model in self._send("GET", "models").get("data") or []]
+        models = asyncio.run(self._list_models(needed=name is None))
         self.name = models[0] if name is None and len(models) == 1 else name
         if self.name is None or (models and self.name not in models):
             names = " or ".join(models) or "NAME (it lists none)"
             raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
-    def answer(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[ServedAnswer]:
-        """Answer chat requests greedily, several at a time, in their order, and show how many are done."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            answers = pool.map(self._answer, requests)
-            yield from track(answers, "server", len(requests), console=terminal(stderr=True), transient=True)
+    async def _list_models(self, needed: bool) -> list[str]:
+        """List the models by name; none if the server has no list and it is not ``needed``."""
+        async with httpx.AsyncClient(timeout=None) as client:
+            try:
+                response = await self._send(client, "GET", "models")
+            except UserError:
+                if needed:
+                    raise
+                return []
+        with self._reading(response):
+            return [str(model["id"]) for model in response.get("data") or []]
 
-    def _answer(self, request: Mapping[str, Any]) -> ServedAnswer:
+    def answer(
+        self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
+    ) -> list[ServedAnswer]:
+        """Answer chat requests greedily, several at a time, and show how many are done.
+
+        ``on_answer`` is called with the number of a request and its answer, as it comes.
+        """
+        return asyncio.run(self._answer_all(requests, on_answer))
+
+    async def _answer_all(
+        self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
+    ) -> list[ServedAnswer]:
+        limit = asyncio.Semaphore(self.parallel)
+        with Progress(console=terminal(stderr=True), transient=True) as progress:
+            bar = progress.add_task("server", total=len(requests))
+            async with httpx.AsyncClient(timeout=None) as client:
+
+                async def answer(number: int, request: Mapping[str, Any]) -> ServedAnswer:
+                    async with limit:
+                        served_answer = await self._answer(client, request)
+                    on_answer(number, served_answer)
+                    progress.advance(bar)
+                    return served_answer
+
+                return await asyncio.gather(*(answer(number, request) for number, request in enumerate(requests)))
+
+    async def _answer(self, client: httpx.AsyncClient, request: Mapping[str, Any]) -> ServedAnswer:
         greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
-        response = self._send("POST", "chat/completions", {"model": self.name, **greedy, **request})
-        try:
+        response = await self._send(client, "POST", "chat/completions", {"model": self.name, **greedy, **request})
+        with self._reading(response):
             return _read_answer(response)
-        except (AttributeError, IndexError, KeyError, TypeError):
+
+    @contextmanager
+    def _reading(self, response: Any) -> Iterator[None]:
+        """Report a response that has another shape than OpenAI's."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
             raise UserError(f"--server {self.url} gives no answer: {self._hide_key(response)}") from None
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        url = f"{self.url}/{path}"
+    async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
         try:
-            response = httpx.request(method, url, json=body, headers=self._headers, timeout=self._timeout)
+            async with asyncio.timeout(self._timeout):  # of the whole answer: httpx's is of each read
+                response = await client.request(method, f"{self.url}/{path}", json=body, headers=self._headers)
             response.raise_for_status()
             content = response.json()
             if isinstance(content, dict):
                 return content
             fault = f"expected an object, got {content}"
+        except TimeoutError:
+            fault = f"none within {self._timeout:g} seconds"
         except httpx.HTTPStatusError as error:
             fault = f"{error.response.status_code}: {error.response.text}"
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
             fault = f"{type(error).__name__}: {error}"
         raise UserError(
             f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(fault)} (a key is taken from "
@@ -88,12 +130,13 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
     texts.append(message.get("content") or "")
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        with suppress(ValueError):  # servers write spaces as they like
+        with suppress(ValueError, RecursionError):  # servers write spaces as they like
             arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
-    answer = Answer("\n".join(texts).strip(), usage.get("completion_tokens") or 0, stopped, {})
-    return answer, usage.get("prompt_tokens")
+    answer = Answer("\n".join(texts).strip(), int(usage.get("completion_tokens") or 0), stopped, {})
+    prompt_tokens = usage.get("prompt_tokens")
+    return answer, None if prompt_tokens is None else int(prompt_tokens)
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -102,27 +145,43 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
 def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
     """Return a chat request for each row that has a prompt, with the messages in its file.
 
-    A row that is no conversation loses its prompt: it is not answered.
+    A row that is no conversation, or of which ``data.max_length`` took a part, loses its prompt: it is not answered.
     """
     chats = data.load_conversations(split, {row.number for row in rows})
-    requests = []
+    requests, n_cut = [], 0
     for row in rows:
-        chat = chats.get(row.number)
-        if chat is None:
-            row.prompt = None
-        if chat is None or row.prompt is None:
+        chat, prompt, row.prompt = chats.get(row.number), row.prompt, None
+        if chat is None or prompt is None:
             continue
-        turns = [n for n, turn in enumerate(chat.messages) if turn["role"] == "assistant" and turn.get("train", True)]
-        # a template may make several samples of a row, each with the prompt of another answer
-        prompts = {n: data.renderer.render_prompt(chat.messages[:n], chat.tools) for n in turns}
-        matches = [n for n, prompt in prompts.items() if row.prompt[: len(prompt)] == prompt]
-        request: dict[str, Any] = {"messages": list(map(_to_openai, chat.messages[: [*turns, *matches][-1]]))}
+        turn = _find_turn(data, chat, prompt)
+        if turn is None:
+            n_cut += 1
+            continue
+        row.prompt = prompt
+        messages = data.renderer.as_sent(chat.messages[:turn])
+        request: dict[str, Any] = {"messages": list(map(_to_openai, messages))}
         if chat.tools:
             request["tools"] = chat.tools
         if data.template_options:
             request["chat_template_kwargs"] = data.template_options
         requests.append(request)
+    if n_cut:
+        say(f"{n_cut:,} rows are not answered: a server gets prompts whole, and data.max_length cut theirs.")
     return requests
+
+
+def _find_turn(data: Any, chat: Chat, prompt: Sequence[int]) -> int | None:
+    """Find which answer of a conversation a prompt asks for; a template may make a sample of each.
+
+    Behind what the template writes before the answer only an empty block of reasoning may follow. ``None``: the prompt
+    is no longer what the template writes.
+    """
+    for index in reversed(answer_indices(chat.messages)):
+        rendered = data.renderer.render_prompt(chat.messages[:index], chat.tools)
+        rest = prompt[len(rendered) :]
+        if prompt[: len(rendered)] == rendered and not {*data.stop_ids}.intersection(rest):
+            return index
+    return None
 
 
 def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +245,9 @@ def judge_answers(
         # one score may be 0 for all: an exact match of free text
         if 2 * n_nearer[side] > n_differing and all(gap.low <= 0 <= gap.high for gap in intervals.values()):
             verdict = side
+    if verdict == "neither":  # the score that tells it from the side that it is nearer to
+        side = max(n_nearer, key=n_nearer.__getitem__)
+        score = next((name for name, gap in differences[side].items() if not gap.low <= 0 <= gap.high), score)
     difference = differences["adapter"][score]
     figures: dict[str, Any] = {
         "verdict": verdict,

@@ -27,7 +27,7 @@ class Trial:
     folder: str
     value: Any
     parameters: int  # that train
-    val_loss: float  # the lowest, in nats per labelled token; infinite if it diverged
+    val_loss: float  # the lowest; infinite if it diverged
     minutes: float
 
 
@@ -133,7 +133,7 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
         if not math.isfinite(last.val_loss):
             return prior, f"Rank {last.value} diverged."
         gain = prior.val_loss - last.val_loss
-        return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f} nats per token, another seed {noise:.4f}."
+        return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f}, another seed {noise:.4f}."
     best = min(trials, key=lambda trial: trial.val_loss)
     candidates = [trial for trial in trials if trial is best or not _pays(trial, best, noise)]
     names = ", ".join(str(trial.value) for trial in candidates)
@@ -142,7 +142,7 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
 
 
 def _print_table(trials: Sequence[Trial], noise: float) -> None:
-    title = f"val_loss in nats per token; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
+    title = f"val_loss; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
     table = Table("", "parameters", "val_loss", "minutes", title=title, title_justify="left")
     for trial in trials:
         loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"
@@ -160,6 +160,6 @@ def _draw(trials: Sequence[Trial], chosen: Trial, noise: float, file: Path) -> N
         fill = "C0" if trial is chosen else "white"
         axes.errorbar(x, trial.val_loss, yerr=noise, fmt="o", color="C0", markerfacecolor=fill)
     axes.set_xticks(range(len(trials)), [trial.folder for trial in trials])
-    axes.set_ylabel("validation loss (nats per token)")
+    axes.set_ylabel("validation loss")
     axes.set_title("Filled: chosen. Bars: what another seed alone makes", fontsize=9)
     figure.savefig(file)

@@ -110,6 +110,10 @@ class ChatRenderer:
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, *self.encode([rendered]))
 
+    def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
+        """Return the messages of a prompt for a server, which renders them with the same template."""
+        return self._text.as_sent(prompt)
+
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])

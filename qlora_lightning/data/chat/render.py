@@ -97,6 +97,11 @@ class ChatText:
         earlier = set(answers if generation else answers[:-1])
         return [_without_reasoning(message) if i in earlier else message for i, message in enumerate(messages)]
 
+    def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
+        """Return the messages of a prompt for a server, with their reasoning as text if the template reads none."""
+        messages = self.drop_earlier_reasoning(prompt, generation=True)
+        return messages if self._reasoning_key else [self._as_read(message) for message in messages]
+
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
         template_messages = [self._as_read(message) for message in messages]
         try:

@@ -22,6 +22,8 @@ from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
+_VERDICT = "verdict: true or false in 'label' or 'desirable', up or down in 'thumbs'"
+
 
 class RowConverter:
     """Turns the rows of one source into contents, which depend on the row and the settings alone.
@@ -83,7 +85,12 @@ class RowConverter:
         if isinstance(content, tuple) and [type(item) for item in content[1:]] == [bool]:  # from a user's function
             content, verdict = content
         if verdict is not None:
+            others = (read_verdict({key: row.values[key]}, numbers=True) for key in VERDICT_KEYS if key in row.values)
+            if form.is_ours and (not verdict) in others:
+                raise RowFault("its verdicts disagree")
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
+        if form.is_ours and form is not PREFERENCE_FORMAT:
+            raise RowFault(f"there is no {_VERDICT}")
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         return pair_up(*(self._to_chat(messages, row.values, form) for messages in content))
@@ -101,7 +108,8 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        has_verdict = self.pairs and "rejected" not in row.values and read_verdict(row.values, numbers=True) is not None
+        is_single = self.pairs and row.values.get("rejected") is None
+        has_verdict = is_single and read_verdict(row.values, numbers=True) is not None
         form = None if has_verdict and self.settings.format == "auto" else self._named
         form = form or recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:
@@ -112,7 +120,8 @@ class RowConverter:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
         if missing:
             names = " and ".join(map(repr, missing))
-            raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)})")
+            hint = f", and so is a {_VERDICT}" if form is PREFERENCE_FORMAT else ""
+            raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
         try:
             return form.read(dict(values))
         except RowFault:
@@ -154,6 +163,6 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         raise UserError(
             f"{row.where} has {key!r}, but {reason}. Leave out what is not to be trained, and the column by "
-            f"`data.columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a "
+            f"`columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a "
             "function, `format: package.module.function`."
         )

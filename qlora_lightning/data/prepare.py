@@ -43,21 +43,24 @@ class Prompt(NamedTuple):
 
 @dataclass
 class _Part:
-    """The content of a row, or one of a pair's two, the texts that the template writes of it, and its samples."""
+    """The content of a row, or one of a pair's two; ``Preparation`` then fills in its texts and samples."""
 
     content: Content
     texts: Sequence[RenderedText] = ()
-    samples: Sequence[Rendered] = ()  # as long as they are
+    samples: Sequence[Rendered] = ()  # before max_length applies
 
 
 class _Converted(NamedTuple):
-    """A good row: its numbers and its source's in the split, and its content in one part, or of a pair in two."""
+    """A good row, with the numbers of row and source in the split, and its content in one part, or of a pair in two."""
 
     number: int
     source: int
     row: Row
     parts: Sequence[_Part]
-    is_pair: bool
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.parts) == 2
 
 
 def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
@@ -133,9 +136,8 @@ class Preparation:
                 continue
             with _noting_faults(number, row, bad):
                 content = converter.convert(row)
-                is_pair = isinstance(content, Pair)
                 parts = [_Part(part) for part in (content if isinstance(content, Pair) else [content])]
-                converted = _Converted(number, source, row, parts, is_pair)
+                converted = _Converted(number, source, row, parts)
                 if self.for_prompts:
                     self._add_prompt(converted)
                 elif self._is_wanted(converted):
@@ -169,7 +171,7 @@ class Preparation:
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:
-        number, source, row, (part,), _ = converted
+        number, source, row, (part,) = converted
         content = part.content
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
@@ -181,7 +183,7 @@ class Preparation:
 
     def _add_samples(self, converted: _Converted) -> None:
         """Add the samples of a row, or count why it has none."""
-        (number, source, row, parts, is_pair), report = converted, self.report
+        (number, source, row, parts), report = converted, self.report
         fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
         samples = [sample for part in parts for sample in part.samples]
         if self.pairs and any(len(part.samples) > 1 for part in parts):
@@ -193,7 +195,7 @@ class Preparation:
                 report.drop(TOO_LONG)
             else:
                 report.leave_untrained("no labelled token within max_length")
-        elif is_pair:
+        elif converted.is_pair:
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
                 report.drop("their two answers are the same within max_length")

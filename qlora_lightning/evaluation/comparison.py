@@ -44,33 +44,34 @@ def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, 
 def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric]:
     """Compute every metric of every side, by name: losses over all rows, scores over the answered ones."""
     n_by_kind = Counter(row.kind for row in rows)
+    # all desirable answers weigh as much as all undesirable ones: it is no gain if every answer is likelier
+    weights = [len(rows) / n_by_kind[row.kind] for row in rows]
 
-    def over_rows(name: str, fraction: Callable[[EvaluationRow, RowResult], tuple[float, float] | None]) -> Metric:
+    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None], weighted: bool) -> Metric:
         """Measure a fraction that all results have, or some of them."""
         sides = {}
         for side, row_results in results.items():
-            fractions = [(row.number, fraction(row, result)) for row, result in zip(rows, row_results, strict=True)]
-            sides[side] = sum_by_row((number, *parts) for number, parts in fractions if parts is not None)
+            pieces = []
+            for row, result, weight in zip(rows, row_results, weights, strict=True):
+                if (parts := fraction(result)) is not None:
+                    factor = weight if weighted else 1.0
+                    pieces.append((row.number, factor * parts[0], factor * parts[1]))
+            sides[side] = sum_by_row(pieces)
         return measure(name, sides)
 
-    def sum_loss(row: EvaluationRow, result: RowResult) -> tuple[float, float]:
-        # all desirable answers weigh as much as all undesirable ones: it is no gain if every answer is likelier
-        weight = len(rows) / n_by_kind[row.kind]
-        return weight * result.nll, weight * result.labelled_tokens
-
     losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
-    metrics = {name: over_rows(name, sum_loss) for name in losses}
+    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens), True) for name in losses}
     # of answers with a verdict there is none: a base that is its own reference has a margin of 0 on all of them
     accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
-        metrics[accuracy] = over_rows(accuracy, lambda _, result: (result.correct, result.labelled_tokens))
+        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens), False)
     answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
     for name in next((answer.figures for answer in answers), ()):
-        metrics[name] = over_rows(name, partial(_read_figure, name))
+        metrics[name] = over_rows(name, partial(_read_figure, name), False)
     return metrics
 
 
-def _read_figure(name: str, row: EvaluationRow, result: RowResult) -> tuple[float, float] | None:
+def _read_figure(name: str, result: RowResult) -> tuple[float, float] | None:
     return None if result.answer is None else (result.answer.figures[name], 1.0)
 
 
@@ -171,6 +172,9 @@ class Comparison:
             better, worse, ties = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
             say(f"By {metric}, {name} is better on {len(better):,} {unit}, the base on {len(worse):,}; {ties:,} alike.")
+            if self.rows[0].kind in ("desirable", "undesirable"):
+                kinds = Counter(self.rows[index].kind for index in better)
+                say(f"  better: {kinds['desirable']:,} desirable answers, {kinds['undesirable']:,} undesirable ones")
             for outcome, indices in (("better", better), ("worse", worse)):
                 places = [*dict.fromkeys(self.rows[index].place for index in indices if self.rows[index].place)]
                 if places:

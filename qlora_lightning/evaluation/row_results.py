@@ -34,7 +34,7 @@ class EvaluationRow:
 
     number: int  # in its split; -1 for a batch that is not flat
     source: str  # the source of its split: number or name
-    prompt: list[int] | None  # token ids before the last answer; None if all tokens are labelled
+    prompt: list[int] | None  # token ids before the last answer; None: it is not asked for an answer
     expected: list[int]  # token ids of the last answer, its stop token included
     place: str = ""  # file and line, if they are known
     kind: RowKind = "answer"
@@ -107,7 +107,7 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
         kind: RowKind = "pair" if row.get("pairs") else "answer"
         if "desirable" in row:
             kind = "desirable" if bool(row["desirable"][0]) else "undesirable"
-        if kind == "undesirable":  # nobody wants to see it again
+        if kind == "undesirable":  # a bad answer is none to expect
             prompt = None
         rows.append(EvaluationRow(number, source, prompt, expected, kind=kind))
     return rows

@@ -22,7 +22,7 @@ from qlora_lightning.support.trainer import datamodule_of, trainer_of
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 _LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-_LOGGED_BY_KTO = ("loss", "accuracy", "margin", "kl")  # the loss without weights, as in validation
+_LOGGED_BY_KTO = ("loss", "accuracy", "margin", "kl")  # the loss without weights takes the place of the weighted one
 _REFERENCE = "reference"  # name of the adapter that the reference has
 
 
@@ -34,11 +34,12 @@ class PreferenceModule(QLoRAModule):
     The reference of ``dpo``, ``ipo`` and ``kto`` is the model before training: the same base with its adapter
     switched off, or with the adapter that ``adapter`` names.
 
-    Logs, beside ``train_loss`` (per pair) and ``grad_norm``, for each split ``…_accuracy`` (share of pairs whose chosen
-    answer has the larger reward), ``…_margin`` (mean difference of the rewards), ``…_chosen_reward`` and
-    ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an answer, against the reference's if there
-    is one, else per token. With ``kto`` a margin is how far the reward of a desirable answer is above ``beta · kl``, or
-    that of another below; accuracy is the share of positive margins; ``…_kl`` is the estimate of the divergence.
+    Logs, beside ``train_loss`` (per row, of ``kto`` without its weights) and ``grad_norm``, for each split
+    ``…_accuracy`` (share of pairs whose chosen answer has the larger reward), ``…_margin`` (mean difference of the
+    rewards), ``…_chosen_reward`` and ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an
+    answer, against the reference's if there is one, else per token. With ``kto`` a margin is how far the reward of a
+    desirable answer is above ``beta · kl``, or that of another below; accuracy is the share of positive margins;
+    ``…_kl`` is the estimate of the divergence.
 
     Args:
         base: As in :class:`QLoRAModule`.

@@ -181,28 +181,33 @@ def test_a_server_that_takes_too_long_is_reported(evaluate):
 
 
 def test_a_request_that_fails_ends_the_others(evaluate):
-    ended = threading.Event()
-    with serving(lambda question: None if question == QUESTIONS[3] else ended.wait(60) and "late") as (url, _):
-        code, printed, _ = evaluate(url)
-        assert not ended.is_set()  # no other request was answered
+    ended, late = threading.Event(), []
+
+    def answer_to(question):
+        if question == QUESTIONS[2]:
+            return None
+        late.append(ended.wait(30))
+        return "late"
+
+    with serving(answer_to) as (url, requests):
+        code, printed, _ = evaluate(url, "--parallel", "4")
+        assert (late, len(requests)) == ([], 4)  # no other was waited for, and none was sent after it
         ended.set()
     assert code == 2
     assert "500" in printed
 
 
-@pytest.mark.parametrize("models", ["mine", [{"name": "mine"}], ["mine"]])
-def test_a_list_of_models_in_another_shape_is_reported(evaluate, models):
-    with serving(lambda question: "4", models) as (url, _):
+@pytest.mark.parametrize("models", [None, "mine", [{"name": "mine"}], ["mine"]])
+def test_a_server_without_a_list_of_models_is_asked_by_name(evaluate, models):
+    with serving(lambda question: "4", models) as (url, requests):
+        assert evaluate(url, "--served-name", "mine")[0] == 1
         code, printed, _ = evaluate(url)
     assert code == 2
-    assert f"--server {url} gives no answer: " in printed
-
-
-def test_a_server_without_a_list_of_models_is_asked_by_name_and_its_numbers_are_checked(evaluate):
-    with serving(lambda question: "4", None) as (url, requests):
-        assert evaluate(url, "--served-name", "mine")[0] == 1
-        assert evaluate(url)[0] == 2
+    assert "serves no single model: expected --served-name NAME (it lists none)" in printed
     assert {body["model"] for _, body in requests} == {"mine"}
+
+
+def test_numbers_in_another_shape_are_reported(evaluate):
     with serving(lambda question: "4", prompt_tokens="many") as (url, _):
         code, printed, _ = evaluate(url)
     assert code == 2
@@ -213,17 +218,19 @@ def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
     answer = {"role": "assistant", "content": "4", "reasoning_content": "Two pairs."}
     asked = [{"role": "user", "content": "What is 2 + 2?"}, answer]
     long = [{"role": "user", "content": "Say so. " * 40}, {"role": "assistant", "content": "So."}]
-    rows = [{"messages": asked + asked}, {"messages": long}]
+    begun = [asked[0], {"role": "assistant", "content": "\n\nLet me see.", "train": False}]
+    rows = [{"messages": messages} for messages in (asked + asked, begun + asked, long, begun + long)]
     Path("reasoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serving(lambda question: "4") as (url, requests):
         _, printed, figures = evaluate(url, "--data.val", "reasoned.jsonl", "--data.max_length", "128")
-    ((_, body),) = requests
+    question, messages = asked[0]["content"], [body["messages"] for _, body in requests]
     # the template reads no reasoning: it was trained as text
-    contents = [message["content"] for message in body["messages"]]
-    assert contents == [asked[0]["content"], "<think>\nTwo pairs.\n</think>\n\n4", asked[0]["content"]]
-    assert "reasoning_content" not in body["messages"][1]
-    assert "1 rows are not answered: a server gets prompts whole" in " ".join(printed.split())
-    assert figures["answered_rows"] == 1
+    earlier = sorted(turns[1]["content"] for turns in messages)
+    assert earlier == ["\n\nLet me see.", "<think>\nTwo pairs.\n</think>\n\n4"]
+    assert [[turns[0]["content"], turns[2]["content"]] for turns in messages] == [[question, question]] * 2
+    assert not any("reasoning_content" in turn for turns in messages for turn in turns)
+    assert "2 rows are not answered: a server gets prompts whole" in " ".join(printed.split())
+    assert figures["answered_rows"] == 2
 
 
 def test_other_text_that_is_not_there_is_reported_before_anything_is_answered(evaluate):
@@ -261,6 +268,9 @@ def test_the_score_that_decides_is_named():
     served = [a._replace(scores={"exact_match": 0.0, "chrf": 0.7 + n / 200}) for n, a in enumerate(adapter)]
     found = judge_answers(base, adapter, served, ["row"] * 20, "exact_match")
     assert (found["verdict"], found["score"], found["equal_to_adapter"]) == ("neither", "chrf", 1.0)
+    assert "chrf differs from the adapter's by -0.1" in found["sentence"]
+    found = judge_answers(adapter, base, served, ["row"] * 20, "exact_match")
+    assert "chrf differs from the base's by -0.1" in found["sentence"]
 
 
 def test_answers_to_other_questions_in_the_style_of_the_adapter_are_neither():
@@ -307,14 +317,14 @@ def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
     ],
 )
 def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words):
-    with serving(lambda question: None, tuple(names)) as (url, _):
+    with serving(lambda question: None, names) as (url, _):
         code, printed, _ = evaluate(url, *arguments)
     assert code == 2
     assert words in printed
 
 
 def test_an_address_without_a_server_is_reported_before_anything_is_loaded(evaluate):
-    code, printed, _ = evaluate("http://127.0.0.1:9/v1")
+    code, printed, _ = evaluate("http://127.0.0.1:9/v1", "--served-name", "mine")
     assert (code, "Loading" in printed) == (2, False)
     assert "--server http://127.0.0.1:9/v1 gives no OpenAI answer to /models" in printed
 

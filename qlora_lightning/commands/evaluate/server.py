@@ -5,19 +5,18 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
-from rich.progress import Progress
 
 from qlora_lightning.data.chat.render import answer_indices
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
@@ -38,23 +37,20 @@ class Server:
         self._key = "".join(os.environ.get(KEY_VARIABLE, "").split())  # a line break is no part of a header
         self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        models = asyncio.run(self._list_models(needed=name is None))
+        models = asyncio.run(self._list_models())
         self.name = models[0] if name is None and len(models) == 1 else name
         if self.name is None or (models and self.name not in models):
             names = " or ".join(models) or "NAME (it lists none)"
             raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
-    async def _list_models(self, needed: bool) -> list[str]:
-        """List the models by name; none if the server has no list and it is not ``needed``."""
-        async with httpx.AsyncClient(timeout=None) as client:
-            try:
-                response = await self._send(client, "GET", "models")
-            except UserError:
-                if needed:
-                    raise
-                return []
-        with self._reading(response):
+    async def _list_models(self) -> list[str]:
+        """Return the names of the models; none if the server has no such list."""
+        async with _open_client() as client:
+            response = await self._send(client, "GET", "models")
+        try:
             return [str(model["id"]) for model in response.get("data") or []]
+        except (AttributeError, KeyError, TypeError):
+            return []
 
     def answer(
         self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
@@ -63,43 +59,37 @@ class Server:
 
         ``on_answer`` is called with the number of a request and its answer, as it comes.
         """
-        return asyncio.run(self._answer_all(requests, on_answer))
+        return asyncio.run(self._answer(requests, on_answer))
 
-    async def _answer_all(
+    async def _answer(
         self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
     ) -> list[ServedAnswer]:
-        limit = asyncio.Semaphore(self.parallel)
-        with Progress(console=terminal(stderr=True), transient=True) as progress:
-            bar = progress.add_task("server", total=len(requests))
-            async with httpx.AsyncClient(timeout=None) as client:
+        # vLLM takes the penalty from the base's files
+        greedy = {"model": self.name, "temperature": 0.0, "repetition_penalty": 1.0}
+        answers, pending = dict[int, ServedAnswer](), enumerate(requests)
+        with progress_counter("server", len(requests)) as count:
+            async with _open_client() as client:
 
-                async def answer(number: int, request: Mapping[str, Any]) -> ServedAnswer:
-                    async with limit:
-                        served_answer = await self._answer(client, request)
-                    on_answer(number, served_answer)
-                    progress.advance(bar)
-                    return served_answer
+                async def work() -> None:
+                    for number, request in pending:
+                        response = await self._send(client, "POST", "chat/completions", {**greedy, **request})
+                        try:
+                            answers[number] = _read_answer(response)
+                        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                            fault = self._hide_key(response)
+                            raise UserError(f"--server {self.url} gives no answer: {fault}") from None
+                        on_answer(number, answers[number])
+                        count(1)
 
-                return await asyncio.gather(*(answer(number, request) for number, request in enumerate(requests)))
-
-    async def _answer(self, client: httpx.AsyncClient, request: Mapping[str, Any]) -> ServedAnswer:
-        greedy = {"temperature": 0.0, "repetition_penalty": 1.0}  # vLLM takes the latter from the base's files
-        response = await self._send(client, "POST", "chat/completions", {"model": self.name, **greedy, **request})
-        with self._reading(response):
-            return _read_answer(response)
-
-    @contextmanager
-    def _reading(self, response: Any) -> Iterator[None]:
-        """Report a response that has another shape than OpenAI's."""
-        try:
-            yield
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
-            raise UserError(f"--server {self.url} gives no answer: {self._hide_key(response)}") from None
+                await asyncio.gather(*(work() for _ in range(self.parallel)))  # the first fault ends all
+        return [answers[number] for number in range(len(requests))]
 
     async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self._timeout):  # of the whole answer: httpx's is of each read
                 response = await client.request(method, f"{self.url}/{path}", json=body, headers=self._headers)
+            if path == "models" and response.status_code in (404, 405):
+                return {}  # not every server has such a list
             response.raise_for_status()
             content = response.json()
             if isinstance(content, dict):
@@ -109,7 +99,7 @@ class Server:
             fault = f"none within {self._timeout:g} seconds"
         except httpx.HTTPStatusError as error:
             fault = f"{error.response.status_code}: {error.response.text}"
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             fault = f"{type(error).__name__}: {error}"
         raise UserError(
             f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(fault)} (a key is taken from "
@@ -121,6 +111,10 @@ class Server:
         return " ".join(text.split())[:300]
 
 
+def _open_client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=None, limits=httpx.Limits())  # by default 100 connections, and 5 seconds
+
+
 def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
     """Return the answer in a chat completion, with reasoning and calls as templates of Qwen and Hermes write them."""
     choice, usage = response["choices"][0], response.get("usage") or {}
@@ -130,7 +124,7 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
     texts.append(message.get("content") or "")
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        with suppress(ValueError, RecursionError):  # servers write spaces as they like
+        with suppress(ValueError):  # servers write spaces as they like
             arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
@@ -150,14 +144,14 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
     chats = data.load_conversations(split, {row.number for row in rows})
     requests, n_cut = [], 0
     for row in rows:
-        chat, prompt, row.prompt = chats.get(row.number), row.prompt, None
-        if chat is None or prompt is None:
+        chat = chats.get(row.number)
+        if chat is None or row.prompt is None:
+            row.prompt = None
             continue
-        turn = _find_turn(data, chat, prompt)
+        turn = _find_turn(data, chat, row.prompt)
         if turn is None:
-            n_cut += 1
+            row.prompt, n_cut = None, n_cut + 1
             continue
-        row.prompt = prompt
         messages = data.renderer.as_sent(chat.messages[:turn])
         request: dict[str, Any] = {"messages": list(map(_to_openai, messages))}
         if chat.tools:
@@ -173,13 +167,13 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
 def _find_turn(data: Any, chat: Chat, prompt: Sequence[int]) -> int | None:
     """Find which answer of a conversation a prompt asks for; a template may make a sample of each.
 
-    Behind what the template writes before the answer only an empty block of reasoning may follow. ``None``: the prompt
-    is no longer what the template writes.
+    ``None``: the prompt is no longer what the template writes. In the same turn it may go on, with an empty block of
+    reasoning. Texts are compared: a sample is tokenized in other pieces than a prompt alone.
     """
+    text, stops = data.tokenizer.decode(prompt), [data.tokenizer.decode([token_id]) for token_id in data.stop_ids]
     for index in reversed(answer_indices(chat.messages)):
-        rendered = data.renderer.render_prompt(chat.messages[:index], chat.tools)
-        rest = prompt[len(rendered) :]
-        if prompt[: len(rendered)] == rendered and not {*data.stop_ids}.intersection(rest):
+        rendered = data.tokenizer.decode(data.renderer.render_prompt(chat.messages[:index], chat.tools))
+        if text.startswith(rendered) and not any(stop in text[len(rendered) :] for stop in stops):
             return index
     return None
 
@@ -245,10 +239,11 @@ def judge_answers(
         # one score may be 0 for all: an exact match of free text
         if 2 * n_nearer[side] > n_differing and all(gap.low <= 0 <= gap.high for gap in intervals.values()):
             verdict = side
+    side = "adapter"
     if verdict == "neither":  # the score that tells it from the side that it is nearer to
         side = max(n_nearer, key=n_nearer.__getitem__)
         score = next((name for name, gap in differences[side].items() if not gap.low <= 0 <= gap.high), score)
-    difference = differences["adapter"][score]
+    difference = differences[side][score]
     figures: dict[str, Any] = {
         "verdict": verdict,
         "rows": n_rows,
@@ -256,7 +251,7 @@ def judge_answers(
         "equal_to_adapter": n_equal["adapter"] / n_rows,
         "equal_to_base": n_equal[BASE] / n_rows,
         "score": score,
-        "difference_from_adapter": difference._asdict(),
+        "difference_from_adapter": differences["adapter"][score]._asdict(),
     }
     if verdict == "unknown":
         figures["sentence"] = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
@@ -264,7 +259,7 @@ def judge_answers(
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
     figures["sentence"] = (
         f"The server answers {names[verdict]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to the "
-        f"adapter's, {n_equal[BASE]:,} to the base's; {score} differs from the adapter's by {difference.value:+.3f} "
+        f"adapter's, {n_equal[BASE]:,} to the base's; {score} differs from the {side}'s by {difference.value:+.3f} "
         f"[{difference.low:+.3f}, {difference.high:+.3f}]."
     )
     if verdict == "neither":

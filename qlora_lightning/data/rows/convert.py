@@ -22,7 +22,7 @@ from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
-_VERDICT = "verdict: true or false in 'label' or 'desirable', up or down in 'thumbs'"
+_VERDICT = "verdict: true or false in 'label', 'desirable' or 'kto_tag', up or down in 'thumbs'"
 
 
 class RowConverter:
@@ -85,9 +85,9 @@ class RowConverter:
         if isinstance(content, tuple) and [type(item) for item in content[1:]] == [bool]:  # from a user's function
             content, verdict = content
         if verdict is not None:
-            others = (read_verdict({key: row.values[key]}, numbers=True) for key in VERDICT_KEYS if key in row.values)
-            if form.is_ours and (not verdict) in others:
-                raise RowFault("its verdicts disagree")
+            columns = [key for key in VERDICT_KEYS if key in row.values] if form.is_ours else []
+            if {True, False} <= {read_verdict({key: row.values[key]}, numbers=True) for key in columns}:
+                raise RowFault(f"{' and '.join(columns)} disagree: leave one out by `columns: {{{columns[0]}: null}}`")
             return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if form.is_ours and form is not PREFERENCE_FORMAT:
             raise RowFault(f"there is no {_VERDICT}")

@@ -19,7 +19,10 @@ KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning
 
 
 def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code."""
+    """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code.
+
+    All of it is read, for its checksums.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             # torch compresses nothing, and a few MB could expand to many GB; nor does it verify checksums

@@ -27,7 +27,8 @@ class LossSums(NamedTuple):
         nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
         labelled_tokens: How many tokens were counted, int64 scalar.
         correct: For how many of them the most likely token was the label, int64 scalar.
-        logged: More sums over the same tokens, by name: their means are logged beside the loss.
+        logged: More sums over the same tokens, by name: their means are logged beside the loss, one that is named
+            ``loss`` in its place.
     """
 
     nll_sum: Tensor

@@ -144,8 +144,9 @@ class Preparation:
                     for part in parts:
                         part.texts = renderer.write(part.content)
                     written.append(converted)
-        encoded = iter(renderer.encode([text for row in written for part in row.parts for text in part.texts]))
+        encoded = iter(renderer.encode([text for each in written for part in each.parts for text in part.texts]))
         for converted in written:
+            # all of a row's, before one of its parts may be at fault
             encodings = [[next(encoded) for _ in part.texts] for part in converted.parts]
             with _noting_faults(converted.number, converted.row, bad):
                 for part, part_encodings in zip(converted.parts, encodings, strict=True):

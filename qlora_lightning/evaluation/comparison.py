@@ -47,27 +47,26 @@ def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric
     # all desirable answers weigh as much as all undesirable ones: it is no gain if every answer is likelier
     weights = [len(rows) / n_by_kind[row.kind] for row in rows]
 
-    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None], weighted: bool) -> Metric:
+    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
         """Measure a fraction that all results have, or some of them."""
         sides = {}
         for side, row_results in results.items():
             pieces = []
             for row, result, weight in zip(rows, row_results, weights, strict=True):
                 if (parts := fraction(result)) is not None:
-                    factor = weight if weighted else 1.0
-                    pieces.append((row.number, factor * parts[0], factor * parts[1]))
+                    pieces.append((row.number, weight * parts[0], weight * parts[1]))
             sides[side] = sum_by_row(pieces)
         return measure(name, sides)
 
     losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
-    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens), True) for name in losses}
+    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
     # of answers with a verdict there is none: a base that is its own reference has a margin of 0 on all of them
     accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
-        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens), False)
+        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
     answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
     for name in next((answer.figures for answer in answers), ()):
-        metrics[name] = over_rows(name, partial(_read_figure, name), False)
+        metrics[name] = over_rows(name, partial(_read_figure, name))
     return metrics
 
 

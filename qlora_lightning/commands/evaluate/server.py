@@ -139,7 +139,7 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
 def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
     """Return a chat request for each row that has a prompt, with the messages in its file.
 
-    A row that is no conversation, or of which ``data.max_length`` took a part, loses its prompt: it is not answered.
+    A row that is no conversation, or of whose prompt ``data.max_length`` took a part, loses it: it is not answered.
     """
     chats = data.load_conversations(split, {row.number for row in rows})
     requests, n_cut = [], 0

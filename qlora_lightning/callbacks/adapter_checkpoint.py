@@ -137,7 +137,7 @@ class AdapterCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_step:
             self._save(trainer, pl_module)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         minutes = self.every_minutes
         is_late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         pl_module.window.vote("late", is_late)

@@ -76,7 +76,7 @@ class StopSignals(Callback):
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.on_train_batch_start(trainer)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.window.vote("stop", self.received is not None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:

@@ -160,6 +160,7 @@ class QLoRACLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.take_tokenizer_of_base(self.model)
+        self.model.save_hyperparameters({}, logger=False)  # RunFolder gives loggers the whole config
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer; ``fit`` also logs to ``metrics.csv``, unless ``logger`` is false."""

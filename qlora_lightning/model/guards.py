@@ -2,13 +2,20 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -28,6 +35,17 @@ from qlora_lightning.support.trainer import (
     say_once,
     trainer_of,
 )
+
+_AVERAGING = "averages the whole model, a frozen base's packed bytes too"
+_SETS_UP_EARLY = "looks at the model before it is built, and would find nothing"
+_REJECTED_CALLBACKS: dict[type[Callback], str] = {
+    StochasticWeightAveraging: _AVERAGING,
+    WeightAveraging: _AVERAGING,
+    BaseFinetuning: _SETS_UP_EARLY,
+    ModelPruning: _SETS_UP_EARLY,
+    GradientAccumulationScheduler: "changes how many steps an epoch has, and the learning rate would fall too late",
+}
+_MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
 
@@ -52,20 +70,27 @@ def check_start(module: Any) -> None:
     if trainer is None:
         return
     if trainer.state.fn == TrainerFn.FITTING:
+        if "training_step" in vars(module):
+            raise UserError(
+                f"training_step of this {type(module).__name__} was replaced, as torch.compile(module) does: pass the "
+                "module itself. What gains from compiling is compiled on a GPU anyway."
+            )
         if module.overrides("training_step"):
             raise UserError(
                 f"{type(module).__name__} overrides training_step, which computes the gradients itself: a loss that it "
                 "returns would change nothing. Override compute_loss, or use a callback."
             )
         for callback in callbacks_of(trainer):
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-                name = type(callback).__name__
-                raise UserError(f"{name} averages the whole model, a frozen base's packed bytes too: leave it out.")
+            for kind, reason in _REJECTED_CALLBACKS.items():
+                if isinstance(callback, kind):
+                    raise UserError(f"{type(callback).__name__} {reason}: leave it out of trainer.callbacks.")
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
             raise RuntimeError(
                 "The callbacks that watch over a run and resume it are missing: return "
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
             )
+    if trainer.strategy.root_device.type == "mps":
+        raise UserError("Apple's GPU (MPS) has no float64, which sums take: set trainer.accelerator to cpu.")
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
 
 
@@ -128,36 +153,39 @@ def has_no_loss(module: Any) -> bool:
     return bool(faults)
 
 
-def check_gradients(trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
-    """Reject trainable tensors that the optimizer was not given, or that get no gradient.
+def find_zero_gradients(
+    trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[set[str], bool]:
+    """Return the A and B whose gradient is zeros, and whether every A was looked at: not as long as its B is zero.
 
-    For A and B a gradient of zeros counts as none. A's is zero as long as B is, so A is checked only after that; return
-    whether all tensors were checked.
+    Reject trainable tensors that the optimizer was not given, or that have no gradient at all.
     """
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    without_group, without_gradient, all_checked = [], [], True
-    for name, parameter in trainable.items():
-        lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."), parameter)
-        if id(parameter) not in optimized:
-            without_group.append(name)
-        elif parameter.grad is None:
-            without_gradient.append(name)
-        elif ".lora_A." in name and not lora_B.detach().any():
-            all_checked = False
-        elif (".lora_A." in name or ".lora_B." in name) and not parameter.grad.any():
-            without_gradient.append(name)
+    without_group = [name for name, parameter in trainable.items() if id(parameter) not in optimized]
     if without_group:
         raise RuntimeError(
             f"{len(without_group)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
             f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them."
         )
-    if without_gradient:
+    reject_without_gradient([name for name, parameter in trainable.items() if parameter.grad is None], len(trainable))
+    zeros, all_checked = set[str](), True
+    for name, parameter in trainable.items():
+        lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."), parameter)
+        if ".lora_A." in name and not lora_B.detach().any():
+            all_checked = False
+        elif (".lora_A." in name or ".lora_B." in name) and parameter.grad is not None and not parameter.grad.any():
+            zeros.add(name)
+    return zeros, all_checked
+
+
+def reject_without_gradient(names: Collection[str], n_trainable: int) -> None:
+    """Reject trainable tensors, by name, that get no gradient."""
+    if names:
         raise RuntimeError(
-            f"{len(without_gradient)} of {len(trainable)} trainable tensors get no gradient, as "
-            f"{', '.join(without_gradient[:3])}: they would never learn. A frozen layer passes no gradient, "
-            "compute_loss does not use them, or training has diverged (lower model.learning_rate)."
+            f"{len(names)} of {n_trainable} trainable tensors get no gradient, as {', '.join(sorted(names)[:3])}: they "
+            "would never learn. A frozen layer passes no gradient, compute_loss does not use them, or training has "
+            "diverged (lower model.learning_rate)."
         )
-    return all_checked
 
 
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
@@ -174,6 +202,7 @@ class TrainingGuard(Callback):
 
     def __init__(self) -> None:
         self.checks_due = True
+        self._zeros: list[set[str]] = []  # names of gradients of zeros, of each step since the checks are due
         self._last_loss: float | None = None  # of the step before, if this process took it
 
     def check_step(
@@ -198,9 +227,25 @@ class TrainingGuard(Callback):
         elif not_finite:
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
         elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
-            self.checks_due = not check_gradients(trainable_tensors(pl_module), optimizer)
+            self._check_gradients(trainable_tensors(pl_module), optimizer)
         self._last_loss = float(host_means["loss"])
         return host_means, host_totals
+
+    def _check_gradients(self, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        zeros, all_checked = find_zero_gradients(trainable, optimizer)
+        self._zeros.append(zeros)
+        if len(self._zeros) >= _MOST_ZERO_STEPS:
+            reject_without_gradient(set.intersection(*self._zeros[-_MOST_ZERO_STEPS:]), len(trainable))
+        self.checks_due = bool(zeros) or not all_checked
+        if not self.checks_due:
+            self._zeros.clear()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        if pl_module.window.batches:
+            raise RuntimeError(
+                f"{type(pl_module).__name__} overrides `optimizer_step` without `super().optimizer_step(…)`, which "
+                "divides the gradients of a sum by its labelled tokens."
+            )
 
     def _stop(self, pl_module: Any, optimizer: torch.optim.Optimizer, quantity: str) -> None:
         """Stop the run, and name the rows of the step; every rank must call it."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base import base_folder
-from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
@@ -40,7 +39,7 @@ class QLoRAModule(lightning.LightningModule):
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
     ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``optimizer_zero_grad``,
-    ``backward``; after those of a step ``on_before_optimizer_step``; in a validation ``on_validation_start``,
+    ``backward``; around those of a step's last batch ``optimizer_step``; in a validation ``on_validation_start``,
     ``validation_step``, ``on_validation_epoch_end``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
@@ -117,7 +116,7 @@ class QLoRAModule(lightning.LightningModule):
         micro_batch_tokens: budget.MicroBatchTokens = "auto",
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # for load_from_checkpoint; see ExactResume
+        self.save_hyperparameters()  # for loggers and load_from_checkpoint; see ExactResume
         self.base, self.revision, self.trust_remote_code, self.cache = base, revision, trust_remote_code, cache
         self.quantization, self.double_quant, self.compute_dtype = quantization, double_quant, compute_dtype
         self.adapter_options: dict[str, Any] = {
@@ -142,7 +141,7 @@ class QLoRAModule(lightning.LightningModule):
         self.window = Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
-        self.statistics = losses.TokenStatistics()
+        self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
         self.sharded_base: sharded.ShardedBase | None = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -157,8 +156,8 @@ class QLoRAModule(lightning.LightningModule):
             return
         with without_garbage_collection():  # loading imports much and creates many lasting objects
             self.model = self.build_model()
-            if self.adapter is not None and self.overrides("build_model"):  # which may ignore self.adapter
-                adapter_folder.fill_adapter(self.model, find_adapter_folder(self.adapter))
+            if self.overrides("build_model"):
+                self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options)
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()
@@ -175,7 +174,8 @@ class QLoRAModule(lightning.LightningModule):
         If ``adapter`` names a folder, its tensors are put into what an override returns, which must fit them.
 
         Returns:
-            A causal language model of transformers, or of PEFT around one, in which only adapters require gradients.
+            A model of PEFT around a causal language model of transformers, in which only adapters require gradients. An
+            override may return the model of transformers alone: it gets the adapters that the settings describe.
         """
         device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
@@ -321,7 +321,7 @@ class QLoRAModule(lightning.LightningModule):
     # ---- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Compute the gradients of a batch's *sums*; on_before_optimizer_step turns them into the mean's."""
+        """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
         if self.guard.checks_due:
             guards.check_training_mode(self.model)
         return self.window.take(self, batch)
@@ -341,7 +341,24 @@ class QLoRAModule(lightning.LightningModule):
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Keep the gradients, which are computed before Lightning calls this; the window clears them."""
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Divide the gradients of the sum as soon as they are complete: every callback sees those of the mean."""
+
+        def closure() -> Any:
+            loss = None if optimizer_closure is None else optimizer_closure()
+            self._finish_window(optimizer)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _finish_window(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the window's gradients into those of its mean loss over all ranks, check and log them."""
         means, totals = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
             factor=1 / self.loss_scale,
@@ -385,7 +402,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self.choose_layers()
-        self.statistics = losses.TokenStatistics()
+        self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
 
     def on_test_start(self) -> None:
         QLoRAModule.on_validation_start(self)

@@ -5,8 +5,10 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from lightning import Callback
 
+from qlora_lightning import QLoRAModule
 from tests.dying import MachineFailed
 
 
@@ -40,6 +42,22 @@ class Ask(Callback):
     def on_validation_batch_start(self, trainer, *_):
         if not trainer.sanity_checking:
             self.on_train_batch_start(trainer)
+
+
+class LogNorm(Callback):
+    """Log the norm of the gradients that a callback sees."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [param.grad for param in pl_module.parameters() if param.grad is not None]
+        pl_module.log("seen_norm", torch.nn.utils.get_total_norm(grads))
+
+
+class NamesByRank(QLoRAModule):
+    """An objective that logs under another name in each process."""
+
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        return sums._replace(logged={f"metric_{self.global_rank}": sums.nll_sum})
 
 
 class LoseMachine(Callback):

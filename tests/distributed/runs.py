@@ -6,6 +6,7 @@ once. Its argument is a file, a JSON list of argument lists.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +38,11 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": path}
 
 
-def launch(folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0) -> str:
-    """Run commands one after another on processes that torchrun starts at the same moment; gives what they printed."""
+def launch(folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0, code: int = 0) -> str:
+    """Run commands one after another on processes that torchrun starts at the same moment; gives what they printed.
+
+    All end with the same code.
+    """
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -52,7 +56,7 @@ def launch(folder: Path, commands: list[list], processes: int = 2, timeout: floa
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout
-    assert "code 2: " not in done.stdout, done.stdout
+    assert set(re.findall(r"^code (\d+): ", done.stdout, re.MULTILINE)) == {str(code)}, done.stdout
     return done.stdout
 
 

@@ -16,7 +16,7 @@ FEW = ["--trainer.max_epochs", "2"]
 TWO = {
     "rows": ["--data.batch_size", "4", *ROWS],
     "packed": ["--data.tokens_per_batch", "256", *FEW],
-    "uneven": ["--data.train", "nine.jsonl", "--data.batch_size", "4", *FEW],
+    "uneven": ["--data.train", "nine.jsonl", "--data.batch_size", "4", *FEW, "--trainer.callbacks+=hooks.LogNorm"],
     "pairs": ["--data.batch_size", "2", *FEW],
 }
 ONE = {
@@ -61,6 +61,16 @@ def test_how_rows_are_cut_into_processes_and_windows_changes_nothing(folder, nam
     assert metrics(one, "train_loss") == pytest.approx(losses, rel=1e-5)
     assert metrics(one, "grad_norm") == pytest.approx(metrics(two, "grad_norm"), rel=1e-4)
     assert distance(one, two) < 1e-4
+
+
+@pytest.mark.usefixtures("output")
+def test_callbacks_see_the_gradients_of_the_mean_over_all_processes(folder):
+    assert metrics(folder / "two" / "uneven", "seen_norm") == metrics(folder / "two" / "uneven", "grad_norm")
+
+
+def test_names_of_metrics_that_differ_between_processes_are_rejected(folder):
+    options = fit("two/names", "--model", "hooks.NamesByRank", "--data.batch_size", "2", *FEW)
+    assert launch(folder, [options], code=2).count("LossSums.logged has the names") == 2
 
 
 @pytest.mark.usefixtures("output", "alone")

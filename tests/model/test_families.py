@@ -129,14 +129,9 @@ def test_rows_beyond_a_table_of_positions_and_noise_beside_tables_of_layers_are_
         module.compute_loss(make_batch((30,)))
 
 
-class OwnStep(QLoRAModule):
-    def training_step(self, batch, batch_idx):
-        return 0.0 * super().training_step(batch, batch_idx)
-
-
-def test_a_training_step_of_ones_own_is_rejected_and_own_tensors_are_not_cut(tiny_base, rows_file, tmp_path):
-    with pytest.raises(UserError, match="OwnStep overrides training_step, which computes the gradients itself"):
-        fit(OwnStep(str(tiny_base)), tmp_path, rows_file, max_steps=1)
+def test_own_tensors_are_not_cut_and_a_batch_of_other_data_is_named(tiny_base):
+    with pytest.raises(UserError, match="A batch has input_ids, mask, and no position_ids: expected one flat"):
+        make_module(tiny_base).compute_loss({"input_ids": torch.ones(1, 3), "mask": torch.ones(1, 3)})
     batch = make_batch() | {"row_ids": torch.arange(6), "source": torch.zeros(6)}
     module = make_module(tiny_base, micro_batch_tokens=1)
     assert len(module.micro_batches(batch)) == 6

@@ -7,6 +7,14 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelPruning,
+)
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
 from tests.equality import base_tensors, same
@@ -57,6 +65,53 @@ class Diary(Callback):
         self.losses[trainer.global_step] = float(trainer.callback_metrics.get("train_loss", math.nan))
 
 
+class OwnStep(QLoRAModule):
+    def training_step(self, batch, batch_idx):
+        return 0.0 * super().training_step(batch, batch_idx)
+
+
+class Freezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(list(pl_module.children()))
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        """Thaw nothing."""
+
+
+class Apple(CPUAccelerator):
+    """A machine whose GPU is not there."""
+
+    def setup_device(self, device):
+        assert device.type == "mps"
+
+
+def compiled(base):
+    return torch.compile(QLoRAModule(base))
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning and the compiler warn of on the way
+@pytest.mark.parametrize(
+    ("build", "options", "words"),
+    [
+        (OwnStep, {}, "OwnStep overrides training_step, which computes the gradients itself"),
+        (compiled, {}, r"was replaced, as torch\.compile\(module\) does: pass the module itself"),
+        (QLoRAModule, {"callbacks": EMAWeightAveraging()}, "EMAWeightAveraging averages the whole model"),
+        (QLoRAModule, {"callbacks": Freezes()}, "Freezes looks at the model before it is built"),
+        (QLoRAModule, {"callbacks": ModelPruning("l1_unstructured")}, "ModelPruning looks at the model before it is"),
+        (QLoRAModule, {"callbacks": GradientAccumulationScheduler({4: 2})}, "changes how many steps an epoch has"),
+        (
+            QLoRAModule,
+            {"strategy": SingleDeviceStrategy("mps", Apple()), "accelerator": "auto"},
+            "MPS.*set trainer.accelerator to cpu",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_path, build, options, words):
+    with pytest.raises(UserError, match=words):
+        fit(build(str(tiny_base)), tmp_path, rows_file, max_steps=1, **options)
+
+
 # ---- losses and gradients that are not finite ------------------------------------------------------------------------
 
 
@@ -100,13 +155,13 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(t
 
 
 class LosesGradient(Callback):
-    """Takes the gradient of one A or B away from some step on."""
+    """Takes the gradient of one A or B away from some step on, for some steps."""
 
-    def __init__(self, part):
-        self.part = part
+    def __init__(self, part, steps=math.inf):
+        self.part, self.steps = part, steps
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step >= 4:
+    def on_after_backward(self, trainer, pl_module):
+        if 4 <= trainer.global_step < 4 + self.steps:
             next(p for name, p in trainable_tensors(pl_module).items() if self.part in name).grad.zero_()
 
 
@@ -118,7 +173,7 @@ class LeavesOneOut(QLoRAModule):
 @pytest.mark.parametrize(
     ("cls", "callbacks", "words", "step"),
     [
-        (QLoRAModule, [LosesGradient(".lora_A.")], r"1 of 28 trainable tensors get no gradient, as .*lora_A", 4),
+        (QLoRAModule, [LosesGradient(".lora_A.")], r"1 of 28 trainable tensors get no gradient, as .*lora_A", 6),
         (LeavesOneOut, [], r"1 of 28 trainable tensors are in none .*Let `parameter_groups` return", 0),
     ],
     ids=["A", "optimizer"],
@@ -127,6 +182,12 @@ def test_adapters_that_would_stay_are_noticed(train, cls, callbacks, words, step
     with pytest.raises(RuntimeError, match=words):
         train(cls, *callbacks, val=True, trainer_options={"max_epochs": 2})
     assert train.module.trainer.global_step == step
+
+
+def test_gradients_that_are_zero_by_right_stop_nothing(train):
+    """Those of q and k are, if each row of a step has one token before its label."""
+    trainer = train(QLoRAModule, LosesGradient(".lora_A.", steps=2), val=True, trainer_options={"max_epochs": 2})
+    assert trainer.global_step == 8
 
 
 def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_base):

@@ -1,13 +1,18 @@
 """A whole module: every quantization, fp16, a base of one's own; and what would train wrongly is stopped."""
 
+import shutil
 import warnings
 
+import lightning
 import peft
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
+from tests.equality import same
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 
@@ -41,8 +46,8 @@ def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_t
 
 
 class ForgetsToDivide(QLoRAModule):
-    def on_before_optimizer_step(self, optimizer):
-        """Say nothing to the parent."""
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=optimizer_closure)  # as Lightning's documentation has it, without super()
 
 
 class LeavesEvaluationMode(QLoRAModule):
@@ -51,11 +56,43 @@ class LeavesEvaluationMode(QLoRAModule):
 
 
 @pytest.mark.parametrize(
-    ("cls", "sentence"), [(ForgetsToDivide, "without calling `super"), (LeavesEvaluationMode, "evaluation mode")]
+    ("cls", "sentence"), [(ForgetsToDivide, "without `super"), (LeavesEvaluationMode, "evaluation mode")]
 )
 def test_what_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, cls, sentence):
     with pytest.raises(RuntimeError, match=sentence):
-        fit(cls(str(tiny_base), warmup_ratio=0.0), tmp_path, rows_file, max_epochs=1)
+        fit(cls(str(tiny_base), warmup_ratio=0.0), tmp_path, rows_file, max_steps=1)
+
+
+class Clips(Callback):
+    """Clips to a norm of 0.1, and notes the norm before."""
+
+    def __init__(self):
+        self.seen, self.logged = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(torch.nn.utils.clip_grad_norm_(pl_module.parameters(), 0.1))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.logged.append(trainer.callback_metrics.get("grad_norm"))
+
+
+class KeepsItsHookToItself(QLoRAModule):
+    def on_before_optimizer_step(self, optimizer):
+        """Without ``super()``."""
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_file, tmp_path, dtype):
+    def train(cls, **options):
+        lightning.seed_everything(7, verbose=False)
+        module = cls(str(tiny_base), rank=2, compute_dtype=dtype, warmup_ratio=0.0)
+        fit(module, tmp_path, rows_file, max_epochs=1, accumulate_grad_batches=2, **options)
+        return module.state_dict()
+
+    clipped = train(KeepsItsHookToItself, callbacks=[callback := Clips()])
+    assert same(clipped, train(QLoRAModule, gradient_clip_val=0.1))
+    assert callback.seen == callback.logged[1::2]
+    assert len(callback.seen) == 4
 
 
 class OwnBase(QLoRAModule):
@@ -76,6 +113,43 @@ def test_an_own_base_attends_within_samples(tiny_base, fast):
     with ours.model.disable_adapter(), own.model.disable_adapter():
         expected = ours.compute_loss(make_batch()).nll_sum.item()
         assert own.compute_loss(make_batch()).nll_sum.item() == pytest.approx(expected, rel=1e-5)
+
+
+class Plain(QLoRAModule):
+    """A base without adapters, from wherever."""
+
+    def build_model(self):
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+
+
+def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, rows_file, tmp_path):
+    shutil.copytree(tiny_base, other := tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.model.norm.weight.data *= 1.01
+    model.save_pretrained(other)
+
+    def train(base, **options):
+        callbacks = [AdapterCheckpoint()]
+        fit(Plain(str(base), rank=2), tmp_path, rows_file, callbacks=callbacks, enable_checkpointing=True, **options)
+
+    train(tiny_base, max_steps=1)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    with pytest.raises(UserError, match="was trained on another base"):
+        train(other, max_steps=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+
+
+class CountsRows(QLoRAModule):
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        return sums._replace(logged={"rows": torch.tensor(len(batch["row_ids"]))})
+
+
+def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_file, tmp_path):
+    logger = CSVLogger(tmp_path)
+    options = {"val": True, "max_epochs": 1, "logger": logger, "log_every_n_steps": 1}
+    metrics = fit(CountsRows(str(tiny_base), rank=2), tmp_path, rows_file, **options).callback_metrics
+    assert {"train_rows", "val_rows", "val_perplexity", "val_token_accuracy"} <= metrics.keys()
+    assert logger.experiment.hparams["rank"] == 2  # by which runs are told apart
 
 
 class LogsItsOwn(QLoRAModule):

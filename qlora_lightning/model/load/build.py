@@ -1,5 +1,6 @@
 """Base and adapters put together: to train, or as shapes without numbers."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,17 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject
+from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, load_base
+from qlora_lightning.model.load.base_model import Quantization, freeze, load_base
 from qlora_lightning.model.load.machine import explain_dtype
 from qlora_lightning.support.trainer import say_once
 
@@ -48,6 +49,41 @@ def assemble_model(
     identity["adapter"] = describe_adapter(model)
     fuse_layers(model, fast)
     return model, identity
+
+
+def complete_model(
+    model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any]
+) -> peft.PeftModel:
+    """Complete what an override of ``build_model`` returned: adapters, their values, and the identity.
+
+    Args:
+        model: A model of PEFT, or of transformers without adapters.
+        identity: Gets what the override has not set: the compute dtype, and a hash of the frozen weights.
+        adapter: Folder of an adapter, whose values the model gets.
+        adapter_options: Arguments of ``add_adapters``.
+    """
+    folder = None if adapter is None else find_adapter_folder(adapter)
+    if not isinstance(model, peft.PeftModel):
+        freeze(model)
+        model = put_adapters(model, folder, **adapter_options)
+        identity["adapter"] = describe_adapter(model)
+    elif folder is not None:
+        fill_adapter(model, folder)
+    base: Any = model.get_base_model()
+    identity.setdefault("compute_dtype", str(base.dtype).removeprefix("torch."))
+    if "fingerprint" not in identity:  # that of the files is unknown
+        identity["weights"] = hash_weights(base)
+    return model
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's frozen tensors with their names, the scales of quantized ones included."""
+    trainable, digest = trainable_tensors(model), hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name not in trainable and isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:

@@ -28,7 +28,7 @@ class LossSums(NamedTuple):
         labelled_tokens: How many tokens were counted, int64 scalar.
         correct: For how many of them the most likely token was the label, int64 scalar.
         logged: More sums over the same tokens, by name: their means are logged beside the loss, one that is named
-            ``loss`` in its place.
+            ``loss`` in its place. In training, with several processes, each step of each has the same names.
     """
 
     nll_sum: Tensor
@@ -40,32 +40,41 @@ class LossSums(NamedTuple):
 class TokenStatistics:
     """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result.
 
+    Args:
+        counts_tokens: Whether the sums are over tokens; of preferences they are over rows.
+
     Attributes:
         sums: The sums so far, by name.
         fault: Why some losses were not computed, so that there are no means; empty if all were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts_tokens: bool = True) -> None:
+        self.counts_tokens = counts_tokens
         self.sums: dict[str, Tensor] = {}
         self.fault = ""
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
-        logged = {"loss": sums.nll_sum, **(sums.logged or {"token_accuracy": sums.correct})}
-        for name, value in {"labelled_tokens": sums.labelled_tokens, **logged}.items():
+        accuracy = {"token_accuracy": sums.correct} if self.counts_tokens else {}
+        logged = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **accuracy, **sums.logged}
+        for name, value in logged.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
         """Return the means of all sums.
 
-        They are ``loss`` (nats per labelled token), and its exponential ``perplexity`` and ``token_accuracy`` (share of
-        labelled tokens that were the most likely one), or those of ``logged`` if there are any.
+        They are ``loss`` (nats per labelled token) and those of ``logged``; over tokens also ``token_accuracy`` (share
+        of labelled tokens that were the most likely one) and ``perplexity``, the exponential of the loss.
         """
-        totals = torch.stack([*self.sums.values()])
+        sums = {name: float(value) for name, value in self.sums.items()}
         if over_ranks:
-            torch.distributed.all_reduce(totals)
-        means = dict(zip([*self.sums][1:], totals[1:] / totals[0], strict=True))
-        return {**means, "perplexity": means["loss"].exp()} if "token_accuracy" in means else means
+            gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(gathered, sums)
+            names = dict.fromkeys(name for rank_sums in gathered for name in rank_sums)
+            sums = {name: sum(rank_sums.get(name, 0.0) for rank_sums in gathered) for name in names}
+        n_tokens = torch.tensor(sums.pop("labelled_tokens"), dtype=torch.float64)
+        means = {name: torch.tensor(value, dtype=torch.float64) / n_tokens for name, value in sums.items()}
+        return {"perplexity": means["loss"].exp(), **means} if self.counts_tokens else means
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:

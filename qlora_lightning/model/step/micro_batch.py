@@ -24,6 +24,11 @@ Result = TypeVar("Result")
 def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
     """Lay a flat batch out for a module; see :meth:`QLoRAModule.layout_of`."""
     causal_lm = module.causal_lm
+    if missing := [name for name in ("input_ids", "position_ids", "labels", "cu_seqlens") if name not in batch]:
+        raise UserError(
+            f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one flat stream of "
+            "samples without padding, as InstructionDataModule makes it, or an own compute_loss."
+        )
     check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), *split_of_pass(module))
     layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
     check_row_length(causal_lm.config, layout.samples.longest)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.micro_batch import compute_within_memory, run_micro_batches
+from qlora_lightning.support.errors import UserError
 
 
 class Window:
@@ -29,6 +30,7 @@ class Window:
 
     def __init__(self) -> None:
         self.totals: dict[str, float] = {}
+        self._names: list[list[str]] = []  # of the sums in the first step, by rank
         self.clear()
 
     def clear(self) -> None:
@@ -43,7 +45,7 @@ class Window:
         self.row_ids: list[int] = []
 
     def vote(self, question: str, answer: bool) -> None:
-        """Answer a question for this rank, before an optimizer step: the answers travel with the gradients."""
+        """Answer a question for this rank, by ``on_after_backward`` at the latest: answers travel with gradients."""
         self.counts[question] = float(answer)
 
     def any_voted(self, question: str) -> bool:
@@ -55,11 +57,6 @@ class Window:
 
         If memory runs out, the whole window is computed again in smaller parts.
         """
-        if len(self.batches) >= module.trainer.accumulate_grad_batches:
-            raise RuntimeError(
-                "The last optimizer step left the gradients of a sum undivided: a subclass overrides "
-                "`on_before_optimizer_step` without calling `super().on_before_optimizer_step(optimizer)`."
-            )
         if not self.batches:
             module.zero_grad(set_to_none=True)
         self.batches.append(batch)
@@ -101,6 +98,7 @@ class Window:
             parameters = list(parameters)
             for param in parameters:
                 param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+            self._check_names()
         grads = [param.grad for param in parameters if param.grad is not None]
         sums = torch.stack([value.double() for value in self._sums.values()])
         sums = torch.cat([sums, torch.tensor(list(self.counts.values()), dtype=torch.float64).to(sums.device)])
@@ -117,3 +115,15 @@ class Window:
         totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[len(self._sums) :], strict=True))}
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}, totals
+
+    def _check_names(self) -> None:
+        """Reject sums with other names than on other ranks, or than before: they would be added up as one another."""
+        names = [*self._sums]
+        if not self._names:  # the first step: all ranks are here
+            self._names = [names] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(self._names, names)
+        if other := [rank_names for rank_names in self._names if rank_names != names]:
+            raise UserError(
+                f"LossSums.logged has the names {', '.join(names)} here, and {', '.join(other[0])} in another process "
+                "or an earlier step: with several processes return the same ones each time, 0 for none."
+            )

@@ -157,7 +157,8 @@ class QLoRAModule(lightning.LightningModule):
         with without_garbage_collection():  # loading imports much and creates many lasting objects
             self.model = self.build_model()
             if self.overrides("build_model"):
-                self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options)
+                options: dict[str, Any] = {"adapter": self.adapter, "adapter_options": self.adapter_options}
+                self.model = build.complete_model(self.model, self.identity, fast=self.fast, **options)
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
-from tests.equality import same
+from tests.equality import base_tensors, same
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 
@@ -116,10 +116,11 @@ def test_an_own_base_attends_within_samples(tiny_base, fast):
 
 
 class Plain(QLoRAModule):
-    """A base without adapters, from wherever."""
+    """A base without adapters, from wherever, whose packed weights bitsandbytes would change in an evaluation."""
 
     def build_model(self):
-        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.bfloat16, quantization_config=in_4_bits)
 
 
 def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, rows_file, tmp_path):
@@ -129,13 +130,16 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
     model.save_pretrained(other)
 
     def train(base, **options):
-        callbacks = [AdapterCheckpoint()]
-        fit(Plain(str(base), rank=2), tmp_path, rows_file, callbacks=callbacks, enable_checkpointing=True, **options)
+        module = Plain(str(base), rank=2)
+        module.configure_model()
+        before, options["callbacks"] = base_tensors(module), [AdapterCheckpoint()]
+        fit(module, tmp_path, rows_file, val=True, enable_checkpointing=True, **options)
+        assert same(base_tensors(module), before)
 
-    train(tiny_base, max_steps=1)
+    train(tiny_base, max_epochs=1, val_check_interval=2)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     with pytest.raises(UserError, match="was trained on another base"):
-        train(other, max_steps=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+        train(other, max_epochs=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
 
 
 class CountsRows(QLoRAModule):

@@ -215,13 +215,18 @@ def check_quantization(
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze weights, and keep bitsandbytes from changing layers in ``eval()``.
+    """Freeze weights, and keep bitsandbytes from changing layers in ``eval()``."""
+    model.requires_grad_(False)
+    keep_quantized_layers(model)
+
+
+def keep_quantized_layers(model: nn.Module) -> None:
+    """Keep bitsandbytes from changing layers in ``eval()``.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks a 4-bit weight in place at the first evaluation forward: after
     that frozen layers pass no gradient and ``state_dict()`` corrupts the weight. And its int8 layers on a CPU compute
     another function in ``eval()`` than in ``train()``: they stay in training mode.
     """
-    model.requires_grad_(False)
     for module in model.modules():
         layer: Any = module
         if isinstance(layer, bnb.nn.Linear4bit):

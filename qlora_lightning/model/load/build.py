@@ -18,7 +18,7 @@ from qlora_lightning.model.adapters.identity import check_identity, describe_ada
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, freeze, load_base
+from qlora_lightning.model.load.base_model import Quantization, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import explain_dtype
 from qlora_lightning.support.trainer import say_once
 
@@ -52,7 +52,7 @@ def assemble_model(
 
 
 def complete_model(
-    model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any]
+    model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any], fast: bool
 ) -> peft.PeftModel:
     """Complete what an override of ``build_model`` returned: adapters, their values, and the identity.
 
@@ -61,11 +61,13 @@ def complete_model(
         identity: Gets what the override has not set: the compute dtype, and a hash of the frozen weights.
         adapter: Folder of an adapter, whose values the model gets.
         adapter_options: Arguments of ``add_adapters``.
+        fast: Whether layers of a model without adapters run fused.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
+    keep_quantized_layers(model)
     if not isinstance(model, peft.PeftModel):
-        freeze(model)
-        model = put_adapters(model, folder, **adapter_options)
+        model = put_adapters(model.requires_grad_(False), folder, **adapter_options)
+        fuse_layers(model, fast)
         identity["adapter"] = describe_adapter(model)
     elif folder is not None:
         fill_adapter(model, folder)

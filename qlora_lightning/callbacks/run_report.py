@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,17 +16,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight
-from torch import nn
 
 from qlora_lightning import __version__
-from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
-from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
-from qlora_lightning.model.anatomy import layer_of
+from qlora_lightning.model.adapters.inject import count_parameters
 from qlora_lightning.model.load.machine import device_memory_gib, is_out_of_memory
 from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
@@ -60,7 +55,6 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._facts = None
         self._attempts: list[dict[str, Any]] = []  # the last one is this process's
-        self._updates: dict[str, Any] | None = None  # of the trained adapter
         self._trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,8 +77,6 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
-        if self._facts is not None and getattr(pl_module, "sharded_base", None) is None:  # sharded: no rank has W
-            self._updates = _measure_updates(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._trained and trainer.global_step:  # nothing was left: the run was killed at its end
@@ -161,7 +153,6 @@ class RunReport(Callback):
             },
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and saver and {"monitor": saver.monitor, "value": best[0], "checkpoint": best[1]},
-            "adapter_updates": self._updates,
             "lives": self._attempts,  # this key is that of the first manifests
         }
 
@@ -219,48 +210,6 @@ def _git_state() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _measure_updates(trainer: Trainer, module: Any) -> dict[str, list[dict[str, Any]]] | None:
-    """Measure the updates of the best adapter, by kind of module (``q_proj``, …); ``None`` if that fails.
-
-    A module outside of the decoder layers (``lm_head``) has ``None`` as its layer.
-    """
-    updates: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    try:
-        with best_adapter(trainer, module), torch.no_grad():
-            for name, linear in module.model.named_modules():
-                if isinstance(linear, LoraLayer) and ADAPTER in linear.lora_A:  # not of an embedding
-                    updates[name.rpartition(".")[2]].append({"layer": layer_of(name), **_measure_update(linear)})
-    except Exception as fault:  # another kind of model must not fail a trained run
-        say(f"The adapter's updates could not be measured: {type(fault).__name__}: {fault}")
-        return None
-    return dict(updates)
-
-
-def _measure_update(linear: Any) -> dict[str, float]:
-    """Measure the update ΔW = scaling · B A of one weight W, without forming it; DoRA's magnitudes are not counted.
-
-    With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B A are those of the small R_B R_Aᵀ.
-
-    Returns:
-        ``ratio``: ``‖ΔW‖ / ‖W‖`` in Frobenius norms; ``rank``; ``effective_rank``: directions that the update uses,
-        from 1 to the rank, 0 if it is zero: the exponential of the entropy of the singular values' shares (Roy and
-        Vetterli 2007, The effective rank).
-    """
-    lora_A, lora_B = (linears[ADAPTER].weight.double().cpu() for linears in (linear.lora_A, linear.lora_B))
-    core = torch.linalg.qr(lora_B).R @ torch.linalg.qr(lora_A.T).R.T
-    singular_values = linear.scaling[ADAPTER] * torch.linalg.svdvals(core)
-    base = linear.get_base_layer()
-    is_quantized = type(base.weight) is not nn.Parameter
-    weight = dequantize_bnb_weight(base.weight, getattr(base, "state", None)) if is_quantized else base.weight
-    shares = singular_values / singular_values.sum()
-    entropy = -torch.xlogy(shares, shares).sum()
-    return {
-        "ratio": float(singular_values.norm()) / float(weight.float().norm()),
-        "rank": len(lora_A),
-        "effective_rank": float(entropy.exp()) if singular_values.any() else 0.0,
-    }
 
 
 def _now() -> str:

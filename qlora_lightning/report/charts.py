@@ -121,15 +121,6 @@ def _loss_curves(run: Run) -> list[Curve]:
     return [*curves, Curve("validation", validation, "dots", 1)]
 
 
-def update_chart(run: Run) -> Chart:
-    """Return how far the adapter has moved each kind of module, layer by layer."""
-    curves = []
-    for index, (kind, updates) in enumerate((run.manifest.get("adapter_updates") or {}).items()):
-        points = [(update["layer"], update["ratio"]) for update in updates if update["layer"] is not None]
-        curves.append(Curve(kind, points, colour=index % 8))
-    return Chart("How far each weight moved", "‖ΔW‖/‖W‖", curves, "decoder layer")
-
-
 def _smooth(label: str, points: Points) -> list[Curve]:
     """Return a faint curve and its running mean in front; a short curve as it is."""
     if len(points) < 40:

@@ -1,7 +1,6 @@
 """A run in words: its figures, what to do next, and the tables of the page."""
 
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -118,19 +117,6 @@ def starts_table(run: Run) -> PageTable:
         duration, started = timedelta(seconds=round(attempt["seconds"])), attempt["started"].replace("T", " ")
         rows.append([started, steps, str(duration), attempt.get("error") or attempt["status"]])
     return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
-
-
-def update_table(run: Run) -> PageTable:
-    """Return median and largest ‖ΔW‖/‖W‖ and the effective rank of each kind of module."""
-    rows = []
-    for kind, updates in (run.manifest.get("adapter_updates") or {}).items():
-        largest = max(updates, key=lambda update: update["ratio"])
-        layer = "" if largest["layer"] is None else f" in layer {largest['layer']}"
-        ratio, effective_rank, rank = (
-            statistics.median(update[name] for update in updates) for name in ("ratio", "effective_rank", "rank")
-        )
-        rows.append([kind, f"{ratio:.2%}", f"{largest['ratio']:.2%}{layer}", f"{effective_rank:.1f} of {rank:.0f}"])
-    return ["", "‖ΔW‖/‖W‖, median", "largest", "effective rank, median"], rows
 
 
 def difference_table(runs: Sequence[Run]) -> PageTable:

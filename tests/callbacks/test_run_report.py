@@ -1,15 +1,12 @@
 """Every fit leaves a manifest and a page, however it ends, and is not disturbed by them."""
 
 import json
-import math
 import os
 import signal
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from lightning import Callback
-from peft.tuners.lora import LoraLayer
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import MetricsLogger
@@ -61,34 +58,13 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert progress["seconds"] == found["lives"][0]["seconds"] > 0
     assert found["metrics"]["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
     assert found["best"]["checkpoint"].startswith("step-")
-    updates = found["adapter_updates"]
-    assert [update["layer"] for update in updates["q_proj"]] == [0, 1]
-    assert all(each["ratio"] > 0 and 1 <= each["effective_rank"] <= 2 for own in updates.values() for each in own)
     assert torch.equal(torch.get_rng_state(), after[0])
     page = (run / "report.html").read_text()
     assert all(words in page for words in ("token accuracy", "Count to"))
-    assert page.count("<figure") == 6
+    assert page.count("<figure") == 5
     out = capsys.readouterr().out
     assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in out
     assert f"Report: {run / 'report.html'}" in out
-
-
-def test_each_update_is_measured_beside_its_weight(fit, manifest, make_module):
-    options = {"use_rslora": True, "rank_pattern": {"q_proj": 1}}
-    module = make_module(lora_options=options, target_modules="attention")
-    fit(RunReport(), module=module, max_steps=2, limit_val_batches=0)
-    layers = {name: layer for name, layer in module.causal_lm.named_modules() if isinstance(layer, LoraLayer)}
-    table = {(kind, each["layer"]): each for kind, own in manifest()["adapter_updates"].items() for each in own}
-    assert len(table) == len(layers) == 8
-    for name, layer in layers.items():
-        norm, packed = table[name.rpartition(".")[2], int(name.split(".")[2])], layer.base_layer.weight
-        weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-        update = layer.get_delta_weight("default").detach()
-        assert norm["rank"] == (1 if "q_proj" in name else 2)
-        assert norm["ratio"] == pytest.approx(float(update.norm() / weight.float().norm()), rel=1e-4)
-        shares = torch.linalg.svdvals(update.double())[: norm["rank"]]
-        shares /= shares.sum()
-        assert norm["effective_rank"] == pytest.approx(math.exp(-(shares * shares.log()).sum()), rel=1e-4)
 
 
 def test_a_run_that_diverged_says_so_everywhere(fit, manifest, make_module, tmp_path, capsys):

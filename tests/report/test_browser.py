@@ -78,7 +78,7 @@ def test_no_error_is_logged_and_no_request_leaves_the_page(browser, open_page, n
 def test_every_curve_is_drawn_inside_its_plot(browser, open_page):
     open_page("one")
     figures = browser.find_elements(By.CSS_SELECTOR, "figure")
-    assert len(figures) == 6
+    assert len(figures) == 5
     for figure in figures:
         outer = figure.find_element(By.CSS_SELECTOR, "svg").rect
         curves = figure.find_elements(By.CSS_SELECTOR, "path[style*='var(--c']")

@@ -29,7 +29,7 @@ def pages(runs):
 def test_a_run_has_every_section_and_its_facts(pages):
     page = Reader(pages["one"])
     assert page.texts("h2") == [
-        *["In short", "What to do next", "Curves", "Before and after", "Samples", "What the adapter changes"],
+        *["In short", "What to do next", "Curves", "Before and after", "Samples"],
         *["What was trained on what", "Data", "Starts", "Machine, versions and fingerprints", "To do it again"],
         "Config",
     ]
@@ -43,11 +43,9 @@ def test_a_run_has_every_section_and_its_facts(pages):
         *("20 optimizer steps, 2,000 tokens, 500 labelled tokens", "learning_rate 0.001, gradient_clip_val 1.0, batch"),
         *("step-000020.ckpt, val_loss 0.5000", "train: 12 rows, 400 tokens", "empty answer", "seed"),
         *("name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),
-        *("4.00% in layer 1", "2.5 of 8", "2026-11-25 11:00:00", "8 to 20", "0:01:00"),
+        *("2026-11-25 11:00:00", "8 to 20", "0:01:00"),
     ):
         assert words in page.text
-    words = "How far each weight moved over decoder layer: q_proj from 0.02 to 0.04"
-    assert words in [figure["title"] for figure in page.of("figure")]
 
 
 def test_runs_are_compared_by_tokens(runs, pages):
@@ -71,7 +69,6 @@ def test_whatever_the_run_holds_is_text(make_run):
         error=HOSTILE,
         command=HOSTILE,
         data={"files": {"train": HOSTILE}, "splits": {}, "hashes": {}},
-        adapter_updates={HOSTILE: [{"layer": n, "ratio": 0.1, "rank": 8, "effective_rank": 4.0} for n in range(2)]},
     )
     other = make_run("<b>&", config={"model": {"rank": HOSTILE}})
     (one / "metrics.csv").write_text(f'step,train_loss,"{HOSTILE.replace(chr(34), "")}"\n0,1,1\n1,2,2\n')

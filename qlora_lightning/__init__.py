@@ -6,8 +6,6 @@ Importing this package loads nothing heavy: each public name is imported when it
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qlora_lightning.support.imports import without_garbage_collection
-
 if TYPE_CHECKING:
     from qlora_lightning.callbacks import (
         AdapterCheckpoint,
@@ -64,6 +62,5 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with without_garbage_collection():
-        home = importlib.import_module(_HOMES.get(name, "qlora_lightning.callbacks"))
+    home = importlib.import_module(_HOMES.get(name, "qlora_lightning.callbacks"))
     return getattr(home, name)

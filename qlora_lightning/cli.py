@@ -16,7 +16,6 @@ from qlora_lightning import __version__
 from qlora_lightning.commands.config import check_configs
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
-from qlora_lightning.support.imports import without_garbage_collection
 
 COMMANDS = {
     "fit": ("training", "train adapters on a quantized base"),
@@ -90,8 +89,7 @@ def _run(arguments: list[str]) -> int:
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
     check_configs(arguments)
     module_name, _ = COMMANDS[arguments[0]]
-    with without_garbage_collection():
-        module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
+    module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
     return int(module.main(arguments if module_name == "training" else arguments[1:]))
 
 

@@ -38,9 +38,8 @@ print({"torch", "lightning", "transformers", "peft", "bitsandbytes"} & set(sys.m
 
 
 _SHOW = """
-import gc, importlib.util, os, sys
+import importlib.util, os, sys
 CODE
-assert gc.isenabled()
 assert "torch._inductor.compile_fx" not in sys.modules
 assert "bitsandbytes" in sys.modules
 assert importlib.util.find_spec("kernels") is not None  # for whoever wants it

@@ -28,7 +28,6 @@ from qlora_lightning.model.step.batch import check_row_length, is_flat
 from qlora_lightning.model.step.layout import Layout
 from qlora_lightning.model.step.window import Window
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.imports import without_garbage_collection
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -154,11 +153,10 @@ class QLoRAModule(lightning.LightningModule):
         guards.check_start(self)
         if self.model is not None:
             return
-        with without_garbage_collection():  # loading imports much and creates many lasting objects
-            self.model = self.build_model()
-            if self.overrides("build_model"):
-                options: dict[str, Any] = {"adapter": self.adapter, "adapter_options": self.adapter_options}
-                self.model = build.complete_model(self.model, self.identity, fast=self.fast, **options)
+        self.model = self.build_model()
+        if self.overrides("build_model"):
+            options: dict[str, Any] = {"adapter": self.adapter, "adapter_options": self.adapter_options}
+            self.model = build.complete_model(self.model, self.identity, fast=self.fast, **options)
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from qlora_lightning.commands.adapter_config import name_adapters
 from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
@@ -37,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--top-p has no effect without --temperature")
     adapters = name_adapters(options.adapter)
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.chat.session import chat
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands.chat.session import chat
 
     settings = {name: value for name, value in vars(options).items() if name not in ("adapter", "prompt")}
     chat(adapters, options.prompt, **settings)

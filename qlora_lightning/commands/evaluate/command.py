@@ -10,7 +10,6 @@ from qlora_lightning.commands.options import OptionParser, add_json_option, chec
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, PREDICTIONS
-from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
 greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
@@ -75,9 +74,9 @@ def main(argv: Sequence[str]) -> int:
     for name in (EVALUATION, PREDICTIONS) if options.out else ():
         check_output("--out", options.out / name, options.force)
     with json_output(options) as figures:
-        with without_garbage_collection():  # here, so that --help and mistakes answer at once
-            from qlora_lightning.commands.evaluate.adapters import evaluate
-            from qlora_lightning.commands.evaluate.server import SERVED, Server
+        # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.evaluate.adapters import evaluate
+        from qlora_lightning.commands.evaluate.server import SERVED, Server
 
         if len(adapters) > 1 and not find_configs(fit_options):
             say(f"Config, rows and limits are those of {first_folder}, the first adapter; --config FILE names others.")

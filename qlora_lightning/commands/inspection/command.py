@@ -8,7 +8,6 @@ from qlora_lightning.commands.options import OptionParser, check_output, quiet_l
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
-from qlora_lightning.support.imports import without_garbage_collection
 
 _SPLITS = ("train", "val", "test", "predict")
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
@@ -35,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     add("--force", action="store_true", help="overwrite a file that is there already")
     options, fit_options = parser.parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.inspection.overview import print_inspection
-        from qlora_lightning.commands.training import QLoRACLI
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands.inspection.overview import print_inspection
+    from qlora_lightning.commands.training import QLoRACLI
 
     with quiet_lightning():
         run = QLoRACLI(fit_options)

@@ -8,7 +8,6 @@ from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identi
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
 from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
 
@@ -46,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
         )
     read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
 
-    with without_garbage_collection():  # here, so that --help and mistakes answer at once
-        from qlora_lightning.commands.merge.merged_folder import merge
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.commands.merge.merged_folder import merge
 
     merge(
         options.adapter,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import import_bitsandbytes, without_garbage_collection
+from qlora_lightning.support.imports import import_bitsandbytes
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     memory = None if options.device_memory is None else read_size(options.device_memory)
     with json_output(options) as output, quiet_lightning():
-        with without_garbage_collection():  # here, so that --help and mistakes answer at once
-            import_bitsandbytes()  # before PEFT, which the planner imports, would
+        # here, so that --help and mistakes answer at once
+        import_bitsandbytes()  # before PEFT, which the planner imports, would
 
-            from qlora_lightning.commands.plan.planner import plan_run, print_plan
+        from qlora_lightning.commands.plan.planner import plan_run, print_plan
 
         figures, model = plan_run(fit_options, memory)
         print_plan(figures, model, terminal())

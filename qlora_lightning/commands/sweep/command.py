@@ -8,7 +8,6 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output
-from qlora_lightning.support.imports import without_garbage_collection
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
 
@@ -41,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
     elif options.learning_rates:
         setting, values = "learning_rate", options.learning_rates
     with json_output(options) as figures:
-        with without_garbage_collection():  # here, so that --help and mistakes answer at once
-            from qlora_lightning.commands.sweep.trials import run_sweep
+        # here, so that --help and mistakes answer at once
+        from qlora_lightning.commands.sweep.trials import run_sweep
 
         figures.update(run_sweep(setting, values, options.seeds, fit_options))
     return 0

@@ -10,8 +10,8 @@ from unicodedata import category
 from qlora_lightning.support.errors import UserError
 
 MARK = "####"  # before GSM8K's final number
-# A minus after a digit or a bracket is a subtraction, not a sign.
-_NUMBER = re.compile(r"(?:(?<![\d)])-\s?)?\$?\d[\d,]*(?:\.\d+)?")
+# A dash is a sign only directly before the number: "- 18" is an item of a list, "12 -5" and "x-5" are subtractions.
+_NUMBER = re.compile(r"(?:(?<![\w)])(?<![\d)] )-)?\$?\d[\d,]*(?:\.\d+)?")
 GENERAL = "general_loss"  # nats per token, of text that has nothing to do with the task
 _NAMES = {
     GENERAL: "loss on other text",
@@ -76,7 +76,7 @@ def find_number(text: str) -> Decimal | None:
     numbers = _NUMBER.findall(tail)
     if not numbers:
         return None
-    return Decimal(re.sub(r"[,$\s]", "", numbers[0] if mark else numbers[-1]))
+    return Decimal(re.sub(r"[,$]", "", numbers[0] if mark else numbers[-1]))
 
 
 def numeric_match(answer: str, expected: str) -> float:

@@ -14,6 +14,7 @@ from qlora_lightning.evaluation.row_results import (
     EvaluationRow,
     answer_rows,
     evaluate_sides,
+    keep_prompts,
     take_batches,
     unpack_rows,
 )
@@ -39,7 +40,7 @@ class Evaluation(Callback):
 
     Args:
         enabled: ``False`` evaluates nothing.
-        rows: How many validation rows to answer, the first ones.
+        rows: How many validation rows to answer, evenly spaced over all of them.
         every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
         max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
         scores: Names of scores, or ``auto``: those that fit the expected answers.
@@ -128,13 +129,13 @@ class Evaluation(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
-        if self._rows is not None and len(self._rows) < self._share(trainer):
+        if self._rows is not None:
             self._rows += unpack_rows(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         is_due, rows, self._rows = self._rows is not None, self._rows or [], None
-        answerable = [row for row in rows if row.prompt is not None][: self._share(trainer)]
+        answerable = keep_prompts(rows, self._share(trainer))
         settings = self.choose_settings(trainer, answerable) if is_due else None  # on all ranks alike
         if settings is not None:
             answers = _unless_out_of_memory(trainer, module, lambda: answer_rows(module, answerable, settings))
@@ -174,7 +175,7 @@ class Evaluation(Callback):
         loaders = loaders if isinstance(loaders, list) else [loaders]
         batches = [batch for loader in loaders for batch in take_batches(loader, trainer.limit_val_batches)]
         rows = [row for batch in batches for row in unpack_rows(batch)]
-        rows_to_answer = rows[: self._share(trainer)]
+        rows_to_answer = keep_prompts(rows, self._share(trainer))
         settings = self.choose_settings(trainer, rows_to_answer)
         adapters = {"adapter": module.model.active_adapter}
         show = trainer.is_global_zero

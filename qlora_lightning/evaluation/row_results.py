@@ -4,10 +4,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from qlora_lightning.base.tensors import IGNORED
@@ -123,6 +124,17 @@ def split_sample(ids: list[int], labels: list[int]) -> tuple[list[int] | None, l
     return (ids[:start] if start > 1 else None), ids[start:end]
 
 
+def keep_prompts(rows: Sequence[EvaluationRow], count: int) -> list[EvaluationRow]:
+    """Return the rows, of which ``count`` keep their prompts, to be answered.
+
+    They are evenly spaced: the first ones may all be of one source.
+    """
+    prompted = [index for index, row in enumerate(rows) if row.prompt is not None]
+    count = min(count, len(prompted))
+    kept = {prompted[position] for position in np.linspace(0, len(prompted) - 1, count, dtype=int)}
+    return [row if index in kept else replace(row, prompt=None) for index, row in enumerate(rows)]
+
+
 def _labelled_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in cut_into_rows(batch) if bool((row["labels"] != IGNORED).any())]
 
@@ -142,7 +154,8 @@ def evaluate_sides(
     Args:
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`.
         batches: As a loader returns them, on the host.
-        rows: To answer: the first that :func:`unpack_rows` returns for these batches. One without a prompt is skipped.
+        rows: Those that :func:`unpack_rows` returns for these batches, or the first of them, to be answered. One
+            without a prompt is skipped.
         settings: How to answer; ``None``: no row is answered.
         adapters: PEFT's names of the adapters, by their names in the results.
         show: Whether a terminal shows a progress bar.
@@ -151,7 +164,8 @@ def evaluate_sides(
     """
     model, results = module.model, {}
     n_losses = sum(len(unpack_rows(batch)) for batch in batches)
-    steps = (1 + len(adapters)) * (n_losses + (len(rows) if settings else 0))
+    n_answers = sum(row.prompt is not None for row in rows) if settings else 0
+    steps = (1 + len(adapters)) * (n_losses + n_answers)
     with progress_counter(f"base and {', '.join(adapters)}", steps, show) as count:
         for side in (BASE, *adapters):
             if side != BASE:

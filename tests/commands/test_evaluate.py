@@ -132,7 +132,7 @@ def test_rows_without_a_prompt_of_their_own_have_losses_only_and_no_more_are_ans
         assert ("prompt" in line, line["adapter"]["answer"], line["adapter"]["loss"] > 0) == (False, None, True)
     evaluate("--out", str(tmp_path / "three"))
     lines = read_predictions(tmp_path / "three")
-    assert {line["row"] for line in lines if line["adapter"]["answer"] is not None} == {0, 1, 2}
+    assert {line["row"] for line in lines if line["adapter"]["answer"] is not None} == {0, 3, 7}
     assert len(lines) == 8
 
 

@@ -18,6 +18,7 @@ from qlora_lightning.evaluation.row_results import (
     EvaluationRow,
     OnAnswers,
     evaluate_sides,
+    keep_prompts,
     take_batches,
     unpack_rows,
 )
@@ -80,7 +81,7 @@ def evaluate(
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             _warn_of_other_data(name, folder, data)
-        answered_rows = rows[: evaluation.rows]
+        answered_rows = keep_prompts(rows, evaluation.rows)
         requests = [] if server is None else make_requests(data, split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
         unfinished_file = out and out / UNFINISHED_PREDICTIONS

@@ -16,7 +16,7 @@ greedy answers from the prompts alone, scored against the rows' own. With 95 % i
 
 The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…". Without
 --config it is that of the run folder around the adapter. Its section `evaluation:` and trainer.limit_val_batches apply
-as during `fit`: the same rows are evaluated, and the first 100 (evaluation.rows) answered."""
+as during `fit`: the same rows are evaluated, and 100 of them (evaluation.rows), evenly spaced, answered."""
 _EPILOG = """examples:
   qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
   qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf

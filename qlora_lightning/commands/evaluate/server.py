@@ -141,7 +141,7 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
 
     A row that is no conversation, or of whose prompt ``data.max_length`` took a part, loses it: it is not answered.
     """
-    chats = data.load_conversations(split, {row.number for row in rows})
+    chats = data.load_conversations(split, {row.number for row in rows if row.prompt is not None})
     requests, n_cut = [], 0
     for row in rows:
         chat = chats.get(row.number)

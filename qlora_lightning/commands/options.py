@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import write_whole
+from qlora_lightning.support.files import STANDARD_OUTPUT, write_whole
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def check_output(option: str, name: str | Path | None, force: bool = False) -> P
     if name is None:
         return None
     if str(name) == "-":
-        return Path("/dev/stdout")
+        return STANDARD_OUTPUT
     file = Path(name).expanduser()
     if file.is_dir():
         raise UserError(f"{option} {file} is a folder: name a file.")

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.
 UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
+STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process
 
 _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
@@ -38,8 +40,13 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    if file == STANDARD_OUTPUT:  # a socket, or a system without /dev, has no such file to open
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
     if file.is_relative_to("/dev") or (file.exists() and not file.is_file() and not file.is_symlink()):
-        with file.open("ab") as stream:  # standard output, or a pipe
+        with file.open("ab") as stream:  # a pipe
             stream.write(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,10 @@ from safetensors.torch import load_file
 
 from qlora_lightning.report import read_metrics
 
-_OWN_TIME = ("tokens_per_second", "labelled_tokens_per_second", "private_memory_gib", "peak_rss_gib", "seconds")
+_OWN_TIME = (
+    *("tokens_per_second", "labelled_tokens_per_second", "rows_per_second", "seconds"),
+    *("private_memory_gib", "peak_rss_gib"),
+)
 
 
 def same(one, other) -> bool:

@@ -206,8 +206,10 @@ def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
 
 def _ends_training(trainer: Trainer) -> bool:
     """Whether training ends with the batch that a Trainer has trained on."""
-    ends_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.global_step == trainer.max_steps or ends_epoch or trainer.should_stop
+    epochs = trainer.current_epoch + trainer.is_last_batch  # completed after the batch
+    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    ends_epoch = trainer.is_last_batch and epochs == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_epoch or (trainer.should_stop and may_stop)
 
 
 @contextlib.contextmanager

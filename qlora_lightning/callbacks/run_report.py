@@ -19,7 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.callbacks.monitors import ThroughputMonitor
+from qlora_lightning.callbacks.monitors import ThroughputMonitor, labelled_unit
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
@@ -147,7 +147,7 @@ class RunReport(Callback):
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "tokens": counted.tokens_seen if counted else None,
-                "labelled_tokens": counted.labelled_seen if counted else None,
+                labelled_unit(trainer.lightning_module): counted.labelled_seen if counted else None,
                 "seconds": sum(entry["seconds"] for entry in self._attempts),
                 "planned_steps": self._planned,
             },

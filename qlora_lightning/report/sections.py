@@ -87,7 +87,7 @@ def training_facts(run: Run) -> Facts:
     manifest, progress, best = run.manifest, run.manifest.get("progress") or {}, run.manifest.get("best")
     applied = (manifest.get("data") or {}).get("settings") or {}  # null is replaced by its meaning
     flat = {**flatten(run.config), **flatten(applied, "data.")}
-    counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens"}
+    counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens", "rows": "rows"}
     trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
     base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
     trainable, total = parameters.get("trainable", 0), parameters.get("all", 0)

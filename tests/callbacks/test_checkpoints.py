@@ -149,7 +149,7 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
-def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tmp_path):
+def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end_and_saves_when_it_comes(fit, make_data, tmp_path):
     class Timer(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.should_stop = trainer.should_stop or batch_idx == 3
@@ -159,6 +159,9 @@ def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end(fit, make_data, tm
     assert same(read_adapter(tmp_path / "run"), tensors_of(tmp_path / "run"))  # without validation the last is the best
     batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     assert (content["global_step"], batches["processed"]) == (2, 6)
+    later = {"min_epochs": 1, "min_steps": 10, "max_epochs": 3, "folder": "later"}  # nothing ends before step 10
+    fit(Timer(), diary := Diary(), AdapterCheckpoint(6), data=make_data(val=None), **later)
+    assert diary.text() == "save 6, save 10"
 
 
 def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(fit):

@@ -13,7 +13,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
+from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.answers import MOST_PREDICTED
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -30,7 +32,7 @@ from qlora_lightning.support.files import (
     set_aside,
     write_whole,
 )
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
 
 class MetricsLogger(Logger):
@@ -95,7 +97,10 @@ class MetricsLogger(Logger):
 
 
 class RunFolder(Callback):
-    """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume."""
+    """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume.
+
+    Other runs warn if their rows are others, or read otherwise, than those of the adapter's training.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -103,6 +108,10 @@ class RunFolder(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
             return
+        data = datamodule_of(trainer)
+        seed = data.state_dict().get("seed") if data is not None and trainer.ckpt_path else None
+        if seed is not None:  # the checkpoint's; without seed_everything it is torch's own, which is too large for it
+            self.config["seed_everything"] = seed if seed < 2**32 else False
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             file = Path(trainer.default_root_dir) / CONFIG
@@ -120,6 +129,13 @@ class RunFolder(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 logger.cut(trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        adapter: Any = getattr(pl_module, "adapter", None)
+        if trainer.state.fn != "fit" and adapter is not None and not trainer.ckpt_path:
+            warn_of_other_data(str(adapter), find_adapter_folder(adapter), datamodule_of(trainer))
+
+    on_test_start = on_predict_start = on_validation_start
 
 
 class PredictionWriter(Callback):
@@ -159,6 +175,22 @@ class PredictionWriter(Callback):
             write_whole(file, format_json_lines(lines))
             say(f"{len(lines)} predictions: {file}")
         set_aside(self._unfinished).unlink(missing_ok=True)
+
+
+def warn_of_other_data(name: str, folder: Path, data: Any) -> None:
+    """Warn of settings that give other prompts, or other held-out rows, than an adapter's training had."""
+    stored, current = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
+    differences = data_differences(stored, current)
+    if getattr(data, "val_fraction", None) is not None and {"train", "val"} & differences.keys():
+        say_once(
+            f"Warning: the rows that are held out now are not those of {name}'s training, which may have had them: "
+            "pass the --seed_everything and the data of its run."
+        )
+    keys = [f"data.{key}" for key in ("tokenizer", "chat_template") if key in differences]
+    if "settings" in stored and stored["settings"].get("system") != (current.get("settings") or {}).get("system"):
+        keys.append("data.system")
+    if keys:
+        say_once(f"Warning: {name} was trained with another {' and '.join(keys)}, so its prompts here are new to it.")
 
 
 @contextlib.contextmanager

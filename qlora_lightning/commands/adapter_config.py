@@ -19,7 +19,7 @@ from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MANIFEST, load_yaml, read_json_object
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
 _RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training; other rows share them
@@ -84,10 +84,7 @@ def _read_run_config(file: Path) -> dict[str, Any]:
         )
         return {}
     seed = config.get("seed_everything")  # chooses the held-out rows
-    manifest = file.with_name(MANIFEST)
-    if manifest.is_file():  # a resume with another seed keeps the rows held out at the first start
-        seed = read_json_object(manifest, "Pass --config.").get("seed", seed)
-    return {**settings, "seed_everything": seed} if type(seed) is int else settings
+    return {**settings, "seed_everything": seed} if isinstance(seed, int) else settings
 
 
 def _is_harmless(value: Any, key: str) -> bool:

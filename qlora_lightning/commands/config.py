@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml
+from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -107,7 +107,10 @@ def expand_config(config: Any) -> Any:
 
 
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML."""
+    """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML.
+
+    Behind the ``config.yaml`` of a run folder, name the folder in which it is: it may have been moved since.
+    """
     expanded: list[str] = []
     options = {f"--{key}" for key in CALLBACKS}
     for argument in arguments:
@@ -117,4 +120,8 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
         if name in options and value.lower() in ("null", "false", "true"):
             argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
         expanded.append(argument)
+        for config in find_configs(expanded[-2:]):
+            folder = Path(config).expanduser().parent
+            if Path(config).name == CONFIG and (folder / MANIFEST).is_file():
+                expanded.append(f"--trainer.default_root_dir={folder}")
     return expanded

@@ -91,8 +91,8 @@ class QLoRACLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
         self.verb, self._starts_fresh = verb, False
-        args = expand_arguments(args)
         self._command = ["qlora-lightning", str(verb), *args]
+        args = expand_arguments(args)
         register_strategies()
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)  # as jsonargparse 5 does
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))

@@ -2,6 +2,8 @@
 
 import json
 
+import yaml
+
 from tests import equality
 
 NEW = ("--trainer.default_root_dir", "new")
@@ -14,6 +16,26 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert "trainer.max_epochs: 1 → 2" in out
     assert equality.differences(tmp_path / "run", tmp_path / "whole") == []
     assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
+
+
+def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_first_seed_held_out(
+    command, tmp_path, write_config
+):
+    held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})
+    command("fit", *NEW, config=held_out)
+    (tmp_path / "new").rename(tmp_path / "moved")
+    config = tmp_path / "moved" / "config.yaml"
+    out = command("fit", *LONGER, "--seed_everything", 8, config=config)
+    assert "seed_everything is 8, but the checkpoint's 3 rules" in out
+    assert not (tmp_path / "new").exists()
+    assert equality.read_checkpoint(tmp_path / "moved")["global_step"] == 6
+    stored = yaml.safe_load(config.read_text())
+    assert (stored["seed_everything"], stored["trainer"]["default_root_dir"]) == (3, str(tmp_path / "moved"))
+    out = command("validate", config=config)
+    assert f"Adapter: {tmp_path / 'moved' / 'adapter'}" in out
+    assert "Warning" not in out
+    assert "Warning: the rows that are held out now" in command("validate", "--seed_everything", 8, config=config)
+    assert "evaluates the base alone" in command("validate", *NEW, config=config)  # an option beats the folder
 
 
 def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):

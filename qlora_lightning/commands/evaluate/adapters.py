@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.adapter_folder import read_identity
 from qlora_lightning.callbacks import Evaluation
+from qlora_lightning.callbacks.run_folder import warn_of_other_data
 from qlora_lightning.commands.evaluate.server import SERVED, ServedAnswer, Server, add_served, make_requests
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
@@ -22,7 +22,6 @@ from qlora_lightning.evaluation.row_results import (
     take_batches,
     unpack_rows,
 )
-from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -80,7 +79,7 @@ def evaluate(
         if data.files["train"] is not None and "train" not in data.samples:
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
-            _warn_of_other_data(name, folder, data)
+            warn_of_other_data(name, folder, data)
         answered_rows = keep_prompts(rows, evaluation.rows)
         requests = [] if server is None else make_requests(data, split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
@@ -169,22 +168,6 @@ def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow],
         pairs = zip(rows, answers, strict=True)
         lines = [{"row": row.number, "place": row.place, "side": side, **answer._asdict()} for row, answer in pairs]
         append_json_lines(file, lines)
-
-
-def _warn_of_other_data(name: str, folder: Path, data: Any) -> None:
-    """Warn of settings that give other prompts, or other held-out rows, than an adapter's training had."""
-    stored, current = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
-    differences = data_differences(stored, current)
-    if getattr(data, "val_fraction", None) is not None and {"train", "val"} & differences.keys():
-        say(
-            f"Warning: the rows that are held out now are not those of {name}'s training, which may have had them: "
-            "pass the --seed_everything and the data of its run."
-        )
-    keys = [f"data.{key}" for key in ("tokenizer", "chat_template") if key in differences]
-    if "settings" in stored and stored["settings"].get("system") != (current.get("settings") or {}).get("system"):
-        keys.append("data.system")
-    if keys:
-        say(f"Warning: {name} was trained with another {' and '.join(keys)}, so its prompts here are new to it.")
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
-SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl"
+SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl --trainer.max_steps -1"
 PLAN = "plan --config c.yaml"
 PREFERENCES = "--model.class_path qlora_lightning.PreferenceModule"
 EVALUATE = "evaluate --config c.yaml --data.val rows.jsonl"
@@ -176,6 +176,10 @@ WRONG = [
     wrong(f"{PLAN} --json rows.jsonl", "--json rows.jsonl exists already", "--force"),
     wrong(f"{PLAN} --trainer.accelerator gpu", "add --device-memory"),
     wrong(f"{SWEEP} --ranks 2,4 --model.adapter run/adapter", "model.adapter brings its own rank"),
+    wrong(f"{SWEEP} --trainer.max_steps 4", "A trial ends at step 4, before its first validation. Shorten the epoch"),
+    wrong(f"{SWEEP} --trainer.check_val_every_n_epoch 2", "A trial ends at step 5, before"),
+    wrong(f"{SWEEP} --trainer.limit_val_batches 0", "trainer.limit_val_batches is 0, but trials are compared by"),
+    wrong(f"{SWEEP} --seed_everything false", "seed_everything is false", "set it to a number"),
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),

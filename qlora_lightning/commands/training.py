@@ -144,8 +144,6 @@ class QLoRACLI(LightningCLI):
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
             model["target_modules"] = re.split(", ?", targets)
         if self.verb is None:
-            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, or need a device
-                self.config["trainer"][name] = None
             return
         ckpt_path = self.config["ckpt_path"]
         if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
@@ -157,6 +155,16 @@ class QLoRACLI(LightningCLI):
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
         self.config["ckpt_path"] = self.checkpoint
+
+    def instantiate_classes(self) -> None:
+        """Instantiate the classes of the config; without a verb not those of the Trainer, which may need a device."""
+        config = self.config
+        if self.verb is None:
+            self.config = config.clone()
+            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, too
+                self.config["trainer"][name] = None
+        super().instantiate_classes()
+        self.config = config
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.take_tokenizer_of_base(self.model)

@@ -113,6 +113,8 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
     chosen = yaml.safe_load((place / "chosen.yaml").read_text())
     # the config's alpha was of its own rank
     assert (chosen["model"]["rank"], chosen["model"]["alpha"]) == (found["chosen"], None)
+    configs = [yaml.safe_load((place / name / "config.yaml").read_text()) for name in ("rank-2", "rank-4")]
+    assert all(each["trainer"]["callbacks"][0]["class_path"] == "stopping.Ask" for each in (chosen, *configs))
     assert main(["fit", "--config", str(place / "chosen.yaml")]) == 0
     for one, rank in ((folder / "run", found["chosen"]), (folder / "alone", 4)):
         assert same(read_adapter(one), read_adapter(place / f"rank-{rank}"))

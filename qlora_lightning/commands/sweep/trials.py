@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.callbacks.run_folder import refuse_links
+from qlora_lightning.commands.epoch import plan_epoch
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
+
+_REMEDY = "Shorten the epoch by trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     config = cli.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")
+    if config["seed_everything"] is False:
+        raise UserError("seed_everything is false, but trials are compared under one seed: set it to a number.")
     cli.datamodule.setup("validate")  # a sweep compares trials on validation rows
+    _check_validation(cli.datamodule, cli.config["trainer"])
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
@@ -59,7 +65,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
         refuse_links(trial_folder)
-        seed = int(config["seed_everything"])
+        seed = config["seed_everything"]
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
         options += ["--model.alpha=null"] if setting == "rank" else []
@@ -79,8 +85,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
             return Trial(trial_folder.name, value, n_trainable, math.inf, figures["minutes"].value)
         if "val_loss" not in figures:
             raise UserError(
-                f"{trial_folder} has no validation loss to compare: it ended before its first validation. Shorten the "
-                "epoch by trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
+                f"{trial_folder} has no validation loss to compare: it ended before its first validation. {_REMEDY}"
             )
         say(f"{trial_folder.name}: val_loss {figures['val_loss'].value:.4f}")
         return Trial(trial_folder.name, value, n_trainable, figures["val_loss"].value, figures["minutes"].value)
@@ -113,6 +118,20 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     say(f"Chosen: {folder / chosen.folder / ADAPTER_FOLDER}. {reason}")
     say(f"Its config, with the limits of a trial: {folder / 'chosen.yaml'}, the plot: {folder / 'sweep.png'}")
     return figures
+
+
+def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
+    """Reject a config of which no trial would be validated, as far as that is known before it runs."""
+    if trainer["limit_val_batches"] == 0:
+        raise UserError("trainer.limit_val_batches is 0, but trials are compared by their validation losses.")
+    data.setup("fit")
+    epoch = plan_epoch(data.train_dataloader().plan, trainer)
+    interval, epochs = trainer["val_check_interval"] or 1.0, (trainer["check_val_every_n_epoch"] or 1) - 1
+    if epoch.all_steps is None or not isinstance(interval, int | float):  # by the clock
+        return
+    batches = interval if isinstance(interval, int) else int(epoch.batches * interval)
+    if epoch.all_steps < epochs * epoch.steps + batches // trainer["accumulate_grad_batches"]:
+        raise UserError(f"A trial ends at step {epoch.all_steps:,}, before its first validation. {_REMEDY}")
 
 
 def _pays(reference: Trial, trial: Trial, noise: float) -> bool:

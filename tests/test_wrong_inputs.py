@@ -103,6 +103,8 @@ WRONG = [
         "model.schedule has the argument 'nonsense', which constant_with_warmup lacks",
     ),
     wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
+    wrong("--model.lora_r 16", "'model.lora_r'", "Did you mean model.rank?"),
+    wrong("--sequence_len 4096", "'sequence_len'", "Did you mean data.max_length?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong(
         "--config wrong.yaml",
@@ -169,6 +171,7 @@ WRONG = [
     wrong("merge --adapter wrong --out merged --rows 0", NAN, prepare=change_adapter(put_a_nan)),
     # folders
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
+    wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),
     wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl is a file: name a folder"),
     wrong("--trainer.default_root_dir /proc/no", "/proc/no", "cannot be written to"),
     # other commands

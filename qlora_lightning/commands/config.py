@@ -20,9 +20,42 @@ CALLBACKS = {
     "evaluation": "Evaluation",
 }
 """Class names of callbacks by their keys in a config: names, since ``cli.py`` imports this file before torch."""
-_OTHER_NAMES = {  # in other frameworks
-    **{"gpus": "trainer.devices", "epochs": "trainer.max_epochs", "lr": "model.learning_rate"},
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "model.quantization"),
+_OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
+    "model.base": "base_model model_name_or_path model_name",
+    "model.adapter": "adapter_name_or_path lora_model_dir",
+    "model.quantization": "load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
+    "model.double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant",
+    "model.compute_dtype": "bf16 fp16 dtype torch_dtype bnb_4bit_compute_dtype",
+    "model.rank": "r lora_r lora_rank",
+    "model.alpha": "lora_alpha",
+    "model.dropout": "lora_dropout",
+    "model.target_modules": "lora_target lora_target_linear lora_target_modules",
+    "model.lora_options": "use_dora use_rslora peft_use_dora peft_use_rslora lora_modules_to_save modules_to_save",
+    "model.learning_rate": "lr",
+    "model.schedule": "lr_scheduler lr_scheduler_type",
+    "model.warmup_ratio": "warmup_steps",
+    "model.optimizer": "optim",
+    "model.neftune_alpha": "neftune_noise_alpha",
+    "data.train": "data_path dataset dataset_name datasets train_dataset train_file",
+    "data.val": "eval_dataset eval_file test_datasets validation_file",
+    "data.val_fraction": "test_size val_set_size val_size",
+    "data.batch_size": "micro_batch_size per_device_train_batch_size train_batch_size",
+    "data.tokens_per_batch": "packing sample_packing",
+    "data.max_length": "cutoff_len max_seq_len max_seq_length model_max_length sequence_len",
+    "data.train_on": "assistant_only_loss completion_only_loss train_on_inputs",
+    "trainer.accumulate_grad_batches": "gradient_accumulation_steps",
+    "trainer.max_epochs": "epochs num_epochs num_train_epochs",
+    "trainer.gradient_clip_val": "gradient_clipping max_grad_norm",
+    "trainer.default_root_dir": "output_dir",
+    "trainer.devices": "gpus",
+    "trainer.strategy": "deepspeed fsdp",
+    "trainer.logger": "report_to",
+    "trainer.log_every_n_steps": "logging_steps",
+    "trainer.val_check_interval": "eval_steps evals_per_epoch",
+    "adapter_checkpoint.every_n_train_steps": "save_steps saves_per_epoch",
+    "adapter_checkpoint.save_top_k": "save_total_limit",
+    "seed_everything": "seed",
+    "ckpt_path": "resume_from_checkpoint",
 }
 
 
@@ -69,8 +102,9 @@ def shorten_parse_error(message: str, known: Sequence[str]) -> str:
     if unknown:
         key = ".".join([*sections, unknown[1]])
         name = key.rpartition(".")[2]
-        same_name = [_OTHER_NAMES.get(name), *(candidate for candidate in known if candidate.endswith(f".{name}"))]
-        nearest = next(filter(None, [*same_name, *difflib.get_close_matches(key, known, n=1)]), None)
+        likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
+        likely += [candidate for candidate in known if candidate.endswith(f".{name}")]
+        nearest = next(iter([*likely, *difflib.get_close_matches(key, known, n=1)]), None)
         return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
     reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]

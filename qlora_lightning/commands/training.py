@@ -212,6 +212,8 @@ class QLoRACLI(LightningCLI):
         elif self._starts_fresh:
             say_once("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
+            if type(self.datamodule).load_rows is InstructionDataModule.load_rows:
+                self.datamodule.sources("train")  # a wrong path is the nearer mistake
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)

@@ -54,22 +54,27 @@ def headline(run: Run) -> Facts:
 
 def next_steps(run: Run, verdict: Verdict) -> Facts:
     """Return the commands that follow from a verdict, each with its purpose."""
-    folder, command = shlex.quote(str(resolve_unnamed(run.folder))), str(run.manifest.get("command"))
-    if verdict.kind == "diverged":
-        learning_rates, reproduce = run.metrics.get("learning_rate"), run.manifest.get("reproduce")
-        if not reproduce or not learning_rates:
+    folder, reproduce = shlex.quote(str(resolve_unnamed(run.folder))), run.manifest.get("reproduce")
+
+    def start_again(kind: str, factor: float) -> Facts:
+        rates = [factor * rate for _, rate in run.metrics.get("learning_rate", [])]
+        if not reproduce or not rates:
             return []
-        lower_rate = max(rate for _, rate in learning_rates) / 3
-        return [("start again with a lower learning rate", f"{reproduce} --model.learning_rate {lower_rate:.1g}")]
+        return [(f"start again with a {kind} learning rate", f"{reproduce} --model.learning_rate {max(rates):.1g}")]
+
+    if verdict.kind == "diverged":
+        return start_again("lower", 1 / 3)
     has_checkpoint = any((run.folder / CHECKPOINTS).glob("*.ckpt"))
-    if run.status != "finished" and has_checkpoint and command.startswith("qlora-lightning fit"):
-        resume = command.removesuffix(" --ckpt_path last") + " --ckpt_path last"  # of two the second counts
+    if run.status != "finished" and has_checkpoint and reproduce:
         purpose = "resume it" if run.status != "running" else "resume it if it was killed"
+        resume = f"qlora-lightning fit --config {folder}/config.yaml --ckpt_path last"
         return [(f"{purpose}, from the same working folder", resume)]
     if run.status != "finished" or not (run.folder / ADAPTER_FOLDER / IDENTITY).exists():
         return []
-    commands, data = [("talk to it", f"qlora-lightning chat --adapter {folder}/adapter")], run.config.get("data") or {}
-    splits = (run.manifest.get("data") or {}).get("splits") or {}
+    commands = start_again("higher", 3) if verdict.kind == "not learned" else []
+    if verdict.kind in ("learned", "unknown"):
+        commands.append(("talk to it", f"qlora-lightning chat --adapter {folder}/adapter"))
+    data, splits = run.config.get("data") or {}, (run.manifest.get("data") or {}).get("splits") or {}
     options = "--rows 0"  # there are no rows to check a merge on
     if "val" in splits or data.get("test"):
         options = f"--config {folder}/config.yaml"

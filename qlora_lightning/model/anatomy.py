@@ -3,7 +3,11 @@
 from typing import Any, cast
 
 from torch import nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.support.errors import UserError
@@ -49,17 +53,21 @@ def runs_flat(config: Any) -> bool:
 
 def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:
     """Reject what is no causal language model of transformers; ``has_code`` says that a base brings its own code."""
-    if model_type in REJECTED_TYPES:
-        raise UserError(f"Base {name}: a {model_type} {REJECTED_TYPES[model_type]}. Choose another base.")
+    is_causal, reason = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, REJECTED_TYPES.get(str(model_type))
+    if model_type in CONFIG_MAPPING_NAMES and not is_causal and not has_code:
+        is_wrapped = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        reason = "wraps a text model, which is not supported yet" if is_wrapped else "is no causal language model"
+    if reason:
+        raise UserError(f"Base {name}: a {model_type} {reason}. Choose another base.")
     if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "").endswith("ForConditionalGeneration"):
         raise UserError(
             f"Base {name}: a {model_type} reads more than text. Save its text model alone, which a few lines in "
             "configs/README.md do, and name that folder."
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_code:
+    if not is_causal and not has_code:
         raise UserError(
-            f"Base {name}: its model_type is {model_type!r}, which is no causal language model of this version of "
-            "transformers. Update transformers, or choose another base."
+            f"Base {name}: its model_type is {model_type!r}, which this version of transformers does not know. Update "
+            "transformers, or choose another base."
         )
 
 

@@ -64,11 +64,19 @@ def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options
         QLoRAModule(str(tmp_path), **options).configure_model()
 
 
-def test_a_type_that_transformers_does_not_have_is_rejected(tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("llama9", "model_type is 'llama9', which this version of transformers does not know. Update"),
+        ("mistral3", "a mistral3 wraps a text model, which is not supported yet. Choose another base"),
+        ("vit", "a vit is no causal language model. Choose another base"),
+    ],
+)
+def test_a_type_that_is_no_causal_language_model_is_rejected(model_type, words, tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text()) | {"model_type": "llama9"}
+    config = json.loads((base / "config.json").read_text()) | {"model_type": model_type}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="its model_type is 'llama9', which is no causal language model of this ver"):
+    with pytest.raises(UserError, match=words):
         QLoRAModule(str(base)).configure_model()
 
 

@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.model.adapters.identity import data_differences
-from qlora_lightning.model.answers import MOST_PREDICTED
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
@@ -161,7 +160,7 @@ class PredictionWriter(Callback):
                 "prediction": tokenizer.decode(answer),
                 "reference": prompt.reference,
                 "input": prompt.values,
-                "stopped": len(answer) < MOST_PREDICTED,  # by itself, not cut
+                "stopped": len(answer) < batch["max_new_tokens"],  # by itself, not cut
             }
             for answer, prompt in zip(outputs, batch["prompts"], strict=True)
         ]

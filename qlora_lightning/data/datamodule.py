@@ -74,6 +74,7 @@ class InstructionDataModule(LightningDataModule):
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
         accept_changed_data: resume although training or validation samples are not those of the checkpoint. With
             other validation samples the ranking of the best adapter starts over. It is not written to config.yaml.
+        max_new_tokens: length at which ``predict`` cuts an answer.
     """
 
     pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
@@ -104,9 +105,11 @@ class InstructionDataModule(LightningDataModule):
         val_fraction: float | None = None,
         tokenizer: str | dict[str, Any] | Any | None = None,
         accept_changed_data: bool = False,
+        max_new_tokens: int = 1024,
     ) -> None:
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
+        self.max_new_tokens = max_new_tokens
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
         self.missing = ["null" if answer is None else answer.lower() for answer in missing or []]
@@ -138,7 +141,7 @@ class InstructionDataModule(LightningDataModule):
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: expected {', '.join(choices)}, found {getattr(self, name)!r}.")
-        for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2)):
+        for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2), ("max_new_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise UserError(f"{name}: expected at least {minimum}, found {value}.")
@@ -228,7 +231,8 @@ class InstructionDataModule(LightningDataModule):
         return self._make_loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
-        return PromptLoader(self._prompts, self.batch_size or 8, self.stop_ids, *self._rank_and_world_size())
+        limits = self.batch_size or 8, self.stop_ids, self.max_new_tokens
+        return PromptLoader(self._prompts, *limits, *self._rank_and_world_size())
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._seed is None else {"seed": self._seed}

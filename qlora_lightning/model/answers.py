@@ -17,7 +17,6 @@ from qlora_lightning.support.errors import UserError
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB
-MOST_PREDICTED = 1024  # tokens of an answer that `predict` writes
 _MAX_PACKED_PROMPTS = 4  # up to this many bitsandbytes multiplies packed weights on every card
 _GREEDY: dict[str, Any] = {  # whatever a base's generation_config.json asks for
     **{"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None},

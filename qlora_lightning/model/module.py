@@ -447,9 +447,9 @@ class QLoRAModule(lightning.LightningModule):
         self._choose_autocast()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
-        """Answer each prompt of a prediction batch greedily, up to 1,024 tokens; return token ids."""
+        """Answer each prompt of a prediction batch greedily, up to its ``max_new_tokens``; return token ids."""
         prompts = [prompt.ids for prompt in batch["prompts"]]
-        return self.answer(prompts, batch["stop_ids"], answers.MOST_PREDICTED)
+        return self.answer(prompts, batch["stop_ids"], batch["max_new_tokens"])
 
     def answer(
         self, prompts: list[list[int]], stop_ids: list[int], max_new_tokens: int = 128, **options: Any

@@ -70,7 +70,7 @@ def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp
 
 @pytest.fixture
 def dies_at(monkeypatch):
-    """Let answers be two tokens long, and the machine fail at the call of that number."""
+    """Let the machine fail at the call of that number for answers."""
     plain, calls = QLoRAModule.answer, []
 
     def set_call(number):
@@ -78,7 +78,7 @@ def dies_at(monkeypatch):
             calls.append(number)
             if len(calls) == number:
                 raise MachineFailed
-            return plain(*arguments[:3], 2, **options)
+            return plain(*arguments, **options)
 
         calls.clear()
         monkeypatch.setattr(QLoRAModule, "answer", answer)
@@ -96,7 +96,7 @@ def predict(make_module, make_data, make_trainer, dies_at, tmp_path):
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        data = make_data(predict=str(file), **options)
+        data = make_data(predict=str(file), max_new_tokens=2, **options)
         answers = make_trainer(PredictionWriter()).predict(make_module(), datamodule=data)
         return read_lines(tmp_path / "run" / "predictions.jsonl"), [a for batch in answers for a in batch], data
 
@@ -112,6 +112,7 @@ def test_each_row_has_its_prediction_in_order_and_a_kill_leaves_those_that_there
     assert [line["input"] for line in lines] == rows
     assert [line["reference"] for line in lines] == [row.get("output") for row in rows]
     assert [line["prediction"] for line in lines] == [data.tokenizer.decode(answer) for answer in answers]
+    assert [(len(answer), line["stopped"]) for answer, line in zip(answers, lines, strict=True)] == [(2, False)] * 5
     assert "„" in (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8")
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["predictions.jsonl"]
     assert predict(rows, batch_size=3)[0] == lines  # however rows are batched
@@ -127,6 +128,7 @@ def test_each_row_has_its_prediction_in_order_and_a_kill_leaves_those_that_there
 def test_a_kill_in_an_evaluation_leaves_the_answers_that_there_are(tiny_base, dies_at, tmp_path):
     make_run(tmp_path / "run", tiny_base)
     command = ["evaluate", "--adapter", str(tmp_path / "run/adapter"), "--out", str(tmp_path / "out")]
+    command += ["--max-new-tokens", "2"]
     dies_at(2)
     with pytest.raises(MachineFailed):
         main([*command, "--rows", "4"])

@@ -363,7 +363,6 @@ def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path
     assert accuracies[-1] >= least
     assert margins[-1] > margins[0]
     assert metrics(tmp_path / "whole", "val_token_accuracy") == []
-    assert metrics(tmp_path / "whole", "labelled_tokens_per_second") == []
     assert all(rate > 0 for rate in metrics(tmp_path / "whole", "rows_per_second"))
     progress = json.loads((tmp_path / "whole" / "manifest.json").read_text())["progress"]
     assert progress["rows"] == 2 * len(rows)  # epochs

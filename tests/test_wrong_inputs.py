@@ -37,6 +37,10 @@ def write(name: str, content: str) -> Callable[[], object]:
     return lambda: (Path(name).parent.mkdir(parents=True, exist_ok=True), Path(name).write_text(content))
 
 
+def write_base(model_type: str) -> Callable[[], object]:
+    return write("wrong/config.json", json.dumps({"model_type": model_type}))
+
+
 def cut(source: str, target: str, size: int) -> Callable[[], object]:
     return lambda: Path(target).write_bytes(Path(source).read_bytes()[:size])
 
@@ -74,6 +78,7 @@ class Code:
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
+BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
@@ -129,6 +134,9 @@ WRONG = [
     # bases
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
+    wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
+    wrong(BASE, "a mistral3 wraps a text model, which is not supp", prepare=write_base("mistral3")),
+    wrong(BASE, "a vit is no causal language model. Choose another", prepare=write_base("vit")),
     wrong("--model.base org/none", "org/none", "HF_HUB_OFFLINE"),
     wrong("--model.revision main", "only a hub id has revisions"),
     # data

@@ -80,7 +80,8 @@ class ThroughputMonitor(Callback):
         self.labelled_seen += labelled
         # as tensors on the host: Lightning would put numbers on the GPU, and each read would wait for it
         pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
-        pl_module.log(f"{labelled_unit(module)}_per_second", torch.tensor(labelled / self._seconds))
+        counted = "rows" if module.pairs else "labelled_tokens"
+        pl_module.log(f"{counted}_per_second", torch.tensor(labelled / self._seconds))
         pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
         self._seconds = 0.0
 
@@ -89,11 +90,6 @@ class ThroughputMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen, self.labelled_seen = state_dict["tokens_seen"], state_dict["labelled_seen"]
-
-
-def labelled_unit(module: Any) -> str:
-    """Return what the loss of a module is a mean over: a preference row counts as one."""
-    return "rows" if getattr(module, "pairs", False) else "labelled_tokens"
 
 
 def read_memory(device: torch.device) -> dict[str, float]:

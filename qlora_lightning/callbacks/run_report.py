@@ -19,7 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning import __version__
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from qlora_lightning.callbacks.monitors import ThroughputMonitor, labelled_unit
+from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
@@ -133,6 +133,7 @@ class RunReport(Callback):
         attempt["to_step"] = trainer.global_step
         throughput, saver = find_callback(trainer, ThroughputMonitor), find_callback(trainer, AdapterCheckpoint)
         counted = throughput if throughput and throughput.enabled else None
+        is_preference = getattr(trainer.lightning_module, "pairs", False)
         best = saver.best[0] if saver and saver.best else None
         command = ["qlora-lightning", "fit", "--config", str(folder / CONFIG)]
         command += ["--trainer.default_root_dir", f"{resolve_unnamed(folder)}-again"]
@@ -147,7 +148,7 @@ class RunReport(Callback):
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "tokens": counted.tokens_seen if counted else None,
-                labelled_unit(trainer.lightning_module): counted.labelled_seen if counted else None,
+                "rows" if is_preference else "labelled_tokens": counted.labelled_seen if counted else None,
                 "seconds": sum(entry["seconds"] for entry in self._attempts),
                 "planned_steps": self._planned,
             },

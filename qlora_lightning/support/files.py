@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,9 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if file == STANDARD_OUTPUT:  # a socket, or a system without /dev, has no such file to open
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-        return
     if file.is_relative_to("/dev") or (file.exists() and not file.is_file() and not file.is_symlink()):
-        with file.open("ab") as stream:  # a pipe
+        # a socket, which standard output may be, cannot be opened by its name
+        with os.fdopen(os.dup(1), "wb") if file == STANDARD_OUTPUT else file.open("ab") as stream:
             stream.write(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)

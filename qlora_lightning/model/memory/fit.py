@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from qlora_lightning.base.adapter_folder import find_adapter_folder
 from qlora_lightning.base.base_folder import open_base, read_config
 from qlora_lightning.base.tensors import format_gib
+from qlora_lightning.model.anatomy import check_type
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters
@@ -105,8 +106,10 @@ def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     if module.overrides("build_model"):
         return None
     source = open_base(module.base, module.revision, weights=False)
-    if module.trust_remote_code and "auto_map" in read_config(source.folder, source.name):
+    stored = read_config(source.folder, source.name)
+    if module.trust_remote_code and "auto_map" in stored:
         return None
+    check_type(stored.get("model_type"), module.base)
     config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)

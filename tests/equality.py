@@ -7,10 +7,7 @@ from safetensors.torch import load_file
 
 from qlora_lightning.report import read_metrics
 
-_OWN_TIME = (
-    *("tokens_per_second", "labelled_tokens_per_second", "rows_per_second", "seconds"),
-    *("private_memory_gib", "peak_rss_gib"),
-)
+_OWN = ("_per_second", "_gib", "seconds")  # what a run has of its own: time and memory
 
 
 def same(one, other) -> bool:
@@ -84,4 +81,4 @@ def differences(one, other) -> list[str]:
 
 def _read_table(file):
     with file.open(newline="") as handle:
-        return [{key: row[key] for key in row if key not in _OWN_TIME} for row in csv.DictReader(handle)]
+        return [{key: row[key] for key in row if not key.endswith(_OWN)} for row in csv.DictReader(handle)]

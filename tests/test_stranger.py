@@ -111,24 +111,6 @@ def test_a_config_that_would_run_code_or_fetch_rows_is_not_taken(
     assert not list(folder.rglob("ran"))
 
 
-def test_rows_are_held_out_by_the_seed_of_the_run(tiny_base, rows_file, tmp_path, capsys):
-    """Else an evaluation of the adapter alone would judge rows that were trained."""
-    run = tmp_path / "run"
-    line = f"fit --seed_everything 7 --model.base {tiny_base} --data.train {rows_file} --data.val_fraction 0.2"
-    options = f"--trainer.default_root_dir {run} --trainer.accelerator cpu --trainer.max_steps 1 --model.rank 2"
-    assert main(f"{line} {options} --evaluation null".split()) == 0
-    rows = []
-    for number, named in enumerate((["--adapter", run / "adapter"], ["--config", run / "config.yaml"])):
-        out = tmp_path / f"out-{number}"
-        assert main(["evaluate", *map(str, named), "--out", str(out), "--max-new-tokens", "1"]) == 0
-        rows.append([json.loads(line)["place"] for line in (out / "predictions.jsonl").read_text().splitlines()])
-    assert sorted(rows[0]) == sorted(rows[1]) != []
-    assert "Warning" not in capsys.readouterr().out
-    config = ["--config", str(run / "config.yaml"), "--seed_everything", "8"]
-    assert main(["evaluate", *config, "--max-new-tokens", "1"]) == 0
-    assert "the rows that are held out now are not those of adapter's training" in capsys.readouterr().out
-
-
 def test_answers_as_they_come_follow_no_link_that_leads_nowhere_yet(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     (tmp_path / "out").mkdir()
@@ -163,7 +145,7 @@ def test_no_run_writes_into_a_folder_behind_a_link(command, name, tiny_base, row
     (tmp_path / "run").mkdir()
     (link := tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
     line = f"{command} --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
-    assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1".split()) == 2
+    assert main(f"{line} --trainer.accelerator cpu --trainer.limit_train_batches 1".split()) == 2
     assert f"{link} is a link, " in capsys.readouterr().err
     assert not list((tmp_path / "elsewhere").iterdir())
 

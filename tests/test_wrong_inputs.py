@@ -109,6 +109,7 @@ WRONG = [
     ),
     wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
     wrong("--model.lora_r 16", "'model.lora_r'", "Did you mean model.rank?"),
+    wrong("--lora_alpha 16", "'lora_alpha'", "Did you mean model.alpha?"),
     wrong("--sequence_len 4096", "'sequence_len'", "Did you mean data.max_length?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong(
@@ -147,9 +148,7 @@ WRONG = [
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),
     wrong(CKPT, "no checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
     wrong(
-        CKPT,
-        "not written by qlora_lightning",
-        prepare=lambda: torch.save({"state_dict": {}, "epoch": 3}, "wrong.ckpt"),
+        CKPT, "not written by qlora_lightning", prepare=lambda: torch.save({"state_dict": {}, "epoch": 3}, "wrong.ckpt")
     ),
     wrong(CKPT, "format version 99", prepare=edit_checkpoint(lambda ours: ours.update(format_version=99))),
     wrong(

@@ -12,12 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from qlora_lightning.callbacks.checkpoint_file import (
-    LAST,
-    collect_checkpoint,
-    reporting_disk_faults,
-    write_checkpoint,
-)
+from qlora_lightning.callbacks.checkpoint_file import LAST, collect_checkpoint, reporting_disk_faults, write_checkpoint
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.inject import copy_tensors, trainable_tensors

@@ -25,9 +25,7 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.quantization": "bnb_4bit_quant_type load_in_4bit load_in_8bit quantization_bit",
     "model.compute_dtype": "bf16 bnb_4bit_compute_dtype dtype fp16 torch_dtype",
     "model.rank": "lora_r lora_rank r",
-    "model.alpha": "lora_alpha",
-    "model.dropout": "lora_dropout",
-    "model.target_modules": "lora_target lora_target_linear lora_target_modules",
+    "model.target_modules": "lora_target lora_target_linear",
     "model.learning_rate": "lr",
     "model.schedule": "lr_scheduler lr_scheduler_type",
     "model.warmup_ratio": "warmup_steps",
@@ -94,7 +92,7 @@ def shorten_parse_error(message: str, known: Sequence[str]) -> str:
         key = ".".join([*sections, unknown[1]])
         name = key.rpartition(".")[2]
         likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
-        likely += [candidate for candidate in known if candidate.endswith(f".{name}")]
+        likely += [candidate for candidate in known if candidate.endswith(f".{name.removeprefix('lora_')}")]
         nearest = next(iter([*likely, *difflib.get_close_matches(key, known, n=1)]), None)
         return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]

@@ -1,6 +1,7 @@
 """A run folder is kept to one run and one process; its config, metrics and predictions are whole and in order."""
 
 import csv
+import itertools
 import json
 
 import pytest
@@ -71,19 +72,18 @@ def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp
 @pytest.fixture
 def dies_at(monkeypatch):
     """Let the machine fail at the call of that number for answers."""
-    plain, calls = QLoRAModule.answer, []
+    plain = QLoRAModule.answer
 
     def set_call(number):
+        calls = itertools.count(1)
+
         def answer(*arguments, **options):
-            calls.append(number)
-            if len(calls) == number:
+            if next(calls) == number:
                 raise MachineFailed
             return plain(*arguments, **options)
 
-        calls.clear()
         monkeypatch.setattr(QLoRAModule, "answer", answer)
 
-    set_call(None)
     return set_call
 
 
@@ -92,7 +92,7 @@ def read_lines(file):
 
 
 @pytest.fixture
-def predict(make_module, make_data, make_trainer, dies_at, tmp_path):
+def predict(make_module, make_data, make_trainer, tmp_path):
     def run(rows, **options):
         file = tmp_path / "questions.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

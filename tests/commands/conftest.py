@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 
-from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
 from tests.adapters import make_adapter
@@ -20,7 +19,7 @@ from tests.random_base import save_random_llama, save_tokenizer
 CONFIG = yaml.safe_load("""
 seed_everything: 3
 model: {base: tiny, rank: 2, dropout: 0.1, learning_rate: 0.01, schedule: constant, warmup_ratio: 0.0}
-data: {train: rows.jsonl, val: rows.jsonl, test: rows.jsonl, predict: questions.jsonl, batch_size: 2}
+data: {train: rows.jsonl, val: rows.jsonl, test: rows.jsonl, predict: questions.jsonl, batch_size: 2, max_new_tokens: 2}
 evaluation: {max_new_tokens: 2}   # answers of a random base would run on until they are cut
 trainer:
   accelerator: cpu
@@ -112,8 +111,6 @@ def command(finished, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     monkeypatch.setenv("COLUMNS", "300")
-    plain = QLoRAModule.answer  # for `predict`, too
-    monkeypatch.setattr(QLoRAModule, "answer", lambda *arguments, **options: plain(*arguments[:3], 2, **options))
 
     def run(name, *arguments, config="c.yaml", code=0):
         capsys.readouterr()

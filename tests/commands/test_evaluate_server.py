@@ -207,13 +207,6 @@ def test_a_server_without_a_list_of_models_is_asked_by_name(evaluate, models):
     assert {body["model"] for _, body in requests} == {"mine"}
 
 
-def test_numbers_in_another_shape_are_reported(evaluate):
-    with serving(lambda question: "4", prompt_tokens="many") as (url, _):
-        code, printed, _ = evaluate(url)
-    assert code == 2
-    assert f"--server {url} gives no answer: " in printed
-
-
 def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
     answer = {"role": "assistant", "content": "4", "reasoning_content": "Two pairs."}
     asked = [{"role": "user", "content": "What is 2 + 2?"}, answer]
@@ -309,15 +302,16 @@ def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
 
 
 @pytest.mark.parametrize(
-    ("names", "arguments", "words"),
+    ("answer", "names", "arguments", "words"),
     [
-        (("a", "b"), (), "serves no single model: expected --served-name a or b"),
-        (("a", "b"), ("--served-name", "c"), "serves no c: expected --served-name a or b"),
-        (("a",), (), 'gives no OpenAI answer to /chat/completions: 500: {"error": "out of memory"}'),
+        (None, ("a", "b"), (), "serves no single model: expected --served-name a or b"),
+        (None, ("a", "b"), ("--served-name", "c"), "serves no c: expected --served-name a or b"),
+        (None, ("a",), (), 'gives no OpenAI answer to /chat/completions: 500: {"error": "out of memory"}'),
+        ("4", ("a",), (), "gives no answer: "),  # its number of tokens is none
     ],
 )
-def test_a_server_that_cannot_answer_is_named(evaluate, names, arguments, words):
-    with serving(lambda question: None, names) as (url, _):
+def test_a_server_that_cannot_answer_is_named(evaluate, answer, names, arguments, words):
+    with serving(lambda question: answer, names, prompt_tokens="many") as (url, _):
         code, printed, _ = evaluate(url, *arguments)
     assert code == 2
     assert words in printed

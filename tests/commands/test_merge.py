@@ -127,10 +127,7 @@ def test_without_rows_a_merge_is_written_only_unchecked(folder, small_base, caps
 
 @pytest.mark.parametrize(
     ("function", "typed", "name"),
-    [
-        ((MergedWeights, "__call__"), [], "merged"),
-        ((gguf.quants, "quantize"), ["--gguf", "f16"], "model-f16.gguf"),
-    ],
+    [((MergedWeights, "__call__"), [], "merged"), ((gguf.quants, "quantize"), ["--gguf", "f16"], "model-f16.gguf")],
 )
 def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, function, typed, name):
     """What is written is loaded again: a fault in either file is seen."""

@@ -4,6 +4,7 @@ import json
 
 import yaml
 
+from qlora_lightning.cli import main
 from tests import equality
 
 NEW = ("--trainer.default_root_dir", "new")
@@ -19,7 +20,7 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
 
 
 def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_first_seed_held_out(
-    command, tmp_path, write_config
+    command, tmp_path, write_config, capsys
 ):
     held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})
     command("fit", *NEW, config=held_out)
@@ -33,8 +34,10 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_firs
     assert (stored["seed_everything"], stored["trainer"]["default_root_dir"]) == (3, str(tmp_path / "moved"))
     out = command("validate", config=config)
     assert f"Adapter: {tmp_path / 'moved' / 'adapter'}" in out
-    assert "Warning" not in out
-    assert "Warning: the rows that are held out now" in command("validate", "--seed_everything", 8, config=config)
+    assert main(["evaluate", "--adapter", str(tmp_path / "moved" / "adapter")]) == 0
+    assert "Warning" not in out + capsys.readouterr().out
+    for name in ("validate", "evaluate"):
+        assert "Warning: the rows that are held out now" in command(name, "--seed_everything", 8, config=config)
     assert "evaluates the base alone" in command("validate", *NEW, config=config)  # an option beats the folder
 
 

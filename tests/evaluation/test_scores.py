@@ -2,14 +2,7 @@
 
 import pytest
 
-from qlora_lightning.evaluation.scores import (
-    choose_scores,
-    chrf,
-    json_f1,
-    json_valid,
-    numeric_match,
-    rouge_l,
-)
+from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json_valid, numeric_match, rouge_l
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> int:
     adapters = name_adapters(options.adapter)
 
     # here, so that --help and mistakes answer at once
-    from qlora_lightning.commands.chat.session import chat
+    from qlora_lightning.commands.chat.session import Session
 
     settings = {name: value for name, value in vars(options).items() if name not in ("adapter", "prompt")}
-    chat(adapters, options.prompt, **settings)
+    Session(adapters, **settings).converse(options.prompt)
     return 0

@@ -21,18 +21,6 @@ from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
 
-def chat(adapters: Mapping[str, Path], prompt: str | None = None, **settings: Any) -> None:
-    """Load base and adapters, and answer one prompt, or the lines of standard input; settings are ``Session``'s."""
-    session = Session(adapters, **settings)
-    if prompt is None:
-        session.converse()
-        return
-    try:
-        session.ask(prompt)
-    except RowFault as fault:
-        raise UserError(f"--prompt was not answered: {fault}.") from fault
-
-
 class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no types
     """Prints an answer word by word, without control tokens, and keeps it."""
 
@@ -101,8 +89,14 @@ class Session:
         self.messages: list[Message] = []
         self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
 
-    def converse(self) -> None:
-        """Answer the user's lines until the last; those of a pipe are shown, so that a log can be read."""
+    def converse(self, prompt: str | None = None) -> None:
+        """Answer one prompt, or the user's lines until the last; those of a pipe are shown: a log can be read."""
+        if prompt is not None:
+            try:
+                self.ask(prompt)
+            except RowFault as fault:
+                raise UserError(f"--prompt was not answered: {fault}.") from fault
+            return
         say("/quit or Ctrl-D ends.")
         self.is_typed = sys.stdin.isatty()
         while True:

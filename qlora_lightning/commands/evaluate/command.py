@@ -45,12 +45,7 @@ def main(argv: Sequence[str]) -> int:
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
-    add(
-        "--general",
-        dest="evaluation.general",
-        metavar="FILE",
-        help="other rows, whose loss tells what was forgotten",
-    )
+    add("--general", dest="evaluation.general", metavar="FILE", help="other rows, whose loss tells what was forgotten")
     add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
     add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
     add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")

@@ -23,12 +23,7 @@ _DEFAULT_ROWS = 2  # shown if none are requested
 
 
 def print_inspection(
-    data: Any,
-    splits: Sequence[str],
-    config: Any,
-    console: Console,
-    places: Sequence[str] = (),
-    longest: bool = False,
+    data: Any, splits: Sequence[str], config: Any, console: Console, places: Sequence[str] = (), longest: bool = False
 ) -> None:
     """Print the whole report.
 

@@ -84,9 +84,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
         if result.status == "failed":  # it diverged
             return Trial(trial_folder.name, value, n_trainable, math.inf, figures["minutes"].value)
         if "val_loss" not in figures:
-            raise UserError(
-                f"{trial_folder} has no validation loss to compare: it ended before its first validation. {_REMEDY}"
-            )
+            raise UserError(f"{trial_folder} ended before its first validation: no loss to compare. {_REMEDY}")
         say(f"{trial_folder.name}: val_loss {figures['val_loss'].value:.4f}")
         return Trial(trial_folder.name, value, n_trainable, figures["val_loss"].value, figures["minutes"].value)
 

@@ -173,10 +173,7 @@ class PromptLoader:
         return count_batches(len(self.prompts), self.batch_size, self.world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield ``{"prompts": [Prompt, …], "stop_ids": [int, …], "max_new_tokens": int}`` for each batch.
-
-        There are no prompts on a rank that has no row left.
-        """
+        """Yield ``prompts`` (none on a rank that has no row left), ``stop_ids`` and ``max_new_tokens`` by batch."""
         options = {"stop_ids": self.stop_ids, "max_new_tokens": self.max_new_tokens}
         for rows, filler in rank_batches(range(len(self.prompts)), self.batch_size, self.rank, self.world_size):
             yield {"prompts": [] if filler else [self.prompts[row] for row in rows], **options}

@@ -1,5 +1,6 @@
 """Report on the rows of one split: how many are trained, left out, bad, repeated or suspicious."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20
 _MEANS_NONE = {"n/a", "na", "null", "nan", "none", "nil", "-"}  # in lower case
+_C1_CONTROL = re.compile(r"[\x80-\x9f]")  # what cp1252 has as €, „ or – and latin-1 reads as a control
 _LISTED = 10
 _MAX_UNUSABLE = 0.05
 
@@ -34,7 +36,7 @@ class DataReport:
     duplicate_pairs: list[str] = field(default_factory=list)  # each with the row that it equals
     overlap: int = 0  # rows that are trained on too
     overlap_pairs: list[str] = field(default_factory=list)
-    suspicious: int = 0  # trained rows that look incomplete
+    suspicious: int = 0  # trained rows that look incomplete or garbled
     suspicious_rows: list[str] = field(default_factory=list)  # each with its reasons
     unread_columns: list[str] = field(default_factory=list)  # under our names
     absent_columns: list[str] = field(default_factory=list)  # mapped columns that a source lacks
@@ -55,10 +57,12 @@ class DataReport:
         if self.bad_rows <= _SHOWN:
             self.bad.setdefault(row.reason, []).append(row.where)
 
-    def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str]) -> None:
-        """Note a row whose answer is a word such as "n/a", or whose question is empty."""
+    def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str], text: str) -> None:
+        """Note a row whose answer is a word such as "n/a", whose question is empty, or whose text has C1 controls."""
+        control = _C1_CONTROL.search(text)
         reasons = [f"the answer is {text!r}" for text in answers if text.lower() in _MEANS_NONE]
-        reasons += ["the question is empty" for text in questions if not text.strip()][:1]
+        reasons += ["the question is empty" for question in questions if not question.strip()][:1]
+        reasons += [f"the control character U+00{ord(control[0]):X}, of another encoding?"] if control else []
         if reasons:
             self.suspicious += 1
             self.suspicious_rows = [*self.suspicious_rows, f"{where} ({', '.join(reasons)})"][:_SHOWN]
@@ -97,7 +101,10 @@ class DataReport:
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
-            (f"{self.suspicious:,} rows look incomplete; data.missing drops answers", self.suspicious_rows),
+            (
+                f"{self.suspicious:,} rows look incomplete or garbled; data.missing drops answers",
+                self.suspicious_rows,
+            ),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
             (f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", self.overlap_pairs),
         ):

@@ -1,15 +1,15 @@
 """The data module: files in, batches out, for LightningCLI and for Python."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
@@ -17,12 +17,12 @@ from qlora_lightning.data.batches.loader import Batch, FabricLoader, FlatLoader,
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.data_report import DataReport
-from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, Sources, divide
+from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.conversation import Chat, Pair
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_split
+from qlora_lightning.data.rows.sources import RowSettings, Source, check_weights, find_sources, has_settings, has_split
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.console import show_controls
@@ -54,7 +54,7 @@ class InstructionDataModule(LightningDataModule):
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one.
-        encoding: of text files: ``latin-1`` for example.
+        encoding: of text files without a byte order mark: ``cp1252`` for example.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
@@ -122,8 +122,8 @@ class InstructionDataModule(LightningDataModule):
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
         self.lenient = False  # `inspect` shows what training rejects
-        self._own_rows = type(self).load_rows is not InstructionDataModule.load_rows
         self.samples: dict[str, SampleSet] = {}
+        self.sample_sources: dict[str, list[Source]] = {}  # by split: what ``SampleSet.source`` counts
         self.reports: dict[str, DataReport] = {}
         self._named_tokenizer = self._tokenizer_choice = tokenizer
         self._tokenizer: Any = None
@@ -192,7 +192,8 @@ class InstructionDataModule(LightningDataModule):
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
 
-        Override it to read rows from elsewhere: plain dicts work. It may be called again.
+        Override it to read rows from elsewhere: plain dicts work. Or to change those of ``super().load_rows(split)``:
+        ``row._replace(values=…)`` is still read as its source says. It may be called again.
         """
         return (row for source in self.sources(split) for row in read_rows(source))
 
@@ -259,8 +260,8 @@ class InstructionDataModule(LightningDataModule):
             split = "train"  # preparing it holds the validation rows out
         if split in self.reports:
             return
-        sources = [] if self._own_rows else self.sources(split)
-        if not (sources or self._own_rows):
+        sources = [] if self._has_own_rows else self.sources(split)
+        if not (sources or self._has_own_rows):
             return
         samples, report = self._read(split, sources)
         if not report.rows:
@@ -268,6 +269,7 @@ class InstructionDataModule(LightningDataModule):
         report.check(self.on_bad_row == "skip", self.lenient)
         if split == "train" and self.val_fraction is not None:
             seed = self._seed if self.holdout_seed is None else self.holdout_seed
+            self.sample_sources["val"] = self.sample_sources[split]
             for part, part_report in divide(samples, report, self.val_fraction, seed or 0):
                 self.samples[part_report.split], self.reports[part_report.split] = part, part_report
                 rank_zero_info(show_controls(part_report.describe()))
@@ -279,7 +281,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _has_training_rows(self, split: str) -> bool:
         """Whether there are training rows to compare with; local ones are read if they have not been yet."""
-        if "train" not in self.samples and not self._own_rows:
+        if "train" not in self.samples and not self._has_own_rows:
             try:
                 if not any(source.is_remote for source in self.sources("train")):
                     self._prepare("train")
@@ -287,50 +289,67 @@ class InstructionDataModule(LightningDataModule):
                 rank_zero_info(f"{split} rows are not compared with the training rows: {show_controls(str(error))}")
         return "train" in self.samples
 
-    def _read(self, split: str, sources: Sequence[Source]) -> Prepared:
-        """Take the samples of a split from the cache, or prepare them; those of ``load_rows`` are never cached."""
+    @property
+    def _has_own_rows(self) -> bool:
+        return is_overridden("load_rows", self, InstructionDataModule)
+
+    def _read(self, split: str, sources: list[Source]) -> Prepared:
+        """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
+        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.missing)
+
+        def prepare() -> Prepared:
+            prepared = preparation.prepare(self._read_rows(split), self.deduplicate)
+            self._prompts = preparation.prompts or self._prompts
+            return prepared
+
+        if self._has_own_rows:
+            samples, report = prepare()
+            self._take_sources(split, list(preparation.converters))
+        else:
+            self._take_sources(split, sources)
+            if split == "predict" or not all(map(can_be_kept, sources)):
+                samples, report = prepare()
+            else:
+                settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+                settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
+                samples, report = cached_samples(sources, settings, prepare)
+        files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
+        return samples, replace(report, split=split, files=files)
+
+    def _take_sources(self, split: str, sources: list[Source]) -> None:
+        """Keep the sources of a split, and their shares of an epoch."""
+        check_weights(sources, split)
+        self.sample_sources[split] = sources
         if split == "train" and sources and sources[0].weight is not None:
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
             self._shares = [source.weight or 0.0 for source in sources]
 
-        def prepare() -> Prepared:
-            options = (self.max_length, self.too_long, self.pairs, self.missing)
-            preparation = Preparation(self.renderer, split, *options)
-            prepared = preparation.prepare(self._rows_by_source(split, sources), self.deduplicate)
-            self._prompts = preparation.prompts or self._prompts
-            return prepared
-
-        if split == "predict" or not all(map(can_be_kept, sources)) or not sources:
-            samples, report = prepare()
-        else:
-            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
-            settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
-            samples, report = cached_samples(sources, settings, prepare)
-        files = [str(file) for source in sources for file in source.files or (source.path,)]
-        return samples, replace(report, split=split, files=files)
-
-    def _rows_by_source(self, split: str, sources: Sequence[Source]) -> Sources:
-        if not self._own_rows:
-            return [(source.settings, read_rows(source)) for source in sources]
-        rows = enumerate(self.load_rows(split) or (), start=1)
+    def _read_rows(self, split: str) -> Iterator[Row | BadRow]:
+        """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
         settings = RowSettings(self.format, self.columns, self.system, self.roles)
-        return [(settings, (Row(row, split, number) if isinstance(row, dict) else row for number, row in rows))]
+        source = Source("load_rows", settings=settings)
+        for number, row in enumerate(self.load_rows(split) or (), start=1):
+            if isinstance(row, dict):
+                if has_settings(self.files[split]):
+                    raise UserError(
+                        f"load_rows returned a plain dict, which loses the settings that data.{split} has for its "
+                        "source: return `row._replace(values=…)` of a row of `super().load_rows(split)`."
+                    )
+                row = Row(row, split, number)
+            yield row if row.source else row._replace(source=source)
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
         """Read rows of a split again, as conversations by row number; of pairs the chosen one, without texts."""
         if split == "val" and self.val_fraction is not None:
             split = "train"
-        conversations, row_numbers = dict[int, Chat](), count()
-        sources = [] if self._own_rows else self.sources(split)
-        for settings, rows in self._rows_by_source(split, sources):
-            converter = RowConverter(settings, pairs=self.pairs)
-            for row, number in zip(rows, row_numbers, strict=False):
-                if number in numbers and isinstance(row, Row):
-                    content = converter.convert(row)
-                    chat = content.chosen if isinstance(content, Pair) else content
-                    if isinstance(chat, Chat):
-                        conversations[number] = chat
+        conversations = dict[int, Chat]()
+        for number, row in enumerate(self._read_rows(split)):
+            if number in numbers and isinstance(row, Row) and row.source:
+                content = RowConverter(row.source.settings, pairs=self.pairs).convert(row)
+                chat = content.chosen if isinstance(content, Pair) else content
+                if isinstance(chat, Chat):
+                    conversations[number] = chat
         return conversations
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:

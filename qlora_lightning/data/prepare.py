@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,20 +14,19 @@ from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
 from qlora_lightning.data.data_report import DataReport
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault
+from qlora_lightning.data.rows.bad_rows import MAX_TEXT, TOO_MUCH_TEXT, BadRow, RowFault, count_text
 from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.data.rows.sources import RowSettings
+from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 
 TOO_LONG = "longer than max_length (too_long: drop)"
-CHUNK = 512  # rows that the tokenizer encodes together, on all cores
+# what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
+_CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
 _PAUSE = 10.0  # seconds between two lines of the log
 
 Rows = Iterable[Row | BadRow]
-Sources = Sequence[tuple[RowSettings, Rows]]
-"""Of each source, how its rows are read and the rows."""
 Prepared = tuple[SampleSet, DataReport]
 
 
@@ -95,23 +93,19 @@ class Preparation:
     def __post_init__(self) -> None:
         self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
         self.report, self.builder, self.prompts = DataReport(self.split), SampleSetBuilder(), list[Prompt]()
+        self.converters = dict[Source, RowConverter]()  # in the order in which sources appear
         self._are_pairs: bool | None = None
 
-    def prepare(self, sources: Sources, deduplicate: bool) -> Prepared:
-        """Turn all rows into samples, reading one source after the other."""
+    def prepare(self, rows: Rows, deduplicate: bool) -> Prepared:
+        """Turn all rows into samples."""
         report, log_time = self.report, time.monotonic()
-        pairs = self.pairs and not self.for_prompts
-        converters = [RowConverter(settings, not self.for_prompts, pairs) for settings, _ in sources]
-        for source, (converter, (_, rows)) in enumerate(zip(converters, sources, strict=True)):
-            row_iterator = iter(rows)
-            chunk = list(islice(row_iterator, CHUNK))
-            converter.check([row for row in chunk if isinstance(row, Row)])
-            while chunk:
-                self._add(source, converter, chunk)
-                if time.monotonic() - log_time > _PAUSE:
-                    rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
-                    log_time = time.monotonic()
-                chunk = list(islice(row_iterator, CHUNK))
+        for chunk in _in_chunks(rows):
+            self._add(chunk)
+            if time.monotonic() - log_time > _PAUSE:
+                rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
+                log_time = time.monotonic()
+        for converter in self.converters.values():
+            converter.check()
             report.formats += [name for name in converter.formats if name not in report.formats]
             report.unread_columns += [name for name in converter.unread_columns if name not in report.unread_columns]
             report.absent_columns += sorted(converter.absent_columns)
@@ -126,18 +120,26 @@ class Preparation:
         report.count_samples(samples)
         return samples, report
 
-    def _add(self, source: int, converter: RowConverter, rows: Sequence[Row | BadRow]) -> None:
-        """Add rows of a source; bad ones are reported and left out."""
+    def _find_converter(self, source: Source | None) -> RowConverter:
+        assert source is not None
+        if source not in self.converters:
+            pairs = self.pairs and not self.for_prompts
+            self.converters[source] = RowConverter(source.settings, not self.for_prompts, pairs)
+        return self.converters[source]
+
+    def _add(self, rows: Sequence[Row | BadRow]) -> None:
+        """Add rows; bad ones are reported and left out."""
         renderer, bad = self.renderer, dict[int, BadRow]()
         written = list[_Converted]()
         for number, row in enumerate(rows, start=self.report.rows):
+            converter = self._find_converter(row.source)
             if isinstance(row, BadRow):
                 bad[number] = row
                 continue
             with _noting_faults(number, row, bad):
                 content = converter.convert(row)
                 parts = [_Part(part) for part in (content if isinstance(content, Pair) else [content])]
-                converted = _Converted(number, source, row, parts)
+                converted = _Converted(number, [*self.converters.values()].index(converter), row, parts)
                 if self.for_prompts:
                     self._add_prompt(converted)
                 elif self._is_wanted(converted):
@@ -168,7 +170,9 @@ class Preparation:
             self.report.drop("an answer is one of data.missing")
             return False
         questions = [message["content"] for message in messages if message["role"] == "user"]
-        self.report.note_suspicious(converted.row.where, sorted(answers), questions)
+        texts = [part.content.text for part in converted.parts if isinstance(part.content, Text)]
+        text = "\n".join([*texts, *(message["content"] for message in messages)])
+        self.report.note_suspicious(converted.row.where, sorted(answers), questions, text)
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:
@@ -235,6 +239,21 @@ class Preparation:
             self.report.shortened += len(fitted)
         self.report.lost_labels += sum(map(_count, samples)) - sum(map(_count, fitted))
         return fitted
+
+
+def _in_chunks(rows: Rows) -> Iterator[list[Row | BadRow]]:
+    """Yield rows in chunks; a row with more than ``MAX_TEXT`` becomes a bad one."""
+    chunk, chunk_text = list[Row | BadRow](), 0
+    for row in rows:
+        row_text = count_text(row.values) if isinstance(row, Row) else 0
+        is_bad = row_text > MAX_TEXT
+        chunk.append(BadRow(row.where, TOO_MUCH_TEXT, row.source) if is_bad else row)
+        chunk_text += 0 if is_bad else row_text
+        if len(chunk) == _CHUNK_ROWS or chunk_text > _CHUNK_TEXT:
+            yield chunk
+            chunk, chunk_text = [], 0
+    if chunk:
+        yield chunk
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     for _, name, text in BLOCKS:
         if name:
             (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(text, encoding="latin-1" if name == "export.csv" else "utf-8")
+            (tmp_path / name).write_text(text, encoding="cp1252" if name == "export.csv" else "utf-8")
     yield tmp_path
     for name in {"squad", "my_formats"} & (set(sys.modules) - before):
         del sys.modules[name]
@@ -70,7 +70,7 @@ def test_every_config_reads_the_rows_beside_it(config, folder, smol):
     assert report.unread_columns in ([], ["id", "title"])  # SQuAD's
     samples = [trained(data, number) for number in range(len(data.samples["train"]))]
     assert all("⟦" in text for text in samples)
-    assert ("latin-1" in config) == ("Österreich" in "".join(samples))
+    assert ("cp1252" in config) == ("Österreich" in "".join(samples))
     if config in SHOWN:
         assert "\n---\n".join(samples) == SHOWN[config]
 

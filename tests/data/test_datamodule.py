@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows
+from tests.flat import unpack
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
@@ -140,6 +141,32 @@ def test_weights_give_each_source_its_share_of_an_epoch(make, write):
     assert data.count_train_batches() == len(data.train_dataloader())
 
 
+def test_rows_that_load_rows_changes_are_read_as_their_sources_say(write, characters):
+    class Changed(InstructionDataModule):
+        def load_rows(self, split):
+            rows = [] if split == "val" else list(super().load_rows(split))[::-1]
+            return [row._replace(values={**row.values, "completion": "k"}) for row in rows if row.values["x"] > 0]
+
+    rows = [{"x": n, "ask": f"a{n}", "completion": "p"} for n in range(3)]
+    first = {"path": write("a.jsonl", rows), "columns": {"ask": "prompt", "x": None}, "weight": 1}
+    rows = [{"x": n, "prompt": f"b{n}", "completion": "p"} for n in range(7)]
+    second = {"path": write("b.jsonl", rows), "system": "B", "weight": 3}
+    settings = {"train": [first, second], "tokenizer": characters, "columns": {"x": None}, "batch_size": 2}
+    InstructionDataModule(**settings).setup("fit")  # its samples are in the cache
+    data = Changed(**settings)
+    data.setup("fit")
+    begins = [f"{{s\nB}}\n{{u\nb{n}}}" for n in (6, 5, 4, 3, 2, 1)] + [f"{{u\na{n}}}" for n in (2, 1)]
+    expected = ["".join(f"{begin}\n{{a\nk}}\n") for begin in begins]
+    assert ["".join(map(chr, sample.ids)) for sample in unpack(data.samples["train"])] == expected
+    assert [source.path for source in data.sample_sources["train"]] == ["b.jsonl", "a.jsonl"]
+    sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
+    assert (sources.count(0), sources.count(1)) == (6, 2)
+    data = InstructionDataModule(**settings)
+    data.load_rows = lambda split: [{"prompt": "q", "completion": "k"}]
+    with pytest.raises(UserError, match=r"a plain dict, which loses the settings that data\.train has"):
+        data.setup("fit")
+
+
 def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_trained_on(write, characters):
     rows = [{"prompt": f"q{number}", "completion": "k"} for number in range(8)]
     Path("d").mkdir()
@@ -162,11 +189,12 @@ def test_a_column_that_no_row_has_is_reported(characters):
 def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_asked(characters):
     answers = ["yes", "N/A", "null", "None of them", "nan"]
     rows = [{"prompt": f"q{number}", "completion": answer} for number, answer in enumerate(answers)]
-    rows.append({"prompt": " ", "completion": "k"})
+    rows += [{"prompt": " ", "completion": "k"}, {"prompt": "Price?", "completion": "5 \x80"}]  # cp1252 as latin-1
     report = prepare_rows(rows, characters).reports["train"]
     reasons = ["the answer is 'N/A'", "the answer is 'null'", "the answer is 'nan'", "the question is empty"]
-    places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6), reasons, strict=True)]
-    assert (report.suspicious, report.suspicious_rows, report.samples) == (4, places, 6)
-    assert "4 rows look incomplete; data.missing drops answers: train:2 (the answer is 'N/A')" in report.describe()
+    reasons.append("the control character U+0080, of another encoding?")
+    places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6, 7), reasons, strict=True)]
+    assert (report.suspicious, report.suspicious_rows, report.samples) == (5, places, 7)
+    assert "5 rows look incomplete or garbled; data.missing drops answers: train:2 (" in report.describe()
     report = prepare_rows(rows, characters, missing=["n/a", None]).reports["train"]
-    assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 2)
+    assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 3)

@@ -152,13 +152,11 @@ def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tup
         raise UserError(
             f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
         )
-    # validation rows may be held out of the training rows
-    file_split = "train" if split == "val" and data.val_fraction is not None else split
-    samples, sources = data.samples.get(split), [source.path for source in data.sources(file_split)]
+    samples, sources = data.samples.get(split), data.sample_sources.get(split)
     places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
     for row in rows:
         row.place = places.get(row.number, f"row {row.number}")
-        row.source = sources[int(row.source)] if sources else row.source
+        row.source = sources[int(row.source)].path if sources else row.source
     return batches, rows
 
 

@@ -51,7 +51,7 @@ def print_inspection(
     heading("Tokens per sample")
     console.print(_length_table({split: data.samples[split] for split in splits}))
     for split in splits:
-        sources = data.sources("train" if split == "val" and data.val_fraction is not None else split)
+        sources = data.sample_sources[split]
         if len(sources) > 1:
             heading(f"Sources of {split}")
             console.print(_source_table(data.samples[split], sources))

@@ -3,7 +3,11 @@
 import json
 from typing import Any, NamedTuple
 
+from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.support.errors import UserError
+
+MAX_TEXT = 64_000_000  # characters of a row
+TOO_MUCH_TEXT = "more than 64 MB of text, which no tokenizer should get at once: cut it into several rows"
 
 
 class RowFault(UserError):
@@ -11,10 +15,11 @@ class RowFault(UserError):
 
 
 class BadRow(NamedTuple):
-    """A rejected row: its file and line (``train.jsonl:17``) and the reason."""
+    """A rejected row: its file and line (``train.jsonl:17``), the reason, and its source as in ``Row``."""
 
     where: str
     reason: str
+    source: Source | None = None
 
 
 def kind_of(value: Any) -> str:
@@ -27,6 +32,13 @@ def read_string(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RowFault(f"{where} must be a string, found {kind_of(value)}")
     return value
+
+
+def count_text(value: Any) -> int:
+    """Count the characters of all texts in a value."""
+    if isinstance(value, dict | list):
+        return sum(map(count_text, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def parse_json(value: Any, where: str) -> Any:

@@ -1,7 +1,6 @@
 """Convert a row: rename its columns, recognise its format, check its messages."""
 
 import reprlib
-from collections.abc import Sequence
 from typing import Any
 
 from qlora_lightning.data.rows.bad_rows import RowFault, read_string
@@ -22,6 +21,7 @@ from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
+_FIRST_ROWS = 512  # of which one must be recognised
 _VERDICT = "verdict: true or false in 'label', 'desirable' or 'kto_tag', up or down in 'thumbs'"
 
 
@@ -47,17 +47,19 @@ class RowConverter:
         self.formats: list[str] = []
         self.unread_columns: list[str] = []
         self.absent_columns = set(settings.columns)
+        self._unrecognised: Row | None = None  # the first row that no format fits
+        self._n_unrecognised = 0
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
             self._named = PREFERENCE_FORMAT
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raise a UserError if no format fits the first rows of the source."""
-        renamed = [self._rename(row) for row in rows]
-        if rows and not any(map(self._find_format, renamed)):
+    def check(self) -> None:
+        """Raise a UserError if no format fits any row so far."""
+        first = self._unrecognised
+        if first is not None and not self.formats:
             expected = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in RECOGNISED)
             raise UserError(
-                f"{rows[0].where}: no format is recognised by the keys {', '.join(renamed[0].values) or '(none)'}; "
+                f"{first.where}: no format is recognised by the keys {', '.join(first.values) or '(none)'}; "
                 f"expected {expected}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
                 "`format: text`, any other shape by a function, `format: package.module.function`."
             )
@@ -67,11 +69,15 @@ class RowConverter:
 
         Raises:
             RowFault: the row cannot be used.
-            UserError: no row of its shape can be.
+            UserError: no row of its shape can be, or no format fits the first 512 rows.
         """
         row = self._rename(row)
         form = self._find_format(row)
         if form is None:
+            self._unrecognised = self._unrecognised or row
+            self._n_unrecognised += 1
+            if self._n_unrecognised == _FIRST_ROWS:
+                self.check()
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
         if form.name not in self.formats:
             self.formats.append(form.name)

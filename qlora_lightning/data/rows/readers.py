@@ -4,19 +4,25 @@ JSON is read here, so that bad rows are reported by line and tool schemas stay a
 Arrow and data sets of the hub by ``datasets``.
 """
 
+import codecs
 import glob
 import hashlib
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from qlora_lightning.data.rows.bad_rows import BadRow, RowFault, kind_of
+from qlora_lightning.data.rows.bad_rows import MAX_TEXT, TOO_MUCH_TEXT, BadRow, RowFault, kind_of
 from qlora_lightning.data.rows.sources import DataFile, Source, kind_of_file
 from qlora_lightning.support.errors import UserError
+
+_ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
+# encodings of files that begin with a byte order mark
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
 
 
 class Row(NamedTuple):
@@ -26,11 +32,13 @@ class Row(NamedTuple):
         values: the row's own keys and values.
         file: the path as the user wrote it, or below that folder; for a data set of the hub its id.
         line: the line in JSON lines, else the number of the row, from 1.
+        source: the source that it was read from, which says how it is read; None: as ``data:`` says.
     """
 
     values: dict[str, Any]
     file: str
     line: int
+    source: Source | None = None
 
     @property
     def where(self) -> str:
@@ -73,9 +81,9 @@ def _read_files(source: Source) -> Iterator[Row | BadRow]:
         with _naming(name if file else f"data set {name}"):
             for number, values in _read_file(source, file):
                 if isinstance(values, RowFault):
-                    yield BadRow(f"{name}:{number}", str(values))
+                    yield BadRow(f"{name}:{number}", str(values), source)
                 else:
-                    yield Row(values, name, number)
+                    yield Row(values, name, number, source)
 
 
 @contextmanager
@@ -84,17 +92,17 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        advice = " Name its encoding, as in `encoding: latin-1`." if isinstance(error, UnicodeError) else ""
-        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}.{advice}") from error
+        advice = f": {_ADVICE}" if isinstance(error, UnicodeError) else ""
+        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}{advice}.") from error
 
 
 def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dict[str, Any] | RowFault]]:
     """Return the rows of a file, or of a data set of the hub, by line or number."""
     kind = kind_of_file(file) if file else ""
     if kind in (".jsonl", ".json"):
-        return _read_json(str(file), source.encoding)
+        return _read_json(str(file), source)
     if kind in (".csv", ".tsv"):
-        return enumerate(_read_csv(str(file), source, source.delimiter or ("\t" if kind == ".tsv" else ",")), start=1)
+        return enumerate(_read_csv(str(file), source, "\t" if kind == ".tsv" else ","), start=1)
     from datasets import load_dataset
 
     rows: Any
@@ -107,22 +115,34 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dic
     return enumerate(({key: _drop_nulls(value) for key, value in row.items()} for row in rows), start=1)
 
 
-def _read_json(file: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
-    """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
+def _read_start(file: str, source: Source) -> tuple[str, str]:
+    """Return the encoding of a text file, by its byte order mark or the source, and the file's first line."""
     import fsspec  # a fifth of a second
 
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        start = stream.read(1 << 16)
+    encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
+    return encoding, start.decode(encoding, errors="replace").partition("\n")[0]
+
+
+def _read_json(file: str, source: Source) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
+    """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
+    import fsspec
+
     # Bytes that cannot be decoded make their row bad, not the file.
-    options = {"encoding": encoding, "errors": "surrogateescape", "newline": "\n"}
+    options = {"encoding": _read_start(file, source)[0], "errors": "surrogateescape", "newline": "\n"}
     with fsspec.open(file, "r", compression="infer", **options) as lines:
         is_first = True
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_read_lines(lines), start=1):
             text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files
             if is_first and text.startswith("["):
                 yield from enumerate(
                     map(_check_object, _parse_json(line.removeprefix("\ufeff") + lines.read())), start=1
                 )
                 return
-            if text:
+            if len(line) > MAX_TEXT:
+                yield number, RowFault(TOO_MUCH_TEXT)
+            elif text:
                 is_first = False
                 try:
                     yield number, _check_object(_parse_json(text))
@@ -130,12 +150,21 @@ def _read_json(file: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] |
                     yield number, fault
 
 
+def _read_lines(stream: TextIO) -> Iterator[str]:
+    """Yield lines; the rest of one with more than ``MAX_TEXT`` is left out."""
+    while line := stream.readline(MAX_TEXT + 1):
+        yield line
+        is_cut = len(line) > MAX_TEXT
+        while is_cut and line and not line.endswith("\n"):
+            line = stream.readline(1 << 20)
+
+
 def _parse_json(text: str) -> Any:
     try:
         text.encode()
         return json.loads(text)
     except UnicodeEncodeError:
-        raise RowFault("not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: latin-1`") from None
+        raise RowFault(f"not UTF-8 text: save it as UTF-8, or {_ADVICE}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
         raise RowFault(f"not JSON: {error}") from error
 
@@ -144,13 +173,19 @@ def _check_object(values: Any) -> dict[str, Any] | RowFault:
     return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
 
 
-def _read_csv(file: str, source: Source, delimiter: str) -> Any:
+def _read_csv(file: str, source: Source, usual_delimiter: str) -> Any:
     """Return the rows of a CSV file; all values are strings."""
     import pandas
 
+    encoding, header = _read_start(file, source)
+    delimiter = source.delimiter or usual_delimiter
+    other = re.search(r"[;|\t]", header)
+    if other and delimiter not in header:
+        name = other[0].replace("\t", "\\t")
+        raise RowFault(f'its one column is {header.strip()!r}: name the delimiter, as in `delimiter: "{name}"`')
     with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):  # of fields that are left out
         options: Any = {"dtype": str, "na_filter": False, "index_col": False}
-        frame = pandas.read_csv(file, sep=delimiter, encoding=source.encoding, nrows=source.rows, **options)
+        frame = pandas.read_csv(file, sep=delimiter, encoding=encoding, nrows=source.rows, **options)
     return frame.to_dict("records")
 
 

@@ -37,7 +37,7 @@ class RowSettings:
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a file that is named twice is two sources
 class Source:
     """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub."""
 
@@ -84,9 +84,21 @@ def find_sources(
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}") from error
+    check_weights(sources, split)
+    return sources
+
+
+def check_weights(sources: Sequence[Source], split: str) -> None:
+    """Raise a UserError if some sources have a weight and others have none."""
     if 0 < sum(source.weight is not None for source in sources) < len(sources):
         raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.")
-    return sources
+
+
+def has_settings(value: Any) -> bool:
+    """Whether what ``data.train`` names has a weight, or settings for the rows of one source."""
+    entries = value if isinstance(value, list) else [value]
+    keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
+    return not keys.isdisjoint(("weight", *_ROW_KEYS))
 
 
 def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:

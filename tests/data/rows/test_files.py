@@ -1,6 +1,7 @@
 """From what ``data.train`` names to rows: files of every kind, folders, URLs, data sets of the hub."""
 
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -102,7 +103,7 @@ def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
         Path("d", name).write_bytes(content(kind))
     rows = read("d")
     assert [row.where for row in rows if row.values["x"] == "0"] == ["d/a.csv:1", "d/a.parquet:1", "d/b.json:1"]
-    assert read("d", rows=17) == rows[:17]
+    assert values("d", rows=17) == [row.values for row in rows[:17]]
 
 
 def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it():
@@ -115,6 +116,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
         find_sources("both", "val")
 
 
+MARKED = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
     ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
@@ -124,7 +126,12 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
     ("a.csv", "x,y\n0,0\n1,2,3\n", "a.csv cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3"),
     ("a.csv", "x,y\n1,2,3\n", "a.csv cannot be read: Length of header or names does not match length of data"),
-    ("a.csv", b"x,y\n1,\xff\n", "Name its encoding, as in `encoding: latin-1`"),
+    ("a.csv", b"x,y\n1,\xff\n", ": name its encoding, as in `encoding: cp1252` (what Excel"),
+    ("a.csv", "x;y\n1,5;2", 'its one column is \'x;y\': name the delimiter, as in `delimiter: ";"`'),
+    ("a.csv", "x\ty\n1\t2", 'as in `delimiter: "\\t"`'),
+    *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
+    *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
+    ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
     ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz cannot be read"),
@@ -135,7 +142,7 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
 def test_files(name, content, expected):
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if not isinstance(expected, str):
-        assert [(row.line, row.values) if hasattr(row, "line") else tuple(row) for row in read(name)] == expected
+        assert [(row.line, row.values) if hasattr(row, "line") else row[:2] for row in read(name)] == expected
         return
     with pytest.raises(UserError) as error:
         read(name)
@@ -176,7 +183,7 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     whole, tenth, first = map(list, data[:3])
     assert [row.values for row in whole] == rows
     assert whole[16].where == "org/data:17"
-    assert tenth == whole[:30]
+    assert [row.values for row in tenth] == rows[:30]
     assert [row.values for row in first] == rows[:1]
     with pytest.raises(UserError, match=r"^data set org/data cannot be read: Unknown split"):
         list(data[3])

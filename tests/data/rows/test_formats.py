@@ -31,8 +31,10 @@ def part(text):
 
 def convert(values, needs_answer=True, **settings):
     converter, row = RowConverter(RowSettings(**settings), needs_answer), Row(values, "a.jsonl", 1)
-    converter.check([row])
-    return converter.convert(row)
+    try:
+        return converter.convert(row)
+    finally:
+        converter.check()
 
 
 def check(row, expected, **settings):

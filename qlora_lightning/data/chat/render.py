@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.chat.templates import find_reasoning_key
@@ -26,6 +27,9 @@ class AnswerSpan(NamedTuple):
     message: int  # its index in the conversation
     start: int
     end: int  # of its stop token, exclusive
+
+
+_Located = tuple[str, AnswerSpan] | None  # a text with an answer as generated; None if generation could not begin it so
 
 
 class RenderedText(NamedTuple):
@@ -66,8 +70,7 @@ class ChatText:
         if tools and self._apply(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         prefixes, answers = list[RenderedText](), list[AnswerSpan]()
-        for index in wanted:
-            located = self._find_span(messages, tools, index, text)
+        for index, located in self._find_spans(messages, tools, wanted, text).items():
             if located is None:
                 raise RowFault(
                     f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) "
@@ -86,7 +89,7 @@ class ChatText:
         messages = self.drop_earlier_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
-        located = [self._find_span(messages, tools, index, text) for index in answer_indices(messages)]
+        located = self._find_spans(messages, tools, answer_indices(messages), text).values()
         return RenderedText(text, [pair[1] for pair in located if pair and pair[0] == text])
 
     def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
@@ -122,11 +125,58 @@ class ChatText:
             fields["content"] = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + message["content"]
         return fields
 
-    def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> tuple[str, AnswerSpan] | None:
-        """Return the text with an answer as generated, and its span: the whole text, else the text up to the answer.
+    def _find_spans(
+        self, messages: Conversation, tools: Tools, wanted: Sequence[int], text: str
+    ) -> dict[int, _Located]:
+        """Return where each wanted answer is.
 
-        None if generation could not begin the answer so.
+        To render the conversation up to each would take a time quadratic in the turns. So only the first and the last
+        answer of each kind are rendered. A kind is what a template may look at to write an earlier answer otherwise
+        than the last one.
         """
+        roles = [message["role"] for message in messages]
+        last_question = max((index for index, role in enumerate(roles) if role == "user"), default=0)
+        kinds = dict[Any, list[int]]()
+        for index in wanted:
+            reasoning, content = _split_reasoning(messages[index])
+            shape = (reasoning is None, bool(_NO_REASONING.match(content)), not content.strip())
+            spaces = (content[:1].isspace(), content[-1:].isspace())
+            turns = ("tool_calls" in messages[index], index < last_question, *roles[index - 1 : index + 2])
+            kinds.setdefault((*shape, *spaces, *turns), []).append(index)
+        rendered = {index for members in kinds.values() for index in (members[0], members[-1])}
+        found = {index: self._find_span(messages, tools, index, text) for index in rendered}
+        if len(found) < len(wanted):
+            found = self._find_alike(messages, wanted, text, found) or found
+        return {i: found[i] if i in found else self._find_span(messages, tools, i, text) for i in wanted}
+
+    def _find_alike(
+        self, messages: Conversation, wanted: Sequence[int], text: str, found: Mapping[int, _Located]
+    ) -> dict[int, _Located]:
+        """Find all wanted answers in a text by their header; none unless those found are where it says.
+
+        The header begins with a control token, so that no message contains it, and the text has one for each answer.
+        """
+        rendered = [located[1] for located in found.values() if located and located[0] == text]
+        if not len(rendered) == len(found) > 0:
+            return {}
+        answers, spans = answer_indices(messages), dict[int, AnswerSpan]()
+        n_headers = len(answers) + (messages[-1]["role"] != "assistant")  # a prompt ends with that of the next answer
+        controls = [match.start() for match in self.controls.pattern.finditer(text, 0, rendered[0].start)]
+        for control in controls[:-3:-1]:  # Llama 3 has two in a header, the second in those of questions too
+            header = text[control : rendered[0].start]
+            starts = [match.end() for match in re.finditer(re.escape(header), text)]
+            if len(starts) == n_headers:
+                limits = [*(start - len(header) for start in starts[1:]), len(text)]
+                spans = {span[0]: AnswerSpan(*span) for span in zip(answers, starts, limits, strict=False)}
+                break
+        with suppress(UserError):
+            checked = {index: self._check_answer(messages[index], text, spans[index]) for index in wanted if spans}
+            if all(self._check_answer(messages[span[0]], text, span) == checked.get(span[0]) for span in rendered):
+                return {index: (text, span) for index, span in checked.items()}
+        return {}
+
+    def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> _Located:
+        """Return the whole text with an answer as generated, else the text up to the answer, and the answer's span."""
         prompt = self._apply(messages[:index], tools, generation=True)
         rendered = text if index + 1 == len(messages) else self._apply(messages[: index + 1], tools)
         turn = _find_turn(messages[index], prompt, rendered)

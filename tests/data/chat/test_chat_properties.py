@@ -25,9 +25,9 @@ thoughts = st.tuples(plain, st.sampled_from(["<think>", "a</think>", "<think>\n\
 
 @st.composite
 def conversations(draw):
-    """One to three questions with their answers, with a system prompt or without."""
+    """One to five questions with their answers, with a system prompt or without."""
     conversation = [{"role": "system", "content": draw(contents)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(1, 5))):
         answer = draw(st.one_of(contents, thoughts.map("".join)))
         conversation += [{"role": "user", "content": draw(contents)}, {"role": "assistant", "content": answer}]
     return conversation

@@ -251,7 +251,9 @@ def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_pat
         make_data(tmp_path, smollm2_folder, train_on="all")
     with pytest.raises(UserError, match=r"train\.jsonl:2.*do not mix"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
-    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.* verdict: true or false"):
+    with pytest.raises(
+        UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.*; only .objective: kto. takes a v"
+    ):
         make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": "maybe"}])
     with pytest.raises(UserError, match=r"train\.jsonl:1.*there is no verdict: true or false in 'label'"):
         make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": None}], format="prompt_completion")

@@ -10,15 +10,13 @@ from typing import Any
 import tokenizers
 import transformers
 
-import qlora_lightning
+import qlora_lightning.data
 from qlora_lightning.base.cache import cached_folder
 from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Prepared
 from qlora_lightning.data.rows.readers import hash_source
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
-
-_LAYOUT = 10  # version of the stored files; increase it when the same rows give other samples, or are rejected
 
 
 def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]:
@@ -33,6 +31,14 @@ def identify(samples: Mapping[str, SampleSet], tokenizer: Any) -> dict[str, Any]
         text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
         hashes["chat_template"] = hashlib.sha256(text.encode()).hexdigest()
     return hashes
+
+
+def _hash_code() -> str:
+    """Hash the files of this folder, templates included, which make samples of rows."""
+    folder, digest = Path(str(qlora_lightning.data.__file__)).parent, hashlib.sha256()
+    for file in sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]):
+        digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def can_be_kept(source: Source) -> bool:
@@ -51,7 +57,7 @@ def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepa
     key = {
         "sources": [[repr(replace(source, weight=None)), hash_source(source)] for source in sources],
         "settings": json.dumps(settings, sort_keys=True, default=str),
-        "layout": _LAYOUT,
+        "code": _hash_code(),
         "qlora_lightning": qlora_lightning.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,

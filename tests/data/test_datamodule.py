@@ -46,6 +46,7 @@ def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overf
 SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
+    ({"val": {"path": "val.jsonl", "weight": 2}}, r"data\.val: a weight is a share of a training epoch"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
 ]

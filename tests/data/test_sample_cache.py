@@ -1,11 +1,13 @@
 """What a data module takes from the cache, and what makes it prepare its rows again."""
 
+import shutil
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
+import qlora_lightning.data
 from qlora_lightning import InstructionDataModule, UserError
 from qlora_lightning.data.prepare import Preparation
 
@@ -31,6 +33,8 @@ def setup(write, families, tmp_path, monkeypatch):
     write("val.jsonl", [{"prompt": "q1", "completion": "k"}])
     families["qwen25"].save_pretrained("tok")
     Path("tok/generation_config.json").write_text('{"eos_token_id": 2}')
+    shutil.copytree(Path(qlora_lightning.data.__file__).parent, "data")
+    monkeypatch.setattr(qlora_lightning.data, "__file__", "data/__init__.py")
     Path("own.jinja").write_text("{# mine #}" + Path("tok/chat_template.jinja").read_text())
 
     def setup(stage="fit", **kwargs):
@@ -60,6 +64,8 @@ def test_the_second_time_samples_are_mapped(setup, prepared):
         ("tok/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}', ["train", "val"]),
         ("tok/generation_config.json", "2", "[2, 0]", ["train", "val"]),
         ("own.jinja", "{", "{##}{", ["train", "val"]),
+        ("data/rows/convert.py", "a", "b", ["train", "val"]),
+        ("data/chat/chat_templates/chatml.jinja", "a", "b", ["train", "val"]),
     ],
 )
 def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):

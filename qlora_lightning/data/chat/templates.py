@@ -8,6 +8,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
+
 from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
 from qlora_lightning.data.rows.conversation import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
@@ -21,6 +24,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
+# what transformers passes to every template, besides the tokenizer's special tokens
+_PASSED = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write if there is no clock
 
 
@@ -118,10 +123,11 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     """
     template = tokenizer.chat_template
     texts = template if isinstance(template, dict) else {"": template}
-    identifiers = {name for text in texts.values() for name in re.findall(r"[A-Za-z_]\w*", text)}
+    variables = {name for text in texts.values() for name in _find_variables(text)} if options else set()
+    variables -= {*_PASSED, *tokenizer.special_tokens_map}
     for name, value in options.items():
-        if name not in identifiers:
-            hint = nearest(name, identifiers)
+        if name not in variables:
+            hint = nearest(name, variables)
             raise UserError(f"template_options: {title} has no variable {name!r}.{hint}")
         try:
             json.dumps(value, allow_nan=False)  # jinja has literals for what JSON has
@@ -139,6 +145,12 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = new_texts if isinstance(template, dict) else new_texts[""]
     return tokenizer
+
+
+def _find_variables(template: str) -> set[str]:
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers, which marks answers
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    return jinja2.meta.find_undeclared_variables(environment.parse(text))
 
 
 def _stop_clock(template: str, title: str) -> str:

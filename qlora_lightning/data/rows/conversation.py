@@ -127,20 +127,22 @@ def _read_content(content: Any, where: str, role: str) -> str:
         return read_string(content, f"the {role} content of {where}")
     text = ""
     for number, part in enumerate(content, start=1):
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text or any(value is not None for key, value in part.items() if key not in ("type", "text")):
+        # LLaMA-Factory's new format has `value`
+        given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        texts = [value for key, value in given.items() if key in ("text", "value") and isinstance(value, str)]
+        if given.get("type") != "text" or len(texts) != 1 or len(given) != 2:
             subject = f"part {number} of {where} is {reprlib.repr(part)}"
             raise RowFault(f"{subject}, expected {{type: text, text: …}}: only text is read, and no mark of a part")
-        text += part["text"]
+        text += texts[0]
     return text
 
 
 def _is_trained(message: dict[str, Any], where: str) -> bool:
-    """Whether an answer is trained, by the ``train`` or OpenAI's ``weight`` of the message."""
+    """Whether an answer is trained, by ``train``, OpenAI's ``weight`` or LLaMA-Factory's ``loss_weight``."""
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):
             raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
-    flags = {key: message[key] for key in ("train", "weight") if message.get(key) is not None}
+    flags = {key: message[key] for key in ("train", "weight", "loss_weight") if message.get(key) is not None}
     for key, value in flags.items():
         if value not in (0, 1):
             raise RowFault(f"{key!r} of {where} must be true or false, 1 or 0, found {reprlib.repr(value)}")
@@ -162,12 +164,21 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 # Tools
 
 
-def find_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string."""
+def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | None:
+    """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string.
+
+    If there are any, all calls in the messages must be of them.
+    """
     schemas = parse_json(tools or [], "'tools'") or []
     if not isinstance(schemas, list):
         raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
+    names = [function["name"] for function in functions]
+    for number, message in enumerate(messages, start=1):
+        for call in message.get("tool_calls", []) if names else []:
+            if call["function"]["name"] not in names:
+                name = call["function"]["name"]
+                raise RowFault(f"message {number} calls {name!r}, which is not among 'tools': {', '.join(names)}")
     return [{"type": "function", "function": function} for function in functions] or None
 
 

@@ -126,7 +126,8 @@ class RowConverter:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
         if missing:
             names = " and ".join(map(repr, missing))
-            hint = f", and so is a {_VERDICT}" if form is PREFERENCE_FORMAT else ""
+            is_no_pair = form is PREFERENCE_FORMAT and len(missing) == 2
+            hint = f"; only `objective: kto` takes a {_VERDICT}" if is_no_pair else ""
             raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
         try:
             return form.read(dict(values))
@@ -151,7 +152,7 @@ class RowConverter:
         system = read_string(row_system, "'system'") if row_system else self.settings.system
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
-        return Chat(conversation, find_tools(tools))
+        return Chat(conversation, find_tools(tools, conversation))
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:

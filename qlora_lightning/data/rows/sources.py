@@ -85,6 +85,8 @@ def find_sources(
         except UserError as error:
             raise UserError(f"data.{split}: {error}") from error
     check_weights(sources, split)
+    if split != "train" and sources and sources[0].weight is not None:
+        raise UserError(f"data.{split}: a weight is a share of a training epoch: leave it out.")
     return sources
 
 

@@ -198,6 +198,7 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
     ("options", "words"),
     [
         ({"date_strin": "now"}, "has no variable 'date_strin'. Did you mean 'date_string'"),
+        *(({name: "x"}, f"has no variable '{name}'") for name in ("content", "strip", "messages", "eos_token", "m")),
         ({"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
     ],
 )

@@ -105,8 +105,9 @@ def test_rows(row, expected, settings):
 MESSAGES = [  # the last messages of a row that begins with a user turn, and what they become
     ({**A, "refusal": None, "tool_calls": None, "weight": None, "reasoning_content": ""}, A),
     ({**A, "train": False}, NO_TRAINING),
-    ({**A, "weight": 0}, NO_TRAINING),
+    *(({**A, key: 0}, NO_TRAINING) for key in ("weight", "loss_weight")),
     (said("assistant", [part("é1 "), part("2"), part("")]), said("assistant", "é1 2")),
+    (said("assistant", [{"type": "text", "value": "a"}]), A),
     *(({**A, key: "Hm."}, {**A, "reasoning_content": "Hm."}) for key in ("reasoning_content", "reasoning")),
     *(
         ({"role": "assistant", "content": None, **calls}, CALLED)
@@ -155,6 +156,10 @@ def test_only_keys_that_a_template_may_need_are_kept():
             for tools in ([SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY]))
         ),
         *(({"tools": tools}, None) for tools in (None, [], "", "[]")),
+        (
+            {"tools": [{"name": "see"}], "messages": [U, CALLED]},
+            "message 2 calls 'sky', which is not among 'tools': see",
+        ),
         ({"tools": 1}, "'tools' must be a list of JSON schemas, found"),
         ({"tools": "sky"}, "'tools': not JSON (Expecting value"),
         ({"tools": [SCHEMA, {"function": {"name": 1}}]}, "tool 2 must be a function with a 'name'"),

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
@@ -34,7 +36,8 @@ class DataReport:
     bad: dict[str, list[str]] = field(default_factory=dict)  # their files and lines, by reason
     duplicates: int = 0  # rows equal to an earlier one of the split
     duplicate_pairs: list[str] = field(default_factory=list)  # each with the row that it equals
-    overlap: int = 0  # rows that are trained on too
+    overlap: int = 0  # rows that, or whose prompts, are trained on too
+    overlap_prompts: int = 0  # of these, rows that are trained with another answer
     overlap_pairs: list[str] = field(default_factory=list)
     suspicious: int = 0  # trained rows that look incomplete or garbled
     suspicious_rows: list[str] = field(default_factory=list)  # each with its reasons
@@ -73,9 +76,12 @@ class DataReport:
         self.duplicates, self.duplicate_pairs = len(repeats.row_ids), repeats.pairs
 
     def count_overlap(self, samples: SampleSet, train: SampleSet) -> None:
-        """Count the rows that are trained on too."""
-        repeats = find_repeats(samples, among=train)
-        self.overlap, self.overlap_pairs = len(repeats.row_ids), repeats.pairs
+        """Count the rows that, or whose prompts, are trained on too."""
+        equal = find_repeats(samples, among=train)
+        others = samples.take(np.flatnonzero(~np.isin(samples.row_ids, equal.row_ids)))
+        prompts = find_repeats(others, among=train, by_prompt=True)
+        self.overlap, self.overlap_prompts = len(equal.row_ids) + len(prompts.row_ids), len(prompts.row_ids)
+        self.overlap_pairs = [*equal.pairs, *(f"{pair} (prompt)" for pair in prompts.pairs)][:_SHOWN]
 
     def count_samples(self, samples: SampleSet) -> None:
         """Count samples, replacing earlier counts."""
@@ -85,6 +91,7 @@ class DataReport:
     def describe(self) -> str:
         """Return what is printed for the split: one line, and one more for each problem."""
         formats = f" ({', '.join(self.formats)})" if self.formats else ""
+        others = f", {self.overlap_prompts:,} of them with another answer" if self.overlap_prompts else ""
         parts = [f"{self.split}: {self.rows:,} rows{formats}", f"{self.tokens:,} tokens"]
         if self.labelled:
             parts.append(f"{self.labelled / self.tokens:.0%} labelled")
@@ -106,7 +113,7 @@ class DataReport:
                 self.suspicious_rows,
             ),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
-            (f"{self.overlap:,} rows are trained on too, so {self.split}_loss is too good", self.overlap_pairs),
+            (f"{self.overlap:,} rows are trained on too{others}, so {self.split}_loss is too good", self.overlap_pairs),
         ):
             if entries:
                 ellipsis = ", …" if len(entries) > _LISTED else ""

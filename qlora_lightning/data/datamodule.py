@@ -69,7 +69,7 @@ class InstructionDataModule(LightningDataModule):
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
         deduplicate: leave out rows whose tokens and labels equal those of an earlier row of the same split.
-        val_fraction: share of the training rows to validate on instead of ``val``; the same contents stay together.
+        val_fraction: share of the training rows to validate on instead of ``val``; equal prompts stay together.
         tokenizer: hub id, folder or ``package:NAME``, or ``{name, revision, trust_remote_code}``; from Python also a
             tokenizer object. By default the base's, which the Trainer's module names; without a Trainer name it here.
         accept_changed_data: resume although training or validation samples are not those of the checkpoint. With

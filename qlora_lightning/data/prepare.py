@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,6 +190,7 @@ class Preparation:
     def _add_samples(self, converted: _Converted) -> None:
         """Add the samples of a row, or count why it has none."""
         (number, source, row, parts), report = converted, self.report
+        add = partial(self.builder.add, prompt=self.renderer.hash_prompt(parts[0].content))
         fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
         samples = [sample for part in parts for sample in part.samples]
         if self.pairs and any(len(part.samples) > 1 for part in parts):
@@ -208,12 +210,12 @@ class Preparation:
                 report.drop("their prompt is too long for the two answers to share what is left of it")
             else:
                 ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
-                self.builder.add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
+                add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
         else:
             content = parts[0].content
             desirable = content.desirable if isinstance(content, Chat) else None
             for ids, labels in fitted[0]:
-                self.builder.add(ids, labels, number, source, row.file, row.line, desirable=desirable)
+                add(ids, labels, number, source, row.file, row.line, desirable=desirable)
 
     def _fit(self, part: _Part) -> Sequence[Rendered]:
         """Return the samples of a part; ``too_long`` is applied to those over ``max_length``."""

@@ -30,6 +30,7 @@ class SampleSet:
     source: npt.NDArray[np.int32]  # (N,): index of its source in the split
     file: npt.NDArray[np.int32]  # (N,): index of its file in ``files``; -1 for none
     line: npt.NDArray[np.int64]  # (N,)
+    prompt: npt.NDArray[np.int64]  # (N,): hash of its row's prompt, 0 if it has none
     files: tuple[str, ...]
     # (N,): tokens of the first of two answers to compare, which a preference sample has one after the other
     first: npt.NDArray[np.int64] | None = None
@@ -83,7 +84,7 @@ class SampleSet:
         arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[indices])])}
         for name in ("ids", "labelled"):
             arrays[name] = np.concatenate([getattr(self, name)[span] for span in spans])
-        for name in ("row_ids", "source", "file", "line", "first", "desirable"):
+        for name in ("row_ids", "source", "file", "line", "prompt", "first", "desirable"):
             values = getattr(self, name)
             arrays[name] = None if values is None else values[indices]
         return replace(self, **arrays)
@@ -106,7 +107,7 @@ class SampleSetBuilder:
 
     def __init__(self) -> None:
         self._ids, self._labelled, self._desirable = array("i"), bytearray(), bytearray()
-        self._starts, self._rows = array("q", [0]), array("q")  # of each row five numbers
+        self._starts, self._rows = array("q", [0]), array("q")  # of each row six numbers
         self._files: dict[str, int] = {}
 
     def add(
@@ -119,11 +120,12 @@ class SampleSetBuilder:
         line: int = 0,
         first: int = 0,
         desirable: bool | None = None,
+        prompt: int = 0,
     ) -> None:
         """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
 
         ``first``: in a preference sample, the number of tokens of the first answer, after which the second begins.
-        ``desirable``: the verdict on an answer, for all samples or for none.
+        ``desirable``: the verdict on an answer, for all samples or for none. ``prompt``: hash of the row's prompt.
         """
         assert 0 < len(ids) == len(labels)
         labelled = np.array(labels, dtype=np.int64) != IGNORED
@@ -132,18 +134,19 @@ class SampleSetBuilder:
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
         file_index = -1 if file is None else self._files.setdefault(file, len(self._files))
-        self._rows.extend((row_id, source, file_index, line, first))
+        self._rows.extend((row_id, source, file_index, line, prompt, first))
         if desirable is not None:
             self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
         """Return all samples; do not use the builder afterwards."""
         ids, starts = np.frombuffer(self._ids, np.int32), np.frombuffer(self._starts, np.int64)
-        row_ids, sources, files, line, n_first = np.frombuffer(self._rows, np.int64).reshape(-1, 5).T.copy()
+        row_ids, sources, files, line, prompt, n_first = np.frombuffer(self._rows, np.int64).reshape(-1, 6).T.copy()
         source, file, first = sources.astype(np.int32), files.astype(np.int32), n_first if n_first.any() else None
         labelled = np.frombuffer(self._labelled, np.bool_)
         desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
-        return SampleSet(ids, labelled, starts, row_ids, source, file, line, tuple(self._files), first, desirable)
+        names = tuple(self._files)
+        return SampleSet(ids, labelled, starts, row_ids, source, file, line, prompt, names, first, desirable)
 
 
 class Repeats(NamedTuple):
@@ -153,13 +156,16 @@ class Repeats(NamedTuple):
     pairs: list[str]
 
 
-def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
+def find_repeats(samples: SampleSet, among: SampleSet | None = None, by_prompt: bool = False) -> Repeats:
     """Find rows that equal a row of ``among``, by default an earlier row of the same set.
 
-    Rows are equal if the token ids and labels of all their pieces are.
+    Rows are equal if the token ids and labels of all their pieces are, or ``by_prompt`` if their prompts are.
     """
     rows, hashes = hash_rows(samples)
     earlier_rows, earlier_hashes = (rows, hashes) if among is None else hash_rows(among)
+    if by_prompt:
+        hashes = _hash_prompts(samples, rows, hashes)
+        earlier_hashes = _hash_prompts(among or samples, earlier_rows, earlier_hashes)
     unique_hashes, first_indices = np.unique(earlier_hashes, return_index=True)
     repeated = np.flatnonzero(np.isin(hashes, unique_hashes))
     earliest = first_indices[np.searchsorted(unique_hashes, hashes[repeated])]
@@ -176,19 +182,39 @@ def find_repeats(samples: SampleSet, among: SampleSet | None = None) -> Repeats:
 def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet, SampleSet]:
     """Split samples into (training, validation), both in file order, by content and seed, not by line.
 
-    Rows with the same tokens are on the same side, so that no row is both trained and validated on, and so are all
-    pieces of a row. The fraction counts distinct contents, at least one on each side.
+    Rows with the same prompt or the same tokens are a group on the same side, so that no prompt is both trained and
+    validated on, and so are all pieces of a row. The fraction counts groups, at least one on each side.
 
     Raises:
-        UserError: there are fewer than two different rows.
+        UserError: there are fewer than two different prompts.
     """
     rows, hashes = hash_rows(samples, key=str(seed).encode(), labels=False)
-    unique_hashes = np.unique(hashes)  # sorted: the rows with the lowest hashes are held out
+    prompts, previous = _hash_prompts(samples, rows, hashes), np.zeros_like(hashes)
+    # each row takes the lowest hash of its group, which grows from equal rows over equal prompts to others
+    keys = [np.unique(each, return_inverse=True)[1] for each in (hashes, prompts)]
+    while not np.array_equal(hashes, previous):
+        previous = hashes
+        for key in keys:
+            lowest = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)
+            np.minimum.at(lowest, key, hashes)
+            hashes = lowest[key]
+    unique_hashes = np.unique(hashes)  # sorted: the groups with the lowest hashes are held out
     if len(unique_hashes) < 2:
-        raise UserError(f"val_fraction: expected at least 2 different rows to split, found {len(unique_hashes)}.")
+        raise UserError(
+            f"val_fraction: expected at least 2 different prompts to split, found {len(unique_hashes)} (a prompt "
+            "is what comes before the first trained answer): name rows to validate on in `data.val`."
+        )
     n_val = min(max(round(fraction * len(unique_hashes)), 1), len(unique_hashes) - 1)
     is_val = np.isin(samples.row_ids, samples.row_ids[rows[hashes <= unique_hashes[n_val - 1]]])
     return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))
+
+
+def _hash_prompts(
+    samples: SampleSet, rows: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Return the hash of each row's prompt, ``(R,)``, or of a row without a prompt that of its content."""
+    prompts = samples.prompt[rows].view(np.uint64)
+    return np.where(prompts == 0, hashes, prompts)
 
 
 def hash_rows(

@@ -76,9 +76,28 @@ def test_rows_are_held_out_by_content_and_seed(held):
     assert len(validation) > len(set(validation)) == 5
 
 
+@pytest.mark.parametrize("settings", [{}, {"train_on": "all"}, {"train_on": "last"}, {"max_length": 16}])
+def test_a_prompt_is_trained_or_held_out_with_all_its_answers(characters, monkeypatch, settings):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    rows = [{"prompt": f"{'q' * 9}{n % 24}", "completion": "k" * (1 + n // 24)} for n in range(72)]
+    data = prepare_rows(rows, characters, val_fraction=0.25, **settings)
+    sides = [{row % 24 for row in data.samples[split].row_ids.tolist()} for split in ("train", "val")]
+    assert (len(sides[1]), sides[0] & sides[1], data.reports["val"].rows) == (6, set(), 18)
+    held = prepare_rows([{**row, "prompt": f"q{n}"} for n, row in enumerate(rows[:24])], characters, val_fraction=0.25)
+    assert held.samples["val"].row_ids.tolist() == [3, 9, 13, 16, 18, 21]  # as runs that exist have them
+
+
+def test_prompts_that_are_trained_with_another_answer_are_reported(characters):
+    train, val = ([{"prompt": q, "completion": a} for q, a in part.split()] for part in ("ak bk ck", "ak bl dk"))
+    report = prepare_rows(train, characters, val=val).reports["val"]
+    assert (report.overlap, report.overlap_prompts) == (2, 1)
+    line = "2 rows are trained on too, 1 of them with another answer, so val_loss is too good: "
+    assert f"{line}val:1 = train:1, val:2 = train:2 (prompt)" in report.describe()
+
+
 def test_each_side_has_a_row_or_the_split_is_rejected(held):
     assert [list(map(len, held(SIXTY[:2], fraction))) for fraction in (0.01, 0.99)] == [[1, 1], [1, 1]]
-    with pytest.raises(UserError, match="at least 2 different rows"):
+    with pytest.raises(UserError, match="at least 2 different prompts"):
         held(SIXTY[:1], 0.5)
 
 

@@ -1,5 +1,6 @@
 """From a row to token ids and labels, in training and in generation."""
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from qlora_lightning.data.chat.render import ChatText, RenderedText, answer_indi
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Content, Conversation, Message, Text, Tokens, Tools
+from qlora_lightning.data.rows.conversation import Chat, Content, Conversation, Message, Text, Tokens, Tools
 from qlora_lightning.support.errors import UserError
 
 
@@ -117,6 +118,20 @@ class ChatRenderer:
     def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
+
+    def hash_prompt(self, content: Content) -> int:
+        """Hash what comes before the first trained answer of a conversation; 0 for other contents, without a prompt.
+
+        Equal prompts have equal hashes, however ``max_length`` cuts them, and with and without reasoning behind them.
+        """
+        if not isinstance(content, Chat):
+            return 0
+        messages = content.messages
+        answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
+        prompt = messages[: min(answers, default=0)]
+        turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
+        text = json.dumps([turns, content.tools], sort_keys=True)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
 
     def _write_document(self, text: str) -> RenderedText:
         self._check_text(text, "the text contains")

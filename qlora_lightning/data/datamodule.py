@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.rows.conversation import Chat, Pair
 from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row, read_rows
-from qlora_lightning.data.rows.sources import RowSettings, Source, check_weights, find_sources, has_settings, has_split
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_settings, has_split
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.console import show_controls
@@ -295,35 +296,30 @@ class InstructionDataModule(LightningDataModule):
 
     def _read(self, split: str, sources: list[Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
+        self._take_sources(split, sources)
         preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.missing)
-
-        def prepare() -> Prepared:
-            prepared = preparation.prepare(self._read_rows(split), self.deduplicate)
-            self._prompts = preparation.prompts or self._prompts
-            return prepared
-
-        if self._has_own_rows:
+        prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
+        if self._has_own_rows or split == "predict" or not all(map(can_be_kept, sources)):
             samples, report = prepare()
             self._take_sources(split, list(preparation.converters))
+            self._prompts = preparation.prompts or self._prompts
         else:
-            self._take_sources(split, sources)
-            if split == "predict" or not all(map(can_be_kept, sources)):
-                samples, report = prepare()
-            else:
-                settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
-                settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
-                samples, report = cached_samples(sources, settings, prepare)
+            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+            settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
+            samples, report = cached_samples(sources, settings, prepare)
         files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
         return samples, replace(report, split=split, files=files)
 
     def _take_sources(self, split: str, sources: list[Source]) -> None:
         """Keep the sources of a split, and their shares of an epoch."""
-        check_weights(sources, split)
         self.sample_sources[split] = sources
-        if split == "train" and sources and sources[0].weight is not None:
+        weights = [source.weight for source in sources if source.weight is not None]
+        if split == "train" and weights:
+            if len(weights) < len(sources):
+                raise UserError("data.train: expected a weight for all of its sources, or for none.")
             if not self.shuffle:
                 raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
-            self._shares = [source.weight or 0.0 for source in sources]
+            self._shares = weights
 
     def _read_rows(self, split: str) -> Iterator[Row | BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""

@@ -101,7 +101,10 @@ class Preparation:
         """Turn all rows into samples."""
         report, log_time = self.report, time.monotonic()
         for chunk in _in_chunks(rows):
+            earlier = list(self.converters.values())
             self._add(chunk)
+            for converter in earlier:  # which have had hundreds of rows
+                converter.check()
             if time.monotonic() - log_time > _PAUSE:
                 rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
                 log_time = time.monotonic()

@@ -161,11 +161,8 @@ def find_repeats(samples: SampleSet, among: SampleSet | None = None, by_prompt: 
 
     Rows are equal if the token ids and labels of all their pieces are, or ``by_prompt`` if their prompts are.
     """
-    rows, hashes = hash_rows(samples)
-    earlier_rows, earlier_hashes = (rows, hashes) if among is None else hash_rows(among)
-    if by_prompt:
-        hashes = _hash_prompts(samples, rows, hashes)
-        earlier_hashes = _hash_prompts(among or samples, earlier_rows, earlier_hashes)
+    rows, hashes = hash_rows(samples, by_prompt=by_prompt)
+    earlier_rows, earlier_hashes = (rows, hashes) if among is None else hash_rows(among, by_prompt=by_prompt)
     unique_hashes, first_indices = np.unique(earlier_hashes, return_index=True)
     repeated = np.flatnonzero(np.isin(hashes, unique_hashes))
     earliest = first_indices[np.searchsorted(unique_hashes, hashes[repeated])]
@@ -189,9 +186,10 @@ def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet,
         UserError: there are fewer than two different prompts.
     """
     rows, hashes = hash_rows(samples, key=str(seed).encode(), labels=False)
-    prompts, previous = _hash_prompts(samples, rows, hashes), np.zeros_like(hashes)
+    _, prompts = hash_rows(samples, key=str(seed).encode(), labels=False, by_prompt=True)
     # each row takes the lowest hash of its group, which grows from equal rows over equal prompts to others
     keys = [np.unique(each, return_inverse=True)[1] for each in (hashes, prompts)]
+    previous = np.zeros_like(hashes)
     while not np.array_equal(hashes, previous):
         previous = hashes
         for key in keys:
@@ -209,18 +207,13 @@ def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet,
     return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))
 
 
-def _hash_prompts(
-    samples: SampleSet, rows: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
-    """Return the hash of each row's prompt, ``(R,)``, or of a row without a prompt that of its content."""
-    prompts = samples.prompt[rows].view(np.uint64)
-    return np.where(prompts == 0, hashes, prompts)
-
-
 def hash_rows(
-    samples: SampleSet, key: bytes = b"", labels: bool = True
+    samples: SampleSet, key: bytes = b"", labels: bool = True, by_prompt: bool = False
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint64]]:
-    """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, optionally, labels, ``(R,)``."""
+    """Return the first sample of each row, ``(R,)``, and a keyed hash of its ids and, optionally, labels, ``(R,)``.
+
+    ``by_prompt`` returns the hash of its prompt instead, if it has one.
+    """
     # Bytes of whole arrays, sliced without copying: the only cost is one call of the hash for each sample.
     ids, labelled = samples.ids.view(np.uint8).data, samples.labelled.view(np.uint8).data
     digests, verdicts = bytearray(), b"" if samples.desirable is None else samples.desirable.tobytes()
@@ -231,4 +224,6 @@ def hash_rows(
             digest.update(verdicts[index : index + 1])
         digests += digest.digest()
     first_samples = np.flatnonzero(np.diff(samples.row_ids, prepend=-1))
-    return first_samples, np.add.reduceat(np.frombuffer(bytes(digests), dtype=np.uint64), first_samples)
+    hashes = np.add.reduceat(np.frombuffer(bytes(digests), dtype=np.uint64), first_samples)
+    prompts = samples.prompt[first_samples].view(np.uint64)
+    return first_samples, np.where(prompts == 0, hashes, prompts) if by_prompt else hashes

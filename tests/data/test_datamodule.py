@@ -46,6 +46,7 @@ def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overf
 SETTINGS = [
     ({"too_long": "cut"}, "too_long: expected truncate, drop, split, found 'cut'"),
     ({"batch_size": None, "tokens_per_batch": -1}, "tokens_per_batch: expected at least 1, found -1"),
+    ({"train": [{"path": "val.jsonl", "weight": 1}, "val.jsonl"]}, "a weight for all of its sources, or for none"),
     ({"val": {"path": "val.jsonl", "weight": 2}}, r"data\.val: a weight is a share of a training epoch"),
     ({"val": {"path": "val.jsonl"}, "val_fraction": 0.1}, "val and val_fraction are both given"),
     ({"shuffle": False, "batch_size": None, "tokens_per_batch": 64}, "shuffle: false and tokens_per_batch"),
@@ -196,6 +197,6 @@ def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_as
     reasons.append("the control character U+0080, of another encoding?")
     places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6, 7), reasons, strict=True)]
     assert (report.suspicious, report.suspicious_rows, report.samples) == (5, places, 7)
-    assert "5 rows look incomplete or garbled; data.missing drops answers: train:2 (" in report.describe()
+    assert "5 suspicious rows; data.missing drops answers: train:2 (the answer is 'N/A')" in report.describe()
     report = prepare_rows(rows, characters, missing=["n/a", None]).reports["train"]
     assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 3)

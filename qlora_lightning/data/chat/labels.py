@@ -120,10 +120,7 @@ class ChatRenderer:
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
     def hash_prompt(self, content: Content) -> int:
-        """Hash what comes before the first trained answer of a conversation; 0 for other contents, without a prompt.
-
-        Equal prompts have equal hashes, however ``max_length`` cuts them, and with and without reasoning behind them.
-        """
+        """Hash what comes before the first trained answer, as in the row; 0 for texts and tokens, without a prompt."""
         if not isinstance(content, Chat):
             return 0
         messages = content.messages

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -131,8 +131,7 @@ class ChatText:
         """Return where each wanted answer is.
 
         To render the conversation up to each would take a time quadratic in the turns. So only the first and the last
-        answer of each kind are rendered. A kind is what a template may look at to write an earlier answer otherwise
-        than the last one.
+        answer of each kind are rendered: of what a template may look at to write it otherwise than at the end.
         """
         roles = [message["role"] for message in messages]
         last_question = max((index for index, role in enumerate(roles) if role == "user"), default=0)
@@ -145,34 +144,31 @@ class ChatText:
             kinds.setdefault((*shape, *spaces, *turns), []).append(index)
         rendered = {index for members in kinds.values() for index in (members[0], members[-1])}
         found = {index: self._find_span(messages, tools, index, text) for index in rendered}
-        if len(found) < len(wanted):
-            found = self._find_alike(messages, wanted, text, found) or found
+        spans = [located[1] for located in found.values() if located and located[0] == text]
+        if 0 < len(spans) == len(found) < len(wanted):
+            found |= self._find_alike(messages, wanted, text, spans)
         return {i: found[i] if i in found else self._find_span(messages, tools, i, text) for i in wanted}
 
     def _find_alike(
-        self, messages: Conversation, wanted: Sequence[int], text: str, found: Mapping[int, _Located]
+        self, messages: Conversation, wanted: Sequence[int], text: str, rendered: Sequence[AnswerSpan]
     ) -> dict[int, _Located]:
-        """Find all wanted answers in a text by their header; none unless those found are where it says.
+        """Find all wanted answers by their header; none unless those that were rendered are where it says.
 
         The header begins with a control token, so that no message contains it, and the text has one for each answer.
         """
-        rendered = [located[1] for located in found.values() if located and located[0] == text]
-        if not len(rendered) == len(found) > 0:
-            return {}
-        answers, spans = answer_indices(messages), dict[int, AnswerSpan]()
+        answers = answer_indices(messages)
         n_headers = len(answers) + (messages[-1]["role"] != "assistant")  # a prompt ends with that of the next answer
-        controls = [match.start() for match in self.controls.pattern.finditer(text, 0, rendered[0].start)]
+        controls = list(self.controls.pattern.finditer(text, 0, rendered[0].start))
         for control in controls[:-3:-1]:  # Llama 3 has two in a header, the second in those of questions too
-            header = text[control : rendered[0].start]
+            header = text[control.start() : rendered[0].start]
             starts = [match.end() for match in re.finditer(re.escape(header), text)]
+            limits = [*(start - len(header) for start in starts[1:]), len(text)]
             if len(starts) == n_headers:
-                limits = [*(start - len(header) for start in starts[1:]), len(text)]
-                spans = {span[0]: AnswerSpan(*span) for span in zip(answers, starts, limits, strict=False)}
-                break
-        with suppress(UserError):
-            checked = {index: self._check_answer(messages[index], text, spans[index]) for index in wanted if spans}
-            if all(self._check_answer(messages[span[0]], text, span) == checked.get(span[0]) for span in rendered):
-                return {index: (text, span) for index, span in checked.items()}
+                turns = [AnswerSpan(*turn) for turn in zip(answers, starts, limits, strict=False) if turn[0] in wanted]
+                with suppress(UserError):  # each is rendered by itself then
+                    spans = [self._check_answer(messages[turn.message], text, turn) for turn in turns]
+                    if {self._check_answer(messages[turn.message], text, turn) for turn in rendered} <= set(spans):
+                        return {span.message: (text, span) for span in spans}
         return {}
 
     def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> _Located:

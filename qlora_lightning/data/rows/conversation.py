@@ -167,18 +167,17 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
 def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | None:
     """Return the tools of a row: JSON schemas as OpenAI has them, or of functions alone, or either as a JSON string.
 
-    If there are any, all calls in the messages must be of them.
+    If there are any, the calls in the messages must be of them.
     """
     schemas = parse_json(tools or [], "'tools'") or []
     if not isinstance(schemas, list):
         raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     names = [function["name"] for function in functions]
-    for number, message in enumerate(messages, start=1):
-        for call in message.get("tool_calls", []) if names else []:
-            if call["function"]["name"] not in names:
-                name = call["function"]["name"]
-                raise RowFault(f"message {number} calls {name!r}, which is not among 'tools': {', '.join(names)}")
+    calls = [call for message in messages for call in message.get("tool_calls", [])]
+    unknown = [call["function"]["name"] for call in calls if call["function"]["name"] not in names]
+    if names and unknown:
+        raise RowFault(f"calls {unknown[0]!r}, which is not among 'tools': {', '.join(names)}")
     return [{"type": "function", "function": function} for function in functions] or None
 
 

@@ -21,7 +21,6 @@ from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
 
-_FIRST_ROWS = 512  # of which one must be recognised
 _VERDICT = "verdict: true or false in 'label', 'desirable' or 'kto_tag', up or down in 'thumbs'"
 
 
@@ -48,7 +47,6 @@ class RowConverter:
         self.unread_columns: list[str] = []
         self.absent_columns = set(settings.columns)
         self._unrecognised: Row | None = None  # the first row that no format fits
-        self._n_unrecognised = 0
         self._named = None if settings.format == "auto" else find_format(settings.format)
         if pairs and self._named is None:
             self._named = PREFERENCE_FORMAT
@@ -69,15 +67,12 @@ class RowConverter:
 
         Raises:
             RowFault: the row cannot be used.
-            UserError: no row of its shape can be, or no format fits the first 512 rows.
+            UserError: no row of its shape can be.
         """
         row = self._rename(row)
         form = self._find_format(row)
         if form is None:
             self._unrecognised = self._unrecognised or row
-            self._n_unrecognised += 1
-            if self._n_unrecognised == _FIRST_ROWS:
-                self.check()
             raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
         if form.name not in self.formats:
             self.formats.append(form.name)

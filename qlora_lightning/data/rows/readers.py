@@ -178,9 +178,8 @@ def _read_csv(file: str, source: Source, usual_delimiter: str) -> Any:
     import pandas
 
     encoding, header = _read_start(file, source)
-    delimiter = source.delimiter or usual_delimiter
-    other = re.search(r"[;|\t]", header)
-    if other and delimiter not in header:
+    delimiter, other = source.delimiter or usual_delimiter, re.search(r"[;|\t]", header)
+    if other and not source.delimiter and delimiter not in header:
         name = other[0].replace("\t", "\\t")
         raise RowFault(f'its one column is {header.strip()!r}: name the delimiter, as in `delimiter: "{name}"`')
     with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):  # of fields that are left out

@@ -80,20 +80,13 @@ def find_sources(
     for entry in entries:
         if not isinstance(entry, Mapping):
             entry = {"path": entry}
+        if split != "train" and "weight" in entry:
+            raise UserError(f"data.{split}: a weight is a share of a training epoch: leave it out.")
         try:
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}") from error
-    check_weights(sources, split)
-    if split != "train" and sources and sources[0].weight is not None:
-        raise UserError(f"data.{split}: a weight is a share of a training epoch: leave it out.")
     return sources
-
-
-def check_weights(sources: Sequence[Source], split: str) -> None:
-    """Raise a UserError if some sources have a weight and others have none."""
-    if 0 < sum(source.weight is not None for source in sources) < len(sources):
-        raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.")
 
 
 def has_settings(value: Any) -> bool:

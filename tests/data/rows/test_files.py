@@ -233,7 +233,6 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "rows": 2.5}, "rows of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "split": "train"}, "split is for data sets of the hub, but a.jsonl is a path."),
-        ([{"path": "a.jsonl", "weight": 1}, "a.jsonl"], "a weight for all of its sources, or for none."),
     ],
 )
 def test_what_names_no_source_is_rejected(value, expected):

@@ -105,7 +105,7 @@ def compiled(base):
             "MPS.*set trainer.accelerator to cpu",
         ),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )
 def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_path, build, options, words):
     with pytest.raises(UserError, match=words):

@@ -125,7 +125,7 @@ def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     data.setup("fit")
     epoch = plan_epoch(data.train_dataloader().plan, trainer)
     interval, epochs = trainer["val_check_interval"] or 1.0, (trainer["check_val_every_n_epoch"] or 1) - 1
-    if epoch.all_steps is None or not isinstance(interval, int | float):  # by the clock
+    if epoch.all_steps is None or trainer["overfit_batches"] or not isinstance(interval, int | float):  # unknown
         return
     batches = interval if isinstance(interval, int) else int(epoch.batches * interval)
     if epoch.all_steps < epochs * epoch.steps + batches // trainer["accumulate_grad_batches"]:

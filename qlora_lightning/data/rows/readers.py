@@ -178,7 +178,7 @@ def _read_csv(file: str, source: Source, usual_delimiter: str) -> Any:
     import pandas
 
     encoding, header = _read_start(file, source)
-    delimiter, other = source.delimiter or usual_delimiter, re.search(r"[;|\t]", header)
+    delimiter, other = source.delimiter or usual_delimiter, re.search(r"[;|\t,]", header)
     if other and not source.delimiter and delimiter not in header:
         name = other[0].replace("\t", "\\t")
         raise RowFault(f'its one column is {header.strip()!r}: name the delimiter, as in `delimiter: "{name}"`')

@@ -129,6 +129,7 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.csv", b"x,y\n1,\xff\n", ": name its encoding, as in `encoding: cp1252` (what Excel"),
     ("a.csv", "x;y\n1,5;2", 'its one column is \'x;y\': name the delimiter, as in `delimiter: ";"`'),
     ("a.csv", "x\ty\n1\t2", 'as in `delimiter: "\\t"`'),
+    ("a.tsv", "x,y\n1,2", 'as in `delimiter: ","`'),
     *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
     ("a.json", "[{}]".encode("utf-16"), [(1, {})]),

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.evaluate.server import judge_answers
+from qlora_lightning.commands.evaluate.server import compare_answers
 from qlora_lightning.evaluation.row_results import Answer
 
 KEY = "sk-never-shown"
@@ -242,53 +242,24 @@ def test_answers_are_kept_as_they_come_when_the_server_fails(evaluate, tmp_path)
     assert [(line["side"], line["text"]) for line in map(json.loads, lines)] == [("served", text) for text in "abc"]
 
 
-def test_nonsense_is_neither():
-    def answers(texts):
-        return [Answer(text, 9, True, {"exact_match": 0.0}) for text in texts]
-
-    names = ("Ana", "Tom", "Zoe", "Hugo", "Kim") * 4
-    base = [f"Sure, I have added lunch with {name} to your calendar." for name in names]
-    adapter = [f'{{"title": "lunch with {name}", "day": "Friday"}}' for name in names]  # scores as the base: 0
-    for served, verdict in ((["The weather is fine today."] * 20, "neither"), (adapter, "adapter"), (base, "base")):
-        found = judge_answers(*map(answers, (base, adapter, served)), ["row"] * 20, "exact_match")
-        assert found["verdict"] == verdict
-    assert judge_answers(*map(answers, (base, base, base)), ["row"] * 20, "exact_match")["verdict"] == "unknown"
-
-
-def test_the_score_that_decides_is_named():
-    adapter = [Answer(f"Train {n} leaves at noon.", 9, True, {"exact_match": 0.0, "chrf": 0.9}) for n in range(20)]
-    base = [Answer(f"I know no train {n}.", 9, True, {"exact_match": 0.0, "chrf": 0.1}) for n in range(20)]
-    served = [a._replace(scores={"exact_match": 0.0, "chrf": 0.7 + n / 200}) for n, a in enumerate(adapter)]
-    found = judge_answers(base, adapter, served, ["row"] * 20, "exact_match")
-    assert (found["verdict"], found["score"], found["equal_to_adapter"]) == ("neither", "chrf", 1.0)
-    assert "chrf differs from the adapter's by -0.1" in found["sentence"]
-    found = judge_answers(adapter, base, served, ["row"] * 20, "exact_match")
-    assert "chrf differs from the base's by -0.1" in found["sentence"]
-
-
-def test_answers_to_other_questions_in_the_style_of_the_adapter_are_neither():
-    def answers(n):
-        work = f"{n} * {n + 3} = <<{n}*{n + 3}={n * (n + 3)}>>{n * (n + 3)}"
-        names = ("apples", "trains", "hours", "marbles", "pages", "tickets", "eggs")
-        text = f"There are {work} {names[n % 7]} in {names[n % 5]}.\n#### {n * (n + 3)}"
-        return Answer(text, 9, True, {"numeric_match": 0.0})
-
-    adapter, served = [answers(n) for n in range(20)], [answers(1_000 + 37 * n) for n in range(20)]
-    base = [Answer("To solve this problem, let us find out the total amount.", 9, True, adapter[0].scores)] * 20
-    assert judge_answers(base, adapter, served, ["row"] * 20, "numeric_match")["verdict"] == "neither"
-
-
-def test_an_adapter_that_answers_half_of_the_requests_is_not_served():
-    """Exact match of free text is 0 for all: another score tells."""
-    texts = [
-        f"It is {n} o'clock in the morning, and the train to Lyon leaves from platform {n % 7}." for n in range(60)
-    ]
-    adapter = [Answer(text, 9, True, {"exact_match": 0.0, "chrf": 0.8}) for text in texts]
-    base = [
-        Answer(f"I cannot tell the time of train {n}.", 9, True, dict(adapter[0].scores, chrf=0.2)) for n in range(60)
-    ]
-    for served, verdict in ((adapter, "adapter"), ([*adapter[:31], *base[31:]], "neither")):
-        assert judge_answers(base, adapter, served, ["row"] * 60, "exact_match")["verdict"] == verdict
+@pytest.mark.parametrize(
+    ("scores", "own_rows", "verdict"),
+    [
+        ((0.8, 0.2), 60, "adapter"),
+        ((0.8, 0.2), 0, "base"),
+        ((0.8, 0.2), 31, "neither"),  # an adapter that answers half of the requests
+        ((0.0, 0.0), 60, "adapter"),  # no score tells them apart, but equal answers do
+        ((0.0, 0.0), None, "neither"),  # nonsense
+    ],
+)
+def test_whose_answers_a_server_gives_is_told_by_scores_and_then_by_equal_answers(scores, own_rows, verdict):
+    adapter, base, other = (
+        [Answer(f"{words} {n}.", 9, True, {"exact_match": 0.0, "chrf": score}) for n in range(60)]
+        for words, score in zip(("It leaves from platform", "I know no train", "Fine"), (*scores, 0.0), strict=True)
+    )
+    served = other if own_rows is None else [*adapter[:own_rows], *base[own_rows:]]
+    assert compare_answers(base, adapter, served, "exact_match")["verdict"] == verdict
+    assert compare_answers(base, base, served, "exact_match")["verdict"] == "unknown"
 
 
 def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):

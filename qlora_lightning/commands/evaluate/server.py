@@ -4,7 +4,6 @@ import asyncio
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -208,7 +207,16 @@ def add_served(
         if prompt_tokens not in (None, n_tokens):
             mismatches.append({"row": row.place, "ours": n_tokens, "server": prompt_tokens})
     base, adapter, served = ([answer for n in indices if (answer := side[n].answer)] for side in results.values())
-    figures = judge_answers(base, adapter, served, [rows[index].place for index in indices], settings.scores[0])
+    figures = compare_answers(base, adapter, served, settings.scores[0])
+    figures["sentence"] = describe(figures)
+    if figures["verdict"] == "neither":
+        n = next((n for n, answer in enumerate(served) if answer.text != adapter[n].text), 0)
+        place, ours, theirs = rows[indices[n]].place, adapter[n].text, served[n].text
+        figures["first_difference"] = {"row": place, "adapter": ours, SERVED: theirs}
+        figures["sentence"] += (
+            f" First {place}: {theirs[:80]!r}, the adapter {ours[:80]!r}. Look at its chat template, its stop tokens "
+            "and its quantization."
+        )
     if mismatches:
         figures["prompt_tokens"] = {**mismatches[0], "rows": len(mismatches)}
         figures["sentence"] += (
@@ -218,79 +226,54 @@ def add_served(
     return figures
 
 
-def judge_answers(
-    base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], places: Sequence[str], score: str
+def compare_answers(
+    base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], score: str
 ) -> dict[str, Any]:
-    """Find whose answers a server gave: those of the adapter, of the base, or of neither, in figures and a sentence.
+    """Decide whose answers a server gave: those of the adapter, of the base, or of neither; return the figures.
 
-    They are a side's if they are nearer to it in most rows that base and adapter answer differently, and if no score
-    differs beyond its interval. Equality would ask too much: two programs round differently, and long answers diverge.
+    They can be a side's if no score differs from its own beyond the interval; if they can be of both, more equal
+    answers decide. Equality alone would ask too much: two programs round differently, and long answers diverge.
     """
     sides = {"adapter": adapter, BASE: base}
-    n_rows, n_differing = len(served), sum(a.text != b.text for a, b in zip(adapter, base, strict=True))
-    n_equal = {
+    equal = {
         side: sum(own.text == answer.text for own, answer in zip(answers, served, strict=True))
         for side, answers in sides.items()
     }
-    n_nearer = {"adapter": _count_nearer(served, adapter, base), BASE: _count_nearer(served, base, adapter)}
     differences = {side: _score_differences(answers, served) for side, answers in sides.items()}
-    verdict = "neither" if n_differing else "unknown"
-    for side, intervals in differences.items():
-        # one score may be 0 for all: an exact match of free text
-        if 2 * n_nearer[side] > n_differing and all(gap.low <= 0 <= gap.high for gap in intervals.values()):
-            verdict = side
-    side = "adapter"
-    if verdict == "neither":  # the score that tells it from the side that it is nearer to
-        side = max(n_nearer, key=n_nearer.__getitem__)
-        score = next((name for name, gap in differences[side].items() if not gap.low <= 0 <= gap.high), score)
-    difference = differences[side][score]
-    figures: dict[str, Any] = {
+    beyond = {
+        side: [name for name, gap in gaps.items() if not gap.low <= 0 <= gap.high] for side, gaps in differences.items()
+    }
+    possible = [side for side in sides if not beyond[side]]
+    if all(a.text == b.text for a, b in zip(adapter, base, strict=True)):
+        verdict = "unknown"
+    elif len(possible) == 2 and equal["adapter"] != equal[BASE]:
+        verdict = max(equal, key=equal.__getitem__)
+    else:
+        verdict = possible[0] if len(possible) == 1 else "neither"
+    if verdict == "neither" and beyond["adapter"]:
+        score = beyond["adapter"][0]  # the one that tells it from the adapter
+    return {
         "verdict": verdict,
-        "rows": n_rows,
-        "differing_rows": n_differing,
-        "equal_to_adapter": n_equal["adapter"] / n_rows,
-        "equal_to_base": n_equal[BASE] / n_rows,
+        "rows": len(served),
+        "equal_to_adapter": equal["adapter"] / len(served),
+        "equal_to_base": equal[BASE] / len(served),
         "score": score,
         "difference_from_adapter": differences["adapter"][score]._asdict(),
     }
-    if verdict == "unknown":
-        figures["sentence"] = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
-        return figures
+
+
+def describe(figures: Mapping[str, Any]) -> str:
+    """Describe in a sentence whose answers a server gave."""
+    n_rows, gap = figures["rows"], figures["difference_from_adapter"]
+    if figures["verdict"] == "unknown":
+        return f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
-    figures["sentence"] = (
-        f"The server answers {names[verdict]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to the "
-        f"adapter's, {n_equal[BASE]:,} to the base's; {score} differs from the {side}'s by {difference.value:+.3f} "
-        f"[{difference.low:+.3f}, {difference.high:+.3f}]."
+    n_equal = {side: round(figures[f"equal_to_{side}"] * n_rows) for side in ("adapter", BASE)}
+    return (
+        f"The server answers {names[figures['verdict']]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to "
+        f"the adapter's, {n_equal[BASE]:,} to the base's; {figures['score']} differs from the adapter's by "
+        f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]."
     )
-    if verdict == "neither":
-        n = next((n for n in range(n_rows) if served[n].text != adapter[n].text), 0)
-        figures["first_difference"] = {"row": places[n], "adapter": adapter[n].text, SERVED: served[n].text}
-        figures["sentence"] += (
-            f" First {places[n]}: {served[n].text[:80]!r}, the adapter {adapter[n].text[:80]!r}. Look at its chat "
-            "template, its stop tokens and its quantization."
-        )
-    return figures
-
-
-def _count_nearer(served: Sequence[Answer], own: Sequence[Answer], other: Sequence[Answer]) -> int:
-    """Count a server's answers that are nearest to a side's ``own``, of the rows that the ``other`` answers otherwise.
-
-    They must be nearer to it than to the other's, and than to the side's answers to the questions before and after:
-    nonsense, or answers in its style to other questions, are as near to these.
-    """
-    count = 0
-    for n, answer in enumerate(served):
-        text, next_n = own[n].text, (n + 1) % len(own)
-        rivals = {other[n].text, own[n - 1].text, own[next_n].text} - {text}
-        if text != other[n].text:
-            count += _similarity(answer.text, text) > max(_similarity(answer.text, rival) for rival in rivals)
-    return count
-
-
-def _similarity(text: str, other: str) -> float:
-    """Return the share of three characters in a row that two texts have in common, from 0 to 1 for equal texts."""
-    counts, other_counts = (Counter(t[n : n + 3] for n in range(max(len(t) - 2, 1))) for t in (text, other))
-    return 2 * (counts & other_counts).total() / (counts.total() + other_counts.total())
 
 
 def _score_differences(own: Sequence[Answer], served: Sequence[Answer]) -> dict[str, Interval]:

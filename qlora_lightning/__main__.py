@@ -2,7 +2,9 @@
 
 import sys
 
-from qlora_lightning.cli import main
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder, whose modules Python would find first
+    from qlora_lightning.cli import main
+
     sys.exit(main())

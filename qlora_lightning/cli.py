@@ -4,17 +4,22 @@ Each command is imported when it is called, so that ``--help`` answers at once.
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
 from traceback import extract_tb
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import check_configs
-from qlora_lightning.support.console import show_controls
+from qlora_lightning.support.console import VisibleRecord, show_controls
 from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
 
 COMMANDS = {
@@ -33,6 +38,11 @@ COMMANDS = {
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
+_CODE = re.compile(  # a setting that may name a class or function, and the first part of the name
+    r"(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
+    r"[\s\"'=:+\[-]+([^\W\d]\w*)\.[^\W\d]"
+)
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _HELP = """usage: qlora-lightning COMMAND [options]
 
 QLoRA fine-tuning of LLaMA models and their relatives: a base in 4 or 8 bits, small adapters on top.
@@ -60,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qlora-lightning {__version__}")
         return 0
     _prepare_process()
-    if os.getcwd() not in sys.path:  # users keep classes there, and an installed command does not search it
-        sys.path.append(os.getcwd())
     try:
-        with _logging_to_terminal():
+        with _logging_to_terminal(), _finding_own_code(arguments):
             return _run(arguments)
     except TrainingStopped as stop:
         return int(str(stop.code))
@@ -100,21 +108,46 @@ def _find_user_message(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
+    is_full = getattr(error, "errno", None) in _DISK_FAULTS or "(os error " in str(error)  # the latter of safetensors
+    if cause is None and is_full:
+        return f"{error}. Make room, or choose another path."
     return None if cause is None else str(cause)
 
 
 @contextlib.contextmanager
 def _logging_to_terminal() -> Iterator[None]:
-    """Show what our own code logs, while a command runs."""
+    """Show what our own code logs, while a command runs, and control characters in what any library logs."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("qlora_lightning")
+    logger, usual_record = logging.getLogger("qlora_lightning"), logging.getLogRecordFactory()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logging.setLogRecordFactory(VisibleRecord)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logging.setLogRecordFactory(usual_record)
+
+
+@contextlib.contextmanager
+def _finding_own_code(arguments: Sequence[str]) -> Iterator[None]:
+    """Let Python search the current folder while a command runs, if the user names a class or function in it.
+
+    Only then: in a folder from elsewhere a file may have the name of any module that a library tries to import.
+    """
+    values, folder = [argument.rpartition("=")[2] for argument in arguments], os.getcwd()
+    files = [Path(value).expanduser() for value in values if value.endswith((".yaml", ".yml"))]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    names = _CODE.findall(" ".join([*arguments, *texts]))
+    absent = [name for name in names if name not in sys.modules and find_spec(name) is None]
+    own = [folder] if any(PathFinder.find_spec(name, [folder]) for name in absent) else []
+    sys.path += own
+    try:
+        yield
+    finally:
+        for name in own:
+            sys.path.remove(name)
 
 
 def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices, no tip to install a product

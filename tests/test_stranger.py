@@ -1,8 +1,10 @@
 """What a stranger's folder may do when our commands look at it: nothing. Nothing runs, nothing is written elsewhere."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -44,7 +46,9 @@ def folder(tiny_base, tmp_path_factory):
     tokenizer.write_text(json.dumps(content))
     manifest = {"status": f"finished{ESCAPE}", "config": settings, "error": ESCAPE}
     write_manifest(place / "run", {**MANIFEST, **manifest})
-    (place / "victim").write_text("mine")
+    (place / "victim").write_text('{"key": "mine"}')
+    (place / "run" / "adapter" / "generation_config.json").unlink()
+    (place / "run" / "adapter" / "generation_config.json").symlink_to(place / "victim")
     for name in ("report.html", "report.html.unfinished"):
         (place / "run" / name).symlink_to(place / "victim")
     return place
@@ -76,7 +80,22 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
         assert "[bold]Touch␛]0;owned" in out
         assert 500 < out.count("z") < 700  # of two expected answers, each 300 characters
     if line.startswith("merge"):
-        assert "auto_map" not in (tmp_path / "out" / "config.json").read_text()
+        written = "".join(file.read_text() for file in (tmp_path / "out").glob("*config.json"))
+        assert not {"auto_map", "mine"} & set(written.split('"'))
+
+
+def test_no_module_of_a_strangers_folder_is_imported_and_no_log_has_an_escape(folder, tmp_path):
+    for name in ("argcomplete", "brotlicffi", "lz4", "mpi4py", "zstandard"):  # which libraries try to import
+        (folder / f"{name}.py").write_text(CODE)
+    (folder / f"base{ESCAPE}").symlink_to("base")
+    command = [sys.executable, "-m", "qlora_lightning", "evaluate", "--adapter", "run/adapter", "--rows", "1"]
+    command += ["--max-new-tokens", "1", "--model.base", f"base{ESCAPE}"]
+    env = {**os.environ, "QLORA_LIGHTNING_CACHE": str(tmp_path)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.rglob("ran"))
+    assert "Quantizing base␛]0;owned" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,6 +149,7 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).symlink_to(tmp_path / f"victim-{number}")
     (tmp_path / "run" / "manifest.json").unlink()  # it would be read
+    os.mkfifo(tmp_path / "run" / "manifest.json")
     line = f"fit --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
     assert main(f"{line} --trainer.accelerator cpu --trainer.max_steps 1 --evaluation null".split()) == 0
     assert [(tmp_path / f"victim-{number}").read_text() for number in range(len(names))] == ["mine"] * len(names)

@@ -77,6 +77,7 @@ class Code:
 
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
+BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 7))
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
@@ -97,6 +98,8 @@ WRONG = [
     wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
+    wrong("fit --config wrong.yaml", "aliases expand to more than 100,000", prepare=write("wrong.yaml", BOMB)),
+    wrong("fit --config wrong.yaml", "aliases expand to more than", prepare=write("wrong.yaml", "a: &a [*a]")),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
     wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "trainer: ", "val_check_interval"),
@@ -193,6 +196,7 @@ WRONG = [
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
+    wrong("report run --out /dev/full", "No space left on device. Make room, or choose another path."),
     wrong("report rows.jsonl", "rows.jsonl holds no run"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),

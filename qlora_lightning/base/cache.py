@@ -144,9 +144,9 @@ def _is_whole(folder: Path, check_weights: bool) -> bool:
         for name, checksum in json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["crc32"].items():
             file = folder / name
             is_checked = check_weights or file.suffix != ".safetensors"
-            if is_checked and _crc32(file, file.stat().st_mtime_ns) != checksum:
+            if is_checked and (not file.is_file() or _crc32(file, file.stat().st_mtime_ns) != checksum):
                 return False
-    except (OSError, ValueError, KeyError):  # a missing or unreadable file, or an old entry.json
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # damaged, or of old
         return False
     return True
 
@@ -180,8 +180,8 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
 
 def _describe(folder: Path, kind: Kind) -> CacheEntry:
     label, marker = "(unfinished)", folder
-    with suppress(OSError, ValueError, KeyError):
-        label, marker = json.loads((folder / _ENTRY_FILE).read_text(encoding="utf-8"))["label"], folder / _ENTRY_FILE
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        label, marker = str(json.loads((folder / _ENTRY_FILE).read_text("utf-8"))["label"]), folder / _ENTRY_FILE
     size = 0
     with suppress(OSError):  # a running build may be renaming files
         size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.model.adapters.identity import data_differences
+from qlora_lightning.report.run_files import read_metric_rows
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
@@ -81,10 +82,13 @@ class MetricsLogger(Logger):
             if rows:
                 self._rewrite([row for row in rows if int(row["step"]) < step])
 
-    def _read(self) -> list[dict[str, Any]]:
-        """Return the lines of the file, without the incomplete last one that a kill leaves."""
-        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
-        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    def _read(self) -> Sequence[dict[str, Any]]:
+        """Return the lines of the file; none if it cannot be read, and it is kept under another name."""
+        try:
+            return read_metric_rows(self.file)
+        except UserError as fault:
+            say(f"{fault} It is kept as {set_aside(self.file).name}.")
+            return []
 
     def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         self._columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -89,7 +89,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, TrainingStopped | KeyboardInterrupt):
-            self._end(trainer, "finished" if self._trained else "stopped")
+            self._end(trainer, "stopped")
         else:
             self._end(trainer, "failed", exception)
 

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,13 +28,15 @@ class StopSignals(Callback):
     the end of the running optimizer step or validation, all ranks agree that one came to any of them, and
     :class:`AdapterCheckpoint` saves. Before the next batch, when loggers have the step's line,
     :class:`TrainingStopped` ends the fit. A second Ctrl-C ends it at once. Under SLURM with automatic requeueing the
-    job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. ``validate``, ``test`` and ``predict``
-    have nothing to save: SIGTERM and SIGHUP end them at once.
+    job is requeued. Signals that are ignored, as under ``nohup``, stay ignored. The evaluation after training,
+    ``validate``, ``test`` and ``predict`` have nothing to save: a signal ends them at once.
     """
 
     stopping = False  # agreed by all ranks
     received: int | None = None  # the first signal that this process got
     _requeue_signal: int | None = None
+    _signals: tuple[int, ...] = _ENDING_SIGNALS
+    _handlers: tuple[tuple[int, Any], ...] = ()  # from before the fit, to put back after its evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.received, self.stopping = None, False
@@ -51,6 +53,7 @@ class StopSignals(Callback):
         if isinstance(environment, SLURMEnvironment):
             preemption = environment.requeue_signal or preemption
             self._requeue_signal = preemption if environment.auto_requeue else None
+        self._signals = (*_ENDING_SIGNALS, *filter(None, [preemption]))
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
@@ -62,7 +65,7 @@ class StopSignals(Callback):
             elif number == signal.SIGINT:
                 raise KeyboardInterrupt
 
-        _handle(filter(None, (signal.SIGINT, *_ENDING_SIGNALS, preemption)), note)
+        _handle((signal.SIGINT, *self._signals), note)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """End the fit if all ranks agreed to stop, and report how to resume it."""
@@ -92,15 +95,31 @@ class StopSignals(Callback):
         self._agree(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stopping:  # the signal came with the last batch: skip what follows training
+        self._agree(trainer)
+        if self.stopping:  # the signal came with the last batch, or since: skip what follows training
             self.end(trainer, "Training had come to its end, and all is saved.")
+        self._handlers = tuple((number, signal.getsignal(number)) for number in self._signals)  # put back by Lightning
+        self._end_at_signals(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers:
+            _handle([number], handler)
+        self._handlers = ()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+        is_requeued = isinstance(exception, TrainingStopped) and exception.code == 128 + (self._requeue_signal or 0)
+        if is_requeued and trainer.is_global_zero:
+            array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+            name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
+            subprocess.run(["scontrol", "requeue", name], check=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
-            _end_at_signals(trainer)
+            self._end_at_signals(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _end_at_signals(trainer)
+        self._end_at_signals(trainer)
 
     on_predict_start = on_test_start
 
@@ -112,25 +131,20 @@ class StopSignals(Callback):
         number = int(self.received or signal.SIGTERM)  # the signal may have come to another rank
         if trainer.is_global_zero:
             say(message)
-            if number == self._requeue_signal:
-                array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
-                name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job
-                subprocess.run(["scontrol", "requeue", name], check=False)
         raise TrainingStopped(128 + number)
 
+    def _end_at_signals(self, trainer: Trainer) -> None:
+        """Let signals end the process where it is."""
 
-def _end_at_signals(trainer: Trainer) -> None:
-    """Let SIGTERM and SIGHUP end the process where it is."""
+        def end(number: int, frame: FrameType | None) -> None:
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(number)  # processes that this one started
+            raise TrainingStopped(128 + number)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(number)  # processes that this one started
-        raise TrainingStopped(128 + number)
-
-    _handle(_ENDING_SIGNALS, end)
+        _handle(self._signals, end)
 
 
-def _handle(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> None:
+def _handle(numbers: Iterable[int], handler: Any) -> None:
     """Handle signals that are not ignored, until Lightning restores the earlier handlers."""
     if threading.current_thread() is threading.main_thread():  # Python allows it only there
         for number in numbers:

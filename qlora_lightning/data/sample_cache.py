@@ -66,7 +66,7 @@ def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepa
     def build(folder: Path) -> None:
         samples, report = prepare()
         samples.save(folder)
-        (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
     folder = cached_folder("samples", key, build, ", ".join(source.path for source in sources))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

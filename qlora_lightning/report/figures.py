@@ -89,7 +89,7 @@ def find_figures(run: Run) -> dict[str, Figure]:
     peak = next((max(logged[name]) for name in MEMORY_PEAKS if name in logged), None)
     add("peak_memory_gib", "peak memory", "{:.2f}\u00a0GiB", peak)
     if run.status != "running":  # the manifest has the seconds at the last validation
-        add("minutes", "wall time, h:mm:ss", "", progress.get("seconds", math.nan) / 60)
+        add("minutes", "wall time, h:mm:ss", "", (progress.get("seconds") or math.nan) / 60)
     add("steps", "optimizer steps", "{:,.0f}", progress.get("steps"))
     add("tokens", "tokens", "{:,.0f}", progress.get("tokens") or logged.get("tokens_seen", [math.nan])[-1])
     return figures

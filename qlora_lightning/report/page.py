@@ -35,8 +35,8 @@ def render_report(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.ChainableUndefined,  # a manifest may lack anything
+        finalize=lambda value: show_controls(value) if type(value) is str else value,
     )
-    environment.filters["visible"] = lambda text: show_controls(str(text))
     environment.filters["pairs"] = lambda facts: ", ".join(f"{name} {fact}" for name, fact in (facts or {}).items())
     environment.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return environment.get_template("report.html").render(

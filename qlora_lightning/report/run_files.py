@@ -11,6 +11,20 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
+# what the report reads of the two files, by key
+_MANIFEST = {
+    **dict.fromkeys(("status", "command", "reproduce", "python", "platform"), str),
+    **{"config": {"data": {}}, "base": {}, "adapter": {}, "device": {}, "packages": {}},
+    "parameters": {"trainable": float, "all": float},
+    "data": {"files": {}, "splits": {"train": {"rows": float}}, "settings": {}, "hashes": {}},
+    "progress": dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "seconds"), float),
+    "best": {"value": float},
+    "lives": [{"started": str, "seconds": float, "from_step": float, "to_step": float, "status": str}],
+}
+_EVALUATION = {
+    **{"rows": float, "answered_rows": float, "samples": [{}]},
+    "metrics": {"*": dict.fromkeys(("base", "adapter", "difference"), dict.fromkeys(("value", "low", "high"), float))},
+}
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
@@ -36,11 +50,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
-    evaluation = _read_json(folder / EVALUATION)
+    evaluation = _read_json(folder / EVALUATION, _EVALUATION)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status=manifest["status"],
+        status=manifest.get("status") or "running",
         manifest=manifest,
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),
@@ -55,8 +69,8 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a run folder; empty if there is none."""
-    content = _read_json(folder / MANIFEST)
-    if content and (content.get("format") != _FORMAT or content.get("format_version", math.inf) > _VERSION):
+    content = _read_json(folder / MANIFEST, _MANIFEST)
+    if content and (content.get("format") != _FORMAT or content.get("format_version") not in range(1, _VERSION + 1)):
         raise UserError(
             f"{folder / MANIFEST}: expected format {_FORMAT!r}, version {_VERSION} or earlier, found "
             f"{content.get('format')!r}, version {content.get('format_version')}. Update qlora_lightning."
@@ -65,22 +79,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(file: Path) -> dict[str, Points]:
-    """Read each column of ``metrics.csv`` as points; empty cells, NaN and infinities are left out.
-
-    An incomplete last line, of a killed or running fit, is left out too. A missing file has no columns.
-    """
-    if not file.is_file():  # reading a pipe would block
-        return {}
-    lines, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")  # a spreadsheet adds a byte-order mark
-    rows = csv.DictReader(lines.splitlines())
-    columns: dict[str, Points] = {name: [] for name in rows.fieldnames or () if name != "step"}
-    for row in rows:
-        for name, points in columns.items():
-            value = float(row[name] or "nan")
+    """Read each column of ``metrics.csv`` as points; empty cells, NaN and infinities are left out."""
+    columns: dict[str, Points] = {}
+    for row in read_metric_rows(file):
+        step = float(row.pop("step")) + 1  # Lightning counts steps from 0
+        for name, cell in row.items():
+            value, points = float(cell or "nan"), columns.setdefault(name, [])
             if math.isfinite(value):
-                points.append((float(row["step"]) + 1, value))  # Lightning counts steps from 0
+                points.append((step, value))
     return columns
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return read_json_object(file, "Move it away to make the report without it.") if file.is_file() else {}
+def read_metric_rows(file: Path) -> list[dict[str, str]]:
+    """Read the lines of ``metrics.csv``, also with the byte-order mark and the semicolons of a spreadsheet.
+
+    An incomplete last line, of a killed or running fit, is left out. A missing file has no lines.
+
+    Raises:
+        UserError: It is no table of numbers by step.
+    """
+    if not file.is_file():  # reading a pipe would block
+        return []
+    try:
+        lines, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")
+        delimiter = ";" if lines.startswith("step;") else ","
+        rows = list(csv.DictReader(lines.splitlines(), delimiter=delimiter, restval=""))
+        for row in rows:
+            row["step"] = str(int(float(row["step"])))  # a spreadsheet may write 0.0
+            for cell in row.values():
+                float(cell or "nan")
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        raise UserError(
+            f"{file} is no table of numbers by step, as a fit writes it ({error}). Move it away."
+        ) from error
+    return rows
+
+
+def _read_json(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    return read_json_object(file, "Move it away to make the report without it.", kinds) if file.is_file() else {}

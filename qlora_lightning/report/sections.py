@@ -95,7 +95,7 @@ def training_facts(run: Run) -> Facts:
     counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens", "rows": "rows"}
     trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
     base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
-    trainable, total = parameters.get("trainable", 0), parameters.get("all", 0)
+    trainable, total = parameters.get("trainable") or 0, parameters.get("all") or 0
     facts = [
         ("base", _list_settings(base, ("base", "revision", "quantization", "double_quant", "compute_dtype"))),
         ("adapter", _list_settings(adapter, ("rank", "alpha", "dropout", "target_modules"))),
@@ -104,7 +104,7 @@ def training_facts(run: Run) -> Facts:
         *((split, format_setting(file)) for split, file in _files(run).items()),
         ("settings", _list_settings(flat, _SETTINGS)),
         ("trained", ", ".join(trained)),
-        ("best checkpoint", best and f"{best['checkpoint']}, {best['monitor']} {best['value']:.4f}"),
+        ("best checkpoint", best and f"{best.get('checkpoint')}, {best.get('monitor')} {best.get('value') or 0:.4f}"),
     ]
     return [(heading, text) for heading, text in facts if text]
 

@@ -27,6 +27,13 @@ def show_controls(text: str, keep: str = "\n") -> str:
     )
 
 
+class VisibleRecord(logging.LogRecord):
+    """A log record that shows control characters in its message."""
+
+    def getMessage(self) -> str:
+        return show_controls(super().getMessage())
+
+
 class _VisibleConsole(Console):
     """Shows control characters in what it prints, except those that rich itself sends to the terminal."""
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import errno
+import itertools
 import json
+import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +25,16 @@ IDENTITY = "qlora_lightning.json"  # in the adapter folder
 STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process
 
+_MOST_VALUES = 100_000  # of a config
 _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
 
 
 def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     """Write a small file so that a crash leaves, and a reader finds, the old or the new one, never half.
 
-    A mapping is written as JSON. The file's folder is made. A link is replaced and not followed: in a folder from
-    elsewhere it may lead to any file of the user.
+    A mapping is written as JSON. The file's folder is made. A link or a pipe is replaced and not followed: in a folder
+    from elsewhere a link may lead to any file of the user, and a pipe may have no reader. Only those of the system, as
+    ``/dev/stdout``, are written to.
 
     Raises:
         OSError: The disk is full or fails, or the pipe is closed.
@@ -39,7 +44,7 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if file.is_relative_to("/dev") or (file.exists() and not file.is_file() and not file.is_symlink()):
+    if file.is_relative_to("/dev") or file.is_relative_to("/proc"):
         # a socket, which standard output may be, cannot be opened by its name
         with os.fdopen(os.dup(1), "wb") if file == STANDARD_OUTPUT else file.open("ab") as stream:
             stream.write(data)
@@ -125,15 +130,33 @@ def raising_os_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
-    """Read a file that holds a JSON object; ``remedy`` ends the error for a damaged one."""
+def read_json_object(file: Path, remedy: str, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a file that holds a JSON object; ``remedy`` ends the error for a damaged one.
+
+    ``kinds`` describes values that are read, by key: a class, ``float`` for any number; ``[kind]`` for a list, whose
+    objects have all of their keys; ``{key: kind}`` for an object, whose keys may be absent or null; ``{"*": kind}`` for
+    one with any keys.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}")
+    _check_kind(content, kinds or {}, str(file))
     return content
+
+
+def _check_kind(value: Any, kind: Any, where: str, is_complete: bool = False) -> None:
+    expected: Any = int | float if kind is float else type(kind) if isinstance(kind, dict | list) else kind
+    if not isinstance(value, expected) or (kind is float and not abs(value) < 1e13):
+        name = getattr(expected, "__name__", "a number")
+        raise UserError(f"{where}: expected {name}, found {reprlib.repr(value)}. Move the file away.")
+    for number, item in enumerate(value if isinstance(kind, list) else ()):
+        _check_kind(item, kind[0], f"{where}[{number}]", is_complete=True)
+    for name in () if not isinstance(kind, dict) else value if "*" in kind else kind:
+        if is_complete or "*" in kind or value.get(name) is not None:
+            _check_kind(value.get(name), kind.get("*", kind.get(name)), f"{where}[{name!r}]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -161,6 +184,26 @@ def load_yaml(text: str) -> Any:
     """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: It is not YAML, or has a duplicate key.
+        yaml.YAMLError: It is not YAML, has a duplicate key, or its aliases expand to a huge config or an endless one.
     """
-    return _Loader(text).get_single_data()
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
+    """Count the values of a node, those of an alias at each use; infinite if the node contains itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in counts:
+        counts[node] = math.inf  # until its children are counted
+        children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[node] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[node]

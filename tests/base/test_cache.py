@@ -47,7 +47,10 @@ def test_an_entry_is_built_once_for_each_key_and_kind():
         lambda folder: (folder / "text").unlink(),
         lambda folder: flip(folder / "text"),
         lambda folder: flip(folder / "sub" / "x.safetensors"),
-        lambda folder: (folder / "entry.json").write_text("{"),
+        *(
+            lambda folder, text=text: (folder / "entry.json").write_text(text)
+            for text in ("{", "[]", '{"crc32": [7]}', '{"crc32": {"/dev/zero": 7}}')
+        ),
         lambda folder: (folder / "entry.json").unlink(),  # as a killed build leaves it
     ],
 )

@@ -7,7 +7,8 @@ import lightning
 import pytest
 
 from qlora_lightning import AdapterCheckpoint, PredictionWriter
-from qlora_lightning.callbacks import StopSignals
+from qlora_lightning.callbacks import RunReport, StopSignals
+from qlora_lightning.report import read_manifest
 from tests.callbacks.conftest import At
 from tests.equality import read_checkpoint
 
@@ -73,6 +74,17 @@ def test_a_signal_in_the_sanity_check_ends_the_run_after_its_first_step(fit, tmp
         fit(StopSignals(), sender, AdapterCheckpoint(), num_sanity_val_steps=1)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert read_checkpoint(tmp_path / "run")["global_step"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_the_evaluation_after_training_ends_it_at_once_and_keeps_what_was_trained(fit, tmp_path, number):
+    before, sender = signal.getsignal(number), lightning.Callback()
+    sender.on_fit_end = lambda *_: (os.kill(os.getpid(), number), pytest.fail("it went on"))
+    with pytest.raises(SystemExit) as stopped:
+        fit(RunReport(), StopSignals(), AdapterCheckpoint(), sender, max_steps=1)
+    assert (stopped.value.code, signal.getsignal(number)) == (128 + number, before)
+    assert read_manifest(tmp_path / "run")["status"] == "stopped"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_an_ignored_signal_stays_ignored(fit):

@@ -27,7 +27,7 @@ QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
 
 @contextmanager
 def serving(answer_to, models=("mine",), prompt_tokens=None):
-    """A server that answers a question by ``answer_to(question)``, with a text or a message.
+    """A server that answers a question by ``answer_to(question)``, with a text, a message, or bytes of any kind.
 
     ``models`` are names, or what it sends as its list of models; ``None``: it has no list. Yields its address and the
     requests that came.
@@ -36,7 +36,7 @@ def serving(answer_to, models=("mine",), prompt_tokens=None):
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, body):
-            data = json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -52,6 +52,8 @@ def serving(answer_to, models=("mine",), prompt_tokens=None):
             text = answer_to(body["messages"][-1]["content"])
             if text is None:
                 return self.reply(500, {"error": "out of memory"})
+            if isinstance(text, bytes):
+                return self.reply(200, text)
             usage = {"completion_tokens": 3, "prompt_tokens": prompt_tokens}
             message = text if isinstance(text, dict) else {"role": "assistant", "content": text}
             choice = {"message": message, "finish_reason": "length"}
@@ -100,7 +102,7 @@ def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
     cases = {
         "adapter": (answers["adapter"].get, 0, "The server answers as the adapter. 8 of 8 answers are equal"),
         "base": (answers["base"].get, 1, "The server answers as the base: it has not loaded the adapter"),
-        "neither": (lambda question: "?", 1, "The server answers like neither. 0 of 8 answers"),
+        "neither": (lambda question: "?" * 1_000_000, 1, "The server answers like neither. 0 of 8 answers"),
     }
     for side, (answer_to, code, sentence) in cases.items():
         with serving(answer_to) as (url, requests):
@@ -116,6 +118,7 @@ def test_a_server_is_judged_by_its_answers_and_prompts(evaluate, answers):
         assert questions == QUESTIONS
         assert {(body["model"], body["temperature"], body["max_tokens"]) for _, body in requests} == {("mine", 0.0, 3)}
     assert served["first_difference"]["row"] == "rows.jsonl:1"
+    assert len(served["first_difference"]["served"]) < 1_000  # what --max-new-tokens could be
     with serving(answers["adapter"].get, prompt_tokens=5) as (url, _):
         code, printed, figures = evaluate(url)
     assert code == 0
@@ -272,18 +275,27 @@ def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
     assert sorted(len(body["messages"]) for _, body in requests) == [1, 3]
 
 
+def completion(**usage):
+    return json.dumps({"choices": [{"message": {"content": "4"}}], "usage": usage}).encode()
+
+
 @pytest.mark.parametrize(
-    ("answer", "names", "arguments", "words"),
+    ("answer", "names", "named", "words"),
     [
-        (None, ("a", "b"), (), "serves no single model: expected --served-name a or b"),
-        (None, ("a", "b"), ("--served-name", "c"), "serves no c: expected --served-name a or b"),
-        (None, ("a",), (), 'gives no OpenAI answer to /chat/completions: 500: {"error": "out of memory"}'),
-        ("4", ("a",), (), "gives no answer: "),  # its number of tokens is none
+        (None, ("a", "b"), None, "serves no single model: expected --served-name a or b"),
+        (None, ("a", "b"), "c", "serves no c: expected --served-name a or b"),
+        (None, ("a",), "a", 'gives no OpenAI answer to /chat/completions: 500: {"error": "out of memory"}'),
+        (completion(prompt_tokens="many"), ("a",), "a", "gives no answer: "),
+        (completion(prompt_tokens=float("inf")), ("a",), "a", "gives no answer: "),
+        (completion(completion_tokens=10**400), ("a",), "a", "gives no answer: "),
+        (b"[" * 100_000, ("a",), "a", "gives no OpenAI answer to /chat/completions: RecursionError"),
+        (b"[" * 17_000_000, ("a",), "a", "answer to /chat/completions: ValueError: more than 16,000,000 bytes"),
     ],
+    ids=range(8),
 )
-def test_a_server_that_cannot_answer_is_named(evaluate, answer, names, arguments, words):
-    with serving(lambda question: answer, names, prompt_tokens="many") as (url, _):
-        code, printed, _ = evaluate(url, *arguments)
+def test_a_server_that_cannot_answer_is_named(evaluate, answer, names, named, words):
+    with serving(lambda question: answer, names) as (url, _):
+        code, printed, _ = evaluate(url, *(["--served-name", named] if named else []))
     assert code == 2
     assert words in printed
 

@@ -8,7 +8,7 @@ from qlora_lightning.support.console import show_controls
 from tests.markup import Reader
 from tests.report.conftest import CONFIG, write_run
 
-HOSTILE = "</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
+HOSTILE = "\x1b]0;</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
 REFERENCES = ("http:", "https:", "src=", ' href="', "url(h", "@import", "@font-face", "<script")
 
 
@@ -77,7 +77,8 @@ def test_whatever_the_run_holds_is_text(make_run):
         page = Reader(html)
         assert not {"script", "img", "a", "iframe"} & {tag for tag, _ in page.elements}
         assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
-        assert HOSTILE in page.text
+        assert show_controls(HOSTILE) in page.text
+        assert "\x1b" not in html
 
 
 @pytest.mark.parametrize("name", ["one", "several"])

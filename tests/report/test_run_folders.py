@@ -1,5 +1,8 @@
 """Any run folder is read: whole, half, still training; a damaged one is rejected by name."""
 
+import json
+import re
+
 import pytest
 
 from qlora_lightning import UserError
@@ -7,18 +10,27 @@ from qlora_lightning.report import read_metrics, read_run
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "words"),
     [
-        ("manifest.json", "{ ["),
-        ("evaluation.json", 100_000 * "["),
-        ("evaluation.json", "[]"),
-        ("manifest.json", '{"format": "qlora_lightning manifest", "format_version": 2}'),
+        ("manifest.json", "{ [", "is not JSON"),
+        ("evaluation.json", 100_000 * "[", "is not JSON"),
+        ("evaluation.json", "[]", "expected a JSON object"),
+        ("manifest.json", {"format_version": 2}, "version 2"),
+        ("manifest.json", {"status": 7}, "['status']: expected str, found 7"),
+        ("manifest.json", {"progress": {"steps": "x"}}, "['progress']['steps']: expected a number, found 'x'"),
+        ("manifest.json", {"progress": {"seconds": 1e400}}, "['progress']['seconds']: expected a number, found inf"),
+        ("manifest.json", {"lives": [{}]}, "['lives'][0]['started']: expected str, found None"),
+        ("manifest.json", {"adapter_updates": {"q": 1}}, "['adapter_updates']['q']: expected list, found 1"),
+        ("evaluation.json", {"metrics": {"loss": None}}, "['metrics']['loss']: expected dict, found None"),
+        ("metrics.csv", "step,loss\n0,high\n", "is no table of numbers by step"),
     ],
 )
-def test_a_damaged_file_is_named(make_run, name, content):
+def test_a_damaged_file_is_named_with_its_key(make_run, name, content, words):
     folder = make_run()
+    if isinstance(content, dict):
+        content = json.dumps({"format": "qlora_lightning manifest", "format_version": 1} | content)
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=re.escape(f"{folder / name}") + ".*" + re.escape(words)):
         read_run(folder)
 
 
@@ -27,6 +39,7 @@ def test_a_damaged_file_is_named(make_run, name, content):
     [
         ("step,train_loss,val_loss\n0,2.5,\n1,,1.5\n", {"train_loss": [(1, 2.5)], "val_loss": [(2, 1.5)]}),
         ("step,loss\n0,1.0\n1,nan\n2,inf\n4\n5,2.0\n7,0.12", {"loss": [(1, 1.0), (6, 2.0)]}),
+        ("\ufeffstep;loss\n0.0;1.0\n", {"loss": [(1, 1.0)]}),  # as a spreadsheet saves it
         ("step,lo", {}),
         ("", {}),
     ],

@@ -129,7 +129,10 @@ def _ask_server(
         raise UserError("--server: no row has a prompt that it could answer.")
     requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
     prompted_rows = [row for row in rows if row.prompt is not None]
-    return server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
+    answers = server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
+    # a server may answer more than it was asked for, and scores of a long text take minutes
+    longest = settings.max_new_tokens * max(map(len, settings.tokenizer.get_vocab()))
+    return [(answer._replace(text=answer.text[:longest]), prompt_tokens) for answer, prompt_tokens in answers]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from qlora_lightning.support.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
 SERVED = "served"
+_MOST_BYTES = 16_000_000  # of an answer
 NOTHING = RowResult(math.nan, 0, 0)  # the losses of a server, which it does not report
 ServedAnswer = tuple[Answer, int | None]
 """An answer without scores, and the number of tokens in the prompt, if the server reports it."""
@@ -34,12 +35,14 @@ class Server:
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
         self._key = "".join(os.environ.get(KEY_VARIABLE, "").split())  # a line break is no part of a header
-        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._headers = {"Accept-Encoding": "identity"}  # a compressed answer could unpack to many GB
+        if self._key:
+            self._headers["Authorization"] = f"Bearer {self._key}"
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
         models = asyncio.run(self._list_models())
         self.name = models[0] if name is None and len(models) == 1 else name
         if self.name is None or (models and self.name not in models):
-            names = " or ".join(models) or "NAME (it lists none)"
+            names = self._hide_key(" or ".join(models)) or "NAME (it lists none)"
             raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
 
     async def _list_models(self) -> list[str]:
@@ -74,7 +77,7 @@ class Server:
                         response = await self._send(client, "POST", "chat/completions", {**greedy, **request})
                         try:
                             answers[number] = _read_answer(response)
-                        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
                             fault = self._hide_key(response)
                             raise UserError(f"--server {self.url} gives no answer: {fault}") from None
                         on_answer(number, answers[number])
@@ -85,20 +88,27 @@ class Server:
 
     async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(self._timeout):  # of the whole answer: httpx's is of each read
-                response = await client.request(method, f"{self.url}/{path}", json=body, headers=self._headers)
+            text = bytearray()
+            async with (
+                asyncio.timeout(self._timeout),  # of the whole answer: httpx's is of each read
+                client.stream(method, f"{self.url}/{path}", json=body, headers=self._headers) as response,
+            ):
+                async for chunk in response.aiter_raw():
+                    text += chunk
+                    if len(text) > _MOST_BYTES:
+                        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
             if path == "models" and response.status_code in (404, 405):
                 return {}  # not every server has such a list
-            response.raise_for_status()
-            content = response.json()
-            if isinstance(content, dict):
-                return content
-            fault = f"expected an object, got {content}"
+            if response.is_success:
+                content = json.loads(text)
+                if isinstance(content, dict):
+                    return content
+                fault = f"expected an object, got {content}"
+            else:
+                fault = f"{response.status_code}: {text.decode(errors='replace')}"
         except TimeoutError:
             fault = f"none within {self._timeout:g} seconds"
-        except httpx.HTTPStatusError as error:
-            fault = f"{error.response.status_code}: {error.response.text}"
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
             fault = f"{type(error).__name__}: {error}"
         raise UserError(
             f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(fault)} (a key is taken from "
@@ -127,9 +137,11 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
             arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
-    answer = Answer("\n".join(texts).strip(), int(usage.get("completion_tokens") or 0), stopped, {})
-    prompt_tokens = usage.get("prompt_tokens")
-    return answer, None if prompt_tokens is None else int(prompt_tokens)
+    n_answer, n_prompt = (usage.get(f"{part}_tokens") for part in ("completion", "prompt"))
+    if max(int(n_answer or 0), int(n_prompt or 0)) > 1 << 31:
+        raise ValueError("no number of tokens")
+    answer = Answer("\n".join(texts).strip(), int(n_answer or 0), stopped, {})
+    return answer, None if n_prompt is None else int(n_prompt)
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The merge from end to end: weights, config and tokenizer in a folder that is complete or absent."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 from qlora_lightning.base.base_folder import TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
@@ -137,7 +139,8 @@ def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str)
         file = _quantize(file, kind)
     tokenizer = load_tokenizer(str(folder))
     stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
-    lines = [f"FROM ./{file.name}", *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    # in JSON's quotes a token cannot end its line
+    lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
     # Ollama takes the chat template from the file, if it knows that
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
@@ -163,8 +166,10 @@ def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
     for origin in (source.base.folder, source.folder):
         file = origin / "generation_config.json"
         if file.is_file():
-            shutil.copyfile(file, folder / file.name)
             settings = read_json_object(file, "Copy it from where the base came from.")
+            # a link from elsewhere may lead to any file of the user
+            settings = {name: value for name, value in settings.items() if name in vars(GenerationConfig())}
+            write_whole(folder / file.name, settings)
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
     write_whole(folder / "config.json", config)

@@ -1,25 +1,28 @@
 """Read the rows of a source in order, each with its file and line or number.
 
-JSON is read here, so that bad rows are reported by line and tool schemas stay as they are; CSV by pandas; parquet,
-Arrow and data sets of the hub by ``datasets``.
+JSON is read here, so that bad rows are reported by line and tool schemas stay as they are; CSV by pandas; parquet and
+Arrow by pyarrow, a few rows at a time; data sets of the hub by ``datasets``.
 """
 
 import codecs
-import glob
 import hashlib
 import itertools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import fsspec
+
 from qlora_lightning.data.rows.bad_rows import MAX_TEXT, TOO_MUCH_TEXT, BadRow, RowFault, kind_of
 from qlora_lightning.data.rows.sources import DataFile, Source, kind_of_file
 from qlora_lightning.support.errors import UserError
 
+_ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
 _ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8"}
@@ -99,26 +102,52 @@ def _naming(name: str) -> Iterator[None]:
 def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dict[str, Any] | RowFault]]:
     """Return the rows of a file, or of a data set of the hub, by line or number."""
     kind = kind_of_file(file) if file else ""
+    if str(file).endswith(".zst") and "zstd" not in fsspec.available_compressions():
+        raise UserError("`pip install zstandard` installs what unpacks it")
     if kind in (".jsonl", ".json"):
         return _read_json(str(file), source)
     if kind in (".csv", ".tsv"):
         return enumerate(_read_csv(str(file), source, "\t" if kind == ".tsv" else ","), start=1)
+    batches = _read_arrow(str(file), kind) if file else _read_hub(source)
+    rows = (
+        {field.name: _to_plain(row[field.name], field.type) for field in batch.schema}
+        for batch in batches
+        for row in batch.to_pylist()
+    )
+    return enumerate(rows, start=1)
+
+
+def _read_hub(source: Source) -> Iterator[Any]:
+    """Yield tables of a few rows of a data set of the hub."""
     from datasets import load_dataset
 
-    rows: Any
-    if file:
-        name = glob.escape(str(file)) if isinstance(file, Path) else file  # of a URL `?` begins the query
-        rows = load_dataset(kind[1:], data_files=name, split="train", streaming=True)
-    else:
-        options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
-        rows = load_dataset(source.path, source.name, **options)
-    return enumerate(({key: _drop_nulls(value) for key, value in row.items()} for row in rows), start=1)
+    options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
+    rows: Any = load_dataset(source.path, source.name, **options)
+    # as Arrow: ``datasets`` itself would fetch the URLs and open the files that a column of images names
+    yield from rows.with_format("arrow").iter(_ROWS_AT_A_TIME)
+
+
+def _read_arrow(file: str, kind: str) -> Iterator[Any]:
+    """Yield batches of a few rows of a parquet or Arrow file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        if kind == ".parquet":
+            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
+            return
+        try:
+            batches = iter(pyarrow.ipc.open_stream(stream))
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(stream)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+            yield from (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, len(batch), _ROWS_AT_A_TIME))
 
 
 def _read_start(file: str, source: Source) -> tuple[str, str]:
     """Return the encoding of a text file, by its byte order mark or the source, and the file's first line."""
-    import fsspec  # a fifth of a second
-
     with fsspec.open(file, "rb", compression="infer") as stream:
         start = stream.read(1 << 16)
     encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
@@ -127,8 +156,6 @@ def _read_start(file: str, source: Source) -> tuple[str, str]:
 
 def _read_json(file: str, source: Source) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    import fsspec
-
     # Bytes that cannot be decoded make their row bad, not the file.
     options = {"encoding": _read_start(file, source)[0], "errors": "surrogateescape", "newline": "\n"}
     with fsspec.open(file, "r", compression="infer", **options) as lines:
@@ -162,11 +189,19 @@ def _read_lines(stream: TextIO) -> Iterator[str]:
 def _parse_json(text: str) -> Any:
     try:
         text.encode()
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_check_keys)
     except UnicodeEncodeError:
         raise RowFault(f"not UTF-8 text: save it as UTF-8, or {_ADVICE}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
         raise RowFault(f"not JSON: {error}") from error
+
+
+def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there twice")
+    return values
 
 
 def _check_object(values: Any) -> dict[str, Any] | RowFault:
@@ -188,8 +223,11 @@ def _read_csv(file: str, source: Source, usual_delimiter: str) -> Any:
     return frame.to_dict("records")
 
 
-def _drop_nulls(value: Any) -> Any:
-    """Drop nulls inside a column: Arrow adds the keys that a struct lacks, with null values."""
+def _to_plain(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type without what Arrow adds: the keys that a struct lacks, and quotes of JSON."""
+    if getattr(kind, "extension_name", "") == "arrow.json" and isinstance(value, str):
+        return json.loads(value)
+    kind = getattr(kind, "storage_type", kind)
     if isinstance(value, dict):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
-    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _to_plain(item, kind.field(key).type) for key, item in value.items() if item is not None}
+    return [_to_plain(item, getattr(kind, "value_type", None)) for item in value] if isinstance(value, list) else value

@@ -136,6 +136,8 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
     ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz cannot be read"),
+    ("a.jsonl.zst", b'{"x": 1}\n', "a.jsonl.zst cannot be read"),
+    ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
 ]  # fmt: skip
 
 
@@ -159,12 +161,34 @@ def test_an_encoding_and_a_delimiter_can_be_named():
     assert values("a.jsonl", encoding="latin-1") == values("a.csv", encoding="utf-16", delimiter=";") == rows
 
 
-def test_keys_that_arrow_fills_in_are_left_out():
+def of_images(rows):
+    """A table of rows whose ``photo`` is declared an image, which ``datasets`` would fetch."""
+    table = pa.Table.from_pylist(rows)
+    features = {**datasets.Features.from_arrow_schema(table.schema), "photo": datasets.Image()}
+    return table.replace_schema_metadata(datasets.Features(features).arrow_schema.metadata)
+
+
+PHOTO = {"photo": {"bytes": b"", "path": "http://127.0.0.1:9/a.png"}}
+
+
+def test_keys_that_arrow_fills_in_are_left_out_json_is_parsed_and_no_image_is_fetched():
     """Every struct of a column has the keys of all; a null inside would teach the model to write it."""
     rows = [{"call": {"city": "Rome"}, "n": None}, {"call": {"day": "Monday", "list": [{"a": 1}, {"b": 2}]}, "n": 1}]
-    table = pa.Table.from_pylist(rows)
+    rows = [row | PHOTO for row in rows]
+    table = of_images(rows)
+    if hasattr(pa, "json_"):  # from pyarrow 19 on
+        table = table.append_column("json", pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": [1]}', "2"])))
+        rows = [rows[0] | {"json": {"x": [1]}}, rows[1] | {"json": 2}]
     pq.write_table(table, "a.parquet")
     assert values("a.parquet") == rows
+
+
+def test_rows_of_a_small_file_that_unpacks_to_many_bytes_are_read_one_by_one():
+    pq.write_table(pa.table({"x": ["a" * 1_000_000] * 200}), "a.parquet")
+    assert Path("a.parquet").stat().st_size < 1_000_000
+    rows = iter(InstructionDataModule("a.parquet").load_rows("train"))
+    next(rows)
+    assert pa.total_allocated_bytes() < 50_000_000
 
 
 def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_read(tmp_path, monkeypatch):
@@ -173,13 +197,14 @@ def test_a_split_of_the_hub_a_slice_of_one_named_files_and_the_first_rows_are_re
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = [{"x": f"row {number}", "messages": [{"role": "user", "content": "é"}]} for number in range(300)]
+    rows = [row | PHOTO for row in rows]
     entries = [{"split": "train"}, {"split": "train[:10%]"}]
     entries += [{"split": "train", "data_files": "test-0.parquet", "rows": 1}, {"split": "validation"}]
     # named before the folder is there, which would be read as a folder
     data = [InstructionDataModule({"path": "org/data", **entry}).load_rows("train") for entry in entries]
     Path("org/data").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), "org/data/train-0.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[:2]), "org/data/test-0.parquet")
+    pq.write_table(of_images(rows), "org/data/train-0.parquet")
+    pq.write_table(of_images(rows[:2]), "org/data/test-0.parquet")
 
     whole, tenth, first = map(list, data[:3])
     assert [row.values for row in whole] == rows

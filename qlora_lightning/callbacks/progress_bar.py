@@ -40,11 +40,11 @@ class ShortProgressBar(RichProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
-        if self.progress is not None and self.train_progress_bar_id is not None:
+        if self.is_enabled:  # on the first rank
             seconds = self.train_progress_bar.time_remaining
             remaining = "-:--:--" if seconds is None else timedelta(seconds=int(seconds))
-            text = escape(f"{_name_epoch(trainer)} -{remaining} {' '.join(_format_metrics(trainer))}")
-            self.progress.update(self.train_progress_bar_id, description=text)
+            text = f"{_name_epoch(trainer)} -{remaining} {' '.join(_format_metrics(trainer))}"
+            self.train_progress_bar.description = escape(text)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {}  # Lightning's own column of metrics would wrap

@@ -39,6 +39,5 @@ def main(argv: Sequence[str]) -> int:
     # here, so that --help and mistakes answer at once
     from qlora_lightning.commands.chat.session import Session
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("adapter", "prompt")}
-    Session(adapters, **settings).converse(options.prompt)
+    Session(adapters, options).converse(options.prompt)
     return 0

@@ -1,5 +1,6 @@
 """A conversation with adapters on one base: who answers, and how an answer streams."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Mapping
@@ -40,28 +41,11 @@ class Session:
 
     Args:
         adapters: Their folders by name.
-        base: The base, if it is no longer found under the name it was trained under.
-        compare: Whether the base answers too.
-        system: The system prompt; ``None``: that of the first adapter's training.
-        temperature: Of sampling; 0: greedy.
-        top_p: Only the likeliest tokens of this total probability are sampled.
-        max_new_tokens: Where an answer is cut.
-        seed: Of sampling.
+        options: The options of the command, as its help explains them.
     """
 
-    def __init__(
-        self,
-        adapters: Mapping[str, Path],
-        *,
-        base: str | None,
-        compare: bool,
-        system: str | None,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seed: int | None,
-    ) -> None:
-        sources = {name: find_adapter(folder, base) for name, folder in adapters.items()}
+    def __init__(self, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:
+        sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
         self.first, first_source = next(iter(sources.items()))
         self.module = open_adapter(first_source)
         # PEFT does not take every name of a user
@@ -75,17 +59,17 @@ class Session:
             )
             for name, source in sources.items()
         }
-        if compare:
+        if options.compare:
             self.renderers = {BASE: self.renderers[self.first], **self.renderers}
         self.context = int(getattr(self.module.causal_lm.config, "max_position_embeddings", 1 << 20))
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = options.max_new_tokens
         self.sampling: dict[str, Any] = {}
-        if temperature != 0:
-            self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if seed is not None:
-            torch.manual_seed(seed)
+        if options.temperature != 0:
+            self.sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
         data_settings = (first_source.identity.get("data") or {}).get("settings") or {}
-        self.system: str | None = data_settings.get("system") if system is None else system
+        self.system: str | None = data_settings.get("system") if options.system is None else options.system
         self.messages: list[Message] = []
         self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
 

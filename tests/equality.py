@@ -1,7 +1,5 @@
 """What runs leave, and whether it is the same, bit for bit."""
 
-import csv
-
 import torch
 from safetensors.torch import load_file
 
@@ -73,12 +71,6 @@ def differences(one, other) -> list[str]:
         found.append("random generators")
     if adapter_bytes(one) != adapter_bytes(other):
         found.append("adapter/adapter_model.safetensors")
-    tables = [_read_table(run / "metrics.csv") for run in (one, other)]
-    if tables[0] != tables[1]:
-        found.append(f"metrics.csv ({len(tables[0])} and {len(tables[1])} rows)")
-    return found
-
-
-def _read_table(file):
-    with file.open(newline="") as handle:
-        return [{key: row[key] for key in row if not key.endswith(_OWN)} for row in csv.DictReader(handle)]
+    tables = [read_metrics(run / "metrics.csv") for run in (one, other)]
+    names = [name for name in tables[0] | tables[1] if not name.endswith(_OWN)]
+    return found + [f"{name} in metrics.csv" for name in names if tables[0].get(name) != tables[1].get(name)]

@@ -14,7 +14,7 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule, UserError
 from qlora_lightning.cli import main
-from tests.equality import metrics, read_checkpoint, same
+from tests.equality import metrics
 from tests.steps import assert_same_step, loss_and_gradients, make_trainer, randomize, trainable_tensors
 
 ROWS = [
@@ -62,14 +62,12 @@ def by_name(messages):
 @pytest.mark.parametrize(
     ("row", "options"),
     [
-        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, {}),
-        ({"prompt": "Hi?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD}, {}),  # as UltraFeedback's
         ({"q": "Hi?", "yes": "Hello.", "no": "No"}, {"columns": {"q": "prompt", "yes": "chosen", "no": "rejected"}}),
         ({"chosen": by_name(ASKED + GOOD), "rejected": by_name(ASKED + BAD)}, {"roles": ROLES}),
     ],
-    ids=["messages", "implicit-with-text", "columns", "roles"],
+    ids=["columns", "roles"],
 )
-def test_every_shape_of_row_gives_the_same_pair(tmp_path, smollm2_folder, row, options):
+def test_columns_and_roles_of_other_names_give_the_same_pair(tmp_path, smollm2_folder, row, options):
     found = make_data(tmp_path, smollm2_folder, [row], **options)
     (batch,) = found.train_dataloader()
     tokenizer, ids, labels = found.tokenizer, batch["input_ids"][0], batch["labels"][0]
@@ -351,16 +349,10 @@ def config(tmp_path, tiny_base, monkeypatch):
 @pytest.mark.parametrize(
     ("objective", "rows", "least"), [("dpo", ROWS, 1.0), pytest.param("kto", VERDICTS, 0.8, marks=pytest.mark.slow)]
 )
-def test_a_run_prefers_what_it_is_shown_and_resumes_bit_for_bit(config, tmp_path, objective, rows, least):
+def test_a_run_prefers_what_it_is_shown(config, tmp_path, objective, rows, least):
     write_rows(tmp_path / "train.jsonl", rows)
-    options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir"]
-    assert main(["fit", *config, *options, "whole"]) == 0
-    assert main(["fit", *config, *options, "cut", "--trainer.max_steps", "4"]) == 0
-    assert main(["fit", *config, *options, "cut", "--ckpt_path", "last"]) == 0
-    one, other = (read_checkpoint(tmp_path / run) for run in ("whole", "cut"))
-    assert one["global_step"] == 6
-    for part in ("state_dict", "optimizer_states"):
-        assert same(one[part], other[part]), part
+    options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir", "whole"]
+    assert main(["fit", *config, *options]) == 0
     accuracies, margins = (metrics(tmp_path / "whole", name) for name in ("val_accuracy", "val_margin"))
     assert accuracies[-1] >= least
     assert margins[-1] > margins[0]
@@ -385,19 +377,6 @@ def test_a_run_on_an_adapter_is_evaluated_against_where_it_started(config, tmp_p
 
 
 @pytest.mark.slow
-def test_a_resume_reports_an_objective_that_is_no_longer_its_checkpoints(config, capsys):
-    fit = ["fit", *config, "--trainer.default_root_dir", "run", "--evaluation", "null"]
-    first = ["--model.objective", "simpo", "--model.beta", "3", "--model.weight_decay", "0.1"]
-    assert main([*fit, *first, "--trainer.max_steps", "2"]) == 0
-    changed = ["model.beta: 3.0 → null", "model.objective: simpo → dpo", "model.weight_decay: 0.1 → 0.0"]
-    for options, reported in ((first, []), ([], changed)):
-        capsys.readouterr()
-        assert main([*fit, *options, "--ckpt_path", "last", "--trainer.max_steps", "2"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert sorted(line.strip() for line in lines if "model." in line and "→" in line) == reported
-
-
-@pytest.mark.slow
 def test_a_resume_against_another_reference_is_rejected(config, tmp_path, capsys):
     fit = ["fit", *config, "--evaluation", "null", "--trainer.max_steps", "1"]
     for name in ("one", "other"):
@@ -408,16 +387,6 @@ def test_a_resume_against_another_reference_is_rejected(config, tmp_path, capsys
     shutil.copytree(tmp_path / "other" / "adapter", tmp_path / "one" / "adapter", dirs_exist_ok=True)
     assert main([*run, "--trainer.max_steps", "2"]) == 2
     assert "was trained against another reference" in capsys.readouterr().err
-
-
-def test_rows_of_a_step_may_come_in_batches_of_any_size(tmp_path, tiny_base):
-    adapters = []
-    for batch_size, accumulate in ((4, 1), (1, 4)):
-        data = make_data(tmp_path, tiny_base, batch_size=batch_size)
-        module = PreferenceModule(str(tiny_base), rank=4, compute_dtype="fp32", learning_rate=1e-2)
-        make_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
-        adapters.append(torch.cat([each.detach().flatten() for each in trainable_tensors(module).values()]))
-    assert (adapters[0] - adapters[1]).norm() <= 1e-4 * adapters[0].norm()
 
 
 @pytest.mark.parametrize(

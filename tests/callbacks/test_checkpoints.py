@@ -1,10 +1,8 @@
 """What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
 
-import json
 import re
 
 import lightning
-import peft
 import pytest
 import torch
 
@@ -52,23 +50,18 @@ def test_a_validation_row_that_does_not_fit_costs_its_loss_and_not_the_run(fit, 
     assert re.search(words, capsys.readouterr().out)
 
 
-def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(fit, make_module, tiny_base, tmp_path):
+def test_a_fit_leaves_a_small_checkpoint_and_an_adapter_folder(fit, make_module, tmp_path):
     _, module = fit(AdapterCheckpoint(), module=make_module(rank=64))
     run, adapter = tmp_path / "run", trainable_tensors(module)
     assert sorted(file.name for file in run.iterdir()) == ["adapter", "checkpoints"]
     assert checkpoint_names(run) == ["last.ckpt", "step-000008.ckpt"]
     assert same(read_checkpoint(run)["state_dict"], adapter)
-    assert all(".lora_A." in name or ".lora_B." in name for name in adapter)
     adapter_bytes = sum(4 * tensor.numel() for tensor in adapter.values())
     size = (run / "checkpoints" / "last.ckpt").stat().st_size
     assert 3 * adapter_bytes < size < 3 * adapter_bytes + 1_000_000  # A, B and two moments of each, and little else
 
     assert same(read_adapter(run), tensors_of(run))
     assert {tensor.dtype for tensor in read_adapter(run).values()} == {torch.float32}
-    identity = json.loads((run / "adapter" / "qlora_lightning.json").read_text())
-    assert (identity["base"], identity["quantization"]) == (str(tiny_base), "nf4")
-    config = peft.PeftConfig.from_pretrained(run / "adapter")
-    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (64, 128, str(tiny_base))
 
 
 NAN = float("nan")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from qlora_lightning import AdapterCheckpoint, Evaluation, QLoRAModule, RunReport, StopSignals, ThroughputMonitor
+from qlora_lightning import AdapterCheckpoint, Evaluation, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import MetricsLogger
 from tests.callbacks.conftest import At
 
@@ -65,23 +65,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in out
     assert f"Report: {run / 'report.html'}" in out
-
-
-def test_a_run_that_diverged_says_so_everywhere(fit, manifest, make_module, tmp_path, capsys):
-    class Rises(QLoRAModule):
-        def log(self, name, value, **options):
-            super().log(name, value * self.global_step if name == "val_loss" else value, **options)
-
-    logs = [MetricsLogger(tmp_path / "run")]
-    fit(RunReport({"model": {"rank": 2}}), module=make_module(Rises), logger=logs, max_epochs=2)
-    found = manifest()
-    (sentence,) = found["verdict"]["sentences"]
-    assert found["verdict"]["kind"] == "diverged"
-    assert sentence in capsys.readouterr().out
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert sentence in page
-    assert "--model.learning_rate 0.003" in page
-    assert "qlora-lightning merge" not in page
+    assert expected["verdict"]["sentences"][0] in out
 
 
 def test_a_stopped_run_and_an_error_are_reported_as_attempts(fit, manifest, tmp_path):

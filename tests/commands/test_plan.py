@@ -51,13 +51,8 @@ def plan(*arguments, config="quickstart.yaml"):
     return code, figures, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
-def usual(folder):
-    return plan()
-
-
-def test_model_memory_and_length_of_a_run_are_reported(usual):
-    _, figures, out, _ = usual
+def test_model_memory_and_length_of_a_run_are_reported(folder):
+    _, figures, out, _ = plan()
     assert figures["adapters"]["parameters"] == ADAPTERS
     parts = figures["memory"]["parts"]
     assert parts.keys() == {"base", "scales", "vocabulary", "adapters", "gradients", "optimizer"}  # of a CPU
@@ -172,6 +167,7 @@ def test_tokens_are_those_of_all_rows_and_epochs(folder):
     ("settings", "steps"),
     [
         ({"max_steps": 7, "max_epochs": "null"}, 7),
+        ({"max_steps": 7, "max_epochs": 3, "limit_train_batches": 4}, 6),
         ({"limit_train_batches": 4, "accumulate_grad_batches": 3}, 2),
         ({"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2}, 6),  # of 11 batches
         ({"max_epochs": -1}, None),

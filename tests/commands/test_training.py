@@ -29,6 +29,8 @@ def test_a_fit_fills_its_run_folder_whose_manifest_names_a_command_that_repeats_
     logged = read_metrics(run / "metrics.csv")
     assert [step for step, _ in logged["train_loss"]] == [1, 2, 3]
     assert all(speed > 0 for _, speed in logged["tokens_per_second"])
+    private, peak = (logged[name][0][1] for name in ("private_memory_gib", "peak_rss_gib"))
+    assert 0.1 < private < peak
     config = read_config(run)
     assert (config["model"]["rank"], config["trainer"]["gradient_clip_val"]) == (2, 1.0)
     assert "class_path" not in config["model"]

@@ -13,7 +13,8 @@ CHARACTERS = (
 )
 
 
-def make_characters():
+@pytest.fixture
+def characters():
     """Each character is its code; `{` begins a turn, `}` ends it: ids that can be written by hand.
 
     A newline followed by a newline is one token (1010), as byte-pair encodings have it.
@@ -29,11 +30,6 @@ def make_characters():
     )
     tokenizer.name_or_path = "characters"
     return tokenizer
-
-
-@pytest.fixture
-def characters():
-    return make_characters()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A run that would train on for nothing is stopped: by losses, gradients, token ids. The base stays."""
+"""A run that would train on for nothing is stopped: by losses, gradients, token ids."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelPruning,
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
-from tests.equality import base_tensors, same
 from tests.flat import collate
 from tests.steps import fit, make_module, trainable_tensors
 
@@ -95,6 +95,7 @@ def compiled(base):
     [
         (OwnStep, {}, "OwnStep overrides training_step, which computes the gradients itself"),
         (compiled, {}, r"was replaced, as torch\.compile\(module\) does: pass the module itself"),
+        (QLoRAModule, {"callbacks": LearningRateFinder()}, "to the first step alone"),
         (QLoRAModule, {"callbacks": EMAWeightAveraging()}, "EMAWeightAveraging averages the whole model"),
         (QLoRAModule, {"callbacks": Freezes()}, "Freezes looks at the model before it is built"),
         (QLoRAModule, {"callbacks": ModelPruning("l1_unstructured")}, "ModelPruning looks at the model before it is"),
@@ -200,24 +201,3 @@ def test_a_token_that_the_base_lacks_stops_the_run_and_its_row_is_named(tiny_bas
         words = f"A token of .*1.* has the id {bad:,}, .*tokens that the base lacks"
         with pytest.raises(UserError, match=words) if bad != vocabulary - 1 else contextlib.nullcontext():
             module.compute_loss(batch)
-
-
-# ---- the base --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("quantization", "scales"),
-    [
-        ("nf4", {"absmax"}),
-        ("int8", {"SCB"}),
-        pytest.param("none", set(), marks=pytest.mark.slow),
-    ],
-)
-def test_training_validating_and_saving_change_no_bit_of_the_base(tiny_base, rows_file, tmp_path, quantization, scales):
-    module = QLoRAModule(str(tiny_base), quantization=quantization)
-    module.configure_model()
-    before = base_tensors(module)
-    assert {name.rpartition(".")[2] for name in before} == scales | {"weight"}
-    options = {"max_epochs": 1, "val": True, "val_check_interval": 4, "enable_checkpointing": True}
-    fit(module, tmp_path, rows_file, callbacks=[AdapterCheckpoint()], **options)
-    assert same(base_tensors(module), before)

@@ -32,13 +32,16 @@ def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny
         pytest.param("none", marks=pytest.mark.slow),
     ],
 )
-def test_every_quantization_trains_every_adapter_and_validation_judges_what_is_trained(
+def test_every_quantization_trains_every_adapter_and_no_bit_of_the_base_and_is_judged_by_what_is_trained(
     tiny_base, rows_file, tmp_path, quantization
 ):
     module = QLoRAModule(str(tiny_base), quantization=quantization, compute_dtype="bf16", warmup_ratio=0.0)
+    module.configure_model()
+    base = base_tensors(module)
     # four steps: the checks of B, and then of A, have passed
     trainer = fit(module, tmp_path, rows_file, val=True, batch_size=4, max_epochs=1)
     assert all(tensor.any() for tensor in trainable_tensors(module).values())
+    assert same(base_tensors(module), base)
     module.train()
     sums = [module.compute_loss(batch) for batch in trainer.datamodule.val_dataloader()]
     loss = sum(s.nll_sum.double() for s in sums) / sum(s.labelled_tokens for s in sums)

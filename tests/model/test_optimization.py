@@ -1,7 +1,6 @@
 """The optimizer, LoRA+ and the schedule."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from qlora_lightning.model.step.optimization import (
     choose_learning_rate,
     choose_optimizer,
 )
-from qlora_lightning.support.trainer import planned_steps
 from tests.steps import make_module
 
 COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
@@ -50,16 +48,6 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
 
     assert rates(ours) == rates(theirs)
     assert rates(ours).keys() == {p for p in module.parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize(
-    ("max_epochs", "max_steps", "expected"),
-    [(3, None, 9), (3, 5, 5), (1, 5, 3), (-1, 5, 5), (0, None, 0), (-1, -1, None)],  # 4, 4 and 2 micro-batches an epoch
-)
-def test_steps_are_counted_from_batches_epochs_and_limits(max_epochs, max_steps, expected):
-    data = SimpleNamespace(count_train_batches=lambda: 10)
-    limits = {"limit_train_batches": 1.0, "max_epochs": max_epochs, "max_steps": max_steps}
-    assert planned_steps(SimpleNamespace(datamodule=data, accumulate_grad_batches=4, **limits)) == expected
 
 
 @pytest.mark.parametrize(

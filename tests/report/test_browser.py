@@ -16,7 +16,6 @@ _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
 )
-HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +34,10 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of one run, whose texts would act if they could, and that of three."""
+    """The page of one run, and that of three."""
     folder = tmp_path_factory.mktemp("runs")
-    sides = {"base": {"value": 2.0}, "adapter": {"value": 0.5}, "difference": {"value": -1.5}}
-    sample = {"prompt": HOSTILE, "expected": "1", "base": HOSTILE, "adapter": "1"}
-    evaluation = {"metrics": {"loss": sides}, "samples": [sample]}
     runs = [
-        read_run(write_run(folder / f"run-{number}", steps=200 + number, config={"a": number}, evaluation=evaluation))
-        for number in range(3)
+        read_run(write_run(folder / f"run-{number}", steps=200 + number, config={"a": number})) for number in range(3)
     ]
     files = {"one": folder / "one.html", "several": folder / "several.html"}
     files["one"].write_text(render_report(runs[:1]), encoding="utf-8")
@@ -71,8 +66,6 @@ def test_no_error_is_logged_and_no_request_leaves_the_page(browser, open_page, n
     requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     assert [request["request"]["url"] for request in requests] == [file.as_uri()]
     assert [entry["message"] for entry in browser.get_log("browser")] == []
-    assert browser.title != "taken"
-    assert browser.find_elements(By.TAG_NAME, "script") == []
 
 
 def test_every_curve_is_drawn_inside_its_plot(browser, open_page):

@@ -38,14 +38,9 @@ def test_ids_and_labels_by_hand(characters, talk):
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
 
 
-def test_every_answer_is_trained_or_the_last_or_all_and_what_follows_is_left_out(characters, talk):
-    conversation = talk("q", "a", "r", "b")
-    assert labelled(characters, render_one(characters, conversation)) == "a}b}"
-    assert labelled(characters, render_one(characters, conversation, train_on="last")) == "b}"
-    rendered = render_one(characters, conversation, train_on="all")
-    assert rendered.labels == [-100, *rendered.ids[1:]]
+def test_what_follows_the_last_answer_is_left_out_and_marks_do_not_contradict_settings(characters, talk):
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
-    conversation[3]["train"] = False
+    conversation = [*talk("q"), {"role": "assistant", "content": "a", "train": False}]
     with pytest.raises(UserError, match="`train: false` in a message contradicts `train_on: all`"):
         render_one(characters, conversation, train_on="all")
 

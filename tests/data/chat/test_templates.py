@@ -151,18 +151,14 @@ def tokenizers(families):
     return made
 
 
-@pytest.fixture
-def prepare(write, talk):
-    """Prepare one row with a tokenizer."""
-    write("rows.jsonl", [{"messages": talk("What day is it?", "Saturday.")}])
+DAY = [{"role": "user", "content": "What day is it?"}, {"role": "assistant", "content": "Saturday."}]
 
-    def prepare(tokenizer, **options):
-        data = InstructionDataModule("rows.jsonl", tokenizer=tokenizer, **options)
-        data.setup("fit")
-        (sample,) = unpack(data.samples["train"])
-        return data, sample.ids, data.tokenizer.decode(sample.ids)
 
-    return prepare
+def prepare(tokenizer, **options):
+    """Prepare one row; give the data module, the row's ids and its text."""
+    data = prepare_rows([{"messages": DAY}], tokenizer, **options)
+    (sample,) = unpack(data.samples["train"])
+    return data, sample.ids, data.tokenizer.decode(sample.ids)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +170,9 @@ def prepare(write, talk):
     ],
 )
 def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
-    tokenizers, prepare, talk, monkeypatch, kind, options, found, fixed
+    tokenizers, tmp_path, monkeypatch, kind, options, found, fixed
 ):
+    monkeypatch.chdir(tmp_path)
     before, first, text = prepare(tokenizers[kind])
     assert fixed in text
     data, ids, text = prepare(tokenizers[kind], template_options=options)
@@ -186,8 +183,7 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
     after, second, _ = prepare(tokenizers[kind])
     assert first == second
     assert before.identity["chat_template"] == after.identity["chat_template"]
-    conversation = talk("What day is it?", "Saturday.")
-    assert AutoTokenizer.from_pretrained("saved").apply_chat_template(conversation, return_dict=False) == ids
+    assert AutoTokenizer.from_pretrained("saved").apply_chat_template(DAY, return_dict=False) == ids
     for same in (None, options):  # as `chat` opens it, and as `fit` and `evaluate` do with the config of the run
         again, same_ids, _ = prepare("saved", template_options=same)
         assert same_ids == ids
@@ -202,12 +198,12 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
         ({"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
     ],
 )
-def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, prepare, options, words):
+def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, options, words):
     with pytest.raises(UserError, match=words):
         prepare(tokenizers["date"], template_options=options)
 
 
-def test_a_clock_that_cannot_be_stopped_is_rejected(tokenizers, prepare):
+def test_a_clock_that_cannot_be_stopped_is_rejected(tokenizers):
     tokenizers["today"].chat_template = '{%- set form = "%d" %}{{- strftime_now(form) }}'
     with pytest.raises(UserError, match="writes today's date by strftime_now of a variable"):
         prepare(tokenizers["today"])

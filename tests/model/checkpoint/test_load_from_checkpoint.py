@@ -62,15 +62,6 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(tra
     assert "ignored: gone, place." in out
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
 
-    class Code:
-        def __reduce__(self):
-            return (tmp_path.joinpath("ran").touch, ())
-
-    torch.save({"qlora_lightning": Code()}, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match=r"evil.ckpt is not read"):
-        QLoRAModule.load_from_checkpoint(tmp_path / "evil.ckpt")
-    assert not (tmp_path / "ran").exists()
-
 
 @pytest.mark.parametrize("change", [dict.popitem, lambda values: values.update(more=torch.ones(1))])
 def test_of_a_state_that_does_not_fit_nothing_is_loaded(trained, change):

@@ -51,11 +51,9 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     assert found["parameters"]["trainable"] == sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert (train["rows"], train["samples"]) == (16, 16)
     assert found["data"]["hashes"]["train"] == trainer.datamodule.identity["train"]
-    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # one may say +cu132
     assert found["device"]["kind"] == "cpu"
     assert (progress["steps"], progress["planned_steps"]) == (2, 2)
     assert 0 < progress["labelled_tokens"] < progress["tokens"]
-    assert progress["seconds"] == found["lives"][0]["seconds"] > 0
     assert found["metrics"]["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
     assert found["best"]["checkpoint"].startswith("step-")
     assert torch.equal(torch.get_rng_state(), after[0])

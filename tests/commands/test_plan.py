@@ -122,7 +122,7 @@ def test_llama_70b_takes_of_two_devices_what_its_recipe_says(folder):
 
 @pytest.mark.parametrize(
     "adapted",
-    [["q_proj, down_proj", "--model.layers", "last:1"], [r"model\.layers\.1{1,2}\..*\.(q|down)_proj"]],
+    [["self_attn.q_proj, down_proj", "--model.layers", "last:1"], [r"model\.layers\.1{1,2}\..*\.(q|down)_proj"]],
     ids=["names", "expression"],
 )
 def test_what_is_adapted_is_shown_and_missing_data_are_planned_at_their_longest(folder, adapted):

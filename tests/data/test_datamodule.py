@@ -117,18 +117,6 @@ def test_what_only_looks_like_another_task_and_what_the_user_names_trains(charac
     assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
 
 
-def test_rows_to_predict(make, write):
-    write("ask.jsonl", [{"prompt": "q"}, {"prompt": "r"}, {"prompt": "s", "completion": "k"}])
-    data = make(predict="ask.jsonl", system="S")
-    data.setup("predict")
-    first, second = data.predict_dataloader()
-    assert "".join(map(chr, first["prompts"][0].ids)) == "{s\nS}\n{u\nq}\n{a\n"
-    assert data.samples["predict"].labelled_counts.tolist() == [0, 0, 0]
-    found = [[(prompt.reference, prompt.row_id) for prompt in batch["prompts"]] for batch in (first, second)]
-    assert found == [[(None, 0), (None, 1)], [("k", 2)]]
-    assert data.stop_ids == [125]
-
-
 def test_weights_give_each_source_its_share_of_an_epoch(make, write):
     write("few.jsonl", [{"prompt": f"z{number}", "completion": "k"} for number in range(4)])
     data = make(train=[{"path": "train.jsonl", "weight": 1}, {"path": "few.jsonl", "weight": 2}])

@@ -91,26 +91,3 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
     assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
-
-
-# ---- which modules carry an adapter ----------------------------------------------------------------------------------
-
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-MLP = ["gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "endings", "layers"),
-    [
-        ({}, ATTENTION + MLP, [0, 1]),
-        ({"target_modules": "attention"}, ATTENTION, [0, 1]),
-        ({"target_modules": "mlp", "layers": "last:1"}, MLP, [1]),
-        ({"target_modules": ["self_attn.q_proj", "v_proj"], "layers": [1, 0]}, ["q_proj", "v_proj"], [0, 1]),
-        ({"target_modules": r"model\.layers\.1\.mlp\.(up|down).*"}, ["up_proj", "down_proj"], [1]),
-    ],
-)
-def test_presets_names_expressions_and_layers_select_these(tiny_base, settings, endings, layers):
-    found = make(tiny_base, **settings).base_model.targeted_module_names
-    parts = {"self_attn": ATTENTION, "mlp": MLP}
-    names = [f"{part}.{name}" for part, all_names in parts.items() for name in all_names if name in endings]
-    assert sorted(found) == sorted(f"model.layers.{layer}.{name}" for layer in layers for name in names)

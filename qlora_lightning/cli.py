@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     _prepare_process()
     try:
-        with _logging_to_terminal(), _finding_own_code(arguments):
+        _find_own_code(arguments)
+        with _logging_to_terminal():
             return _run(arguments)
     except TrainingStopped as stop:
         return int(str(stop.code))
@@ -130,9 +131,8 @@ def _logging_to_terminal() -> Iterator[None]:
         logging.setLogRecordFactory(usual_record)
 
 
-@contextlib.contextmanager
-def _finding_own_code(arguments: Sequence[str]) -> Iterator[None]:
-    """Let Python search the current folder while a command runs, if the user names a class or function in it.
+def _find_own_code(arguments: Sequence[str]) -> None:
+    """Let Python search the current folder if the user names a class or function in it.
 
     Only then: in a folder from elsewhere a file may have the name of any module that a library tries to import.
     """
@@ -141,13 +141,8 @@ def _finding_own_code(arguments: Sequence[str]) -> Iterator[None]:
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     names = _CODE.findall(" ".join([*arguments, *texts]))
     absent = [name for name in names if name not in sys.modules and find_spec(name) is None]
-    own = [folder] if any(PathFinder.find_spec(name, [folder]) for name in absent) else []
-    sys.path += own
-    try:
-        yield
-    finally:
-        for name in own:
-            sys.path.remove(name)
+    if any(PathFinder.find_spec(name, [folder]) for name in absent):
+        sys.path.append(folder)
 
 
 def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices, no tip to install a product

@@ -57,7 +57,7 @@ def folder(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize(
     "line",
     [
-        "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 2",
+        "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 2 --out FOUND",
         "merge --adapter run/adapter --out OUT --rows 2",
         "chat --adapter run/adapter --prompt here --max-new-tokens 8 --base base",
         "report run",
@@ -68,11 +68,14 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
 ):
     monkeypatch.chdir(folder)
     before = contents(folder)
-    code = main(line.replace("OUT", str(tmp_path / "out")).split())
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "predictions.unfinished.jsonl").symlink_to(tmp_path / "made")  # which is not there yet
+    code = main(line.replace("OUT", str(tmp_path / "out")).replace("FOUND", str(tmp_path / "found")).split())
     out, err = capfd.readouterr()
     assert code == 0, err
     assert not [text for text in (out, err) if any(each in text for each in ("\x1b", "\x07"))]
     assert not list(folder.rglob("ran"))
+    assert not (tmp_path / "made").exists()
     after = contents(folder)
     after.pop("run/report.html", None)
     assert after == before

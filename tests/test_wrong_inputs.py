@@ -196,7 +196,7 @@ WRONG = [
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
-    wrong("report run --out /dev/full", "No space left on device. Make room, or choose another path."),
+    wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
     wrong("report rows.jsonl", "rows.jsonl holds no run"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),

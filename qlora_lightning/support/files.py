@@ -46,14 +46,15 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     if file.is_relative_to("/dev") or file.is_relative_to("/proc"):
         # a socket, which standard output may be, cannot be opened by its name
-        with os.fdopen(os.dup(1), "wb") if file == STANDARD_OUTPUT else file.open("ab") as stream:
+        is_output = file == STANDARD_OUTPUT
+        with naming_file(file), os.fdopen(os.dup(1), "wb") if is_output else file.open("ab") as stream:
             stream.write(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     try:
-        with unfinished.open("xb") as stream:  # "x" follows no link
+        with naming_file(file), unfinished.open("xb") as stream:  # "x" follows no link
             stream.write(data)
         put_in_place(unfinished, file)
     except BaseException:  # Ctrl-C too
@@ -69,7 +70,7 @@ def format_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def append_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a file of JSON lines and close it: a killed process loses none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+    with naming_file(file), file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(format_json_lines(rows))
 
 
@@ -117,6 +118,16 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Add the path that is written to the error of a full disk, which names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -95,7 +95,8 @@ def test_what_changes_samples_is_prepared_again_and_kept_and_what_does_not_finds
 
 
 def test_bad_rows_are_rejected_from_the_cache_too(setup, prepared, write):
-    write("train.jsonl", [{"prompt": "q", "completion": "k"}, {"prompt": "q", "completion": ""}])
+    odd = {"prompt": "q", "completion": "k", "\ud800": 1}  # half a character
+    write("train.jsonl", [odd, {"prompt": "q", "completion": ""}])
     for _ in range(2):
         with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train.jsonl:2: the answer"):
             setup()

@@ -24,7 +24,7 @@ from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import read_json_object, set_usual_mode, write_whole
+from qlora_lightning.support.files import naming_file, read_json_object, set_usual_mode, write_whole
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -70,7 +70,7 @@ def merge(
         "fingerprint": source.identity.get("fingerprint"),
         "dtype": DTYPES[dtype],
     }
-    with _atomic_folder(out) as folder:
+    with naming_file(out), _atomic_folder(out) as folder:
         _write_companions(source, folder, DTYPES[dtype])
         if gguf:
             check_gguf(folder, plan, source.base)

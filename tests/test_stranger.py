@@ -133,15 +133,6 @@ def test_a_config_that_would_run_code_or_fetch_rows_is_not_taken(
     assert not list(folder.rglob("ran"))
 
 
-def test_answers_as_they_come_follow_no_link_that_leads_nowhere_yet(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(folder)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "predictions.unfinished.jsonl").symlink_to(tmp_path / "made")
-    line = f"evaluate --adapter run/adapter --rows 1 --max-new-tokens 1 --out {tmp_path / 'out'}"
-    assert main(line.split()) == 0
-    assert not (tmp_path / "made").exists()
-
-
 def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     """But for the run folder itself, which the user names."""
     (tmp_path / "disk").mkdir()

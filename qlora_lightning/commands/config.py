@@ -27,6 +27,7 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.rank": "lora_r lora_rank r",
     "model.target_modules": "lora_target lora_target_linear",
     "model.learning_rate": "lr",
+    "model.lora_options": "loftq use_dora use_rslora",
     "model.schedule": "lr_scheduler lr_scheduler_type",
     "model.warmup_ratio": "warmup_steps",
     "model.optimizer": "optim",
@@ -40,6 +41,11 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "trainer.accumulate_grad_batches": "gradient_accumulation_steps",
     "trainer.max_epochs": "epochs num_epochs num_train_epochs",
     "trainer.gradient_clip_val": "max_grad_norm",
+    "trainer.val_check_interval": "eval_steps",
+    "trainer.log_every_n_steps": "logging_steps",
+    "trainer.logger": "report_to",
+    "gradient_checkpointing.enabled": "gradient_checkpointing use_gradient_checkpointing",
+    "adapter_checkpoint.save_top_k": "save_total_limit",
     "trainer.default_root_dir": "output_dir",
     "trainer.devices": "gpus",
     "trainer.strategy": "deepspeed fsdp",
@@ -129,6 +135,14 @@ def expand_config(config: Any) -> Any:
     return config
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Whether a folder has the manifest of a run; other programs have files of that name."""
+    try:
+        return '"format": "qlora_lightning manifest"' in (folder / MANIFEST).read_text(encoding="utf-8")[:200]
+    except (OSError, ValueError):
+        return False
+
+
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML.
 
@@ -145,6 +159,6 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
         expanded.append(argument)
         for config in find_configs(expanded[-2:]):
             folder = Path(config).expanduser().parent
-            if Path(config).name == CONFIG and (folder / MANIFEST).is_file():
+            if Path(config).name == CONFIG and is_run_folder(folder):
                 expanded.append(f"--trainer.default_root_dir={folder}")
     return expanded

@@ -180,30 +180,42 @@ def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet,
     """Split samples into (training, validation), both in file order, by content and seed, not by line.
 
     Rows with the same prompt or the same tokens are a group on the same side, so that no prompt is both trained and
-    validated on, and so are all pieces of a row. The fraction counts groups, at least one on each side.
+    validated on, and so are all pieces of a row. The fraction counts different rows; a group that has more than are
+    still wanted is trained on.
 
     Raises:
         UserError: there are fewer than two different prompts.
     """
-    rows, hashes = hash_rows(samples, key=str(seed).encode(), labels=False)
+    rows, row_hashes = hash_rows(samples, key=str(seed).encode(), labels=False)
     _, prompts = hash_rows(samples, key=str(seed).encode(), labels=False, by_prompt=True)
     # each row takes the lowest hash of its group, which grows from equal rows over equal prompts to others
-    keys = [np.unique(each, return_inverse=True)[1] for each in (hashes, prompts)]
-    previous = np.zeros_like(hashes)
+    keys = [np.unique(each, return_inverse=True)[1] for each in (row_hashes, prompts)]
+    hashes, previous = row_hashes, np.zeros_like(row_hashes)
     while not np.array_equal(hashes, previous):
         previous = hashes
         for key in keys:
             lowest = np.full(len(hashes), np.iinfo(np.uint64).max, np.uint64)
             np.minimum.at(lowest, key, hashes)
             hashes = lowest[key]
-    unique_hashes = np.unique(hashes)  # sorted: the groups with the lowest hashes are held out
-    if len(unique_hashes) < 2:
+    names, group = np.unique(hashes, return_inverse=True)
+    if len(names) < 2:
         raise UserError(
-            f"val_fraction: expected at least 2 different prompts to split, found {len(unique_hashes)} (a prompt "
+            f"val_fraction: expected at least 2 different prompts to split, found {len(names)} (a prompt "
             "is what comes before the first trained answer): name rows to validate on in `data.val`."
         )
-    n_val = min(max(round(fraction * len(unique_hashes)), 1), len(unique_hashes) - 1)
-    is_val = np.isin(samples.row_ids, samples.row_ids[rows[hashes <= unique_hashes[n_val - 1]]])
+    contents, first_rows = np.unique(row_hashes, return_index=True)
+    sizes, ranks = np.bincount(group[first_rows], minlength=len(names)), np.zeros_like(names)
+    np.add.at(ranks, group[first_rows], contents)  # as random for a large group as for a single row
+    wanted, is_held = max(round(fraction * len(contents)), 1), np.zeros(len(names), dtype=bool)
+    for index in np.argsort(ranks, kind="stable"):
+        if sizes[index] <= wanted and is_held.sum() < len(names) - 1:
+            is_held[index] = True
+            wanted -= sizes[index]
+        if not wanted:
+            break
+    if not is_held.any():
+        is_held[sizes.argmin()] = True
+    is_val = np.isin(samples.row_ids, samples.row_ids[rows[is_held[group]]])
     return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))
 
 

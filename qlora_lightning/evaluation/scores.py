@@ -72,7 +72,7 @@ def find_number(text: str) -> Decimal | None:
     The second rule is for a base that was never trained on the mark (lm-evaluation-harness: flexible extraction).
     Thousands' commas and a dollar sign are dropped.
     """
-    _, mark, tail = text.rpartition(MARK)
+    _, mark, tail = text.replace("\N{MINUS SIGN}", "-").rpartition(MARK)
     numbers = _NUMBER.findall(tail)
     if not numbers:
         return None

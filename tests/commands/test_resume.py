@@ -39,6 +39,9 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_firs
     for name in ("validate", "evaluate"):
         assert "Warning: the rows that are held out now" in command(name, "--seed_everything", 8, config=config)
     assert "evaluates the base alone" in command("validate", *NEW, config=config)  # an option beats the folder
+    (tmp_path / "moved" / "manifest.json").write_text('{"name": "another program"}')
+    config.write_text(config.read_text().replace(str(tmp_path / "moved"), "new"))
+    assert "evaluates the base alone" in command("validate", config=config)
 
 
 def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):

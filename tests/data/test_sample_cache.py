@@ -9,6 +9,7 @@ import pytest
 
 import qlora_lightning.data
 from qlora_lightning import InstructionDataModule, UserError
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.prepare import Preparation
 
 
@@ -37,12 +38,24 @@ def setup(write, families, tmp_path, monkeypatch):
     monkeypatch.setattr(qlora_lightning.data, "__file__", "data/__init__.py")
     Path("own.jinja").write_text("{# mine #}" + Path("tok/chat_template.jinja").read_text())
 
-    def setup(stage="fit", **kwargs):
-        data = InstructionDataModule(**{"train": "train.jsonl", "val": "val.jsonl", "tokenizer": "tok"} | kwargs)
+    def setup(stage="fit", kind=InstructionDataModule, **kwargs):
+        data = kind(**{"train": "train.jsonl", "val": "val.jsonl", "tokenizer": "tok"} | kwargs)
         data.setup(stage)
         return data
 
     return setup
+
+
+class TrainsTheLast(InstructionDataModule):
+    @property
+    def renderer(self):
+        return ChatRenderer(self.tokenizer, train_on="last")
+
+
+def test_samples_of_another_class_are_not_kept(setup, prepared):
+    for kind in (TrainsTheLast, InstructionDataModule, InstructionDataModule):
+        setup(kind=kind)
+    assert prepared == ["train", "val"] * 2
 
 
 def test_the_second_time_samples_are_mapped(setup, prepared):

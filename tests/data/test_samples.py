@@ -70,6 +70,11 @@ def test_rows_are_held_out_by_content_and_seed(held):
     twins = [([n // 2, 1, 2], [-100, 1 if n % 2 else -100, 2]) for n in range(60)]
     training, validation = held(twins, 0.3)
     assert {n // 2 for n in training}.isdisjoint(n // 2 for n in validation)
+    # so do rows of tokens with one prompt, and a large group is not held out for its size
+    prompts = [([n % 5, 1, n], [-100, -100, n]) for n in range(50)] + [([9, 9, n], [-100, -100, n]) for n in range(90)]
+    training, validation = held(prompts, 0.2)
+    assert {n % 5 for n in training if n < 50}.isdisjoint(n % 5 for n in validation if n < 50)
+    assert 0 < len(validation) <= 28
     pieces = [([row] * 20, [row] * 20) for row in range(20)]
     training, validation = held(pieces, 0.25, max_length=8, too_long="split")
     assert set(training).isdisjoint(validation)

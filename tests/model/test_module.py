@@ -143,12 +143,19 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     with pytest.raises(UserError, match="was trained on another base"):
         train(other, max_epochs=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    for kind, base in ((Plain, other), (QLoRAModule, tiny_base)):  # the latter has it from the files, in other bits
+        with pytest.raises(UserError, match="was trained on another base"):
+            kind(str(base), quantization="nf4", adapter=str(tmp_path / "adapter")).configure_model()
 
 
 class CountsRows(QLoRAModule):
+    def __init__(self, base, name="rows", **settings):
+        super().__init__(base, **settings)
+        self.name = name
+
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return sums._replace(logged={"rows": torch.tensor(len(batch["row_ids"]))})
+        return sums._replace(logged={self.name: torch.tensor(len(batch["row_ids"]))})
 
 
 def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_file, tmp_path):
@@ -157,6 +164,8 @@ def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_f
     metrics = fit(CountsRows(str(tiny_base), rank=2), tmp_path, rows_file, **options).callback_metrics
     assert {"train_rows", "val_rows", "val_perplexity", "val_token_accuracy"} <= metrics.keys()
     assert logger.experiment.hparams["rank"] == 2  # by which runs are told apart
+    with pytest.raises(UserError, match=r"logged has labelled_tokens, which is logged already"):
+        fit(CountsRows(str(tiny_base), name="labelled_tokens"), tmp_path, rows_file, max_steps=1)
 
 
 class LogsItsOwn(QLoRAModule):

@@ -13,7 +13,7 @@ from qlora_lightning.data.chat.render import ChatText, RenderedText, answer_indi
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Chat, Content, Conversation, Message, Text, Tokens, Tools
+from qlora_lightning.data.rows.conversation import Content, Conversation, Message, Text, Tokens, Tools
 from qlora_lightning.support.errors import UserError
 
 
@@ -120,15 +120,17 @@ class ChatRenderer:
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
     def hash_prompt(self, content: Content) -> int:
-        """Hash what comes before the first trained answer, as in the row; 0 for texts and tokens, without a prompt."""
-        if not isinstance(content, Chat):
+        """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt."""
+        if isinstance(content, Tokens):
+            labelled = (index for index, label in enumerate(content.labels) if label != IGNORED)
+            return _hash(content.ids[: next(labelled, 0)])
+        if isinstance(content, Text):
             return 0
         messages = content.messages
         answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
         prompt = messages[: min(answers, default=0)]
         turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
-        text = json.dumps([turns, content.tools], sort_keys=True)
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+        return _hash([turns, content.tools])
 
     def _write_document(self, text: str) -> RenderedText:
         self._check_text(text, "the text contains")
@@ -268,3 +270,9 @@ class _Encoded(NamedTuple):
     def find(self, character: int) -> int:
         """Return the index of the first token that begins at a character or after it."""
         return bisect_left(self.spans, character, key=lambda span: span[0])
+
+
+def _hash(prompt: list[Any]) -> int:
+    """Return a number of 64 bits for a prompt; 0 if it is empty."""
+    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True) if prompt else 0

@@ -15,7 +15,7 @@ from qlora_lightning.support.trainer import datamodule_of
 # Options of PEFT that change the adapter's shape or function; the others, as the initialization, no longer matter.
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 _COMPARED = (
-    *("fingerprint", "weights", "reference", "quantization", "double_quant"),
+    *("fingerprint", "reference", "quantization", "double_quant"),
     *("rank", "alpha", "target_modules", "layers", "lora_options"),
 )
 _DATA = {"tokenizer": "tokenizer", "chat_template": "chat template"}
@@ -56,7 +56,7 @@ def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source
                 f"{source} was trained against another reference: the adapter of model.adapter has changed since (its "
                 f"weights were {before}, and are {now}). Restore it, or start a new run."
             )
-        if name in ("fingerprint", "weights"):
+        if name == "fingerprint":
             raise UserError(
                 f"{source} was trained on another base: {stored.get('base')} (weights {before}) there, "
                 f"{current.get('base')} (weights {now}) here. Name its base by model.base or --base."

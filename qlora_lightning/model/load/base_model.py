@@ -81,6 +81,7 @@ def load_base(
         "double_quant": double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
     }
+    vars(model)["loaded_identity"] = identity  # for a build_model of one's own
     return LoadedBase(model, source, identity)
 
 

@@ -72,9 +72,11 @@ def complete_model(
     elif folder is not None:
         fill_adapter(model, folder)
     base: Any = model.get_base_model()
-    identity.setdefault("compute_dtype", str(base.dtype).removeprefix("torch."))
-    if "fingerprint" not in identity:  # that of the files is unknown
-        identity["weights"] = hash_weights(base)
+    if "fingerprint" not in identity:  # it may be a base of load_base, else its files are unknown
+        usual = {"compute_dtype": str(base.dtype).removeprefix("torch."), "fingerprint": hash_weights(base)}
+        identity.update(getattr(base, "loaded_identity", usual))
+    if folder is not None:
+        check_identity(read_identity(folder), identity, f"The adapter folder {folder}")
     return model
 
 

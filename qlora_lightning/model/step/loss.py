@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.fuse import has_hooks
 from qlora_lightning.model.layers.lora import device_of_autocast
+from qlora_lightning.support.errors import UserError
 
 _MAX_LOGIT_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no faster
 _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of a vocabulary of 128,256 in bf16
@@ -37,6 +38,15 @@ class LossSums(NamedTuple):
     logged: Mapping[str, Tensor] = MappingProxyType({})
 
 
+def sums_by_name(sums: LossSums, **more: Tensor) -> dict[str, Tensor]:
+    """Return sums by name, ``labelled_tokens`` and ``loss`` first, and ``more`` before those that are logged."""
+    own = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **more}
+    reserved = {"labelled_tokens", "grad_norm", "perplexity", "token_accuracy"} & sums.logged.keys()
+    if reserved:
+        raise UserError(f"LossSums.logged has {min(reserved)}, which is logged already: choose another name.")
+    return own | dict(sums.logged)
+
+
 class TokenStatistics:
     """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result.
 
@@ -56,8 +66,7 @@ class TokenStatistics:
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
         accuracy = {"token_accuracy": sums.correct} if self.counts_tokens else {}
-        logged = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **accuracy, **sums.logged}
-        for name, value in logged.items():
+        for name, value in sums_by_name(sums, **accuracy).items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.loss import LossSums, sums_by_name
 from qlora_lightning.model.step.micro_batch import compute_within_memory, run_micro_batches
 from qlora_lightning.support.errors import UserError
 
@@ -78,8 +78,7 @@ class Window:
             sums: LossSums = module.compute_loss(part)
             (sums.nll_sum * module.loss_scale).backward()
             nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
-            logged = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **sums.logged}
-            for name, value in logged.items():
+            for name, value in sums_by_name(sums).items():
                 self._sums[name] = value.detach() + self._sums.get(name, 0)
             self.micro_batches += 1
             self.largest = max(self.largest, part["input_ids"].numel() if "input_ids" in part else 0)

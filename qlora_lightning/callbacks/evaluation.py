@@ -19,7 +19,7 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
-from qlora_lightning.model.load.machine import is_out_of_memory
+from qlora_lightning.model.load.machine import is_out_of_memory, reason_of
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
@@ -164,7 +164,6 @@ class Evaluation(Callback):
         # a run that was killed during this evaluation has nothing left to train when it is resumed
         is_missing = not was_evaluated and "val" in getattr(data, "samples", {}) and trainer.limit_val_batches
         if trainer.val_dataloaders or is_missing:
-            module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
             with best_adapter(trainer, module):
                 self._compare(trainer, module)
             module.cpu()
@@ -181,6 +180,7 @@ class Evaluation(Callback):
         show = trainer.is_global_zero
 
         def evaluate() -> tuple[Results, GeneralLoss | None]:
+            module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
             results = evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
             return results, self.evaluate_general(module, adapters, show)
 
@@ -208,7 +208,7 @@ def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], T
         if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
             message = _NOT_EVALUATED.format(trainer.global_step, error)
             raise UserError(f"{message} What was saved can be resumed.") from error
-        faults.append(str(error))
+        faults.append(f"{reason_of(error)}.")
     if faults := gather_lists(trainer, faults):
         say_once(_NOT_EVALUATED.format(trainer.global_step, faults[0]))
         return None

@@ -31,6 +31,8 @@ class GPUMemoryMonitor(Callback):
         if self.enabled and trainer.is_global_zero:
             peaks = [gib for name, gib in read_memory(pl_module.device).items() if name in MEMORY_PEAKS]
             say(f"Memory after loading: {peaks[0]:.2f} GiB at its peak")
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step

@@ -75,7 +75,7 @@ class QLoRAModule(lightning.LightningModule):
             computes all tokens.
         micro_batch_tokens: How many tokens of a batch go through the model at a time, in whole rows; a single row may
             have more. It changes memory and speed; of the result, only rounding and what dropout draws. ``auto`` starts
-            with what the formula says fits into free memory, on a CPU 8,192. It is halved when memory runs out.
+            with what the formula says fits into free memory, on a CPU 8,192. It falls by a fifth when memory runs out.
 
     Attributes:
         model: The base with its adapter, ``None`` before ``configure_model``. Its ``disable_adapter()`` and
@@ -238,8 +238,6 @@ class QLoRAModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)  # of loading: the peak of steps corrects the token budget
         if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
             # may have different numbers, and sorts its buckets again after the first, so that a resume would round
@@ -363,8 +361,6 @@ class QLoRAModule(lightning.LightningModule):
             factor=1 / self.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
-        if self.device.type == "cuda":
-            self.token_budget.correct(self, self.window)
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)

@@ -12,12 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import (
     AdapterCheckpoint,
-    GPUMemoryMonitor,
     GradientCheckpointing,
     QLoRAModule,
     ShardedDDPStrategy,
 )
-from qlora_lightning.callbacks.run_folder import MetricsLogger
 from qlora_lightning.cli import main
 from qlora_lightning.report import read_metrics
 from tests.dying import MachineFailed, Stop
@@ -27,15 +25,17 @@ from tests.steps import fit, make_batch, trainable_tensors
 
 pytestmark = pytest.mark.gpu
 ACCELERATOR = "gpu" if DEVICE.type == "cuda" else "cpu"
+WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 
 
-def train(folder, base, rows, *callbacks, ckpt_path=None, strategy="auto"):
+def train(folder, base, rows, *callbacks, ckpt_path=None, compute_dtype="bf16", dropout=0.1, **options):
     """Train six steps; give what the last checkpoint holds."""
     seed_everything(7, verbose=False)
-    options = {"accelerator": ACCELERATOR, "deterministic": True, "enable_checkpointing": True, "strategy": strategy}
-    options |= {"max_steps": 6, "accumulate_grad_batches": 3, "val": True, "ckpt_path": ckpt_path}
+    usual = {"accelerator": ACCELERATOR, "deterministic": True, "enable_checkpointing": True, "val": True}
+    usual |= {"max_steps": 6, "accumulate_grad_batches": 3, "ckpt_path": ckpt_path}
     callbacks = [*callbacks, AdapterCheckpoint(every_n_train_steps=1)]
-    fit(QLoRAModule(str(base), rank=4, compute_dtype="bf16", dropout=0.1), folder, rows, callbacks=callbacks, **options)
+    module = QLoRAModule(str(base), rank=4, compute_dtype=compute_dtype, dropout=dropout)
+    fit(module, folder, rows, callbacks=callbacks, **usual | options)
     return read_checkpoint(folder)
 
 
@@ -78,15 +78,14 @@ def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU's memory is not planned")
 @pytest.mark.parametrize(("checkpointing", "offload"), [(False, False), (True, False), (True, True)])
 def test_memory_is_as_planned(rows_file, tmp_path, checkpointing, offload):
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16}
-    wide = make_base(tmp_path / "wide", **sizes)
+    wide = make_base(tmp_path / "wide", **WIDE | {"num_hidden_layers": 8})
     settings = {
         "model.base": wide,
         "data.train": rows_file,
         "data.batch_size": 16,
         "data.val_fraction": "null",
         "trainer.accelerator": ACCELERATOR,
-        "trainer.max_steps": 4,
+        "trainer.max_epochs": 4,
         "trainer.log_every_n_steps": 1,
         "trainer.default_root_dir": tmp_path / "run",
         "gradient_checkpointing.enabled": str(checkpointing).lower(),
@@ -96,7 +95,10 @@ def test_memory_is_as_planned(rows_file, tmp_path, checkpointing, offload):
     assert main(["plan", *options, "--json", str(tmp_path / "plan.json")]) == 0
     assert main(["fit", *options]) == 0
     memory = json.loads((tmp_path / "plan.json").read_text())["memory"]
-    measured = max(gib for _, gib in read_metrics(tmp_path / "run" / "metrics.csv")["memory_peak_gib"]) * 2**30
+    _, *peaks = (
+        gib for _, gib in read_metrics(tmp_path / "run" / "metrics.csv")["memory_peak_gib"]
+    )  # the first compiles
+    measured = max(peaks) * 2**30
     assert measured == pytest.approx(memory["peak_bytes"] - memory["parts"]["context"], rel=0.1)  # which is not torch's
 
 
@@ -130,17 +132,23 @@ def test_plain_peft_computes_what_the_module_computes(base, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("scarce", ["plan", "run"])
-def test_a_step_fits_by_itself_on_a_card(base, rows_file, tmp_path, scarce):
+def test_a_step_fits_by_itself_on_a_card(tmp_path, capsys, scarce):
     """With memory that others hold, whether that is there at the start or comes in the run, the adapter is the same."""
-    whole = train(tmp_path / "whole", base, rows_file)
+    base, rows = make_base(tmp_path / "wide", **WIDE), tmp_path / "long.jsonl"
+    row = {"instruction": "Count.", "output": " ".join(map(str, range(200)))}
+    rows.write_text("".join(json.dumps(row | {"instruction": f"Count. Row {n}."}) + "\n" for n in range(8)))
+    options = {"compute_dtype": "fp32", "dropout": 0.0, "batch_size": 8, "accumulate_grad_batches": 1, "max_steps": 2}
+    whole = train(tmp_path / "whole", base, rows, **options)
     hog = Hog(at_start=scarce == "plan")
-    parts = train(tmp_path / "parts", base, rows_file, GradientCheckpointing(), hog)
-    for name, tensor in whole["state_dict"].items():
-        torch.testing.assert_close(parts["state_dict"][name], tensor, rtol=0.05, atol=1e-3)  # bf16 and dropout
+    parts = train(tmp_path / "parts", base, rows, GradientCheckpointing(), hog, **options)
+    if scarce == "run" and DEVICE.type == "cuda":
+        assert "Memory ran out" in capsys.readouterr().out
+    whole, parts = (torch.cat([each.flatten() for each in end["state_dict"].values()]) for end in (whole, parts))
+    assert float((parts - whole).norm() / whole.norm()) < 1e-4
 
 
 class Hog(Callback):
-    """Leaves a card so little memory that a batch does not fit: from the start, or from the first batch on."""
+    """Leaves a card so little memory that a batch does not fit: from the start, or from the second step on."""
 
     def __init__(self, at_start):
         self.at_start, self.held = at_start, None
@@ -149,9 +157,14 @@ class Hog(Callback):
         if self.at_start:
             self._hold(400_000_000)
 
-    def on_train_batch_start(self, *_):
-        if not self.at_start and self.held is None:
-            self._hold(20_000_000)
+    def on_train_batch_start(self, trainer, *_):
+        if DEVICE.type == "cuda" and not self.at_start and self.held is None:
+            if trainer.global_step:
+                self._hold((torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) // 2)
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_fit_end(self, *_):
+        self.held = None
 
     def _hold(self, left):
         if DEVICE.type == "cuda":
@@ -173,22 +186,3 @@ def test_two_cards_with_a_sharded_base_take_the_same_steps_as_with_whole_ones(ro
         subprocess.run([sys.executable, "-m", "qlora_lightning", "fit", *options, *run], check=True, timeout=500)
         ends.append(read_checkpoint(tmp_path / name)["state_dict"])
     assert same(*ends)
-
-
-@pytest.mark.skipif(DEVICE.type == "cpu", reason="of a card's own memory")
-def test_allocated_and_reserved_memory_and_a_peak_of_its_own_interval_are_logged(base, rows_file, tmp_path):
-    class Spike(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if batch_idx == 0:
-                torch.ones(512 * 1024**2 // 4, device=pl_module.device)  # freed at once
-
-    logger = MetricsLogger(tmp_path)
-    options = {"accelerator": ACCELERATOR, "max_steps": 2, "logger": logger, "log_every_n_steps": 1}
-    fit(make_module(base), tmp_path, rows_file, callbacks=[GPUMemoryMonitor(), Spike()], **options)
-    logged = read_metrics(logger.file)
-    names = [f"memory_{name}_gib" for name in ("allocated", "reserved", "peak")]
-    allocated, reserved, peaks = ([gib for _, gib in logged[name]] for name in names)
-    capacity = torch.cuda.get_device_properties(0).total_memory / 2**30
-    assert all(gib <= peak <= capacity for gib, peak in zip(allocated, peaks, strict=True))
-    assert len(reserved) == 2
-    assert peaks[0] > 0.5 > peaks[1]

@@ -5,10 +5,8 @@ Windows are of 6, 6 and a short one of 4 rows, however they are cut into batches
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -21,18 +19,24 @@ from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit
-from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.memory.fit import find_fit
+from qlora_lightning.model.memory.fit import Fit, find_fits
 from qlora_lightning.model.memory.formula import build_step_memory
 from tests.random_base import save_family
 from tests.steps import fit
+
+ERRORS = (  # in turn
+    "CUDA out of memory. Tried to allocate 2 GiB",
+    "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 class Hungry(QLoRAModule):
     """Runs out of memory at the given passes, in forward or in the middle of backward, once each."""
 
-    fails, where, passes = frozenset(), "backward", 0
+    fails, where, passes, failures = frozenset(), "backward", 0, 0
 
     def compute_loss(self, batch):
         self.passes += 1
@@ -45,7 +49,8 @@ class Hungry(QLoRAModule):
         return super().compute_loss(batch)
 
     def run_out(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        self.failures += 1
+        raise RuntimeError(ERRORS[(self.failures - 1) % len(ERRORS)])
 
 
 def train(
@@ -76,7 +81,7 @@ def whole(tiny_base, tmp_path_factory):
         pytest.param({"micro_batch_tokens": 60}, marks=pytest.mark.slow),
         {"micro_batch_tokens": 1},
         pytest.param({"fails": [2]}, marks=pytest.mark.slow),  # in the second step
-        {"fails": [2, 3], "where": "forward"},  # and again
+        {"fails": [2, 3, 4, 5], "where": "forward"},  # and again
         pytest.param({"batch_size": 1, "accumulate": 6}, marks=pytest.mark.slow),
         {"batch_size": 3, "accumulate": 2, "fails": [4]},  # in the second batch of a window
         {"fails": [5], "where": "forward"},  # in a validation
@@ -128,14 +133,14 @@ def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, t
 def test_a_model_that_is_there_is_planned_for_too_and_checkpointing_is_switched_off_again(
     tiny_base, tmp_path, whole, monkeypatch
 ):
-    planned, plan = [], memory_fit.plan_fit
-    monkeypatch.setattr(budget, "plan_fit", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])
+    planned, plan = [], memory_fit.plan_fits
+    monkeypatch.setattr(budget, "plan_fits", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])
     module, *_ = train(tiny_base, whole[0], tmp_path, GradientCheckpointing(True))
     layers = [each for each in module.modules() if isinstance(each, GradientCheckpointingLayer)]
     assert all(layer.gradient_checkpointing for layer in layers)
     fit(module, tmp_path, whole[0], max_steps=1, callbacks=[GradientCheckpointing(False)])
     assert not any(layer.gradient_checkpointing for layer in layers)
-    assert [each.tokens for each in planned] == [8192, 8192]
+    assert [fits[0].tokens for fits in planned] == [8192, 8192]
 
 
 # ---- what is planned -------------------------------------------------------------------------------------------------
@@ -156,47 +161,13 @@ def test_the_first_way_in_which_the_longest_row_fits_is_taken_and_no_token_more_
 
     found = []
     for memory in range(least - 100_000, most + 100_000, 10_000):
-        best = find_fit(step, memory, 1000, CHOICES)
+        best, *others = find_fits(step, memory, 1000, CHOICES)
+        assert [best.tokens, *(each.tokens for each in others)] == sorted(each.tokens for each in (best, *others))
         assert best.tokens == 0 or needed(best, best.tokens) <= memory < needed(best, best.tokens + 1)
         assert best.tokens == 0 or best.tokens >= 1000
         found.append((best.tokens > 0, -best.choice.checkpointed, -best.choice.offload))
     assert found == sorted(found)  # with more memory never less fits, nor by dearer means
     assert set(found) == {(False, -1, -1), (True, -1, -1), (True, -1, 0), (True, 0, 0)}
-
-
-def test_the_measured_peak_is_that_of_the_largest_micro_batch_so_far(monkeypatch):
-    size = TokenBudget("auto")
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 4)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 6)
-    monkeypatch.setattr(budget, "free_bytes", lambda device: 6)  # 10 in all, of which 9 may be used
-    for step, largest in enumerate((1000, 700, 900)):
-        module = SimpleNamespace(device="cuda", trainer=SimpleNamespace(global_step=step))
-        size.correct(module, SimpleNamespace(largest=largest, micro_batches=2, batches=[None]))
-    assert size.tokens == 2000
-
-
-def test_a_measured_peak_corrects_the_planned_tokens_by_no_more_than_twice():
-    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=7.0) == 1500  # 2 bytes took them, 3 are left
-    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=20.0) == 2000
-    assert memory_fit.corrected_tokens(1000, held=4.0, peak=6.0, usable=3.0) == 500
-
-
-def test_the_verdict_comes_before_a_base_is_loaded(tiny_base, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(memory_fit, "free_bytes", lambda device: 30_000_000)
-    strategy, data = SimpleNamespace(root_device=torch.device("cuda")), SimpleNamespace(max_length=512)
-    module = QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp16")
-    module._trainer = SimpleNamespace(strategy=strategy, world_size=1, datamodule=data)
-    words = "does not fit: with gradient checkpointing, its inputs in host memory one row of 512 tokens is planned"
-    with pytest.raises(UserError, match=words):
-        module.token_budget.plan(module)
-
-    def refuse(*_):
-        raise UserError("It does not fit.")
-
-    monkeypatch.setattr(TokenBudget, "plan", refuse)
-    unloaded = shutil.copytree(tiny_base, tmp_path / "unloaded", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(UserError, match="It does not fit"):
-        train(unloaded, whole[0], tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["auto", 8192])
@@ -206,9 +177,9 @@ def test_a_resumed_run_goes_on_with_what_was_found(tiny_base, tmp_path, whole, s
     state = module.token_budget.state_dict()
     assert 0 < state["tokens"] < 8192
     resumed = QLoRAModule(str(tiny_base), micro_batch_tokens=setting).token_budget
-    resumed.choices = CHOICES
+    resumed.fits = [Fit(8192, choice) for choice in CHOICES]
     resumed.load_state_dict(state | {"checkpointing": [True, False]})
-    assert (resumed.tokens, resumed.choices) == (state["tokens"], CHOICES[1:])
+    assert (resumed.tokens, [fit.choice for fit in resumed.fits]) == (state["tokens"], CHOICES[1:])
     changed = QLoRAModule(str(tiny_base), micro_batch_tokens=100).token_budget
     changed.load_state_dict(state)
     assert changed.tokens == 100

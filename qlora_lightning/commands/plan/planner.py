@@ -25,7 +25,7 @@ from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
 from qlora_lightning.model.guards import check_trainer
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.memory.fit import USABLE, find_fit, list_remedies, plan_step
+from qlora_lightning.model.memory.fit import USABLE, find_fits, list_remedies, plan_step
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.batch import check_row_length
 from qlora_lightning.support.errors import UserError
@@ -70,9 +70,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
     budget, usable = module.token_budget, USABLE * device["memory"]
     row_tokens = batch["longest"] if budget.is_auto else max(batch["longest"], min(budget.tokens, batch["tokens"]))
-    fit = find_fit(
-        step, usable, row_tokens, checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
-    )
+    choices = checkpointing_choices(**run.config["gradient_checkpointing"], on_cuda=is_cuda)
+    fit = find_fits(step, usable, row_tokens, choices)[0]
     tokens = min(batch["tokens"], (fit.tokens or row_tokens) if budget.is_auto and is_cuda else budget.tokens)
     pass_tokens = max(tokens, batch["longest"])
     parts = step.parts(pass_tokens, fit.choice)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -92,6 +93,9 @@ def has_dropout(causal_lm: Any) -> bool:
     return any(value for name, value in settings if "drop" in name and isinstance(value, float))
 
 
+# not cuDNN, which torch prefers on compute capability 9.0 and 10.0: it plans for a new number of rows or tokens, which
+# nearly every batch has, in 55 to 70 ms (as published), and is not deterministic
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def flat_attention(
     module: Any,
     query: Tensor,

@@ -23,19 +23,18 @@ _TOKEN_DIM = {2: 0, 3: 1, 4: 2}
 
 
 def _region(function: _Function) -> _Function:
+    """Make element-wise code a region: a GPU with Triton runs it as one compiled kernel for any number of tokens."""
+
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        return run_region(function, *arguments)
+        if not (arguments[0].is_cuda and has_triton()):
+            return function(*arguments)
+        # of an activation that requires gradients the compiler would read `.grad`, of which torch warns
+        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        mark_tokens(arguments)
+        return compile_region(function)(*arguments)
 
     return cast(_Function, run)
-
-
-def run_region(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run element-wise code: on a GPU with Triton, compiled into one kernel for any number of tokens."""
-    if arguments[0].is_cuda and has_triton():
-        mark_tokens(arguments)
-        function = compile_region(function)
-    return function(*arguments)
 
 
 @functools.cache

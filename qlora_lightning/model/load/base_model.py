@@ -1,6 +1,7 @@
 """The frozen base: loaded, and quantized once."""
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,7 +19,7 @@ from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.tensors import save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of
-from qlora_lightning.model.load.machine import free_bytes, trim_malloc
+from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, reason_of, trim_malloc
 from qlora_lightning.support.errors import UserError
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -60,12 +61,20 @@ def load_base(
     stored = config.get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
     folder, bnb_config = source.folder, None
-    if stored is None and quantization != "none":
-        if cache:
-            folder = quantized_folder(source, quantization, double_quant, compute_dtype, device, trust_remote_code)
-        else:
-            bnb_config = _bitsandbytes_config(quantization, double_quant, compute_dtype)
-    model = _load(folder, bnb_config, compute_dtype, device, trust_remote_code)
+    try:
+        if stored is None and quantization != "none":
+            if cache:
+                folder = quantized_folder(source, quantization, double_quant, compute_dtype, device, trust_remote_code)
+            else:
+                bnb_config = _bitsandbytes_config(quantization, double_quant, compute_dtype)
+        model = _load(folder, bnb_config, compute_dtype, device, trust_remote_code)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"Out of memory on {device} while {name} was loaded: {reason_of(error)}. Stop other programs that use "
+            f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload."
+        ) from error
     for module in model.modules():
         if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
             module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
@@ -106,6 +115,11 @@ def quantized_folder(
         freeze(model)  # else packed weights would be saved wrongly, see freeze
         with _quiet_bars():
             save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
+        del model
+        # a linear of bitsandbytes and its weight refer to each other: uncollected this model would stay on the device
+        # beside the one that is loaded from the folder
+        gc.collect()
+        torch.cuda.empty_cache()
 
     key: dict[str, Json] = {
         "source": fingerprint(source.folder),

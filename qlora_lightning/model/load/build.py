@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_p
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
 from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, keep_quantized_layers, load_base
-from qlora_lightning.model.load.machine import explain_dtype
+from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.support.trainer import say_once
 
 
@@ -103,7 +103,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 
 def report_model(module: Any, fusion: Fusion) -> None:
-    """Print the compute dtype of hardware without bf16, what trains, and why layers do not run fused."""
+    """Print what to know about the device, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # build_model may be overridden
@@ -112,6 +112,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
         reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
+        advise_allocator(module.device),
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."

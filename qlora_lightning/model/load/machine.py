@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -56,6 +56,16 @@ def _has_bfloat16(device: torch.device) -> bool:
     return True
 
 
+def advise_allocator(device: torch.device) -> str | None:
+    """Advise a setting of torch's allocator, to be made before CUDA starts; ``None`` if it is, as by the command."""
+    cuda: Any = torch.cuda  # memory_snapshot has no types
+    if device.type != "cuda" or sys.platform != "linux" or cuda.get_allocator_backend() != "native":
+        return None
+    if any(segment["is_expandable"] for segment in cuda.memory_snapshot()):
+        return None
+    return "Rows of varying lengths fragment this GPU's memory: set PYTORCH_ALLOC_CONF=expandable_segments:True."
+
+
 def device_memory_gib(device: torch.device) -> float:
     """Read how much memory the device, or this machine, has, in GiB."""
     if device.type == "cuda":
@@ -97,8 +107,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     messages = (
         *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
         *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
+        *("CUBLAS_STATUS_NOT_INITIALIZED", "Triton Error [CUDA]: out of memory"),  # cuBLAS's handle, a kernel's code
+        "CUDA out of memory",  # in a region while it is compiled: the error is the compiler's
     )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says when memory ran out, in a line without the advice that torch adds for a GPU."""
+    return str(error).partition("\n")[0].partition(" Of the allocated memory")[0].rstrip(".")
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

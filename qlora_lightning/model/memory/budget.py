@@ -1,15 +1,13 @@
-"""How many tokens go through the model at a time, and with which checkpointing: plan, correct and lower them."""
+"""How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
 from typing import Any, Literal
 
 import torch
 
-from qlora_lightning.base.tensors import format_gib
-from qlora_lightning.model.load.machine import free_bytes, trim_malloc
+from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
-from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, USABLE, corrected_tokens, list_remedies, plan_fit
+from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.batch import format_locations, row_locations, samples_per_row
-from qlora_lightning.model.step.window import Window
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import say_once, split_of_pass, trainer_of
@@ -30,7 +28,8 @@ class TokenBudget:
     Attributes:
         tokens: The current number.
         checkpointing: Settings of :class:`~qlora_lightning.callbacks.GradientCheckpointing`, if a Trainer has it.
-        choices: Of checkpointing: the current one, then those to try in turn if a single row does not fit.
+        fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
+            number of tokens that it begins with.
         running: The micro-batch that goes through the model now.
     """
 
@@ -38,25 +37,23 @@ class TokenBudget:
         if setting != "auto" and setting < 1:
             raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
         self.setting, self.is_auto = setting, setting == "auto"
-        self.tokens: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
+        self.tokens = self._unplanned
         self.running: dict[str, Any] | None = None
         self.checkpointing: dict[str, Any] = {}
-        self.choices = [Checkpointing()]
-        self._switched_to, self._is_measured = Checkpointing(), False
-        self._largest = 0  # tokens of the micro-batches in the measured peak
+        self.fits = [Fit(self.tokens, Checkpointing())]
+        self._switched_to = Checkpointing()
 
     def plan(self, module: Any) -> None:
         """Begin a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
 
-        See :func:`~qlora_lightning.model.memory.fit.plan_fit`.
+        See :func:`~qlora_lightning.model.memory.fit.plan_fits`.
         """
-        device = module.trainer.strategy.root_device
         settings, self.checkpointing = self.checkpointing, {}  # the next fit may have no such callback
-        self.choices = checkpointing_choices(**settings, on_cuda=device.type == "cuda")
-        self._is_measured, self._largest = not self.is_auto or device.type != "cuda", 0
-        fit = plan_fit(module, self.choices) if self.is_auto else None
-        if fit is not None:
-            self.tokens, self.choices = fit.tokens, self.choices[self.choices.index(fit.choice) :]
+        choices = checkpointing_choices(**settings, on_cuda=module.trainer.strategy.root_device.type == "cuda")
+        planned = plan_fits(module, choices) if self.is_auto else None
+        self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
+        self.tokens = self.fits[0].tokens
 
     def start(self, causal_lm: Any) -> None:
         """Switch to the chosen checkpointing, and print it.
@@ -65,37 +62,22 @@ class TokenBudget:
             UserError: It is needed, and transformers has none for this type.
         """
         if not causal_lm.supports_gradient_checkpointing:
-            self.choices = [choice for choice in self.choices if not choice.checkpointed]
-            if not self.choices:
+            self.fits = [fit for fit in self.fits if not fit.choice.checkpointed]
+            if not self.fits:
                 raise UserError(
                     f"A {causal_lm.config.model_type} of transformers has no gradient checkpointing, and it is asked "
                     "for, or a row does not fit without: set gradient_checkpointing.enabled to false, or a smaller "
                     "data.max_length."
                 )
         self._switch_to_choice(causal_lm)
-        say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.choices[0]}.")
+        say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.fits[0].choice}.")
 
     def _switch_to_choice(self, causal_lm: Any) -> None:
-        switch_checkpointing(causal_lm, self._switched_to, self.choices[0])
-        self._switched_to = self.choices[0]
-
-    def correct(self, module: Any, window: Window) -> None:
-        """Correct the plan once, by the peak of the second step or a later one, when the optimizer has its state.
-
-        Args:
-            module: The module, with the gradients of a step.
-            window: The step's window. If its batches were not cut, they had fewer tokens than allowed.
-        """
-        self._largest = max(self._largest, window.largest)
-        if self._is_measured or not module.trainer.global_step or window.micro_batches == len(window.batches):
-            return
-        self._is_measured = True
-        allocated, peak = torch.cuda.memory_allocated(module.device), torch.cuda.max_memory_allocated(module.device)
-        self.tokens = corrected_tokens(self._largest, allocated, peak, USABLE * (free_bytes(module.device) + allocated))
-        say_once(f"Measured: {format_gib(peak)} at the peak. From now on at most {self.tokens:,} tokens go through.")
+        switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
+        self._switched_to = self.fits[0].choice
 
     def lower(self, module: Any, words: str) -> None:
-        """Take less memory than ``running`` took: half its tokens or, for a single row, the next checkpointing.
+        """Take less memory than ``running`` took: a fifth fewer tokens or, for a single row, the next checkpointing.
 
         Args:
             module: The module in whose pass memory ran out.
@@ -105,33 +87,31 @@ class TokenBudget:
             RowDoesNotFit: No choice is left.
         """
         assert self.running is not None, "memory ran out in a micro-batch"
-        on_cuda = module.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(module.device)  # correct() must not see the peak of what did not fit
-            self._largest = 0
+        torch.cuda.empty_cache()  # does nothing without one
         trim_malloc()  # on a CPU oneDNN maps its code outside the heap, which may have taken all memory
         layout, tokens = self.running["layout"], self.running["input_ids"].numel()
         rank = getattr(trainer_of(module), "global_rank", 0)
         suffix = f" in process {rank}" if rank else ""
         if len(layout.lengths) > samples_per_row(self.running):
-            self.tokens = tokens // 2
+            self.tokens = tokens * 4 // 5
             say(
                 f"Memory ran out{suffix} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
                 "tokens go through the model at a time. Only rounding, and what dropout draws, change."
             )
-        elif len(self.choices) > 1 and torch.is_grad_enabled():
-            del self.choices[0]
+        elif len(self.fits) > 1 and torch.is_grad_enabled():
+            del self.fits[0]
+            self.tokens = self.fits[0].tokens
             self._switch_to_choice(module.causal_lm)
             say(
-                f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.choices[0]}, by about "
-                "a third slower."
+                f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.fits[0].choice}, by "
+                "about a third slower."
             )
         else:
             data, split = split_of_pass(module)
             location = format_locations(row_locations(data, layout.rows, split))
             # checkpointing does not help a pass without gradients
-            checkpoints = self.choices[0].checkpointed or not torch.is_grad_enabled()
+            checkpoints = self.fits[0].choice.checkpointed or not torch.is_grad_enabled()
+            on_cuda = module.device.type == "cuda"
             remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
             raise RowDoesNotFit(
                 f"Out of memory on {module.device} in one row of {tokens:,} tokens ({location}): {words}. What is "
@@ -140,13 +120,14 @@ class TokenBudget:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run restores."""
-        state = {"setting": self.setting, "tokens": self.tokens, "checkpointing": list(self.choices[0])}
-        return {**state, "is_measured": self._is_measured}
+        return {"setting": self.setting, "tokens": self.tokens, "checkpointing": list(self.fits[0].choice)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a run had found, its tokens only if the setting is the same."""
-        if state.get("setting", "auto") == self.setting:
-            self.tokens, self._is_measured = state["tokens"], state.get("is_measured", True)
+        choices = [fit.choice for fit in self.fits]
         choice = Checkpointing(*state["checkpointing"])
-        if choice in self.choices:
-            self.choices = self.choices[self.choices.index(choice) :]
+        if choice in choices:
+            self.fits = self.fits[choices.index(choice) :]
+            self.tokens = self.fits[0].tokens
+        if state.get("setting", "auto") == self.setting:
+            self.tokens = state["tokens"]

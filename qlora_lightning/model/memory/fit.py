@@ -46,8 +46,8 @@ def list_remedies(quantization: str, *, checkpoints: bool, on_cuda: bool) -> str
     return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
 
 
-def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> Fit:
-    """Find the first of the choices of checkpointing with which the longest row fits alone.
+def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> list[Fit]:
+    """Find the choices of checkpointing with which the longest row fits alone; the last one, if it does with none.
 
     Args:
         step: The formula.
@@ -55,20 +55,11 @@ def find_fit(step: StepMemory, usable: float, longest: int, choices: Sequence[Ch
         longest: Tokens of the longest row.
         choices: In the order in which they are tried; each takes less memory than the one before.
     """
+    fits = []
     for choice in choices:
         tokens = bisect_right(range(_MAX_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
-        if tokens >= longest:
-            return Fit(tokens, choice)
-    return Fit(0, choice)
-
-
-def corrected_tokens(tokens: int, held: float, peak: float, usable: float) -> int:
-    """Correct the planned tokens of a micro-batch by the peak of one that had them, in bytes.
-
-    All memory except ``held`` (base, adapters, gradients and the optimizer's state) grows with the tokens.
-    """
-    factor = (usable - held) / max(peak - held, 1.0)
-    return max(1, int(tokens * min(max(factor, 0.5), 2.0)))
+        fits.append(Fit(tokens, choice))
+    return [fit for fit in fits if fit.tokens >= longest] or [Fit(0, choices[-1])]
 
 
 def plan_step(
@@ -95,8 +86,8 @@ def plan_step(
     return model, build_step_memory(model, dtype, **settings)
 
 
-def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
-    """Plan a fit before any weight is downloaded or loaded.
+def plan_fits(module: Any, choices: Sequence[Checkpointing]) -> list[Fit] | None:
+    """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
     ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not run on the meta device.
 
@@ -127,16 +118,17 @@ def plan_fit(module: Any, choices: Sequence[Checkpointing]) -> Fit | None:
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
     longest = min(longest, _MAX_TOKENS - 1)
     on_gpu = device.type == "cuda"
-    fit = find_fit(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
+    fits = find_fits(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
     if not on_gpu:  # for a CPU the formula only tells whether memory is short
-        return fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU))
-    if not fit.tokens:
-        planned, fixed = sum(step.parts(longest, fit.choice).values()), sum(step.fixed.values())
-        remedies = list_remedies(module.quantization, checkpoints=fit.choice.checkpointed, on_cuda=True)
+        return [fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU)) for fit in fits]
+    if not fits[0].tokens:
+        choice = fits[0].choice
+        planned, fixed = sum(step.parts(longest, choice).values()), sum(step.fixed.values())
+        remedies = list_remedies(module.quantization, checkpoints=choice.checkpointed, on_cuda=True)
         raise UserError(
-            f"{module.base} does not fit: {fit.choice} one row of {longest:,} tokens is planned to take "
+            f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "
             f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. A number as "
             "model.micro_batch_tokens tries it without a plan."
         )
-    return fit
+    return fits

@@ -10,8 +10,8 @@ For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpo
 
 It omits keys and values repeated for all heads, on GPUs before compute capability 8.0, in float32 and in torch 2.11;
 attention's scores if no kernel avoids them; copies of shared beginnings of samples; fragments in torch's allocator.
-It counts each token as labelled, and each optimizer as AdamW unless it is an 8-bit one. The peak of the first steps
-corrects it once. On a CPU it only tells whether memory is short.
+It counts each token as labelled, and each optimizer as AdamW unless it is an 8-bit one. On a CPU it only tells whether
+memory is short.
 """
 
 import math

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from qlora_lightning.model.guards import check_token_ids
-from qlora_lightning.model.load.machine import is_out_of_memory
+from qlora_lightning.model.load.machine import is_out_of_memory, reason_of
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
@@ -95,6 +95,6 @@ def compute_within_memory(
                     f"Out of memory on {module.device} under a sharded base, whose other processes wait in their "
                     "passes: set model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
                 ) from error
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = reason_of(error)
         module.token_budget.lower(module, reason)  # not in the handler: the error's traceback holds the activations
         compute = replay

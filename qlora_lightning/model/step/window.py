@@ -22,7 +22,6 @@ class Window:
         batches: The batches of this process in the open window.
         row_ids: Their rows.
         micro_batches: Number of their micro-batches.
-        largest: Tokens of the largest micro-batch.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients:
             ``tokens``, and votes.
         totals: ``counts`` and ``labelled_tokens`` of the last step, over all ranks.
@@ -41,7 +40,7 @@ class Window:
 
     def _clear_sums(self) -> None:
         self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.logged
-        self.micro_batches, self.largest = 0, 0
+        self.micro_batches = 0
         self.row_ids: list[int] = []
 
     def vote(self, question: str, answer: bool) -> None:
@@ -81,7 +80,6 @@ class Window:
             for name, value in sums_by_name(sums).items():
                 self._sums[name] = value.detach() + self._sums.get(name, 0)
             self.micro_batches += 1
-            self.largest = max(self.largest, part["input_ids"].numel() if "input_ids" in part else 0)
             self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
         return nll_sum / labelled_tokens.clamp(min=1)
 
@@ -100,7 +98,8 @@ class Window:
             self._check_names()
         grads = [param.grad for param in parameters if param.grad is not None]
         sums = torch.stack([value.double() for value in self._sums.values()])
-        sums = torch.cat([sums, torch.tensor(list(self.counts.values()), dtype=torch.float64).to(sums.device)])
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64)
+        sums = torch.cat([sums, counts.to(sums.device, non_blocking=True)])
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
             torch.distributed.all_reduce(sums)
             flat_grad = torch.cat([grad.reshape(-1) for grad in grads])

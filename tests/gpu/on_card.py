@@ -1,0 +1,268 @@
+"""What runs on the stub of a card: ``python -m tests.gpu.on_card NAME FOLDER`` prints what NAME finds, as JSON."""
+
+import ctypes
+import json
+import struct
+import sys
+import warnings
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_lightning import QLoRAModule, UserError
+from qlora_lightning.callbacks import Evaluation, ThroughputMonitor
+from qlora_lightning.cli import main
+from qlora_lightning.model.memory.budget import TokenBudget
+from qlora_lightning.report import read_metrics
+from tests.gpu.conftest import make_base, make_module
+from tests.random_base import save_tokenizer
+from tests.steps import fit, make_batch, to_device
+
+CARD = ctypes.CDLL(None)  # the stub is loaded before Python
+MIB, ALL = 2**20, 2**60
+
+
+def counts():
+    """Return launches, waits, and reads by the host."""
+    values = (ctypes.c_long * 3)()
+    CARD.card_counts(values)
+    return list(values)
+
+
+def leave(size):
+    """Leave so many bytes free: another process takes all else."""
+    torch.cuda.empty_cache()
+    CARD.card_hold(ctypes.c_size_t(0))
+    CARD.card_hold(ctypes.c_size_t(max(0, torch.cuda.mem_get_info()[0] - int(size))))
+
+
+def save_wide(folder, layers, vocabulary=512):
+    """Write a base of Llama-3.1-8B's width with few layers, whose weights are zeros that take no space on the disk."""
+    folder.mkdir()
+    save_tokenizer(folder, [f"Count to {n}: " + " ".join(map(str, range(n))) for n in range(24)], size=512)
+    sizes = {"num_hidden_layers": layers, "vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.from_pretrained("configs/shapes/llama-3.1-8b", dtype="bfloat16", **sizes)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, param in model.named_parameters():
+        start, end = end, end + 2 * prod(param.shape)
+        header[name] = {"dtype": "BF16", "shape": list(param.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def rows_of(lengths):
+    """Make a row of about so many tokens each."""
+    return [{"instruction": f"Count. Row {n}.", "output": " 7" * length} for n, length in enumerate(lengths)]
+
+
+def run(command, **settings):
+    """Run a command; its settings have two underscores in the place of a dot."""
+    options = [f"--{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    assert main([command, *options]) == 0, options
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def whole(folder):
+    """Train with validations and answers in a first and a second start, and resume the second."""
+    rows = write_rows(folder / "rows.jsonl", rows_of(range(10, 42, 2)))
+    settings = {"model__base": save_wide(folder / "base", 2), "data__train": rows, "data__val": rows}
+    settings |= {"data__batch_size": 4, "trainer__max_steps": 6, "trainer__max_epochs": 4, "evaluation__rows": 4}
+    for name in ("first", "second"):
+        torch.cuda.reset_peak_memory_stats()
+        run("fit", **settings, trainer__default_root_dir=folder / name)
+    run("fit", **settings | {"trainer__max_steps": 8}, trainer__default_root_dir=folder / name, ckpt_path="last")
+    evaluation = json.loads((folder / name / "evaluation.json").read_text())
+    steps = [step for step, _ in read_metrics(folder / name / "metrics.csv")["train_loss"]]
+    return {"steps": steps, "answered": evaluation["answered_rows"]}
+
+
+def preferences(folder):
+    """Train by DPO, and merge the adapter."""
+    pairs = [{"prompt": f"Count to {n}.", "chosen": "1 2 3", "rejected": "No. " * n} for n in range(1, 9)]
+    rows = write_rows(folder / "rows.jsonl", pairs)
+    settings = {"model": "qlora_lightning.PreferenceModule", "model__base": make_base(folder), "data__train": rows}
+    settings |= {"data": "qlora_lightning.PreferenceDataModule", "data__val": rows, "trainer__max_steps": 2}
+    # the evaluation would read from the card that there is no pair
+    run("fit", **settings, evaluation="null", trainer__default_root_dir=folder / "run")
+    run("merge", adapter=folder / "run" / "adapter", out=folder / "merged")
+    return {"merged": (folder / "merged" / "model.safetensors").exists()}
+
+
+# ---- out of memory ---------------------------------------------------------------------------------------------------
+
+
+class Watched(QLoRAModule):
+    """Counts the passes whose forward did not end, and keeps the peak of the last one that did."""
+
+    unfinished = peak = 0
+
+    def compute_loss(self, batch):
+        self.unfinished += 1
+        sums = super().compute_loss(batch)
+        self.unfinished -= 1
+        self.peak = torch.cuda.max_memory_allocated()
+        return sums
+
+
+class OtherProcess(Callback):
+    """Takes all memory but some bytes during the second step, validations, or behind the fit; and measures steps."""
+
+    def __init__(self, place, free):
+        self.place, self.free = place, free
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._take("step", trainer.global_step == 1)
+        self.tokens = batch["input_ids"].numel()
+        self.held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.forward, self.step = pl_module.peak - self.held, torch.cuda.max_memory_allocated() - self.held
+        leave(ALL)
+
+    def on_validation_batch_start(self, *_):
+        self._take("validation")
+
+    def on_validation_end(self, *_):
+        leave(ALL)
+
+    def on_fit_end(self, *_):
+        self._take("evaluation")
+
+    def _take(self, place, is_due=True):
+        if place == self.place and is_due:
+            leave(self.free)
+
+
+def scarce(folder):
+    """Train on a card whose memory is short in one place."""
+    rows = write_rows(folder / "rows.jsonl", rows_of([200] * 16))
+    long = write_rows(folder / "long.jsonl", rows_of([1000] * 4))
+    module, found = Watched(str(save_wide(folder / "base", 6)), cache=False), {}
+
+    def train(name, rows, place=None, free=0, tokens=1 << 20):
+        module.token_budget, module.unfinished = TokenBudget(tokens), 0
+        other = OtherProcess(place, free)
+        callbacks = [other, Evaluation(enabled=place == "evaluation", rows=4)]
+        fit(module, folder, rows, val=True, batch_size=16, accelerator="gpu", max_steps=2, callbacks=callbacks)
+        leave(ALL)
+        budget = module.token_budget
+        found[name] = [budget.tokens / other.tokens, str(budget.fits[0].choice), module.unfinished]
+        return other
+
+    for name, tokens in (("planned", "auto"), ("loaded", 1 << 20)):
+        leave(200 * MIB)
+        with pytest.raises(UserError) as error:
+            train(name, rows, tokens=tokens)
+        found[name] = [str(error.value), module.model is None]
+        leave(ALL)
+    ample = train("ample", rows)
+    train("forward", rows, "step", ample.forward / 2)
+    train("backward", rows, "step", (ample.forward + ample.step) / 2)
+    train("validation", rows, "validation", 300 * MIB)
+    train("evaluation", rows, "evaluation", 100 * MIB)
+    alone = train("alone", long, tokens=1)
+    train("row", long, "step", 0.8 * alone.step, tokens="auto")
+    return found
+
+
+# ---- memory, launches and waits --------------------------------------------------------------------------------------
+
+
+def memory(folder):
+    """Plan steps of a base with Llama-3.1-8B's vocabulary and heads, and take them; and many with ragged rows."""
+    base, rows, found = save_wide(folder / "base", 8, 128_256), folder / "rows.jsonl", {}
+    settings = {"model__base": base, "model__cache": "false", "model__rank": 16, "data__train": rows}
+    settings |= {"data__format": "tokens", "data__val_fraction": "null", "trainer__log_every_n_steps": 1}
+    for name, tokens, enabled, offload in (
+        ("plain", 4892, "false", "false"),
+        ("checkpointed", 9462, "true", "false"),
+        ("offloaded", 3859, "true", "true"),
+    ):
+        write_rows(rows, tokens_of(4 * [*[1024] * (tokens // 1024), tokens % 1024]))
+        choice = {"gradient_checkpointing__enabled": enabled, "gradient_checkpointing__offload": offload}
+        options = settings | choice | {"data__shuffle": "false", "data__batch_size": 1 + tokens // 1024}
+        run("plan", **options, json=folder / f"{name}.json")
+        run("fit", **options, trainer__default_root_dir=folder / name)
+        plan = json.loads((folder / f"{name}.json").read_text())["memory"]
+        peak = max(read_gib(folder / name, "peak"))
+        found[name] = [peak * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]  # which is not torch's
+    lengths = torch.randint(50, 1500, (60 * 16,), generator=torch.Generator().manual_seed(0))
+    write_rows(rows, tokens_of(lengths.tolist()))
+    leave(8 << 30)
+    torch.cuda.reset_accumulated_memory_stats()
+    run("fit", **settings, data__batch_size=16, trainer__default_root_dir=folder / "ragged")
+    found |= {name: read_gib(folder / "ragged", name) for name in ("allocated", "peak", "reserved")}
+    return found | {"retries": torch.cuda.memory_stats()["num_alloc_retries"]}
+
+
+def read_gib(run_folder, name):
+    return [gib for _, gib in read_metrics(run_folder / "metrics.csv")[f"memory_{name}_gib"]]
+
+
+def tokens_of(lengths):
+    return [{"input_ids": [2] * length, "labels": [-100] + [2] * (length - 1)} for length in lengths]
+
+
+class Logs(QLoRAModule):
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        return sums._replace(logged={"nll": sums.nll_sum, "tokens": sums.labelled_tokens})
+
+
+class Steps(Callback):
+    """What the host waits for and reads in each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_start(self, *_):
+        CARD.card_reset()
+
+    def on_train_batch_end(self, *_):
+        self.found.append(counts()[1:])
+
+
+def launches(folder):
+    """Count the kernels of a layer, by models of two and of six, and what the host waits for."""
+    forward, backward = [], []
+    for layers in (2, 6):
+        base = save_wide(folder / str(layers), layers)
+        module = make_module(base, "cuda", compute_dtype="bf16")
+        for _ in range(2):  # the first compiles
+            batch = make_batch((200, 100, 300)) | {"row_ids": torch.arange(3), "source": torch.zeros(3)}
+            (part,) = module.micro_batches(to_device(batch, "cuda"))
+            module.zero_grad(set_to_none=True)
+            CARD.card_reset()
+            loss = module.compute_loss(part).nll_sum
+            forward.append(counts()[0])
+            loss.backward()
+            backward.append(counts()[0] - forward[-1])
+    found = {"layer": [(numbers[3] - numbers[1]) / 4 for numbers in (forward, backward)], "passes": counts()[1:]}
+    rows = write_rows(folder / "rows.jsonl", rows_of([50] * 16))
+    options = {"accelerator": "gpu", "deterministic": True, "max_steps": 6}
+    fit(Logs(str(base), cache=False), folder, rows, **options, callbacks=[ThroughputMonitor(), steps := Steps()])
+    return found | {"steps": steps.found}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("error", "The .grad attribute of a Tensor")  # when a region is compiled
+    name, folder = sys.argv[1:]
+    print(json.dumps(globals()[name](Path(folder))))

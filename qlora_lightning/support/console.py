@@ -21,7 +21,7 @@ def show_controls(text: str, keep: str = "\n") -> str:
         return text
     return "".join(
         _PICTURES.get(char) or char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in ("Cc", "Cf") and char not in keep and char != _JOINER
+        if unicodedata.category(char) in ("Cc", "Cf", "Cs") and char not in keep and char != _JOINER
         else char
         for char in text
     )

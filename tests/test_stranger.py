@@ -25,7 +25,9 @@ def folder(tiny_base, tmp_path_factory):
     place = tmp_path_factory.mktemp("stranger")
     base = shutil.copytree(tiny_base, place / "base")
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "evil.Evil"}}))
+    config |= {"auto_map": {"AutoConfig": "evil.Evil"}, "_attn_implementation": "evil/kernel"}
+    config |= {"fusion_config": {"evil": True}, "transformers_weights": "other.safetensors"}
+    (base / "config.json").write_text(json.dumps(config))
     make_run(place / "run", base)
     for name in ("evil.py", "base/evil.py", "run/evil.py"):
         (place / name).write_text(CODE)
@@ -34,14 +36,15 @@ def folder(tiny_base, tmp_path_factory):
     data = place / "run" / f"val{ESCAPE}.jsonl".replace("/", "")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model": {"base": str(base), "optimizer": "evil.Evil"},
+        "model": {"base": str(base), "optimizer": "evil.Evil", "trust_remote_code": True, "init_args": {"x": "evil.X"}},
         "trainer": {"default_root_dir": str(place / "run"), "callbacks": [{"class_path": "evil.Evil"}]},
     }
     settings["data"] = {"val": {"path": str(place / "run" / "val*.jsonl"), "columns": {"key": None}}}
+    settings["data"]["tokenizer"] = {"name": "base", "trust_remote_code": True}
     (place / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     tokenizer = place / "run" / "adapter" / "tokenizer.json"
     content = json.loads(tokenizer.read_text())
-    escapes = {"type": "Replace", "pattern": {"String": "e"}, "content": ESCAPE}
+    escapes = {"type": "Replace", "pattern": {"String": "g"}, "content": ESCAPE}
     content["decoder"] = {"type": "Sequence", "decoders": [content["decoder"], escapes]}
     tokenizer.write_text(json.dumps(content))
     manifest = {"status": f"finished{ESCAPE}", "config": settings, "error": ESCAPE}
@@ -105,11 +108,8 @@ def test_no_module_of_a_strangers_folder_is_imported_and_no_log_has_an_escape(fo
     ("section", "key", "value"),
     [
         ("model", "class_path", "evil.Evil"),
-        ("model", "trust_remote_code", True),
-        ("model", "init_args", {"optimizer": "evil.Evil"}),
         ("data", "class_path", "evil.Evil"),
         ("data", "format", "evil.rows"),
-        ("data", "tokenizer", {"name": "base", "trust_remote_code": True}),
         ("data", "val", "[{path: val.jsonl, format: evil.rows}] # *"),
         ("data", "val", ["val.jsonl", "https://localhost:9/rows.jsonl"]),
         ("data", "val", {"path": "org/rows", "split": "train"}),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,10 @@ gpu_memory: null
 throughput: null
 trainer: {accelerator: cpu, devices: 1, max_steps: 2, enable_progress_bar: false, default_root_dir: new}
 """
-LAST = "run/checkpoints/last.ckpt"
-WEIGHTS = "wrong/adapter_model.safetensors"
+LAST, RUN, OURS = "run/checkpoints/last.ckpt", "run/adapter", "qlora_lightning"
+WEIGHTS, TENSORS = "wrong/adapter_model.safetensors", "wrong/model.safetensors"
+SHARDS = '{"weight_map": {"a": "b.safetensors"}}'
+PT = {"format": "pt"}
 
 
 def wrong(arguments: str, *words: str, prepare: Callable[[], object] = lambda: None) -> object:
@@ -46,29 +49,43 @@ def cut(source: str, target: str, size: int) -> Callable[[], object]:
 
 
 def edit_checkpoint(edit: Callable[[dict], object]) -> Callable[[], object]:
-    """Write a checkpoint, with other content of ours."""
+    """Write a checkpoint with other content."""
 
     def prepare() -> None:
         checkpoint = torch.load(LAST, weights_only=True)
-        edit(checkpoint["qlora_lightning"])
+        edit(checkpoint)
         torch.save(checkpoint, "wrong.ckpt")
 
     return prepare
 
 
-def change_adapter(change: Callable[[], object]) -> Callable[[], object]:
-    return lambda: (shutil.copytree("run/adapter", "wrong"), change())
+def change_folder(source: str, change: Callable[[], object]) -> Callable[[], object]:
+    return lambda: (shutil.copytree(source, "wrong"), change())
 
 
-def edit_adapter(name: str, **values: object) -> Callable[[], object]:
+def edit(source: str, name: str, **values: object) -> Callable[[], object]:
+    """Write a folder with other values in one of its JSON files; without those that are ``None``."""
     file = Path("wrong", name)
-    return change_adapter(lambda: file.write_text(json.dumps({**json.loads(file.read_text()), **values})))
+
+    def change() -> None:
+        content = {**json.loads(file.read_text()), **values}
+        file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return change_folder(source, change)
 
 
-def put_a_nan() -> None:
-    tensors = load_file(WEIGHTS)
-    tensors[next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.lora_B.weight"))][3, 1] = float("nan")
-    save_file(tensors, WEIGHTS, {"format": "pt"})
+def edit_tensor(source: str, ending: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+    def change() -> None:
+        (file,) = Path("wrong").glob("*.safetensors")
+        tensors = load_file(file)
+        save_file({name: edit(each) if name.endswith(ending) else each for name, each in tensors.items()}, file, PT)
+
+    return change_folder(source, change)
+
+
+def put_a_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(-1)[7] = float("nan")
+    return tensor
 
 
 class Code:
@@ -81,6 +98,7 @@ BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
+UP, B = "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.lora_B.weight"
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
 OBJECTS = "or it holds objects that run code when they are loaded"
 SWEEP = "sweep-rank --config c.yaml --data.val rows.jsonl --trainer.max_steps -1"
@@ -88,6 +106,8 @@ PLAN = "plan --config c.yaml"
 PREFERENCES = "--model.class_path qlora_lightning.PreferenceModule"
 EVALUATE = "evaluate --config c.yaml --data.val rows.jsonl"
 CHAT = "chat --adapter run/adapter"
+ASK, JUDGE = "chat --adapter wrong --prompt Hi", f"{EVALUATE} --adapter wrong"
+MERGE = "merge --adapter wrong --out merged --rows 0"
 WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
@@ -135,7 +155,23 @@ WRONG = [
     wrong(f"{PREFERENCES} --model.beta .inf", "beta is inf: expected a positive number"),
     wrong(f"{PREFERENCES} --model.objective dop", "Expected one of 'dpo', 'ipo', 'simpo', 'orpo', 'kto'"),
     wrong(f"{PREFERENCES} --model.objective kto --model.sft_share 0.5", "sft_share is 0.5, which kto has no use for"),
+    wrong("--model.rank 1000000000", "model.rank is 1,000,000,000, and no module that would carry it is wider than"),
     # bases
+    wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
+    wrong("--model.base wrong", f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
+    wrong("--model.base run/adapter", "found an adapter_config.json", "Give an adapter folder as model.adapter"),
+    wrong("--model.base wrong", "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(
+        "--model.base wrong",
+        "Pickles (pytorch_model.bin), which can run code, are refused",
+        prepare=change_folder("tiny", lambda: os.rename(TENSORS, "wrong/pytorch_model.bin")),
+    ),
+    wrong("--model.base wrong", "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
+    wrong(
+        "--model.base wrong",
+        "names no shard that is there (b.safetensors)",
+        prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
+    ),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
@@ -153,12 +189,12 @@ WRONG = [
     wrong(
         CKPT, "not written by qlora_lightning", prepare=lambda: torch.save({"state_dict": {}, "epoch": 3}, "wrong.ckpt")
     ),
-    wrong(CKPT, "format version 99", prepare=edit_checkpoint(lambda ours: ours.update(format_version=99))),
+    wrong(CKPT, "format version 99", prepare=edit_checkpoint(lambda saved: saved[OURS].update(format_version=99))),
     wrong(
         CKPT,
         "elsewhere (weights ffffffffffff) there",
         "tiny (weights",
-        prepare=edit_checkpoint(lambda ours: ours["identity"].update(ELSEWHERE)),
+        prepare=edit_checkpoint(lambda saved: saved[OURS]["identity"].update(ELSEWHERE)),
     ),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
@@ -174,11 +210,11 @@ WRONG = [
         ADAPTER,
         "another base",
         "elsewhere (weights ffffffffffff)",
-        prepare=edit_adapter("qlora_lightning.json", **ELSEWHERE),
+        prepare=edit(RUN, "qlora_lightning.json", **ELSEWHERE),
     ),
-    wrong(ADAPTER, "not a whole safetensors file", prepare=change_adapter(cut(WEIGHTS, WEIGHTS, 900))),
-    wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_adapter(lambda: shutil.move(WEIGHTS, "wrong/a.bin"))),
-    wrong("merge --adapter wrong --out merged --rows 0", NAN, prepare=change_adapter(put_a_nan)),
+    wrong(ADAPTER, "not a whole safetensors file", prepare=change_folder(RUN, cut(WEIGHTS, WEIGHTS, 900))),
+    wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_folder(RUN, lambda: Path(WEIGHTS).unlink())),
+    wrong(MERGE, f"{B} are NaN or infinite", prepare=edit_tensor(RUN, B, put_a_nan)),
     # folders
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
     wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),
@@ -207,6 +243,51 @@ WRONG = [
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]
+BASE, PLAN_BASE = "--model.base wrong", f"{PLAN} --model.base wrong"
+NO_MODEL, NOT_ITS = "wrong/config.json describes no model that loads", "wrong does not hold the tensors that its config"
+BASES = [  # other keys in config.json, and words of the message
+    (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
+    (PLAN_BASE, {"auto_map": ["Evil"]}, "wrong/config.json: auto_map is ['Evil'], expected dict"),
+    (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json: num_hidden_layers is 1000000000, expected"),
+    (PLAN_BASE, {"rope_parameters": {"rope_type": "none"}}, NO_MODEL, "KeyError: 'none'"),
+    (BASE, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
+    (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
+    (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
+    (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),
+    (BASE, {"quantization_config": {"quant_method": "nf4"}}, "stored quantized as nf4 (not by bitsandbytes)"),
+    (BASE, {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, NO_MODEL),
+]
+WRONG += [wrong(line, *words, prepare=edit("tiny", "config.json", **values)) for line, values, *words in BASES]
+ADAPTERS = [  # other keys in adapter_config.json, and words of the message
+    (ADAPTER, {"r": "2"}, "wrong/adapter_config.json: r is '2', expected int"),
+    (MERGE, {"r": 10**9}, "wrong/adapter_config.json: a rank is 1,000,000,000, and no tensor of the adapter is wider"),
+    (ASK, {"r": 3}, "does not fit the adapter of this model", "is (2, 128) there, (3, 128) here"),
+    (JUDGE, {"lora_alpha": None}, "lora_alpha is missing, expected float"),
+    (JUDGE, {"peft_type": "IA3"}, "peft_type is 'IA3', expected Literal['LORA']"),
+    (MERGE, {"target_modules": [5]}, "target_modules is [5], expected list[str] | str | None"),
+    (ADAPTER, {"target_modules": ["no"]}, "PEFT cannot put this adapter on the base", "'no'"),
+    (ADAPTER, {"alpha_pattern": {"([a-z]+)+": 2}}, "the expression '([a-z]+)+' repeats too much"),
+    (ADAPTER, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is [[0, 2], [0, 2]], expected None"),
+    (ADAPTER, {"megatron_config": {"a": 1}}, "megatron_config is {'a': 1}, expected None"),
+]
+IDENTITIES = [
+    (ASK, {"compute_dtype": "int8"}, "wrong/qlora_lightning.json: compute_dtype is 'int8', expected Literal["),
+    (ASK, {"data": {"settings": {"system": 5}}}, "data: settings: system is 5, expected str"),
+    (MERGE, {"adapter": "x"}, "adapter is 'x', expected dict | None"),
+    (JUDGE, {"format_version": "1"}, "format_version is '1', expected int | None"),
+]
+for name, cases in (("adapter_config.json", ADAPTERS), ("qlora_lightning.json", IDENTITIES)):
+    WRONG += [wrong(line, *words, prepare=edit(RUN, name, **values)) for line, values, *words in cases]
+NOT_HELD, MOMENT = "does not hold what this run needs", "exp_avg of tensor 0 is (3,), expected (2, 64)"
+CHECKPOINTS = [
+    (lambda saved: saved.pop("optimizer_states"), "wrong.ckpt: optimizer_states is missing, expected list"),
+    (lambda saved: saved[OURS].update(settings=5), "wrong.ckpt: qlora_lightning: settings is 5, expected dict"),
+    (lambda saved: saved["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("total"), NOT_HELD, "'total'"),
+    (lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)), MOMENT),
+    (lambda saved: saved[OURS]["generators"][0].update(python=[]), NOT_HELD),
+]
+RESUME = f"{CKPT} --trainer.max_steps 3"
+WRONG += [wrong(RESUME, *words, prepare=edit_checkpoint(change)) for change, *words in CHECKPOINTS]
 if not torch.cuda.is_available():
     WRONG.append(wrong("--trainer.accelerator cuda", "trainer", "CUDA"))
 

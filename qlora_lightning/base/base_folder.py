@@ -1,10 +1,10 @@
 """Any base as an ordinary transformers folder, checked: config, tokenizer, fingerprint, and tensors one at a time."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
 from qlora_lightning.base.tensors import open_tensors, tensor_names
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, describe_error, explaining
 from qlora_lightning.support.files import read_json_object, write_whole
 
 if TYPE_CHECKING:
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
-_REMEDY = "Download or save the base again."
+_REMEDY = "Correct it, or download or save the base again."
+_CONFIG_KEYS = {
+    **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},
+    # of which transformers makes lists and modules, one after the other
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels"), range(2000)),
+}
+# What a config.json does not choose: other files of weights and kernels, and outputs that no training takes.
+FIXED_KEYS = {"transformers_weights": None, "fusion_config": None, "output_attentions": False, "return_dict": True}
 _THREADS = 4  # hashlib releases the interpreter's lock; a disk cannot feed more threads
 
 
@@ -47,13 +54,32 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Return the folder's ``config.json``."""
+    """Return the folder's ``config.json``, of which the keys that we read are checked."""
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():  # transformers would put it on the base, unseen by the fingerprint
+        raise UserError(
+            f"Base {name}: expected a transformers folder, found an adapter_config.json in {folder}. Give an adapter "
+            "folder as model.adapter, and its base as model.base."
+        )
     if not file.is_file():
-        is_adapter = (folder / "adapter_config.json").is_file()
-        hint = " It is an adapter folder: give it as model.adapter, and its base as model.base." if is_adapter else ""
-        raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.{hint}")
-    return read_json_object(file, _REMEDY)
+        raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.")
+    return read_json_object(file, _REMEDY, _CONFIG_KEYS)
+
+
+def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return transformers' config of a folder."""
+    from transformers import AutoConfig
+
+    read_config(folder, str(folder))
+    with explaining_base(folder):
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **FIXED_KEYS
+        )
+
+
+def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[None]:
+    """Report what a library cannot make of a base as a fault of its config, of which it checks little."""
+    return explaining(f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again")
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -66,7 +92,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained."
         )
-    shards = [folder / shard for shard in sorted({*read_json_object(index, _REMEDY).get("weight_map", {}).values()})]
+    content = read_json_object(index, _REMEDY, {"weight_map": dict[str, str]})
+    shards = [folder / shard for shard in sorted({*content["weight_map"].values()})]
     missing = [file.name for file in shards if not file.is_file()]
     if missing or not shards:
         raise UserError(f"Base {name}: {index} names no shard that is there ({', '.join(missing[:1])}). {_REMEDY}")
@@ -82,13 +109,17 @@ def load_tokenizer(
     folder = Path(name).expanduser()
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
+    has_config = (folder / "config.json").is_file()
+    if has_config:  # which transformers reads too
+        read_config(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise many classes for bad files
-        first_line = str(error).strip().partition("\n")[0]
+        if has_config:
+            open_config(folder, trust_remote_code)  # reports its own faults
         raise UserError(
-            f"Tokenizer {name}: none can be loaded from {folder} ({type(error).__name__}: {first_line}). Set "
-            "data.tokenizer to a folder or hub id with a tokenizer.json."
+            f"Tokenizer {name}: none can be loaded from {folder} ({describe_error(error)}). Set data.tokenizer to a "
+            "folder or hub id with a tokenizer.json."
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
     return tokenizer
@@ -108,11 +139,19 @@ class TensorFiles:
         tensor: Tensor = open_tensors(self._files[name]).get_tensor(name)
         return tensor
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Read the shape of each tensor."""
+        files = {file: open_tensors(file) for file in {*self._files.values()}}
+        return {name: tuple(files[file].get_slice(name).get_shape()) for name, file in self._files.items()}
+
 
 def fingerprint(folder: Path) -> str:
     """Return the SHA-256 of a transformers folder's weights: names, dtypes, shapes and bytes, however sharded.
 
     The cache keeps it by the files' paths, sizes and times, if the cache can be written.
+
+    Raises:
+        UserError: A weight is NaN or infinite, for which the rows would be blamed later.
     """
     files = weight_files(folder, str(folder))
     stats = [(file.resolve(), file.stat()) for file in files]
@@ -121,14 +160,14 @@ def fingerprint(folder: Path) -> str:
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
     }
     cache_file = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(cache_file.read_text(encoding="utf-8"))["fingerprint"])
     tensors = sorted((name, file) for file in files for name in tensor_names(file))
     digest = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(_THREADS) as pool:
         for description in pool.map(_describe_tensor, tensors):
             digest.update(json.dumps(description).encode())
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         make_root()
         write_whole(cache_file, {"fingerprint": digest.hexdigest(), **key})
     return digest.hexdigest()
@@ -141,5 +180,9 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
     name, file = item
     tensors = open_tensors(file)
     view = tensors.get_slice(name)
-    content = tensors.get_tensor(name).flatten().view(torch.uint8).numpy()
+    tensor = tensors.get_tensor(name).flatten()
+    is_weight = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() > 0
+    if is_weight and not torch.stack(tensor.aminmax()).isfinite().all():  # a fraction of the time of isfinite alone
+        raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}")
+    content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_lightning.base.cache import Json, cached_folder
-from qlora_lightning.base.tensors import format_bytes, save_model
+from qlora_lightning.base.tensors import check_loaded, format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, explaining
 
 _log = logging.getLogger(__name__)
 
@@ -44,16 +44,8 @@ def unpack_gguf(file: Path, name: str) -> Path:
 def _unpack(file: Path, folder: Path, name: str) -> None:
     from transformers import GenerationConfig
 
-    try:
+    with explaining(f"Base {name}: download it again, or give a folder: {file} cannot be read as a GGUF model"):
         model, tokenizer = _load(file, name)
-    except UserError:
-        raise
-    except Exception as error:  # each library raises its own classes for a damaged file
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"Base {name}: {file} cannot be read as a GGUF model ({type(error).__name__}: {first_line}). "
-            "Download it again, or give a folder."
-        ) from error
     config = model.config
     eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if tokenizer.eos_token_id not in (None, *eos_ids):
@@ -88,8 +80,5 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
         output_loading_info=True,
         **source,
     )
-    # transformers initializes missing tensors at random, and only warns.
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if missing:
-        raise UserError(f"Base {name}: {file} lacks tensors of its model ({missing[0]}, …). Download it again.")
+    check_loaded(report, file, {})
     return model, tokenizer

@@ -1,5 +1,6 @@
 """Tensor files: how they are opened and written, how sizes are formatted; and the label that is ignored."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,25 @@ def open_tensors(file: Path) -> Any:
 def tensor_names(file: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file."""
     return list(open_tensors(file).keys())
+
+
+def check_loaded(report: Mapping[str, Any], source: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Reject what was loaded from a source that holds other tensors than its config describes.
+
+    ``report`` is the loading info of transformers, which draws what is missing at random, and only warns.
+    """
+    faults = {
+        "missing": report["missing_keys"],
+        "of another shape": {name for name, *_ in report["mismatched_keys"]},
+        # masks of attention, which some old files hold, have no dimension or four
+        "left over": {name for name in report["unexpected_keys"] if 0 < len(shapes.get(name, ())) < 4},
+    }
+    texts = [f"{fault}: {', '.join(sorted(names)[:3])} ({len(names)})" for fault, names in faults.items() if names]
+    if texts:
+        raise UserError(
+            f"{source} does not hold the tensors that its config describes; {'; '.join(texts)}. Correct its "
+            "config.json, or download or save it again."
+        )
 
 
 def save_model(model: Any, folder: Path, **options: Any) -> None:

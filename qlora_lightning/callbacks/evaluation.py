@@ -19,8 +19,7 @@ from qlora_lightning.evaluation.row_results import (
     unpack_rows,
 )
 from qlora_lightning.evaluation.scores import check_scores, choose_scores
-from qlora_lightning.model.load.machine import is_out_of_memory, reason_of
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.files import EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 

@@ -23,13 +23,13 @@ from qlora_lightning.callbacks.monitors import ThroughputMonitor
 from qlora_lightning.callbacks.run_folder import is_resumed
 from qlora_lightning.model.adapters.identity import identity_of_data
 from qlora_lightning.model.adapters.inject import count_parameters
-from qlora_lightning.model.load.machine import device_memory_gib, is_out_of_memory
+from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
 from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import TrainingStopped
+from qlora_lightning.support.errors import TrainingStopped, is_out_of_memory
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 

@@ -1,6 +1,6 @@
 """Adapter folders on a command line: their names, and the config of their run or of the folder itself.
 
-Both may come from strangers: a config that the user has not named is used only if all its values are plain.
+Both may come from strangers: of a config that the user has not named, a short list of plain values counts.
 """
 
 import glob
@@ -22,10 +22,17 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
-_RENDERING = ("system", "train_on", "reasoning", "max_length", "too_long")  # of the training; other rows share them
-_LIMITS = ("limit_val_batches", "limit_test_batches", "precision", "accelerator")  # of a run's trainer
-_ROWS = ("train", "val", "test", "path", "general")  # files, or a file of a source
-_CODE = ("class_path", "init_args", "optimizer", "trust_remote_code")  # name what is imported, or let it run
+_RENDERING = (  # of the training; other rows share them
+    *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
+    *("batch_size", "tokens_per_batch"),
+)
+_ROWS = ("train", "val", "test")
+_COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
+    "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
+    "data": (*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "missing", *_RENDERING),
+    "evaluation": ("rows", "max_new_tokens", "scores", "samples"),
+    "trainer": ("accelerator", "limit_val_batches", "limit_test_batches"),
+}
 
 
 def name_adapters(values: Sequence[str]) -> dict[str, Path]:
@@ -54,28 +61,27 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     config = adapter.absolute().parent / CONFIG  # of the run folder around it
     settings = _read_run_config(config) if config.is_file() else {}
-    if not settings.get("data", {}).keys() & {"train", "val", "test"}:
-        if not any(argument.startswith("--data") for argument in arguments):
-            raise UserError(
-                f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}, or it names no "
-                "file of this machine. Add --config FILE or --data.val FILE."
-            )
-        settings = _read_adapter_settings(adapter)
+    for name, section in _read_adapter_settings(adapter).items():
+        settings[name] = {**settings.get(name, {}), **section}
+    if not settings["data"].keys() & {*_ROWS} and not any(argument.startswith("--data") for argument in arguments):
+        raise UserError(
+            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}, or it names no "
+            "file of this machine. Add --config FILE or --data.val FILE."
+        )
     return ["--config", json.dumps(settings), *arguments]
 
 
 def _read_run_config(file: Path) -> dict[str, Any]:
-    """Return the config of a run that the user has not named; empty if it would run code or fetch rows."""
-    config = read_config(str(file))
-    sections = {name: config.get(name) for name in ("model", "data", "evaluation", "trainer")}
-    settings = {name: dict(section) for name, section in sections.items() if isinstance(section, dict)}
-    settings["trainer"] = {name: value for name, value in settings.get("trainer", {}).items() if name in _LIMITS}
-    settings.get("model", {}).pop("optimizer", None)  # only training uses it
+    """Return what counts of the config of a run that the user has not named; nothing if that would run or fetch."""
+    config, settings = read_config(str(file)), dict[str, Any]()
+    for name, keys in _COUNTED.items():
+        if isinstance(section := config.get(name), dict):
+            settings[name] = {key: section[key] for key in keys if key in section}
     faults = [
         f"{name}.{key}: {reprlib.repr(value)}"
         for name, section in settings.items()
         for key, value in section.items()
-        if not _is_harmless(value, key)
+        if not _is_plain(value, key)
     ]
     if faults:
         say(
@@ -87,14 +93,13 @@ def _read_run_config(file: Path) -> dict[str, Any]:
     return {**settings, "seed_everything": seed} if isinstance(seed, int) else settings
 
 
-def _is_harmless(value: Any, key: str) -> bool:
-    """Whether a setting of a config from elsewhere, nested values included, imports no code and fetches no rows."""
-    if isinstance(value, dict):
-        return all(_is_harmless(item, name) for name, item in value.items())
+def _is_plain(value: Any, key: str) -> bool:
+    """Whether a setting of a config from elsewhere, nested values included, is plain, and its rows are local."""
+    if isinstance(value, dict):  # elsewhere it might name a class
+        is_known = key in (*_ROWS, "columns", "roles")
+        return is_known and all(_is_plain(item, name if key in _ROWS else key) for name, item in value.items())
     if isinstance(value, list):
-        return all(_is_harmless(item, key) for item in value)
-    if key in _CODE:
-        return value in (None, False) or (key == "class_path" and str(value).startswith("qlora_lightning."))
+        return all(_is_plain(item, key) for item in value)
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse parses YAML in a setting of several types
@@ -103,11 +108,11 @@ def _is_harmless(value: Any, key: str) -> bool:
         return False
     if isinstance(parsed, dict | list | str) and parsed != value:
         return False
-    if key in _ROWS:
+    if key in (*_ROWS, "path"):
         may_be_hub_id = value.count("/") == 1 and not value.startswith(("/", ".", "~"))
         is_local = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
         return "://" not in value and (is_local or not may_be_hub_id)  # a missing folder is reported as missing
-    return key != "format" or "." not in value
+    return value.startswith("qlora_lightning.") if key == "class_path" else key != "format" or "." not in value
 
 
 def _read_adapter_settings(adapter: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from qlora_lightning.commands.config import (
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, describe_error
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
@@ -44,6 +44,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # a line of ours says more
 }
+# Functions of Lightning and of ours that put back what a checkpoint holds.
+_RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}
+_RESTORING |= {"_apply_current_settings", "restore_generators"}
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 
@@ -217,8 +220,13 @@ class QLoRACLI(LightningCLI):
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
-        except (ValueError, MisconfigurationException) as error:
-            if "/lightning/pytorch/" in extract_tb(error.__traceback__)[-1].filename:  # it rejects a setting
+        except Exception as error:
+            frames = extract_tb(error.__traceback__)
+            if not isinstance(error, UserError) and any(frame.name in _RESTORING for frame in frames):
+                reason = f"does not hold what this run needs ({describe_error(error)}). Take another checkpoint."
+                raise UserError(f"--ckpt_path {self.checkpoint} {reason}") from error
+            is_setting = isinstance(error, ValueError | MisconfigurationException)
+            if is_setting and "/lightning/pytorch/" in frames[-1].filename:  # it rejects a setting
                 raise UserError(f"trainer: {' '.join(str(error).split())}") from error
             raise
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import runs_flat
-from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.support.errors import UserError, is_out_of_memory
 
 BATCH_SIZE = 64  # rows that are answered together
 TOKEN_BUDGET = 32_768  # keys and values that are kept at a time: of SmolLM2-135M 0.75 GB, of Llama-3.1-8B 4.3 GB

@@ -13,10 +13,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, read_config
+from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, open_config, read_config
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
@@ -87,7 +86,7 @@ class MergePlan:
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
-    base = meta_base(AutoConfig.from_pretrained(base_folder, local_files_only=True))
+    base = meta_base(open_config(base_folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
     return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config, transposed)

@@ -12,18 +12,21 @@ from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_js
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 # what the report reads of the two files, by key
-_MANIFEST = {
-    **dict.fromkeys(("status", "command", "reproduce", "python", "platform"), str),
-    **{"config": {"data": {}}, "base": {}, "adapter": {}, "device": {}, "packages": {}},
-    "parameters": {"trainable": float, "all": float},
-    "data": {"files": {}, "splits": {"train": {"rows": float}}, "settings": {}, "hashes": {}},
-    "progress": dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "seconds"), float),
-    "best": {"value": float},
+_NUMBER = float | None
+_SIDE = dict.fromkeys(("value", "low", "high"), _NUMBER)
+_MANIFEST: dict[str, Any] = {
+    **dict.fromkeys(("status", "command", "reproduce", "python", "platform"), str | None),
+    **dict.fromkeys(("base", "adapter", "device", "packages"), dict | None),
+    "config": {"data": dict | None},
+    "parameters": {"trainable": _NUMBER, "all": _NUMBER},
+    "data": {"splits": {"train": {"rows": _NUMBER}}, **dict.fromkeys(("files", "settings", "hashes"), dict | None)},
+    "progress": dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "rows", "seconds"), _NUMBER),
+    "best": {"value": _NUMBER},
     "lives": [{"started": str, "seconds": float, "from_step": float, "to_step": float, "status": str}],
 }
-_EVALUATION = {
-    **{"rows": float, "answered_rows": float, "samples": [{}]},
-    "metrics": {"*": dict.fromkeys(("base", "adapter", "difference"), dict.fromkeys(("value", "low", "high"), float))},
+_EVALUATION: dict[str, Any] = {
+    **{"rows": _NUMBER, "answered_rows": _NUMBER, "samples": list[dict[str, object]] | None},
+    "metrics": {"*": dict.fromkeys(("base", "adapter", "difference"), _SIDE)},
 }
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
@@ -115,5 +118,5 @@ def read_metric_rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _read_json(file: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    return read_json_object(file, "Move it away to make the report without it.", kinds) if file.is_file() else {}
+def _read_json(file: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+    return read_json_object(file, "Move it away to make the report without it.", keys) if file.is_file() else {}

@@ -1,7 +1,8 @@
 """What ends a command early: a mistake in the user's input, or a signal that asked training to stop."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -14,6 +15,40 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """A loss or gradient is NaN or infinite: the run ends, and earlier checkpoints stay."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the class and the words of a library's error, in one line, to quote it in a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+@contextlib.contextmanager
+def explaining(message: str) -> Iterator[None]:
+    """Turn a library's error, whatever its class, into a UserError that quotes it; let others pass."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{message} ({describe_error(error)}).") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: for a GPU torch has an exception class, for a CPU only messages of torch and oneDNN."""
+    import torch
+
+    messages = (
+        *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
+        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
+        *("CUBLAS_STATUS_NOT_INITIALIZED", "Triton Error [CUDA]: out of memory"),  # cuBLAS's handle, a kernel's code
+        "CUDA out of memory",  # in a region while it is compiled: the error is the compiler's
+    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says when memory ran out, in a line without the advice that torch adds for a GPU."""
+    return str(error).partition("\n")[0].partition(" Of the allocated memory")[0].rstrip(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -141,33 +142,57 @@ def raising_os_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def read_json_object(file: Path, remedy: str, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a file that holds a JSON object; ``remedy`` ends the error for a damaged one.
-
-    ``kinds`` describes values that are read, by key: a class, ``float`` for any number; ``[kind]`` for a list, whose
-    objects have all of their keys; ``{key: kind}`` for an object, whose keys may be absent or null; ``{"*": kind}`` for
-    one with any keys.
-    """
+def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a file that holds a JSON object, whose ``keys`` are checked; ``remedy`` ends the error for a damaged one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}")
-    _check_kind(content, kinds or {}, str(file))
+    check_keys(content, keys or {}, str(file), remedy)
     return content
 
 
-def _check_kind(value: Any, kind: Any, where: str, is_complete: bool = False) -> None:
-    expected: Any = int | float if kind is float else type(kind) if isinstance(kind, dict | list) else kind
-    if not isinstance(value, expected) or (kind is float and not abs(value) < 1e13):
-        name = getattr(expected, "__name__", "a number")
-        raise UserError(f"{where}: expected {name}, found {reprlib.repr(value)}. Move the file away.")
-    for number, item in enumerate(value if isinstance(kind, list) else ()):
-        _check_kind(item, kind[0], f"{where}[{number}]", is_complete=True)
-    for name in () if not isinstance(kind, dict) else value if "*" in kind else kind:
-        if is_complete or "*" in kind or value.get(name) is not None:
-            _check_kind(value.get(name), kind.get("*", kind.get(name)), f"{where}[{name!r}]")
+def check_keys(content: Mapping[str, Any], keys: Mapping[str, Any], source: str, remedy: str) -> None:
+    """Check what a file holds by its keys; ``source`` begins and ``remedy`` ends the error.
+
+    A key has a type hint, a ``range``, the keys of the object that it holds, or a list of them for a list of objects.
+    It may be missing if it may be null. ``*`` stands for all keys of an object.
+    """
+    has_any, keys = "*" in keys, dict.fromkeys(content, keys["*"]) if "*" in keys else keys
+    for key, hint in keys.items():
+        value = content.get(key)
+        if isinstance(hint, Mapping) and (isinstance(value, Mapping) or (value is None and not has_any)):
+            check_keys(value or {}, hint, f"{source}: {key}", remedy)
+        elif isinstance(hint, list) and fits(value, list[dict[str, object]] | None):
+            for number, item in enumerate(value or []):
+                check_keys(item, hint[0], f"{source}: {key} {number}", remedy)
+        elif isinstance(hint, Mapping | list) or not fits(value, hint):
+            found = "missing" if value is None else reprlib.repr(value)
+            is_object = isinstance(hint, Mapping | list)
+            expected = "object" if is_object else hint.__name__ if isinstance(hint, type) else str(hint)
+            raise UserError(f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, where a float may be whole and a bool is no number, or null or in a range."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+    if origin is Literal:
+        return value in arguments
+    if hint is None or isinstance(hint, range):
+        return value is None or (hint is not None and value in hint)
+    if isinstance(value, bool) and hint in (int, float):
+        return False
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) < 1e13  # no time or size is larger, and none is NaN
+    return isinstance(value, hint)
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from qlora_lightning.base.base_folder import TensorFiles, load_tokenizer, read_config
+from qlora_lightning.base.base_folder import FIXED_KEYS, TensorFiles, load_tokenizer, read_config
 from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
@@ -160,7 +160,8 @@ def _quantize(file: Path, kind: str) -> Path:
 def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
     """Write config and tokenizer, the files beside the weights; tokenizer and stop tokens are the adapter's."""
     config = read_config(source.base.folder, source.base.name)
-    dropped = ("quantization_config", "torch_dtype", "auto_map")  # the last names code that comes with the base
+    dropped = {"quantization_config", "torch_dtype", "auto_map", *FIXED_KEYS}  # some name code, or kernels of a hub
+    dropped |= {f"{prefix}{part}_implementation" for prefix in ("", "_") for part in ("attn", "experts")}
     config = {name: value for name, value in config.items() if name not in dropped}
     config["dtype"] = dtype
     for origin in (source.base.folder, source.folder):

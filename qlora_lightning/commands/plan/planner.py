@@ -13,9 +13,8 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig
 
-from qlora_lightning.base.base_folder import open_base
+from qlora_lightning.base.base_folder import open_base, open_config
 from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
@@ -163,7 +162,7 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code), origin
+    return open_config(folder, trust_remote_code), origin
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

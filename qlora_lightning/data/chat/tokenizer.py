@@ -55,7 +55,8 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
     config = next((file for file in files if file.is_file()), None)
     if config is not None:
-        eos_ids = read_json_object(config, "It names the stop tokens: correct or delete it.").get("eos_token_id")
+        remedy, keys = "It names the stop tokens: correct or delete it.", {"eos_token_id": int | list[int] | None}
+        eos_ids = read_json_object(config, remedy, keys).get("eos_token_id")
         ids.update(eos_ids if isinstance(eos_ids, list) else [eos_ids])
     return frozenset(token_id for token_id in ids if token_id is not None)
 

@@ -3,6 +3,7 @@
 import copy
 import filecmp
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_lightning.base.adapter_folder import read_identity
+from qlora_lightning.base.adapter_folder import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
 from qlora_lightning.support.versions import FORMAT_VERSION
 
@@ -138,16 +139,34 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 
 
 def read_lora_config(folder: Path) -> peft.LoraConfig:
-    """Read PEFT's config of an adapter folder, to train it."""
+    """Read PEFT's config of an adapter folder, to train it.
+
+    PEFT matches regular expressions, and one from elsewhere might be matched for ever. If one says which modules carry
+    the adapter, the names of its tensors say it instead; others may repeat little.
+    """
     read_identity(folder)  # reports what is missing or damaged
-    config: peft.LoraConfig = peft.LoraConfig.from_pretrained(str(folder))
-    if str(config.init_lora_weights).startswith(_BASE_CHANGING_INITS):
+    file, stored = folder / "adapter_config.json", read_adapter_config(folder)
+    settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
+    if str(init := settings.get("init_lora_weights")).startswith(_BASE_CHANGING_INITS):
         raise UserError(
-            f"The adapter folder {folder} began by {config.init_lora_weights}, for which PEFT changes the base's "
-            "weights: it belongs to a base that is not the one it names."
+            f"The adapter folder {folder} began by {init}, for which PEFT changes the base's weights: it belongs to a "
+            "base that is not the one it names."
         )
-    config.inference_mode = False
-    return config
+    names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
+    if any(isinstance(settings.get(name), str) for name in ("target_modules", "exclude_modules", "layers_pattern")):
+        carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+        settings["target_modules"] = sorted(carriers)
+        settings |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    ranks, alphas = settings.get("rank_pattern", {}), settings.get("alpha_pattern", {})
+    for expression in (*ranks, *alphas, *settings.get("modules_to_save", ()), *(settings.get("layers_pattern") or ())):
+        if len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
+            raise UserError(f"{file}: the expression {expression!r} repeats too much: write the modules' names.")
+    rank = max(settings["r"], *ranks.values(), 0)
+    widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
+    if rank > widest:
+        raise UserError(f"{file}: a rank is {rank:,}, and no tensor of the adapter is wider than {widest:,}.")
+    with explaining(f"{file} is no config of a LoRA adapter"):
+        return peft.LoraConfig(**settings)
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:

@@ -69,7 +69,7 @@ def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source
 
 def data_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """Describe, by name, what differs between two identities of data, by counts of samples or hashes."""
-    stored_counts, counts = (identity.get("samples", {}) for identity in (stored, current))
+    stored_counts, counts = (identity.get("samples") or {} for identity in (stored, current))
     return {
         name: f"{_DATA[name]} ({stored_counts.get(name, before)} there, {counts.get(name, now)} here)"
         for name, (before, now) in _differences(stored, current, _DATA).items()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.adapters.targets import resolve_targets
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.anatomy import LINEARS, linear_sizes
+from qlora_lightning.support.errors import UserError, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -50,6 +51,9 @@ def add_adapters(
     """
     options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
     targets = resolve_targets(model, target_modules, layers)
+    linears = [module for module in map(model.get_submodule, targets) if isinstance(module, LINEARS)]
+    if rank > (widest := max((max(linear_sizes(linear)) for linear in linears), default=rank)):
+        raise UserError(f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.")
     _check_options(model, options, targets)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -110,11 +114,9 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     # PEFT's warnings do not help users, or are about what is rejected above
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        with torch.device("meta") if on_meta else contextlib.nullcontext():
-            try:
-                adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-            except ValueError as error:  # as for Mamba's out_proj
-                raise UserError(f"PEFT cannot put this adapter on the base: {error}") from error
+        device = torch.device("meta") if on_meta else contextlib.nullcontext()
+        with device, explaining("PEFT cannot put this adapter on the base"):  # of whose options it checks few
+            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
     return adapted

@@ -12,10 +12,21 @@ from typing import Any
 import torch
 
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.files import check_keys
 from qlora_lightning.support.versions import check_version
 
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
+_STATES = list[dict[str, object]]
+_KEYS: dict[str, Any] = {
+    **{"pytorch-lightning_version": str, "epoch": int, "global_step": int, "state_dict": dict[str, torch.Tensor]},
+    **{"loops": {"fit_loop": dict}, "callbacks": dict, "optimizer_states": _STATES, "lr_schedulers": _STATES},
+    KEY: {
+        **{"settings": dict, "optimizers": list[str], "micro_batch_size": _STATES, "generators": _STATES},
+        **{"trainer": {"accumulate_grad_batches": int}, "monitored": dict},
+        "identity": {"adapter": dict | None, "data": {"settings": dict | None, "samples": dict | None}},
+    },
+}
 
 
 def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -23,17 +34,15 @@ def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     All of it is read, for its checksums.
     """
-    try:
+    with explaining(
+        f"{file} is not read: it is missing, damaged or no checkpoint, or it holds objects that run code when they are "
+        "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone"
+    ):
         with zipfile.ZipFile(file) as archive:
             # torch compresses nothing, and a few MB could expand to many GB; nor does it verify checksums
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()) or archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch has no exception of its own for a file that it cannot read
-        raise UserError(
-            f"{file} is not read: it is missing, damaged or no checkpoint, or it holds objects that run code when they "
-            "are loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone."
-        ) from error
     return checkpoint if isinstance(checkpoint, dict) else {}
 
 
@@ -46,6 +55,7 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
             "ModelCheckpoint leaves out with save_weights_only=True."
         )
     check_version(content["format_version"], source)
+    check_keys(checkpoint, _KEYS, source, "Take another checkpoint.")
     return content
 
 

@@ -20,6 +20,7 @@ Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
 
 _TRAINING = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "world_size")
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "state1", "state2"}  # of torch's and bitsandbytes' optimizers
 _VALIDATION = ("limit_val_batches", "val_check_interval", "check_val_every_n_epoch")
 
 
@@ -227,6 +228,7 @@ def _apply_current_settings(trainer: Any, checkpoint: Mapping[str, Any]) -> None
         )
     states = checkpoint["optimizer_states"]
     for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        _check_moments(optimizer, state)
         skipped = ("params", "lr", "initial_lr")
         # another number of groups is rejected by torch
         for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=False):
@@ -238,3 +240,23 @@ def _apply_current_settings(trainer: Any, checkpoint: Mapping[str, Any]) -> None
             for group, base_lr, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
                 group.update(initial_lr=base_lr, lr=base_lr * factor(state["last_epoch"]))
             state["base_lrs"] = schedule.base_lrs
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
+    """Reject a state that does not fit its parameter: fused kernels do not check, and would use other memory."""
+    numbers = [number for group in stored["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = stored["state"].get(number)
+        if state is None:  # saved before the first step
+            continue
+        expected = dict.fromkeys(_MOMENTS & state.keys(), tuple(parameter.shape))
+        if isinstance(optimizer, torch.optim.Adam):
+            expected |= {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))}
+        for name, shape in expected.items():
+            found = tuple(torch.as_tensor(state[name]).shape) if name in state else "missing"
+            if found != shape:
+                raise UserError(
+                    f"The checkpoint's optimizer state does not fit: {name} of tensor {number} is {found}, expected "
+                    f"{shape}. Take another checkpoint, or begin a new run from the adapter folder with model.adapter."
+                )

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,24 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.base.base_folder import BaseFolder, fingerprint, open_base, read_config
+from qlora_lightning.base.base_folder import (
+    BaseFolder,
+    TensorFiles,
+    explaining_base,
+    fingerprint,
+    open_base,
+    open_config,
+    read_config,
+)
 from qlora_lightning.base.cache import Json, cached_folder
-from qlora_lightning.base.tensors import save_model
+from qlora_lightning.base.tensors import check_loaded, save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of
-from qlora_lightning.model.load.machine import free_bytes, is_out_of_memory, reason_of, trim_malloc
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.model.load.machine import free_bytes, trim_malloc
+from qlora_lightning.support.console import quiet_loggers
+from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -75,9 +85,10 @@ def load_base(
             f"Out of memory on {device} while {name} was loaded: {reason_of(error)}. Stop other programs that use "
             f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload."
         ) from error
-    for module in model.modules():
-        if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
-            module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
+    with explaining_base(folder):  # of a base that is not quantized as it says
+        for module in model.modules():
+            if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
+                module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     trim_malloc()  # the copies in 16 and 32 bits that quantization made
     freeze(model)
     if plain_scales:
@@ -140,25 +151,52 @@ def _load(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **options)
-    if bnb_config is not None:
-        with torch.device("meta"):
-            check_experts(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), str(folder))
-    with _quiet_bars() if bnb_config is None else contextlib.nullcontext():
-        model: Any = AutoModelForCausalLM.from_pretrained(
+    config, shapes = open_config(folder, trust_remote_code), TensorFiles(folder, str(folder)).shapes()
+    mismatched, tied = set[tuple[str]](), set[str]()
+    if bnb_config is not None or not trust_remote_code:  # a base's own code may not run on the meta device
+        described = empty_model(config, trust_remote_code=trust_remote_code)
+        tied = {*described.all_tied_weights_keys}
+        n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, shapes.values()))
+        if n_described > 2 * n_stored:  # packed ones count twice; before memory is taken for what is missing
+            raise UserError(
+                f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
+                f"{n_stored:,}: download or save the base again."
+            )
+        if bnb_config is not None:
+            check_experts(described, str(folder))
+            # transformers compares no shape of what it quantizes
+            weights = dict(described.named_parameters())
+            mismatched = {(name,) for name in weights.keys() & shapes.keys() if weights[name].shape != shapes[name]}
+    bars = _quiet_bars() if bnb_config is None else contextlib.nullcontext()
+    with bars, quiet_loggers(logging.ERROR, "transformers"), explaining_base(folder):
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation=attention_of(config),
+            experts_implementation=None,
             use_safetensors=True,
-            **options,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the error names none
             **({} if bnb_config is None else {"quantization_config": bnb_config}),
         )
+    report["mismatched_keys"] |= mismatched
+    report["unexpected_keys"] |= tied - model.all_tied_weights_keys.keys()  # a head that is not the embedding
+    check_loaded(report, folder, shapes)
     if trust_remote_code and not type(model).__module__.startswith("transformers."):
         model.config.has_own_code = True
         model.set_attn_implementation("sdpa")
     return cast(PreTrainedModel, model)
+
+
+def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
+    """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
+    options = {"attn_implementation": attention_of(config), "experts_implementation": None, "dtype": dtype}
+    with torch.device("meta"), explaining_base(config.name_or_path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -202,12 +240,12 @@ def unnest_scales(model: nn.Module) -> None:
 
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the quantization that a base's ``quantization_config`` names, and whether it covers the scales."""
-    kind = settings.get("quant_method", "unknown")
+    kind = f"{settings.get('quant_method', 'unknown')} (not by bitsandbytes)"
     if settings.get("load_in_8bit"):
         kind = "int8"
     elif settings.get("load_in_4bit"):
-        kind = settings.get("bnb_4bit_quant_type")
-    return str(kind), bool(settings.get("bnb_4bit_use_double_quant", False))
+        kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
+    return kind, bool(settings.get("bnb_4bit_use_double_quant", False))
 
 
 def check_quantization(

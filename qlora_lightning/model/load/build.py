@@ -9,7 +9,7 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
@@ -17,8 +17,8 @@ from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
-from qlora_lightning.model.layers.fuse import Fusion, attention_of, fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, keep_quantized_layers, load_base
+from qlora_lightning.model.layers.fuse import Fusion, fuse_layers
+from qlora_lightning.model.load.base_model import Quantization, empty_model, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.support.trainer import say_once
 
@@ -139,14 +139,14 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     check_type(config.model_type, config.name_or_path)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention_of(config))
-        if quantization != "none":
-            check_experts(model, config.name_or_path or config.model_type)
+    model = empty_model(config, dtype)
+    if quantization != "none":
+        check_experts(model, config.name_or_path or config.model_type)
+        with torch.device("meta"):
             for name, linear in list(model.named_modules()):
                 if isinstance(linear, LINEARS) and layer_of(name) is not None:
                     model.set_submodule(name, _quantized_linear(linear, quantization, dtype))
-            model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
     model.requires_grad_(False)
     return model
 

@@ -102,22 +102,6 @@ def _free_bytes_of_cgroups() -> list[int]:
     return free
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: for a GPU torch has an exception class, for a CPU only messages of torch and oneDNN."""
-    messages = (
-        *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
-        *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
-        *("CUBLAS_STATUS_NOT_INITIALIZED", "Triton Error [CUDA]: out of memory"),  # cuBLAS's handle, a kernel's code
-        "CUDA out of memory",  # in a region while it is compiled: the error is the compiler's
-    )
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
-
-
-def reason_of(error: BaseException) -> str:
-    """Return what an error says when memory ran out, in a line without the advice that torch adds for a GPU."""
-    return str(error).partition("\n")[0].partition(" Of the allocated memory")[0].rstrip(".")
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLD_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
 

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
-from transformers import AutoConfig
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.base_folder import open_base, read_config
+from qlora_lightning.base.base_folder import open_base, open_config, read_config
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.anatomy import check_type
 from qlora_lightning.model.layers.fuse import fuse_layers
@@ -101,7 +100,7 @@ def plan_fits(module: Any, choices: Sequence[Checkpointing]) -> list[Fit] | None
     if module.trust_remote_code and "auto_map" in stored:
         return None
     check_type(stored.get("model_type"), module.base)
-    config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    config = open_config(source.folder)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula

@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from qlora_lightning.model.guards import check_token_ids
-from qlora_lightning.model.load.machine import is_out_of_memory, reason_of
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
 from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.trainer import split_of_pass
 
 Result = TypeVar("Result")

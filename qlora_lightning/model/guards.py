@@ -36,15 +36,11 @@ from qlora_lightning.support.trainer import (
     trainer_of,
 )
 
-_AVERAGING = "averages the whole model, a frozen base's packed bytes too"
-_SETS_UP_EARLY = "looks at the model before it is built, and would find nothing"
-_REJECTED_CALLBACKS: dict[type[Callback], str] = {
-    StochasticWeightAveraging: _AVERAGING,
-    WeightAveraging: _AVERAGING,
-    BaseFinetuning: _SETS_UP_EARLY,
-    ModelPruning: _SETS_UP_EARLY,
-    GradientAccumulationScheduler: "changes how many steps an epoch has, and the learning rate would fall too late",
-}
+_REJECTED_CALLBACKS: tuple[tuple[tuple[type[Callback], ...], str], ...] = (
+    ((StochasticWeightAveraging, WeightAveraging), "averages the whole model, a frozen base's packed bytes too"),
+    ((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
+    ((GradientAccumulationScheduler,), "changes how many steps an epoch has: the learning rate would fall too late"),
+)
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
@@ -81,8 +77,8 @@ def check_start(module: Any) -> None:
                 "returns would change nothing. Override compute_loss, or use a callback."
             )
         for callback in callbacks_of(trainer):
-            for kind, reason in _REJECTED_CALLBACKS.items():
-                if isinstance(callback, kind):
+            for kinds, reason in _REJECTED_CALLBACKS:
+                if isinstance(callback, kinds):
                     raise UserError(f"{type(callback).__name__} {reason}: leave it out of trainer.callbacks.")
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
             raise RuntimeError(

@@ -75,14 +75,16 @@ class TokenStatistics:
         They are ``loss`` (nats per labelled token) and those of ``logged``; over tokens also ``token_accuracy`` (share
         of labelled tokens that were the most likely one) and ``perplexity``, the exponential of the loss.
         """
-        sums = {name: float(value) for name, value in self.sums.items()}
+        sums = self.sums
         if over_ranks:
             gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
-            torch.distributed.all_gather_object(gathered, sums)
+            torch.distributed.all_gather_object(gathered, {name: float(value) for name, value in sums.items()})
             names = dict.fromkeys(name for rank_sums in gathered for name in rank_sums)
-            sums = {name: sum(rank_sums.get(name, 0.0) for rank_sums in gathered) for name in names}
-        n_tokens = torch.tensor(sums.pop("labelled_tokens"), dtype=torch.float64)
-        means = {name: torch.tensor(value, dtype=torch.float64) / n_tokens for name, value in sums.items()}
+            sums = {
+                name: torch.tensor(sum(each.get(name, 0.0) for each in gathered), dtype=torch.float64) for name in names
+            }
+        totals = torch.stack([*sums.values()])
+        means = dict(zip([*sums][1:], totals[1:] / totals[0], strict=True))
         return {"perplexity": means["loss"].exp(), **means} if self.counts_tokens else means
 
 

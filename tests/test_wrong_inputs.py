@@ -159,7 +159,7 @@ WRONG = [
     # bases
     wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
     wrong("--model.base wrong", f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
-    wrong("--model.base run/adapter", "found an adapter_config.json", "Give an adapter folder as model.adapter"),
+    wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
     wrong("--model.base wrong", "config.json is not JSON", prepare=write("wrong/config.json", "{")),
     wrong(
         "--model.base wrong",
@@ -265,7 +265,7 @@ ADAPTERS = [  # other keys in adapter_config.json, and words of the message
     (JUDGE, {"lora_alpha": None}, "lora_alpha is missing, expected float"),
     (JUDGE, {"peft_type": "IA3"}, "peft_type is 'IA3', expected Literal['LORA']"),
     (MERGE, {"target_modules": [5]}, "target_modules is [5], expected list[str] | str | None"),
-    (ADAPTER, {"target_modules": ["no"]}, "PEFT cannot put this adapter on the base", "'no'"),
+    (ADAPTER, {"target_modules": ["no"]}, "PEFT cannot put the adapter of wrong on the base", "'no'"),
     (ADAPTER, {"alpha_pattern": {"([a-z]+)+": 2}}, "the expression '([a-z]+)+' repeats too much"),
     (ADAPTER, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is [[0, 2], [0, 2]], expected None"),
     (ADAPTER, {"megatron_config": {"a": 1}}, "megatron_config is {'a': 1}, expected None"),

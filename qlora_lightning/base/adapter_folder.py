@@ -18,11 +18,11 @@ LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json
     **{"trainable_token_indices": list[int] | dict[str, list[int]] | None},
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _SWITCH),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), _TEXT),
+    # not supported, although they change what an adapter computes
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"), None),
+    **dict.fromkeys(("megatron_config", "monteclora_config", "use_bdlora", "velora_config"), None),
+    "use_qalora": Literal[False, None],
 }
-_UNSUPPORTED = (  # what else changes what an adapter computes
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
-    *("monteclora_config", "use_bdlora", "velora_config"),
-)
 _IDENTITY: dict[str, Any] = {
     "quantization": Literal["nf4", "fp4", "int8", "none", None],
     "compute_dtype": Literal["bfloat16", "float16", "float32", None],
@@ -58,5 +58,4 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the ``adapter_config.json`` of an adapter folder."""
-    unsupported = {"use_qalora": Literal[False, None], **dict.fromkeys(_UNSUPPORTED)}
-    return read_json_object(folder / "adapter_config.json", _REMEDY, {**LORA_KEYS, **unsupported})
+    return read_json_object(folder / "adapter_config.json", _REMEDY, LORA_KEYS)

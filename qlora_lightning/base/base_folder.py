@@ -56,13 +56,10 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the folder's ``config.json``, of which the keys that we read are checked."""
     file = folder / "config.json"
-    if (folder / "adapter_config.json").is_file():  # transformers would put it on the base, unseen by the fingerprint
-        raise UserError(
-            f"Base {name}: expected a transformers folder, found an adapter_config.json in {folder}. Give an adapter "
-            "folder as model.adapter, and its base as model.base."
-        )
-    if not file.is_file():
-        raise UserError(f"Base {name}: expected a transformers folder, found no config.json in {folder}.")
+    is_adapter = (folder / "adapter_config.json").is_file()  # transformers would load it, unseen by the fingerprint
+    if is_adapter or not file.is_file():
+        found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
+        raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.")
     return read_json_object(file, _REMEDY, _CONFIG_KEYS)
 
 
@@ -78,7 +75,7 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[None]:
-    """Report what a library cannot make of a base as a fault of its config, of which it checks little."""
+    """Return a context in which a library's errors are reported as faults of a base's config."""
     return explaining(f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again")
 
 

@@ -44,7 +44,7 @@ def unpack_gguf(file: Path, name: str) -> Path:
 def _unpack(file: Path, folder: Path, name: str) -> None:
     from transformers import GenerationConfig
 
-    with explaining(f"Base {name}: download it again, or give a folder: {file} cannot be read as a GGUF model"):
+    with explaining(f"Base {name}: {file} cannot be read as a GGUF model: download it again, or give a folder"):
         model, tokenizer = _load(file, name)
     config = model.config
     eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]

@@ -26,11 +26,11 @@ _RENDERING = (  # of the training; other rows share them
     *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
     *("batch_size", "tokens_per_batch"),
 )
-_ROWS = ("train", "val", "test")
+_ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "general")
 _COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
     "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
     "data": (*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "missing", *_RENDERING),
-    "evaluation": ("rows", "max_new_tokens", "scores", "samples"),
+    "evaluation": ("rows", "max_new_tokens", "scores", "samples", "general", "general_rows"),
     "trainer": ("accelerator", "limit_val_batches", "limit_test_batches"),
 }
 
@@ -96,8 +96,8 @@ def _read_run_config(file: Path) -> dict[str, Any]:
 def _is_plain(value: Any, key: str) -> bool:
     """Whether a setting of a config from elsewhere, nested values included, is plain, and its rows are local."""
     if isinstance(value, dict):  # elsewhere it might name a class
-        is_known = key in (*_ROWS, "columns", "roles")
-        return is_known and all(_is_plain(item, name if key in _ROWS else key) for name, item in value.items())
+        is_known = key in (*_FILES, "columns", "roles")
+        return is_known and all(_is_plain(item, name if key in _FILES else key) for name, item in value.items())
     if isinstance(value, list):
         return all(_is_plain(item, key) for item in value)
     if not isinstance(value, str) or key == "system":
@@ -108,7 +108,7 @@ def _is_plain(value: Any, key: str) -> bool:
         return False
     if isinstance(parsed, dict | list | str) and parsed != value:
         return False
-    if key in (*_ROWS, "path"):
+    if key in (*_FILES, "path"):
         may_be_hub_id = value.count("/") == 1 and not value.startswith(("/", ".", "~"))
         is_local = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
         return "://" not in value and (is_local or not may_be_hub_id)  # a missing folder is reported as missing

@@ -19,7 +19,7 @@ class Diverged(UserError):
 
 def describe_error(error: BaseException) -> str:
     """Return the class and the words of a library's error, in one line, to quote it in a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].removesuffix(": ")
 
 
 @contextlib.contextmanager

@@ -195,7 +195,8 @@ def add_named_adapter(
     """
     # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
-    with warnings.catch_warnings(action="ignore"):  # as in adapters/inject.py
+    # as in adapters/inject.py
+    with warnings.catch_warnings(action="ignore"), explaining(f"PEFT cannot put the adapter of {folder} on the base"):
         model.add_adapter(name, read_lora_config(folder))
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

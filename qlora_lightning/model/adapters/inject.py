@@ -105,7 +105,7 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         )
 
 
-def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
+def inject(model: PreTrainedModel, config: peft.LoraConfig, source: str = "model.lora_options") -> peft.PeftModel:
     """Let PEFT put an adapter on the base, in fp32, and drawn from the seed alone, whatever was drawn before.
 
     On a base on the meta device the adapter is there too.
@@ -115,7 +115,7 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig) -> peft.PeftModel:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         device = torch.device("meta") if on_meta else contextlib.nullcontext()
-        with device, explaining("PEFT cannot put this adapter on the base"):  # of whose options it checks few
+        with device, explaining(f"PEFT cannot put the adapter of {source} on the base"):  # it checks few options
             adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()

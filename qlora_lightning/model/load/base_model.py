@@ -133,6 +133,7 @@ def quantized_folder(
         torch.cuda.empty_cache()
 
     key: dict[str, Json] = {
+        "format": 2,  # in 1 the base's tensors were not compared with its config
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.items() if name not in _IRRELEVANT_KEYS},
         "settings": bnb_config.to_diff_dict(),

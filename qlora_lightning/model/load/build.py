@@ -97,7 +97,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     """
     if folder is None:
         return add_adapters(base, **options)
-    model = inject(base, read_lora_config(folder))
+    model = inject(base, read_lora_config(folder), str(folder))
     fill_adapter(model, folder)
     return model
 

@@ -18,7 +18,7 @@ from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.layers import fuse
+from qlora_lightning.model.layers import attention, fuse
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.memory import budget
@@ -137,6 +137,7 @@ class QLoRAModule(lightning.LightningModule):
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.autocast_dtype: torch.dtype | None = None
+        self.has_dropout = True
         self.window = Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
@@ -227,6 +228,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> fuse.Fusion:
         """Choose which layers run fused. Call it after changing or hooking parts of the model."""
+        self.has_dropout = attention.has_dropout(self.causal_lm)
         return fuse.choose_layers(self.causal_lm)
 
     def _choose_autocast(self) -> None:

@@ -14,7 +14,7 @@ from lightning import Callback
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule, UserError
-from qlora_lightning.callbacks import Evaluation, ThroughputMonitor
+from qlora_lightning.callbacks import Evaluation, GradientCheckpointing, ThroughputMonitor
 from qlora_lightning.cli import main
 from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.report import read_metrics
@@ -157,10 +157,10 @@ def scarce(folder):
     long = write_rows(folder / "long.jsonl", rows_of([1000] * 4))
     module, found = Watched(str(save_wide(folder / "base", 6)), cache=False), {}
 
-    def train(name, rows, place=None, free=0, tokens=1 << 20):
+    def train(name, rows, place=None, free=0, tokens=1 << 20, checkpointed="auto"):
         module.token_budget, module.unfinished = TokenBudget(tokens), 0
         other = OtherProcess(place, free)
-        callbacks = [other, Evaluation(enabled=place == "evaluation", rows=4)]
+        callbacks = [other, Evaluation(enabled=place == "evaluation", rows=4), GradientCheckpointing(checkpointed)]
         fit(module, folder, rows, val=True, batch_size=16, accelerator="gpu", max_steps=2, callbacks=callbacks)
         leave(ALL)
         budget = module.token_budget
@@ -175,11 +175,12 @@ def scarce(folder):
         leave(ALL)
     ample = train("ample", rows)
     train("forward", rows, "step", ample.forward / 2)
-    train("backward", rows, "step", (ample.forward + ample.step) / 2)
     train("validation", rows, "validation", 300 * MIB)
     train("evaluation", rows, "evaluation", 100 * MIB)
     alone = train("alone", long, tokens=1)
     train("row", long, "step", 0.8 * alone.step, tokens="auto")
+    again = train("again", rows, checkpointed=True)
+    train("backward", rows, "step", (again.forward + again.step) / 2, checkpointed=True)
     return found
 
 

@@ -36,7 +36,9 @@ def on_card(stub, tmp_path):
         variables |= {"STUB_CC": str(capability), "STUB_MIB": str(gib << 10)}
         variables["QLORA_LIGHTNING_CACHE"] = str(tmp_path / "cache")
         command = [sys.executable, "-m", "tests.gpu.on_card", name, str(tmp_path)]
-        ours = {key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"}  # a command sets it for good
+        ours = {
+            key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"
+        }
         environment = {**ours, **stub, **variables}
         options = {"cwd": Path(__file__).parents[2], "env": environment, "capture_output": True, "text": True}
         done = subprocess.run(command, timeout=600, **options)
@@ -73,7 +75,7 @@ def test_out_of_memory_anywhere_is_survived_or_one_sentence(on_card):
     share, choice, unfinished = found["forward"]
     assert (choice, unfinished > 1) == (plain, True)
     assert 0.3 < share < 0.5  # half of what forward takes was left
-    assert found["backward"] == [pytest.approx(0.8, abs=0.001), plain, 0]
+    assert found["backward"] == [pytest.approx(0.8, abs=0.001), checkpointed, 0]
     assert found["validation"][0] < 1
     share, choice, _ = found["row"]  # of four; one does not fit, and with checkpointing two do
     assert (choice, 0.5 < share < 1) == (checkpointed, True)
@@ -83,7 +85,7 @@ def test_steps_take_the_memory_that_is_planned_and_ragged_ones_fit_at_once(on_ca
     found, _ = on_card("memory", 89, 24, **EXPANDABLE)
     for choice in ("plain", "checkpointed", "offloaded"):
         peak, planned = found[choice]
-        assert peak == pytest.approx(planned, rel=0.1)
+        assert 0.97 * planned < peak < planned
     assert found["retries"] == 0
     allocated, peaks, reserved = (found[name] for name in ("allocated", "peak", "reserved"))  # GiB of each ragged step
     assert all(held < peak <= most for held, peak, most in zip(allocated, peaks, reserved, strict=True))
@@ -93,8 +95,8 @@ def test_steps_take_the_memory_that_is_planned_and_ragged_ones_fit_at_once(on_ca
 def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
     found, printed = on_card("launches", 100, 8)
     forward, backward = found["layer"]
-    assert forward <= 37
-    assert backward <= 66
+    assert forward <= 32
+    assert backward <= 47
     assert found["passes"] == [0, 0]  # waits and reads
     assert found["steps"][1:] == [[1, 1]] * 5  # the first makes what is made once
     assert printed.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1  # by Python CUDA starts too early

@@ -4,14 +4,11 @@ import itertools
 
 import pytest
 import torch
-from torch.nn.attention import varlen
-from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
-from qlora_lightning.model.layers.attention import FlatBatch, flat_attention, flat_batch
+from qlora_lightning.model.layers.attention import FlatBatch, attend_ragged, flat_attention, flat_batch
 from qlora_lightning.model.step.layout import ComputedTokens, build_samples, samples_of_lengths
-from qlora_lightning.support.versions import attend_ragged
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
 DTYPES = [
@@ -50,7 +47,6 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
                 patch.setattr(attention, "has_cpu_kernel", lambda *_: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
-                patch.setattr(varlen, "varlen_attn", ragged_kernel_of_torch_2_11)
             with flat_batch(FlatBatch(samples, fast=fast)):
                 return flat_attention(None, *qkv, None)[0]
 
@@ -62,17 +58,47 @@ fast, plain, ragged = (
 )
 
 
-def ragged_kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-    assert window_size == (-1, 0)
-    assert torch.equal(cu_q, cu_k)
-    assert max_q == max_k == max(cu_q.diff().tolist())
-    assert query.shape == key.shape == value.shape
-    parts = (each.split(cu_q.diff().tolist()) for each in (query, key, value))
-    outputs = [
-        scaled_dot_product_attention(*(each.transpose(0, 1) for each in part), is_causal=True, scale=scale)
-        for part in zip(*parts, strict=True)
-    ]
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+@pytest.fixture(autouse=True, scope="module")
+def flash_on_a_cpu():
+    """Give torch's FlashAttention, which has an implementation for GPUs alone, one for CPUs by the formula."""
+
+    def probabilities(query, key, bounds):
+        cu_q, cu_k, max_q, max_k, dropout, is_causal = bounds
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == max(cu_q.diff().tolist())
+        assert (dropout, is_causal) == (0.0, True)
+        sample = torch.arange(len(cu_q) - 1).repeat_interleave(cu_q.diff())
+        scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[2] ** -0.5
+        hidden = (sample[:, None] != sample) | torch.ones(len(sample), len(sample), dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+    def double(query, key, value):
+        return query.double(), *(
+            each.double().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value)
+        )
+
+    def forward(query, key, value, *bounds, window_size_left, window_size_right):
+        assert (window_size_left, window_size_right) == (-1, 0)
+        q, k, v = double(query, key, value)
+        return torch.einsum("hqk,khd->qhd", probabilities(q, k, bounds[:-1]), v).to(query.dtype), *torch.empty(4, 0)
+
+    def backward(grad, query, key, value, out, lse, *bounds, **window):
+        (q, k, v), grad = double(query, key, value), grad.double()
+        p, grad_p = probabilities(q, k, bounds[:-2]), torch.einsum("qhd,khd->hqk", grad, v)
+        grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
+        grads = (
+            torch.einsum("hqk,khd->qhd", grad_scores, k),
+            *(torch.einsum("hqk,qhd->khd", *pair) for pair in ((grad_scores, q), (p, grad))),
+        )
+        shapes = (each.shape for each in (query, key, value))
+        pairs = zip(grads, shapes, strict=True)
+        return tuple(each.unflatten(1, (shape[1], -1)).sum(2).to(query.dtype) for each, shape in pairs)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
 
 
 def with_gradients(attend, qkv, **options):
@@ -131,10 +157,9 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 
 
 def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
-    qkv = [torch.empty(1, heads, 25, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
-    bounds = torch.tensor([0, 5, 25], dtype=torch.int32, device="meta")
-    output = attend_ragged(*qkv, bounds, 20, None)
-    assert output.shape == (1, 25, 4, 64)
+    qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
+    output = attend_ragged(*qkv, samples_of_lengths([5, 20]).to(torch.device("meta")), None, None)
+    assert output.shape == (25, 4, 64)
     assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 

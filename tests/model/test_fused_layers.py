@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.cpu import library
-from qlora_lightning.model.layers import elementwise
 from qlora_lightning.model.layers.attention import FlatBatch, flat_batch
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.step.layout import samples_of_lengths
@@ -146,22 +145,3 @@ def test_a_fit_reports_why_layers_are_plain_if_they_are(tiny_base, rows_file, tm
     printed = " ".join(capsys.readouterr().out.split())
     assert (sentence in printed) == (reason is not None)
     assert reason is None or sentence + reason in printed
-
-
-@pytest.mark.slow
-def test_regions_are_compiled_once_a_width_for_any_number_of_tokens():
-    shapes = []
-
-    def watch(graph, inputs):
-        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
-        shapes.append([tuple(map(str, each.shape)) for each in values if isinstance(each, torch.Tensor)])
-        return graph.forward
-
-    compiled = elementwise.compile_region(elementwise.rms_norm.__wrapped__, watch)
-    for tokens, width in ((100, 64), (37, 64), (90, 128), (11, 128), (50, 64)):
-        arguments = torch.randn(tokens, width), torch.rand(width), 1e-5
-        elementwise.mark_tokens(arguments)
-        compiled(*arguments)
-    widths = [next(shape for shape in each if len(shape) == 2) for each in shapes]
-    assert [width for _, width in widths] == ["64", "128"]
-    assert not any(tokens.isdecimal() for tokens, _ in widths)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 _PROGRAM = """
-import importlib, os, select, signal, sys
+import importlib.util, os, select, signal, sys
 from pathlib import Path
 
 # Libraries have their own ways; what is hidden here is hidden from our modules.
@@ -32,6 +32,8 @@ import qlora_lightning
 package = Path(qlora_lightning.__file__).parent
 for file in sorted(package.rglob("*.py")):
     parts = file.relative_to(package.parent).with_suffix("").parts
+    if parts[-1] == "kernels" and importlib.util.find_spec("triton") is None:  # comes with a torch for CUDA alone
+        continue
     if parts[-1] != "__main__" and parts[1] != "recipes":  # a wheel's recipes hold scripts to copy, not modules
         importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 from qlora_lightning.cli import COMMANDS, main

@@ -52,7 +52,7 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     offload = offload if is_cuda or offload is None else False
-    model, step = plan_step(module, config, dtype, device["memory"], count_devices(trainer), offload)
+    model, step = plan_step(module, config, dtype, count_devices(trainer), offload)
 
     epoch: Epoch | None = None
     try:

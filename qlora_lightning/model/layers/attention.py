@@ -15,11 +15,12 @@ Outside of :func:`flat_batch`, as in ``generate``, this is torch's attention wit
 # mypy: allow-untyped-calls
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,6 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.cpu.library import call, has_function, is_here
 from qlora_lightning.model.step.layout import Expansion, Samples
-from qlora_lightning.support.versions import attend_ragged
 
 FLAT_ATTENTION = "qlora_flat"
 # As attention_mask of a flat batch it keeps transformers from building a (tokens, tokens) mask over all samples.
@@ -47,14 +47,16 @@ class FlatBatch(NamedTuple):
 
     Attributes:
         samples: Where its samples are.
-        casts: A and B of adapters in the dtype of the products, keyed by the float32 ones; see
-            :func:`~qlora_lightning.model.layers.decoder_layer.cast_adapters`.
+        layers: Parts of layers that run fused; see
+            :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
         fast: ``False`` selects torch's attention, one sample after the other.
+        recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
     """
 
     samples: Samples
-    casts: Mapping[Tensor, Tensor] = MappingProxyType({})
+    layers: Mapping[nn.Module, Any] = MappingProxyType({})
     fast: bool = True
+    recomputes: bool = False
 
 
 current_batch: ContextVar[FlatBatch | None] = ContextVar("current_batch", default=None)  # being computed
@@ -72,7 +74,8 @@ def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
 
 def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     """Return contexts for torch's checkpoint, in which backward recomputes with the same flat batch."""
-    return contextlib.nullcontext(), flat_batch(current_batch.get())
+    batch = current_batch.get()
+    return contextlib.nullcontext(), flat_batch(None if batch is None else batch._replace(recomputes=True))
 
 
 def register_flat_attention() -> str:
@@ -128,14 +131,46 @@ def flat_attention(
     Raises:
         RuntimeError: The model passes what is not computed here, such as attention sinks or a soft cap.
     """
-    unsupported = [name for name, argument in kwargs.items() if argument is not None and name not in _IGNORED]
-    if unsupported:
-        raise RuntimeError(f"{type(module).__name__} hands {unsupported[0]} on to attention, which flat batches lack.")
+    reject_unsupported(type(module), kwargs)
     batch = current_batch.get()
     if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
+    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    return attend(query, key, value, batch, scaling, dropout, sliding_window).unsqueeze(0), None
+
+
+def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
+    """Reject keywords of transformers that ask for what is not computed here."""
+    for name, argument in options.items():
+        if argument is not None and name not in _IGNORED:
+            raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which flat batches lack.")
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: FlatBatch,
+    scaling: float | None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attend within each sample of a flat batch.
+
+    Args:
+        query: Queries, ``(n_tokens, heads, head_dim)``.
+        key: Keys, ``(n_tokens, kv_heads, head_dim)``.
+        value: Values, ``(n_tokens, kv_heads, head_dim)``.
+        batch: The flat batch.
+        scaling: See :func:`flat_attention`, as for the others.
+        dropout: The same.
+        sliding_window: The same.
+
+    Returns:
+        ``(n_tokens, heads, head_dim)``.
+    """
     samples = batch.samples
     # as SDPA chooses it: under autocast float32 parameters make some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
@@ -146,15 +181,15 @@ def flat_attention(
         query, key, value = (states.to(dtype) for states in (query, key, value))
         if expanded.has_shared:
             key, value = (_Expand.apply(states, expanded) for states in (key, value))
-        return VarlenAttention.apply(query, key, value, samples, scaling), None
+        return cast(Tensor, VarlenAttention.apply(query, key, value, samples, scaling))
     if expanded.has_shared:
         query, key, value = (_Expand.apply(states, expanded) for states in (query, key, value))
     if is_fast and has_ragged_kernel(query, value):
-        attn_out = attend_ragged(query, key, value, samples.cu_seqlens, samples.longest, scaling, sliding_window)
+        attn_out = attend_ragged(query, key, value, samples, scaling, sliding_window)
     else:
         attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, sliding_window)
     # all copies of a shared token have the same result
-    return attn_out.index_select(1, expanded.first_expanded) if expanded.has_shared else attn_out, None
+    return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
@@ -170,15 +205,25 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
 
     Its heads have one width, at most 256: those of Gemma 4's global layers are wider, and MLA has two widths.
     """
-    width, device = query.shape[-1], query.device
+    width = query.shape[-1]
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     fits = width == value.shape[-1] and width <= 256 and width % 8 == 0
-    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+    return fits and _capability(query.device) >= (8, 0)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)  # asked for by every layer
+
+
+def attend_ragged(
+    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    """Attend for all samples at once by torch's FlashAttention; shapes are those of :func:`attend`."""
+    return cast(Tensor, RaggedAttention.apply(query, key, value, samples, scaling, sliding_window))
 
 
 class _Expand(torch.autograd.Function):
-    """Compute ``states[:, :, gather_index]`` of a stream's states ``(1, heads, tokens, head_dim)``.
+    """Compute ``states[gather_index]`` of a stream's states ``(n_tokens, heads, head_dim)``.
 
     Gradients of a token's copies are summed in float32, in a fixed order. On CUDA the backward of indexing would sum
     them in any order, and round after each.
@@ -187,16 +232,14 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, expansion: Expansion) -> Tensor:
         ctx.expansion = expansion
-        return states.transpose(1, 2).index_select(1, expansion.gather_index).transpose(1, 2)  # strides are by token
+        return states.index_select(0, expansion.gather_index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        expansion: Expansion = ctx.expansion
-        grad_expanded = grad[0].transpose(0, 1)  # (expanded tokens, heads, head_dim)
-        index, offsets = expansion.expanded_index, expansion.expanded_offsets
-        grad_states = F.embedding_bag(index, grad_expanded.flatten(1), offsets, mode="sum", include_last_offset=True)
-        return grad_states.view(-1, *grad_expanded.shape[1:]).transpose(0, 1)[None], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # of the expanded tokens
+        index, offsets = ctx.expansion.expanded_index, ctx.expansion.expanded_offsets
+        grad_states = F.embedding_bag(index, grad.flatten(1), offsets, mode="sum", include_last_offset=True)
+        return grad_states.view(-1, *grad.shape[1:]), None
 
 
 def attend_per_sample(
@@ -208,17 +251,53 @@ def attend_per_sample(
     dropout: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`flat_attention`."""
+    """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
     if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
+    lengths = [end - start for start, end in itertools.pairwise(samples.bounds)]
     outputs = []
-    for start, end in itertools.pairwise(samples.bounds):
-        qkv, mask = (query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]), None
-        if sliding_window is not None and sliding_window < end - start:
-            mask = query.new_ones(end - start, end - start, dtype=torch.bool).tril().triu(1 - sliding_window)
+    for sample in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
+        q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in sample)  # (1, heads, length, head_dim)
+        length, mask = len(sample[0]), None
+        if sliding_window is not None and sliding_window < length:
+            mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)
         options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
-        outputs.append(F.scaled_dot_product_attention(*qkv, mask, **options).transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **options).squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+class RaggedAttention(torch.autograd.Function):
+    """Compute attention within each sample by torch's FlashAttention (Dao 2023, FlashAttention-2).
+
+    Both operators are those under ``torch.nn.attention.varlen.varlen_attn``. That takes the host 220 us a layer for
+    what takes 40 here (measured with torch 2.15), and on compute capability 9.0 and 10.0 it asks cuDNN, which plans
+    for every new shape of a batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        samples: Samples,
+        scaling: float | None,
+        sliding_window: int | None,
+    ) -> Tensor:
+        bounds, longest, dropout, is_causal = samples.cu_seqlens, samples.longest, 0.0, sliding_window is None
+        ctx.arguments = bounds, bounds, longest, longest, dropout, is_causal  # of queries and of keys
+        window_left = -1 if sliding_window is None else sliding_window - 1  # -1: no limit
+        ctx.options = {"scale": scaling, "window_size_left": window_left, "window_size_right": 0}
+        attend, debugs = torch.ops.aten._flash_attention_forward.default, False
+        attn_out, lse, *ctx.random, _ = attend(query, key, value, *ctx.arguments, debugs, **ctx.options)
+        ctx.save_for_backward(query, key, value, attn_out, lse)
+        return cast(Tensor, attn_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward, saved = torch.ops.aten._flash_attention_backward.default, ctx.saved_tensors
+        return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), None, None, None
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -231,7 +310,7 @@ class VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
-        query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+        query, key, value = (states.contiguous() for states in (query, key, value))
         n_queries, n_keys = len(samples.expanded.first_expanded), samples.bounds[-1]
         assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # loops do not check it
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
@@ -241,13 +320,13 @@ class VarlenAttention(torch.autograd.Function):
         ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
-        return attn_out[None]
+        return attn_out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, lse = ctx.saved_tensors
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        inputs = query, key, value, grad[0].contiguous(), lse
+        inputs = query, key, value, grad.contiguous(), lse
         call("attend_backward", query.dtype, *inputs, *ctx.shape_args, ctx.scale, *grads)
-        return *(grad_states.transpose(0, 1)[None] for grad_states in grads), None, None
+        return *grads, None, None

@@ -6,8 +6,8 @@ Qwen3 also on each head's queries and keys), rotary position embedding, SwiGLU.
 # mypy: allow-untyped-calls
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import current_batch, flat_attention, recompute_contexts
+from qlora_lightning.model.layers.attention import (
+    FlatBatch,
+    attend,
+    current_batch,
+    flat_batch,
+    recompute_contexts,
+    reject_unsupported,
+)
 from qlora_lightning.model.layers.elementwise import (
     Rotary,
     rms_norm,
@@ -26,55 +33,62 @@ from qlora_lightning.model.layers.elementwise import (
 from qlora_lightning.model.layers.lora import (
     Fused,
     FusedLoRA,
-    LinearParts,
+    LinearGroup,
     LoRALinearFunction,
-    active_lora,
     apply_A,
     apply_linear,
+    apply_linears,
+    base_linear,
+    copy_all,
     device_of_autocast,
     gradients_of_A,
     gradients_of_B,
     input_gradient,
-    linear_parts,
+    linear_group,
 )
 
 PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer takes at a time
 
 
-class RMSNormLinears(torch.autograd.Function):
-    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input.
+class Norm(NamedTuple):
+    """A frozen RMSNorm: its weight, ``(width,)``, and eps."""
 
-    It saves x, its inverse root mean squares and the products with A; backward recomputes the normed input. The A of
-    all adapters are multiplied as one matrix.
+    weight: Tensor
+    eps: float
+
+
+class RMSNormLinears(torch.autograd.Function):
+    """Compute ``y = linear(RMSNorm(x))`` of several linears that share their input, and return x for the residual.
+
+    It saves x, its inverse root mean squares and the products with A; backward recomputes the normed input, and adds
+    the gradient of the residual. All A of the group are multiplied as one matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, linears: tuple[LinearParts, ...], *adapters: Tensor | None
+        ctx: Any, x: Tensor, norm: Norm, group: LinearGroup, head_dim: int | None, *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Compute ``(1, n_tokens, out)`` of each linear from x, ``(1, n_tokens, in)``.
-
-        ``adapters`` are the float32 A and B of each linear in turn.
-        """
-        normed, inverse_rms = rms_norm(x[0], weight, eps)
-        all_xa = apply_A(normed, linears)
-        ctx.save_for_backward(x[0], weight, inverse_rms, *all_xa, *adapters)
-        ctx.linears, ctx.eps = linears, eps
-        return tuple(apply_linear(normed, xa, linear)[None] for xa, linear in zip(all_xa, linears, strict=True))
+        """Compute x, and ``(n_tokens, out)`` or ``(n_tokens, heads, head_dim)`` of each linear, from x."""
+        normed, inverse_rms = rms_norm(x, *norm)
+        xa = apply_A(normed, group)
+        ctx.save_for_backward(x, inverse_rms, xa)
+        ctx.norm, ctx.group = norm, group
+        outputs = apply_linears(normed, xa, group)
+        return x, *(output if head_dim is None else output.view(x.shape[0], -1, head_dim) for output in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse_rms, *xa_and_adapters = ctx.saved_tensors
-        grads = [grad[0] for grad in grad_outputs]  # (n_tokens, out) each
-        grad_xa, grads_B = gradients_of_B(grads, xa_and_adapters[: len(grads)], ctx.linears)
+    def backward(ctx: Any, grad_residual: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse_rms, xa = ctx.saved_tensors
+        grads = tuple(grad.flatten(1) for grad in grads)
+        grad_xa, grads_B = gradients_of_B(grads, xa, ctx.group)
         grads_A: list[Tensor | None] = [None] * len(grads)
         if grad_xa is not None:
-            grads_A = gradients_of_A(grad_xa, rms_norm(x, weight, ctx.eps)[0], ctx.linears)
+            grads_A = gradients_of_A(grad_xa, rms_norm(x, *ctx.norm)[0], ctx.group)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_normed = input_gradient(grads, grad_xa, ctx.linears)
-            grad_x = rms_norm_backward(grad_normed, x, weight, inverse_rms)[None]
+            grad_normed = input_gradient(grads, grad_xa, ctx.group)
+            grad_x = rms_norm_backward(grad_normed, x, ctx.norm.weight, inverse_rms, grad_residual)
         return grad_x, None, None, None, *itertools.chain(*zip(grads_A, grads_B, strict=True))
 
 
@@ -87,48 +101,94 @@ class SwiGLUDown(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        residual: Tensor,
         gate: Tensor,
         up: Tensor,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        down: LinearParts,
-        residual: Tensor,
+        down: LinearGroup,
+        recomputes: bool,
+        *adapters: Tensor | None,
     ) -> Tensor:
-        """Compute ``(1, n_tokens, width)``, as of the residual, from gate and up, ``(1, n_tokens, intermediate)``."""
-        hidden = swiglu(gate[0], up[0])
-        (xa,) = apply_A(hidden, [down])
-        ctx.save_for_backward(gate[0], up[0], xa, lora_A, lora_B)
+        """Compute ``(n_tokens, width)``, as of the residual, from gate and up, ``(n_tokens, intermediate)``.
+
+        ``recomputes`` leaves out the product with W, a quarter of a layer's products: only what it saves is read.
+        """
+        hidden = swiglu(gate, up)
+        xa = apply_A(hidden, down)
+        ctx.save_for_backward(gate, up, xa)
         ctx.down = down
-        return apply_linear(hidden, xa, down, residual[0])[None]
+        return residual if recomputes else apply_linear(hidden, xa, down.linears[0], residual)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, xa, _, _ = ctx.saved_tensors
-        grad = grad_output[0]  # (n_tokens, width)
-        grad_xa, (grad_B,) = gradients_of_B([grad], [xa], [ctx.down])
-        grad_hidden = input_gradient([grad], grad_xa, [ctx.down])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, xa = ctx.saved_tensors
+        grad_xa, (grad_B,) = gradients_of_B([grad], xa, ctx.down)
+        grad_hidden = input_gradient([grad], grad_xa, ctx.down)
         hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
-        (grad_A,) = gradients_of_A(grad_xa, hidden, [ctx.down])
-        return grad_gate[None], grad_up[None], grad_A, grad_B, None, grad_output
+        (grad_A,) = gradients_of_A(grad_xa, hidden, ctx.down)
+        return grad, grad_gate, grad_up, None, None, grad_A, grad_B
 
 
-class HeadNorm(torch.autograd.Function):
-    """Normalize each head's queries or keys by RMSNorm with a frozen weight; it saves its input."""
+class RMSNorm(torch.autograd.Function):
+    """Normalize states by RMSNorm with a frozen weight: each head's queries or keys, or the last hidden states.
+
+    It saves its input and the inverse root mean squares.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Normalize ``(…, head_dim)``."""
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        """Normalize ``(…, width)``."""
         rows = x.reshape(-1, x.shape[-1])
-        normed, inverse_rms = rms_norm(rows, weight, eps)
-        ctx.save_for_backward(rows, weight, inverse_rms)
+        normed, inverse_rms = rms_norm(rows, *norm)
+        ctx.save_for_backward(rows, inverse_rms)
+        ctx.weight = norm.weight
         return normed.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows, weight, inverse_rms = ctx.saved_tensors
-        return rms_norm_backward(grad.reshape(rows.shape), rows, weight, inverse_rms).view(grad.shape), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, inverse_rms = ctx.saved_tensors
+        return rms_norm_backward(grad.reshape(rows.shape), rows, ctx.weight, inverse_rms).view(grad.shape), None
+
+
+class FusedNorm(Fused):
+    """The last norm of transformers, which on a GPU is one launch in flat batches: theirs takes float32 states."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize ``(…, width)``."""
+        is_plain = current_batch.get() is None or self.plain_reason is not None
+        if is_plain or not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+            return cast(Tensor, super().forward(hidden_states))
+        return cast(Tensor, RMSNorm.apply(hidden_states, Norm(self.weight, self.variance_epsilon)))
+
+
+class LayerParts(NamedTuple):
+    """What a layer's fused forward takes, read from its modules once a pass: reading them takes the host longer.
+
+    Attributes:
+        qkv: The linears behind the first norm.
+        o: The linear behind attention.
+        gate_up: The linears behind the second norm.
+        down: The linear behind SwiGLU.
+        norms: Both norms, and in Qwen3 those of queries and keys.
+        head_dim: Width of a head.
+        scaling: Factor on attention's scores.
+        sliding_window: How many tokens a token sees, itself included; ``None``: all before it.
+        dtype: Dtype of hidden states and all products.
+    """
+
+    qkv: LinearGroup
+    o: LinearGroup
+    gate_up: LinearGroup
+    down: LinearGroup
+    norms: list[Norm]
+    head_dim: int
+    scaling: float
+    sliding_window: int | None
+    dtype: torch.dtype
 
 
 class FusedDecoderLayer(Fused):
@@ -151,88 +211,105 @@ class FusedDecoderLayer(Fused):
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
+    def parts(self, copies: list[tuple[Tensor, Tensor]] | None = None) -> LayerParts | None:
+        """Return the parts of the fused forward, ``None`` if it does not give the layer's current output.
+
+        ``copies`` is that of :func:`~qlora_lightning.model.layers.lora.linear_group`.
+        """
+        dtype, linears = self.compute_dtype, self.linears()
+        if self.plain_reason or torch.is_autocast_enabled(device_of_autocast(self.input_layernorm.weight)):
+            return None
+        lora_layers = [linear for linear in linears if isinstance(linear, LoraLayer)]
+        if not all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers):
+            return None
+        attention = self.self_attn
+        groups = linears[:3], linears[3:4], linears[4:6], linears[6:]
+        qkv, o, gate_up, down = (linear_group(group, dtype, copies) for group in groups)
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        # LLaMA ignores the config's sliding window; Mistral's attention has no attribute of it
+        is_mistral = attention.config.model_type == "mistral"
+        owner = attention.config if is_mistral else attention
+        return LayerParts(
+            *(qkv, o, gate_up, down),
+            [Norm(norm.weight, norm.variance_epsilon) for norm in norms],
+            attention.head_dim,
+            attention.scaling,
+            getattr(owner, "sliding_window", None),
+            dtype,
+        )
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; all but flat batches over plain LoRA take transformers' forward."""
-        if current_batch.get() is None or args or not self._computes_fused(hidden_states):
+        batch = current_batch.get()
+        parts = None if batch is None or args else batch.layers.get(self) or self.parts()
+        if batch is None or parts is None:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        hidden_states = self._attend(hidden_states, **kwargs)
-        if not (self.gradient_checkpointing and hidden_states.shape[1] > PIECE_TOKENS):
-            return self._apply_mlp(hidden_states)
+        # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
+        if batch.recomputes and self._forward_hooks:
+            with flat_batch(batch._replace(recomputes=False)):
+                return FusedDecoderLayer.forward(self, hidden_states, **kwargs)
+        if hidden_states.dtype != parts.dtype:
+            raise RuntimeError(f"Hidden states are {hidden_states.dtype}, in layers of {parts.dtype}: cast them.")
+        hidden = _attend(hidden_states.squeeze(0), parts, batch, **kwargs)
+        if not self.gradient_checkpointing or len(hidden) <= PIECE_TOKENS:
+            return _apply_mlp(hidden, parts).unsqueeze(0)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         options["context_fn"] = recompute_contexts
-        chunks = hidden_states.split(PIECE_TOKENS, dim=1)
-        return torch.cat([checkpoint(self._apply_mlp, chunk, **options) for chunk in chunks], dim=1)
-
-    def _computes_fused(self, hidden_states: Tensor) -> bool:
-        """Whether a call takes the fused forward; this checks what may change between two passes."""
-        if self.plain_reason is not None or torch.is_autocast_enabled(device_of_autocast(hidden_states)):
-            return False
-        if hidden_states.dtype != self.compute_dtype:
-            raise RuntimeError(
-                f"Hidden states are {hidden_states.dtype}, in layers of {self.compute_dtype}: cast them."
-            )
-        lora_layers = [linear for linear in self.linears() if isinstance(linear, LoraLayer)]
-        return all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers)
-
-    def _attend(
-        self,
-        hidden: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Compute ``hidden + attention(RMSNorm(hidden))``; ``options`` are further arguments of the attention."""
-        attention, norm = self.self_attn, self.input_layernorm
-        adapters, linears = _adapters_and_parts([attention.q_proj, attention.k_proj, attention.v_proj], hidden.dtype)
-        projected = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
-        query, key, value = (states.unflatten(-1, (-1, attention.head_dim)) for states in projected)
-        if hasattr(attention, "q_norm"):
-            query = HeadNorm.apply(query, attention.q_norm.weight, attention.q_norm.variance_epsilon)
-            key = HeadNorm.apply(key, attention.k_norm.weight, attention.k_norm.variance_epsilon)
-        # (1, heads, n_tokens, head_dim)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-        query, key = Rotary.apply(query, key, *position_embeddings)
-        config, sliding_window = attention.config, getattr(attention, "sliding_window", None)
-        if config.model_type == "mistral":  # its attention has no such attribute; LLaMA ignores the config's
-            sliding_window = config.sliding_window
-        options |= {"scaling": attention.scaling, "sliding_window": sliding_window}
-        attn_out, _ = flat_attention(attention, query, key, value, attention_mask, **options)
-        (lora_A, lora_B), (o_proj,) = _adapters_and_parts([attention.o_proj], hidden.dtype)
-        attn_out, residual = attn_out.flatten(-2).squeeze(0), hidden.squeeze(0)  # squeeze's backward is a view
-        return cast(Tensor, LoRALinearFunction.apply(attn_out, lora_A, lora_B, o_proj, residual)).unsqueeze(0)
-
-    def _apply_mlp(self, hidden: Tensor) -> Tensor:
-        """Compute ``hidden + MLP(RMSNorm(hidden))``."""
-        norm, mlp = self.post_attention_layernorm, self.mlp
-        adapters, linears = _adapters_and_parts([mlp.gate_proj, mlp.up_proj], hidden.dtype)
-        gate, up = RMSNormLinears.apply(hidden, norm.weight, norm.variance_epsilon, linears, *adapters)
-        (lora_A, lora_B), (down,) = _adapters_and_parts([mlp.down_proj], hidden.dtype)
-        return cast(Tensor, SwiGLUDown.apply(gate, up, lora_A, lora_B, down, hidden))
+        # where backward recomputes the layer, only the pieces' inputs are read; each is recomputed by itself
+        function = _skip_mlp if batch.recomputes else _apply_mlp
+        chunks = hidden.split(PIECE_TOKENS)
+        return torch.cat([checkpoint(function, chunk, parts, **options) for chunk in chunks]).unsqueeze(0)
 
 
-def _adapters_and_parts(
-    linears: Sequence[nn.Module], dtype: torch.dtype
-) -> tuple[list[Tensor | None], tuple[LinearParts, ...]]:
-    """Return A and B of each linear in turn, and the parts of each linear."""
-    triples = [linear_parts(linear, dtype) for linear in linears]
-    adapters = [matrix for lora_A, lora_B, _ in triples for matrix in (lora_A, lora_B)]
-    return adapters, tuple(parts for *_, parts in triples)
+def _attend(
+    hidden: Tensor,
+    parts: LayerParts,
+    batch: FlatBatch,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; the mask is that of a flat batch."""
+    reject_unsupported(FusedDecoderLayer, options)
+    adapters = parts.qkv.adapters
+    residual, query, key, value = RMSNormLinears.apply(hidden, parts.norms[0], parts.qkv, parts.head_dim, *adapters)
+    if len(parts.norms) > 2:
+        query, key = RMSNorm.apply(query, parts.norms[2]), RMSNorm.apply(key, parts.norms[3])
+    query, key = Rotary.apply(query, key, *position_embeddings)
+    attn_out = attend(query, key, value, batch, parts.scaling, sliding_window=parts.sliding_window).flatten(1)
+    return cast(Tensor, LoRALinearFunction.apply(attn_out, parts.o, residual, *parts.o.adapters))
 
 
-def cast_adapters(model: nn.Module) -> dict[Tensor, Tensor]:
-    """Cast the adapters of all layers that run fused in one operation: on a GPU each single cast is a launch.
+def _apply_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
+    """Compute ``hidden + MLP(RMSNorm(hidden))``, ``(n_tokens, width)``."""
+    states = RMSNormLinears.apply(hidden, parts.norms[1], parts.gate_up, None, *parts.gate_up.adapters)
+    recomputes = cast(FlatBatch, current_batch.get()).recomputes
+    return cast(Tensor, SwiGLUDown.apply(*states, parts.down, recomputes, *parts.down.adapters))
 
-    They train in float32, and a layer has fourteen of them.
 
-    Returns:
-        Each A and B in the dtype of the products.
+def _skip_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
+    return hidden
+
+
+def prepare_layers(model: nn.Module) -> dict[nn.Module, LayerParts]:
+    """Return the parts of all layers that run fused now, their adapters cast in one operation for a whole pass.
+
+    On a GPU each single cast is a launch, and a layer has fourteen. A sharded base has weights only while its layer
+    runs: its layers are left out.
     """
-    casts: dict[Tensor, Tensor] = {}
-    for layer in model.modules():
-        if isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None:
-            adapters = itertools.chain(*map(active_lora, layer.linears()))
-            params = [param for param in adapters if param is not None]
-            casts |= {param: torch.empty_like(param, dtype=layer.compute_dtype) for param in params}
-    if casts:
-        torch._foreach_copy_(list(casts.values()), [param.detach() for param in casts])
-    return casts
+    layers, copies = dict[nn.Module, LayerParts](), list[tuple[Tensor, Tensor]]()
+    for layer in _fused_layers(model):
+        is_sharded = hasattr(base_linear(layer.mlp.down_proj).weight, "device_mesh")
+        if not is_sharded and (parts := layer.parts(copies)) is not None:
+            layers[layer] = parts
+    copy_all(copies)
+    return layers
+
+
+def _fused_layers(module: nn.Module) -> Iterator[FusedDecoderLayer]:
+    for child in module.children():
+        if isinstance(child, FusedDecoderLayer):
+            yield child
+        else:
+            yield from _fused_layers(child)

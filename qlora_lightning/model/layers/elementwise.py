@@ -1,12 +1,12 @@
 """RMSNorm, rotary position embedding and SwiGLU, forward and backward, which save little.
 
-Each is a region: element-wise code, which a GPU runs as one compiled kernel. A CPU runs it one operation at a time,
-except SwiGLU, whose exponentials cost most: it is in C++.
+A GPU runs each as one kernel of kernels.py. A CPU runs torch's operations, except SwiGLU, whose exponentials cost most:
+it is in C++.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,54 +18,42 @@ from qlora_lightning.model.cpu.library import call, has_function, is_here
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# The dimension of tokens, by the rank of a tensor: (tokens, width), (1, tokens, …), (1, heads, tokens, …)
-_TOKEN_DIM = {2: 0, 3: 1, 4: 2}
 
 
-def _region(function: _Function) -> _Function:
-    """Make element-wise code a region: a GPU with Triton runs it as one compiled kernel for any number of tokens."""
+def has_kernel(function: _Function) -> _Function:
+    """Let a GPU with Triton run the kernel of a function's name in its place."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Any:
-        if not (arguments[0].is_cuda and has_triton()):
+        first = arguments[0]
+        if not first.is_cuda or (kernels := triton_kernels()) is None:
             return function(*arguments)
-        # of an activation that requires gradients the compiler would read `.grad`, of which torch warns
-        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-        mark_tokens(arguments)
-        return compile_region(function)(*arguments)
+        if first.get_device() != torch.cuda.current_device():  # where Triton would launch it
+            with torch.cuda.device(first.device):
+                return run(*arguments)
+        return getattr(kernels, function.__name__)(*arguments)
 
     return cast(_Function, run)
 
 
 @functools.cache
-def compile_region(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """Compile a region for any number of tokens, but once for each width: a kernel that knows it is faster."""
-    return torch.compile(function, dynamic=False, backend=backend)
-
-
-def mark_tokens(arguments: Iterable[Any]) -> None:
-    """Mark each tensor's dimension of tokens as dynamic for the compiler; see :data:`_TOKEN_DIM`."""
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.dim() in _TOKEN_DIM:
-            torch._dynamo.maybe_mark_dynamic(argument, _TOKEN_DIM[argument.dim()])
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton compiles a kernel here: it needs a C compiler, Python's headers and a recent enough GPU."""
+def triton_kernels() -> Any:
+    """Return the module of kernels, ``None`` if Triton runs none: it needs a C compiler and a recent enough GPU."""
     try:
-        torch.compile(torch.sin)(torch.zeros(1, device="cuda"))
-    except Exception as error:  # from Triton, its compiler or torch's
+        from qlora_lightning.model.layers import kernels
+
+        kernels.rms_norm(torch.ones(1, 1, device="cuda"), torch.ones(1, device="cuda"), 0.0)
+    except Exception as error:  # from Triton or its compiler
         reason = str(error).strip().partition("\n")[0]
-        _log.warning("Triton compiles nothing here (%s): norm, rotary and SwiGLU take several kernels each.", reason)
-        return False
-    return True
+        _log.warning("Triton compiles nothing here (%s): norm, rotary, SwiGLU and loss take several kernels.", reason)
+        return None
+    return kernels
 
 
 # ---- RMSNorm (Zhang and Sennrich 2019) with a frozen weight ---------------------------------------------------------
 
 
-@_region
+@has_kernel
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Compute the norm's output and ``1 / sqrt(mean(x²) + eps)`` of each row, ``(rows, 1)``, at least in float32.
 
@@ -77,13 +65,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x_float.mul_(inverse_rms).to(x.dtype, copy=True).mul_(weight), inverse_rms
 
 
-@_region
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """Compute the gradient of x, ``inverse (w g - x̂ mean(w g x̂))`` where ``x̂ = x · inverse``, from the output's."""
+@has_kernel
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, grad_residual: Tensor | None = None
+) -> Tensor:
+    """Compute the gradient of x, ``inverse (w g - x̂ mean(w g x̂))`` where ``x̂ = x · inverse``, from the output's.
+
+    ``grad_residual`` is added: the gradient of what else uses x.
+    """
     x_hat = _to_float32(x).mul_(inverse)
     weighted_grad = _to_float32(grad).mul_(weight.to(x_hat.dtype))
     mean = (x_hat * weighted_grad).mean(-1, keepdim=True)
-    return weighted_grad.addcmul_(x_hat, mean, value=-1).mul_(inverse).to(x.dtype)
+    grad_x = weighted_grad.addcmul_(x_hat, mean, value=-1).mul_(inverse).to(x.dtype)
+    return grad_x if grad_residual is None else grad_x.add_(grad_residual)
 
 
 def _to_float32(x: Tensor) -> Tensor:
@@ -94,7 +88,7 @@ def _to_float32(x: Tensor) -> Tensor:
 # ---- SwiGLU (Shazeer 2020, GLU variants) ----------------------------------------------------------------------------
 
 
-@_region
+@has_kernel
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``h = silu(gate) · up``."""
     if _has_cpu_kernel(gate, up):
@@ -104,7 +98,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-@_region
+@has_kernel
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute h, and compute the gradients of gate and up from that of h, which may be overwritten."""
     if _has_cpu_kernel(gate, up, grad):
@@ -136,26 +130,26 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate both, ``(1, heads, n_tokens, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
-        ctx.save_for_backward(cos, sin)
-        return _rotate(query, key, cos, sin, 1)
+        """Rotate both, ``(n_tokens, heads, head_dim)``, by ``cos`` and ``sin`` ``(1, n_tokens, head_dim)``."""
+        ctx.angles = cos, sin
+        return rotate(query, key, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return *_rotate(grad_q, grad_k, cos, sin, -1), None, None
+        cos, sin = ctx.angles
+        return *rotate(grad_q, grad_k, cos, sin, -1), None, None
 
 
-@_region
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+@has_kernel
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """Rotate by the angles times ``sign``, which is -1 in backward. Both halves of the angles are the same."""
-    cos, sin, half = cos[:, None], sin[:, None], query.shape[-1] // 2
+    cos, sin, half = cos[0, :, None], sin[0, :, None], query.shape[-1] // 2  # (n_tokens, 1, head_dim)
 
-    def rotate(states: Tensor) -> Tensor:
+    def rotate_states(states: Tensor) -> Tensor:
         rotated = states * cos
         rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-sign)
         rotated[..., half:].addcmul_(states[..., :half], sin[..., half:], value=sign)
         return rotated
 
-    return rotate(query), rotate(key)
+    return rotate_states(query), rotate_states(key)

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_flat_attention
-from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
+from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.support.versions import enable_activation_checkpointing
 
@@ -39,14 +39,21 @@ class Fusion(NamedTuple):
 
 
 def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
-    """Replace decoder layers of transformers and LoRA linears of PEFT by fused ones, and choose which run fused."""
+    """Replace layers and last norm of transformers, and LoRA linears of PEFT; choose which of them run fused."""
     modeling = _modeling_of(model)
+    causal_lm = _causal_lm_of(model)
     for name, module in list(model.named_modules()) if fast else []:
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
             model.set_submodule(name, FusedLoRA.from_layer(module))
+        elif modeling is not None and module is causal_lm.base_model.norm and type(module).__module__ == modeling:
+            model.set_submodule(name, FusedNorm.from_layer(module))
     return choose_layers(model)
+
+
+def _causal_lm_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _modeling_of(model: Any) -> str | None:
@@ -57,7 +64,7 @@ def _modeling_of(model: Any) -> str | None:
 
 def choose_layers(model: Any) -> Fusion:
     """Choose a model's attention, and whether each layer runs fused: its submodules may have been changed."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = _causal_lm_of(model)
     if (name := attention_of(causal_lm.config)) is not None:
         model.set_attn_implementation(name)  # whoever has set another one
     _set_recompute_contexts(causal_lm)
@@ -67,6 +74,8 @@ def choose_layers(model: Any) -> Fusion:
             reason = fusion.linears[name] = _plain_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
             reason = fusion.layers[name] = _plain_reason_of_layer(module, modeling)
+        elif isinstance(module, FusedNorm):
+            reason = _NONSTANDARD if _trains(module) else None
         if isinstance(module, Fused):
             module.plain_reason = reason
     return fusion

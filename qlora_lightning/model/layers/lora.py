@@ -2,6 +2,7 @@
 # mypy: allow-untyped-calls
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -12,36 +13,57 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qlora_lightning.model.layers.attention import current_batch
+from qlora_lightning.model.layers.elementwise import has_kernel
 
 _FEW_ROWS = 64  # for so few, on a GPU, bitsandbytes chooses whether it multiplies by the packed or a dense weight
 
 
 class LinearParts(NamedTuple):
-    """Operands of a linear, detached: the autograd functions return the gradients of A and B.
+    """Operands of a linear, detached.
 
     Attributes:
-        weight: W, ``(out, in)``: ``Params4bit`` or dense.
+        weight: W, ``(out, in)``, or its packed bytes.
+        quant_state: Of packed bytes; ``None`` if W is dense.
         bias: ``(out,)``, or ``None``.
         scaling: Factor on the adapter's part.
-        lora_A: ``(rank, in)``, in the dtype of the products; ``None`` without an adapter.
-        lora_B: ``(out, rank)``, in the same dtype, or ``None``.
+        lora_B: ``(out, rank)``, in the dtype of the products; ``None`` without an adapter.
     """
 
-    weight: Any
-    bias: Tensor | None = None
-    scaling: float = 1.0
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
+    weight: Tensor
+    quant_state: Any
+    bias: Tensor | None
+    scaling: float
+    lora_B: Tensor | None
+
+
+class LinearGroup(NamedTuple):
+    """Linears that share their input: their A are multiplied as one matrix.
+
+    Attributes:
+        linears: The parts of each.
+        ranks: The rank of each linear's adapter, 0 without one.
+        lora_A: A of all, ``(sum of ranks, in)``, in the dtype of the products; ``None`` without adapters.
+        adapters: The float32 A and B of each linear in turn, which train: inputs of the autograd functions.
+    """
+
+    linears: tuple[LinearParts, ...]
+    ranks: list[int]
+    lora_A: Tensor | None
+    adapters: tuple[Tensor | None, ...]
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
 
 
-def apply_A(x: Tensor, linears: Sequence[LinearParts]) -> list[Tensor | None]:
-    """Compute ``x Aᵀ``, ``(n_tokens, rank)``, of linears that share the input ``(n_tokens, in)``, as one product."""
-    stacked_A = _stack_A(linears)
-    return _split_ranks(None if stacked_A is None else x @ stacked_A.t(), linears, dim=1)
+def apply_A(x: Tensor, group: LinearGroup) -> Tensor | None:
+    """Compute all ``x Aᵀ`` of a group, ``(n_tokens, sum of ranks)``, from its input ``(n_tokens, in)``."""
+    return None if group.lora_A is None else x @ group.lora_A.t()
+
+
+def apply_linears(x: Tensor, xa: Tensor | None, group: LinearGroup) -> list[Tensor]:
+    """Compute the outputs of a group's linears; see :func:`apply_linear`."""
+    all_xa = [None] * len(group.linears) if xa is None else xa.split_with_sizes(group.ranks, 1)
+    return [apply_linear(x, xa, linear) for xa, linear in zip(all_xa, group.linears, strict=True)]
 
 
 def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Tensor | None = None) -> Tensor:
@@ -49,7 +71,7 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
 
     Args:
         x: ``(n_tokens, in)``.
-        xa: ``x Aᵀ``, ``(n_tokens, rank)``; ``None`` without an adapter.
+        xa: ``x Aᵀ``, ``(n_tokens, rank)``; not read without an adapter.
         linear: The linear's parts.
         residual: ``(n_tokens, out)``; not modified.
     """
@@ -57,11 +79,11 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
     if xa is not None and linear.lora_B is not None:
         # The adapter's product comes first: with beta = 0 it need not read a sum.
         output = _product(xa, linear.lora_B.t(), linear.scaling)
-    if x.is_cuda and len(x) <= _FEW_ROWS and isinstance(linear.weight, bnb.nn.Params4bit):
-        product: Tensor = bnb.matmul_4bit(x, linear.weight.data, linear.weight.quant_state)
+    if x.is_cuda and x.shape[0] <= _FEW_ROWS and linear.quant_state is not None:
+        product: Tensor = bnb.matmul_4bit(x, linear.weight, linear.quant_state)
         output = product if output is None else output.add_(product)
     else:
-        weight = _dense(linear.weight, x.dtype)
+        weight = _dense(linear, x.dtype)
         output = x @ weight.t() if output is None else output.addmm_(x, weight.t())
     if linear.bias is not None:
         output.add_(linear.bias)
@@ -69,72 +91,77 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
     return output if residual is None else output.add_(residual)
 
 
-def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, linears: Sequence[LinearParts]) -> Tensor:
+def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, group: LinearGroup) -> Tensor:
     """Compute the gradient of the input that linears share, ``(n_tokens, in)``: ``Σ grad W + grad_xa A``.
 
     Args:
         grads: Gradients of the outputs, ``(n_tokens, out)`` each.
         grad_xa: Gradients of the products with A, ``(n_tokens, sum of ranks)``; ``None`` without an adapter.
-        linears: The parts of each linear; at least one.
+        group: The linears.
     """
-    stacked_A = _stack_A(linears)
-    grad_x = None if grad_xa is None or stacked_A is None else grad_xa @ stacked_A
-    for grad, linear in zip(grads, linears, strict=True):
-        weight = _dense(linear.weight, grad.dtype)
+    grad_x = None if grad_xa is None or group.lora_A is None else grad_xa @ group.lora_A
+    for grad, linear in zip(grads, group.linears, strict=True):
+        weight = _dense(linear, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        del weight  # before the next one exists
     assert grad_x is not None, "there is a linear"
     return grad_x
 
 
 def gradients_of_B(
-    grads: Sequence[Tensor], all_xa: Sequence[Tensor | None], linears: Sequence[LinearParts]
+    grads: Sequence[Tensor], xa: Tensor | None, group: LinearGroup
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Compute the gradients of all ``x Aᵀ``, ``(n_tokens, sum of ranks)``, and of each B, from those of the outputs."""
-    grads_xa, grads_B = [], list[Tensor | None]()
-    for grad, xa, linear in zip(grads, all_xa, linears, strict=True):
-        if xa is None or linear.lora_B is None:
+    """Compute the gradient of all ``x Aᵀ``, ``(n_tokens, sum of ranks)``, and of each B, from those of the outputs."""
+    if xa is None:
+        return None, [None] * len(grads)
+    grad_xa, grads_B = torch.empty_like(xa), list[Tensor | None]()
+    slices = zip(xa.split_with_sizes(group.ranks, 1), grad_xa.split_with_sizes(group.ranks, 1), strict=True)
+    for grad, linear, (xa_slice, grad_slice) in zip(grads, group.linears, slices, strict=True):
+        if linear.lora_B is None:
             grads_B.append(None)
             continue
-        grads_xa.append(_product(grad, linear.lora_B, linear.scaling))
-        grads_B.append(_master_gradient(grad.t(), xa, linear.scaling))
-    return (torch.cat(grads_xa, 1) if len(grads_xa) > 1 else next(iter(grads_xa), None)), grads_B
+        _product(grad, linear.lora_B, linear.scaling, out=grad_slice)
+        grads_B.append(_master_gradient(grad.t(), xa_slice, linear.scaling))
+    return grad_xa, grads_B
 
 
-def gradients_of_A(grad_xa: Tensor | None, x: Tensor, linears: Sequence[LinearParts]) -> list[Tensor | None]:
-    """Compute the gradient of each A, ``(rank, in)``, from those of ``x Aᵀ``."""
-    return _split_ranks(None if grad_xa is None else _master_gradient(grad_xa.t(), x), linears, dim=0)
+def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> list[Tensor | None]:
+    """Compute the gradient of each A, ``(rank, in)``, from that of all ``x Aᵀ``."""
+    if grad_xa is None:
+        return [None] * len(group.linears)
+    grads = _master_gradient(grad_xa.t(), x).split_with_sizes(group.ranks)
+    return [grad if rank else None for grad, rank in zip(grads, group.ranks, strict=True)]
 
 
-def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
-    if isinstance(weight, bnb.nn.Params4bit):
-        weight = dequantize_4bit(weight.data, weight.quant_state)
-    return cast(Tensor, weight.to(dtype))
+def _dense(linear: LinearParts, dtype: torch.dtype) -> Tensor:
+    if linear.quant_state is None:
+        return linear.weight.to(dtype)
+    return dequantize(linear.weight, linear.quant_state).to(dtype)
 
 
-def _stack_A(linears: Sequence[LinearParts]) -> Tensor | None:
-    all_A = [linear.lora_A for linear in linears if linear.lora_A is not None]
-    return torch.cat(all_A) if len(all_A) > 1 else next(iter(all_A), None)
+@has_kernel
+def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
+    """Return the dense weight of packed bytes, ``(out, in)``."""
+    return cast(Tensor, dequantize_4bit(packed, quant_state))
 
 
-def _split_ranks(stacked: Tensor | None, linears: Sequence[LinearParts], dim: int) -> list[Tensor | None]:
-    """Return each linear's slice, ``None`` if it has no adapter."""
-    if stacked is None:
-        return [None] * len(linears)
-    slices = stacked.split([0 if linear.lora_A is None else len(linear.lora_A) for linear in linears], dim)
-    return [None if linear.lora_A is None else matrix for linear, matrix in zip(linears, slices, strict=True)]
-
-
-def _product(mat1: Tensor, mat2: Tensor, scaling: float) -> Tensor:
+def _product(mat1: Tensor, mat2: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """Compute ``scaling · mat1 mat2`` in one operation."""
-    return torch.addmm(mat1.new_empty(()), mat1, mat2, beta=0, alpha=scaling)
+    return torch.addmm(_unread(mat1.dtype, mat1.device), mat1, mat2, beta=0, alpha=scaling, out=out)
 
 
 def _master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
     """Compute ``scaling · mat1 mat2``, the gradient of a float32 A or B; a GPU sums in float32 and does not round."""
     if sums_in_float32(mat1):
-        unread = mat1.new_empty((), dtype=torch.float32)
+        unread = _unread(torch.float32, mat1.device)
         return torch.addmm(unread, mat1, mat2, beta=0, alpha=scaling, out_dtype=torch.float32)
     return _product(mat1, mat2, scaling).float()
+
+
+@functools.cache
+def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number that a product with beta = 0 takes and does not read."""
+    return torch.empty((), dtype=dtype, device=device)
 
 
 def sums_in_float32(tensor: Tensor) -> bool:
@@ -150,24 +177,21 @@ class LoRALinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, linear: LinearParts, residual: Tensor | None
-    ) -> Tensor:
-        """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``."""
-        (xa,) = apply_A(x, [linear])
-        # A and B are saved so that autograd notices if they change before backward
-        ctx.save_for_backward(None if xa is None else x, xa, lora_A, lora_B)
-        ctx.linear = linear
-        return apply_linear(x, xa, linear, residual)
+    def forward(ctx: Any, x: Tensor, group: LinearGroup, residual: Tensor | None, *adapters: Tensor | None) -> Tensor:
+        """Compute ``(n_tokens, out)`` from x, ``(n_tokens, in)``, by a group of one linear."""
+        xa = apply_A(x, group)
+        ctx.save_for_backward(None if xa is None else x, xa)
+        ctx.group = group
+        return apply_linear(x, xa, group.linears[0], residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, _, _ = ctx.saved_tensors
-        grad_xa, (grad_B,) = gradients_of_B([grad_output], [xa], [ctx.linear])
-        (grad_A,) = gradients_of_A(grad_xa, x, [ctx.linear])
-        grad_x = input_gradient([grad_output], grad_xa, [ctx.linear]) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_A, grad_B, None, grad_output if ctx.needs_input_grad[4] else None
+        x, xa = ctx.saved_tensors
+        grad_xa, (grad_B,) = gradients_of_B([grad_output], xa, ctx.group)
+        (grad_A,) = gradients_of_A(grad_xa, x, ctx.group)
+        grad_x = input_gradient([grad_output], grad_xa, ctx.group) if ctx.needs_input_grad[0] else None
+        return grad_x, None, grad_output if ctx.needs_input_grad[2] else None, grad_A, grad_B
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------------
@@ -223,33 +247,59 @@ class FusedLoRA(Fused):
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
             rows = x.to(dtype).reshape(-1, x.shape[-1])
-            output = LoRALinearFunction.apply(rows, *linear_parts(self, dtype), None)
+            group = linear_group([self], dtype)
+            output = LoRALinearFunction.apply(rows, group, None, *group.adapters)
         output = output.view(*x.shape[:-1], output.shape[-1])  # outside the function: a model may write into it
         return output if autocasts else output.to(x.dtype)
 
 
-def linear_parts(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, LinearParts]:
-    """Return A and B of a linear, which may train, and its parts in ``dtype``.
+def linear_group(
+    layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]] | None = None
+) -> LinearGroup:
+    """Return linears that share their input, with their adapters cast to a dtype.
 
-    The current flat batch may have A and B in that dtype. Without an active adapter they are ``None``.
+    Args:
+        layers: The linears, with or without adapters.
+        dtype: The dtype of the products.
+        copies: Receives each cast with the matrix to be copied into it, so that those of many groups are copied at
+            once; ``None`` copies them here.
     """
-    base = base_linear(layer)
-    bias = None if base.bias is None else base.bias.to(dtype)
-    lora_A, lora_B = active_lora(layer)
-    if lora_A is None or lora_B is None or not isinstance(layer, LoraLayer):
-        return None, None, LinearParts(base.weight, bias)
-    batch = current_batch.get()
-    casts = {} if batch is None else batch.casts
-    cast_A, cast_B = (casts[param] if param in casts else param.detach().to(dtype) for param in (lora_A, lora_B))
-    return lora_A, lora_B, LinearParts(base.weight, bias, layer.scaling[layer.active_adapters[0]], cast_A, cast_B)
+    adapters = [active_lora(layer) for layer in layers]
+    ranks = [0 if lora_A is None else lora_A.shape[0] for lora_A, _ in adapters]
+    all_A = [lora_A for lora_A, _ in adapters if lora_A is not None]
+    casts_A, pending = None, [] if copies is None else copies
+    if all_A:
+        casts_A = torch.empty(sum(ranks), all_A[0].shape[1], dtype=dtype, device=all_A[0].device)
+        pending += zip(casts_A.split_with_sizes([rank for rank in ranks if rank]), all_A, strict=True)
+    linears = []
+    for layer, (_, lora_B) in zip(layers, adapters, strict=True):
+        base, scaling, cast_B = base_linear(layer), 1.0, None
+        if lora_B is not None:
+            scaling, cast_B = layer.scaling[layer.active_adapters[0]], torch.empty_like(lora_B, dtype=dtype)
+            pending.append((cast_B, lora_B))
+        weight, bias = base.weight, base.bias
+        quant_state = weight.quant_state if isinstance(weight, bnb.nn.Params4bit) else None
+        bias = None if bias is None else bias.to(dtype)
+        linears.append(LinearParts(weight.data, quant_state, bias, scaling, cast_B))
+    if copies is None:
+        copy_all(pending)
+    return LinearGroup(tuple(linears), ranks, casts_A, tuple(itertools.chain.from_iterable(adapters)))
+
+
+@torch.no_grad()
+def copy_all(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair into the first, on a GPU in few launches."""
+    if copies:
+        targets, sources = zip(*copies, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def active_lora(layer: nn.Module) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Return A ``(rank, in)`` and B ``(out, rank)`` of a linear's active adapter, if it has one."""
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.active_adapters[0] not in layer.lora_A:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
         return None, None
-    adapter = layer.active_adapters[0]
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    adapter, all_A = layer.active_adapters[0], layer.lora_A
+    return (all_A[adapter].weight, layer.lora_B[adapter].weight) if adapter in all_A else (None, None)
 
 
 def base_linear(layer: nn.Module) -> Any:

@@ -63,7 +63,7 @@ def load_base(
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
     The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
-    section 3. ``plain_scales``: see :func:`unnest_scales`; not for a sharded base, of which each device has all scales.
+    section 3. ``plain_scales``: on a CPU see :func:`unnest_scales`; not for a sharded base, whose scales all have.
     """
     source = open_base(name, revision)
     config = read_config(source.folder, name)
@@ -91,7 +91,7 @@ def load_base(
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     trim_malloc()  # the copies in 16 and 32 bits that quantization made
     freeze(model)
-    if plain_scales:
+    if plain_scales and torch.device(device).type == "cpu":  # a GPU takes nested scales in the same launch
         unnest_scales(model)
     identity = {
         "base": name,
@@ -224,9 +224,9 @@ def _quiet_bars() -> Iterator[None]:
 
 
 def unnest_scales(model: nn.Module) -> None:
-    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the device's free memory.
+    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the free memory.
 
-    Double quantization stores them in 8 bits and dequantizes them for each product. The values are the same.
+    Double quantization stores them in 8 bits, and a CPU dequantizes them for each product. The values are the same.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     states = [weight.quant_state for weight in weights if weight.quant_state.nested]

@@ -22,7 +22,6 @@ from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.step.batch import most_positions
 from qlora_lightning.model.step.layout import samples_of_lengths
 from qlora_lightning.support.console import quiet_loggers
-from qlora_lightning.support.versions import attend_ragged
 
 FLOAT = 4  # bytes of a float32
 _RUN_TOKENS = 1024  # of the run on the meta device
@@ -51,6 +50,16 @@ def _fused_saved_bytes(causal_lm: Any, layer: Any, dtype: torch.dtype) -> float:
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(elements * dtype.itemsize + floats * FLOAT)
+
+
+def attention_bytes(layer: Any, dtype: torch.dtype) -> int:
+    """Return the bytes per token that FlashAttention's backward takes in a fused layer.
+
+    These are the gradients of its output and of queries, those summed in float32, gradients of keys and values for all
+    heads of queries, and their sums.
+    """
+    queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
+    return int((4 * queries + 2 * keys) * dtype.itemsize + 1.25 * queries * FLOAT)  # 128 tokens more a sample
 
 
 def is_fused(layer: nn.Module) -> bool:
@@ -83,7 +92,8 @@ def _run_saved_bytes(causal_lm: Any, n_tokens: int, dtype: torch.dtype) -> int:
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if query.shape[-1] != value.shape[-1]:  # no kernel takes it
             return flat.flat_attention(module, query, key, value, mask, **options)
-        return attend_ragged(query, key, value, samples.cu_seqlens, n_tokens, scale=None), None
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        return flat.attend_ragged(query, key, value, samples, None, None).unsqueeze(0), None
 
     for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)

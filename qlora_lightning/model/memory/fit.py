@@ -62,7 +62,7 @@ def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[C
 
 
 def plan_step(
-    module: Any, config: Any, dtype: torch.dtype, memory: float, processes: int, sharded_offload: bool | None
+    module: Any, config: Any, dtype: torch.dtype, processes: int, sharded_offload: bool | None
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
@@ -70,7 +70,6 @@ def plan_step(
         module: The module, for its settings.
         config: The base's config of transformers.
         dtype: The dtype of the products.
-        memory: Bytes of the device.
         processes: Number of processes that train together.
         sharded_offload: See :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
     """
@@ -81,7 +80,7 @@ def plan_step(
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
-    settings |= {"device_bytes": memory, "processes": processes, "sharded_offload": sharded_offload}
+    settings |= {"processes": processes, "sharded_offload": sharded_offload}
     return model, build_step_memory(model, dtype, **settings)
 
 
@@ -106,7 +105,7 @@ def plan_fits(module: Any, choices: Sequence[Checkpointing]) -> list[Fit] | None
     memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     try:
-        _, step = plan_step(module, config, dtype, memory, module.trainer.world_size, sharded_offload)
+        _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload)
     except UserError:
         raise
     except Exception as error:  # code of transformers or bitsandbytes that does not run on the meta device

@@ -2,16 +2,22 @@
 
     peak = base + scales + vocabulary           in their stored form, or a process's share of them
          + trainable numbers · (4 weight + 4 gradient + 8 averages of AdamW + 2 copy in 16 bits)
+         + buffers                              of cuBLAS, and what torch's allocator rounds up
          + context                              of CUDA, an estimate
-         + tokens · activations                 of all layers and the head, saved for backward
-         + workspace                            of the head or of one layer's backward, whichever takes more
+         + tokens · activations                 of all layers, saved for backward
+         + workspace                            of one layer or of the head, whichever takes more
 
-For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpointing 8,192, its input.
+For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpointing 8,192, its input. The workspace
+of a layer is a hidden state, its output or the gradient of it, an MLP's state and a dense weight; if it is checkpointed
+also what it saves. (In a long stream, whose MLP is computed in pieces, attention's backward takes more: see
+attention_bytes.) That of the head is three hidden states (what the last norm saves, what predicts labels, the gradient)
+and the logits of some tokens.
 
-It omits keys and values repeated for all heads, on GPUs before compute capability 8.0, in float32 and in torch 2.11;
-attention's scores if no kernel avoids them; copies of shared beginnings of samples; fragments in torch's allocator.
-It counts each token as labelled, and each optimizer as AdamW unless it is an 8-bit one. On a CPU it only tells whether
-memory is short.
+It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
+memory that is left free; keys and values repeated for all heads, on GPUs before compute capability 8.0 and in float32;
+attention's scores if no kernel avoids them; copies of shared beginnings of samples; what torch's operations take where
+Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless it is an 8-bit one. On a CPU
+it only tells whether memory is short.
 """
 
 import math
@@ -27,13 +33,16 @@ from torch import nn
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS
-from qlora_lightning.model.memory.activations import FLOAT, count_saved, is_fused
+from qlora_lightning.model.memory.activations import FLOAT, attention_bytes, count_saved, is_fused
 from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.sharded import shards_vocabulary
-from qlora_lightning.model.step.loss import logits_chunk_size
+from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 
-CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context, kernels and cuBLAS's workspace: some 300 to 600 MB, by GPU
-_INDEX = 8  # bytes of a position
+CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context and kernels: some 300 to 600 MB, by GPU
+_CUBLAS_BYTES = 2 * 32 << 20  # workspaces of the threads of forward and backward: 32 MiB each on 9.0, 8 on others
+_ROUNDED = 0.03  # of what trains: a block may be up to 1 MiB larger than asked for
+_BATCH_BYTES = 1024  # of a token: ids, positions, angles, the loss
+_PLAIN_MLP_STATES = 4  # in backward of a layer that is not fused
 
 
 @dataclass(frozen=True)
@@ -43,13 +52,15 @@ class StepMemory:
     Attributes:
         fixed: Bytes by part that do not depend on the number of tokens.
         hidden: Bytes of a token's hidden state, which is the input of each layer.
-        logits: Bytes of a token's logits.
+        logits: Bytes of a token's logits, with what their loss makes of them.
+        logit_rows: How many tokens have logits at a time.
         holds_logits: Whether the logits of all tokens exist at once: for a type that runs a row at a time.
-        itemsize: Bytes of a number in the dtype of the products.
         layers: Number of decoder layers from the first that trains on; those below save nothing.
         saved: Bytes per token that one of these saves for backward, its input included.
-        mlp: Bytes of a token's state inside the MLP; backward has four such at a time.
-        in_pieces: Whether a checkpointed layer has gate and up of :data:`PIECE_TOKENS` tokens at a time.
+        mlp: Bytes of a token's state inside the MLP.
+        is_fused: Whether layers run fused: one such state exists beside what is saved, and a checkpointed layer has
+            gate and up of :data:`PIECE_TOKENS` tokens at a time.
+        attention: Bytes of a token in the backward of attention, beside what is saved; 0 if layers do not run fused.
         dense: Bytes of the largest quantized weight, dequantized for a product.
         gathered: Bytes of a sharded base that are gathered at a time: in a layer, in the head.
         host_base: Bytes of a sharded base in host memory.
@@ -58,12 +69,13 @@ class StepMemory:
     fixed: dict[str, int]
     hidden: int
     logits: int
+    logit_rows: int
     holds_logits: bool
-    itemsize: int
     layers: int
     saved: float
     mlp: int
-    in_pieces: bool
+    is_fused: bool
+    attention: int
     dense: int
     gathered: tuple[int, int]
     host_base: int
@@ -72,20 +84,20 @@ class StepMemory:
         """Return the bytes at the peak by part, for a micro-batch of so many computed tokens; the peak is their sum."""
         hidden, saved = float(tokens * self.hidden), tokens * self.saved
         saved_per_layer = saved if not choice.checkpointed else 0 if choice.offload else hidden
-        # of the head: the last norm's input and its inverse norm in float32; a labelled state's gradient and index
-        head = tokens * (self.hidden / self.itemsize * FLOAT + FLOAT + self.hidden + _INDEX)
-        activations = head + self.layers * saved_per_layer
-        mlp_tokens = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.in_pieces else tokens
-        layer_workspace = hidden + 4 * mlp_tokens * self.mlp + self.dense  # hidden for the output's gradient
-        if choice.checkpointed:  # recomputes what it did not save
-            layer_workspace += saved - 2 * (tokens - mlp_tokens) * self.mlp - saved_per_layer
-        # the last norm's output, and its labelled states; logits of some tokens, and probabilities in float32
-        rows = min(logits_chunk_size(self.logits // self.itemsize, self.itemsize, "cuda"), tokens)
-        head_workspace = 2 * hidden + rows * self.logits * (1 + FLOAT / self.itemsize)
+        mlp_tokens = min(tokens, PIECE_TOKENS) if choice.checkpointed and self.is_fused else tokens
+        states = 1 if self.is_fused else _PLAIN_MLP_STATES
+        mlp_workspace = hidden + states * mlp_tokens * self.mlp + self.dense
+        attention_workspace = tokens * (self.attention - 2 * self.mlp)  # gate and up are no longer saved
+        if choice.checkpointed:  # of the MLP's other pieces it has no gate and up, but the gradient
+            mlp_workspace -= (tokens - mlp_tokens) * (2 * self.mlp - self.hidden)
+        recomputed = saved - saved_per_layer if choice.checkpointed else 0
+        layer_workspace = recomputed + max(mlp_workspace, attention_workspace)
+        head_workspace = 3 * hidden + min(self.logit_rows, tokens) * self.logits
         if self.holds_logits:  # of each row, of all rows, and their gradient
             head_workspace += 3 * tokens * self.logits
         gathered, workspace = max(zip(self.gathered, (layer_workspace, head_workspace), strict=True), key=sum)
-        return {**self.fixed, "gathered": gathered, "activations": round(activations), "workspace": round(workspace)}
+        activations, workspace = round(self.layers * saved_per_layer), round(workspace + tokens * _BATCH_BYTES)
+        return {**self.fixed, "gathered": gathered, "activations": activations, "workspace": workspace}
 
     def host_bytes(self, tokens: int, choice: Checkpointing) -> int:
         """Return the bytes in host memory: a sharded base, and offloaded inputs of layers."""
@@ -98,7 +110,6 @@ def build_step_memory(
     *,
     double_quant: bool = True,
     optimizer: Any = None,
-    device_bytes: float = math.inf,
     processes: int = 1,
     sharded_offload: bool | None = None,
 ) -> StepMemory:
@@ -110,17 +121,14 @@ def build_step_memory(
     fixed, gathered, host_base = _count_base(causal_lm, processes, sharded_offload)
     linears = [module for module in causal_lm.modules() if isinstance(module, bnb.nn.Linear4bit)]
     scales = sum(linear.in_features * linear.out_features for linear in linears) // 64
-    fixed["scales"] = scales * FLOAT
-    # with double quantization they are bytes, and a float32 per 256 of these; unnest_scales of load/base_model.py makes
-    # them float32 if this takes at most a twentieth of the free memory, unless the base is sharded
-    free = device_bytes - CONTEXT_BYTES - sum(fixed.values()) + 3 * scales  # once the base is loaded
-    if double_quant and (sharded_offload is not None or 20 * 3 * scales > free):
-        fixed["scales"] = scales + scales // 256 * FLOAT
+    fixed["scales"] = scales + scales // 256 * FLOAT if double_quant else scales * FLOAT
     n_trainable = sum(tensor.numel() for tensor in trainable_tensors(model).values())
     fixed["adapters"] = FLOAT * n_trainable
     fixed["gradients"] = FLOAT * n_trainable * (2 if processes > 1 else 1)  # DDP has a copy
     fixed["optimizer"] = (2 if "8bit" in str(optimizer) else 2 * FLOAT) * n_trainable
-    fixed["copies"] = dtype.itemsize * n_trainable if dtype.itemsize < FLOAT else 0
+    fixed["copies"] = dtype.itemsize * n_trainable
+    trained = sum(fixed[part] for part in ("adapters", "gradients", "optimizer", "copies"))
+    fixed["buffers"] = _CUBLAS_BYTES + round(_ROUNDED * trained)
     fixed["context"] = CONTEXT_BYTES
 
     layers = decoder_layers(causal_lm)
@@ -129,16 +137,21 @@ def build_step_memory(
         layers = layers[first_trained:]
     sizes = [linear_sizes(module) for module in layers[-1].modules() if isinstance(module, LINEARS)]
     is_quantized = bool(linears) or any(isinstance(module, bnb.nn.Linear8bitLt) for module in layers[-1].modules())
+    head = lm_head_of(causal_lm)
+    vocabulary = len(causal_lm.get_output_embeddings().weight)
+    # a frozen head's gradient overwrites its logits; else autograd has these in float32, their log-softmax, and both's
+    logit_bytes = dtype.itemsize if is_frozen_linear(head) else 2 * dtype.itemsize + 3 * FLOAT
     return StepMemory(
         fixed,
         hidden=causal_lm.config.hidden_size * dtype.itemsize,
-        logits=len(causal_lm.get_output_embeddings().weight) * dtype.itemsize,
+        logits=vocabulary * logit_bytes,
+        logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
         holds_logits=not runs_flat(causal_lm.config),
-        itemsize=dtype.itemsize,
         layers=len(layers),
         saved=count_saved(causal_lm, layers, dtype),
         mlp=max(map(max, sizes)) * dtype.itemsize,
-        in_pieces=is_fused(layers[-1]),
+        is_fused=is_fused(layers[-1]),
+        attention=attention_bytes(layers[-1], dtype) if is_fused(layers[-1]) else 0,
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,

@@ -9,19 +9,10 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.model.anatomy import runs_flat
-from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch, has_dropout
-from qlora_lightning.model.layers.decoder_layer import cast_adapters
+from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
+from qlora_lightning.model.layers.decoder_layer import prepare_layers
 from qlora_lightning.model.step.layout import Layout, add_noise
 from qlora_lightning.support.errors import UserError
-
-
-def skips_unlabelled(causal_lm: Any, noise_alpha: float | None, *, fast: bool) -> bool:
-    """Whether tokens that the loss does not need are skipped, and shared ones computed once.
-
-    Not if each token draws its own random numbers, for NEFTune's noise or for dropout.
-    """
-    is_flat = fast and runs_flat(causal_lm.config)
-    return is_flat and noise_alpha is None and not (causal_lm.training and has_dropout(causal_lm))
 
 
 def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *, fast: bool) -> Tensor:
@@ -49,8 +40,8 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
         )
     if not runs_flat(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, layout, inputs)))
-    casts = cast_adapters(causal_lm) if fast and layout.input_ids.is_cuda else {}
-    with flat_batch(FlatBatch(layout.samples, casts, fast)):
+    layers = prepare_layers(causal_lm) if fast and layout.input_ids.is_cuda else {}
+    with flat_batch(FlatBatch(layout.samples, layers, fast)):
         hidden: Tensor = causal_lm.base_model(
             **inputs, position_ids=layout.position_ids, attention_mask=NO_MASK, use_cache=False
         ).last_hidden_state  # (1, n_tokens, width)

@@ -22,6 +22,7 @@ Attention gathers its states by ``gather_index``; their gradients are summed ove
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Samples(_DeviceMovable):
     cu_seqlens_q: Tensor
     expanded: Expansion
 
-    @property
+    @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(end - start for start, end in itertools.pairwise(self.bounds))

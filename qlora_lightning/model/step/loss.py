@@ -12,13 +12,14 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.anatomy import runs_flat
+from qlora_lightning.model.layers.elementwise import has_kernel
 from qlora_lightning.model.layers.fuse import has_hooks
 from qlora_lightning.model.layers.lora import device_of_autocast
 from qlora_lightning.support.errors import UserError
 
 _MAX_LOGIT_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no faster
 _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of a vocabulary of 128,256 in bf16
-_LOGIT_BYTES_OF_GPU = 256 << 20  # on a GPU the only limit, 1,046 such rows: few large kernels
+_LOGIT_BYTES_OF_GPU = 128 << 20  # on a GPU: 512 such rows, whose products fill it
 
 
 class LossSums(NamedTuple):
@@ -90,9 +91,8 @@ class TokenStatistics:
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
     """Return the number of labelled tokens whose logits exist at a time."""
-    if device != "cpu":
-        return max(1, _LOGIT_BYTES_OF_GPU // (vocabulary * number_bytes))
-    return max(1, min(_MAX_LOGIT_ROWS, _LOGIT_BYTES // (vocabulary * number_bytes)))
+    most_bytes = _LOGIT_BYTES if device == "cpu" else _LOGIT_BYTES_OF_GPU
+    return max(1, min(_MAX_LOGIT_ROWS, most_bytes // (vocabulary * number_bytes)))
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
@@ -168,16 +168,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden, dtype=weight.dtype) if ctx.needs_input_grad[0] else None
         nll, correct = hidden.new_empty(len(targets), dtype=torch.float32), torch.empty_like(targets, dtype=torch.bool)
         for start in range(0, len(targets), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = hidden[chunk].to(weight.dtype) @ weight.t()  # later overwritten by their gradient
-            nll[chunk], correct[chunk] = _cross_entropy(logits, targets[chunk], grad_hidden is not None)
+            nll[chunk], correct[chunk] = cross_entropy(logits, targets[chunk], grad_hidden is not None)
             if grad_hidden is not None:
-                grad_hidden[chunk] = logits @ weight
+                torch.mm(logits, weight, out=grad_hidden[chunk])
             del logits  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden)
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(correct)
         return nll, correct
 
@@ -186,11 +187,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad_hidden,) = ctx.saved_tensors
         if grad_hidden is not None:  # the factors are float32, and the product is rounded once
-            grad_hidden = torch.mul(grad_hidden, grad_nll[:, None], out=torch.empty_like(grad_hidden))
+            grad_hidden = torch.mul(grad_hidden, grad_nll[:, None], out=torch.empty_like(grad_hidden, dtype=ctx.dtype))
         return grad_hidden, None, None, None
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+@has_kernel
+def cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Compute negative log-likelihoods, and whether targets are the most likely tokens.
 
     If ``with_gradient``, the gradient overwrites the logits.

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.guards import check_token_ids
 from qlora_lightning.model.step.batch import check_row_length, cut_batch, filler_of, is_flat
-from qlora_lightning.model.step.forward import skips_unlabelled
 from qlora_lightning.model.step.layout import Layout, lay_out
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.trainer import split_of_pass
@@ -29,7 +29,9 @@ def lay_out_part(module: Any, batch: Mapping[str, Any]) -> Layout:
             "samples without padding, as InstructionDataModule makes it, or an own compute_loss."
         )
     check_token_ids(batch, len(causal_lm.get_input_embeddings().weight), *split_of_pass(module))
-    layout = lay_out(batch, skips_unlabelled=skips_unlabelled(causal_lm, module.noise_alpha, fast=module.fast))
+    # not if each token draws its own random numbers, for NEFTune's noise or for dropout
+    draws = module.noise_alpha is not None or (causal_lm.training and module.has_dropout)
+    layout = lay_out(batch, skips_unlabelled=module.fast and runs_flat(causal_lm.config) and not draws)
     check_row_length(causal_lm.config, layout.samples.longest)
     return layout
 

@@ -74,11 +74,10 @@ class Window:
         """Compute and add up the gradients of a batch; return its mean loss."""
         nll_sum, labelled_tokens = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for part in run_micro_batches(module, batch):
-            sums: LossSums = module.compute_loss(part)
-            (sums.nll_sum * module.loss_scale).backward()
-            nll_sum, labelled_tokens = nll_sum + sums.nll_sum.detach(), labelled_tokens + sums.labelled_tokens
+            sums = _backpropagate(module, part)
+            nll_sum, labelled_tokens = nll_sum + sums.nll_sum, labelled_tokens + sums.labelled_tokens
             for name, value in sums_by_name(sums).items():
-                self._sums[name] = value.detach() + self._sums.get(name, 0)
+                self._sums[name] = value + self._sums.get(name, 0)
             self.micro_batches += 1
             self.row_ids += part["layout"].rows if "layout" in part else part.get("row_ids", torch.empty(0)).tolist()
         return nll_sum / labelled_tokens.clamp(min=1)
@@ -125,3 +124,11 @@ class Window:
                 f"LossSums.logged has the names {', '.join(names)} here, and {', '.join(other[0])} in another process "
                 "or an earlier step: with several processes return the same ones each time, 0 for none."
             )
+
+
+def _backpropagate(module: Any, part: dict[str, Any]) -> LossSums:
+    """Compute the gradients of a micro-batch; return its sums without their graph, which has casts of the adapters."""
+    sums: LossSums = module.compute_loss(part)
+    (sums.nll_sum * module.loss_scale).backward()
+    logged = {name: value.detach() for name, value in sums.logged.items()}
+    return sums._replace(nll_sum=sums.nll_sum.detach(), logged=logged)

@@ -1,0 +1,123 @@
+"""``python -m tests.benchmarks.stub``: memory, launches and the host's time of 8B's shape, on the stub of a card.
+
+Beside PEFT and, if ``--unsloth-python`` names an interpreter that has it, Unsloth, without its compilation, which takes
+many minutes. Steps of 4,096 tokens in rows of 1,024, all labelled; rank 16 on all linears, bf16, AdamW.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.child import ROOT, run_child
+from tests.gpu.on_card import save_wide, tokens_of, write_rows
+
+MODES = ("plain", "checkpointed", "offloaded")
+_ADAPTERS = 14  # of a layer: their gradients are added to those of the step before, a launch each
+_BUILD = "import json, sys, pathlib, tests.gpu.stub as s; print(json.dumps(s.build_stub(pathlib.Path(sys.argv[1]))))"
+_UNSLOTH = {"UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+
+
+class Sides:
+    """The interpreters of the sides, each with a stub for its torch."""
+
+    def __init__(self, folder: Path, unsloth_python: str | None) -> None:
+        self.base, pythons = str(folder / "base"), {"ours": sys.executable, "peft": sys.executable}
+        pythons |= {"unsloth": unsloth_python} if unsloth_python else {}
+        self.pythons = pythons
+        self.environments: dict[str, dict[str, str]] = {}
+        for side, python in pythons.items():
+            (folder / side).mkdir()
+            command = [python, "-c", _BUILD, str(folder / side)]
+            built = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            self.environments[side] = json.loads(built.stdout) | _UNSLOTH
+            self.environments[side]["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
+
+    def run(self, side: str, /, mib: int = 128 << 10, **options: Any) -> dict[str, Any]:
+        """Run a child of a side on a card of so much memory."""
+        before = dict(os.environ)
+        os.environ.update(self.environments[side], STUB_MIB=str(mib))
+        try:
+            return run_child("stub_step", 1, self.pythons[side], **options)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def steps(self, repeats: int) -> dict[tuple[str, str], dict[str, Any]]:
+        """Measure all sides in all modes, in turns; the host's time is the median of all turns."""
+        runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for _ in range(repeats):
+            for mode in MODES:
+                for side in self.pythons:
+                    if (side, mode) == ("peft", "offloaded") or (side == "peft" and runs.get((side, mode))):
+                        continue
+                    figures = self.run(side, side=side, mode=mode, folder=self.base)
+                    runs.setdefault((side, mode), []).append(figures)
+                    print(side, mode, figures, flush=True)
+        return {key: each[0] | {"host": median(run["host"] for run in each)} for key, each in runs.items()}
+
+
+def compare(sides: Sides, repeats: int) -> Table:
+    """Return the table of steps beside the peers."""
+    found = sides.steps(repeats)
+    table = Table("4,096 tokens", "peak GiB", "launches", "waits, reads", "CPU ms of the host")
+    for mode in MODES:
+        ours = found["ours", mode]
+        launches = ours["forward"] + ours["backward"]
+        for side in sides.pythons:
+            if (figures := found.get((side, mode))) is None:
+                continue
+            count, ratio = figures["forward"] + figures["backward"], dict.fromkeys(("gib", "launches", "host"), "")
+            if side != "ours":
+                ratios = ours["gib"] / figures["gib"], launches / count, ours["host"] / figures["host"]
+                ratio = {name: f" ({number:.2f})" for name, number in zip(ratio, ratios, strict=True)}
+            table.add_row(
+                f"{side}, {mode}",
+                f"{figures['gib']:.2f}{ratio['gib']}",
+                f"{figures['forward']:,} + {figures['backward']:,}{ratio['launches']}",
+                f"{figures['waits']}, {figures['reads']}",
+                f"{figures['host']:.0f}{ratio['host']}",
+            )
+    half = sides.run("ours", side="ours", mode="plain", layers=16)
+    whole = found["ours", "plain"]
+    forward, backward = ((whole[name] - half[name]) / 16 for name in ("forward", "backward"))
+    table.add_row("a layer of ours", "", f"{forward:.0f} + {backward - _ADAPTERS:.0f}")
+    return table
+
+
+def plan(sides: Sides, folder: Path) -> Table:
+    """Return the table of fits: README's rows, with what is planned and measured."""
+    write_rows(folder / "rows.jsonl", tokens_of([*range(1, 2049, 13)]))
+    table = Table("card", "tokens at a time", "planned", "measured", "loading", "lowered")
+    for gib in (24, 16, 12, 8):  # the first quantizes the base
+        limits = {"data.batch_size": 16, "data.max_length": 2048, "model.rank": 8}
+        figures = sides.run("ours", mib=gib << 10, folder=str(folder), name=str(gib), **limits)
+        peaks = f"{figures['planned']:.2f}", f"{figures['gib']:.2f}", figures["loaded"]
+        table.add_row(f"{gib} GiB", f"{figures['tokens']}, {figures['choice']}", *peaks, str(figures["lowered"]))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.stub", description=__doc__)
+    parser.add_argument("--unsloth-python", metavar="PATH", help="an interpreter that has Unsloth")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each side, in turns")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, console = Path(name), Console(width=120)
+        save_wide(folder / "base", 32, 128_256)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        sides = Sides(folder, arguments.unsloth_python)
+        console.print(plan(sides, folder))
+        console.print(compare(sides, arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()

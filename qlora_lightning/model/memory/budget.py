@@ -130,4 +130,4 @@ class TokenBudget:
             self.fits = self.fits[choices.index(choice) :]
             self.tokens = self.fits[0].tokens
         if state.get("setting", "auto") == self.setting:
-            self.tokens = state["tokens"]
+            self.tokens = int(state["tokens"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.preferences import PreferenceDataModule
+    from qlora_lightning.model.kto import KTOModule
     from qlora_lightning.model.load.base_model import load_base
     from qlora_lightning.model.module import QLoRAModule
     from qlora_lightning.model.preferences import PreferenceModule
@@ -34,6 +35,7 @@ __all__ = [
     "GPUMemoryMonitor",
     "GradientCheckpointing",
     "InstructionDataModule",
+    "KTOModule",
     "LossSums",
     "PredictionWriter",
     "PreferenceDataModule",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOMES = {
     "InstructionDataModule": "qlora_lightning.data.datamodule",
+    "KTOModule": "qlora_lightning.model.kto",
     "LossSums": "qlora_lightning.model.step.loss",
     "PreferenceDataModule": "qlora_lightning.data.preferences",
     "PreferenceModule": "qlora_lightning.model.preferences",

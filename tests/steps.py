@@ -68,9 +68,9 @@ def loss_and_gradients(module, batch=None):
     sums = module.compute_loss(to_device(make_batch() if batch is None else batch, module.device))
     trainable = list(trainable_tensors(module).values())
     options = {"allow_unused": True, "materialize_grads": True}
-    gradients = torch.autograd.grad(sums.nll_sum * module.loss_scale, trainable, **options)
-    flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.loss_scale
-    return float(sums.nll_sum.detach() / sums.labelled_tokens), flat
+    gradients = torch.autograd.grad(sums.loss * module.precision.loss_scale, trainable, **options)
+    flat = torch.cat([each.flatten().cpu() for each in gradients]) / module.precision.loss_scale
+    return float(sums.loss.detach() / sums.count), flat
 
 
 def distance(one, other):

@@ -189,10 +189,10 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     expected = float(losses.detach().mean()), gradients_of(losses.sum(), module)
     assert_same_step(loss_and_gradients(module, batch), expected)
     sums = module.compute_loss(batch)
-    assert sums.labelled_tokens == 4
+    assert sums.count == 4
     rewards = 0.1 * (own - reference) if objective in ("dpo", "ipo") else module.beta * own / counts
-    assert sums.logged["accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
-    torch.testing.assert_close(sums.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
+    assert sums.metrics["accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
+    torch.testing.assert_close(sums.metrics["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(tmp_path, tiny_base):
@@ -206,14 +206,14 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
         own, _ = plain_log_probs(module.model, batch)
         base = module.compute_loss(batch)
     rewards = 0.1 * (own - plain_log_probs(start.model, batch)[0])
-    torch.testing.assert_close(base.logged["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(base.metrics["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-4, atol=1e-6)
     first, second = module.compute_loss(batch), module.compute_loss(batch)
-    assert first.nll_sum != second.nll_sum  # what is trained drops inputs
+    assert first.loss != second.loss  # what is trained drops inputs
     sums = module.eval().compute_loss(batch)
     module.train()
-    assert float(sums.nll_sum.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
+    assert float(sums.loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
     assert set(trainable_tensors(module)) == trained
-    sums.nll_sum.backward()
+    sums.loss.backward()
     assert all(tensor.grad.abs().sum() > 0 for name, tensor in trainable_tensors(module).items())
 
 
@@ -300,7 +300,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     batch = next(iter(make_data(tmp_path, tiny_base, VERDICTS).train_dataloader()))
     module = make_module(tiny_base, objective="kto", quantization="none")
     samples = SimpleNamespace(desirable=torch.tensor([True, True, True, False, False]))  # of the training rows
-    monkeypatch.setattr("qlora_lightning.model.preferences.samples_of", lambda data, split: samples)
+    monkeypatch.setattr("qlora_lightning.model.kto.samples_of", lambda data, split: samples)
     own = plain_log_probs(module.model, batch)[0].flatten()
     with torch.no_grad():
         mixed = plain_log_probs(module.model, other_answers(batch))[0].flatten()
@@ -311,14 +311,14 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     kl = (mixed - mixed_reference).mean().clamp(min=0)
     value = torch.sigmoid(0.1 * torch.where(batch["desirable"], own - reference - kl, kl - own + reference))
     loss = (torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)).sum()
-    expected = float(loss.detach()), gradients_of(loss, module)
+    expected = float((1 - value.detach()).sum()), gradients_of(loss, module)  # logged without weights
     for tokens in (8192, 1):  # all at once; each row alone
         module.token_budget.tokens = tokens
         parts = [module.compute_loss(part) for part in module.micro_batches(batch)]
         assert len(parts) == (1 if tokens > 1 else 4)
-        total = sum(sums.nll_sum for sums in parts)
+        total = sum(sums.loss for sums in parts)
         assert_same_step((float(total.detach()), gradients_of(total, module)), expected)
-        assert sum(float(sums.logged["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4, abs=1e-4)
+        assert sum(float(sums.metrics["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4, abs=1e-4)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
-from qlora_lightning.model.step.batch import cut_into_rows, is_flat
+from qlora_lightning.model.step.accumulate import compute_parts
+from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.packed import cut_into_rows, is_packed
 from qlora_lightning.support.console import progress_counter
 
 ProgressCounter = Callable[[int], None]
@@ -33,7 +35,7 @@ OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
 class EvaluationRow:
     """One row; prompt and expected answer of a preference pair are those of the chosen answer."""
 
-    number: int  # in its split; -1 for a batch that is not flat
+    number: int  # in its split; -1 for a batch that is not packed
     source: str  # the source of its split: number or name
     prompt: list[int] | None  # token ids before the last answer; None: it is not asked for an answer
     expected: list[int]  # token ids of the last answer, its stop token included
@@ -97,8 +99,8 @@ def take_batches(loader: Any, limit: float) -> Iterator[Any]:
 
 
 def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
-    """Return the rows of a batch that have a labelled token; a batch that is not flat counts as one row."""
-    if not is_flat(batch):
+    """Return the rows of a batch that have a labelled token; a batch that is not packed counts as one row."""
+    if not is_packed(batch):
         return [EvaluationRow(-1, "0", None, [])]
     rows = []
     for row in _labelled_rows(batch):
@@ -186,7 +188,8 @@ def _evaluate_rows(module: Any, batches: Iterable[Any], count: ProgressCounter, 
     try:
         for batch in batches:
             for sums in row_losses(module, batch, next_token):
-                results.append(RowResult(float(sums.nll_sum), int(sums.labelled_tokens), int(sums.correct)))
+                correct = int(sums.metrics.get(module.accuracy, 0))
+                results.append(RowResult(float(sums.loss), int(sums.count), correct))
                 count(1)
     finally:
         module.train(was_training)
@@ -199,19 +202,21 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
     If that is not overridden, rows go through the model together, which is two to three times as fast. An override
     gets one row after the other, for its loss may be of any kind; ``next_token`` asks for the usual one instead.
     """
-    if not is_flat(batch) or (module.overrides("compute_loss") and not next_token):
-        for row in _labelled_rows(batch) if is_flat(batch) else [batch]:
-            on_device = module.transfer_batch_to_device(row, module.device, 0)
-            yield from module.run_in_parts(on_device, module.compute_loss)
+    if is_packed(batch) and (next_token or not module.overrides("compute_loss")):
+        for sums in compute_parts(batch, module, lambda part: _losses_of_samples(module, part)):
+            yield from sums
         return
-    for sums in module.run_in_parts(batch, lambda part: _losses_of_samples(module, part)):
-        yield from sums
+    for row in _labelled_rows(batch) if is_packed(batch) else [batch]:
+        yield from compute_parts(module.transfer_batch_to_device(row, module.device, 0), module, module.compute_loss)
 
 
-def _losses_of_samples(module: Any, part: Mapping[str, Any]) -> list[LossSums]:
-    counts = part["layout"].counts
-    samples = zip(*(values.split(counts) for values in module.token_losses(part)), strict=True)
-    return [LossSums(nll.sum(), torch.tensor(len(nll)), correct.sum()) for nll, correct in samples if len(nll)]
+def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:
+    samples = zip(*(values.split(micro_batch.counts) for values in module.token_losses(micro_batch)), strict=True)
+    return [
+        LossSums(nll.sum(), torch.tensor(len(nll)), {module.accuracy: correct.sum()})
+        for nll, correct in samples
+        if len(nll)
+    ]
 
 
 def answer_rows(

@@ -24,7 +24,7 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import format_locations, row_locations
+from qlora_lightning.model.step.packed import format_locations, row_locations
 from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import (
@@ -48,8 +48,8 @@ _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of
 
 def check_setup(module: Any) -> None:
     """Check the checkpoint and the data of a run, before anything is loaded."""
-    # Lightning warns of these hooks beside a data module that has none of its own.
-    warnings.filterwarnings("ignore", "You have overridden `on_(before|after)_batch_transfer` in `LightningModule`")
+    # Lightning warns of this hook beside a data module that has none of its own.
+    warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
     if Path(module.trainer.ckpt_path or "").is_file():
         read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning, whose error is torch's
     data = datamodule_of(module.trainer)
@@ -118,26 +118,6 @@ def check_training_mode(model: nn.Module) -> None:
             f"The model is in evaluation mode in a training step ({len(in_eval)} modules, as {in_eval[0] or 'all'}), "
             "without dropout and activation checkpointing: call `model.train()` after `model.eval()` or `generate`."
         )
-
-
-def check_token_ids(batch: Mapping[str, Any], vocabulary: int, data: Any, split: str | None) -> None:
-    """Reject a token id of a flat batch that is not one of the ``vocabulary`` rows of the embedding.
-
-    A stop token at the end of a row is never embedded: only the loss would meet it, as a label. Its row is located in
-    the ``split`` of ``data``, the Trainer's data module, if there is one.
-    """
-    token_ids = batch["input_ids"][0]
-    position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
-    if not len(position):
-        return
-    sample = int(torch.searchsorted(batch["cu_seqlens"].to(position), position, right=True)) - 1
-    row_ids = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
-    location = f" of {format_locations(row_locations(data, row_ids, split))}" if row_ids else ""
-    raise UserError(
-        f"A token{location} has the id {int(token_ids[position]):,}, and the base has embeddings only for ids below "
-        f"{vocabulary:,}: the tokenizer has tokens that the base lacks, such as a stop token. Use the base's own "
-        "tokenizer, or a base whose embedding was resized for this one."
-    )
 
 
 def has_no_loss(module: Any) -> bool:

@@ -1,7 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,18 +16,20 @@ from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
+from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.layers import attention, fuse
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.memory import budget
-from qlora_lightning.model.step import forward, micro_batch, optimization
+from qlora_lightning.model.step import accumulate, forward, layout, packed
 from qlora_lightning.model.step import loss as losses
-from qlora_lightning.model.step.batch import check_row_length, is_flat
-from qlora_lightning.model.step.layout import Layout
-from qlora_lightning.model.step.window import Window
+from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.support import trainer as trainers
+
+# Sums of a validation that are not logged of a split; that of the rows of preferences is the evaluation's.
+_NOT_LOGGED = {"train": {"token_accuracy", "likelier"}, "val": {"likelier"}, "test": {"likelier"}}
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -37,9 +39,13 @@ class QLoRAModule(lightning.LightningModule):
 
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
-    ``on_before_batch_transfer``, ``on_after_batch_transfer``, ``training_step``, ``optimizer_zero_grad``,
-    ``backward``; around those of a step's last batch ``optimizer_step``; in a validation ``on_validation_start``,
-    ``validation_step``, ``on_validation_epoch_end``.
+    ``transfer_batch_to_device``, ``training_step``, ``optimizer_zero_grad``, ``backward``; around those of a step's
+    last batch ``optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
+    ``on_validation_epoch_end``.
+
+    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
+    ``step/accumulate.py``, whose loop cuts it by :meth:`micro_batches` (``step/packed.py``, ``step/layout.py``), gives
+    each micro-batch to :meth:`compute_loss` (``step/forward.py``, ``step/loss.py``), and calls ``backward`` of its sum.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
@@ -64,7 +70,7 @@ class QLoRAModule(lightning.LightningModule):
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
         learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, 2e-4 for 8B: see
-            :func:`~qlora_lightning.model.step.optimization.choose_learning_rate`.
+            :func:`~qlora_lightning.model.step.optimizer.choose_learning_rate`.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
@@ -83,10 +89,13 @@ class QLoRAModule(lightning.LightningModule):
         identity: What the adapter belongs to: the base's name, fingerprint and quantization, its own shape.
         window: The accumulation window in progress.
         sharded_base: What the base becomes under ``trainer.strategy: ddp_sharded``, else ``None``.
+        precision: In which dtypes the model computes.
         pairs: Whether the module learns from preferences, as :class:`PreferenceModule` does.
+        accuracy: Name of the metric that is the share of right rows or tokens.
     """
 
     pairs = False
+    accuracy = "token_accuracy"
 
     def __init__(
         self,
@@ -104,7 +113,7 @@ class QLoRAModule(lightning.LightningModule):
         layers: str | list[int] = "all",
         lora_options: dict[str, Any] | None = None,
         adapter: str | None = None,
-        learning_rate: optimization.LearningRate = "auto",
+        learning_rate: optimizers.LearningRate = "auto",
         optimizer: str | dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         schedule: str | dict[str, Any] = "cosine",
@@ -132,13 +141,13 @@ class QLoRAModule(lightning.LightningModule):
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         inject.check_adapter_settings(rank, alpha, dropout)
-        optimization.check_optimization(self)
+        optimizers.check_optimization(self)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
-        self.autocast_dtype: torch.dtype | None = None
+        self.precision = fuse.Precision()
         self.has_dropout = True
-        self.window = Window()
+        self.window = accumulate.Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
         self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
@@ -159,8 +168,8 @@ class QLoRAModule(lightning.LightningModule):
             options: dict[str, Any] = {"adapter": self.adapter, "adapter_options": self.adapter_options}
             self.model = build.complete_model(self.model, self.identity, fast=self.fast, **options)
         self.model.train()  # Hugging Face models come in eval()
-        self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
-        self._choose_autocast()
+        self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
+        self._choose_precision()
         if self._device_of_process().type == "cpu":
             machine.tune_malloc()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
@@ -223,20 +232,17 @@ class QLoRAModule(lightning.LightningModule):
 
         ``whole``: for transformers' own forward, which calls embedding and head too; they are in float32 if they train.
         """
-        dtype = self._whole_autocast_dtype if whole else self.autocast_dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return self.precision.autocast(self.device, whole)
 
     def choose_layers(self) -> fuse.Fusion:
         """Choose which layers run fused. Call it after changing or hooking parts of the model."""
         self.has_dropout = attention.has_dropout(self.causal_lm)
         return fuse.choose_layers(self.causal_lm)
 
-    def _choose_autocast(self) -> None:
-        """Choose the autocast dtypes now: inside evaluations PEFT switches off what trains."""
-        name = self.identity.get("compute_dtype", "float32")
-        dtype: torch.dtype | None = None if name == "float32" else getattr(torch, name)
-        self.autocast_dtype = dtype if fuse.needs_autocast(self.causal_lm, self.choose_layers()) else None
-        self._whole_autocast_dtype = dtype if fuse.trains_ends(self.causal_lm) else self.autocast_dtype
+    def _choose_precision(self) -> None:
+        """Choose the precision now: inside evaluations PEFT switches off what trains."""
+        dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
+        self.precision = fuse.choose_precision(self.causal_lm, self.choose_layers(), dtype)
 
     def on_train_start(self) -> None:
         self.choose_layers()  # callbacks may have hooked parts
@@ -248,74 +254,105 @@ class QLoRAModule(lightning.LightningModule):
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, batch: dict[str, Any]) -> losses.LossSums:
-        """Sum the loss over a flat batch. Override it for another objective; return sums, not means.
+    def compute_loss(self, batch: Any) -> losses.LossSums:
+        """Sum the loss over a micro-batch. Override it for another objective; return sums, not means.
 
         Args:
-            batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``;
-                under a Trainer also ``layout``, see :meth:`layout_of`.
+            batch: A :class:`~qlora_lightning.model.step.layout.MicroBatch`; under Fabric it may be a packed batch, with
+                ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
         """
         nll, correct = self.token_losses(batch)
         n_tokens = torch.full((), len(nll), device=nll.device)  # torch.tensor would wait for a GPU
-        return losses.LossSums(nll.sum(), n_tokens, correct.sum())
+        return losses.LossSums(nll.sum(), n_tokens, {"token_accuracy": correct.sum()})
 
-    def token_losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute the loss of each labelled token of a flat batch, ``(K,)``, and whether it is the most likely one.
+    def token_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Compute the loss of each labelled token of a micro-batch, ``(K,)``, and whether it is the most likely one.
 
-        They are in the order of the samples, ``layout.counts`` of each.
+        They are in the order of the samples, ``counts`` of each.
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
             return losses.token_losses(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
 
-    def last_states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def last_states(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the hidden states that predict the labelled tokens, ``(K, width)``, and these tokens, ``(K,)``.
 
         Only tokens that a label of this batch needs are computed: hooks on the model see fewer tokens than the batch
         has. States are in the order of the samples.
 
         Raises:
-            UserError: See :meth:`layout_of`.
+            UserError: See :meth:`micro_batch_of`.
         """
-        layout = self.layout_of(batch)
+        micro_batch = self.micro_batch_of(batch)
         with self.autocast():
-            return forward.compute_states(self.causal_lm, layout, self.noise_alpha, fast=self.fast), layout.targets
+            hidden = forward.compute_states(self.causal_lm, micro_batch, self.noise_alpha, fast=self.fast)
+        return hidden, micro_batch.targets
 
     @property
     def noise_alpha(self) -> float | None:
         """Strength of NEFTune's noise in this pass; ``None``: none."""
         return self.neftune_alpha if self.training else None
 
-    def layout_of(self, batch: Mapping[str, Any]) -> Layout:
-        """Return the layout that came with a batch, or make it.
+    def micro_batch_of(self, batch: Any) -> layout.MicroBatch:
+        """Lay a packed batch out as one micro-batch on the device; a micro-batch is returned as it is.
 
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        layout: Layout | None = batch.get("layout")
-        if layout is None or not layout.matches(batch):
-            layout = micro_batch.lay_out_part(self, batch).to(self.device).bind(batch)
-        return layout
+        return batch if isinstance(batch, layout.MicroBatch) else self._lay_out(batch)
 
-    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Cut a flat batch into parts of at most ``micro_batch_tokens``, each with its ``layout``.
+    def _lay_out(self, batch: Any) -> layout.MicroBatch:
+        causal_lm = self.causal_lm
+        packed.check_packed(batch, len(causal_lm.get_input_embeddings().weight), self._locate_rows)
+        # not if each token draws its own random numbers, for NEFTune's noise or for dropout
+        draws = self.noise_alpha is not None or (causal_lm.training and self.has_dropout)
+        skips = self.fast and runs_flat(causal_lm.config) and not draws
+        micro_batch = layout.lay_out(batch, skips_unlabelled=skips)
+        packed.check_row_length(causal_lm.config, micro_batch.sequences.longest)
+        return micro_batch.to(self.device)
 
-        With a sharded base, whose passes take all processes, each process has the same number of parts.
+    def micro_batches(self, batch: Any) -> Iterator[Any]:
+        """Cut a packed batch into micro-batches of at most ``micro_batch_tokens``; another batch is its only one.
+
+        With a sharded base, whose passes take all processes, each process has the same number of them.
         """
-        return micro_batch.cut_into_micro_batches(self, batch) if is_flat(batch) else [batch]
+        if not packed.is_packed(batch):
+            yield batch
+            return
+        parts = packed.cut_batch(batch, self.token_budget.tokens)
+        if self.sharded_base is not None:
+            parts += [packed.dummy_row(batch)] * (self.sharded_base.largest(len(parts)) - len(parts))
+        yield from map(self._lay_out, parts)
+
+    def take_less_memory(self, shortage: accumulate.OutOfMemory) -> None:
+        """Cut batches into smaller micro-batches from now on, or checkpoint layers.
+
+        Raises:
+            RowDoesNotFit: A single row does not fit, whatever is done.
+        """
+        self.token_budget.lower(
+            shortage,
+            self.causal_lm,
+            device=self.device,
+            locate=self._locate_rows,
+            is_sharded=self.sharded_base is not None,
+            quantization=self.quantization,
+            rank=getattr(trainers.trainer_of(self), "global_rank", 0),
+        )
+
+    def _locate_rows(self, row_ids: Sequence[int]) -> str:
+        """Describe for a message where rows of the current pass are from."""
+        data, split = trainers.split_of_pass(self)
+        return packed.format_locations(packed.row_locations(data, row_ids, split))
 
     def setup(self, stage: str) -> None:
         guards.check_setup(self)
         if stage == "fit":
             self.token_budget.plan(self)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return micro_batch.lay_out_batch(self, batch) if is_flat(batch) else batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if not is_flat(batch) or "layouts" not in batch:  # a batch that was moved by hand may have no layouts
-            return batch
-        return {**batch, "layouts": [layout.bind(batch) for layout in batch["layouts"]]}
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave a packed batch on the host, which cuts it; its micro-batches move."""
+        return batch if packed.is_packed(batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -323,15 +360,7 @@ class QLoRAModule(lightning.LightningModule):
         """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
         if self.guard.checks_due:
             guards.check_training_mode(self.model)
-        return self.window.take(self, batch)
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor of the loss in backward, divided out before a step: in fp16 small gradients would vanish.
-
-        The gradient of a sum over tokens is large already: 32 is enough, without dynamic loss scaling.
-        """
-        return 32.0 if self.identity.get("compute_dtype") == "float16" else 1.0
+        return self.window.accumulate(batch, self, self.model, self.precision.loss_scale)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already
@@ -360,13 +389,13 @@ class QLoRAModule(lightning.LightningModule):
         """Turn the window's gradients into those of its mean loss over all ranks, check and log them."""
         means, totals = self.window.divide_gradients(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],
-            factor=1 / self.loss_scale,
+            factor=1 / self.precision.loss_scale,
             over_ranks=self.trainer.world_size > 1,
         )
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
         norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
         self.log("train_loss", means.pop("loss"), prog_bar=True)
-        self.log_dict({f"train_{name}": mean for name, mean in means.items()})
+        self.log_dict({f"train_{name}": mean for name, mean in means.items() if name not in _NOT_LOGGED["train"]})
         micro_batches = torch.tensor(float(self.window.micro_batches))
         self.log_dict({"grad_norm": norm, "learning_rate": rate, "micro_batches": micro_batches})
         self.window.clear()
@@ -377,7 +406,7 @@ class QLoRAModule(lightning.LightningModule):
         if self.statistics.fault:
             return
         try:
-            for sums in self.run_in_parts(batch, self.compute_loss):
+            for sums in accumulate.compute_parts(batch, self, self.compute_loss):
                 self.statistics.update(sums)
         except budget.RowDoesNotFit as error:  # not worth losing what was trained since the last checkpoint
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
@@ -387,18 +416,7 @@ class QLoRAModule(lightning.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         QLoRAModule.validation_step(self, batch, batch_idx)  # not the one of a subclass
 
-    def run_in_parts(
-        self, batch: dict[str, Any], compute: Callable[[dict[str, Any]], micro_batch.Result]
-    ) -> list[micro_batch.Result]:
-        """Compute without gradients for each part of a batch; if memory runs out, start over with smaller parts."""
-
-        def run() -> list[micro_batch.Result]:
-            return [compute(part) for part in micro_batch.run_micro_batches(self, batch)]
-
-        return micro_batch.compute_within_memory(self, batch, run, run)
-
     def on_validation_start(self) -> None:
-        self.choose_layers()
         self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
 
     def on_test_start(self) -> None:
@@ -417,23 +435,23 @@ class QLoRAModule(lightning.LightningModule):
         if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
             return
         means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
-        values = {f"{split}_{name}": value.float() for name, value in means.items()}
+        values = {f"{split}_{name}": value.float() for name, value in means.items() if name not in _NOT_LOGGED[split]}
         # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
         self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> optimization.ParameterGroups:
+    def parameter_groups(self) -> optimizers.ParameterGroups:
         """Return the optimizer's parameter groups. Override it for other learning rates per group."""
-        return optimization.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
+        return optimizers.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer, schedule = optimization.build_optimizer(self)
+        optimizer, schedule = optimizers.build_optimizer(self)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        check_row_length(self.causal_lm.config, getattr(trainers.datamodule_of(self.trainer), "max_length", 0))
+        packed.check_row_length(self.causal_lm.config, getattr(trainers.datamodule_of(self.trainer), "max_length", 0))
         self.token_budget.start(self.causal_lm)
         build.report_model(self, self.choose_layers())
 
@@ -442,7 +460,7 @@ class QLoRAModule(lightning.LightningModule):
     def add_adapter(self, name: str, folder: Path) -> None:
         """Put the adapter of a folder beside the model's own, to evaluate and to answer with."""
         adapter_folder.add_named_adapter(self.model, name, folder, self.identity, self.fast)
-        self._choose_autocast()
+        self._choose_precision()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[list[int]]:
         """Answer each prompt of a prediction batch greedily, up to its ``max_new_tokens``; return token ids."""

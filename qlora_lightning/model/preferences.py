@@ -1,32 +1,43 @@
-"""Training on preferences: pairs of answers, the better one first, or single answers with a verdict."""
+"""Training on pairs of answers, the better one first: DPO, IPO, SimPO and ORPO; kto.py has single answers."""
 
 import hashlib
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
-from qlora_lightning.model.step.batch import samples_of
+from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.micro_batch import run_micro_batches
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, trainer_of
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
-_LOGGED = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-_LOGGED_BY_KTO = ("loss", "accuracy", "margin", "kl")  # the loss without weights takes the place of the weighted one
 _REFERENCE = "reference"  # name of the adapter that the reference has
 
 
-class PreferenceModule(QLoRAModule):
+class _ByObjective:
+    """Makes a :class:`~qlora_lightning.model.kto.KTOModule` of a :class:`PreferenceModule` with the objective ``kto``.
+
+    It is a class of its own because jsonargparse takes parameters from ``__new__`` of a class that defines one.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from qlora_lightning.model.kto import KTOModule
+
+        objective = kwargs.get("objective", args[1] if len(args) > 1 else None)
+        if objective != "kto" or issubclass(cls, KTOModule):
+            return super().__new__(cls)
+        if cls is not PreferenceModule:
+            raise UserError(f"{cls.__name__} inherits from PreferenceModule, that of pairs: for kto from KTOModule.")
+        return super().__new__(cast(Any, KTOModule))
+
+
+class PreferenceModule(_ByObjective, QLoRAModule):
     """A :class:`QLoRAModule` that learns to prefer one answer to another; takes a :class:`PreferenceDataModule`.
 
     Rows are pairs of answers, of ``kto`` single ones with a verdict, desirable or not.
@@ -53,6 +64,8 @@ class PreferenceModule(QLoRAModule):
     """
 
     pairs = True
+    accuracy = "likelier"  # share of pairs whose chosen answer is the likelier one per token, with a reference or not
+    logged: tuple[str, ...] = ("likelier", "accuracy", "margin", "chosen_reward", "rejected_reward")
 
     def __init__(
         self,
@@ -76,7 +89,6 @@ class PreferenceModule(QLoRAModule):
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.sft_share = sft_share
         self._has_reference = objective in ("dpo", "ipo", "kto")
-        self._logged = _LOGGED_BY_KTO if objective == "kto" else _LOGGED
         self._reference_adapter = self.adapter  # evaluation sets `adapter` to the trained one
 
     def configure_model(self) -> None:
@@ -90,42 +102,32 @@ class PreferenceModule(QLoRAModule):
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
-    def compute_loss(self, batch: dict[str, Any]) -> LossSums:
-        """Sum the loss of the rows of a flat batch, in which the two answers of a pair are neighbours.
-
-        Labelled tokens are the number of rows. A pair is correct if its chosen answer is the likelier per token, a row
-        of ``kto`` if its margin is positive.
-        """
-        is_kto = self.objective == "kto"
-        kind, key = ("answers with a verdict", "desirable") if is_kto else ("pairs of answers", "pairs")
-        if key not in batch:
-            raise UserError(f"model.objective {self.objective} learns from {kind}, which the rows of data are not.")
-        layout = self.layout_of(batch)
-        batch = {**batch, "layout": layout}
-        n_answers = len(layout.counts) if any(layout.counts) else 0  # a filler has none
-        log_probs = self._log_probs(batch)[:n_answers]
-        reference = self._reference_log_probs(batch)[:n_answers] if self._has_reference else None
-        if is_kto:
-            assert reference is not None
-            return self._sum_kto(batch, log_probs - reference)
-        log_probs = log_probs.view(-1, 2)  # (pairs, 2)
-        counts = torch.tensor(layout.counts[:n_answers]).view(-1, 2).to(self.device, non_blocking=True)
+    def compute_loss(self, batch: Any) -> LossSums:
+        """Sum the loss of the rows of a micro-batch, in which the two answers of a pair are neighbours, and rows."""
+        micro_batch = self.micro_batch_of(batch)
+        if not micro_batch.pairs:
+            raise UserError(
+                f"model.objective {self.objective} learns from pairs of answers, which the rows of data are not."
+            )
+        n_answers = n_answers_of(micro_batch)
+        log_probs = self.log_probs(micro_batch)[:n_answers].view(-1, 2)  # (pairs, 2)
+        counts = torch.tensor(micro_batch.counts[:n_answers]).view(-1, 2).to(self.device, non_blocking=True)
         mean_log_probs = log_probs / counts  # per token
-        if reference is not None:
-            ratios = log_probs - reference.view(-1, 2)
+        if self._has_reference:
+            ratios = log_probs - self.reference_log_probs(micro_batch)[:n_answers].view(-1, 2)
             rewards = self.beta * ratios
             scores = ratios / counts if self.objective == "ipo" else rewards
         else:
             rewards = scores = self.beta * mean_log_probs
         margins = rewards[:, 0] - rewards[:, 1]
         losses = self._losses(scores[:, 0] - scores[:, 1], mean_log_probs)
-        correct = mean_log_probs[:, 0] > mean_log_probs[:, 1]
-        return self._sum(losses, correct, margins > 0, margins, rewards[:, 0], rewards[:, 1])
+        likelier = mean_log_probs[:, 0] > mean_log_probs[:, 1]
+        return self.sum_rows(losses, likelier, margins > 0, margins, rewards[:, 0], rewards[:, 1])
 
-    def _sum(self, losses: Tensor, correct: Tensor, *logged: Tensor) -> LossSums:
-        """Sum the losses of rows, whether they are correct, and what is logged, each ``(rows,)``."""
-        sums = {name: values.detach().float().sum() for name, values in zip(self._logged, logged, strict=True)}
-        return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), correct.sum(), sums)
+    def sum_rows(self, losses: Tensor, *metrics: Tensor) -> LossSums:
+        """Sum the losses of rows, and the metrics that ``logged`` names, each ``(rows,)``."""
+        sums = {name: values.detach().float().sum() for name, values in zip(self.logged, metrics, strict=True)}
+        return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), sums)
 
     def _losses(self, score_diff: Tensor, mean_log_probs: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``.
@@ -144,94 +146,22 @@ class PreferenceModule(QLoRAModule):
             losses = -F.logsigmoid(score_diff - self.gamma)
         return losses - self.sft_share * mean_log_probs[:, 0]
 
-    def _sum_kto(self, batch: Mapping[str, Any], ratios: Tensor) -> LossSums:
-        """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer, ``(rows,)`` (Ethayarajh et al., equation 8)."""
-        desirable = batch["desirable"][: len(ratios)]
-        kl = batch["kl"] if "kl" in batch else self._estimate_kl(batch)
-        margins = self.beta * (ratios - kl) * torch.where(desirable, 1.0, -1.0)
-        desirable_weight, other_weight = self._weights() if self.training else (1.0, 1.0)
-        losses = torch.sigmoid(-margins)
-        weighted_losses = torch.where(desirable, desirable_weight, other_weight) * losses
-        return self._sum(weighted_losses, margins > 0, losses, margins > 0, margins, kl.expand(len(ratios)))
-
-    def _weights(self) -> tuple[float, float]:
-        """Return the weights of desirable and other rows: the rarer kind in training weighs more, in proportion."""
-        samples = samples_of(datamodule_of(trainer_of(self)), "train")
-        verdicts = None if samples is None else samples.desirable
-        if verdicts is None:
-            return 1.0, 1.0
-        n_desirable, n_other = int(verdicts.sum()), int((~verdicts).sum())
-        return max(1.0, n_other / max(n_desirable, 1)), max(1.0, n_desirable / max(n_other, 1))
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and self.objective == "kto" and getattr(datamodule_of(self.trainer), "batch_size", 0) == 1:
-            raise UserError(
-                "data.batch_size is 1: kto takes the answers of a batch's other rows, so expected 2 or more."
-            )
-
-    # ---- the divergence of kto ---------------------------------------------------------------------------------------
-
-    def micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = super().micro_batches(batch)
-        if self.objective == "kto" and "desirable" in batch:  # of the whole batch, however it is cut
-            kl = self._estimate_kl(batch)
-            parts = [{**part, "kl": kl} for part in parts]
-        return parts
-
-    def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
-        """Estimate the divergence from the reference: the mean log-ratio of mismatched answers, at least 0.
-
-        A single row, as in an evaluation, has no mismatched answer: 0.
-        """
-        ratio_sum, n_answers = torch.zeros((), device=self.device), 0
-        if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else other ranks wait in their passes
-            return ratio_sum
-        with torch.no_grad():
-            for part in run_micro_batches(self, mismatch_answers(batch)):
-                log_probs = self._log_probs(part)
-                ratio_sum += (log_probs - self._reference_log_probs(part)).sum()
-                n_answers += sum(map(bool, part["layout"].counts))
-        return (ratio_sum / n_answers).clamp(min=0) if n_answers > 1 else ratio_sum * 0.0
-
-    def _log_probs(self, batch: dict[str, Any]) -> Tensor:
+    def log_probs(self, micro_batch: MicroBatch) -> Tensor:
         """Compute the log-probability of each answer, ``(answers,)``."""
-        nll, _ = self.token_losses(batch)
-        return -torch.stack([answer.sum() for answer in torch.split(nll, batch["layout"].counts)])
+        nll, _ = self.token_losses(micro_batch)
+        return -torch.stack([answer.sum() for answer in torch.split(nll, list(micro_batch.counts))])
 
-    # ---- the reference -----------------------------------------------------------------------------------------------
-
-    def _reference_log_probs(self, batch: dict[str, Any]) -> Tensor:
+    def reference_log_probs(self, micro_batch: MicroBatch) -> Tensor:
         """Compute the reference's log-probability of each answer, ``(answers,)``."""
         was_training = self.training
         self.eval()  # without dropout and noise
         try:
             with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
-                return self._log_probs(batch)
+                return self.log_probs(micro_batch)
         finally:
             self.train(was_training)
 
 
-def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a flat batch, on the host, of each prompt with the previous row's answer, the first with the last's.
-
-    An answer begins at the first labelled token, and is cut so that no row is longer than the longest of the batch.
-    """
-    lengths = batch["cu_seqlens"].diff().tolist()
-    stacked = torch.stack([batch["input_ids"][0], batch["labels"][0]]).cpu()
-    rows = torch.split(stacked, lengths, dim=1)  # (2, tokens) each
-    starts = [next((n for n, label in enumerate(row[1].tolist()) if label != IGNORED), row.shape[1]) for row in rows]
-    mismatched = []
-    for n, row in enumerate(rows):  # for the first row, rows[n - 1] is the last
-        prompt, answer = row[:, : starts[n]], rows[n - 1][:, starts[n - 1] :]
-        mismatched.append(torch.cat([prompt, answer], dim=1)[:, : max(lengths)])
-    tokens, targets = torch.cat(mismatched, 1)
-    sizes = torch.tensor([row.shape[1] for row in mismatched])
-    return {
-        "input_ids": tokens[None],
-        "position_ids": torch.cat([torch.arange(row.shape[1]) for row in mismatched])[None],
-        "labels": targets[None],
-        "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
-        "row_ids": batch["row_ids"],
-        "source": batch["source"],
-    }
+def n_answers_of(micro_batch: MicroBatch) -> int:
+    """Return the number of answers; a dummy row has none."""
+    return len(micro_batch.counts) if any(micro_batch.counts) else 0

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.anatomy import decoder_layers, runs_flat
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
-from qlora_lightning.model.step.layout import samples_of_lengths
+from qlora_lightning.model.step.layout import sequences_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 
@@ -110,9 +110,9 @@ class ShardedBase:
         FSDP2 takes the module that runs first for the root, and NEFTune calls the embedding before the body.
         """
         token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        samples = samples_of_lengths([1]).to(self._device)
+        sequences = sequences_of_lengths([1]).to(self._device)
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), flat_batch(FlatBatch(samples)):
+        with torch.no_grad(), torch.random.fork_rng(devices), flat_batch(FlatBatch(sequences)):
             options = {"attention_mask": NO_MASK, "use_cache": False}
             hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
             if self._head is not None:

@@ -73,7 +73,7 @@ def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str, ob
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02  # in float32: TRL rounds to bf16
     if side == "ours":
         sums = module.compute_loss(batch)
-        loss = sums.nll_sum / sums.labelled_tokens
+        loss = sums.loss / sums.count
     else:
         loss = trainer.compute_loss(model, batch)
     loss.backward()

@@ -73,19 +73,15 @@ def prepare_ours(mode: str, tokens: int, layers: int) -> Any:
     module, card = QLoRAModule(str(SHAPE)), torch.device("cuda", 0)
     module.model, module._device, module.identity["compute_dtype"] = make_model(layers), card, "bfloat16"
     fuse_layers(module.model)
-    module._choose_autocast()
+    module._choose_precision()
     module.token_budget.tokens = tokens
     switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(mode != "plain", mode == "offloaded"))
     rows = tokens // ROW
     batch = make_batch([ROW] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
 
     def loss() -> torch.Tensor:
-        moved = module.on_before_batch_transfer(batch, 0)
-        to_card = {"device": card, "non_blocking": True}
-        moved = {name: each.to(**to_card) if torch.is_tensor(each) else each for name, each in moved.items()}
-        moved["layouts"] = [layout.to(card) for layout in moved["layouts"]]
-        (part,) = module.micro_batches(module.on_after_batch_transfer(moved, 0))
-        return module.compute_loss(part).nll_sum
+        (part,) = module.micro_batches(batch)
+        return module.compute_loss(part).loss
 
     return module.model, loss
 

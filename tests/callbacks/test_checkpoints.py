@@ -33,7 +33,7 @@ def checkpoint_names(folder):
 
 class HasNoMemoryToValidate(QLoRAModule):
     def compute_loss(self, batch):
-        if not self.training and batch["input_ids"].numel() > 60:
+        if not self.training and sum(batch.lengths) > 60:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().compute_loss(batch)
 

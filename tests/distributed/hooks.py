@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning import Callback
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import LossSums, QLoRAModule
 from tests.dying import MachineFailed
 
 
@@ -57,7 +57,7 @@ class NamesByRank(QLoRAModule):
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return sums._replace(logged={f"metric_{self.global_rank}": sums.nll_sum})
+        return LossSums(sums.loss, sums.count, {f"metric_{self.global_rank}": sums.loss})
 
 
 class LoseMachine(Callback):

@@ -70,7 +70,7 @@ def test_callbacks_see_the_gradients_of_the_mean_over_all_processes(folder):
 
 def test_names_of_metrics_that_differ_between_processes_are_rejected(folder):
     options = fit("two/names", "--model", "hooks.NamesByRank", "--data.batch_size", "2", *FEW)
-    assert launch(folder, [options], rejected=True).count("LossSums.logged has the names") == 2
+    assert launch(folder, [options], rejected=True).count("LossSums.metrics has the names") == 2
 
 
 @pytest.mark.usefixtures("output", "alone")

@@ -40,7 +40,7 @@ def batches(data):
 
 @torch.no_grad()
 def values(losses):
-    return [(float(each.nll_sum), int(each.labelled_tokens), int(each.correct)) for each in losses]
+    return [(float(each.loss), int(each.count), int(each.metrics["token_accuracy"])) for each in losses]
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8"}])
@@ -57,15 +57,15 @@ def test_rows_together_have_the_losses_of_each_alone(tiny_base, batches, options
 def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind_whole(tiny_base, batches):
     class HalfLoss(QLoRAModule):
         def compute_loss(self, batch):
-            assert len(batch["row_ids"]) == 1  # it may mix rows
+            assert len(batch.rows) == 1  # it may mix rows
             sums = super().compute_loss(batch)
-            return sums._replace(nll_sum=0.5 * sums.nll_sum)
+            return LossSums(0.5 * sums.loss, sums.count, sums.metrics)
 
     usual = make_module(tiny_base).eval()
     expected = [0.5 * nll for nll, *_ in values(row_losses(usual, batches[0]))]
     usual.__class__ = HalfLoss
     assert [nll for nll, *_ in values(row_losses(usual, batches[0]))] == pytest.approx(expected, rel=1e-5)
-    sums = LossSums(torch.tensor(1.0), torch.tensor(2), torch.tensor(1))
+    sums = LossSums(torch.tensor(1.0), torch.tensor(2), {"token_accuracy": torch.tensor(1)})
     usual.compute_loss = lambda batch: sums
     other = {"x": torch.zeros(1)}
     assert list(row_losses(usual, other)) == [sums]

@@ -13,7 +13,7 @@ import torch
 from lightning import Callback
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_lightning import QLoRAModule, UserError
+from qlora_lightning import LossSums, QLoRAModule, UserError
 from qlora_lightning.callbacks import Evaluation, GradientCheckpointing, ThroughputMonitor
 from qlora_lightning.cli import main
 from qlora_lightning.model.memory.budget import TokenBudget
@@ -225,7 +225,7 @@ def tokens_of(lengths):
 class Logs(QLoRAModule):
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return sums._replace(logged={"nll": sums.nll_sum, "tokens": sums.labelled_tokens})
+        return LossSums(sums.loss, sums.count, {"nll": sums.loss, "tokens": sums.count})
 
 
 class Steps(Callback):
@@ -252,7 +252,7 @@ def launches(folder):
             (part,) = module.micro_batches(to_device(batch, "cuda"))
             module.zero_grad(set_to_none=True)
             CARD.card_reset()
-            loss = module.compute_loss(part).nll_sum
+            loss = module.compute_loss(part).loss
             forward.append(counts()[0])
             loss.backward()
             backward.append(counts()[0] - forward[-1])

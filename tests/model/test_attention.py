@@ -8,7 +8,7 @@ import torch
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import FlatBatch, attend_ragged, flat_attention, flat_batch
-from qlora_lightning.model.step.layout import ComputedTokens, build_samples, samples_of_lengths
+from qlora_lightning.model.step.layout import ComputedTokens, bound_sequences, sequences_of_lengths
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
 DTYPES = [
@@ -112,13 +112,13 @@ def errors(found, exact):
     return torch.tensor([(one - other).detach().norm() / max(other.detach().norm(), 1.0) for one, other in pairs])
 
 
-MANY = build_samples(ComputedTokens(list(LENGTHS), [0] * 5, []))
+MANY = bound_sequences(ComputedTokens(list(LENGTHS), [0] * 5, []))
 # The first 3 tokens of a sample of 4 are computed with one of 70: a stream of 71.
-SHARING = build_samples(ComputedTokens([4, 70], [3, 0], [1, 0]))
+SHARING = bound_sequences(ComputedTokens([4, 70], [3, 0], [1, 0]))
 SHAPES = [  # samples; heads of queries, keys and values; their width
     (MANY, (6, 2, 2), 16),
-    (samples_of_lengths((1,)), (4, 4, 4), 16),
-    (samples_of_lengths((700, 3)), (2, 1, 1), 48),
+    (sequences_of_lengths((1,)), (4, 4, 4), 16),
+    (sequences_of_lengths((700, 3)), (2, 1, 1), 48),
     (SHARING, (8, 2, 2), 128),
     (SHARING, (3, 1, 1), 256),
 ]
@@ -141,11 +141,11 @@ def test_in_bf16_the_loops_err_no_more_than_torch(samples, heads, width):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_layout(dtype):
-    qkv, samples = draw(sum(LENGTHS), dtype), samples_of_lengths(LENGTHS)
+    qkv, samples = draw(sum(LENGTHS), dtype), sequences_of_lengths(LENGTHS)
     together = with_gradients(fast, qkv, samples=samples)
     for start, end in itertools.pairwise(samples.bounds):
         sample = [each[:, :, start:end].clone() for each in qkv]
-        assert torch.equal(together[0][:, start:end], fast(*sample, samples=samples_of_lengths([end - start])))
+        assert torch.equal(together[0][:, start:end], fast(*sample, samples=sequences_of_lengths([end - start])))
     by_token = [each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for each in qkv]
     before = torch.get_num_threads()
     try:
@@ -158,13 +158,13 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 
 def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
     qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
-    output = attend_ragged(*qkv, samples_of_lengths([5, 20]).to(torch.device("meta")), None, None)
+    output = attend_ragged(*qkv, sequences_of_lengths([5, 20]).to(torch.device("meta")), None, None)
     assert output.shape == (25, 4, 64)
     assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 
 def test_what_flat_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
-    qkv, samples = draw(20), samples_of_lengths([20])
+    qkv, samples = draw(20), sequences_of_lengths([20])
     with flat_batch(FlatBatch(samples)), pytest.raises(RuntimeError, match="NoneType hands s_aux on to attention, whi"):
         flat_attention(None, *qkv, None, s_aux=torch.zeros(6))
     query, key, _ = draw(20, width=32)

@@ -121,10 +121,10 @@ def test_rows_beyond_a_table_of_positions_and_noise_beside_tables_of_layers_are_
 
 
 def test_own_tensors_are_not_cut_and_a_batch_of_other_data_is_named(tiny_base):
-    with pytest.raises(UserError, match="A batch has input_ids, mask, and no position_ids: expected one flat"):
+    with pytest.raises(UserError, match="A batch has input_ids, mask, and no position_ids: expected one packed"):
         make_module(tiny_base).compute_loss({"input_ids": torch.ones(1, 3), "mask": torch.ones(1, 3)})
     batch = make_batch() | {"row_ids": torch.arange(6), "source": torch.zeros(6)}
     module = make_module(tiny_base, micro_batch_tokens=1)
-    assert len(module.micro_batches(batch)) == 6
+    assert len([*module.micro_batches(batch)]) == 6
     for name in ("scores", "weights"):
-        assert len(module.micro_batches(batch | {name: torch.rand(6)})) == 1
+        assert len([*module.micro_batches(batch | {name: torch.rand(6)})]) == 1

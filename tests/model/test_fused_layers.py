@@ -12,7 +12,7 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.model.cpu import library
 from qlora_lightning.model.layers.attention import FlatBatch, flat_batch
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.step.layout import samples_of_lengths
+from qlora_lightning.model.step.layout import sequences_of_lengths
 from tests.random_base import save_random_llama
 from tests.steps import assert_same_step, distance, fit, loss_and_gradients, make_batch, make_module
 
@@ -53,7 +53,7 @@ def odd_base(tmp_path_factory, tiny_base):
 
 def test_states_of_another_dtype_are_no_reason_to_take_the_plain_path(tiny_base):
     layer = make_module(tiny_base, compute_dtype="fp32").causal_lm.model.layers[0]
-    with flat_batch(FlatBatch(samples_of_lengths([3]))), pytest.raises(RuntimeError, match="cast them"):
+    with flat_batch(FlatBatch(sequences_of_lengths([3]))), pytest.raises(RuntimeError, match="cast them"):
         layer(torch.zeros(1, 3, 64, dtype=torch.float64))
 
 
@@ -126,10 +126,10 @@ def test_what_is_replaced_watched_added_or_merged_counts_from_the_next_start_on(
     losses = []
     for fast in (True, False):
         module = make_module(tiny_base, quantization="none", fast=fast)
-        before = module.compute_loss(make_batch()).nll_sum.item()
+        before = module.compute_loss(make_batch()).loss.item()
         change(module)
         module.choose_layers()
-        losses.append(module.compute_loss(make_batch()).nll_sum.item())
+        losses.append(module.compute_loss(make_batch()).loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert (losses[0] == pytest.approx(before, rel=1e-5)) is (change is merge)
 

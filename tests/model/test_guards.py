@@ -31,10 +31,10 @@ class Spoilt(QLoRAModule):
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        nll = sums.nll_sum * math.inf if self.trainer.global_step in self.steps else sums.nll_sum
+        nll = sums.loss * math.inf if self.trainer.global_step in self.steps else sums.loss
         if self.trainer.global_step == self.gradient_step:
             nll.register_hook(lambda gradient: gradient * math.nan)
-        return LossSums(nll, *sums[1:])
+        return LossSums(nll, sums.count, sums.metrics)
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@
 
 import itertools
 
+import lightning
 import pytest
 import torch
 
+from qlora_lightning import QLoRAModule
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
-from qlora_lightning.model.step.layout import add_noise, lay_out, samples_of_lengths
-from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
+from qlora_lightning.model.step.layout import add_noise, lay_out, sequences_of_lengths
+from tests.steps import assert_same_step, fit, loss_and_gradients, make_batch, make_module, randomize
 
 SYSTEM = [1, 2, 3]
 
@@ -32,7 +34,8 @@ def test_what_two_samples_begin_with_is_there_once_and_what_nothing_is_predicted
     assert found.input_ids.tolist() == [[7, *SYSTEM, 5]]
     assert found.position_ids.tolist() == [[3, 0, 1, 2, 3]]
     assert (found.predict_index.tolist(), found.targets.tolist()) == ([0, 4], [8, 6])
-    assert found.samples.cu_seqlens.tolist() == [0, 4, 8]
+    assert found.labels.tolist() == [[8, IGNORED, IGNORED, IGNORED, 6]]
+    assert found.sequences.cu_seqlens.tolist() == [0, 4, 8]
 
 
 def rows_beginning_alike(count, shared, own, seed=0):
@@ -55,32 +58,44 @@ BATCHES = {
 def test_loss_and_gradients_are_those_of_the_plain_path_over_all_tokens(tiny_base, rows):
     module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
     batch = batch_of(*rows)
-    assert lay_out(batch).samples.expanded.has_shared
+    assert lay_out(batch).sequences.expanded.has_shared
     expected = loss_and_gradients(plain, batch)
     assert_same_step(loss_and_gradients(module, batch), expected)
     switch_checkpointing(module.causal_lm, Checkpointing(), Checkpointing(True))
     assert_same_step(loss_and_gradients(module, batch), expected)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_labels_that_a_subclass_or_callback_changes_are_seen(tiny_base, in_place):
-    """What is left out follows the labels of the batch that comes, not those that it was laid out with."""
-    module, plain = make_module(tiny_base), make_module(tiny_base, fast=False)
-    rows = torch.arange(len(BATCHES["within a tile"]))
-    batch = batch_of(*BATCHES["within a tile"]) | {"row_ids": rows, "source": rows}
-    batch = module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0)
-    assert all(each.matches(batch) for each in batch["layouts"])
-    labels = batch["input_ids"].clone()
-    labels[0, batch["cu_seqlens"][:-1]] = IGNORED
-    batch["labels"] = batch["labels"].copy_(labels) if in_place else labels
-    (part,) = module.micro_batches(batch)
-    assert_same_step(loss_and_gradients(module, part), loss_and_gradients(plain, batch))
+class TrainsPrompts(QLoRAModule):
+    def compute_loss(self, batch):
+        return super().compute_loss(batch.replace_targets(batch.targets.clamp(max=200)))
+
+
+class Prompts(lightning.Callback):
+    """Labels each prompt too, in the batch itself."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        batch["labels"].copy_(batch["input_ids"]).index_fill_(1, batch["cu_seqlens"][:-1].long(), IGNORED)
+        self.labelled = int((batch["labels"] != IGNORED).sum())
+
+
+def test_labels_that_a_subclass_or_callback_changes_are_trained(tiny_base, rows_file, tmp_path):
+    prompts = Prompts()
+    trainer = fit(QLoRAModule(str(tiny_base)), tmp_path, rows_file, max_steps=1, callbacks=[prompts])
+    assert trainer.lightning_module.window.totals["labelled_tokens"] == prompts.labelled
+    batch, module, changed = (
+        make_batch(),
+        make_module(tiny_base),
+        TrainsPrompts(str(tiny_base), rank=4, compute_dtype="fp32"),
+    )
+    changed.configure_model()
+    expected = {**batch, "labels": batch["labels"].clamp(max=200)}
+    assert randomize(changed).compute_loss(changed.micro_batch_of(batch)).loss == module.compute_loss(expected).loss
 
 
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():
     width, lengths, alpha = 64, [4, 100], 5.0
     torch.manual_seed(0)
-    noise = add_noise(torch.zeros(1, sum(lengths), width), samples_of_lengths(lengths), alpha)[0]
+    noise = add_noise(torch.zeros(1, sum(lengths), width), sequences_of_lengths(lengths), alpha)[0]
     for length, part in zip(lengths, noise.split(lengths), strict=True):
         bound = alpha / (length * width) ** 0.5
         assert 0.95 * bound < part.abs().max() <= bound

@@ -11,14 +11,14 @@ from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
+from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
 from tests.equality import base_tensors, same
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 
 def test_in_fp16_the_loss_is_scaled_and_gradients_are_near_those_of_float32(tiny_base):
     exact, half = (make_module(tiny_base, compute_dtype=dtype) for dtype in ("fp32", "fp16"))
-    assert (exact.loss_scale, half.loss_scale) == (1.0, 32.0)
+    assert (exact.precision.loss_scale, half.precision.loss_scale) == (1.0, 32.0)
     of_exact, of_half = (loss_and_gradients(module)[1] for module in (exact, half))
     assert distance(of_half, of_exact) <= 0.05
 
@@ -44,7 +44,7 @@ def test_every_quantization_trains_every_adapter_and_no_bit_of_the_base_and_is_j
     assert same(base_tensors(module), base)
     module.train()
     sums = [module.compute_loss(batch) for batch in trainer.datamodule.val_dataloader()]
-    loss = sum(s.nll_sum.double() for s in sums) / sum(s.labelled_tokens for s in sums)
+    loss = sum(s.loss.double() for s in sums) / sum(s.count for s in sums)
     assert trainer.callback_metrics["val_loss"] == loss.float()
 
 
@@ -114,8 +114,8 @@ def test_an_own_base_attends_within_samples(tiny_base, fast):
     own = OwnBase(str(tiny_base), fast=fast)
     own.configure_model()
     with ours.model.disable_adapter(), own.model.disable_adapter():
-        expected = ours.compute_loss(make_batch()).nll_sum.item()
-        assert own.compute_loss(make_batch()).nll_sum.item() == pytest.approx(expected, rel=1e-5)
+        expected = ours.compute_loss(make_batch()).loss.item()
+        assert own.compute_loss(make_batch()).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 class Plain(QLoRAModule):
@@ -148,6 +148,23 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
             kind(str(base), quantization="nf4", adapter=str(tmp_path / "adapter")).configure_model()
 
 
+class OldNames(QLoRAModule):
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        with pytest.warns(FutureWarning, match="loss, count and metrics"):
+            return LossSums(0.5 * sums.nll_sum, sums.labelled_tokens, sums.correct)
+
+
+def test_an_objective_of_the_last_version_trains_with_a_warning(tiny_base):
+    batch, module, old = make_batch(), QLoRAModule(str(tiny_base)), OldNames(str(tiny_base))
+    for each in (module, old):
+        each.configure_model()
+    sums, same_sums = module.compute_loss(batch), old.compute_loss(batch)
+    assert (same_sums.loss, same_sums.count, same_sums.metrics) == (0.5 * sums.loss, sums.count, sums.metrics)
+    with pytest.warns(FutureWarning):
+        assert LossSums(nll_sum=sums.loss, labelled_tokens=sums.count, correct=sums.count, logged={}).loss is sums.loss
+
+
 class CountsRows(QLoRAModule):
     def __init__(self, base, name="rows", **settings):
         super().__init__(base, **settings)
@@ -155,7 +172,7 @@ class CountsRows(QLoRAModule):
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return sums._replace(logged={self.name: torch.tensor(len(batch["row_ids"]))})
+        return LossSums(sums.loss, sums.count, {**sums.metrics, self.name: torch.tensor(len(batch.rows))})
 
 
 def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_file, tmp_path):
@@ -164,8 +181,8 @@ def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_f
     metrics = fit(CountsRows(str(tiny_base), rank=2), tmp_path, rows_file, **options).callback_metrics
     assert {"train_rows", "val_rows", "val_perplexity", "val_token_accuracy"} <= metrics.keys()
     assert logger.experiment.hparams["rank"] == 2  # by which runs are told apart
-    with pytest.raises(UserError, match=r"logged has labelled_tokens, which is logged already"):
-        fit(CountsRows(str(tiny_base), name="labelled_tokens"), tmp_path, rows_file, max_steps=1)
+    with pytest.raises(UserError, match=r"metrics has perplexity, which is logged already"):
+        fit(CountsRows(str(tiny_base), name="perplexity"), tmp_path, rows_file, max_steps=1)
 
 
 class LogsItsOwn(QLoRAModule):

@@ -7,7 +7,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from qlora_lightning.model.step.optimization import (
+from qlora_lightning.model.step.optimizer import (
     build_schedule,
     choose_learning_rate,
     choose_optimizer,

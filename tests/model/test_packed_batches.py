@@ -15,12 +15,16 @@ LENGTHS = (9, 30, 64, 5)
 
 @torch.no_grad()
 def states_by_sample(module, batch):
-    return module.last_states(batch)[0].float().split((batch["cu_seqlens"].diff() - 1).tolist())
+    micro_batch = module.micro_batch_of(batch)
+    return module.last_states(micro_batch)[0].float().split(micro_batch.counts)
 
 
 def assert_states_as_alone(module, batch, tolerance):
     rows = torch.arange(len(batch["cu_seqlens"]) - 1)
-    together, parts = states_by_sample(module, batch), module.micro_batches({**batch, "row_ids": rows, "source": rows})
+    together, parts = (
+        states_by_sample(module, batch),
+        [*module.micro_batches({**batch, "row_ids": rows, "source": rows})],
+    )
     alone = [states for part in parts for states in states_by_sample(module, part)]
     assert len(parts) == len(together) == len(rows)
     assert max(map(distance, together, alone)) <= tolerance

@@ -26,7 +26,7 @@ from qlora_lightning.model.load.machine import choose_compute_dtype, device_memo
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import USABLE, find_fits, list_remedies, plan_step
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
-from qlora_lightning.model.step.batch import check_row_length
+from qlora_lightning.model.step.packed import check_row_length
 from qlora_lightning.support.errors import UserError
 
 _CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else

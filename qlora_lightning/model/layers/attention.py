@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.cpu.library import call, has_function, is_here
-from qlora_lightning.model.step.layout import Expansion, Samples
+from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
 FLAT_ATTENTION = "qlora_flat"
 # As attention_mask of a flat batch it keeps transformers from building a (tokens, tokens) mask over all samples.
@@ -46,14 +46,14 @@ class FlatBatch(NamedTuple):
     """The flat batch that a model computes, as its layers see it.
 
     Attributes:
-        samples: Where its samples are.
+        sequences: Where its samples are.
         layers: Parts of layers that run fused; see
             :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
         fast: ``False`` selects torch's attention, one sample after the other.
         recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
     """
 
-    samples: Samples
+    sequences: SequenceBounds
     layers: Mapping[nn.Module, Any] = MappingProxyType({})
     fast: bool = True
     recomputes: bool = False
@@ -171,23 +171,23 @@ def attend(
     Returns:
         ``(n_tokens, heads, head_dim)``.
     """
-    samples = batch.samples
+    sequences = batch.sequences
     # as SDPA chooses it: under autocast float32 parameters make some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    if sliding_window is not None and sliding_window >= samples.longest:
+    if sliding_window is not None and sliding_window >= sequences.longest:
         sliding_window = None
-    is_fast, expanded = batch.fast and dropout == 0.0, samples.expanded
+    is_fast, expanded = batch.fast and dropout == 0.0, sequences.expanded
     if is_fast and sliding_window is None and has_cpu_kernel(query, key, value, dtype):
         query, key, value = (states.to(dtype) for states in (query, key, value))
         if expanded.has_shared:
             key, value = (_Expand.apply(states, expanded) for states in (key, value))
-        return cast(Tensor, VarlenAttention.apply(query, key, value, samples, scaling))
+        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling))
     if expanded.has_shared:
         query, key, value = (_Expand.apply(states, expanded) for states in (query, key, value))
     if is_fast and has_ragged_kernel(query, value):
-        attn_out = attend_ragged(query, key, value, samples, scaling, sliding_window)
+        attn_out = attend_ragged(query, key, value, sequences, scaling, sliding_window)
     else:
-        attn_out = attend_per_sample(query, key, value, samples, scaling, dropout, sliding_window)
+        attn_out = attend_per_sample(query, key, value, sequences, scaling, dropout, sliding_window)
     # all copies of a shared token have the same result
     return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
@@ -216,10 +216,15 @@ _capability = functools.cache(torch.cuda.get_device_capability)  # asked for by 
 
 
 def attend_ragged(
-    query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: SequenceBounds,
+    scaling: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """Attend for all samples at once by torch's FlashAttention; shapes are those of :func:`attend`."""
-    return cast(Tensor, RaggedAttention.apply(query, key, value, samples, scaling, sliding_window))
+    return cast(Tensor, RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window))
 
 
 class _Expand(torch.autograd.Function):
@@ -246,7 +251,7 @@ def attend_per_sample(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    samples: Samples,
+    sequences: SequenceBounds,
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
@@ -254,7 +259,7 @@ def attend_per_sample(
     """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
     if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
-    lengths = [end - start for start, end in itertools.pairwise(samples.bounds)]
+    lengths = [end - start for start, end in itertools.pairwise(sequences.bounds)]
     outputs = []
     for sample in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in sample)  # (1, heads, length, head_dim)
@@ -280,11 +285,11 @@ class RaggedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        samples: Samples,
+        sequences: SequenceBounds,
         scaling: float | None,
         sliding_window: int | None,
     ) -> Tensor:
-        bounds, longest, dropout, is_causal = samples.cu_seqlens, samples.longest, 0.0, sliding_window is None
+        bounds, longest, dropout, is_causal = sequences.cu_seqlens, sequences.longest, 0.0, sliding_window is None
         ctx.arguments = bounds, bounds, longest, longest, dropout, is_causal  # of queries and of keys
         window_left = -1 if sliding_window is None else sliding_window - 1  # -1: no limit
         ctx.options = {"scale": scaling, "window_size_left": window_left, "window_size_right": 0}
@@ -309,15 +314,17 @@ class VarlenAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, samples: Samples, scaling: float | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, scaling: float | None
+    ) -> Tensor:
         query, key, value = (states.contiguous() for states in (query, key, value))
-        n_queries, n_keys = len(samples.expanded.first_expanded), samples.bounds[-1]
+        n_queries, n_keys = len(sequences.expanded.first_expanded), sequences.bounds[-1]
         assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # loops do not check it
         attn_out = torch.empty_like(query)  # (n_tokens, n_heads, head_dim)
         lse = query.new_empty(query.shape[:2], dtype=torch.float32)  # (n_tokens, n_heads)
         ctx.scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-        sizes = len(samples.bounds) - 1, query.shape[1], *key.shape[1:]
-        ctx.shape_args = samples.cu_seqlens_q, samples.cu_seqlens, *sizes
+        sizes = len(sequences.bounds) - 1, query.shape[1], *key.shape[1:]
+        ctx.shape_args = sequences.cu_seqlens_q, sequences.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out

@@ -8,6 +8,7 @@ and compute what the fused functions do.
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
+import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
@@ -81,18 +82,45 @@ def choose_layers(model: Any) -> Fusion:
     return fusion
 
 
-def needs_autocast(causal_lm: Any, fusion: Fusion) -> bool:
-    """Whether float32 parameters train in layers of PEFT or transformers, which do not cast them by themselves."""
-    cast_params = {param for module in _embedding_and_head(causal_lm) for param in module.parameters()}
-    trainable = [(name, param) for name, param in causal_lm.named_parameters() if param.requires_grad]
-    is_flat = runs_flat(causal_lm.config)  # flat batches cast embedding and head
-    trains_uncast = any(not is_flat if param in cast_params else ".lora_" not in name for name, param in trainable)
-    return trains_uncast or any(fusion.linears.values())
+class Precision(NamedTuple):
+    """In which dtype a model computes products, and where autocast must see to it.
+
+    Attributes:
+        dtype: The dtype of the products.
+        autocasts_layers: Whether float32 parameters train in layers of PEFT or transformers, which do not cast them.
+        autocasts_whole: Whether autocast is on in transformers' own forward, which calls embedding and head too.
+    """
+
+    dtype: torch.dtype = torch.float32
+    autocasts_layers: bool = False
+    autocasts_whole: bool = False
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor of the loss in backward, divided out before a step: in fp16 small gradients would vanish.
+
+        The gradient of a sum over tokens is large already: 32 is enough, without dynamic loss scaling.
+        """
+        return 32.0 if self.dtype == torch.float16 else 1.0
+
+    def autocast(self, device: torch.device, whole: bool) -> torch.autocast:
+        """Return the context of a forward up to the last states, or of a ``whole`` one."""
+        enabled = self.autocasts_whole if whole else self.autocasts_layers
+        return torch.autocast(device.type, self.dtype if enabled else None, enabled=enabled)
 
 
-def trains_ends(causal_lm: Any) -> bool:
-    """Whether embedding or head train."""
-    return any(map(_trains, _embedding_and_head(causal_lm)))
+def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Precision:
+    """Choose where autocast is on while a model computes in a dtype."""
+    is_packed, ends = runs_flat(causal_lm.config), set(_embedding_and_head(causal_lm))
+    trains_ends = any(map(_trains, ends))
+    cast_params = {param for module in ends for param in module.parameters()}  # packed batches cast embedding and head
+    trains_uncast = any(
+        not is_packed if param in cast_params else ".lora_" not in name
+        for name, param in causal_lm.named_parameters()
+        if param.requires_grad
+    )
+    autocasts_layers = dtype != torch.float32 and (trains_uncast or any(fusion.linears.values()))
+    return Precision(dtype, autocasts_layers, autocasts_layers or (dtype != torch.float32 and trains_ends))
 
 
 def _embedding_and_head(causal_lm: Any) -> list[nn.Module]:

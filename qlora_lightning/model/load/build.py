@@ -108,7 +108,7 @@ def report_model(module: Any, fusion: Fusion) -> None:
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # build_model may be overridden
     reasons, config = [reason for reason in fusion.layers.values() if reason is not None], module.causal_lm.config
-    if module.autocast_dtype is not None and not reasons:  # under autocast no layer runs fused
+    if module.precision.autocasts_layers and not reasons:  # under autocast no layer runs fused
         reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),

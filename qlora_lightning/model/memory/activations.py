@@ -19,8 +19,8 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers import attention as flat
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.step.batch import most_positions
-from qlora_lightning.model.step.layout import samples_of_lengths
+from qlora_lightning.model.step.layout import sequences_of_lengths
+from qlora_lightning.model.step.packed import most_positions
 from qlora_lightning.support.console import quiet_loggers
 
 FLOAT = 4  # bytes of a float32
@@ -77,7 +77,7 @@ def _run_saved_bytes(causal_lm: Any, n_tokens: int, dtype: torch.dtype) -> int:
     adapters = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in trainable_tensors(body).items()}
     weights = [*body.parameters(), *body.buffers(), *adapters.values()]
     input_ids = torch.zeros(1, n_tokens, dtype=torch.long, device=device)
-    samples = samples_of_lengths([n_tokens]).to(device)
+    sequences = sequences_of_lengths([n_tokens]).to(device)
     options = {"attention_mask": flat.NO_MASK, "position_ids": input_ids}
     mode: Any = contextlib.nullcontext()
     if not runs_flat(causal_lm.config):  # transformers builds a mask and reads it, except for fake tensors
@@ -93,7 +93,7 @@ def _run_saved_bytes(causal_lm: Any, n_tokens: int, dtype: torch.dtype) -> int:
         if query.shape[-1] != value.shape[-1]:  # no kernel takes it
             return flat.flat_attention(module, query, key, value, mask, **options)
         query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-        return flat.attend_ragged(query, key, value, samples, None, None).unsqueeze(0), None
+        return flat.attend_ragged(query, key, value, sequences, None, None).unsqueeze(0), None
 
     for name in (flat.FLAT_ATTENTION, "sdpa"):
         AttentionInterface.register(name, attend)
@@ -101,7 +101,7 @@ def _run_saved_bytes(causal_lm: Any, n_tokens: int, dtype: torch.dtype) -> int:
         with (
             quiet_loggers(logging.CRITICAL, "bitsandbytes.autograd._functions", "torch._subclasses.fake_tensor"),
             saved_tensors_hooks(record, lambda x: x),
-            flat.flat_batch(flat.FlatBatch(samples)),
+            flat.flat_batch(flat.FlatBatch(sequences)),
             mode,
         ):
             functional_call(body, adapters, (input_ids,), {**options, "use_cache": False})

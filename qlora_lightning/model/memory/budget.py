@@ -1,5 +1,6 @@
 """How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -7,10 +8,10 @@ import torch
 from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
-from qlora_lightning.model.step.batch import format_locations, row_locations, samples_per_row
+from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import say_once, split_of_pass, trainer_of
+from qlora_lightning.support.trainer import say_once
 
 MicroBatchTokens = int | Literal["auto"]
 
@@ -30,7 +31,6 @@ class TokenBudget:
         checkpointing: Settings of :class:`~qlora_lightning.callbacks.GradientCheckpointing`, if a Trainer has it.
         fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
             number of tokens that it begins with.
-        running: The micro-batch that goes through the model now.
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
@@ -39,7 +39,6 @@ class TokenBudget:
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.tokens = self._unplanned
-        self.running: dict[str, Any] | None = None
         self.checkpointing: dict[str, Any] = {}
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._switched_to = Checkpointing()
@@ -76,23 +75,42 @@ class TokenBudget:
         switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
         self._switched_to = self.fits[0].choice
 
-    def lower(self, module: Any, words: str) -> None:
-        """Take less memory than ``running`` took: a fifth fewer tokens or, for a single row, the next checkpointing.
+    def lower(
+        self,
+        shortage: OutOfMemory,
+        causal_lm: Any,
+        *,
+        device: torch.device,
+        locate: Callable[[Sequence[int]], str],
+        is_sharded: bool,
+        quantization: str,
+        rank: int,
+    ) -> None:
+        """Take less memory than a micro-batch took: a fifth fewer tokens or, for a single row, the next checkpointing.
 
         Args:
-            module: The module in whose pass memory ran out.
-            words: The error's message.
+            shortage: What did not fit.
+            causal_lm: The transformers model.
+            device: Its device.
+            locate: Returns where rows are from, by their ids.
+            is_sharded: Whether other processes wait in their passes.
+            quantization: That of the base, for advice.
+            rank: Of this process.
 
         Raises:
             RowDoesNotFit: No choice is left.
+            UserError: The base is sharded.
         """
-        assert self.running is not None, "memory ran out in a micro-batch"
         torch.cuda.empty_cache()  # does nothing without one
         trim_malloc()  # on a CPU oneDNN maps its code outside the heap, which may have taken all memory
-        layout, tokens = self.running["layout"], self.running["input_ids"].numel()
-        rank = getattr(trainer_of(module), "global_rank", 0)
+        if is_sharded:
+            raise UserError(
+                f"Out of memory on {device} under a sharded base, whose other processes wait in their passes: set "
+                "model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
+            )
+        micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
         suffix = f" in process {rank}" if rank else ""
-        if len(layout.lengths) > samples_per_row(self.running):
+        if len(micro_batch.lengths) > (2 if micro_batch.pairs else 1):
             self.tokens = tokens * 4 // 5
             say(
                 f"Memory ran out{suffix} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
@@ -101,21 +119,18 @@ class TokenBudget:
         elif len(self.fits) > 1 and torch.is_grad_enabled():
             del self.fits[0]
             self.tokens = self.fits[0].tokens
-            self._switch_to_choice(module.causal_lm)
+            self._switch_to_choice(causal_lm)
             say(
                 f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.fits[0].choice}, by "
                 "about a third slower."
             )
         else:
-            data, split = split_of_pass(module)
-            location = format_locations(row_locations(data, layout.rows, split))
             # checkpointing does not help a pass without gradients
             checkpoints = self.fits[0].choice.checkpointed or not torch.is_grad_enabled()
-            on_cuda = module.device.type == "cuda"
-            remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
+            remedies = list_remedies(quantization, checkpoints=checkpoints, on_cuda=device.type == "cuda")
             raise RowDoesNotFit(
-                f"Out of memory on {module.device} in one row of {tokens:,} tokens ({location}): {words}. What is "
-                f"left: {remedies}."
+                f"Out of memory on {device} in one row of {tokens:,} tokens ({locate(micro_batch.rows)}): "
+                f"{shortage.reason}. What is left: {remedies}."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.batch import samples_of
+from qlora_lightning.model.step.packed import samples_of
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of

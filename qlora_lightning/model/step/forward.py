@@ -1,4 +1,4 @@
-"""Forward pass of a flat batch, up to the hidden states that predict its labels."""
+"""Forward pass of a micro-batch, up to the hidden states that predict its labels."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,11 @@ from torch import Tensor
 from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
 from qlora_lightning.model.layers.decoder_layer import prepare_layers
-from qlora_lightning.model.step.layout import Layout, add_noise
+from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
 
 
-def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *, fast: bool) -> Tensor:
+def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fast: bool) -> Tensor:
     """Compute the last hidden states that predict labels, ``(K, width)``, samples in the batch's order.
 
     A type that runs a row at a time gives their logits, ``(K, vocabulary)``, as
@@ -23,15 +23,15 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
 
     Args:
         causal_lm: The transformers model with its adapters.
-        layout: The batch's layout, on the model's device.
+        micro_batch: On the model's device.
         noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
         fast: Whether attention is fast, and adapters on a GPU are cast all at once.
     """
-    inputs: dict[str, Tensor] = {"input_ids": layout.input_ids}
+    inputs: dict[str, Tensor] = {"input_ids": micro_batch.input_ids}
     embedding = causal_lm.get_input_embeddings()
     if noise_alpha is not None or any(param.dtype != causal_lm.dtype for param in embedding.parameters()):
-        embeds = embedding(layout.input_ids).to(causal_lm.dtype)  # one that trains is in float32
-        embeds = embeds if noise_alpha is None else add_noise(embeds, layout.samples, noise_alpha)
+        embeds = embedding(micro_batch.input_ids).to(causal_lm.dtype)  # one that trains is in float32
+        embeds = embeds if noise_alpha is None else add_noise(embeds, micro_batch.sequences, noise_alpha)
         inputs = {"inputs_embeds": embeds}
     if "input_ids" not in inputs and getattr(causal_lm.config, "hidden_size_per_layer_input", None):
         raise UserError(
@@ -39,20 +39,20 @@ def compute_states(causal_lm: Any, layout: Layout, noise_alpha: float | None, *,
             "train, do not work with it."
         )
     if not runs_flat(causal_lm.config):
-        return torch.cat(list(_compute_rows(causal_lm, layout, inputs)))
-    layers = prepare_layers(causal_lm) if fast and layout.input_ids.is_cuda else {}
-    with flat_batch(FlatBatch(layout.samples, layers, fast)):
+        return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))
+    layers = prepare_layers(causal_lm) if fast and micro_batch.input_ids.is_cuda else {}
+    with flat_batch(FlatBatch(micro_batch.sequences, layers, fast)):
         hidden: Tensor = causal_lm.base_model(
-            **inputs, position_ids=layout.position_ids, attention_mask=NO_MASK, use_cache=False
+            **inputs, position_ids=micro_batch.position_ids, attention_mask=NO_MASK, use_cache=False
         ).last_hidden_state  # (1, n_tokens, width)
-    return hidden[0].index_select(0, layout.predict_index)
+    return hidden[0].index_select(0, micro_batch.predict_index)
 
 
-def _compute_rows(causal_lm: Any, layout: Layout, inputs: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _compute_rows(causal_lm: Any, micro_batch: MicroBatch, inputs: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """Yield the logits of each row's predictions, ``(k, vocabulary)``, by the model's own forward of one row."""
     takes_index = "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
-    indices = torch.split(layout.predict_index, list(layout.counts))
-    for (start, end), index in zip(pairwise(layout.samples.bounds), indices, strict=True):
+    indices = torch.split(micro_batch.predict_index, list(micro_batch.counts))
+    for (start, end), index in zip(pairwise(micro_batch.sequences.bounds), indices, strict=True):
         row, index = {name: tensor[:, start:end] for name, tensor in inputs.items()}, index - start
         options = {"logits_to_keep": index} if takes_index else {}
         logits: Tensor = causal_lm(**row, use_cache=False, **options).logits[0]

@@ -1,4 +1,4 @@
-"""The layout of a micro-batch: its computed tokens, and where they are. Built on the host, before the batch moves.
+"""A micro-batch: the tokens of a part of a batch that are computed, and where they are. It is made on the host.
 
 In a causal model the states of a token depend on it and on the tokens before it. So no loss depends on tokens after the
 last one that predicts a label. If samples begin with the same tokens (a system prompt, tool definitions, a prompt with
@@ -85,8 +85,8 @@ class Expansion(_DeviceMovable):
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(_DeviceMovable):
-    """Where the tokens of samples are in a stream, for attention.
+class SequenceBounds(_DeviceMovable):
+    """Where the tokens of each sample are in a stream, for attention.
 
     Attributes:
         bounds: Where each sample begins among the expanded tokens, and where the last ends.
@@ -107,46 +107,47 @@ class Samples(_DeviceMovable):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout(_DeviceMovable):
-    """The stream of a batch's computed tokens.
-
-    It detects that the batch has changed: a subclass or callback may replace its labels.
+class MicroBatch(_DeviceMovable):
+    """A part of a packed batch as the model computes it; ``compute_loss`` gets it.
 
     Attributes:
-        input_ids: ``(1, tokens)``.
-        position_ids: ``(1, tokens)``.
+        input_ids: The computed tokens, ``(1, n_tokens)``.
+        position_ids: Their positions, ``(1, n_tokens)``.
+        sequences: Where samples are among them.
         predict_index: The tokens that predict a label, ``(K,)``; samples in the order of the batch.
         targets: The label that each predicts, ``(K,)``.
         counts: How many of these each sample has.
-        samples: Where samples are.
-        lengths: How many tokens each sample has in the batch.
-        rows: The ids of the batch's rows.
-        origin: The batch's tensors, and the version of each: torch counts in-place writes.
+        rows: The ids of its rows, -1 for a dummy row; empty if the batch has none.
+        lengths: How many tokens each sample has in the batch, computed or not.
+        pairs: Whether two samples, the answers of a preference pair, are a row.
+        desirable: The verdict on each row's answer, ``(rows,)``; ``None`` if there are none.
+        kl: For ``kto`` the divergence that the whole batch estimates.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    sequences: SequenceBounds
     predict_index: Tensor
     targets: Tensor
     counts: tuple[int, ...]
-    samples: Samples
+    rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    rows: tuple[int, ...] = ()
-    origin: tuple[tuple[Tensor, int], ...] = ()
+    pairs: bool = False
+    desirable: Tensor | None = None
+    kl: Tensor | None = None
 
-    def bind(self, batch: Mapping[str, Any]) -> Self:
-        """Remember the batch, once it has moved."""
-        return dataclasses.replace(self, origin=_versions(batch))
+    @property
+    def labels(self) -> Tensor:
+        """The label that each computed token predicts, ``(1, n_tokens)``; -100 for none. They are shifted already."""
+        labels = torch.full_like(self.input_ids, IGNORED)
+        labels[0, self.predict_index] = self.targets
+        return labels
 
-    def matches(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a batch has not changed since :meth:`bind`."""
-        pairs = zip(self.origin, _versions(batch), strict=False)
-        return bool(self.origin) and all(a is b and a_version == b_version for (a, a_version), (b, b_version) in pairs)
-
-
-def _versions(batch: Mapping[str, Any]) -> tuple[tuple[Tensor, int], ...]:
-    tensors = [batch[name] for name in ("input_ids", "position_ids", "labels", "cu_seqlens")]
-    return tuple((tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+    def replace_targets(self, targets: Tensor) -> Self:
+        """Return the same with other labels to predict, ``(K,)``."""
+        if targets.shape != self.targets.shape:
+            raise ValueError(f"Targets have the shape {tuple(targets.shape)}: expected {tuple(self.targets.shape)}.")
+        return dataclasses.replace(self, targets=targets)
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class ComputedTokens:
         return np.concatenate(indices)
 
 
-def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layout:
-    """Lay a flat batch out for the model.
+def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> MicroBatch:
+    """Lay a packed batch out for the model.
 
     Args:
         batch: ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``. If it
@@ -199,20 +200,22 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Layou
         index = np.concatenate([np.arange(start + shared, start + length) for start, shared, length in spans])
         ids, positions, targets = ids[index], positions[index], targets[index]
     (predict_index,) = (targets != IGNORED).nonzero()
-    return Layout(
-        torch.from_numpy(ids)[None],
-        torch.from_numpy(positions)[None],
-        torch.from_numpy(predict_index),
-        torch.from_numpy(targets[predict_index]),
-        tuple(counts),
-        build_samples(computed),
-        tuple(lengths),
-        () if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(positions)[None],
+        sequences=bound_sequences(computed),
+        predict_index=torch.from_numpy(predict_index),
+        targets=torch.from_numpy(targets[predict_index]),
+        counts=tuple(counts),
+        rows=() if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
+        lengths=tuple(lengths),
+        pairs=bool(batch.get("pairs")),
+        desirable=batch.get("desirable"),
     )
 
 
-def build_samples(computed: ComputedTokens) -> Samples:
-    """Build the samples of a stream of computed tokens."""
+def bound_sequences(computed: ComputedTokens) -> SequenceBounds:
+    """Return where the samples of a stream of computed tokens are."""
     gather_index, bounds = computed.gather_index(), [0, *np.cumsum(computed.lengths).tolist()]
     bounds_q = [0, *np.cumsum(np.subtract(computed.lengths, computed.shared)).tolist()]
     cu_seqlens, cu_seqlens_q = torch.tensor(bounds, dtype=torch.int32), torch.tensor(bounds_q, dtype=torch.int32)
@@ -225,12 +228,12 @@ def build_samples(computed: ComputedTokens) -> Samples:
         torch.from_numpy(expanded_index[offsets[:-1]]),
         has_shared=len(gather_index) != computed.count,
     )
-    return Samples(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded)
+    return SequenceBounds(tuple(bounds), cu_seqlens, cu_seqlens_q, expanded)
 
 
-def samples_of_lengths(lengths: Sequence[int]) -> Samples:
-    """Build samples that are computed whole, one after the other."""
-    return build_samples(ComputedTokens(list(lengths), [0] * len(lengths), []))
+def sequences_of_lengths(lengths: Sequence[int]) -> SequenceBounds:
+    """Return where samples are that are computed whole, one after the other."""
+    return bound_sequences(ComputedTokens(list(lengths), [0] * len(lengths), []))
 
 
 def find_computed(
@@ -257,7 +260,7 @@ def find_computed(
     return ComputedTokens(lengths, shared, order)
 
 
-def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:
+def add_noise(embeddings: Tensor, sequences: SequenceBounds, alpha: float) -> Tensor:
     """Add NEFTune's noise to each token's embedding: ``U(-1, 1) · alpha / sqrt(L · width)``.
 
     L is the length of the token's sample, as in Jain et al. 2023 (algorithm 1); their code takes that of the padded
@@ -265,10 +268,10 @@ def add_noise(embeddings: Tensor, samples: Samples, alpha: float) -> Tensor:
 
     Args:
         embeddings: ``(1, tokens, width)``.
-        samples: The samples of the stream.
+        sequences: Where samples are in the stream.
         alpha: Strength of the noise.
     """
-    lengths = samples.cu_seqlens.diff()
+    lengths = sequences.cu_seqlens.diff()
     token_lengths = lengths.repeat_interleave(lengths, output_size=embeddings.shape[1])  # (tokens,)
     scale = alpha / (token_lengths * embeddings.shape[2]).float().sqrt()
     noise = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1).mul_(scale[:, None])

@@ -1,9 +1,11 @@
 """Next-token loss on labelled tokens only; a flat batch's ``(tokens, vocabulary)`` logits never exist all at once."""
 # mypy: allow-untyped-calls
 
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,30 +24,77 @@ _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of 
 _LOGIT_BYTES_OF_GPU = 128 << 20  # on a GPU: 512 such rows, whose products fill it
 
 
-class LossSums(NamedTuple):
+@dataclass(frozen=True, init=False, eq=False)
+class LossSums:
     """Sums over labelled tokens: they add up over batches, windows and ranks, as means would not.
 
+    For one more version it takes and has, with a warning, what it had before: ``nll_sum``, ``labelled_tokens``,
+    ``correct`` and ``logged``.
+
     Attributes:
-        nll_sum: Negative log-likelihood in nats, float32 scalar, with a gradient.
-        labelled_tokens: How many tokens were counted, int64 scalar.
-        correct: For how many of them the most likely token was the label, int64 scalar.
-        logged: More sums over the same tokens, by name: their means are logged beside the loss, one that is named
-            ``loss`` in its place. In training, with several processes, each step of each has the same names.
+        loss: The loss, by default the negative log-likelihood in nats; float32 scalar, with a gradient.
+        count: How many tokens were counted, int64 scalar: the mean loss is ``loss / count``.
+        metrics: More sums over the same tokens, by name, whose means are logged beside the loss. In training, with
+            several processes, each step of each has the same names.
     """
 
-    nll_sum: Tensor
-    labelled_tokens: Tensor
-    correct: Tensor
-    logged: Mapping[str, Tensor] = MappingProxyType({})
+    loss: Tensor
+    count: Tensor
+    metrics: Mapping[str, Tensor]
+
+    def __init__(
+        self,
+        loss: Tensor | None = None,
+        count: Tensor | None = None,
+        metrics: Mapping[str, Tensor] | Tensor = MappingProxyType({}),
+        logged: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        nll_sum: Tensor | None = None,
+        labelled_tokens: Tensor | None = None,
+        correct: Tensor | None = None,
+    ) -> None:
+        if isinstance(metrics, Tensor):  # correct was the third
+            correct, metrics = metrics, {}
+        if logged or not (nll_sum is None and labelled_tokens is None and correct is None):
+            _warn_of_old_names()
+            loss, count = loss if nll_sum is None else nll_sum, count if labelled_tokens is None else labelled_tokens
+            metrics = {**metrics, **({} if correct is None else {"token_accuracy": correct}), **logged}
+        if loss is None or count is None:
+            raise TypeError("LossSums takes a loss and a count.")
+        vars(self).update(loss=loss, count=count, metrics=metrics)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "correct":
+            _warn_of_old_names()
+            return self.metrics.get("token_accuracy", torch.zeros_like(self.count))
+        if name not in _OLD_NAMES:
+            raise AttributeError(f"LossSums has no {name}.")
+        _warn_of_old_names()
+        return getattr(self, _OLD_NAMES[name])
+
+    def detach(self) -> "LossSums":
+        """Return the same sums without their graph."""
+        metrics = {name: value.detach() for name, value in self.metrics.items()}
+        return LossSums(self.loss.detach(), self.count, metrics)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the count as ``labelled_tokens``, the loss and the metrics, by name.
+
+        Raises:
+            UserError: A metric has a name that is logged already.
+        """
+        if taken := _LOGGED_NAMES & self.metrics.keys():
+            raise UserError(f"LossSums.metrics has {min(taken)}, which is logged already: choose another name.")
+        return {"labelled_tokens": self.count, "loss": self.loss, **self.metrics}
 
 
-def sums_by_name(sums: LossSums, **more: Tensor) -> dict[str, Tensor]:
-    """Return sums by name, ``labelled_tokens`` and ``loss`` first, and ``more`` before those that are logged."""
-    own = {"labelled_tokens": sums.labelled_tokens, "loss": sums.nll_sum, **more}
-    reserved = {"labelled_tokens", "grad_norm", "perplexity", "token_accuracy"} & sums.logged.keys()
-    if reserved:
-        raise UserError(f"LossSums.logged has {min(reserved)}, which is logged already: choose another name.")
-    return own | dict(sums.logged)
+_LOGGED_NAMES = {"labelled_tokens", "loss", "grad_norm", "perplexity"}
+_OLD_NAMES = {"nll_sum": "loss", "labelled_tokens": "count", "logged": "metrics"}
+
+
+def _warn_of_old_names() -> None:
+    words = "has loss, count and metrics; nll_sum, labelled_tokens, correct and logged end with this version"
+    warnings.warn(f"LossSums {words}.", FutureWarning, stacklevel=3)
 
 
 class TokenStatistics:
@@ -66,15 +115,14 @@ class TokenStatistics:
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
-        accuracy = {"token_accuracy": sums.correct} if self.counts_tokens else {}
-        for name, value in sums_by_name(sums, **accuracy).items():
+        for name, value in sums.by_name().items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
         """Return the means of all sums.
 
-        They are ``loss`` (nats per labelled token) and those of ``logged``; over tokens also ``token_accuracy`` (share
-        of labelled tokens that were the most likely one) and ``perplexity``, the exponential of the loss.
+        They are ``loss`` (nats per labelled token) and those of ``metrics``; over tokens also ``perplexity``, the
+        exponential of the loss.
         """
         sums = self.sums
         if over_ranks:

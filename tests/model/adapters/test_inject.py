@@ -80,7 +80,7 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
     folder, given = request.getfixturevalue(base), copy.deepcopy(options)
     module = make_module(folder, quantization=quantization, lora_options=given)
     assert given == options  # PEFT writes into lists that it is handed
-    module.compute_loss(make_batch(vocabulary=20)).nll_sum.backward()
+    module.compute_loss(make_batch(vocabulary=20)).loss.backward()
     own = trainable_tensors(module.model)
     assert all(tensor.grad.any() for tensor in own.values())
     if options is TIED:

@@ -1,6 +1,6 @@
-"""A flat batch: its rows, their locations in the data, and how it is cut into parts of whole rows."""
+"""A packed batch, as a data module collates it: its rows, their locations in the data, and parts of whole rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
-# The tensors of a flat batch.
+# The tensors of a packed batch.
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
 _MAX_LISTED = 8  # rows in a message
@@ -46,8 +46,8 @@ def format_locations(locations: Sequence[str]) -> str:
     return (", ".join(locations[:_MAX_LISTED]) or "unknown") + suffix
 
 
-def is_flat(batch: Any) -> bool:
-    """Whether a batch is one flat stream that can be cut into rows: not if a collate function adds tensors."""
+def is_packed(batch: Any) -> bool:
+    """Whether a batch is one stream of samples that can be cut into rows: not if a collate function adds tensors."""
     if not isinstance(batch, Mapping):
         return False
     tensors = {name for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -60,19 +60,18 @@ def samples_per_row(batch: Mapping[str, Any]) -> int:
 
 
 def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cut a flat batch into one batch per row; return none for a batch of another kind."""
-    return cut_batch(batch, batch["cu_seqlens"].tolist(), max_tokens=0) if is_flat(batch) else []
+    """Cut a packed batch into one batch per row."""
+    return cut_batch(batch, max_tokens=0)
 
 
-def cut_batch(batch: Mapping[str, Any], cu_seqlens: Sequence[int], max_tokens: int) -> list[dict[str, Any]]:
-    """Cut a flat batch into parts of whole rows, in their order, each a flat batch.
+def cut_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
+    """Cut a packed batch into parts of whole rows, in their order, each a packed batch.
 
     Args:
         batch: The batch.
-        cu_seqlens: Start of each of its samples, and end of the last one, on the host.
         max_tokens: Most tokens of a part; a single row may have more.
     """
-    row_size, parts, start = samples_per_row(batch), [], 0
+    cu_seqlens, row_size, parts, start = batch["cu_seqlens"].tolist(), samples_per_row(batch), [], 0
     for sample in range(row_size, len(cu_seqlens) - 1, row_size):
         if cu_seqlens[sample + row_size] - cu_seqlens[start] > max_tokens:
             parts.append(_slice_samples(batch, start, sample, cu_seqlens))
@@ -81,20 +80,47 @@ def cut_batch(batch: Mapping[str, Any], cu_seqlens: Sequence[int], max_tokens: i
 
 
 def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: Sequence[int]) -> dict[str, Any]:
-    """Return the flat batch of samples ``start`` to ``end``, the latter excluded; tensors are views of the batch's."""
+    """Return the packed batch of samples ``start`` to ``end``, which is excluded; tensors are views of the batch's."""
     tokens = slice(cu_seqlens[start], cu_seqlens[end])
-    part = {name: value for name, value in batch.items() if name != "layouts"}
-    part |= {name: batch[name][:, tokens] for name in _PER_TOKEN}
+    part = dict(batch) | {name: batch[name][:, tokens] for name in _PER_TOKEN}
     part |= {name: batch[name][start:end] for name in _PER_ROW if name in batch}
     part["cu_seqlens"] = batch["cu_seqlens"][start : end + 1] - tokens.start
     return part
 
 
-def filler_of(batch: Mapping[str, Any], cu_seqlens: Sequence[int]) -> dict[str, Any]:
+def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first row without labels: an empty pass for a process that has fewer micro-batches than others."""
-    row = _slice_samples(batch, 0, samples_per_row(batch), cu_seqlens)
+    row = _slice_samples(batch, 0, samples_per_row(batch), batch["cu_seqlens"].tolist())
     labels, row_ids = torch.full_like(row["labels"], IGNORED), torch.full_like(row["row_ids"], -1)
     return {**row, "labels": labels, "row_ids": row_ids}
+
+
+def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Sequence[int]], str]) -> None:
+    """Reject a batch that is no packed one, and a token id that is not a row of the embedding.
+
+    A stop token at the end of a row is never embedded: only the loss would meet it, as a label.
+
+    Args:
+        batch: The batch.
+        vocabulary: Number of rows of the embedding.
+        locate: Returns where rows are from, by their ids.
+    """
+    if missing := [name for name in (*_PER_TOKEN, "cu_seqlens") if name not in batch]:
+        raise UserError(
+            f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one packed stream "
+            "of samples without padding, as InstructionDataModule makes it, or an own compute_loss."
+        )
+    token_ids = batch["input_ids"][0]
+    position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
+    if not len(position):
+        return
+    sample = int(torch.searchsorted(batch["cu_seqlens"].to(position), position, right=True)) - 1
+    row_ids = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()
+    raise UserError(
+        f"A token{f' of {locate(row_ids)}' if row_ids else ''} has the id {int(token_ids[position]):,}, and the base "
+        f"has embeddings only for ids below {vocabulary:,}: the tokenizer has tokens that the base lacks, such as a "
+        "stop token. Use the base's own tokenizer, or a base whose embedding was resized for this one."
+    )
 
 
 def most_positions(config: Any) -> int | None:

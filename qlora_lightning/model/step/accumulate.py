@@ -1,0 +1,194 @@
+"""From batches to the gradients of an optimizer step: the window, and passes that fit into memory.
+
+Each micro-batch gives the gradient of a *sum* of losses. At the end of the window the gradients are divided by its
+labelled tokens over all ranks: every token weighs the same, however the rows were cut into micro-batches and ranks.
+"""
+# mypy: allow-untyped-calls
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qlora_lightning.model.step.layout import MicroBatch
+from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
+
+Result = TypeVar("Result")
+
+
+class OutOfMemory(Exception):
+    """Memory ran out in a micro-batch, for a reason."""
+
+    def __init__(self, micro_batch: MicroBatch, reason: str) -> None:
+        super().__init__(reason)
+        self.micro_batch, self.reason = micro_batch, reason
+
+
+class Passes(Protocol):
+    """What passes over a batch take from a :class:`~qlora_lightning.model.module.QLoRAModule`."""
+
+    def micro_batches(self, batch: Any) -> Iterable[Any]:
+        """Cut a packed batch into parts that fit into memory; another batch is its only part."""
+
+    def compute_loss(self, batch: Any) -> LossSums:
+        """Sum the loss over a micro-batch."""
+
+    def take_less_memory(self, shortage: OutOfMemory) -> None:
+        """Make the next micro-batches take less memory, or raise."""
+
+
+class Window:
+    """The batches of one optimizer step: the gradients of their sums, and the sums.
+
+    Attributes:
+        batches: The batches of this process in the open window.
+        row_ids: Their rows.
+        micro_batches: Number of their micro-batches.
+        counts: Numbers of this process, by name, which are added up over all ranks together with the gradients:
+            ``tokens``, and votes.
+        totals: ``counts`` and ``labelled_tokens`` of the last step, over all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._names: list[list[str]] = []  # of the sums in the first step, by rank
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self.batches: list[Any] = []
+        self.counts: dict[str, float] = {"tokens": 0}
+        self._clear_sums()
+
+    def _clear_sums(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.metrics
+        self.micro_batches = 0
+        self.row_ids: list[int] = []
+
+    def accumulate(self, batch: Any, passes: Passes, model: nn.Module, loss_scale: float) -> Tensor:
+        """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
+
+        If memory runs out, the whole window is computed again in smaller parts.
+        """
+        if not self.batches:
+            model.zero_grad(set_to_none=True)
+        self.batches.append(batch)
+        if "input_ids" in batch:
+            self.counts["tokens"] += batch["input_ids"].numel()
+        remaining = [batch]
+        while True:
+            try:
+                for each in remaining:
+                    mean = self._add_gradients(each, passes, loss_scale)
+                return mean
+            except OutOfMemory as error:
+                shortage = error
+            passes.take_less_memory(shortage)
+            model.zero_grad(set_to_none=True)
+            self._clear_sums()
+            remaining = self.batches
+
+    def _add_gradients(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
+        loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+
+        def backpropagate(micro_batch: Any) -> LossSums:
+            sums = passes.compute_loss(micro_batch)
+            (sums.loss * loss_scale).backward()
+            return sums.detach()  # without the graph, which holds casts of the adapters
+
+        for micro_batch in passes.micro_batches(batch):
+            sums = _compute(backpropagate, micro_batch)
+            loss, count = loss + sums.loss, count + sums.count
+            for name, value in sums.by_name().items():
+                self._sums[name] = value + self._sums.get(name, 0)
+            self.micro_batches += 1
+            self.row_ids += _rows_of(micro_batch)
+        return loss / count.clamp(min=1)
+
+    # ---- votes: yes or no of each rank, which travel with the gradients ----------------------------------------------
+
+    def vote(self, question: str, answer: bool) -> None:
+        """Answer a question for this rank, by ``on_after_backward`` at the latest."""
+        self.counts[question] = float(answer)
+
+    def any_voted(self, question: str) -> bool:
+        """Whether any rank has answered yes before the last optimizer step."""
+        return self.totals[question] > 0
+
+    # ---- the end of the window ---------------------------------------------------------------------------------------
+
+    def divide_gradients(
+        self, parameters: Iterable[nn.Parameter], factor: float, *, over_ranks: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Turn accumulated gradients into those of the window's mean loss; return what is logged, and ``totals``.
+
+        Logged are ``loss``, ``grad_norm`` (before clipping) and the means of ``LossSums.metrics``. ``factor`` undoes a
+        scale of the gradients; ``over_ranks`` means that they and all sums are added up over several ranks.
+        """
+        if over_ranks:  # every rank has gradients of the same parameters, even if only one has used them
+            parameters = list(parameters)
+            for param in parameters:
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+            self._check_names()
+        grads = [param.grad for param in parameters if param.grad is not None]
+        sums = torch.stack([value.double() for value in self._sums.values()])
+        counts = torch.tensor(list(self.counts.values()), dtype=torch.float64)
+        sums = torch.cat([sums, counts.to(sums.device, non_blocking=True)])
+        if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
+            torch.distributed.all_reduce(sums)
+            all_grads = torch.cat([grad.reshape(-1) for grad in grads])
+            torch.distributed.all_reduce(all_grads)
+            slices = torch.split(all_grads, [grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [reduced.view_as(grad) for reduced, grad in zip(slices, grads, strict=True)])
+        tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
+        if grads:
+            torch._foreach_mul_(grads, (factor / tokens).float())
+        means = dict(zip([*self._sums][1:], (sums[1:] / tokens).float(), strict=False))
+        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[len(self._sums) :], strict=True))}
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(means["loss"])
+        return {**means, "grad_norm": norm}, totals
+
+    def _check_names(self) -> None:
+        """Reject sums with other names than on other ranks, or than before: they would be added up as one another."""
+        names = [*self._sums]
+        if not self._names:  # the first step: all ranks are here
+            self._names = [names] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(self._names, names)
+        if other := [rank_names for rank_names in self._names if rank_names != names]:
+            raise UserError(
+                f"LossSums.metrics has the names {', '.join(names)} here, and {', '.join(other[0])} in another process "
+                "or an earlier step: with several processes return the same ones each time, 0 for none."
+            )
+
+
+def compute_parts(batch: Any, passes: Passes, compute: Callable[[Any], Result]) -> list[Result]:
+    """Compute without gradients for each micro-batch; if memory runs out, start over with smaller ones."""
+    while True:
+        try:
+            return [_compute(compute, micro_batch) for micro_batch in passes.micro_batches(batch)]
+        except OutOfMemory as error:
+            shortage = error
+        passes.take_less_memory(shortage)
+
+
+def _compute(function: Callable[[Any], Result], micro_batch: Any) -> Result:
+    """Return a function's result.
+
+    Raises:
+        OutOfMemory: Memory ran out in a micro-batch; a batch of another kind cannot be cut.
+    """
+    try:
+        return function(micro_batch)
+    except Exception as error:
+        if not is_out_of_memory(error) or not isinstance(micro_batch, MicroBatch):
+            raise
+        reason = reason_of(error)
+    raise OutOfMemory(micro_batch, reason)  # not in the handler: the error's traceback holds the activations
+
+
+def _rows_of(micro_batch: Any) -> list[int]:
+    if isinstance(micro_batch, MicroBatch):
+        return list(micro_batch.rows)
+    return list(micro_batch["row_ids"].tolist()) if "row_ids" in micro_batch else []

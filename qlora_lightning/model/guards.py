@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -41,12 +41,15 @@ _REJECTED_CALLBACKS: tuple[tuple[tuple[type[Callback], ...], str], ...] = (
     ((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
     ((GradientAccumulationScheduler,), "changes how many steps an epoch has: the learning rate would fall too late"),
 )
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
 
 
-def check_setup(module: Any) -> None:
+def check_setup(module: "QLoRAModule") -> None:
     """Check the checkpoint and the data of a run, before anything is loaded."""
     # Lightning warns of this hook beside a data module that has none of its own.
     warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
@@ -60,7 +63,7 @@ def check_setup(module: Any) -> None:
         )
 
 
-def check_start(module: Any) -> None:
+def check_start(module: "QLoRAModule") -> None:
     """Check a module and its Trainer before the model is built."""
     trainer = trainer_of(module)
     if trainer is None:
@@ -120,7 +123,7 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
-def has_no_loss(module: Any) -> bool:
+def has_no_loss(module: "QLoRAModule") -> bool:
     """Report whether a row of this validation did not fit into memory on any rank; every rank must call it."""
     faults = gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
     if faults:
@@ -183,7 +186,7 @@ class TrainingGuard(Callback):
 
     def check_step(
         self,
-        pl_module: Any,
+        pl_module: "QLoRAModule",
         optimizer: torch.optim.Optimizer,
         means: Mapping[str, Tensor],
         totals: Mapping[str, Tensor],
@@ -216,14 +219,16 @@ class TrainingGuard(Callback):
         if not self.checks_due:
             self._zeros.clear()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        if pl_module.window.batches:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if cast("QLoRAModule", pl_module).window.batches:
             raise RuntimeError(
                 f"{type(pl_module).__name__} overrides `optimizer_step` without `super().optimizer_step(…)`, which "
                 "divides the gradients of a sum by its labelled tokens."
             )
 
-    def _stop(self, pl_module: Any, optimizer: torch.optim.Optimizer, quantity: str) -> None:
+    def _stop(self, pl_module: "QLoRAModule", optimizer: torch.optim.Optimizer, quantity: str) -> None:
         """Stop the run, and name the rows of the step; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
         rows = format_locations(gather_lists(trainer, row_locations(datamodule_of(trainer), pl_module.window.row_ids)))
@@ -248,7 +253,7 @@ class TrainingGuard(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        module: Any = pl_module
+        module = cast("QLoRAModule", pl_module)
         self.checks_due = True  # an evaluation pass may have changed what trains
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and not loss.isfinite() and not module.statistics.fault:

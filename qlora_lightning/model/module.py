@@ -141,7 +141,9 @@ class QLoRAModule(lightning.LightningModule):
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         inject.check_adapter_settings(rank, alpha, dropout)
-        optimizers.check_optimization(self)
+        optimizers.check_optimization(optimizer, learning_rate, weight_decay, loraplus_ratio)
+        optimizers.check_schedule(schedule, warmup_ratio)
+        forward.check_noise(neftune_alpha)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
@@ -447,7 +449,11 @@ class QLoRAModule(lightning.LightningModule):
         return optimizers.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer, schedule = optimizers.build_optimizer(self)
+        choice = self.optimizer_config, self.learning_rate, self.weight_decay
+        optimizer_class, arguments = optimizers.choose_optimizer(*choice)
+        optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
+        steps = trainers.planned_steps(self.trainer)
+        schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

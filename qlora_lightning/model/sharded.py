@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -28,12 +28,15 @@ from qlora_lightning.model.step.layout import sequences_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
 
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
+
 _BYTE = torch.float8_e4m3fn  # dtype in which packed bytes are gathered: FSDP2 of torch 2.11 takes floating dtypes only
 _BODY, _HEAD, _DONE = range(3)  # a process's next collective pass: the smallest of all processes runs first
 
 
 @contextlib.contextmanager
-def collective_passes(module: Any) -> Iterator[None]:
+def collective_passes(module: "QLoRAModule") -> Iterator[None]:
     """Let each process run as many forward passes without gradients as it likes, even if the base is sharded.
 
     Such a pass gathers layers, which takes all processes: inside this context a process announces each pass, and those
@@ -245,7 +248,7 @@ class ShardedDDPStrategy(DDPStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """Shard the base as soon as ``configure_model``, which runs inside, has loaded it on the CPU."""
         yield
-        module: Any = self.lightning_module
+        module = cast("QLoRAModule", self.lightning_module)
         if module.sharded_base is not None:
             return
         module.sharded_base = ShardedBase(module.causal_lm, dist.new_group(), self.root_device, self.offload)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_co
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once
 from qlora_lightning.support.versions import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 
 Change = tuple[str, Any, Any]
 """A setting's name, its value in the checkpoint, and its value now."""
@@ -36,7 +39,7 @@ class ExactResume(Callback):
         self._checkpoint: dict[str, Any] | None = None  # being restored, until the first batch
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        module: Any = pl_module
+        module = cast("QLoRAModule", pl_module)
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
             "settings": plain_settings(checkpoint.pop("hyper_parameters", {})),
@@ -74,7 +77,7 @@ class ExactResume(Callback):
             _apply_current_settings(trainer, self._checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module: Any = pl_module
+        module = cast("QLoRAModule", pl_module)
         module.window.clear()  # a search for a learning rate, or a failed fit, may have ended inside a window
         _align_validations(trainer)
         if self._checkpoint is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
 import peft
@@ -21,6 +21,9 @@ from qlora_lightning.model.layers.fuse import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, empty_model, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.support.trainer import say_once
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 
 
 def assemble_model(
@@ -102,7 +105,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     return model
 
 
-def report_model(module: Any, fusion: Fusion) -> None:
+def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
     """Print what to know about the device, what trains, and why layers do not run fused."""
     names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     trainable, total = count_parameters(module.model)

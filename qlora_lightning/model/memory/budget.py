@@ -1,7 +1,7 @@
 """How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,6 +12,9 @@ from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import say_once
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 
 MicroBatchTokens = int | Literal["auto"]
 
@@ -43,7 +46,7 @@ class TokenBudget:
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._switched_to = Checkpointing()
 
-    def plan(self, module: Any) -> None:
+    def plan(self, module: "QLoRAModule") -> None:
         """Begin a fit: under ``auto`` choose by the formula, before any weight is downloaded or loaded.
 
         See :func:`~qlora_lightning.model.memory.fit.plan_fits`.

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 import torch
@@ -22,6 +22,9 @@ from qlora_lightning.model.step.packed import samples_of
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 
 TOKENS_OF_A_CPU = 8192  # more make its products no faster
 USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula omits
@@ -62,7 +65,7 @@ def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[C
 
 
 def plan_step(
-    module: Any, config: Any, dtype: torch.dtype, processes: int, sharded_offload: bool | None
+    module: "QLoRAModule", config: Any, dtype: torch.dtype, processes: int, sharded_offload: bool | None
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
@@ -84,7 +87,7 @@ def plan_step(
     return model, build_step_memory(model, dtype, **settings)
 
 
-def plan_fits(module: Any, choices: Sequence[Checkpointing]) -> list[Fit] | None:
+def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[Fit] | None:
     """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
     ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not run on the meta device.

@@ -1,6 +1,7 @@
 """Forward pass of a micro-batch, up to the hidden states that predict its labels."""
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,12 @@ from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batc
 from qlora_lightning.model.layers.decoder_layer import prepare_layers
 from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
+
+
+def check_noise(alpha: float | None) -> None:
+    """Reject a strength of NEFTune's noise that is none."""
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
 
 
 def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fast: bool) -> Tensor:

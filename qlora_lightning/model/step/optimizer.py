@@ -14,26 +14,23 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import planned_steps
 
 ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]
 
 
-def check_optimization(module: Any) -> None:
-    """Reject settings of the optimizer and its schedule, before minutes of loading."""
-    optimizer_class, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
-    if module.optimizer_config is not None:
+def check_optimization(
+    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float, loraplus_ratio: float | None
+) -> None:
+    """Reject settings of the optimizer, before minutes of loading."""
+    optimizer_class, arguments = choose_optimizer(choice, learning_rate, weight_decay)
+    if choice is not None:
         try:
             optimizer_class([nn.Parameter(torch.zeros(1, 1))], **{**arguments, "lr": 1e-4})
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer {optimizer_class.__name__} rejects its init_args: {error}") from error
-    check_schedule(module.schedule, module.warmup_ratio)
-    ratio, alpha = module.loraplus_ratio, module.neftune_alpha
-    if ratio is not None and not 1 <= ratio < math.inf:
-        raise UserError(f"model.loraplus_ratio is {ratio:g}: expected 1 or more, such as 16, or null.")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
+    if loraplus_ratio is not None and not 1 <= loraplus_ratio < math.inf:
+        raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
 
 
 def choose_learning_rate(choice: LearningRate, width: int) -> float:
@@ -43,19 +40,6 @@ def choose_learning_rate(choice: LearningRate, width: int) -> float:
     Machines 2025, "LoRA Without Regret"). For 70B this is 1.2e-4, for Llama-3.2-1B 3.4e-4, for SmolLM2-135M 9.2e-4.
     """
     return 2e-4 * (4096 / width) ** 0.78 if choice == "auto" else choice
-
-
-def build_optimizer(module: Any) -> tuple[Optimizer, LRScheduler]:
-    """Build the optimizer of a module over its parameter groups, and its schedule."""
-    optimizer_class, arguments = choose_optimizer(module.optimizer_config, module.learning_rate, module.weight_decay)
-    optimizer = optimizer_class(module.parameter_groups(), **arguments)  # groups keep their own rates
-    steps = planned_steps(module.trainer)
-    if not steps:
-        raise UserError(
-            "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
-            "trainer.limit_train_batches to 0."
-        )
-    return optimizer, build_schedule(optimizer, module.schedule, steps, module.warmup_ratio)
 
 
 def choose_optimizer(
@@ -138,7 +122,7 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
 
 
 def build_schedule(
-    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int | None, warmup_ratio: float
 ) -> LRScheduler:
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
@@ -146,6 +130,11 @@ def build_schedule(
     ``warmup_ratio`` of the steps, rounded up, the rate rises from 0; there is no warmup of less than one step, in which
     nothing would move.
     """
+    if not total_steps:
+        raise UserError(
+            "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
+            "trainer.limit_train_batches to 0."
+        )
     name, arguments = check_schedule(choice, warmup_ratio)
     warmup = warmup_ratio * total_steps
     schedule: LRScheduler = get_scheduler(

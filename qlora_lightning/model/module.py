@@ -161,8 +161,6 @@ class QLoRAModule(lightning.LightningModule):
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimization.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_autocast()
-        if self._device_of_process().type == "cpu":
-            machine.tune_malloc()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
         trainable = inject.trainable_tensors(self)
         tensors = [*self.named_parameters(), *self.named_buffers()]

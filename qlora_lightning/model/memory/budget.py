@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.batch import format_locations, row_locations, samples_per_row
@@ -88,7 +87,6 @@ class TokenBudget:
         """
         assert self.running is not None, "memory ran out in a micro-batch"
         torch.cuda.empty_cache()  # does nothing without one
-        trim_malloc()  # on a CPU oneDNN maps its code outside the heap, which may have taken all memory
         layout, tokens = self.running["layout"], self.running["input_ids"].numel()
         rank = getattr(trainer_of(module), "global_rank", 0)
         suffix = f" in process {rank}" if rank else ""

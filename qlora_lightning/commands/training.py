@@ -46,7 +46,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # Functions of Lightning and of ours that put back what a checkpoint holds.
 _RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}
-_RESTORING |= {"_apply_current_settings", "restore_generators"}
+_RESTORING |= {"_check_optimizers", "restore_generators"}
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 

@@ -172,8 +172,6 @@ class QLoRAModule(lightning.LightningModule):
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_precision()
-        if self._device_of_process().type == "cpu":
-            machine.tune_malloc()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
         trainable = inject.trainable_tensors(self)
         tensors = [*self.named_parameters(), *self.named_buffers()]

@@ -82,4 +82,5 @@ def test_the_command_line_beats_the_config_and_what_differs_is_printed(command, 
     checkpoint = equality.read_checkpoint(tmp_path / "run")
     (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert group["weight_decay"] == 0.5
+    assert checkpoint["lr_schedulers"][0]["base_lrs"] == [group["initial_lr"]] == [0.125]
     assert "hyper_parameters" not in checkpoint  # it would beat the command line

@@ -76,6 +76,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     parts = step.parts(pass_tokens, fit.choice)
     if is_cuda:
         notes.append("Figures for GPUs are an estimate: no GPU has measured them.")
+        if not step.is_fused:
+            notes.append("Layers of PEFT and transformers have no formula: what they keep is an estimate, chosen high.")
     else:
         parts = {part: parts[part] for part in _CPU_PARTS}
     n_trainable, n_parameters = count_parameters(model)

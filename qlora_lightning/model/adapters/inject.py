@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -138,7 +139,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 @contextlib.contextmanager
 def with_adapter(model: Any, name: str | None) -> Iterator[None]:
     """Switch to another adapter, or to none; afterwards restore the adapter and which tensors train."""
-    active, was_enabled = model.active_adapter, model.get_model_status().enabled is not False
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active, was_enabled = model.active_adapter, not all(layer.disable_adapters for layer in layers)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if name is None:

@@ -37,6 +37,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._checkpoint: dict[str, Any] | None = None  # being restored, until the first batch
+        self._groups: list[dict[str, Any]] = []  # of the optimizers, by the config
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module = cast("QLoRAModule", pl_module)
@@ -74,13 +75,15 @@ class ExactResume(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
-            _apply_current_settings(trainer, self._checkpoint)
+            _check_optimizers(trainer, self._checkpoint)
+            self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
         module.window.clear()  # a search for a learning rate, or a failed fit, may have ended inside a window
         _align_validations(trainer)
         if self._checkpoint is not None:
+            _apply_current_settings(trainer, self._groups)
             # Lightning may first end an epoch that was validated before: early stopping then reads these.
             monitored = self._checkpoint[KEY]["monitored"]
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
@@ -214,35 +217,34 @@ def _optimizer_classes(trainer: Any) -> list[str]:
     return [f"{type(optimizer).__module__}.{type(optimizer).__qualname__}" for optimizer in trainer.optimizers]
 
 
-def _apply_current_settings(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Put the current settings into the states from which optimizers and schedules are about to be restored.
-
-    torch restores learning rate and weight decay together with the moments: a new ``model.learning_rate`` would change
-    nothing. The rates of a schedule other than transformers' stay the checkpoint's.
-
-    Raises:
-        UserError: An optimizer is of another class, which cannot use the state.
-    """
+def _check_optimizers(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Reject a checkpoint of optimizers of another class, or of other shapes: neither could use its state."""
     stored_classes, classes = checkpoint[KEY]["optimizers"], _optimizer_classes(trainer)
     if stored_classes != classes:
         raise UserError(
             f"The optimizer was {', '.join(stored_classes)} and is {', '.join(classes)}, which cannot continue from "
             "that state: put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
         )
-    states = checkpoint["optimizer_states"]
-    for optimizer, state in zip(trainer.optimizers, states, strict=True):
+    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         _check_moments(optimizer, state)
-        skipped = ("params", "lr", "initial_lr")
-        # another number of groups is rejected by torch
-        for group, configured in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            group.update({name: value for name, value in configured.items() if name not in skipped})
-    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=False):
-        schedule = config.scheduler
+
+
+def _apply_current_settings(trainer: Any, configured: Sequence[Mapping[str, Any]]) -> None:
+    """Set what Lightning has restored with the moments back to the config: decay, betas, rates of the schedule.
+
+    Else a new ``model.learning_rate`` would change nothing. The rates of a schedule other than transformers' stay the
+    checkpoint's.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for group, settings in zip(groups, configured, strict=True):
+        group.update({**settings, "lr": group["lr"]})
+    for optimizer in trainer.optimizers:  # of a step's number torch keeps a tensor where `fused` and `foreach` read it
+        optimizer.load_state_dict(optimizer.state_dict())
+    for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
         if isinstance(schedule, LambdaLR):  # its rates depend on the step alone, as transformers' do
-            groups = states[trainer.optimizers.index(schedule.optimizer)]["param_groups"]
-            for group, base_lr, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
-                group.update(initial_lr=base_lr, lr=base_lr * factor(state["last_epoch"]))
-            state["base_lrs"] = schedule.base_lrs
+            schedule.base_lrs = [group["initial_lr"] for group in schedule.optimizer.param_groups]
+            for group, factor in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
 
 
 def _check_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:

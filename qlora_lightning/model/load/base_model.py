@@ -28,7 +28,7 @@ from qlora_lightning.base.cache import Json, cached_folder
 from qlora_lightning.base.tensors import check_loaded, save_model
 from qlora_lightning.model.anatomy import check_experts, check_type
 from qlora_lightning.model.layers.fuse import attention_of
-from qlora_lightning.model.load.machine import free_bytes, trim_malloc
+from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 
@@ -89,7 +89,6 @@ def load_base(
         for module in model.modules():
             if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
-    trim_malloc()  # the copies in 16 and 32 bits that quantization made
     freeze(model)
     if plain_scales and torch.device(device).type == "cpu":  # a GPU takes nested scales in the same launch
         unnest_scales(model)

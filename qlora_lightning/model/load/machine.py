@@ -1,7 +1,6 @@
 """The machine: its dtypes, its memory and its allocator."""
 
 import contextlib
-import ctypes
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -100,28 +99,3 @@ def _free_bytes_of_cgroups() -> list[int]:
                 used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])  # cached files make way
                 free.append(int(limit) - used)
     return free
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MMAP_THRESHOLD_BYTES = 1 << 28  # larger than any tensor of a step but a very long batch's
-
-
-def tune_malloc() -> None:
-    """Keep freed blocks for the next ones of their size; does nothing without glibc.
-
-    A step on the CPU asks for the same blocks again and again. Fresh pages from the system must be zeroed first: an
-    element-wise operation on a few MiB takes ten times as long then (measured).
-    """
-    if not _call_glibc("mallopt", _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES):
-        _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 25)  # the maximum of an older glibc
-    _call_glibc("mallopt", _M_TRIM_THRESHOLD, -1)  # never trim
-
-
-def trim_malloc() -> None:
-    """Return freed blocks to the system; does nothing without glibc."""
-    _call_glibc("malloc_trim", 0)
-
-
-def _call_glibc(name: str, *arguments: int) -> int:
-    function = getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
-    return 0 if function is None else int(function(*arguments))

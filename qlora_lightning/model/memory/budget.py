@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qlora_lightning.model.load.machine import trim_malloc
 from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
@@ -105,7 +104,6 @@ class TokenBudget:
             UserError: The base is sharded.
         """
         torch.cuda.empty_cache()  # does nothing without one
-        trim_malloc()  # on a CPU oneDNN maps its code outside the heap, which may have taken all memory
         if is_sharded:
             raise UserError(
                 f"Out of memory on {device} under a sharded base, whose other processes wait in their passes: set "

@@ -19,7 +19,6 @@ from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.packed import samples_of
-from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 
@@ -90,10 +89,10 @@ def plan_step(
 def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[Fit] | None:
     """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
-    ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not run on the meta device.
+    ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not work on the meta device.
 
     Raises:
-        UserError: The longest row does not fit on the GPU with any choice.
+        UserError: The longest row does not fit on the GPU with any choice, by a formula and not an estimate.
     """
     if module.overrides("build_model"):
         return None
@@ -107,13 +106,7 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
-    try:
-        _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload)
-    except UserError:
-        raise
-    except Exception as error:  # code of transformers or bitsandbytes that does not run on the meta device
-        say(f"Memory is not planned: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        return None
+    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload)
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # a preference pair counts both answers
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
@@ -122,7 +115,7 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     fits = find_fits(step, (USABLE if on_gpu else _USABLE_ON_CPU) * memory, longest, choices)
     if not on_gpu:  # for a CPU the formula only tells whether memory is short
         return [fit._replace(tokens=min(fit.tokens or longest, TOKENS_OF_A_CPU)) for fit in fits]
-    if not fits[0].tokens:
+    if not fits[0].tokens and step.is_fused:  # else that is an estimate, and the longest row is tried
         choice = fits[0].choice
         planned, fixed = sum(step.parts(longest, choice).values()), sum(step.fixed.values())
         remedies = list_remedies(module.quantization, checkpoints=choice.checkpointed, on_cuda=True)
@@ -132,4 +125,4 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
             f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. A number as "
             "model.micro_batch_tokens tries it without a plan."
         )
-    return fits
+    return [fit._replace(tokens=fit.tokens or longest) for fit in fits]

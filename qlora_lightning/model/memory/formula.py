@@ -10,8 +10,11 @@
 For Llama-3.1-8B with rank 8 a layer saves 94,456 bytes a token, or with checkpointing 8,192, its input. The workspace
 of a layer is a hidden state, its output or the gradient of it, an MLP's state and a dense weight; if it is checkpointed
 also what it saves. (In a long stream, whose MLP is computed in pieces, attention's backward takes more: see
-attention_bytes.) That of the head is three hidden states (what the last norm saves, what predicts labels, the gradient)
-and the logits of some tokens.
+_attention_bytes.) That of the head is three hidden states (what the last norm saves, what predicts labels, the
+gradient) and the logits of some tokens.
+
+Layers that do not run fused are those of transformers and PEFT, and have no formula: what they save is an estimate,
+chosen high (_plain_saved_bytes).
 
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
 memory that is left free; keys and values repeated for all heads, on GPUs before compute capability 8.0 and in float32;
@@ -23,21 +26,23 @@ it only tells whether memory is short.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
-from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS
-from qlora_lightning.model.memory.activations import FLOAT, attention_bytes, count_saved, is_fused
+from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
 from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 
+FLOAT = 4  # bytes of a float32
 CONTEXT_BYTES = 600_000_000  # bytes of CUDA's context and kernels: some 300 to 600 MB, by GPU
 _CUBLAS_BYTES = 2 * 32 << 20  # workspaces of the threads of forward and backward: 32 MiB each on 9.0, 8 on others
 _ROUNDED = 0.03  # of what trains: a block may be up to 1 MiB larger than asked for
@@ -148,14 +153,60 @@ def build_step_memory(
         logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
         holds_logits=not runs_flat(causal_lm.config),
         layers=len(layers),
-        saved=count_saved(causal_lm, layers, dtype),
+        saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
         mlp=max(map(max, sizes)) * dtype.itemsize,
-        is_fused=is_fused(layers[-1]),
-        attention=attention_bytes(layers[-1], dtype) if is_fused(layers[-1]) else 0,
+        is_fused=_is_fused(layers[-1]),
+        attention=_attention_bytes(layers[-1], dtype) if _is_fused(layers[-1]) else 0,
         dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,
     )
+
+
+def _is_fused(layer: nn.Module) -> bool:
+    return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
+
+
+def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
+    """Return the bytes per token that a layer saves for backward."""
+    if not _is_fused(layer):
+        return _plain_saved_bytes(config, layer, dtype)
+    attention = layer.self_attn
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    heads = queries // attention.head_dim
+    ranks = sum(sum(module.r.values()) for module in layer.modules() if isinstance(module, LoraLayer))
+    # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
+    elements = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
+    floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
+    if hasattr(attention, "q_norm"):  # queries and keys before their norms
+        elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
+    return float(elements * dtype.itemsize + floats * FLOAT)
+
+
+def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> float:
+    """Estimate the bytes per token that a layer of transformers and PEFT saves for backward, and rather too many.
+
+    Inputs and outputs of all linears of the base twice, once for what is made of them, and eight hidden states in
+    float32, for norms; for a type that runs a row at a time, with scores or recurrent states, double. Autograd keeps 46
+    to 80 % of it in the shapes that come with the recipes, with or without dropout.
+    """
+    modules = [module for name, module in layer.named_modules() if ".lora_" not in name]
+    sizes = [linear_sizes(module) for module in modules if isinstance(module, LINEARS)]
+    n_experts = getattr(config, "num_experts_per_tok", None) or 8  # which a token takes
+    experts = [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]
+    states = sum(map(sum, sizes)) + n_experts * sum(map(sum, experts))
+    saved = 2 * states * dtype.itemsize + 8 * config.hidden_size * FLOAT
+    return float(saved if runs_flat(config) else 2 * saved)
+
+
+def _attention_bytes(layer: Any, dtype: torch.dtype) -> int:
+    """Return the bytes per token that FlashAttention's backward takes in a fused layer.
+
+    These are the gradients of its output and of queries, those summed in float32, gradients of keys and values for all
+    heads of queries, and their sums.
+    """
+    queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
+    return int((4 * queries + 2 * keys) * dtype.itemsize + 1.25 * queries * FLOAT)  # 128 tokens more a sample
 
 
 def _count_base(

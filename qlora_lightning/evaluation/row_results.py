@@ -17,7 +17,7 @@ from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
-from qlora_lightning.model.step.accumulate import compute_parts
+from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import cut_into_rows, is_packed
@@ -106,13 +106,14 @@ def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
     for row in _labelled_rows(batch):
         end = int(row["cu_seqlens"][1])
         prompt, expected = split_sample(row["input_ids"][0, :end].tolist(), row["labels"][0, :end].tolist())
-        number, source = int(row["row_ids"][0]), str(int(row["source"][0]))
+        number = int(row["row_ids"][0]) if "row_ids" in row else -1
+        source = int(row["source"][0]) if "source" in row else 0
         kind: RowKind = "pair" if row.get("pairs") else "answer"
         if "desirable" in row:
             kind = "desirable" if bool(row["desirable"][0]) else "undesirable"
         if kind == "undesirable":  # a bad answer is none to expect
             prompt = None
-        rows.append(EvaluationRow(number, source, prompt, expected, kind=kind))
+        rows.append(EvaluationRow(number, str(source), prompt, expected, kind=kind))
     return rows
 
 
@@ -203,11 +204,11 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
     gets one row after the other, for its loss may be of any kind; ``next_token`` asks for the usual one instead.
     """
     if is_packed(batch) and (next_token or not module.overrides("compute_loss")):
-        for sums in compute_parts(batch, module, lambda part: _losses_of_samples(module, part)):
+        for sums in evaluate(batch, module, lambda part: _losses_of_samples(module, part)):
             yield from sums
         return
     for row in _labelled_rows(batch) if is_packed(batch) else [batch]:
-        yield from compute_parts(module.transfer_batch_to_device(row, module.device, 0), module, module.compute_loss)
+        yield from evaluate(module.transfer_batch_to_device(row, module.device, 0), module, module.compute_loss)
 
 
 def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:

@@ -19,12 +19,15 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.checkpoint.resume import ExactResume
+from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
-from qlora_lightning.model.step.packed import format_locations, row_locations
+from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.model.step.packed import check_row_length, format_locations, row_locations
 from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import (
@@ -171,7 +174,7 @@ def reject_without_gradient(names: Collection[str], n_trainable: int) -> None:
 
 
 class TrainingGuard(Callback):
-    """Check each optimizer step before it is taken, and each validation before it is saved.
+    """Prepare each start of a run, an epoch and a validation; check each step before it is taken, and each validation.
 
     The module adds it in ``configure_callbacks`` and calls :meth:`check_step`.
 
@@ -240,15 +243,42 @@ class TrainingGuard(Callback):
             f" Rows of the step: {rows}. {dtype_advice}Look at these rows, or lower model.learning_rate."
         )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module = cast("QLoRAModule", pl_module)
+        check_setup(module)
+        if stage == "fit":
+            module.token_budget.plan(module)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("QLoRAModule", pl_module)
         if find_callback(trainer, LearningRateFinder) is not None:  # the one of Tuner.lr_find has ended by now
             raise UserError(
                 "LearningRateFinder in trainer.callbacks would give its rate to the first step alone: call Lightning's "
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds."
             )
+        check_row_length(module.causal_lm.config, getattr(datamodule_of(trainer), "max_length", 0))
+        module.token_budget.start(module.causal_lm)
+        report_model(module, module.choose_layers())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due = True
+        cast("QLoRAModule", pl_module).choose_layers()  # callbacks may have hooked parts
+        if isinstance(model := trainer.strategy.model, DistributedDataParallel):
+            # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
+            # may have different numbers, and sorts its buckets again after the first, so that a resume would round
+            # differently
+            model.require_backward_grad_sync = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # an epoch, a failed fit, or a search for a learning rate may have been left inside a window
+        cast("QLoRAModule", pl_module).window.clear()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("QLoRAModule", pl_module)
+        module.statistics = TokenStatistics(counts_tokens=not module.pairs)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

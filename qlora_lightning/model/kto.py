@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.preferences import Objective, PreferenceModule, n_answers_of
-from qlora_lightning.model.step.accumulate import compute_parts
+from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import samples_of
@@ -81,7 +81,7 @@ class KTOModule(PreferenceModule):
         A single row, as in an evaluation, has no mismatched answer: 0.
         """
         nothing = torch.zeros((), device=self.device)
-        if len(batch["row_ids"]) == 1 and self.sharded_base is None:  # else other ranks wait in their passes
+        if len(batch["cu_seqlens"]) == 2 and self.sharded_base is None:  # else other ranks wait in their passes
             return nothing
 
         def ratios(micro_batch: MicroBatch) -> tuple[Tensor, int]:
@@ -89,7 +89,7 @@ class KTOModule(PreferenceModule):
             return log_ratios.sum(), sum(map(bool, micro_batch.counts))
 
         with torch.no_grad():
-            sums, counts = zip(*compute_parts(mismatch_answers(batch), self, ratios), strict=True)
+            sums, counts = zip(*evaluate(mismatch_answers(batch), self, ratios), strict=True)
         return (sum(sums, nothing) / sum(counts)).clamp(min=0) if sum(counts) > 1 else nothing
 
 
@@ -113,6 +113,5 @@ def mismatch_answers(batch: Mapping[str, Any]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(row.shape[1]) for row in mismatched])[None],
         "labels": targets[None],
         "cu_seqlens": F.pad(sizes.cumsum(0), (1, 0)).int(),
-        "row_ids": batch["row_ids"],
-        "source": batch["source"],
+        **{name: batch[name] for name in ("row_ids", "source") if name in batch},
     }

@@ -9,7 +9,6 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.base import base_folder
 from qlora_lightning.model import answers, guards, sharded
@@ -37,11 +36,11 @@ class QLoRAModule(lightning.LightningModule):
 
     Doors for subclasses: :meth:`build_model`, :meth:`compute_loss` and :meth:`parameter_groups`.
 
-    Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``setup``, ``configure_model``,
-    ``on_load_checkpoint`` of a resume, ``configure_optimizers``, ``on_fit_start``, ``on_train_start``; for each batch
-    ``transfer_batch_to_device``, ``training_step``, ``optimizer_zero_grad``, ``backward``; around those of a step's
-    last batch ``optimizer_step``; in a validation ``on_validation_start``, ``validation_step``,
-    ``on_validation_epoch_end``.
+    Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``configure_model``,
+    ``on_load_checkpoint`` of a resume, ``configure_optimizers``; for each batch ``transfer_batch_to_device``,
+    ``training_step``, ``optimizer_zero_grad``, ``backward``; around those of a step's last batch ``optimizer_step``; in
+    a validation ``validation_step`` and ``on_validation_epoch_end``. What happens at the starts of a run, an epoch or a
+    validation is in the callbacks of ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
     From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
     ``step/accumulate.py``, whose loop cuts it by :meth:`micro_batches` (``step/packed.py``, ``step/layout.py``), gives
@@ -244,14 +243,6 @@ class QLoRAModule(lightning.LightningModule):
         dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
         self.precision = fuse.choose_precision(self.causal_lm, self.choose_layers(), dtype)
 
-    def on_train_start(self) -> None:
-        self.choose_layers()  # callbacks may have hooked parts
-        if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
-            # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
-            # may have different numbers, and sorts its buckets again after the first, so that a resume would round
-            # differently
-            model.require_backward_grad_sync = False
-
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, batch: Any) -> losses.LossSums:
@@ -345,11 +336,6 @@ class QLoRAModule(lightning.LightningModule):
         data, split = trainers.split_of_pass(self)
         return packed.format_locations(packed.row_locations(data, row_ids, split))
 
-    def setup(self, stage: str) -> None:
-        guards.check_setup(self)
-        if stage == "fit":
-            self.token_budget.plan(self)
-
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave a packed batch on the host, which cuts it; its micro-batches move."""
         return batch if packed.is_packed(batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -358,9 +344,9 @@ class QLoRAModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
-        if self.guard.checks_due:
+        if self.guard.checks_due or not self.model.training:
             guards.check_training_mode(self.model)
-        return self.window.accumulate(batch, self, self.model, self.precision.loss_scale)
+        return self.window.accumulate(batch, self, self.precision.loss_scale)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already
@@ -376,7 +362,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Divide the gradients of the sum as soon as they are complete: every callback sees those of the mean."""
+        """Divide the gradients of the sum as soon as they are complete, before any ``on_before_optimizer_step``."""
 
         def closure() -> Any:
             loss = None if optimizer_closure is None else optimizer_closure()
@@ -406,7 +392,7 @@ class QLoRAModule(lightning.LightningModule):
         if self.statistics.fault:
             return
         try:
-            for sums in accumulate.compute_parts(batch, self, self.compute_loss):
+            for sums in accumulate.evaluate(batch, self, self.compute_loss):
                 self.statistics.update(sums)
         except budget.RowDoesNotFit as error:  # not worth losing what was trained since the last checkpoint
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
@@ -415,12 +401,6 @@ class QLoRAModule(lightning.LightningModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         QLoRAModule.validation_step(self, batch, batch_idx)  # not the one of a subclass
-
-    def on_validation_start(self) -> None:
-        self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
-
-    def on_test_start(self) -> None:
-        QLoRAModule.on_validation_start(self)
 
     def on_validation_epoch_end(self) -> None:
         self._log_statistics("val")
@@ -453,11 +433,6 @@ class QLoRAModule(lightning.LightningModule):
         steps = trainers.planned_steps(self.trainer)
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        packed.check_row_length(self.causal_lm.config, getattr(trainers.datamodule_of(self.trainer), "max_length", 0))
-        self.token_budget.start(self.causal_lm)
-        build.report_model(self, self.choose_layers())
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 

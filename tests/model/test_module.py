@@ -11,7 +11,7 @@ from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, LossSums, QLoRAModule, UserError
 from tests.equality import base_tensors, same
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
 
@@ -79,9 +79,23 @@ class Clips(Callback):
         self.logged.append(trainer.callback_metrics.get("grad_norm"))
 
 
-class KeepsItsHookToItself(QLoRAModule):
+class KeepsItsHooksToItself(QLoRAModule):
+    """Overrides hooks without ``super()``."""
+
+    def setup(self, stage):
+        self.hooks = [stage]
+
+    def on_fit_start(self):
+        self.hooks.append("on_fit_start")
+
+    def on_train_start(self):
+        self.hooks.append("on_train_start")
+
+    def on_validation_start(self):
+        self.hooks.append("on_validation_start")
+
     def on_before_optimizer_step(self, optimizer):
-        """Without ``super()``."""
+        self.hooks.append("on_before_optimizer_step")
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -92,10 +106,45 @@ def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_f
         fit(module, tmp_path, rows_file, max_epochs=1, accumulate_grad_batches=2, **options)
         return module.state_dict()
 
-    clipped = train(KeepsItsHookToItself, callbacks=[callback := Clips()])
+    clipped = train(KeepsItsHooksToItself, val=True, callbacks=[callback := Clips(), GradientCheckpointing(True)])
     assert same(clipped, train(QLoRAModule, gradient_clip_val=0.1))
     assert callback.seen == callback.logged[1::2]
     assert len(callback.seen) == 4
+
+
+class Scales(QLoRAModule):
+    """Trains a parameter beside the model, and runs out of memory in a micro-batch."""
+
+    fails = False
+
+    def __init__(self, base):
+        super().__init__(base, rank=2, compute_dtype="fp32", warmup_ratio=0.0)
+        self.scale, self.gradients = torch.nn.Parameter(torch.ones(())), []
+
+    def parameter_groups(self):
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def compute_loss(self, batch):
+        if self.fails and len(batch.counts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        sums = super().compute_loss(batch)
+        return LossSums(self.scale * sums.loss, sums.count)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None  # the rest of the epoch is left out, inside a window
+
+    def on_before_optimizer_step(self, optimizer):
+        mean = self.trainer.callback_metrics["train_loss"] / self.scale.detach()
+        self.gradients.append(float(self.scale.grad - mean))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_are_cleared_with_the_window_wherever_a_parameter_is(tiny_base, rows_file, tmp_path, fails):
+    module = Scales(str(tiny_base))
+    module.fails = fails
+    fit(module, tmp_path, rows_file, max_epochs=2, accumulate_grad_batches=2)
+    assert module.gradients == pytest.approx([0.0] * len(module.gradients), abs=1e-4)  # its gradient is the mean loss
+    assert len(module.gradients) == 2
 
 
 class OwnBase(QLoRAModule):

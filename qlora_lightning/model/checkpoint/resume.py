@@ -79,8 +79,6 @@ class ExactResume(Callback):
             self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast("QLoRAModule", pl_module)
-        module.window.clear()  # a search for a learning rate, or a failed fit, may have ended inside a window
         _align_validations(trainer)
         if self._checkpoint is not None:
             _apply_current_settings(trainer, self._groups)

@@ -1,4 +1,4 @@
-"""Choose which layers run fused: when a model is built, and when a fit, a validation, a test or answers start.
+"""Choose which layers run fused: when a model is built, when a fit starts, and before answers.
 
 A fused forward replaces submodules without calling them. So it is chosen only if these are unmodified, have no hooks,
 and compute what the fused functions do.

@@ -5,7 +5,8 @@ labelled tokens over all ranks: every token weighs the same, however the rows we
 """
 # mypy: allow-untyped-calls
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -34,6 +35,9 @@ class Passes(Protocol):
 
     def compute_loss(self, batch: Any) -> LossSums:
         """Sum the loss over a micro-batch."""
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of all parameters."""
 
     def take_less_memory(self, shortage: OutOfMemory) -> None:
         """Make the next micro-batches take less memory, or raise."""
@@ -67,15 +71,15 @@ class Window:
         self.micro_batches = 0
         self.row_ids: list[int] = []
 
-    def accumulate(self, batch: Any, passes: Passes, model: nn.Module, loss_scale: float) -> Tensor:
+    def accumulate(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
         """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
 
         If memory runs out, the whole window is computed again in smaller parts.
         """
         if not self.batches:
-            model.zero_grad(set_to_none=True)
+            passes.zero_grad()
         self.batches.append(batch)
-        if "input_ids" in batch:
+        if isinstance(batch, Mapping) and "input_ids" in batch:
             self.counts["tokens"] += batch["input_ids"].numel()
         remaining = [batch]
         while True:
@@ -86,20 +90,15 @@ class Window:
             except OutOfMemory as error:
                 shortage = error
             passes.take_less_memory(shortage)
-            model.zero_grad(set_to_none=True)
+            passes.zero_grad()
             self._clear_sums()
             remaining = self.batches
 
     def _add_gradients(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
         loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-
-        def backpropagate(micro_batch: Any) -> LossSums:
-            sums = passes.compute_loss(micro_batch)
-            (sums.loss * loss_scale).backward()
-            return sums.detach()  # without the graph, which holds casts of the adapters
-
         for micro_batch in passes.micro_batches(batch):
-            sums = _compute(backpropagate, micro_batch)
+            with naming_shortage(micro_batch):
+                sums = _backpropagate(passes, micro_batch, loss_scale)
             loss, count = loss + sums.loss, count + sums.count
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)
@@ -133,9 +132,9 @@ class Window:
                 param.grad = torch.zeros_like(param) if param.grad is None else param.grad
             self._check_names()
         grads = [param.grad for param in parameters if param.grad is not None]
-        sums = torch.stack([value.double() for value in self._sums.values()])
+        losses = torch.stack([value.double() for value in self._sums.values()])
         counts = torch.tensor(list(self.counts.values()), dtype=torch.float64)
-        sums = torch.cat([sums, counts.to(sums.device, non_blocking=True)])
+        sums = torch.cat([losses, counts.to(losses.device, non_blocking=True)])  # reduced at once
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum
             torch.distributed.all_reduce(sums)
             all_grads = torch.cat([grad.reshape(-1) for grad in grads])
@@ -145,8 +144,10 @@ class Window:
         tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
         if grads:
             torch._foreach_mul_(grads, (factor / tokens).float())
-        means = dict(zip([*self._sums][1:], (sums[1:] / tokens).float(), strict=False))
-        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, sums[len(self._sums) :], strict=True))}
+        losses, counts = sums.split([len(self._sums), len(self.counts)])
+        means = dict(zip(self._sums, (losses / tokens).float(), strict=True))
+        del means["labelled_tokens"]
+        totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, counts, strict=True))}
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(means["loss"])
         return {**means, "grad_norm": norm}, totals
 
@@ -163,24 +164,33 @@ class Window:
             )
 
 
-def compute_parts(batch: Any, passes: Passes, compute: Callable[[Any], Result]) -> list[Result]:
-    """Compute without gradients for each micro-batch; if memory runs out, start over with smaller ones."""
+def _backpropagate(passes: Passes, micro_batch: Any, loss_scale: float) -> LossSums:
+    """Compute the gradients of a micro-batch; return its sums without their graph, which has casts of the adapters."""
+    sums = passes.compute_loss(micro_batch)
+    (sums.loss * loss_scale).backward()
+    return sums.detach()
+
+
+def evaluate(batch: Any, passes: Passes, compute: Callable[[Any], Result]) -> list[Result]:
+    """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
     while True:
+        results = []
         try:
-            return [_compute(compute, micro_batch) for micro_batch in passes.micro_batches(batch)]
+            for micro_batch in passes.micro_batches(batch):
+                with naming_shortage(micro_batch):
+                    results.append(compute(micro_batch))
+            return results
         except OutOfMemory as error:
             shortage = error
         passes.take_less_memory(shortage)
 
 
-def _compute(function: Callable[[Any], Result], micro_batch: Any) -> Result:
-    """Return a function's result.
-
-    Raises:
-        OutOfMemory: Memory ran out in a micro-batch; a batch of another kind cannot be cut.
-    """
+@contextlib.contextmanager
+def naming_shortage(micro_batch: Any) -> Iterator[None]:
+    """Raise :class:`OutOfMemory` if memory runs out in a micro-batch; a batch of another kind cannot be cut."""
     try:
-        return function(micro_batch)
+        yield
+        return
     except Exception as error:
         if not is_out_of_memory(error) or not isinstance(micro_batch, MicroBatch):
             raise
@@ -191,4 +201,5 @@ def _compute(function: Callable[[Any], Result], micro_batch: Any) -> Result:
 def _rows_of(micro_batch: Any) -> list[int]:
     if isinstance(micro_batch, MicroBatch):
         return list(micro_batch.rows)
-    return list(micro_batch["row_ids"].tolist()) if "row_ids" in micro_batch else []
+    rows = micro_batch.get("row_ids") if isinstance(micro_batch, Mapping) else None
+    return [] if rows is None else list(rows.tolist())

@@ -45,7 +45,7 @@ class LossSums:
     def __init__(
         self,
         loss: Tensor | None = None,
-        count: Tensor | None = None,
+        count: Tensor | int | None = None,
         metrics: Mapping[str, Tensor] | Tensor = MappingProxyType({}),
         logged: Mapping[str, Tensor] = MappingProxyType({}),
         *,
@@ -61,7 +61,7 @@ class LossSums:
             metrics = {**metrics, **({} if correct is None else {"token_accuracy": correct}), **logged}
         if loss is None or count is None:
             raise TypeError("LossSums takes a loss and a count.")
-        vars(self).update(loss=loss, count=count, metrics=metrics)
+        vars(self).update(loss=loss, count=torch.as_tensor(count), metrics=metrics)
 
     def __getattr__(self, name: str) -> Any:
         if name == "correct":

@@ -51,7 +51,7 @@ def is_packed(batch: Any) -> bool:
     if not isinstance(batch, Mapping):
         return False
     tensors = {name for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    return tensors - {"desirable"} == {*_PER_TOKEN, "cu_seqlens", "row_ids", "source"}
+    return tensors - {*_PER_ROW} == {*_PER_TOKEN, "cu_seqlens"}
 
 
 def samples_per_row(batch: Mapping[str, Any]) -> int:
@@ -91,8 +91,8 @@ def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: S
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first row without labels: an empty pass for a process that has fewer micro-batches than others."""
     row = _slice_samples(batch, 0, samples_per_row(batch), batch["cu_seqlens"].tolist())
-    labels, row_ids = torch.full_like(row["labels"], IGNORED), torch.full_like(row["row_ids"], -1)
-    return {**row, "labels": labels, "row_ids": row_ids}
+    rows = len(row["cu_seqlens"]) - 1
+    return {**row, "labels": torch.full_like(row["labels"], IGNORED), "row_ids": torch.full((rows,), -1)}
 
 
 def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Sequence[int]], str]) -> None:

@@ -36,9 +36,7 @@ def on_card(stub, tmp_path):
         variables |= {"STUB_CC": str(capability), "STUB_MIB": str(gib << 10)}
         variables["QLORA_LIGHTNING_CACHE"] = str(tmp_path / "cache")
         command = [sys.executable, "-m", "tests.gpu.on_card", name, str(tmp_path)]
-        ours = {
-            key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"
-        }
+        ours = {key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"}
         environment = {**ours, **stub, **variables}
         options = {"cwd": Path(__file__).parents[2], "env": environment, "capture_output": True, "text": True}
         done = subprocess.run(command, timeout=600, **options)

@@ -60,7 +60,7 @@ ROWS = [  # row, what it becomes, settings
     ({"messages": TURNS_AS_JSON}, [U, A], {}),
     ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [U, A], {}),
     ({"messages": [{"role": None, "from": "human", "content": None, "value": "u"}, A]}, [U, A], {}),  # parquet
-    ({"prompt": "u", "completion": "a", "kto_tag": 0}, "a verdict on the answer is for PreferenceModule", {}),
+    ({"prompt": "u", "completion": "a", "label": False}, "a verdict on the answer is for PreferenceModule", {}),
     ({"prompt": "u", "completion": "a", "label": 0}, [U, A], {}),  # perhaps a class
     ({"text": "x", "url": "y"}, Text("x"), {"format": "text"}),
     ({"input_ids": [1, 5], "labels": [-100, 5]}, Tokens([1, 5], [-100, 5]), {}),

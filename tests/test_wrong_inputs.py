@@ -94,7 +94,6 @@ class Code:
 
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
-BOMB = "a0: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 7))
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
@@ -118,8 +117,11 @@ WRONG = [
     wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
-    wrong("fit --config wrong.yaml", "aliases expand to more than 100,000", prepare=write("wrong.yaml", BOMB)),
-    wrong("fit --config wrong.yaml", "aliases expand to more than", prepare=write("wrong.yaml", "a: &a [*a]")),
+    wrong(
+        "evaluate --adapter wrong",
+        "wrong/config.yaml is not YAML: it has an alias",
+        prepare=change_folder("run", write("wrong/config.yaml", "data: {train: &a rows.jsonl, val: *a}")),
+    ),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
     wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "trainer: ", "val_check_interval"),

@@ -154,21 +154,16 @@ def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = N
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Any], source: str, remedy: str) -> None:
     """Check what a file holds by its keys; ``source`` begins and ``remedy`` ends the error.
 
-    A key has a type hint, a ``range``, the keys of the object that it holds, or a list of them for a list of objects.
-    It may be missing if it may be null. ``*`` stands for all keys of an object.
+    A key has a type hint, a ``range``, or the keys of the object that it holds. It may be missing if it may be null.
     """
-    has_any, keys = "*" in keys, dict.fromkeys(content, keys["*"]) if "*" in keys else keys
     for key, hint in keys.items():
         value = content.get(key)
-        if isinstance(hint, Mapping) and (isinstance(value, Mapping) or (value is None and not has_any)):
+        if isinstance(hint, Mapping) and isinstance(value, Mapping | None):
             check_keys(value or {}, hint, f"{source}: {key}", remedy)
-        elif isinstance(hint, list) and fits(value, list[dict[str, object]] | None):
-            for number, item in enumerate(value or []):
-                check_keys(item, hint[0], f"{source}: {key} {number}", remedy)
-        elif isinstance(hint, Mapping | list) or not fits(value, hint):
+        elif isinstance(hint, Mapping) or not fits(value, hint):
             found = "missing" if value is None else reprlib.repr(value)
-            is_object = isinstance(hint, Mapping | list)
-            expected = "object" if is_object else hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = "object" if isinstance(hint, Mapping) else expected
             raise UserError(f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}")
 
 

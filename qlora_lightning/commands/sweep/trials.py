@@ -11,7 +11,6 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.callbacks.run_folder import refuse_links
 from qlora_lightning.commands.epoch import plan_epoch
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.report import read_manifest, read_run
@@ -54,7 +53,6 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
-    refuse_links(folder)
     if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings:
         raise UserError(
             f"{folder} holds a sweep with other settings ({settings_file}): put them back, or choose another folder by "
@@ -64,7 +62,6 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
-        refuse_links(trial_folder)
         seed = config["seed_everything"]
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank

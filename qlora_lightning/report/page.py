@@ -7,7 +7,7 @@ import yaml
 
 from qlora_lightning import __version__
 from qlora_lightning.report import figures, sections
-from qlora_lightning.report.charts import charts_of, draw_charts
+from qlora_lightning.report.charts import COLOURS, charts_of, draw_charts
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import show_controls
@@ -49,6 +49,7 @@ def render_report(runs: Sequence[Run]) -> str:
         return environment.get_template("report.html").render(
             runs=runs,
             charts=draw_charts(charts_of(runs)),
+            colours=COLOURS,
             verdict=judge(runs[0]) if len(runs) == 1 else None,
             figures=figures,
             sections=sections,

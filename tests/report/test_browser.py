@@ -74,7 +74,7 @@ def test_every_curve_is_drawn_inside_its_plot(browser, open_page):
     assert len(figures) == 5
     for figure in figures:
         outer = figure.find_element(By.CSS_SELECTOR, "svg").rect
-        curves = figure.find_elements(By.CSS_SELECTOR, "path[style*='var(--c']")
+        curves = figure.find_elements(By.CSS_SELECTOR, "path[style*='stroke-linecap: round']")
         assert curves
         for curve in (curve for curve in curves if curve.is_displayed()):
             box = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", curve)

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_lightning.report import read_run, render_report, write_manifest, write_run_page
-from qlora_lightning.report.charts import charts_of
+from qlora_lightning.report.charts import COLOURS, charts_of
 from qlora_lightning.support.console import show_controls
 from tests.markup import Reader
 from tests.report.conftest import CONFIG, write_run
@@ -54,7 +54,7 @@ def test_runs_are_compared_by_tokens(runs, pages):
     assert "a · b" in page.text
     assert "model.rank" in page.text
     loss = charts_of(runs)[1]
-    assert [(curve.label, curve.colour) for curve in loss.curves] == [("a", 0), ("b", 1)]
+    assert [(curve.label, curve.colour) for curve in loss.curves] == [("a", COLOURS[0]), ("b", COLOURS[1])]
     assert loss.x_label == "tokens trained on"
     assert [x for x, _ in loss.curves[1].points[:2]] == [200, 400]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_lightning.evaluation.comparison import Comparison, compare, find_questions
+from qlora_lightning.evaluation.comparison import Comparison, compare
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 
@@ -66,22 +66,6 @@ def test_to_make_every_answer_likelier_is_no_gain():
     found = compare({side: [result(loss) for loss in each] for side, each in losses.items()}, rows)["loss"]
     assert found.differences["adapter"].value == pytest.approx(0.0)
     assert found.sides["adapter"].value == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "questions"),
-    [
-        ([[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 5, 9, 7]], [[5, 6], [5]]),  # turns end with a stop token, and 7 is a header
-        ([[1, 5, 9, 6, 8], [1, 5]], [[6, 8], [1, 5]]),  # answers alone do
-        (
-            [[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 7, 8, 8]],
-            [[5, 6], [4]],
-        ),  # some headers go on, as Qwen3's without reasoning
-        ([[1, 5, 6], []], [[1, 5, 6], []]),
-    ],
-)
-def test_the_question_is_the_last_turn_by_any_template(prompts, questions):
-    assert find_questions(prompts, [9]) == questions
 
 
 def test_no_interval_says_that_a_share_is_certain():

@@ -108,7 +108,6 @@ def test_no_module_of_a_strangers_folder_is_imported_and_no_log_has_an_escape(fo
     ("section", "key", "value"),
     [
         ("model", "class_path", "evil.Evil"),
-        ("data", "class_path", "evil.Evil"),
         ("data", "format", "evil.rows"),
         ("data", "val", "[{path: val.jsonl, format: evil.rows}] # *"),
         ("data", "val", ["val.jsonl", "https://localhost:9/rows.jsonl"]),

@@ -110,9 +110,7 @@ MERGE = "merge --adapter wrong --out merged --rows 0"
 WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
-    wrong("fit c.yaml", "c.yaml", "A config is named as --config FILE."),
     wrong("fit --config c.yaml d.yaml", "d.yaml", "A config is named as --config FILE."),
-    wrong("fit --config quickstart", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes copy quickstart` writes the recipe."),
     wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
@@ -127,14 +125,11 @@ WRONG = [
     wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "trainer: ", "val_check_interval"),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
-    wrong("--evaluation.rows -1", "evaluation.rows is -1: expected 0 or more"),
     wrong(
         '--model.schedule={"name":"constant","nonsense":3}',
         "model.schedule has the argument 'nonsense', which constant_with_warmup lacks",
     ),
-    wrong("--trainer.gpus 1", "'trainer.gpus'", "Did you mean trainer.devices?"),
     wrong("--model.lora_r 16", "'model.lora_r'", "Did you mean model.rank?"),
-    wrong("--lora_alpha 16", "'lora_alpha'", "Did you mean model.alpha?"),
     wrong("--sequence_len 4096", "'sequence_len'", "Did you mean data.max_length?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong(
@@ -235,9 +230,7 @@ WRONG = [
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
-    wrong("report rows.jsonl", "rows.jsonl holds no run"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
-    wrong(f"{EVALUATE} --adapter base=run", "'base' is taken"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
@@ -249,9 +242,7 @@ BASE, PLAN_BASE = "--model.base wrong", f"{PLAN} --model.base wrong"
 NO_MODEL, NOT_ITS = "wrong/config.json describes no model that loads", "wrong does not hold the tensors that its config"
 BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
-    (PLAN_BASE, {"auto_map": ["Evil"]}, "wrong/config.json: auto_map is ['Evil'], expected dict"),
     (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json: num_hidden_layers is 1000000000, expected"),
-    (PLAN_BASE, {"rope_parameters": {"rope_type": "none"}}, NO_MODEL, "KeyError: 'none'"),
     (BASE, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
     (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
@@ -264,26 +255,21 @@ ADAPTERS = [  # other keys in adapter_config.json, and words of the message
     (ADAPTER, {"r": "2"}, "wrong/adapter_config.json: r is '2', expected int"),
     (MERGE, {"r": 10**9}, "wrong/adapter_config.json: a rank is 1,000,000,000, and no tensor of the adapter is wider"),
     (ASK, {"r": 3}, "does not fit the adapter of this model", "is (2, 128) there, (3, 128) here"),
-    (JUDGE, {"lora_alpha": None}, "lora_alpha is missing, expected float"),
     (JUDGE, {"peft_type": "IA3"}, "peft_type is 'IA3', expected Literal['LORA']"),
     (MERGE, {"target_modules": [5]}, "target_modules is [5], expected list[str] | str | None"),
     (ADAPTER, {"target_modules": ["no"]}, "PEFT cannot put the adapter of wrong on the base", "'no'"),
     (ADAPTER, {"alpha_pattern": {"([a-z]+)+": 2}}, "the expression '([a-z]+)+' repeats too much"),
     (ADAPTER, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is [[0, 2], [0, 2]], expected None"),
-    (ADAPTER, {"megatron_config": {"a": 1}}, "megatron_config is {'a': 1}, expected None"),
 ]
 IDENTITIES = [
     (ASK, {"compute_dtype": "int8"}, "wrong/qlora_lightning.json: compute_dtype is 'int8', expected Literal["),
     (ASK, {"data": {"settings": {"system": 5}}}, "data: settings: system is 5, expected str"),
-    (MERGE, {"adapter": "x"}, "adapter is 'x', expected dict | None"),
-    (JUDGE, {"format_version": "1"}, "format_version is '1', expected int | None"),
 ]
 for name, cases in (("adapter_config.json", ADAPTERS), ("qlora_lightning.json", IDENTITIES)):
     WRONG += [wrong(line, *words, prepare=edit(RUN, name, **values)) for line, values, *words in cases]
 NOT_HELD, MOMENT = "does not hold what this run needs", "exp_avg of tensor 0 is (3,), expected (2, 64)"
 CHECKPOINTS = [
     (lambda saved: saved.pop("optimizer_states"), "wrong.ckpt: optimizer_states is missing, expected list"),
-    (lambda saved: saved[OURS].update(settings=5), "wrong.ckpt: qlora_lightning: settings is 5, expected dict"),
     (lambda saved: saved["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("total"), NOT_HELD, "'total'"),
     (lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)), MOMENT),
     (lambda saved: saved[OURS]["generators"][0].update(python=[]), NOT_HELD),

@@ -70,14 +70,13 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.safetensors", "no such file or folder with a model"),
         ("package:some_base", r"exactly one \.gguf file, found x\.gguf, y\.gguf"),
         ("package:no_such_package", "an installed Python package .* found none"),
     ],
 )
 def test_what_is_no_base_is_refused_without_the_network(name, words, tmp_path, monkeypatch, package, asked):
     monkeypatch.chdir(tmp_path)
-    for file in (tmp_path / "model.safetensors", package / "x.gguf", package / "y.gguf"):
+    for file in (package / "x.gguf", package / "y.gguf"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=words):
         resolve_base(name)

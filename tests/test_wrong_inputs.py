@@ -125,18 +125,11 @@ WRONG = [
     wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "trainer: ", "val_check_interval"),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
-    wrong(
-        '--model.schedule={"name":"constant","nonsense":3}',
-        "model.schedule has the argument 'nonsense', which constant_with_warmup lacks",
-    ),
+    wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),
     wrong("--model.lora_r 16", "'model.lora_r'", "Did you mean model.rank?"),
     wrong("--sequence_len 4096", "'sequence_len'", "Did you mean data.max_length?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
-    wrong(
-        "--config wrong.yaml",
-        "Did you mean trainer.max_epochs?",
-        prepare=write("wrong.yaml", "trainer: {max_epoch: 3}"),
-    ),
+    wrong("--config wrong.yaml", "trainer.max_epochs?", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
@@ -183,32 +176,12 @@ WRONG = [
     wrong("--ckpt_path none.ckpt", "none.ckpt", "no such file"),
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),
     wrong(CKPT, "no checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
-    wrong(
-        CKPT, "not written by qlora_lightning", prepare=lambda: torch.save({"state_dict": {}, "epoch": 3}, "wrong.ckpt")
-    ),
-    wrong(CKPT, "format version 99", prepare=edit_checkpoint(lambda saved: saved[OURS].update(format_version=99))),
-    wrong(
-        CKPT,
-        "elsewhere (weights ffffffffffff) there",
-        "tiny (weights",
-        prepare=edit_checkpoint(lambda saved: saved[OURS]["identity"].update(ELSEWHERE)),
-    ),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
-    wrong(
-        '--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}',
-        "model.optimizer SGD rejects its init_args",
-        "momentun",
-    ),
+    wrong('--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}', "SGD rejects", "momentun"),
     # adapters
     wrong("--model.adapter none", "none", "adapter_config.json"),
-    wrong(
-        ADAPTER,
-        "another base",
-        "elsewhere (weights ffffffffffff)",
-        prepare=edit(RUN, "qlora_lightning.json", **ELSEWHERE),
-    ),
     wrong(ADAPTER, "not a whole safetensors file", prepare=change_folder(RUN, cut(WEIGHTS, WEIGHTS, 900))),
     wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_folder(RUN, lambda: Path(WEIGHTS).unlink())),
     wrong(MERGE, f"{B} are NaN or infinite", prepare=edit_tensor(RUN, B, put_a_nan)),
@@ -233,6 +206,7 @@ WRONG = [
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
+    wrong(f"{EVALUATE} --adapter run --general nothing.jsonl", "evaluation.general: data file nothing.jsonl"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
@@ -262,6 +236,7 @@ ADAPTERS = [  # other keys in adapter_config.json, and words of the message
     (ADAPTER, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is [[0, 2], [0, 2]], expected None"),
 ]
 IDENTITIES = [
+    (ADAPTER, ELSEWHERE, "another base", "elsewhere (weights ffffffffffff)"),
     (ASK, {"compute_dtype": "int8"}, "wrong/qlora_lightning.json: compute_dtype is 'int8', expected Literal["),
     (ASK, {"data": {"settings": {"system": 5}}}, "data: settings: system is 5, expected str"),
 ]
@@ -269,6 +244,9 @@ for name, cases in (("adapter_config.json", ADAPTERS), ("qlora_lightning.json", 
     WRONG += [wrong(line, *words, prepare=edit(RUN, name, **values)) for line, values, *words in cases]
 NOT_HELD, MOMENT = "does not hold what this run needs", "exp_avg of tensor 0 is (3,), expected (2, 64)"
 CHECKPOINTS = [
+    (lambda saved: saved.pop(OURS), "not written by qlora_lightning"),
+    (lambda saved: saved[OURS].update(format_version=99), "format version 99"),
+    (lambda saved: saved[OURS]["identity"].update(ELSEWHERE), "elsewhere (weights ffffffffffff) there", "tiny (weigh"),
     (lambda saved: saved.pop("optimizer_states"), "wrong.ckpt: optimizer_states is missing, expected list"),
     (lambda saved: saved["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("total"), NOT_HELD, "'total'"),
     (lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)), MOMENT),

@@ -104,11 +104,7 @@ def test_the_program_is_installed_and_runs_as_a_module():
     [
         (KeyboardInterrupt(), 130, "interrupted.\n"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: permission denied. Choose another path.\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            2,
-            "[Errno 28] No space left on device. Make room, ",
-        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "[Errno 28] No space left on device. Make room, "),
         (Exception("I/O error: disk full (os error 28)"), 2, "I/O error: disk full (os error 28). Make room, or"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
     ],

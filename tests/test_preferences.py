@@ -227,10 +227,10 @@ VERDICTS = [
 
 def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(tmp_path, smollm2_folder, monkeypatch):
     rows = [{"prompt": ASKED + BAD + ASKED, "completion": GOOD, "good": "true"}]
-    (batch,) = make_data(tmp_path, smollm2_folder, rows, columns={"good": "desirable"}).train_dataloader()
+    (batch,) = make_data(tmp_path, smollm2_folder, rows, columns={"good": "label"}).train_dataloader()
     assert (int((batch["labels"] >= 0).sum()), batch["desirable"].tolist()) == (3, [True])  # Hello . <|im_end|>
     assert "pairs" not in batch
-    rows = [{**VERDICTS[0], "label": label, "chosen": None, "rejected": None} for label in (1, 0)]
+    rows = [{**VERDICTS[0], "label": label, "chosen": None, "rejected": None} for label in ("True", False)]
     (batch,) = make_data(tmp_path, smollm2_folder, rows, deduplicate=False).train_dataloader()
     assert sorted(batch["desirable"].tolist()) == [False, True]
     monkeypatch.chdir(tmp_path)
@@ -249,14 +249,10 @@ def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_pat
         make_data(tmp_path, smollm2_folder, train_on="all")
     with pytest.raises(UserError, match=r"train\.jsonl:2.*do not mix"):
         make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
-    with pytest.raises(
-        UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.*; only .objective: kto. takes a v"
-    ):
-        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": "maybe"}])
-    with pytest.raises(UserError, match=r"train\.jsonl:1.*there is no verdict: true or false in 'label'"):
-        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": None}], format="prompt_completion")
-    with pytest.raises(UserError, match=r"train\.jsonl:1.*label and thumbs disagree: leave one out"):
-        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": True, "thumbs": "down"}])
+    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.* needs true or false"):
+        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": None}])
+    with pytest.raises(UserError, match=r"train\.jsonl:1: 'label' must be true or false, found 1"):
+        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": 1}])
 
 
 def test_kto_takes_no_batch_of_one_row(tmp_path, tiny_base):

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar that fits into a terminal of 80 columns, or lines in a log file."""
+"""Progress of a run: a bar in a terminal, or lines in a log file."""
 
 import math
 import sys
@@ -8,21 +8,18 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from rich.markup import escape
-from rich.progress import BarColumn, TextColumn
-from rich.table import Column
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.files import MEMORY_PEAKS
 from qlora_lightning.support.trainer import planned_steps
 
-# the most important metric first: a narrow terminal cuts the last ones
 _FORMATS = {
-    "train_loss": "loss {:.3f}",
-    "val_loss": "val {:.3f}",
-    "learning_rate": "lr {:.1e}",
-    "tokens_per_second": "{:.0f} tok/s",
-    **dict.fromkeys(MEMORY_PEAKS, "{:.2f} GiB"),
+    "train_loss": ("loss", ".3f"),
+    "val_loss": ("val", ".3f"),
+    "learning_rate": ("lr", ".1e"),
+    "tokens_per_second": ("tok/s", ".0f"),
+    **dict.fromkeys(MEMORY_PEAKS, ("GiB", ".2f")),
 }
 
 
@@ -32,22 +29,14 @@ def choose_progress_display() -> ProgressBar:
 
 
 class ShortProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with all its text in one line, which a narrow terminal cuts and does not wrap."""
+    """Lightning's rich progress bar without what leaves no room for the metrics in a terminal of 80 columns."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        text = "{task.completed:.0f}/{task.total:.0f} {task.description}"
-        return [TextColumn(text, table_column=Column(no_wrap=True, overflow="ellipsis")), BarColumn(bar_width=None)]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args)
-        if self.is_enabled:  # on the first rank
-            seconds = self.train_progress_bar.time_remaining
-            remaining = "-:--:--" if seconds is None else timedelta(seconds=int(seconds))
-            text = f"{_name_epoch(trainer)} -{remaining} {' '.join(_format_metrics(trainer))}"
-            self.train_progress_bar.description = escape(text)
+        steps = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f}")
+        return [steps, TimeRemainingColumn(compact=True)]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {}  # Lightning's own column of metrics would wrap
+        return _format_metrics(trainer)
 
 
 class ProgressLines(ProgressBar):
@@ -70,7 +59,8 @@ class ProgressLines(ProgressBar):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._printed_at >= self._every:
             self._print_step(trainer)  # of the step before: now all callbacks have logged it
-        self._epoch = _name_epoch(trainer)  # at the end of a run Lightning has counted one more
+        epoch, max_epochs = trainer.current_epoch + 1, trainer.max_epochs  # at the end Lightning has counted one more
+        self._epoch = f"epoch {epoch}/{max_epochs}" if max_epochs is not None and max_epochs > 0 else f"epoch {epoch}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._print_step(trainer)
@@ -80,23 +70,17 @@ class ProgressLines(ProgressBar):
         if step == self._printed_step or not self._enabled:
             return
         self._printed_step, self._printed_at = step, time.monotonic()
-        parts = [f"step {step}/{total or '?'}", self._epoch.lower(), *_format_metrics(trainer)]
+        parts = [f"step {step}/{total or '?'}", self._epoch, *map(" ".join, _format_metrics(trainer).items())]
         if total is not None:
             seconds_per_step = (time.monotonic() - self._began) / (step - self._first_step)
             parts.append(f"{timedelta(seconds=round(seconds_per_step * max(0, total - step)))} left")
         print(", ".join(parts), flush=True)
 
 
-def _name_epoch(trainer: Trainer) -> str:
-    """Name the current epoch, counted from 1."""
-    epoch, max_epochs = trainer.current_epoch + 1, trainer.max_epochs
-    return f"Epoch {epoch}/{max_epochs}" if max_epochs is not None and max_epochs > 0 else f"Epoch {epoch}"
-
-
-def _format_metrics(trainer: Trainer) -> list[str]:
-    """Format the metrics of the progress bar, and the learning rate."""
+def _format_metrics(trainer: Trainer) -> dict[str, str]:
+    """Format the metrics of the progress bar, and the learning rate, by short names."""
     metrics = dict(trainer.progress_bar_metrics)
     if "learning_rate" in trainer.callback_metrics:
         metrics["learning_rate"] = float(trainer.callback_metrics["learning_rate"])
-    formats = _FORMATS | {name: f"{name} {{:.3f}}" for name in metrics if name not in _FORMATS}
-    return [text.format(float(metrics[name])) for name, text in formats.items() if name in metrics]
+    formats = _FORMATS | {name: (name, ".3f") for name in metrics if name not in _FORMATS}
+    return {label: f"{float(metrics[name]):{form}}" for name, (label, form) in formats.items() if name in metrics}

@@ -29,8 +29,8 @@ from qlora_lightning.report import read_manifest, read_run, write_manifest, writ
 from qlora_lightning.report.sections import next_steps
 from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import TrainingStopped, is_out_of_memory
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed
+from qlora_lightning.support.errors import TrainingStopped, explaining, is_out_of_memory
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, resolve_unnamed
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
@@ -64,9 +64,10 @@ class RunReport(Callback):
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
         earlier_attempts = manifest.get("lives", [])
-        for earlier in earlier_attempts:
-            if earlier["status"] == "running":
-                earlier["status"] = "killed"
+        with explaining(f"{MANIFEST} of the run folder lists no attempts as a fit writes them: move it away"):
+            for earlier in earlier_attempts:
+                if earlier["status"] == "running":
+                    earlier["status"] = "killed"
         self._attempts = [*earlier_attempts, attempt]
         self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         self._facts = _fixed_facts(trainer, pl_module, self.config or {})

@@ -73,7 +73,7 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
 
 def _read_run_config(file: Path) -> dict[str, Any]:
     """Return what counts of the config of a run that the user has not named; nothing if that would run or fetch."""
-    config, settings = read_config(str(file)), dict[str, Any]()
+    config, settings = read_config(str(file), aliases=False), dict[str, Any]()
     for name, keys in _COUNTED.items():
         if isinstance(section := config.get(name), dict):
             settings[name] = {key: section[key] for key in keys if key in section}
@@ -103,7 +103,7 @@ def _is_plain(value: Any, key: str) -> bool:
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse parses YAML in a setting of several types
-        parsed = load_yaml(value)
+        parsed = load_yaml(value, aliases=False)
     except yaml.YAMLError:
         return False
     if isinstance(parsed, dict | list | str) and parsed != value:

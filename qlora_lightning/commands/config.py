@@ -67,10 +67,10 @@ def check_configs(arguments: Sequence[str]) -> None:
         read_config(name)
 
 
-def read_config(name: str) -> dict[str, Any]:
+def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
     """Read the config file of this name, as it was typed."""
     try:
-        config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
+        config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"), aliases)
     except OSError as error:
         from qlora_lightning.commands.recipes import recipes_folder  # here, so that nothing else waits for its imports
 

@@ -40,9 +40,10 @@ def main(argv: Sequence[str]) -> int:
     page = check_output("--out", options.out, options.force) or default_page
     if len(runs) > 1 and page == default_page and page.is_file() and not is_report(page):
         raise UserError(f"{page} is another page: move it away, or name a file by --out.")
+    html = render_report(runs)  # before anything is written: a manifest may be damaged
     with json_output(options) as figures:
         terminal().print(_table(runs))
-        write_whole(page, render_report(runs))
+        write_whole(page, html)
         say(f"Page: {page}")
         figures |= {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
         figures["differing_settings"] = find_differences([run.config for run in runs])

@@ -7,9 +7,8 @@ from qlora_lightning.support.errors import UserError
 class PreferenceDataModule(InstructionDataModule):
     """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
 
-    Or, for ``objective: kto``, rows with one answer, in any conversation format, and a verdict on it: ``label`` or
-    ``desirable`` (true or false), or ``thumbs`` (up or down). The last answer is trained; a user's function returns the
-    conversation and a bool.
+    Or, for ``objective: kto``, rows with one answer, in any conversation format, and a verdict on it: ``label``,
+    true or false. The last answer is trained; a user's function returns the conversation and a bool.
 
     All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
     and a user's function returns two conversations that begin alike. A row is one sample with both answers, so

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from rich.markup import escape
@@ -19,7 +19,7 @@ from qlora_lightning.evaluation.intervals import (
     plain_interval,
 )
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share
+from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.support.console import say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
@@ -111,11 +111,6 @@ class Comparison:
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
 
-    @cached_property
-    def _questions(self) -> list[list[int]]:
-        """Token ids of each row's last turn; only rows that are shown need them."""
-        return find_questions([row.prompt or [] for row in self.rows], self.settings.stop_ids if self.settings else [])
-
     def by_source(self) -> "dict[str, Comparison]":
         """Return a comparison for each source of rows."""
         by_source: dict[str, list[int]] = {}
@@ -201,24 +196,22 @@ class Comparison:
         terminal().print(table)
 
     def print_rows(self, indices: Sequence[int]) -> None:
-        """Print answered rows: the question, the expected answer, and the answer of each side."""
+        """Print answered rows: the prompt, the expected answer, and the answer of each side."""
         for index in indices:
             table = Table(show_header=False, expand=True, title=escape(self.rows[index].place), title_justify="left")
             table.add_column(style="dim", no_wrap=True, min_width=8)
             table.add_column(overflow="fold")
             for name, text in self._show(index).items():
-                text = text.strip() or "(empty)"
-                table.add_row(escape(name), escape(text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]} …"))
+                text = shorten_text(text.strip(), _MAX_LENGTH, from_end=name == "prompt")
+                table.add_row(escape(name), escape(text))
             terminal().print(table)
 
     def _show(self, index: int) -> dict[str, str]:
         row, settings = self.rows[index], self.settings
         assert settings is not None
-        # ChatML and Llama-3 leave this of the turn's header
-        question = settings.decode(self._questions[index]).removeprefix("user\n")
         answers = {side: results[index].answer for side, results in self.results.items()}
         texts = {side: answer.text if answer else "" for side, answer in answers.items()}
-        return {"prompt": question, "expected": settings.decode(row.expected), **texts}
+        return {"prompt": settings.decode(row.prompt or []), "expected": settings.decode(row.expected), **texts}
 
     # ---- for programs ----------------------------------------------------------------------------------------------
 
@@ -282,19 +275,3 @@ class Comparison:
                 }
             lines.append(line)
         return lines
-
-
-def find_questions(prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[list[int]]:
-    """Return the last turn of each prompt, without system prompt and header.
-
-    Most templates end each turn with a stop token, and most prompts with the same tokens behind the last one: the
-    header of the answer. Others (Mistral's, Alpaca's) end only answers with a stop token, and the question follows it.
-    """
-    positions = [[-1, *(index for index, token in enumerate(prompt) if token in stop_ids)] for prompt in prompts]
-    pairs = list(zip(prompts, positions, strict=True))
-    tails = [list(prompt[stops[-1] + 1 :]) for prompt, stops in pairs]
-    counts = Counter(tuple(tail) for tail in tails if tail)
-    header = max(sorted(counts, key=len), key=lambda tail: counts[tail]) if counts else ()
-    if 2 * sum(tuple(tail[: len(header)]) == header for tail in tails if tail) <= counts.total():
-        return tails
-    return [list(prompt[stops[-2] + 1 : stops[-1]] if len(stops) > 1 else prompt) for prompt, stops in pairs]

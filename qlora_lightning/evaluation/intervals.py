@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qlora_lightning.evaluation.scores import is_share
-
 RESAMPLES = 2_000
 SEED = 0
 PREFERENCE_ACCURACY = "preference_accuracy"
@@ -39,18 +37,16 @@ def measure(name: str, rows: Mapping[str, Sequence[tuple[float, float]]]) -> Met
     table = np.array(list(rows.values()), dtype=np.float64)  # (sides, rows, 2)
     n_rows, totals = table.shape[1], table.sum(1)
     values, resampled = _ratios(name, totals), _ratios(name, _resample_sums(table))
-    is_percent, sides, differences = is_share(name), {}, {}
+    sides, differences = {}, {}
     for index, side in enumerate(rows):
         if name in _YES_OR_NO and totals[index, 1]:
             sides[side] = wilson_interval(values[index] * n_rows, n_rows)
         else:
-            bounds = (0.0, 1.0) if is_percent else None
-            sides[side] = percentile_interval(values[index], resampled[:, index], n_rows, bounds)
+            sides[side] = percentile_interval(values[index], resampled[:, index])
         if index:
             with np.errstate(invalid="ignore"):  # infinite minus infinite
                 gain, resampled_gain = values[index] - values[0], resampled[:, index] - resampled[:, 0]
-            bounds = (-1.0, 1.0) if is_percent else None
-            differences[side] = percentile_interval(gain, resampled_gain, n_rows, bounds)
+            differences[side] = percentile_interval(gain, resampled_gain)
     return Metric(sides, differences)
 
 
@@ -69,22 +65,15 @@ def _resample_sums(table: Floats) -> Floats:
     return np.stack([table[:, generator.integers(0, n_rows, n_rows)].sum(1) for _ in range(RESAMPLES)])
 
 
-def percentile_interval(
-    value: float, resampled: Floats, n_rows: int, bounds: tuple[float, float] | None = None
-) -> Interval:
+def percentile_interval(value: float, resampled: Floats) -> Interval:
     """Return a value with the middle 95 % of its resamples.
 
-    If all rows are equal, every resample is too, and the interval would have no width, as if the value were certain.
-    Then the share of rows that may differ is the upper end of Wilson's interval for 0 of ``n_rows``, and such rows are
-    taken to lie on a bound, the smallest or largest value of a row; without bounds the interval is NaN.
+    If all rows are equal, every resample is too, which tells nothing of other rows: the ends are NaN.
     """
     with np.errstate(invalid="ignore"):  # between infinities there is nothing to interpolate
         low, high = np.percentile(resampled, [2.5, 97.5]).tolist()
     if high - low <= _NO_WIDTH * max(1.0, abs(value)):
-        if bounds is None:
-            return Interval(float(value), math.nan, math.nan)
-        share = wilson_interval(0, n_rows).high
-        low, high = value - share * (value - bounds[0]), value + share * (bounds[1] - value)
+        low = high = math.nan
     return Interval(float(value), float(low), float(high))
 
 

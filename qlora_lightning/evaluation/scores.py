@@ -156,5 +156,12 @@ def describe_answered(answered: int, rows: int) -> str:
     return f", {answered:,} of them answered" if 0 < answered < rows else ""
 
 
+def shorten_text(text: str, limit: int, from_end: bool = False) -> str:
+    """Return the first characters of a text, or with ``from_end`` the last ones; ``(empty)`` for none."""
+    if len(text) <= limit:
+        return text or "(empty)"
+    return f"… {text[-limit:]}" if from_end else f"{text[:limit]} …"
+
+
 def _as_list(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)

@@ -1,7 +1,6 @@
-"""The charts of a run, and of several runs together, drawn by matplotlib as SVG that takes the page's colours."""
+"""The charts of a run, and of several runs together, drawn by matplotlib as SVG."""
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +30,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "dots": {"linewidth": 2, "marker": "o", "markersize": 5},
     "level": {"linewidth": 1.5, "dashes": (4, 3)},
 }
-# Placeholders of the page's colours, which differ between light and dark.
-_CURVE, _TEXT, _GRID = "#0000c", "#0000d0", "#0000d1"
+COLOURS = ("#2567a8", "#c2540a", "#177a4f", "#9a3a8c", "#7d6508", "#b3263a", "#0c7f8f", "#5b5f97")
+_GREY = "#626b77"
 _WIDTH, _HEIGHT = 400, 230  # in pixels of the page
 _SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -53,7 +52,7 @@ class Curve:
     label: str  # empty for a curve behind its mean
     points: Points
     style: str = "line"  # or faint, dots (few points), level (one value all across)
-    colour: int = 0  # one of eight
+    colour: str = COLOURS[0]
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,12 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
                 points = [(float(np.interp(step, steps, tokens)), value) for step, value in points]
             style = "dots" if name.startswith("val_") else "line"
             if len(runs) > 1:
-                curves.append(Curve(run.name, running_mean(points) if name in _NOISY else points, style, index % 8))
+                points = running_mean(points) if name in _NOISY else points
+                curves.append(Curve(run.name, points, style, COLOURS[index % len(COLOURS)]))
             elif name in _NOISY:
                 curves += _smooth(title.lower(), points)
             else:
-                curves.append(Curve(title, points, style, 1 if style == "dots" else 0))
+                curves.append(Curve(title, points, style, COLOURS[1 if style == "dots" else 0]))
         unit = ", ".join(filter(None, [unit, "smoothed" if len(runs) > 1 and name in _NOISY else ""]))
         return Chart(title, unit, curves, x_label, from_zero=name not in (*_LOSSES, "grad_norm"))
 
@@ -117,8 +117,8 @@ def _loss_curves(run: Run) -> list[Curve]:
     curves = _smooth("training", training)
     if steps and "loss" in metrics:
         base = metrics["loss"].base.value
-        curves.append(Curve("base, validation", [(min(steps), base), (max(steps), base)], "level", 3))
-    return [*curves, Curve("validation", validation, "dots", 1)]
+        curves.append(Curve("base, validation", [(min(steps), base), (max(steps), base)], "level", COLOURS[3]))
+    return [*curves, Curve("validation", validation, "dots", COLOURS[1])]
 
 
 def _smooth(label: str, points: Points) -> list[Curve]:
@@ -155,7 +155,7 @@ def _draw(chart: Chart) -> str:
         figure = Figure((_WIDTH / 72, _HEIGHT / 72), dpi=72)
         axes = figure.add_axes((0.13, 0.17, 0.84, 0.76), frame_on=False)
         for curve in chart.curves:
-            style = _STYLES[curve.style] | {"color": f"{_CURVE}{curve.colour}", "clip_on": False}
+            style = _STYLES[curve.style] | {"color": curve.colour, "clip_on": False}
             axes.plot(*zip(*curve.points, strict=True), solid_capstyle="round", **style)
         axes.set_xlim(axes.dataLim.intervalx)
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -163,13 +163,11 @@ def _draw(chart: Chart) -> str:
         axes.locator_params("y", nbins=5)
         if chart.from_zero:
             axes.update_datalim([(chart.curves[0].points[0][0], 0)])
-        axes.set_xlabel(chart.x_label, loc="right", color=_TEXT)
-        axes.tick_params(which="both", bottom=False, left=False, labelcolor=_TEXT)
-        axes.grid(axis="y", color=_GRID, linewidth=1)
+        axes.set_xlabel(chart.x_label, loc="right", color=_GREY)
+        axes.tick_params(which="both", bottom=False, left=False, labelcolor=_GREY)
+        axes.grid(axis="y", color=_GREY, alpha=0.2, linewidth=1)
         axes.set_axisbelow(True)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     svg = file.getvalue().partition("</metadata>")[2]  # without its head, which names addresses
-    svg = re.sub(rf"{_CURVE}([0-7])", r"var(--c\1)", svg)
-    svg = svg.replace(_TEXT, "var(--soft)").replace(_GRID, "var(--line)")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true">{svg}'

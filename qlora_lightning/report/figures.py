@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, choose_digits, format_interval
-from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share
+from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.report.run_files import Run
 from qlora_lightning.support.files import MEMORY_PEAKS
 
@@ -120,9 +120,6 @@ def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
     for row in (run.evaluation.get("samples") or [])[:_MAX_SAMPLES]:
         texts = {side: str(row.get(side) or "").strip() for side in ("prompt", "expected", BASE, "adapter")}
         is_right = texts["adapter"] == texts["expected"]
-        samples.append([(side, _shorten(text), side == "adapter" and is_right) for side, text in texts.items()])
+        shown = {side: shorten_text(text, _MAX_CHARACTERS, side == "prompt") for side, text in texts.items()}
+        samples.append([(side, text, side == "adapter" and is_right) for side, text in shown.items()])
     return samples
-
-
-def _shorten(text: str) -> str:
-    return f"{text[:_MAX_CHARACTERS]} …" if len(text) > _MAX_CHARACTERS else text or "(empty)"

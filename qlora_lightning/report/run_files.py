@@ -11,23 +11,6 @@ from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
-# what the report reads of the two files, by key
-_NUMBER = float | None
-_SIDE = dict.fromkeys(("value", "low", "high"), _NUMBER)
-_MANIFEST: dict[str, Any] = {
-    **dict.fromkeys(("status", "command", "reproduce", "python", "platform"), str | None),
-    **dict.fromkeys(("base", "adapter", "device", "packages"), dict | None),
-    "config": {"data": dict | None},
-    "parameters": {"trainable": _NUMBER, "all": _NUMBER},
-    "data": {"splits": {"train": {"rows": _NUMBER}}, **dict.fromkeys(("files", "settings", "hashes"), dict | None)},
-    "progress": dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "rows", "seconds"), _NUMBER),
-    "best": {"value": _NUMBER},
-    "lives": [{"started": str, "seconds": float, "from_step": float, "to_step": float, "status": str}],
-}
-_EVALUATION: dict[str, Any] = {
-    **{"rows": _NUMBER, "answered_rows": _NUMBER, "samples": list[dict[str, object]] | None},
-    "metrics": {"*": dict.fromkeys(("base", "adapter", "difference"), _SIDE)},
-}
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
@@ -46,14 +29,14 @@ class Run:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder, also of a run that is still training; a ``UserError`` names a damaged file."""
+    """Read a run folder, also of a run that is still training; a ``UserError`` names a file that is not JSON."""
     manifest = read_manifest(folder)
     if not manifest:
         raise UserError(
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
             "trainer.default_root_dir of its fit was."
         )
-    evaluation = _read_json(folder / EVALUATION, _EVALUATION)
+    evaluation = _read_json(folder / EVALUATION)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
@@ -72,7 +55,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a run folder; empty if there is none."""
-    content = _read_json(folder / MANIFEST, _MANIFEST)
+    content = _read_json(folder / MANIFEST)
     if content and (content.get("format") != _FORMAT or content.get("format_version") not in range(1, _VERSION + 1)):
         raise UserError(
             f"{folder / MANIFEST}: expected format {_FORMAT!r}, version {_VERSION} or earlier, found "
@@ -118,5 +101,5 @@ def read_metric_rows(file: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _read_json(file: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
-    return read_json_object(file, "Move it away to make the report without it.", keys) if file.is_file() else {}
+def _read_json(file: Path) -> dict[str, Any]:
+    return read_json_object(file, "Move it away to make the report without it.") if file.is_file() else {}

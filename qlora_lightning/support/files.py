@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import itertools
 import json
-import math
 import os
 import re
 import reprlib
@@ -26,7 +24,6 @@ IDENTITY = "qlora_lightning.json"  # in the adapter folder
 STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process
 
-_MOST_VALUES = 100_000  # of a config
 _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
 
 
@@ -157,21 +154,16 @@ def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = N
 def check_keys(content: Mapping[str, Any], keys: Mapping[str, Any], source: str, remedy: str) -> None:
     """Check what a file holds by its keys; ``source`` begins and ``remedy`` ends the error.
 
-    A key has a type hint, a ``range``, the keys of the object that it holds, or a list of them for a list of objects.
-    It may be missing if it may be null. ``*`` stands for all keys of an object.
+    A key has a type hint, a ``range``, or the keys of the object that it holds. It may be missing if it may be null.
     """
-    has_any, keys = "*" in keys, dict.fromkeys(content, keys["*"]) if "*" in keys else keys
     for key, hint in keys.items():
         value = content.get(key)
-        if isinstance(hint, Mapping) and (isinstance(value, Mapping) or (value is None and not has_any)):
+        if isinstance(hint, Mapping) and isinstance(value, Mapping | None):
             check_keys(value or {}, hint, f"{source}: {key}", remedy)
-        elif isinstance(hint, list) and fits(value, list[dict[str, object]] | None):
-            for number, item in enumerate(value or []):
-                check_keys(item, hint[0], f"{source}: {key} {number}", remedy)
-        elif isinstance(hint, Mapping | list) or not fits(value, hint):
+        elif isinstance(hint, Mapping) or not fits(value, hint):
             found = "missing" if value is None else reprlib.repr(value)
-            is_object = isinstance(hint, Mapping | list)
-            expected = "object" if is_object else hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = hint.__name__ if isinstance(hint, type) else str(hint)
+            expected = "object" if isinstance(hint, Mapping) else expected
             raise UserError(f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}")
 
 
@@ -216,30 +208,15 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def load_yaml(text: str) -> Any:
-    """Parse a YAML text.
+def load_yaml(text: str, aliases: bool = True) -> Any:
+    """Parse a YAML text; a few lines of a stranger's could expand to billions of values by ``aliases``.
 
     Raises:
-        yaml.YAMLError: It is not YAML, has a duplicate key, or its aliases expand to a huge config or an endless one.
+        yaml.YAMLError: It is not YAML, has a duplicate key, or an alias where none is taken.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, {}) > _MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_VALUES:,} values")
-        return loader.construct_document(node)
+        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise yaml.YAMLError("it has an alias (*): write the value itself there")
+        return _Loader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
-
-
-def _count_values(node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
-    """Count the values of a node, those of an alias at each use; infinite if the node contains itself."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if node not in counts:
-        counts[node] = math.inf  # until its children are counted
-        children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        counts[node] = 1 + sum(_count_values(child, counts) for child in children)
-    return counts[node]

@@ -1,4 +1,4 @@
-"""A base is found by its name, and only a hub id asks the network; a GGUF becomes a folder with the same numbers."""
+"""A base is found by its name, only a hub id asks the network, a GGUF has the same numbers; and its fingerprint."""
 
 import json
 import sys
@@ -8,10 +8,11 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from qlora_lightning import UserError
 from qlora_lightning.base import load_tokenizer
-from qlora_lightning.base.base_folder import TensorFiles
+from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, fingerprint, open_base
 from qlora_lightning.base.find import resolve_base
 
 COMMIT = "ab" * 20
@@ -70,14 +71,13 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.safetensors", "no such file or folder with a model"),
         ("package:some_base", r"exactly one \.gguf file, found x\.gguf, y\.gguf"),
         ("package:no_such_package", "an installed Python package .* found none"),
     ],
 )
 def test_what_is_no_base_is_refused_without_the_network(name, words, tmp_path, monkeypatch, package, asked):
     monkeypatch.chdir(tmp_path)
-    for file in (tmp_path / "model.safetensors", package / "x.gguf", package / "y.gguf"):
+    for file in (package / "x.gguf", package / "y.gguf"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=words):
         resolve_base(name)
@@ -111,3 +111,49 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
     assert tokenizer.decode(tokenizer.encode(text)) == text
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+# ---- a folder and its fingerprint ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed_tokens.weight": torch.randn(16, 8, generator=generator),
+        "model.norm.weight": torch.ones(8),
+        "lm_head.weight": torch.randn(16, 8, generator=generator).bfloat16(),
+    }
+
+
+def save(folder, tensors, shard_bytes=10_000):
+    folder.mkdir()
+    save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
+    return folder
+
+
+def test_a_llama_is_opened_where_it_is_and_without_its_weights_if_they_are_not_asked_for(tmp_path, tensors):
+    folder = save(tmp_path / "tiny-llama", tensors, 600)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert open_base(str(folder)) == BaseFolder(str(folder), folder, "folder", None)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert open_base(str(folder), weights=False).folder == folder
+
+
+def test_it_does_not_depend_on_sharding_and_stays_the_same_for_ever(tmp_path, tensors):
+    folders = [save(tmp_path / str(size), tensors, size) for size in (10_000, 600)]
+    assert [len(list(folder.glob("*.safetensors"))) for folder in folders] == [1, 2]
+    assert fingerprint(folders[0]) == fingerprint(folders[1])
+    zeros = {"a": torch.zeros(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}
+    # Adapters that were trained hold it: another value needs another _FORMAT.
+    expected = "a2c13d250afbbd8c7eeee184419baf1001b077963fd470182b722cc8628aa146"
+    assert fingerprint(save(tmp_path / "zeros", zeros)) == expected
+
+
+def test_one_value_one_name_one_dtype_or_one_shape_changes_it(tmp_path, tensors):
+    name, norm = "model.norm.weight", tensors.pop("model.norm.weight")
+    changed = norm.clone()
+    changed[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    variants = [{name: norm}, {name: changed}, {"norm2": norm}, {name: norm.view(torch.int32)}, {name: norm.view(2, 4)}]
+    assert len({fingerprint(save(tmp_path / f"{n}", tensors | each)) for n, each in enumerate(variants)}) == 5

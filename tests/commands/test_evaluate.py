@@ -49,9 +49,9 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path
         assert figures["metrics"]["chrf"][side]["value"] == pytest.approx(sum(scores) / 10)
     assert scores == sorted(scores)
     assert figures["labelled_tokens"] == sum(line["base"]["labelled_tokens"] for line in lines)
-    # a sample's prompt is its last turn, that of a prediction the whole
-    shown = [(sample["prompt"], sample["expected"]) for sample in figures["samples"]]
-    assert shown == [("Count to 1.", "0"), ("Count to 2.", "0 1")]
+    # a sample's prompt has no control tokens
+    shown = [(sample["prompt"].rpartition("\nuser\n")[2], sample["expected"]) for sample in figures["samples"]]
+    assert shown == [("Count to 1.\nassistant", "0"), ("Count to 2.\nassistant", "0 1")]
     assert all(line["prompt"].startswith("<|im_start|>system") for line in lines)
     duel = figures["duels"]["adapter"]
     assert (duel["score"], len(duel["wins"]) + len(duel["losses"]) + duel["ties"]) == ("chrf", 10)

@@ -9,7 +9,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands import training  # noqa: F401  # here, and not inside a test, whose stderr it would keep
-from qlora_lightning.commands.sweep.trials import Trial, choose
+from qlora_lightning.commands.sweep import Trial, choose
 from tests.equality import metrics, read_adapter, same
 
 

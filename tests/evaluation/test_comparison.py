@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_lightning.evaluation.comparison import Comparison, compare, find_questions
+from qlora_lightning.evaluation.comparison import Comparison, compare
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 
@@ -68,35 +68,14 @@ def test_to_make_every_answer_likelier_is_no_gain():
     assert found.sides["adapter"].value == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "questions"),
-    [
-        ([[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 5, 9, 7]], [[5, 6], [5]]),  # turns end with a stop token, and 7 is a header
-        ([[1, 5, 9, 6, 8], [1, 5]], [[6, 8], [1, 5]]),  # answers alone do
-        (
-            [[1, 9, 5, 6, 9, 7], [1, 9, 4, 9, 7, 8, 8]],
-            [[5, 6], [4]],
-        ),  # some headers go on, as Qwen3's without reasoning
-        ([[1, 5, 6], []], [[1, 5, 6], []]),
-    ],
-)
-def test_the_question_is_the_last_turn_by_any_template(prompts, questions):
-    assert find_questions(prompts, [9]) == questions
-
-
 def test_no_interval_says_that_a_share_is_certain():
-    base = [result(answer="a", exact_match=0.0, chrf=0.0)] * 100
-    adapter = [result(answer="a", exact_match=1.0, chrf=1.0, correct=1)] * 100
+    base = [result(answer="a", exact_match=0.0)] * 100
+    adapter = [result(answer="a", exact_match=1.0)] * 100
     metrics = compare({"base": base, "adapter": adapter}, rows_of(base))
-    for name in ("exact_match", "chrf", "token_accuracy", "stop_rate"):
-        for interval in (*metrics[name].sides.values(), *metrics[name].differences.values()):
-            assert interval.high - interval.low > 0.03, name
     # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), by hand for n = 100
     assert metrics["exact_match"].sides["adapter"] == pytest.approx((1.0, 0.9630, 1.0), abs=1e-4)
     assert metrics["exact_match"].sides["base"] == pytest.approx((0.0, 0.0, 0.0370), abs=1e-4)
-    # none of 100 rows is otherwise: z²/(n + z²) of all rows may be, 3.70 %, and these are at the worst at -1
-    assert metrics["chrf"].differences["adapter"] == pytest.approx((1.0, 0.926, 1.0), abs=1e-4)
-    assert math.isnan(metrics["loss"].sides["base"].low)  # nobody knows how high a loss may be elsewhere
+    assert math.isnan(metrics["exact_match"].differences["adapter"].low)  # nobody knows of other rows
     half = [result(answer="a", exact_match=float(row < 50)) for row in range(100)]
     share = compare({"base": half}, rows_of(half))["exact_match"].sides["base"]
     assert share == pytest.approx((0.5, 0.4038, 0.5962), abs=1e-4)

@@ -11,7 +11,6 @@ from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json
         ("9 * 2 = $18\n#### 18", "18", 1.0),
         ("#### 3 then #### $1,234.50 of 7", "1234.50", 1.0),
         ("She makes 9 * 2 = $18 a day.", "18", 1.0),
-        ("20-3", "3", 1.0),
         ("12 -5", "5", 1.0),
         ("(2 + 3) -5", "5", 1.0),
         ("The number is:\n- 18", "18", 1.0),
@@ -20,7 +19,6 @@ from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json
         ("#### -$1,234.50", "-1234.5", 1.0),
         ("5 apples #### none", "5", 0.0),
         ("#### 1,000.0", "#### 1000", 1.0),
-        ("#### 1001", "#### 1000", 0.0),
         ("nothing", "#### 1000", 0.0),
     ],
 )

@@ -1,9 +1,13 @@
 """The report of a run, and of several: what a person reads, and that nothing of it acts or leaves the page."""
 
+import json
+import re
+
 import pytest
 
-from qlora_lightning.report import read_run, render_report, write_manifest, write_run_page
-from qlora_lightning.report.charts import charts_of
+from qlora_lightning import UserError
+from qlora_lightning.report import read_metrics, read_run, render_report, write_manifest, write_run_page
+from qlora_lightning.report.charts import COLOURS, charts_of
 from qlora_lightning.support.console import show_controls
 from tests.markup import Reader
 from tests.report.conftest import CONFIG, write_run
@@ -35,11 +39,8 @@ def test_a_run_has_every_section_and_its_facts(pages):
     ]
     for words in (
         *("qlora-lightning fit --config a.yaml", "1 ✓", "1234567890abcdef1234-dirty"),
-        *(
-            "base package:tiny, quantization nf4, double_quant true",
-            "target_modules [q_proj]",
-            "1,000 of 50,000 (2.00%)",
-        ),
+        "base package:tiny, quantization nf4, double_quant true",
+        *("target_modules [q_proj]", "1,000 of 50,000 (2.00%)"),
         *("20 optimizer steps, 2,000 tokens, 500 labelled tokens", "learning_rate 0.001, gradient_clip_val 1.0, batch"),
         *("step-000020.ckpt, val_loss 0.5000", "train: 12 rows, 400 tokens", "empty answer", "seed"),
         *("name A CPU, memory_gib 16.0", "ab" * 8, "torch 2.13.0"),
@@ -54,7 +55,7 @@ def test_runs_are_compared_by_tokens(runs, pages):
     assert "a · b" in page.text
     assert "model.rank" in page.text
     loss = charts_of(runs)[1]
-    assert [(curve.label, curve.colour) for curve in loss.curves] == [("a", 0), ("b", 1)]
+    assert [(curve.label, curve.colour) for curve in loss.curves] == [("a", COLOURS[0]), ("b", COLOURS[1])]
     assert loss.x_label == "tokens trained on"
     assert [x for x, _ in loss.curves[1].points[:2]] == [200, 400]
 
@@ -107,3 +108,41 @@ def test_what_cannot_be_seen_is_shown():
     assert show_controls("\N{RIGHT-TO-LEFT OVERRIDE}x\N{ZERO WIDTH SPACE}") == "\\u202ex\\u200b"
     assert show_controls("\U000e0041") == "\\U000e0041"
     assert show_controls("👩🏽‍🚀 é 日本") == "👩🏽‍🚀 é 日本"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("manifest.json", "{ [", "is not JSON"),
+        ("evaluation.json", 100_000 * "[", "is not JSON"),
+        ("evaluation.json", "[]", "expected a JSON object"),
+        ("manifest.json", {"format_version": 2}, "version 2"),
+        ("manifest.json", {"status": "failed", "progress": {"seconds": 1e400}}, "OverflowError"),
+        ("manifest.json", {"lives": [{}]}, "KeyError: 'from_step'"),
+        ("evaluation.json", {"metrics": {"loss": None}}, "AttributeError"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_fault(make_run, name, content, words):
+    folder = make_run()
+    if isinstance(content, dict):
+        content = json.dumps({"format": "qlora_lightning manifest", "format_version": 1} | content)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}.*{re.escape(words)}") as error:
+        render_report([read_run(folder)])
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "columns"),
+    [
+        ("step,train_loss,val_loss\n0,2.5,\n1,,1.5\n", {"train_loss": [(1, 2.5)], "val_loss": [(2, 1.5)]}),
+        ("step,loss\n0,1.0\n1,nan\n2,inf\n4\n5,2.0\n7,0.12", {"loss": [(1, 1.0), (6, 2.0)]}),
+        ("step,lo", {}),
+        ("", {}),
+    ],
+)
+def test_half_a_line_and_what_is_no_number_are_left_out_of_metrics(tmp_path, lines, columns):
+    file = tmp_path / "metrics.csv"
+    assert read_metrics(file) == {}
+    file.write_text(lines)
+    assert read_metrics(file) == columns

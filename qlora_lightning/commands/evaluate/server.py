@@ -13,7 +13,7 @@ import httpx
 from qlora_lightning.data.chat.render import answer_indices
 from qlora_lightning.data.rows.conversation import Chat
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.intervals import Interval, measure
+from qlora_lightning.evaluation.intervals import Interval, measure, plain_interval
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
@@ -253,7 +253,8 @@ def compare_answers(
     }
     differences = {side: _score_differences(answers, served) for side, answers in sides.items()}
     beyond = {
-        side: [name for name, gap in gaps.items() if not gap.low <= 0 <= gap.high] for side, gaps in differences.items()
+        side: [name for name, gap in gaps.items() if gap.value and not gap.low <= 0 <= gap.high]
+        for side, gaps in differences.items()
     }
     possible = [side for side in sides if not beyond[side]]
     if all(a.text == b.text for a, b in zip(adapter, base, strict=True)):
@@ -270,7 +271,7 @@ def compare_answers(
         "equal_to_adapter": equal["adapter"] / len(served),
         "equal_to_base": equal[BASE] / len(served),
         "score": score,
-        "difference_from_adapter": differences["adapter"][score]._asdict(),
+        "difference_from_adapter": plain_interval(differences["adapter"][score]),
     }
 
 
@@ -281,10 +282,11 @@ def describe(figures: Mapping[str, Any]) -> str:
         return f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
     names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
     n_equal = {side: round(figures[f"equal_to_{side}"] * n_rows) for side in ("adapter", BASE)}
+    bounds = "" if gap["low"] is None else f" [{gap['low']:+.3f}, {gap['high']:+.3f}]"
     return (
         f"The server answers {names[figures['verdict']]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to "
         f"the adapter's, {n_equal[BASE]:,} to the base's; {figures['score']} differs from the adapter's by "
-        f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]."
+        f"{gap['value']:+.3f}{bounds}."
     )
 
 

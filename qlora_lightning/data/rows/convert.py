@@ -16,12 +16,10 @@ from qlora_lightning.data.rows.conversation import (
     read_message,
 )
 from qlora_lightning.data.rows.formats import RECOGNISED, Format, find_format, recognise
-from qlora_lightning.data.rows.pairs import PREFERENCE_FORMAT, VERDICT_KEYS, attach_verdict, pair_up, read_verdict
+from qlora_lightning.data.rows.pairs import PREFERENCE_FORMAT, VERDICTS, attach_verdict, pair_up
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import RowSettings
 from qlora_lightning.support.errors import UserError
-
-_VERDICT = "verdict: true or false in 'label', 'desirable' or 'kto_tag', up or down in 'thumbs'"
 
 
 class RowConverter:
@@ -77,21 +75,18 @@ class RowConverter:
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
-            read_keys = (*form.read_keys, *(VERDICT_KEYS if self.pairs else ()))
+            read_keys = (*form.read_keys, *(("label",) if self.pairs else ()))
             self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
-        verdict = read_verdict(row.values, numbers=True) if form.is_ours and form is not PREFERENCE_FORMAT else None
         if isinstance(content, tuple) and [type(item) for item in content[1:]] == [bool]:  # from a user's function
-            content, verdict = content
-        if verdict is not None:
-            columns = [key for key in VERDICT_KEYS if key in row.values] if form.is_ours else []
-            if {True, False} <= {read_verdict({key: row.values[key]}, numbers=True) for key in columns}:
-                raise RowFault(f"{' and '.join(columns)} disagree: leave one out by `columns: {{{columns[0]}: null}}`")
-            return attach_verdict(self._to_chat(content, row.values, form), verdict)
+            return attach_verdict(self._to_chat(content[0], row.values, form), content[1])
         if form.is_ours and form is not PREFERENCE_FORMAT:
-            raise RowFault(f"there is no {_VERDICT}")
+            verdict = VERDICTS.get(str(row.values.get("label")).lower())
+            if verdict is None:
+                raise RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
+            return attach_verdict(self._to_chat(content, row.values, form), verdict)
         if not isinstance(content, tuple | list) or len(content) != 2:
             raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
         return pair_up(*(self._to_chat(messages, row.values, form) for messages in content))
@@ -109,9 +104,8 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        is_single = self.pairs and row.values.get("rejected") is None
-        has_verdict = is_single and read_verdict(row.values, numbers=True) is not None
-        form = None if has_verdict and self.settings.format == "auto" else self._named
+        is_single = self.pairs and row.values.get("rejected") is None and row.values.get("label") is not None
+        form = None if is_single and self.settings.format == "auto" else self._named
         form = form or recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:
             raise UserError(f"{row.where}: rows of the format {form.name} hold no prompt that could be answered.")
@@ -122,7 +116,7 @@ class RowConverter:
         if missing:
             names = " and ".join(map(repr, missing))
             is_no_pair = form is PREFERENCE_FORMAT and len(missing) == 2
-            hint = f"; only `objective: kto` takes a {_VERDICT}" if is_no_pair else ""
+            hint = "; a single answer (`objective: kto`) needs true or false in 'label'" if is_no_pair else ""
             raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
         try:
             return form.read(dict(values))
@@ -159,7 +153,7 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         elif key == "rejected" and value and "chosen" in row.values:
             reason = "a preference row is for PreferenceModule and PreferenceDataModule"
-        elif key in VERDICT_KEYS and read_verdict({key: value}, numbers=key != "label") is not None:
+        elif key == "label" and str(value).lower() in VERDICTS:
             reason = "a verdict on the answer is for PreferenceModule (`objective: kto`) and PreferenceDataModule"
         else:
             continue

@@ -1,6 +1,6 @@
 """Preference rows: two answers to one prompt, the better one first, or one answer with a verdict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -9,19 +9,7 @@ from qlora_lightning.data.rows.conversation import Chat, Message, Pair, is_answe
 from qlora_lightning.data.rows.formats import Format, exchange, read_alpaca, refuse_messages_as_text
 
 _PROMPT_KEYS = ("prompt", "messages", "conversations")
-VERDICT_KEYS = ("label", "desirable", "kto_tag", "thumbs")
-_VERDICTS = {"true": True, "up": True, "false": False, "down": False}  # as strings, as in CSV
-_NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False}
-
-
-def read_verdict(values: Mapping[str, Any], numbers: bool = False) -> bool | None:
-    """Return the verdict of a row, whether its one answer is desirable; None if it has no such column.
-
-    ``numbers``: whether 1 and 0 are verdicts too; in other rows they may be classes.
-    """
-    verdicts = _VERDICTS | _NUMBERS if numbers else _VERDICTS
-    texts = (str(values[key]).strip().lower() for key in VERDICT_KEYS if key in values)
-    return next((verdicts[text] for text in texts if text in verdicts), None)
+VERDICTS = {"true": True, "false": False}  # in CSV a verdict is a word
 
 
 def attach_verdict(chat: Chat, desirable: bool) -> Chat:

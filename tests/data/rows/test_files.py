@@ -128,14 +128,12 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.csv", "x,y\n1,2,3\n", "a.csv cannot be read: Length of header or names does not match length of data"),
     ("a.csv", b"x,y\n1,\xff\n", ": name its encoding, as in `encoding: cp1252` (what Excel"),
     ("a.csv", "x;y\n1,5;2", 'its one column is \'x;y\': name the delimiter, as in `delimiter: ";"`'),
-    ("a.csv", "x\ty\n1\t2", 'as in `delimiter: "\\t"`'),
     ("a.tsv", "x,y\n1,2", 'as in `delimiter: ","`'),
     *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
     ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
-    ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz cannot be read"),
     ("a.jsonl.zst", b'{"x": 1}\n', "a.jsonl.zst cannot be read"),
     ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
 ]  # fmt: skip
@@ -249,15 +247,11 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
     ("value", "expected"),
     [
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
-        *(
-            (value, f"data.train: data file {value} does not exist")
-            for value in ("org/train.jsonl", "/no/data", "squad")
-        ),
+        ("org/train.jsonl", "data.train: data file org/train.jsonl does not exist"),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
         ({"path": ""}, "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
-        ({"path": "a.jsonl", "rows": 2.5}, "rows of a.jsonl must be a number above 0"),
         ({"path": "a.jsonl", "split": "train"}, "split is for data sets of the hub, but a.jsonl is a path."),
     ],
 )

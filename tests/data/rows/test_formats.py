@@ -49,18 +49,16 @@ def check(row, expected, **settings):
 
 
 ROWS = [  # row, what it becomes, settings
-    ({"instruction": "u", "output": "a"}, [U, A], {}),
     ({"instruction": "u", "input": "more", "output": "a"}, [said("user", "u\n\nmore"), A], {}),
     ({"instruction": "u", "output": "a", "history": [["u", "r"]]}, [U, said("assistant", "r"), U, A], {}),
     ({"instruction": "u", "output": "a", "system": "s"}, [S, U, A], {}),
     ({"prompt": "u", "completion": "a"}, [U, A], {}),
     ({"prompt": [U, A, U], "completion": [A]}, [U, NO_TRAINING, U, A], {}),
-    ({"question": "u", "answer": "a"}, [U, A], {}),
     ({"messages": [U, A], "system": "s", "prompt": "p"}, [S, U, A], {}),
     ({"messages": TURNS_AS_JSON}, [U, A], {}),
     ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [U, A], {}),
     ({"messages": [{"role": None, "from": "human", "content": None, "value": "u"}, A]}, [U, A], {}),  # parquet
-    ({"prompt": "u", "completion": "a", "kto_tag": 0}, "a verdict on the answer is for PreferenceModule", {}),
+    ({"prompt": "u", "completion": "a", "label": False}, "a verdict on the answer is for PreferenceModule", {}),
     ({"prompt": "u", "completion": "a", "label": 0}, [U, A], {}),  # perhaps a class
     ({"text": "x", "url": "y"}, Text("x"), {"format": "text"}),
     ({"input_ids": [1, 5], "labels": [-100, 5]}, Tokens([1, 5], [-100, 5]), {}),
@@ -90,7 +88,6 @@ ROWS = [  # row, what it becomes, settings
     ({"question": "a", "answer": "u"}, [U, A], {"columns": {"question": "answer", "answer": "question"}}),
     ({"question": "u", "answer": "a"}, "two of question, answer the same name", {"columns": {"question": "answer"}}),
     ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
-    ({"instuction": "a", "output": "b"}, "Map other names with `columns: {their name: our name}`", {}),
     ({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}, "alpaca and prompt_completion: name", {}),
     ({"instruction": "u", "output": "a", "prompt": "a", "completion": "b"}, [U, A], {"format": "alpaca"}),
     ({"instruction": "u", "output": "a"}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),

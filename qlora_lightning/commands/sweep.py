@@ -1,26 +1,71 @@
-"""A sweep: fits in a loop, compared by their validation losses in a table, a plot and files."""
+"""``qlora-lightning sweep-rank``: double the rank while it pays; likewise target modules and learning rates."""
 
+import argparse
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import PositiveInt
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.callbacks.run_folder import refuse_links
-from qlora_lightning.commands.epoch import plan_epoch
-from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.commands.options import OptionParser, add_json_option, json_output
 from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
 from qlora_lightning.support.console import say, terminal
 from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
 
+_DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
+
+Start at 8 and double: the sweep continues while the loss on the validation rows falls by more than its noise, the
+largest difference between --seeds trainings with the first value. alpha is 2 × rank.
+Every other option is one of `fit`. Each trial has a folder of its own in RUN/sweep-rank; the same command continues
+after a kill. With --target-modules or --learning-rates all values are tried, and the one with the fewest parameters
+is chosen among those that the best does not beat by more than noise, of equals the one of the lowest loss."""
+_EPILOG = """examples:
+  qlora-lightning sweep-rank --config configs/quickstart.yaml --ranks 4,8 --trainer.limit_train_batches 8
+  qlora-lightning sweep-rank --config configs/quickstart.yaml --learning-rates 5e-4,1e-3 --seeds 1
+
+RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` takes."""
 _REMEDY = "Shorten the epoch by trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Sweep; return the exit code."""
+    parser = OptionParser("sweep-rank", _DESCRIPTION, _EPILOG, fit=True)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--ranks", type=_parse_values(int), metavar="N,N,…", help="ranks to try (default: 8,16,32,64)")
+    add("--target-modules", type=_parse_values(str), metavar="NAME,…", help="instead: what carries an adapter")
+    add("--learning-rates", type=_parse_values(float), metavar="X,…", help="instead: learning rates to try")
+    seeds_help = "trainings with the first value, to measure what another seed alone does (default: 3; 1: do not)"
+    parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help=seeds_help)
+    add_json_option(parser)
+    options, fit_options = parser.parse_known_args(argv)
+    setting, values = "rank", sorted(options.ranks or (8, 16, 32, 64))
+    if options.target_modules:
+        setting, values = "target_modules", options.target_modules
+    elif options.learning_rates:
+        setting, values = "learning_rate", options.learning_rates
+    with json_output(options) as figures:
+        figures.update(run_sweep(setting, values, options.seeds, fit_options))
+    return 0
+
+
+def _parse_values(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        with contextlib.suppress(ValueError):
+            values = tuple(kind(part.strip()) for part in text.split(","))
+            if len(values) >= 2 and len(set(values)) == len(values):
+                return values
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two values or more, each once, as 8,16,32")
+
+    return parse
 
 
 @dataclass(frozen=True)
@@ -43,6 +88,8 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
         seeds: Trainings with the first value; the spread of their losses is the noise.
         arguments: Options of ``fit``.
     """
+    from qlora_lightning.commands.training import QLoRACLI  # here, so that --help and mistakes answer at once
+
     cli = QLoRACLI(arguments)
     config = cli.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
@@ -54,7 +101,6 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
-    refuse_links(folder)
     if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings:
         raise UserError(
             f"{folder} holds a sweep with other settings ({settings_file}): put them back, or choose another folder by "
@@ -64,7 +110,6 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
-        refuse_links(trial_folder)
         seed = config["seed_everything"]
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
@@ -120,6 +165,8 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
 def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     """Reject a config of which no trial would be validated, as far as that is known before it runs."""
+    from qlora_lightning.commands.epoch import plan_epoch
+
     if trainer["limit_val_batches"] == 0:
         raise UserError("trainer.limit_val_batches is 0, but trials are compared by their validation losses.")
     data.setup("fit")

@@ -11,8 +11,7 @@ import torch
 
 from qlora_lightning import UserError
 from qlora_lightning.base import load_tokenizer
-from qlora_lightning.base.base_folder import TensorFiles
-from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.base_folder import TensorFiles, resolve_base
 
 COMMIT = "ab" * 20
 

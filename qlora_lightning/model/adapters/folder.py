@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_lightning.base.adapter_folder import LORA_KEYS, read_adapter_config, read_identity
+from qlora_lightning.base.base_folder import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes

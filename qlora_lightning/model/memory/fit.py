@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import peft
 import torch
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder
-from qlora_lightning.base.base_folder import open_base, open_config, read_config
+from qlora_lightning.base.base_folder import find_adapter_folder, open_base, open_config, read_config
 from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.anatomy import check_type
 from qlora_lightning.model.layers.fuse import fuse_layers

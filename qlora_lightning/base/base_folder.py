@@ -15,8 +15,7 @@ from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.base.gguf import unpack_gguf
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, describe_error, explaining
-from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, read_json_object, write_whole
-from qlora_lightning.support.versions import check_version
+from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, check_version, read_json_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
+from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.anatomy import FLAT_TYPES
-from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
 from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family

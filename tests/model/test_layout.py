@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_lightning.base.tensors import IGNORED
-from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.step.layout import add_noise, lay_out, samples_of_lengths
 from tests.steps import assert_same_step, loss_and_gradients, make_batch, make_module
 

@@ -5,10 +5,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
+from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.model.memory.checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.memory.formula import build_step_memory
 from tests import steps
 

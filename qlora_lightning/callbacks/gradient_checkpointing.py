@@ -1,4 +1,4 @@
-"""The settings of gradient checkpointing, which ``model/memory/checkpointing.py`` implements."""
+"""The settings of gradient checkpointing, which ``model/activation_checkpointing.py`` implements."""
 
 from typing import Any, Literal
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
+from qlora_lightning.base.base_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file

@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder, read_adapter_config, read_identity
-from qlora_lightning.base.base_folder import BaseFolder, fingerprint, open_base, read_config
+from qlora_lightning.base.base_folder import (
+    BaseFolder,
+    find_adapter_folder,
+    fingerprint,
+    open_base,
+    read_adapter_config,
+    read_config,
+    read_identity,
+)
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.load.base_model import Quantization, stored_quantization
 from qlora_lightning.model.module import QLoRAModule

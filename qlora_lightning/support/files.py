@@ -21,6 +21,7 @@ EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.
 UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY = "qlora_lightning.json"  # in the adapter folder
+FORMAT_VERSION = 1  # of checkpoints and adapter folders
 STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process
 
@@ -220,3 +221,12 @@ def load_yaml(text: str, aliases: bool = True) -> Any:
         return _Loader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+
+
+def check_version(version: int, source: str) -> None:
+    """Reject a format that a newer version of this package wrote."""
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
+            "update qlora_lightning."
+        )

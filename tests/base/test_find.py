@@ -11,9 +11,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from qlora_lightning import UserError
-from qlora_lightning.base import load_tokenizer
-from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, fingerprint, open_base
-from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.base_folder import (
+    BaseFolder,
+    TensorFiles,
+    fingerprint,
+    load_tokenizer,
+    open_base,
+    resolve_base,
+)
 
 COMMIT = "ab" * 20
 
@@ -107,6 +112,7 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
         json.loads((smollm2_folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
     )
     assert config["eos_token_id"] == generation["eos_token_id"] == 2
+    assert "_model_name_or_path" not in config  # a title that is no name
     tokenizer, text = load_tokenizer(str(smollm2_folder)), "Grüße, 1234 world!\n\tif x:  # ≠"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

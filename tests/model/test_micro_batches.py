@@ -15,11 +15,11 @@ from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing, QLoRAModule, UserError
+from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit
-from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import Fit, find_fits
 from qlora_lightning.model.memory.formula import build_step_memory
 from tests.random_base import save_family

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.base.base_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
 from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.support.errors import UserError

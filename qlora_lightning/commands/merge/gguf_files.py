@@ -14,8 +14,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_lightning.base.base_folder import BaseFolder, TensorFiles
-from qlora_lightning.base.find import resolve_base
+from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, resolve_base
 from qlora_lightning.model.merge import MergePlan
 from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.imports import import_bitsandbytes
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     memory = None if options.device_memory is None else read_size(options.device_memory)
     with json_output(options) as output, quiet_lightning():
         # here, so that --help and mistakes answer at once
-        import_bitsandbytes()  # before PEFT, which the planner imports, would
+        import_module("qlora_lightning.model")  # before the planner: bitsandbytes comes before PEFT
 
         from qlora_lightning.commands.plan.planner import plan_run, print_plan
 

@@ -20,10 +20,10 @@ from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
 from qlora_lightning.model.guards import check_trainer
 from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
-from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices
 from qlora_lightning.model.memory.fit import USABLE, find_fits, list_remedies, plan_step
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.packed import check_row_length

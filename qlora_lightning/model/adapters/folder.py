@@ -15,14 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_lightning.base.adapter_folder import LORA_KEYS, read_adapter_config, read_identity
+from qlora_lightning.base.base_folder import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
 from qlora_lightning.model.layers.fuse import fuse_layers
 from qlora_lightning.support.errors import UserError, explaining
-from qlora_lightning.support.files import IDENTITY, flush, put_in_place, raising_os_errors, set_usual_mode, write_whole
-from qlora_lightning.support.versions import FORMAT_VERSION
+from qlora_lightning.support.files import (
+    FORMAT_VERSION,
+    IDENTITY,
+    flush,
+    put_in_place,
+    raising_os_errors,
+    set_usual_mode,
+    write_whole,
+)
 
 UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"

@@ -13,8 +13,7 @@ import torch
 
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, explaining
-from qlora_lightning.support.files import check_keys
-from qlora_lightning.support.versions import check_version
+from qlora_lightning.support.files import check_keys, check_version
 
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
 _STATES = list[dict[str, object]]

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import FORMAT_VERSION
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once
-from qlora_lightning.support.versions import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule

@@ -16,11 +16,11 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_flat_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
-from qlora_lightning.support.versions import enable_activation_checkpointing
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of its synonym swish

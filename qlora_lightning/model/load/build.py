@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.base.adapter_folder import find_adapter_folder, read_identity
+from qlora_lightning.base.base_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qlora_lightning.model.memory.checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.support.console import say

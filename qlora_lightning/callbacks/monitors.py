@@ -8,7 +8,7 @@ import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.sources.tensors import GIB
 from qlora_lightning.support.console import say
 from qlora_lightning.support.files import MEMORY_PEAKS
 

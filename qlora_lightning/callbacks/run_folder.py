@@ -13,10 +13,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.base.base_folder import find_adapter_folder, read_identity
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.report.run_files import read_metric_rows
+from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (

@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from qlora_lightning.base.base_folder import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
+from qlora_lightning.sources.folders import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml

@@ -5,9 +5,9 @@ from typing import get_args
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.base.cache import Kind, cache_root, clear_entries, list_entries
-from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.options import OptionParser
+from qlora_lightning.sources.cache import Kind, cache_root, clear_entries, list_entries
+from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import say, terminal
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled attention, kept for the next start."

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
-from qlora_lightning.base.base_folder import (
+from qlora_lightning.model.adapters.identity import check_identity
+from qlora_lightning.model.load.base_model import Quantization, stored_quantization
+from qlora_lightning.model.module import QLoRAModule
+from qlora_lightning.sources.folders import (
     BaseFolder,
     find_adapter_folder,
     fingerprint,
@@ -15,9 +18,6 @@ from qlora_lightning.base.base_folder import (
     read_config,
     read_identity,
 )
-from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.load.base_model import Quantization, stored_quantization
-from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 

@@ -12,9 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import Batch, FabricLoader, FlatLoader, PromptLoader, collate_rows
+from qlora_lightning.data.batches.loader import Batch, FabricLoader, PackedLoader, PromptLoader, collate_rows
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.data_report import DataReport
@@ -26,6 +25,7 @@ from qlora_lightning.data.rows.readers import Row, read_rows
 from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_settings, has_split
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import UserError
 
@@ -38,7 +38,7 @@ DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
 class InstructionDataModule(LightningDataModule):
-    """Instruction data as flat batches without padding, in an order that is a pure function of seed and epoch.
+    """Instruction data as packed batches without padding, in an order that is a pure function of seed and epoch.
 
     The seed is that of ``seed_everything`` (the environment variable ``PL_GLOBAL_SEED``), else ``torch.initial_seed()``
     at the first ``setup``; a resumed run keeps the checkpoint's.
@@ -221,15 +221,15 @@ class InstructionDataModule(LightningDataModule):
         """Count the batches of one epoch on each rank, for schedules."""
         return len(self.train_dataloader())
 
-    def train_dataloader(self) -> FlatLoader:
+    def train_dataloader(self) -> PackedLoader:
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
         return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
-    def val_dataloader(self) -> FlatLoader:
+    def val_dataloader(self) -> PackedLoader:
         return self._make_loader("val")
 
-    def test_dataloader(self) -> FlatLoader:
+    def test_dataloader(self) -> PackedLoader:
         return self._make_loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
@@ -399,11 +399,11 @@ class InstructionDataModule(LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_loader(self, split: str, **settings: Any) -> FlatLoader:
+    def _make_loader(self, split: str, **settings: Any) -> PackedLoader:
         rank, world_size = self._rank_and_world_size()
         settings |= {"seed": self._seed or 0, "world_size": world_size}
         if split == "train":
             plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
         else:  # not packed: rows in their order, and without gradients they take less memory
             plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
-        return (FlatLoader if self.trainer is not None else FabricLoader)(plan, rank)
+        return (PackedLoader if self.trainer is not None else FabricLoader)(plan, rank)

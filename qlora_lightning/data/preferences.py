@@ -1,4 +1,4 @@
-"""Preference rows as flat batches: two answers to each prompt, the better one first, or one with a verdict."""
+"""Preference rows as packed batches: two answers to each prompt, the better one first, or one with a verdict."""
 
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.support.errors import UserError

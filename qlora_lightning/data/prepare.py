@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
 from qlora_lightning.data.chat.render import RenderedText
@@ -21,6 +20,7 @@ from qlora_lightning.data.rows.convert import RowConverter
 from qlora_lightning.data.rows.readers import Row
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
+from qlora_lightning.sources.tensors import IGNORED
 
 TOO_LONG = "longer than max_length (too_long: drop)"
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text

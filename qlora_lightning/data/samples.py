@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.scores import SCORES
 from qlora_lightning.model.adapters.inject import with_adapter
@@ -21,6 +20,7 @@ from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import cut_into_rows, is_packed
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import progress_counter
 
 ProgressCounter = Callable[[int], None]

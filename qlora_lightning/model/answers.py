@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.support.errors import UserError, is_out_of_memory
 
 BATCH_SIZE = 64  # rows that are answered together
@@ -54,7 +54,7 @@ def generate_answers(
     """
     # that of an adapter, which is never sharded: shards may be on the host
     device = next(param for param in causal_lm.parameters() if not isinstance(param, DTensor)).device
-    batch_size = batch_size if runs_flat(causal_lm.config) else 1  # types that padding may change
+    batch_size = batch_size if runs_packed(causal_lm.config) else 1  # types that padding may change
     pad_id = min(stop_ids, default=0)
     answers: list[list[int]] = [[] for _ in prompts]
     settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "synced_gpus": False, **options}

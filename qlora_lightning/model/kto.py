@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.preferences import Objective, PreferenceModule, n_answers_of
 from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import samples_of
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, trainer_of
 

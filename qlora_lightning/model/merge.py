@@ -15,10 +15,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, open_config, read_config
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
+from qlora_lightning.sources.folders import BaseFolder, TensorFiles, open_config, read_config
 from qlora_lightning.support.errors import UserError
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name

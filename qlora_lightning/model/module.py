@@ -10,21 +10,21 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from qlora_lightning.base import base_folder
 from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
 from qlora_lightning.model.adapters import inject
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
-from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
-from qlora_lightning.model.layers import attention, fuse
+from qlora_lightning.model.layers import attention, select
 from qlora_lightning.model.load import build, machine
 from qlora_lightning.model.load.base_model import Quantization
 from qlora_lightning.model.memory import budget
+from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step import accumulate, forward, layout, packed
 from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
+from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
 
 # Sums of a validation that are not logged of a split; that of the rows of preferences is the evaluation's.
@@ -146,7 +146,7 @@ class QLoRAModule(lightning.LightningModule):
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
-        self.precision = fuse.Precision()
+        self.precision = select.Precision()
         self.has_dropout = True
         self.window = accumulate.Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
@@ -187,8 +187,8 @@ class QLoRAModule(lightning.LightningModule):
         """
         device, model_type = self._device_of_process(), None
         if self.compute_dtype == "auto" and device.type == "cuda":
-            source = base_folder.open_base(self.base, self.revision, weights=False)
-            model_type = base_folder.read_config(source.folder, source.name).get("model_type")
+            source = folders.open_base(self.base, self.revision, weights=False)
+            model_type = folders.read_config(source.folder, source.name).get("model_type")
         dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
         trainer = trainers.trainer_of(self)
         is_sharded = trainer is not None and isinstance(trainer.strategy, sharded.ShardedDDPStrategy)
@@ -233,15 +233,15 @@ class QLoRAModule(lightning.LightningModule):
         """
         return self.precision.autocast(self.device, whole)
 
-    def choose_layers(self) -> fuse.Fusion:
+    def choose_layers(self) -> select.Fusion:
         """Choose which layers run fused. Call it after changing or hooking parts of the model."""
         self.has_dropout = attention.has_dropout(self.causal_lm)
-        return fuse.choose_layers(self.causal_lm)
+        return select.choose_layers(self.causal_lm)
 
     def _choose_precision(self) -> None:
         """Choose the precision now: inside evaluations PEFT switches off what trains."""
         dtype = getattr(torch, self.identity.get("compute_dtype", "float32"))
-        self.precision = fuse.choose_precision(self.causal_lm, self.choose_layers(), dtype)
+        self.precision = select.choose_precision(self.causal_lm, self.choose_layers(), dtype)
 
     # ---- the loss ----------------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         hidden, targets = self.last_states(batch)
         with self.autocast():
-            return losses.token_losses(hidden, targets, losses.lm_head_of(self.causal_lm), fast=self.fast)
+            return losses.token_losses(hidden, targets, losses.lm_head_of(self.causal_lm), fused=self.fast)
 
     def last_states(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the hidden states that predict the labelled tokens, ``(K, width)``, and these tokens, ``(K,)``.
@@ -276,7 +276,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         micro_batch = self.micro_batch_of(batch)
         with self.autocast():
-            hidden = forward.compute_states(self.causal_lm, micro_batch, self.noise_alpha, fast=self.fast)
+            hidden = forward.compute_states(self.causal_lm, micro_batch, self.noise_alpha, fused=self.fast)
         return hidden, micro_batch.targets
 
     @property
@@ -297,7 +297,7 @@ class QLoRAModule(lightning.LightningModule):
         packed.check_packed(batch, len(causal_lm.get_input_embeddings().weight), self._locate_rows)
         # not if each token draws its own random numbers, for NEFTune's noise or for dropout
         draws = self.noise_alpha is not None or (causal_lm.training and self.has_dropout)
-        skips = self.fast and runs_flat(causal_lm.config) and not draws
+        skips = self.fast and runs_packed(causal_lm.config) and not draws
         micro_batch = layout.lay_out(batch, skips_unlabelled=skips)
         packed.check_row_length(causal_lm.config, micro_batch.sequences.longest)
         return micro_batch.to(self.device)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_lightning.base.base_folder import find_adapter_folder
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.sources.folders import find_adapter_folder
 from qlora_lightning.support.errors import UserError
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]

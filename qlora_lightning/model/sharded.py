@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from qlora_lightning.model.anatomy import decoder_layers, runs_flat
-from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
+from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
+from qlora_lightning.model.model_types import decoder_layers, runs_packed
 from qlora_lightning.model.step.layout import sequences_of_lengths
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, token_losses
 from qlora_lightning.support.errors import UserError
@@ -68,10 +68,10 @@ class ShardedBase:
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool = False) -> None:
-        if not runs_flat(causal_lm.config):
+        if not runs_packed(causal_lm.config):
             raise UserError(
-                f"trainer.strategy ddp_sharded takes types that run in flat batches, and {causal_lm.config.model_type} "
-                "runs a row at a time: set trainer.strategy to ddp."
+                "trainer.strategy ddp_sharded takes types that run in packed batches, and "
+                f"{causal_lm.config.model_type} runs a row at a time: set trainer.strategy to ddp."
             )
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -115,7 +115,7 @@ class ShardedBase:
         token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         sequences = sequences_of_lengths([1]).to(self._device)
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), flat_batch(FlatBatch(sequences)):
+        with torch.no_grad(), torch.random.fork_rng(devices), packed_pass(PackedPass(sequences)):
             options = {"attention_mask": NO_MASK, "use_cache": False}
             hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
             if self._head is not None:
@@ -177,14 +177,14 @@ class ShardedHead(nn.Module):
         """Compute losses; or, called by a model of transformers, the linear's output, which the model scales itself."""
         if not loss_arguments:
             return getattr(self.head, "linear", self.head)(hidden)
-        targets, fast = loss_arguments
-        return token_losses(hidden, targets, self.head, fast=fast)
+        targets, fused = loss_arguments
+        return token_losses(hidden, targets, self.head, fused=fused)
 
-    def token_losses(self, hidden: Tensor, targets: Tensor, fast: bool) -> Any:
+    def token_losses(self, hidden: Tensor, targets: Tensor, fused: bool) -> Any:
         """Compute the losses of tokens; backward gathers the head only if autograd computes the gradient."""
         sharded: Any = self
-        sharded.set_unshard_in_backward(not (fast and is_frozen_linear(self.head)))
-        return self(hidden, targets, fast)
+        sharded.set_unshard_in_backward(not (fused and is_frozen_linear(self.head)))
+        return self(hidden, targets, fused)
 
 
 # ---- packed weights --------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora_lightning.base import open_base
 from qlora_lightning.model.load.machine import choose_compute_dtype
+from qlora_lightning.sources.folders import open_base
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.one_batch import make_base
 from tests.benchmarks.ours import read_samples

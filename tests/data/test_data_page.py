@@ -11,7 +11,7 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, UserError
 from qlora_lightning.data.rows.formats import FORMATS
-from tests.flat import unpack
+from tests.packed import unpack
 
 PAGE = (Path(__file__).parents[2] / "qlora_lightning" / "data" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+) ?(\S*)\n(.*?)```", PAGE, flags=re.DOTALL)

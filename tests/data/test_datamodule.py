@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows
-from tests.flat import unpack
+from tests.packed import unpack
 
 # Lightning 2.6.6 still asks torch 2.13 with isinstance whether a loader is a leaf.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")

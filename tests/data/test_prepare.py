@@ -10,7 +10,7 @@ import pytest
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows
-from tests.flat import unpack
+from tests.packed import unpack
 
 
 def pair(prompt="q", completion="k"):

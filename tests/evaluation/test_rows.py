@@ -8,7 +8,7 @@ import torch
 
 from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.evaluation.row_results import AnswerSettings, evaluate_sides, row_losses, unpack_rows
-from tests.flat import collate
+from tests.packed import collate
 from tests.steps import make_module
 
 NO = -100

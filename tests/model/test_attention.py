@@ -1,4 +1,4 @@
-"""Attention over a flat batch: by every way each sample attends to itself alone, as its formula says."""
+"""Attention over a packed batch: by every way each sample attends to itself alone, as its formula says."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import torch
 
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
-from qlora_lightning.model.layers.attention import FlatBatch, attend_ragged, flat_attention, flat_batch
+from qlora_lightning.model.layers.attention import PackedPass, attend_ragged, packed_attention, packed_pass
 from qlora_lightning.model.step.layout import ComputedTokens, bound_sequences, sequences_of_lengths
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
@@ -47,8 +47,8 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
                 patch.setattr(attention, "has_cpu_kernel", lambda *_: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
-            with flat_batch(FlatBatch(samples, fast=fast)):
-                return flat_attention(None, *qkv, None)[0]
+            with packed_pass(PackedPass(samples, fused=fast)):
+                return packed_attention(None, *qkv, None)[0]
 
     return attend
 
@@ -163,10 +163,13 @@ def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_giv
     assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 
-def test_what_flat_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
+def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
     qkv, samples = draw(20), sequences_of_lengths([20])
-    with flat_batch(FlatBatch(samples)), pytest.raises(RuntimeError, match="NoneType hands s_aux on to attention, whi"):
-        flat_attention(None, *qkv, None, s_aux=torch.zeros(6))
+    with (
+        packed_pass(PackedPass(samples)),
+        pytest.raises(RuntimeError, match="NoneType hands s_aux on to attention"),
+    ):
+        packed_attention(None, *qkv, None, s_aux=torch.zeros(6))
     query, key, _ = draw(20, width=32)
     found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))
     assert errors(found, exact).max() <= 1e-6

@@ -1,4 +1,4 @@
-"""Types of transformers, in flat batches or a row at a time, compute what plain transformers and PEFT compute."""
+"""Types of transformers, in packed batches or a row at a time, compute what plain transformers and PEFT compute."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
-from qlora_lightning.model.anatomy import FLAT_TYPES
+from qlora_lightning.model.model_types import PACKED_TYPES
 from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family
@@ -20,14 +20,14 @@ from tests.steps import distance, fit, loss_and_gradients, make_batch, make_modu
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
 QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
 ROW_BY_ROW = ("qwen3_5_text", "gemma2", "gpt_oss", "bloom", "modernbert-decoder", "mamba2")
-TYPES = sorted({*FLAT_TYPES, *ROW_BY_ROW})
+TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW})
 
 
 @pytest.mark.parametrize(
     "model_type", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in TYPES]
 )
-def test_flat_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft(model_type):
-    assert (model_type in FLAT_TYPES) is (model_type not in ROW_BY_ROW)
+def test_packed_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft(model_type):
+    assert (model_type in PACKED_TYPES) is (model_type not in ROW_BY_ROW)
     found = families.study(model_type)
     if model_type == "ctrl" and families.differs(found) == ["gradients"]:  # a ReLU's input may round to 0
         found = families.study(model_type, seed=1)

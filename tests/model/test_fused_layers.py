@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.cpu import library
-from qlora_lightning.model.layers.attention import FlatBatch, flat_batch
+from qlora_lightning.model.layers.attention import PackedPass, packed_pass
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
 from qlora_lightning.model.step.layout import sequences_of_lengths
 from tests.random_base import save_random_llama
@@ -37,7 +37,7 @@ def layers_of(module):
 )
 def test_loss_and_gradients_are_those_of_the_plain_path(tiny_base, options):
     fast, plain = (make_module(tiny_base, fast=fast, **options) for fast in (True, False))
-    fused = [isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None for layer in layers_of(fast)]
+    fused = [isinstance(layer, FusedDecoderLayer) and layer.fallback_reason is None for layer in layers_of(fast)]
     assert fused == [True, True]
     assert_same_step(loss_and_gradients(fast), loss_and_gradients(plain))
 
@@ -53,7 +53,7 @@ def odd_base(tmp_path_factory, tiny_base):
 
 def test_states_of_another_dtype_are_no_reason_to_take_the_plain_path(tiny_base):
     layer = make_module(tiny_base, compute_dtype="fp32").causal_lm.model.layers[0]
-    with flat_batch(FlatBatch(sequences_of_lengths([3]))), pytest.raises(RuntimeError, match="cast them"):
+    with packed_pass(PackedPass(sequences_of_lengths([3]))), pytest.raises(RuntimeError, match="cast them"):
         layer(torch.zeros(1, 3, 64, dtype=torch.float64))
 
 

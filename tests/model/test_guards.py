@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule, UserError
-from tests.flat import collate
+from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.step.layout import add_noise, lay_out, sequences_of_lengths
+from qlora_lightning.sources.tensors import IGNORED
 from tests.steps import assert_same_step, fit, loss_and_gradients, make_batch, make_module, randomize
 
 SYSTEM = [1, 2, 3]

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning import load_base
-from qlora_lightning.base import open_base
 from qlora_lightning.cli import main
 from qlora_lightning.commands.merge.agreement import compare_logits
 from qlora_lightning.model.merge import TrainedWeights
+from qlora_lightning.sources.folders import open_base
 from tests.adapters import make_run
 from tests.random_base import save_family
 

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning import GradientCheckpointing, QLoRAModule, UserError
 from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.layers.fuse import fuse_layers
+from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory import budget
 from qlora_lightning.model.memory import fit as memory_fit

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from qlora_lightning.base.base_folder import load_tokenizer
 from qlora_lightning.commands.opened_adapter import find_adapter, open_adapter
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
@@ -18,6 +17,7 @@ from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.model.adapters.inject import ADAPTER, with_adapter
+from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.commands.adapter_config import add_config
 from qlora_lightning.commands.merge.gguf_files import architecture_of
 from qlora_lightning.commands.opened_adapter import AdapterSource, open_adapter
@@ -22,6 +21,7 @@ from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.commands.training import QLoRACLI
 from qlora_lightning.data.batches.loader import collate_rows
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 
@@ -78,7 +78,7 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
 
 @torch.no_grad()
 def labelled_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Run each sample of flat batches alone through a causal language model's own forward.
+    """Run each sample of packed batches alone through a causal language model's own forward.
 
     Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
     """
@@ -111,7 +111,7 @@ def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[st
 def sample_validation_rows(
     adapter: Path, count: int, fit_options: Sequence[str], vocabulary: int
 ) -> list[Mapping[str, Any]]:
-    """Prepare validation rows as the run did, and return so many of them, evenly spaced, each as a flat batch.
+    """Prepare validation rows as the run did, and return so many of them, evenly spaced, each as a packed batch.
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
     """

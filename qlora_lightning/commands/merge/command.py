@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from jsonargparse.typing import NonNegativeInt
 
-from qlora_lightning.base.base_folder import find_adapter_folder, read_identity
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, RECORD
 from qlora_lightning.commands.options import OptionParser, expand_path
+from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.

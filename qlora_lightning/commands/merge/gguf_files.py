@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qlora_lightning.base.base_folder import BaseFolder, TensorFiles, resolve_base
 from qlora_lightning.model.merge import MergePlan
+from qlora_lightning.sources.folders import BaseFolder, TensorFiles, resolve_base
 from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError
 

@@ -14,14 +14,14 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from qlora_lightning.base.base_folder import FIXED_KEYS, TensorFiles, load_tokenizer, read_config
-from qlora_lightning.base.tensors import format_bytes
 from qlora_lightning.commands.merge import DTYPES, K_QUANTS, KEPT, RECORD
 from qlora_lightning.commands.merge.agreement import check_written, sample_validation_rows
 from qlora_lightning.commands.merge.gguf_files import architecture_of, check_gguf, write_gguf
 from qlora_lightning.commands.opened_adapter import AdapterSource, find_adapter
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.model.merge import MergedWeights, MergePlan, TrainedWeights, Weights, plan_merge
+from qlora_lightning.sources.folders import FIXED_KEYS, TensorFiles, load_tokenizer, read_config
+from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import naming_file, read_json_object, set_usual_mode, write_whole

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.base.base_folder import open_base, open_config
-from qlora_lightning.base.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.commands.training import QLoRACLI
@@ -27,6 +25,8 @@ from qlora_lightning.model.load.machine import choose_compute_dtype, device_memo
 from qlora_lightning.model.memory.fit import USABLE, find_fits, list_remedies, plan_step
 from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
 from qlora_lightning.model.step.packed import check_row_length
+from qlora_lightning.sources.folders import open_base, open_config
+from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.support.errors import UserError
 
 _CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else

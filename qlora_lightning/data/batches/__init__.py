@@ -1,1 +1,1 @@
-"""Samples as flat batches, in an order that lets a run stop and resume exactly."""
+"""Samples as packed batches, in an order that lets a run stop and resume exactly."""

@@ -1,4 +1,4 @@
-"""Flat batches of samples, and their loaders, with a position from which a run resumes."""
+"""Packed batches of samples, and their loaders, with a position from which a run resumes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, count_batches, rank_batches
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
 
 class Batch(TypedDict):
-    """One flat stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
+    """One packed stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
 
     input_ids: torch.Tensor  # (1, T) int64
     position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
@@ -68,7 +68,7 @@ class EpochNumber(SequentialSampler):
         self.epoch = epoch
 
 
-class FlatLoader:
+class PackedLoader:
     """One rank's batches of a split, with a position that Lightning saves and restores.
 
     torch's ``DataLoader`` has no position to save. Here the state counts batches yielded, which under Lightning (it
@@ -146,8 +146,8 @@ class FlatLoader:
         }
 
 
-class FabricLoader(FlatLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # of unlike attributes
-    """A ``FlatLoader`` for Lightning Fabric, which accepts torch's class only; the Trainer would ask it for workers."""
+class FabricLoader(PackedLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # unlike attributes
+    """A ``PackedLoader`` for Fabric, which accepts torch's class only; the Trainer would ask it for workers."""
 
     # set here, because torch's constructor would set another sampler
     num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None

@@ -8,12 +8,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.chat.render import ChatText, RenderedText, answer_indices
 from qlora_lightning.data.chat.templates import find_presets, name_tokenizer
 from qlora_lightning.data.chat.tokenizer import ControlTokens, find_stop_ids, writes_bos
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Content, Conversation, Message, Text, Tokens, Tools
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
 

@@ -4,9 +4,9 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import groupby
 
-from qlora_lightning.base.tensors import IGNORED
 from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.rows.conversation import Conversation, Tools
+from qlora_lightning.sources.tensors import IGNORED
 
 
 def shorten(

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qlora_lightning.base.base_folder import LORA_KEYS, read_adapter_config, read_identity
-from qlora_lightning.base.tensors import open_tensors, tensor_names
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
-from qlora_lightning.model.layers.fuse import fuse_layers
+from qlora_lightning.model.layers.select import fuse_layers
+from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
+from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import (
     FORMAT_VERSION,

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 
 from qlora_lightning.model.adapters.inject import ADAPTER
-from qlora_lightning.model.anatomy import layer_of
+from qlora_lightning.model.model_types import layer_of
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_lightning.model.anatomy import LINEARS, decoder_layers, layer_of, linear_sizes
+from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of, linear_sizes
 from qlora_lightning.support.errors import UserError, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with

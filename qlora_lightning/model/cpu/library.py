@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.base.cache import Json, cached_folder
+from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
 
 _FOLDER = Path(__file__).parent

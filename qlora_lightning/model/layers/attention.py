@@ -1,6 +1,6 @@
-"""Attention over a flat batch: samples are end to end in one stream, and each attends only to itself.
+"""Attention over a packed batch: samples are end to end in one stream, and each attends only to itself.
 
-:func:`flat_batch` sets where the samples are: some models do not pass keywords to their attention. Three
+:func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Three
 implementations agree within rounding:
 
 * on a CPU C++ loops, over all samples at once;
@@ -10,7 +10,7 @@ implementations agree within rounding:
 A sliding window at least as long as the longest sample changes nothing. A narrower one takes the ragged kernel, or the
 last implementation with a mask.
 
-Outside of :func:`flat_batch`, as in ``generate``, this is torch's attention with transformers' mask.
+Outside of :func:`packed_pass`, as in ``generate``, this is torch's attention with transformers' mask.
 """
 # mypy: allow-untyped-calls
 
@@ -34,58 +34,58 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from qlora_lightning.model.cpu.library import call, has_function, is_here
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
-FLAT_ATTENTION = "qlora_flat"
-# As attention_mask of a flat batch it keeps transformers from building a (tokens, tokens) mask over all samples.
+PACKED_ATTENTION = "qlora_packed"
+# As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-# Keywords that transformers may pass and that are ignored: none changes the attention of a flat batch.
+# Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
 _IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
 _IGNORED |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
 
 
-class FlatBatch(NamedTuple):
-    """The flat batch that a model computes, as its layers see it.
+class PackedPass(NamedTuple):
+    """The packed batch that a model computes, as its layers see it.
 
     Attributes:
         sequences: Where its samples are.
         layers: Parts of layers that run fused; see
             :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
-        fast: ``False`` selects torch's attention, one sample after the other.
+        fused: ``False`` selects torch's attention, one sample after the other.
         recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
     """
 
     sequences: SequenceBounds
     layers: Mapping[nn.Module, Any] = MappingProxyType({})
-    fast: bool = True
+    fused: bool = True
     recomputes: bool = False
 
 
-current_batch: ContextVar[FlatBatch | None] = ContextVar("current_batch", default=None)  # being computed
+current_pass: ContextVar[PackedPass | None] = ContextVar("current_pass", default=None)  # being computed
 
 
 @contextlib.contextmanager
-def flat_batch(batch: FlatBatch | None) -> Iterator[None]:
-    """Make a flat batch the current one inside this context."""
-    token = current_batch.set(batch)
+def packed_pass(batch: PackedPass | None) -> Iterator[None]:
+    """Make a packed batch the current one inside this context."""
+    token = current_pass.set(batch)
     try:
         yield
     finally:
-        current_batch.reset(token)
+        current_pass.reset(token)
 
 
 def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """Return contexts for torch's checkpoint, in which backward recomputes with the same flat batch."""
-    batch = current_batch.get()
-    return contextlib.nullcontext(), flat_batch(None if batch is None else batch._replace(recomputes=True))
+    """Return contexts for torch's checkpoint, in which backward recomputes with the same packed batch."""
+    batch = current_pass.get()
+    return contextlib.nullcontext(), packed_pass(None if batch is None else batch._replace(recomputes=True))
 
 
-def register_flat_attention() -> str:
-    """Register flat attention with transformers, and return its name for ``attn_implementation``.
+def register_packed_attention() -> str:
+    """Register packed attention with transformers, and return its name for ``attn_implementation``.
 
     This is transformers' public extension point: the model keeps its own code and calls our function by name.
     """
-    AttentionInterface.register(FLAT_ATTENTION, flat_attention)
-    AttentionMaskInterface.register(FLAT_ATTENTION, sdpa_mask)
-    return FLAT_ATTENTION
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
+    return PACKED_ATTENTION
 
 
 def has_dropout(causal_lm: Any) -> bool:
@@ -99,7 +99,7 @@ def has_dropout(causal_lm: Any) -> bool:
 # not cuDNN, which torch prefers on compute capability 9.0 and 10.0: it plans for a new number of rows or tokens, which
 # nearly every batch has, in 55 to 70 ms (as published), and is not deterministic
 @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-def flat_attention(
+def packed_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -118,11 +118,11 @@ def flat_attention(
         key: Keys, ``(1, kv_heads, tokens, head_dim)``.
         value: Values, ``(1, kv_heads, tokens, head_dim)``.
         attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Ignored in a
-            flat batch.
+            packed batch.
         scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
         dropout: Probability with which attention weights are dropped.
         sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
-            a flat batch the mask contains it.
+            a packed batch the mask contains it.
         kwargs: Further arguments of transformers.
 
     Returns:
@@ -132,7 +132,7 @@ def flat_attention(
         RuntimeError: The model passes what is not computed here, such as attention sinks or a soft cap.
     """
     reject_unsupported(type(module), kwargs)
-    batch = current_batch.get()
+    batch = current_pass.get()
     if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -145,26 +145,26 @@ def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
     """Reject keywords of transformers that ask for what is not computed here."""
     for name, argument in options.items():
         if argument is not None and name not in _IGNORED:
-            raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which flat batches lack.")
+            raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which packed batches lack.")
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    batch: FlatBatch,
+    batch: PackedPass,
     scaling: float | None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attend within each sample of a flat batch.
+    """Attend within each sample of a packed batch.
 
     Args:
         query: Queries, ``(n_tokens, heads, head_dim)``.
         key: Keys, ``(n_tokens, kv_heads, head_dim)``.
         value: Values, ``(n_tokens, kv_heads, head_dim)``.
-        batch: The flat batch.
-        scaling: See :func:`flat_attention`, as for the others.
+        batch: The packed batch.
+        scaling: See :func:`packed_attention`, as for the others.
         dropout: The same.
         sliding_window: The same.
 
@@ -176,7 +176,7 @@ def attend(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     if sliding_window is not None and sliding_window >= sequences.longest:
         sliding_window = None
-    is_fast, expanded = batch.fast and dropout == 0.0, sequences.expanded
+    is_fast, expanded = batch.fused and dropout == 0.0, sequences.expanded
     if is_fast and sliding_window is None and has_cpu_kernel(query, key, value, dtype):
         query, key, value = (states.to(dtype) for states in (query, key, value))
         if expanded.has_shared:

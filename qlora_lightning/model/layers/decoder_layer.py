@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.layers.attention import (
-    FlatBatch,
+    PackedPass,
     attend,
-    current_batch,
-    flat_batch,
+    current_pass,
+    packed_pass,
     recompute_contexts,
     reject_unsupported,
 )
@@ -152,14 +152,14 @@ class RMSNorm(torch.autograd.Function):
 
 
 class FusedNorm(Fused):
-    """The last norm of transformers, which on a GPU is one launch in flat batches: theirs takes float32 states."""
+    """The last norm of transformers, which on a GPU is one launch in packed batches: theirs takes float32 states."""
 
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize ``(…, width)``."""
-        is_plain = current_batch.get() is None or self.plain_reason is not None
+        is_plain = current_pass.get() is None or self.fallback_reason is not None
         if is_plain or not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
             return cast(Tensor, super().forward(hidden_states))
         return cast(Tensor, RMSNorm.apply(hidden_states, Norm(self.weight, self.variance_epsilon)))
@@ -192,7 +192,7 @@ class LayerParts(NamedTuple):
 
 
 class FusedDecoderLayer(Fused):
-    """A decoder layer of transformers with a fused forward for flat batches."""
+    """A decoder layer of transformers with a fused forward for packed batches."""
 
     gradient_checkpointing: bool
     self_attn: Any
@@ -217,7 +217,7 @@ class FusedDecoderLayer(Fused):
         ``copies`` is that of :func:`~qlora_lightning.model.layers.lora.linear_group`.
         """
         dtype, linears = self.compute_dtype, self.linears()
-        if self.plain_reason or torch.is_autocast_enabled(device_of_autocast(self.input_layernorm.weight)):
+        if self.fallback_reason or torch.is_autocast_enabled(device_of_autocast(self.input_layernorm.weight)):
             return None
         lora_layers = [linear for linear in linears if isinstance(linear, LoraLayer)]
         if not all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers):
@@ -240,14 +240,14 @@ class FusedDecoderLayer(Fused):
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map ``(1, n_tokens, width)`` to the same; all but flat batches over plain LoRA take transformers' forward."""
-        batch = current_batch.get()
+        """Map ``(1, n_tokens, width)`` to the same; transformers' forward if not packed or not plain LoRA."""
+        batch = current_pass.get()
         parts = None if batch is None or args else batch.layers.get(self) or self.parts()
         if batch is None or parts is None:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
         # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
         if batch.recomputes and self._forward_hooks:
-            with flat_batch(batch._replace(recomputes=False)):
+            with packed_pass(batch._replace(recomputes=False)):
                 return FusedDecoderLayer.forward(self, hidden_states, **kwargs)
         if hidden_states.dtype != parts.dtype:
             raise RuntimeError(f"Hidden states are {hidden_states.dtype}, in layers of {parts.dtype}: cast them.")
@@ -265,12 +265,12 @@ class FusedDecoderLayer(Fused):
 def _attend(
     hidden: Tensor,
     parts: LayerParts,
-    batch: FlatBatch,
+    batch: PackedPass,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; the mask is that of a flat batch."""
+    """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; the mask is that of a packed batch."""
     reject_unsupported(FusedDecoderLayer, options)
     adapters = parts.qkv.adapters
     residual, query, key, value = RMSNormLinears.apply(hidden, parts.norms[0], parts.qkv, parts.head_dim, *adapters)
@@ -284,7 +284,7 @@ def _attend(
 def _apply_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
     """Compute ``hidden + MLP(RMSNorm(hidden))``, ``(n_tokens, width)``."""
     states = RMSNormLinears.apply(hidden, parts.norms[1], parts.gate_up, None, *parts.gate_up.adapters)
-    recomputes = cast(FlatBatch, current_batch.get()).recomputes
+    recomputes = cast(PackedPass, current_pass.get()).recomputes
     return cast(Tensor, SwiGLUDown.apply(*states, parts.down, recomputes, *parts.down.adapters))
 
 

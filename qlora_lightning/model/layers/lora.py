@@ -201,11 +201,11 @@ class Fused(nn.Module):
     """A library's layer with our fused forward before its own.
 
     Attributes:
-        plain_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
-            :func:`~qlora_lightning.model.layers.fuse.choose_layers`.
+        fallback_reason: Why it runs as the library wrote it; ``None`` if it runs fused. See
+            :func:`~qlora_lightning.model.layers.select.choose_layers`.
     """
 
-    plain_reason: str | None = "it was not chosen yet"
+    fallback_reason: str | None = "it was not chosen yet"
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Self:
@@ -219,7 +219,7 @@ class Fused(nn.Module):
         return cast(Self, fused)
 
     def extra_repr(self) -> str:
-        return f"plain_reason={self.plain_reason!r}"
+        return f"fallback_reason={self.fallback_reason!r}"
 
 
 @functools.cache
@@ -235,7 +235,7 @@ class FusedLoRA(Fused):
     def computes_fused(self) -> bool:
         """Whether the fused forward gives the layer's current output: PEFT may switch adapters at any time."""
         is_plain_sum = self.disable_adapters or len(self.active_adapters) == 1
-        return self.plain_reason is None and not self.merged and bool(is_plain_sum)
+        return self.fallback_reason is None and not self.merged and bool(is_plain_sum)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(…, in)`` to ``(…, out)``; all but plain LoRA takes PEFT's own forward."""

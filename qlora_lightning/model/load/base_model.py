@@ -15,7 +15,11 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.base.base_folder import (
+from qlora_lightning.model.layers.select import attention_of
+from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.model.model_types import check_experts, check_type
+from qlora_lightning.sources.cache import Json, cached_folder
+from qlora_lightning.sources.folders import (
     BaseFolder,
     TensorFiles,
     explaining_base,
@@ -24,11 +28,7 @@ from qlora_lightning.base.base_folder import (
     open_config,
     read_config,
 )
-from qlora_lightning.base.cache import Json, cached_folder
-from qlora_lightning.base.tensors import check_loaded, save_model
-from qlora_lightning.model.anatomy import check_experts, check_type
-from qlora_lightning.model.layers.fuse import attention_of
-from qlora_lightning.model.load.machine import free_bytes
+from qlora_lightning.sources.tensors import check_loaded, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.base.base_folder import find_adapter_folder, read_identity
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
-from qlora_lightning.model.anatomy import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_flat
-from qlora_lightning.model.layers.fuse import Fusion, fuse_layers
+from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, empty_model, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
+from qlora_lightning.model.model_types import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_packed
+from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         f"{'; '.join(dict.fromkeys(reasons))}."
         if reasons and module.fast
         else None,
-        None if runs_flat(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
+        None if runs_packed(config) else f"A {config.model_type} runs a row at a time, by transformers' own forward.",
     ):
         if line is not None:
             say_once(line)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from qlora_lightning.base.tensors import GIB
+from qlora_lightning.sources.tensors import GIB
 from qlora_lightning.support.errors import UserError
 
 CGROUPS = Path("/sys/fs/cgroup")

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peft
 import torch
 
-from qlora_lightning.base.base_folder import find_adapter_folder, open_base, open_config, read_config
-from qlora_lightning.base.tensors import format_gib
 from qlora_lightning.model.activation_checkpointing import Checkpointing
-from qlora_lightning.model.anatomy import check_type
-from qlora_lightning.model.layers.fuse import fuse_layers
+from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
+from qlora_lightning.model.model_types import check_type
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.packed import samples_of
+from qlora_lightning.sources.folders import find_adapter_folder, open_base, open_config, read_config
+from qlora_lightning.sources.tensors import format_gib
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
 

@@ -37,8 +37,8 @@ from torch import nn
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.model.anatomy import LINEARS, decoder_layers, linear_sizes, runs_flat
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
+from qlora_lightning.model.model_types import LINEARS, decoder_layers, linear_sizes, runs_packed
 from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
 
@@ -151,7 +151,7 @@ def build_step_memory(
         hidden=causal_lm.config.hidden_size * dtype.itemsize,
         logits=vocabulary * logit_bytes,
         logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
-        holds_logits=not runs_flat(causal_lm.config),
+        holds_logits=not runs_packed(causal_lm.config),
         layers=len(layers),
         saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
         mlp=max(map(max, sizes)) * dtype.itemsize,
@@ -164,7 +164,7 @@ def build_step_memory(
 
 
 def _is_fused(layer: nn.Module) -> bool:
-    return isinstance(layer, FusedDecoderLayer) and layer.plain_reason is None
+    return isinstance(layer, FusedDecoderLayer) and layer.fallback_reason is None
 
 
 def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
@@ -196,7 +196,7 @@ def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> flo
     experts = [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]
     states = sum(map(sum, sizes)) + n_experts * sum(map(sum, experts))
     saved = 2 * states * dtype.itemsize + 8 * config.hidden_size * FLOAT
-    return float(saved if runs_flat(config) else 2 * saved)
+    return float(saved if runs_packed(config) else 2 * saved)
 
 
 def _attention_bytes(layer: Any, dtype: torch.dtype) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_lightning.model.anatomy import runs_flat
-from qlora_lightning.model.layers.attention import NO_MASK, FlatBatch, flat_batch
+from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
 from qlora_lightning.model.layers.decoder_layer import prepare_layers
+from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
 
@@ -22,7 +22,7 @@ def check_noise(alpha: float | None) -> None:
         raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
 
 
-def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fast: bool) -> Tensor:
+def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fused: bool) -> Tensor:
     """Compute the last hidden states that predict labels, ``(K, width)``, samples in the batch's order.
 
     A type that runs a row at a time gives their logits, ``(K, vocabulary)``, as
@@ -32,7 +32,7 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
         causal_lm: The transformers model with its adapters.
         micro_batch: On the model's device.
         noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
-        fast: Whether attention is fast, and adapters on a GPU are cast all at once.
+        fused: Whether attention is fused, and adapters on a GPU are cast all at once.
     """
     inputs: dict[str, Tensor] = {"input_ids": micro_batch.input_ids}
     embedding = causal_lm.get_input_embeddings()
@@ -45,10 +45,10 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
             f"A {causal_lm.config.model_type} looks tokens up in each layer: model.neftune_alpha, and embeddings that "
             "train, do not work with it."
         )
-    if not runs_flat(causal_lm.config):
+    if not runs_packed(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))
-    layers = prepare_layers(causal_lm) if fast and micro_batch.input_ids.is_cuda else {}
-    with flat_batch(FlatBatch(micro_batch.sequences, layers, fast)):
+    layers = prepare_layers(causal_lm) if fused and micro_batch.input_ids.is_cuda else {}
+    with packed_pass(PackedPass(micro_batch.sequences, layers, fused)):
         hidden: Tensor = causal_lm.base_model(
             **inputs, position_ids=micro_batch.position_ids, attention_mask=NO_MASK, use_cache=False
         ).last_hidden_state  # (1, n_tokens, width)

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.sources.tensors import IGNORED
 
 _MIN_SHARED_RATIO = 32  # share one token in so many, or none: less does not pay for gathering
 

@@ -1,4 +1,4 @@
-"""Next-token loss on labelled tokens only; a flat batch's ``(tokens, vocabulary)`` logits never exist all at once."""
+"""Next-token loss on labelled tokens only; a packed batch's ``(tokens, vocabulary)`` logits never exist all at once."""
 # mypy: allow-untyped-calls
 
 import warnings
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.anatomy import runs_flat
 from qlora_lightning.model.layers.elementwise import has_kernel
-from qlora_lightning.model.layers.fuse import has_hooks
 from qlora_lightning.model.layers.lora import device_of_autocast
+from qlora_lightning.model.layers.select import has_hooks
+from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.support.errors import UserError
 
 _MAX_LOGIT_ROWS = 512  # labelled tokens whose logits exist at a time: more make the head's product no faster
@@ -143,7 +143,7 @@ def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
     return max(1, min(_MAX_LOGIT_ROWS, most_bytes // (vocabulary * number_bytes)))
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> tuple[Tensor, Tensor]:
+def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
     The logits of some tokens exist at a time: see :func:`logits_chunk_size`.
@@ -152,12 +152,12 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fast: bool) -> t
         hidden: The last hidden states, after the final norm, that predict them, ``(K, width)``.
         targets: The labels, ``(K,)``.
         head: Maps hidden states to logits; see :func:`lm_head_of`.
-        fast: Whether a frozen head's gradient may be computed with the logits; ``False`` leaves it to autograd.
+        fused: Whether a frozen head's gradient may be computed with the logits; ``False`` leaves it to autograd.
     """
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
-        return cast(tuple[Tensor, Tensor], head.token_losses(hidden, targets, fast))
+        return cast(tuple[Tensor, Tensor], head.token_losses(hidden, targets, fused))
     chunk_size = logits_chunk_size(len(head.weight), head.weight.element_size(), hidden.device.type)
-    if fast and is_frozen_linear(head):
+    if fused and is_frozen_linear(head):
         nll, correct = _FrozenHeadLoss.apply(hidden, head.weight, targets, chunk_size)
         return nll, correct
     return _checkpointed_head_loss(hidden, head, targets, chunk_size)
@@ -171,7 +171,7 @@ def lm_head_of(causal_lm: Any) -> nn.Module:
     if "sharded_head" in vars(causal_lm):
         return cast(nn.Module, causal_lm.sharded_head)
     config, linear = causal_lm.config, causal_lm.get_output_embeddings()
-    if not runs_flat(config):
+    if not runs_packed(config):
         return _Head(linear, lambda logits: logits)  # the model's own forward gave logits, a row at a time
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     divisor, factor, softcap = (getattr(config, name, None) for name in names)

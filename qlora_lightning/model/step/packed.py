@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_lightning.base.tensors import IGNORED
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
 # The tensors of a packed batch.

@@ -9,8 +9,8 @@ import torch
 
 from qlora_lightning import UserError
 from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute
-from qlora_lightning.data.batches.loader import FlatLoader, collate_rows
-from tests.flat import collate, gather
+from qlora_lightning.data.batches.loader import PackedLoader, collate_rows
+from tests.packed import collate, gather
 
 # ---- orders and bins -------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ PACKED = {"batch_size": None, "tokens_per_batch": 4}
 
 
 def loader(samples=TWO_TOKENS, epoch=0, rank=0, **kwargs):
-    it = FlatLoader(EpochPlan(samples, **{"batch_size": 2, "seed": 7, "shuffle": True} | kwargs), rank)
+    it = PackedLoader(EpochPlan(samples, **{"batch_size": 2, "seed": 7, "shuffle": True} | kwargs), rank)
     it.sampler.set_epoch(epoch)
     return it
 
@@ -189,7 +189,7 @@ def test_a_position_in_other_batches_is_rejected_but_a_finished_epoch_is_not(bef
     loader(**now).load_state_dict(it.state_dict())
 
 
-# ---- flat batches ----------------------------------------------------------------------------------------------------
+# ---- packed batches --------------------------------------------------------------------------------------------------
 
 
 def test_two_samples_end_to_end_and_a_filler_of_the_same_rows_unlabelled():

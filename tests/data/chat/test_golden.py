@@ -13,7 +13,7 @@ import pytest
 
 from qlora_lightning import UserError
 from tests.data.conftest import make_families, prepare_rows
-from tests.flat import unpack
+from tests.packed import unpack
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = sorted(FOLDER.glob("*.txt"))

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_lightning import UserError
 from tests.data.conftest import prepare_rows, render_row
-from tests.flat import unpack
+from tests.packed import unpack
 
 TALK = ["First, a question that is earlier.", "An answer that is earlier.", "And now?", "Four."]
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows, render_row
-from tests.flat import unpack
+from tests.packed import unpack
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
-from qlora_lightning.base import load_tokenizer
 from qlora_lightning.cli import main
+from qlora_lightning.sources.folders import load_tokenizer
 from tests.adapters import make_adapter
 from tests.dying import MachineFailed
 from tests.equality import contents, same

@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.cpu.library import has_function
-from qlora_lightning.model.layers.fuse import fuse_layers
+from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
 from tests import steps

@@ -1,4 +1,4 @@
-"""The parts of a decoder, found by its structure; and which of transformers' types run in flat batches."""
+"""The parts of a decoder, found by its structure; and which of transformers' types run in packed batches."""
 
 from typing import Any, cast
 
@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lightning.support.errors import UserError
 
 # Proven by `python -m tests.families` with transformers 5.24: states, losses, gradients, answers, folders and merges of
-# flat batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
-FLAT_TYPES: tuple[str, ...] = (
+# packed batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
+PACKED_TYPES: tuple[str, ...] = (
     *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
     *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text", "glm", "glm4"),
@@ -39,16 +39,16 @@ REJECTED_TYPES = {
 }
 # With SDPA these give another result than with transformers' own attention, which is used instead.
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
-_FLAT_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
+_PACKED_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear whose weight is transposed
 _MAX_EXPERT_SHARE = 0.1  # of the layers' weights
 
 
-def runs_flat(config: Any) -> bool:
-    """Whether a model computes a flat batch, its samples in one stream, as it would compute each alone."""
+def runs_packed(config: Any) -> bool:
+    """Whether a model computes a packed batch, its samples in one stream, as it would compute each alone."""
     if getattr(config, "has_own_code", False):  # set where a base is loaded
         return False
-    return config.model_type in FLAT_TYPES and set(getattr(config, "layer_types", None) or ()) <= _FLAT_LAYERS
+    return config.model_type in PACKED_TYPES and set(getattr(config, "layer_types", None) or ()) <= _PACKED_LAYERS
 
 
 def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:

@@ -8,8 +8,8 @@ import pytest
 from filelock import FileLock
 
 from qlora_lightning import UserError
-from qlora_lightning.base.cache import cached_folder, hash_key
 from qlora_lightning.cli import main
+from qlora_lightning.sources.cache import cached_folder, hash_key
 from tests.equality import read_adapter, same
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -1,4 +1,4 @@
-"""Samples and flat batches of plain lists."""
+"""Samples and packed batches of plain lists."""
 
 from itertools import pairwise
 from typing import Any

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from qlora_lightning import UserError
-from qlora_lightning.base.base_folder import (
+from qlora_lightning.sources.folders import (
     BaseFolder,
     TensorFiles,
     fingerprint,

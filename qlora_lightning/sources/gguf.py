@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.base.cache import Json, cached_folder
-from qlora_lightning.base.tensors import check_loaded, format_bytes, save_model
+from qlora_lightning.sources.cache import Json, cached_folder
+from qlora_lightning.sources.tensors import check_loaded, format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, explaining
 

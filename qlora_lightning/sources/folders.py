@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_lightning.base.cache import Json, cache_root, hash_key, make_root
-from qlora_lightning.base.gguf import unpack_gguf
-from qlora_lightning.base.tensors import open_tensors, tensor_names
+from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
+from qlora_lightning.sources.gguf import unpack_gguf
+from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, describe_error, explaining
 from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, check_version, read_json_object, write_whole
 

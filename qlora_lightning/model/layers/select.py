@@ -17,10 +17,10 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
-from qlora_lightning.model.anatomy import EAGER_TYPES, runs_flat
-from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_flat_attention
+from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
+from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of its synonym swish
@@ -39,11 +39,11 @@ class Fusion(NamedTuple):
     linears: dict[str, str | None]
 
 
-def fuse_layers(model: nn.Module, fast: bool = True) -> Fusion:
+def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
     """Replace layers and last norm of transformers, and LoRA linears of PEFT; choose which of them run fused."""
     modeling = _modeling_of(model)
     causal_lm = _causal_lm_of(model)
-    for name, module in list(model.named_modules()) if fast else []:
+    for name, module in list(model.named_modules()) if fused else []:
         if isinstance(module, GradientCheckpointingLayer) and type(module).__module__ == modeling:
             model.set_submodule(name, FusedDecoderLayer.from_layer(module))
         elif type(module) in (PeftLinear, PeftLinear4bit):
@@ -72,13 +72,13 @@ def choose_layers(model: Any) -> Fusion:
     fusion, modeling = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            reason = fusion.linears[name] = _plain_reason_of_linear(module)
+            reason = fusion.linears[name] = _fallback_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
-            reason = fusion.layers[name] = _plain_reason_of_layer(module, modeling)
+            reason = fusion.layers[name] = _fallback_reason_of_layer(module, modeling)
         elif isinstance(module, FusedNorm):
             reason = _NONSTANDARD if _trains(module) else None
         if isinstance(module, Fused):
-            module.plain_reason = reason
+            module.fallback_reason = reason
     return fusion
 
 
@@ -111,7 +111,7 @@ class Precision(NamedTuple):
 
 def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Precision:
     """Choose where autocast is on while a model computes in a dtype."""
-    is_packed, ends = runs_flat(causal_lm.config), set(_embedding_and_head(causal_lm))
+    is_packed, ends = runs_packed(causal_lm.config), set(_embedding_and_head(causal_lm))
     trains_ends = any(map(_trains, ends))
     cast_params = {param for module in ends for param in module.parameters()}  # packed batches cast embedding and head
     trains_uncast = any(
@@ -128,7 +128,7 @@ def _embedding_and_head(causal_lm: Any) -> list[nn.Module]:
 
 
 def _set_recompute_contexts(causal_lm: Any) -> None:
-    """Make layers that were checkpointed elsewhere non-reentrant, and recompute them with their flat batch."""
+    """Make layers that were checkpointed elsewhere non-reentrant, and recompute them with their packed batch."""
     for module in causal_lm.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public getter
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
@@ -137,13 +137,13 @@ def _set_recompute_contexts(causal_lm: Any) -> None:
 
 
 def attention_of(config: Any) -> str | None:
-    """Return the ``attn_implementation`` of a model: ours in flat batches; ``None`` leaves it to transformers."""
-    if runs_flat(config):
-        return register_flat_attention()
+    """Return the ``attn_implementation`` of a model: ours in packed batches; ``None`` leaves it to transformers."""
+    if runs_packed(config):
+        return register_packed_attention()
     return "eager" if config.model_type in EAGER_TYPES else None
 
 
-def _plain_reason_of_linear(layer: Any) -> str | None:
+def _fallback_reason_of_linear(layer: Any) -> str | None:
     base, is_standard = base_linear(layer), True
     if isinstance(base, bnb.nn.Linear8bitLt):
         return "model.quantization is int8"
@@ -157,7 +157,7 @@ def _plain_reason_of_linear(layer: Any) -> str | None:
     return None if is_standard and not any(map(has_hooks, layer.children())) else _NONSTANDARD
 
 
-def _plain_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
+def _fallback_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
         return "layers of this family have no fused form" if modeling is None else "build_model has not fused them"
     attention, mlp = layer.self_attn, layer.mlp
@@ -169,7 +169,7 @@ def _plain_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     if attention.attention_dropout or type(mlp.act_fn) not in _ACTIVATIONS:
         return "the base has attention_dropout, or a hidden_act other than silu"
     linears = layer.linears()
-    if reason := next(filter(None, map(_plain_reason_of_linear, linears)), None):
+    if reason := next(filter(None, map(_fallback_reason_of_linear, linears)), None):
         return reason
     if any(compute_dtype_of(linear) not in (layer.compute_dtype, None) for linear in linears):
         return f"the base is in {layer.compute_dtype}, and computes in another dtype"

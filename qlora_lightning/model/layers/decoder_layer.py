@@ -242,9 +242,11 @@ class FusedDecoderLayer(Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; transformers' forward if not packed or not plain LoRA."""
         batch = current_pass.get()
-        parts = None if batch is None or args else batch.layers.get(self) or self.parts()
-        if batch is None or parts is None:
+        if batch is None or args:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
+        parts = batch.layers.get(self) or self.parts()
+        if parts is None:
+            return cast(Tensor, super().forward(hidden_states, **kwargs))
         # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
         if batch.recomputes and self._forward_hooks:
             with packed_pass(batch._replace(recomputes=False)):
@@ -252,14 +254,8 @@ class FusedDecoderLayer(Fused):
         if hidden_states.dtype != parts.dtype:
             raise RuntimeError(f"Hidden states are {hidden_states.dtype}, in layers of {parts.dtype}: cast them.")
         hidden = _attend(hidden_states.squeeze(0), parts, batch, **kwargs)
-        if not self.gradient_checkpointing or len(hidden) <= PIECE_TOKENS:
-            return _apply_mlp(hidden, parts).unsqueeze(0)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        options["context_fn"] = recompute_contexts
-        # where backward recomputes the layer, only the pieces' inputs are read; each is recomputed by itself
-        function = _skip_mlp if batch.recomputes else _apply_mlp
-        chunks = hidden.split(PIECE_TOKENS)
-        return torch.cat([checkpoint(function, chunk, parts, **options) for chunk in chunks]).unsqueeze(0)
+        in_pieces = self.gradient_checkpointing and len(hidden) > PIECE_TOKENS
+        return (_apply_mlp_in_pieces if in_pieces else _apply_mlp)(hidden, parts).unsqueeze(0)
 
 
 def _attend(
@@ -288,8 +284,16 @@ def _apply_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
     return cast(Tensor, SwiGLUDown.apply(*states, parts.down, recomputes, *parts.down.adapters))
 
 
-def _skip_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
-    return hidden
+def _apply_mlp_in_pieces(hidden: Tensor, parts: LayerParts) -> Tensor:
+    """Compute the same in checkpointed pieces of some tokens.
+
+    When backward recomputes the layer, only the inputs of the pieces are read: each is recomputed by itself.
+    """
+    recomputes = cast(PackedPass, current_pass.get()).recomputes
+    function = (lambda piece, parts: piece) if recomputes else _apply_mlp
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recompute_contexts}
+    pieces = [checkpoint(function, piece, parts, **options) for piece in hidden.split(PIECE_TOKENS)]
+    return torch.cat(pieces)
 
 
 def prepare_layers(model: nn.Module) -> dict[nn.Module, LayerParts]:

@@ -13,22 +13,25 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import bitsandbytes as bnb
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning import UserError
 from qlora_lightning.model import model_types
+from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS, experts_of
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
 WINDOW = 8
-_AGREES = {"tokens": 2e-5, "gradients": 1e-4}  # of float32; of what else, the first
+_AGREES = {"tokens": 2e-5, "gradients": 1e-4, "nf4 gradients": 1e-4}  # of float32; of what else, the first
 _SECONDS = 60
 
 # ---- a tiny random model of any type ---------------------------------------------------------------------------------
@@ -38,7 +41,7 @@ SIZES = {
     for value, names in (
         (256, "vocab_size max_position_embeddings n_positions max_seq_len vocab_size_per_layer_input"),
         (64, "hidden_size n_embd d_model embedding_size word_embed_proj_dim"),
-        (96, "intermediate_size ffn_dim n_inner ffn_hidden_size"),
+        (128, "intermediate_size ffn_dim n_inner ffn_hidden_size"),
         (4, "num_hidden_layers num_layers n_layer n_layers num_attention_heads n_head n_heads num_heads"),
         (4, "attention_heads num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads"),
         (2, "num_key_value_heads num_experts_per_tok moe_topk moe_k eos_token_id linear_num_key_heads n_groups"),
@@ -48,7 +51,7 @@ SIZES = {
         (16, "mamba_d_head mamba_head_dim mamba_headdim"),
         (WINDOW, "sliding_window attention_chunk_size qk_rope_head_dim attention_window_size mamba_chunk_size"),
         (WINDOW, "chunk_size mamba_n_heads n_mamba_heads"),
-        (32, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
+        (64, "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
         (0, "pad_token_id num_kv_shared_layers"),
         (1, "n_group topk_group first_k_dense_replace bos_token_id n_shared_experts num_shared_experts"),
         (1, "num_dense_layers max_window_layers"),
@@ -73,6 +76,7 @@ SETTINGS = {  # None: the config's own default
     "lfm2_moe": _CONVOLUTIONS,
     "lfm3": _CONVOLUTIONS,
     "mamba2": {"num_heads": 8},
+    "nemotron_h": {"layers_block_type": ["full_attention", "moe"] * 2},
     "minimax": {"layer_types": None, "sliding_window": None},
     "smollm3": {"no_rope_layers": [0, 1, 1, 0], "layer_types": ["full_attention"] * 4, "sliding_window": None},
 }
@@ -128,9 +132,16 @@ def save_with_images(folder, model_type, **settings):
     return folder
 
 
-def plain_model(folder, adapter):
-    """The base with an adapter, by transformers and PEFT alone."""
+def plain_model(folder, adapter, quantized=None):
+    """The base with an adapter, by transformers and PEFT alone; with the weights of a quantized one, dequantized."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for name, module in [] if quantized is None else quantized.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            owner = name.replace(".base_layer", "")
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            target = base.get_parameter(owner.replace("packed_", "") if "packed_" in owner else f"{owner}.weight")
+            is_transposed = "packed_" not in owner and isinstance(base.get_submodule(owner), Conv1D)
+            target.data.copy_(weight.t() if is_transposed else weight)
     with warnings.catch_warnings(action="ignore"):
         return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
 
@@ -207,9 +218,15 @@ def study(model_type, seed=0):
         found |= {"loss": abs(step[0] / expected[0] - 1), "gradients": distance(step[1], expected[1])}
         found |= {"answers": answers_differ(module, plain), "merge": error_of_merge(folder, adapter, plain)}
         try:
+            options["target_experts"] = bool(experts_of(module.causal_lm)) and ADAPTS_EXPERTS
             packed = make_module(folder, quantization="nf4", cache=False, **options)
-            gradients = loss_and_gradients(packed, batch)[1]
-            found["nf4"] = "" if gradients.isfinite().all() and gradients.any() else "no gradient"
+            packed.save_adapter(adapter)
+            plain = plain_model(folder, adapter, packed.causal_lm)
+            expected, step = plain_step(plain, batch), loss_and_gradients(packed, batch)
+            found |= {"nf4 tokens": error_of_tokens(packed, plain, batch), "nf4 loss": abs(step[0] / expected[0] - 1)}
+            found["nf4 gradients"] = distance(step[1], expected[1])
+            names = [[*trainable_tensors(each)] for each in (packed.model, plain)]
+            found["names"] = "" if names[0] == names[1] else "differ"
         except UserError as error:
             found["nf4"] = "" if "are fused experts" in str(error) else str(error)
         return found

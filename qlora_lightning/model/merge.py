@@ -13,9 +13,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.model.adapters.inject import ADAPTER
+from qlora_lightning.model.layers.experts import experts_of, packed_name
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.sources.folders import BaseFolder, TensorFiles, open_config, read_config
@@ -50,7 +52,9 @@ class TrainedWeights:
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
         multimodal_name = name.replace("model.", "model.language_model.", 1)  # as in Qwen3.5
-        stored_name = next((key for key in (name, multimodal_name) if key in self.files), None)
+        module_name, _, weight_name = name.rpartition(".")
+        experts_name = f"{module_name}.{packed_name(weight_name)}.weight"
+        stored_name = next((key for key in (name, multimodal_name, experts_name) if key in self.files), None)
         if stored_name is None:
             raise UserError(f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.")
         name, tensor = stored_name, self.files.read(stored_name)
@@ -75,21 +79,38 @@ class TrainedWeights:
 class MergePlan:
     """A base on the meta device with a real adapter, and the shapes of the merged model's tensors, tied ones once.
 
-    ``config`` is the base's, without quantization; ``transposed`` are the weights of GPT-2's Conv1D.
+    ``config`` is the base's, without quantization; ``transposed`` are the weights of GPT-2's Conv1D; ``has_parts`` says
+    that experts are written as they are published, each by itself.
     """
 
     model: peft.PeftModel
     shapes: dict[str, tuple[int, ...]]
     config: Any
     transposed: set[str]
+    has_parts: bool
+
+    def publish(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return a tensor of the merged model by the names, and in the parts, that are written."""
+        causal_lm = self.model.get_base_model()
+        return dict(revert_weight_conversion(causal_lm, {name: tensor})) if self.has_parts else {name: tensor}
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
     base = meta_base(open_config(base_folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    has_parts = bool(experts_of(base)) and _converts_alone(base)
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
-    return MergePlan(put_adapters(base, adapter).requires_grad_(False).eval(), shapes, base.config, transposed)
+    config, model = base.config, put_adapters(base, adapter).requires_grad_(False).eval()
+    return MergePlan(model, shapes, config, transposed, has_parts)
+
+
+def _converts_alone(causal_lm: Any) -> bool:
+    """Whether transformers' conversion to published names needs only one tensor at a time."""
+    tensors = dict(causal_lm.named_parameters())
+    parts = [revert_weight_conversion(causal_lm, {name: tensor}) for name, tensor in tensors.items()]
+    alone = {name: tensor.shape for part in parts for name, tensor in part.items()}
+    return alone == {name: tensor.shape for name, tensor in revert_weight_conversion(causal_lm, tensors).items()}
 
 
 class MergedWeights:
@@ -100,26 +121,31 @@ class MergedWeights:
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
         self._weights, layer_types = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
-        self._changed = {  # modules of the adapter by the names of those that they change
-            re.sub(r"\.(base_layer|original_module|token_adapter)", "", name): module
-            for name, module in plan.model.get_base_model().named_modules()
-            if isinstance(module, layer_types) and not getattr(module, "tied_adapter", None)
-        }
+        self._changed = dict[str, Any]()  # modules of the adapter by the tensor that they change, or the whole module
+        for name, module in plan.model.get_base_model().named_modules():
+            if isinstance(module, layer_types) and not getattr(module, "tied_adapter", None):
+                name = re.sub(r"\.(base_layer|original_module|token_adapter)", "", name)
+                is_whole = isinstance(module, ModulesToSaveWrapper)
+                self._changed[name if is_whole else f"{name}.{_weight_name(module)}"] = module
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
         module_name, _, tensor_name = name.rpartition(".")
-        module: Any = self._changed.get(module_name)
+        module: Any = self._changed.get(name, self._changed.get(module_name))
         if isinstance(module, ModulesToSaveWrapper):  # trained whole
             tensor: Tensor = getattr(module.modules_to_save[ADAPTER], tensor_name)
             return tensor.detach().float()
-        if module is None or tensor_name != "weight":  # adapters do not change biases
+        if module is None:  # adapters do not change biases
             return self._weights(name)
-        base_layer = module.get_base_layer()
-        meta_weight = base_layer.weight
-        base_layer.weight = nn.Parameter(self._weights(name).float(), requires_grad=False)
+        base_layer, weight_name = module.get_base_layer(), _weight_name(module)
+        meta_weight = getattr(base_layer, weight_name)
+        setattr(base_layer, weight_name, nn.Parameter(self._weights(name).float(), requires_grad=False))
         module.merge(safe_merge=True, adapter_names=[ADAPTER])
-        merged: Tensor = base_layer.weight.detach()
-        base_layer.weight = meta_weight
+        merged: Tensor = getattr(base_layer, weight_name).detach()
+        setattr(base_layer, weight_name, meta_weight)
         module.merged_adapters.clear()
         return merged
+
+
+def _weight_name(module: Any) -> str:
+    return getattr(module, "parameter_name", "weight")

@@ -17,13 +17,13 @@ from qlora_lightning.support.errors import UserError
 PACKED_TYPES: tuple[str, ...] = (
     *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
-    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma4_text", "glm", "glm4"),
-    *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
-    *("granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax"),
-    *("internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini", "llama", "mellum", "minicpm3"),
-    *("minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"),
-    *("olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"),
-    *("sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
+    *("exaone", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma3_text", "gemma4_text", "glm", "glm4"),
+    *("glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite"),
+    *("granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense"),
+    *("hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "lara_mini"),
+    *("llama", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral"),
+    *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3"),
+    *("qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "youtu"),
 )
 # Found by it too, and rejected.
 _NOT_CAUSAL = (
@@ -41,7 +41,6 @@ REJECTED_TYPES = {
 EAGER_TYPES: tuple[str, ...] = ("falcon",)
 _PACKED_LAYERS = {"full_attention", "sliding_attention"}  # of a config's layer_types
 LINEARS = (nn.Linear, Conv1D)  # Conv1D is GPT-2's name for a linear whose weight is transposed
-_MAX_EXPERT_SHARE = 0.1  # of the layers' weights
 
 
 def runs_packed(config: Any) -> bool:
@@ -84,18 +83,6 @@ def decoder_layers(causal_lm: Any) -> list[Any]:
 def layer_of(name: str) -> int | None:
     """Return the index of the decoder layer that a module is in, by its full name; ``None`` for one outside."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def check_experts(causal_lm: Any, name: str) -> None:
-    """Reject a mixture of experts whose fused weights, of three dimensions, would stay in 16 bits."""
-    weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
-    expert_size = sum(weight.numel() for weight in weights if weight.dim() == 3)
-    share = expert_size / max(1, sum(weight.numel() for weight in weights))
-    if share > _MAX_EXPERT_SHARE:
-        raise UserError(
-            f"Base {name}: {share:.0%} of its layers' weights are fused experts, which bitsandbytes does not quantize. "
-            "Set model.quantization to none, which trains them in 16 bits, or choose a dense base."
-        )
 
 
 def linear_sizes(linear: nn.Module) -> tuple[int, int]:

@@ -64,6 +64,8 @@ class QLoRAModule(lightning.LightningModule):
         dropout: Probability with which inputs of A are dropped in training.
         target_modules: ``all-linear``, ``attention``, ``mlp``, a list of names, or a regular expression.
         layers: ``all``, ``last:N`` or a list of layer indices.
+        target_experts: Adapt the experts of a mixture too, in these layers, as PEFT's ``target_parameters``. Plain PEFT
+            opens such an adapter; not every server does.
         lora_options: More for ``peft.LoraConfig``, of what is verified on a quantized base: ``use_rslora``,
             ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
@@ -110,6 +112,7 @@ class QLoRAModule(lightning.LightningModule):
         dropout: float = 0.0,
         target_modules: str | list[str] = "all-linear",
         layers: str | list[int] = "all",
+        target_experts: bool = False,
         lora_options: dict[str, Any] | None = None,
         adapter: str | None = None,
         learning_rate: optimizers.LearningRate = "auto",
@@ -132,6 +135,7 @@ class QLoRAModule(lightning.LightningModule):
             "dropout": dropout,
             "target_modules": target_modules,
             "layers": layers,
+            "target_experts": target_experts,
             "lora_options": lora_options,
         }
         self.learning_rate: Any = learning_rate  # a number after configure_model
@@ -139,7 +143,7 @@ class QLoRAModule(lightning.LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
-        inject.check_adapter_settings(rank, alpha, dropout)
+        inject.check_adapter_settings(rank, alpha, dropout, target_experts, lora_options)
         optimizers.check_optimization(optimizer, learning_rate, weight_decay, loraplus_ratio)
         optimizers.check_schedule(schedule, warmup_ratio)
         forward.check_noise(neftune_alpha)

@@ -25,6 +25,7 @@ _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py"]  # code is n
 # Second copies of the same weights in other layouts, which would double the download.
 _OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
 _CONFIG_KEYS = {
@@ -119,7 +120,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if is_adapter or not file.is_file():
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
         raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.")
-    return read_json_object(file, _REMEDY, _CONFIG_KEYS)
+    config = read_json_object(file, _REMEDY, _CONFIG_KEYS)
+    if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
+        del config["quantization_config"]
+    return config
 
 
 def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -128,9 +132,12 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
     read_config(folder, str(folder))
     with explaining_base(folder):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **FIXED_KEYS
         )
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == _EXPANDED:
+        del config.quantization_config
+    return config
 
 
 def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[None]:

@@ -26,29 +26,31 @@ def draw(tokens, dtype=torch.float32, heads=(6, 2, 2), width=16):
     return [each.to(dtype).requires_grad_() for each in drawn]
 
 
-def by_formula(query, key, value, samples):
+def by_formula(query, key, value, samples, s_aux=None):
     """Attend within samples in float64, by the formula; what these share is laid out."""
     query, key, value = (each.double()[:, :, samples.expanded.gather_index] for each in (query, key, value))
     key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
     outputs = []
     for start, end in itertools.pairwise(samples.bounds):
         scores = query[:, :, start:end] @ key[:, :, start:end].transpose(2, 3) * query.shape[3] ** -0.5
-        later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
-        outputs.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ value[:, :, start:end])
+        scores = scores.masked_fill(torch.ones(end - start, end - start, dtype=torch.bool).triu(1), -torch.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.double().view(1, -1, 1, 1).expand(-1, -1, end - start, -1)], -1)
+        outputs.append(scores.softmax(-1)[..., : end - start] @ value[:, :, start:end])
     return torch.cat(outputs, 2).transpose(1, 2)[:, samples.expanded.first_expanded]
 
 
 def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     """Make a way to attend: by the C++ loops, the ragged kernel of new cards, or plain."""
 
-    def attend(*qkv, samples):
+    def attend(*qkv, samples, s_aux=None):
         with pytest.MonkeyPatch.context() as patch:
             if not loops:
                 patch.setattr(attention, "has_cpu_kernel", lambda *_: False)
             if ragged_kernel:
                 patch.setattr(attention, "has_ragged_kernel", lambda query, value: True)
             with packed_pass(PackedPass(samples, fused=fast)):
-                return packed_attention(None, *qkv, None)[0]
+                return packed_attention(None, *qkv, None, s_aux=s_aux)[0]
 
     return attend
 
@@ -62,7 +64,7 @@ fast, plain, ragged = (
 def flash_on_a_cpu():
     """Give torch's FlashAttention, which has an implementation for GPUs alone, one for CPUs by the formula."""
 
-    def probabilities(query, key, bounds):
+    def scores_of(query, key, bounds):
         cu_q, cu_k, max_q, max_k, dropout, is_causal = bounds
         assert torch.equal(cu_q, cu_k)
         assert max_q == max_k == max(cu_q.diff().tolist())
@@ -70,7 +72,7 @@ def flash_on_a_cpu():
         sample = torch.arange(len(cu_q) - 1).repeat_interleave(cu_q.diff())
         scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[2] ** -0.5
         hidden = (sample[:, None] != sample) | torch.ones(len(sample), len(sample), dtype=torch.bool).triu(1)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return scores.masked_fill(hidden, -torch.inf)
 
     def double(query, key, value):
         return query.double(), *(
@@ -80,12 +82,15 @@ def flash_on_a_cpu():
     def forward(query, key, value, *bounds, window_size_left, window_size_right):
         assert (window_size_left, window_size_right) == (-1, 0)
         q, k, v = double(query, key, value)
-        return torch.einsum("hqk,khd->qhd", probabilities(q, k, bounds[:-1]), v).to(query.dtype), *torch.empty(4, 0)
+        scores = scores_of(q, k, bounds[:-1])
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(query.dtype)
+        return out, scores.logsumexp(-1).float(), *torch.empty(3, 0)
 
     def backward(grad, query, key, value, out, lse, *bounds, **window):
         (q, k, v), grad = double(query, key, value), grad.double()
-        p, grad_p = probabilities(q, k, bounds[:-2]), torch.einsum("qhd,khd->hqk", grad, v)
-        grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
+        p = torch.exp(scores_of(q, k, bounds[:-2]) - lse.double().unsqueeze(-1))
+        grad_p = torch.einsum("qhd,khd->hqk", grad, v)
+        grad_scores = p * (grad_p - (grad * out).sum(-1).t().unsqueeze(-1)) * q.shape[2] ** -0.5
         grads = (
             torch.einsum("hqk,khd->qhd", grad_scores, k),
             *(torch.einsum("hqk,qhd->khd", *pair) for pair in ((grad_scores, q), (p, grad))),
@@ -126,9 +131,11 @@ SHAPES = [  # samples; heads of queries, keys and values; their width
 
 @pytest.mark.parametrize("way", [fast, plain, ragged], ids=["loops", "plain", "ragged"])
 @pytest.mark.parametrize(("samples", "heads", "width"), SHAPES)
-def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_outputs_and_gradients_are_those_of_attention_written_out(way, samples, heads, width, sinks):
     qkv = draw(len(samples.expanded.first_expanded), heads=heads, width=width)
-    found, exact = (with_gradients(attend, qkv, samples=samples) for attend in (way, by_formula))
+    options = {"samples": samples, "s_aux": torch.linspace(-1, 2, heads[0]) if sinks else None}
+    found, exact = (with_gradients(attend, qkv, **options) for attend in (way, by_formula))
     assert errors(found, exact).max() <= 1e-6
 
 
@@ -167,9 +174,9 @@ def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_tak
     qkv, samples = draw(20), sequences_of_lengths([20])
     with (
         packed_pass(PackedPass(samples)),
-        pytest.raises(RuntimeError, match="NoneType hands s_aux on to attention"),
+        pytest.raises(RuntimeError, match="NoneType hands softcap on to attention, w"),
     ):
-        packed_attention(None, *qkv, None, s_aux=torch.zeros(6))
+        packed_attention(None, *qkv, None, softcap=30.0)
     query, key, _ = draw(20, width=32)
     found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))
     assert errors(found, exact).max() <= 1e-6

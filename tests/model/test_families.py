@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gene
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from qlora_lightning.model.model_types import PACKED_TYPES
+from qlora_lightning.sources.tensors import tensor_names
 from tests import families
 from tests.adapters import make_run
 from tests.random_base import save_family
@@ -19,7 +21,8 @@ from tests.steps import distance, fit, loss_and_gradients, make_batch, make_modu
 
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
 QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
-ROW_BY_ROW = ("qwen3_5_text", "gemma2", "gpt_oss", "bloom", "modernbert-decoder", "mamba2")
+QUICK += ("qwen3_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
+ROW_BY_ROW = ("qwen3_5_text", "gemma2", "qwen2_moe", "bloom", "modernbert-decoder", "mamba2")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW})
 
 
@@ -53,8 +56,24 @@ def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path
     ("model_type", "options", "words"),
     [
         ("bert", {}, "sees what comes behind a token"),
-        ("mixtral", {}, r"\d\d% of its layers' weights are fused experts.* Set model.quantization to none"),
-        ("deepseek_v3", {"quantization": "none"}, "on which PEFT puts no adapter in a deepseek_v3: expected other mod"),
+        (
+            "llama4_text",
+            {},
+            r"\d\d% of the layers' weights of a llama4_text are fused experts.* Set model.quantization",
+        ),
+        ("mixtral", {"quantization": "int8"}, "experts of a mixtral are quantized in 4 bits only"),
+        (
+            "deepseek_v3",
+            {"quantization": "none", "target_modules": ["up_proj", "gate_proj"]},
+            "on which PEFT puts no ad",
+        ),
+        ("deepseek_v3", {"target_modules": "mlp"}, "On no module of model.target_modules PEFT puts an adapter"),
+        ("llama", {"target_experts": True}, "a llama has no experts for adapters"),
+        (
+            "mixtral",
+            {"target_experts": True, "dropout": 0.1},
+            "adapters of experts take no dropout, use_dora or orthog",
+        ),
     ],
 )
 def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options, words, tmp_path):
@@ -82,14 +101,23 @@ def test_a_base_that_reads_images_trains_once_its_text_is_saved_alone(tmp_path, 
         assert distance(alone(input_ids=ids).logits, whole(input_ids=ids).logits) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_5"])
-def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, tmp_path, tiny_base, capsys):
+PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}
+WHOLE = [("gemma3_text", PLAIN), ("qwen3_5", PLAIN), ("gpt_oss", EXPERTS)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [("mixtral", EXPERTS if ADAPTS_EXPERTS else {}), *(pytest.param(*each, marks=pytest.mark.slow) for each in WHOLE)],
+)
+def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, options, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
-    make_run(tmp_path / "run", base, quantization="none")
+    make_run(tmp_path / "run", base, **options)
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
     assert main(merge) == 0
     assert "Checked on 8 validation rows" in capsys.readouterr().out
+    if options != PLAIN:  # each is by itself again, as published
+        names = [tensor_names(folder / "model.safetensors") for folder in (base, tmp_path / "merged")]
+        assert names[0] == names[1]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

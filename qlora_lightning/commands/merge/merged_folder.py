@@ -116,16 +116,21 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
 
 def _write_weights(plan: MergePlan, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
     """Merge tensor by tensor, and write the shards."""
-    merged = MergedWeights(plan, weights)
-    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.shapes.items()}
+    merged, merged_name = MergedWeights(plan, weights), dict[str, str]()  # by the name that is written
+    shapes, tensors = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, shape in plan.shapes.items():
+        parts = plan.publish(name, torch.empty(shape, dtype=dtype, device="meta"))
+        shapes |= parts
+        merged_name |= dict.fromkeys(parts, name)
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
-    with progress_counter("merging", len(plan.shapes)) as advance:
+    with progress_counter("merging", len(shapes)) as advance:
         for shard, names in shards.filename_to_tensors.items():
-            tensors = {}
             for name in names:
-                tensors[name] = merged(name).to(dtype).contiguous()
+                if name not in tensors:
+                    tensors |= plan.publish(merged_name[name], merged(merged_name[name]).to(dtype))
                 advance(1)
-            save_file(tensors, folder / shard, {"format": "pt"})
+            written = {name: tensors.pop(name).contiguous() for name in names}
+            save_file(written, folder / shard, {"format": "pt"})
             set_usual_mode(folder / shard)  # a server may run as another user
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

@@ -239,6 +239,8 @@ def _model_table(model: Any) -> Table:
     for name, module in causal_lm.named_modules():
         if isinstance(module, LoraLayer):
             shape, rank = f"{module.in_features:,} → {module.out_features:,}", f"{module.r[ADAPTER]}"
+            if weight := getattr(module, "parameter_name", None):  # of experts
+                name = f"{name.removesuffix('.base_layer')}.{weight}"
             counts[re.sub(r".*\.\d+\.", "", name), shape, rank] += 1
     title = f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size:,} wide"
     table = Table("adapter on", "shape", "rank", "layers", title=title, title_justify="left")

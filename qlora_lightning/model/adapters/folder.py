@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
+from qlora_lightning.model.layers.experts import adapting_experts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
@@ -79,8 +80,9 @@ def save_adapter_folder(
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
-    if isinstance(config.target_modules, set):  # whose order changes from run to run
-        config.target_modules = sorted(config.target_modules)
+    for name in ("target_modules", "target_parameters"):
+        if isinstance(targets := getattr(config, name), set):  # whose order changes from run to run
+            setattr(config, name, sorted(targets))
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
     is_causal = config.task_type in (None, peft.TaskType.CAUSAL_LM)
@@ -162,6 +164,8 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
     if any(isinstance(settings.get(name), str) for name in ("target_modules", "exclude_modules", "layers_pattern")):
         carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
+        experts = {name.rpartition(".")[0] for name in settings.get("target_parameters", ())}  # by endings
+        carriers = {name for name in carriers if not name.removesuffix(".base_layer").endswith((*experts,))}
         settings["target_modules"] = sorted(carriers)
         settings |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     ranks, alphas = settings.get("rank_pattern", {}), settings.get("alpha_pattern", {})
@@ -203,8 +207,9 @@ def add_named_adapter(
     # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     # as in adapters/inject.py
-    with warnings.catch_warnings(action="ignore"), explaining(f"PEFT cannot put the adapter of {folder} on the base"):
-        model.add_adapter(name, read_lora_config(folder))
+    context, config = f"PEFT cannot put the adapter of {folder} on the base", read_lora_config(folder)
+    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context):
+        model.add_adapter(name, config)
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)
 

@@ -28,7 +28,8 @@ def describe_adapter(model: peft.PeftModel) -> dict[str, Any]:
     Targets and layers are read from the modules that carry it, however they were chosen.
     """
     config = model.peft_config[ADAPTER]
-    modules = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    adapters = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    modules = {name.removesuffix(".base_layer") for name in adapters}  # experts have two adapters, one in the other
     options = {name: value for name in _OPTIONS if (value := getattr(config, name))}
     if "modules_to_save" in options:
         options["modules_to_save"] = sorted(options["modules_to_save"])

@@ -11,11 +11,14 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of, linear_sizes
 from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.trainer import say_once
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -23,12 +26,20 @@ _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
 _ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear of attention, in any type
-_PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
+PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba2")  # whose kernel reads the weight of out_proj, not its adapter
 
 
-def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
+def check_adapter_settings(
+    rank: int, alpha: float | None, dropout: float, target_experts: bool, lora_options: Mapping[str, Any] | None
+) -> None:
     """Reject what no base could take; see :func:`add_adapters`."""
+    options = lora_options or {}
+    if target_experts and (dropout or options.get("use_dora") or options.get("init_lora_weights") == "orthogonal"):
+        raise UserError(
+            "model.target_experts is true, and adapters of experts take no dropout, use_dora or orthogonal "
+            "init_lora_weights: leave these out, or set it to false."
+        )
     if rank < 1:
         raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
     if alpha is not None and not 0 < alpha < float("inf"):
@@ -45,6 +56,7 @@ def add_adapters(
     dropout: float = 0.0,
     target_modules: str | list[str] = "all-linear",
     layers: str | list[int] = "all",
+    target_experts: bool = False,
     lora_options: dict[str, Any] | None = None,
 ) -> peft.PeftModel:
     """Inject A ``(rank, in)`` and B ``(out, rank)`` beside each target; B starts at zero, so nothing changes yet.
@@ -53,7 +65,11 @@ def add_adapters(
     the base is. The arguments are those of :class:`~qlora_lightning.QLoRAModule`.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
-    targets = resolve_targets(model, target_modules, layers)
+    named = resolve_targets(model, target_modules, layers)
+    targets = _without_moved(model, named) if target_modules in PRESETS else named
+    parameters = [name for name in expert_parameters(model) if layer_of(name) in map(layer_of, named)]
+    if target_experts and not parameters:
+        raise UserError(f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.")
     linears = [module for module in map(model.get_submodule, targets) if isinstance(module, LINEARS)]
     if rank > (widest := max((max(linear_sizes(linear)) for linear in linears), default=rank)):
         raise UserError(f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.")
@@ -64,6 +80,7 @@ def add_adapters(
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        target_parameters=parameters if target_experts else None,
         **options,
     )
     adapted = inject(model, config)
@@ -74,6 +91,19 @@ def add_adapters(
             "expected other modules, such as attention."
         )
     return adapted
+
+
+def _without_moved(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Return the targets that PEFT takes: in some mixtures it moves adapters of an MLP's names to the experts."""
+    config = peft.LoraConfig(target_modules=targets)
+    with contextlib.suppress(ValueError):  # it moves some names only together
+        convert_peft_config_for_transformers(config, model, None)
+    remaining = [name for name in targets if name in config.target_modules]
+    if moved := dict.fromkeys(name.rpartition(".")[2] for name in targets if name not in remaining):
+        say_once(f"PEFT puts no adapters on {', '.join(moved)} beside the experts of a {model.config.model_type}.")
+    if not remaining:
+        raise UserError("On no module of model.target_modules PEFT puts an adapter: set it to all-linear or attention.")
+    return remaining
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
@@ -113,12 +143,14 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
 
     Args:
         model: The base, without adapters.
-        target_modules: ``all-linear`` (every linear of the decoder layers), ``attention``, ``mlp``, a list of names
-            (``q_proj``, or longer endings), or a regular expression that matches full names.
+        target_modules: ``all-linear`` (every linear of the decoder layers but routers), ``attention``, ``mlp``, a list
+            of names (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
     """
-    candidates = [name for name, module in model.named_modules() if isinstance(module, (*LINEARS, nn.Embedding))]
-    in_layers = {module for layer in decoder_layers(model) for module in layer.modules()}
+    modules = [*model.named_modules()]
+    candidates = [name for name, module in modules if isinstance(module, (*LINEARS, nn.Embedding))]
+    candidates = [name for name in candidates if not isinstance(model.get_submodule(name), PackedExperts)]
+    in_layers = {module for layer in decoder_layers(model) for module in layer.modules()} - routers_of(model)
     names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
     if model.config.model_type in _MAMBA:
         names_in_layers = {name for name in names_in_layers if not name.endswith(".out_proj")}
@@ -131,7 +163,7 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
 
 
 def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: str | list[str]) -> set[str]:
-    if isinstance(target_modules, str) and target_modules in _PRESETS:
+    if isinstance(target_modules, str) and target_modules in PRESETS:
         attention = {name for name in in_layers if _ATTENTION.search(name)}
         return {"all-linear": in_layers, "attention": attention, "mlp": in_layers - attention}[target_modules]
     selected: set[str] = set()
@@ -141,7 +173,7 @@ def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: 
             with contextlib.suppress(re.error):  # it may be no expression: *proj
                 matches |= {name for name in candidates if re.fullmatch(ending, name)}
         if not matches:
-            names = dict.fromkeys([*_PRESETS, *(name.rpartition(".")[2] for name in candidates)])
+            names = dict.fromkeys([*PRESETS, *(name.rpartition(".")[2] for name in candidates)])
             raise UserError(
                 f"model.target_modules names {ending!r}, which the base does not have: expected {', '.join(names)}, "
                 f"or an expression that matches a full name such as {candidates[1]}."
@@ -175,7 +207,8 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig, source: str = "model
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         device = torch.device("meta") if on_meta else contextlib.nullcontext()
-        with device, explaining(f"PEFT cannot put the adapter of {source} on the base"):  # it checks few options
+        context = f"PEFT cannot put the adapter of {source} on the base"  # it checks few options
+        with device, adapting_experts(model, config), explaining(context):
             adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()

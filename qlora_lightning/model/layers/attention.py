@@ -108,6 +108,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sample of the stream, with the signature of transformers' attention functions.
@@ -123,22 +124,29 @@ def packed_attention(
         dropout: Probability with which attention weights are dropped.
         sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
             a packed batch the mask contains it.
+        s_aux: Attention sinks of gpt-oss, ``(heads,)``: scores of a key without a value.
         kwargs: Further arguments of transformers.
 
     Returns:
         attn_out ``(1, tokens, heads, head_dim)``, and no weights.
 
     Raises:
-        RuntimeError: The model passes what is not computed here, such as attention sinks or a soft cap.
+        RuntimeError: The model passes what is not computed here, such as a soft cap.
     """
     reject_unsupported(type(module), kwargs)
     batch = current_pass.get()
+    if batch is None and s_aux is not None:
+        mask = attention_mask
+        if mask is None:
+            n_queries, n_keys = query.shape[2], key.shape[2]
+            mask = query.new_ones(1, 1, n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+        return _sdpa_with_sinks(query, key, value, mask, s_aux, scaling, dropout).transpose(1, 2), None
     if batch is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    return attend(query, key, value, batch, scaling, dropout, sliding_window).unsqueeze(0), None
+    return attend(query, key, value, batch, scaling, dropout, sliding_window, s_aux).unsqueeze(0), None
 
 
 def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
@@ -156,6 +164,7 @@ def attend(
     scaling: float | None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend within each sample of a packed batch.
 
@@ -167,6 +176,7 @@ def attend(
         scaling: See :func:`packed_attention`, as for the others.
         dropout: The same.
         sliding_window: The same.
+        sinks: ``s_aux`` there.
 
     Returns:
         ``(n_tokens, heads, head_dim)``.
@@ -177,17 +187,18 @@ def attend(
     if sliding_window is not None and sliding_window >= sequences.longest:
         sliding_window = None
     is_fast, expanded = batch.fused and dropout == 0.0, sequences.expanded
+    is_fast = is_fast and (sinks is None or not sinks.requires_grad)
     if is_fast and sliding_window is None and has_cpu_kernel(query, key, value, dtype):
         query, key, value = (states.to(dtype) for states in (query, key, value))
         if expanded.has_shared:
             key, value = (_Expand.apply(states, expanded) for states in (key, value))
-        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling))
+        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling, sinks))
     if expanded.has_shared:
         query, key, value = (_Expand.apply(states, expanded) for states in (query, key, value))
     if is_fast and has_ragged_kernel(query, value):
-        attn_out = attend_ragged(query, key, value, sequences, scaling, sliding_window)
+        attn_out = attend_ragged(query, key, value, sequences, scaling, sliding_window, sinks)
     else:
-        attn_out = attend_per_sample(query, key, value, sequences, scaling, dropout, sliding_window)
+        attn_out = attend_per_sample(query, key, value, sequences, scaling, dropout, sliding_window, sinks)
     # all copies of a shared token have the same result
     return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
@@ -222,9 +233,10 @@ def attend_ragged(
     sequences: SequenceBounds,
     scaling: float | None,
     sliding_window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend for all samples at once by torch's FlashAttention; shapes are those of :func:`attend`."""
-    return cast(Tensor, RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window))
+    return cast(Tensor, RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window, sinks))
 
 
 class _Expand(torch.autograd.Function):
@@ -255,6 +267,7 @@ def attend_per_sample(
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
     if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
@@ -264,11 +277,39 @@ def attend_per_sample(
     for sample in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in sample)  # (1, heads, length, head_dim)
         length, mask = len(sample[0]), None
-        if sliding_window is not None and sliding_window < length:
-            mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)
+        if sinks is not None or (sliding_window is not None and sliding_window < length):
+            mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (sliding_window or length))
+        if sinks is not None and mask is not None:
+            attn_out = _sdpa_with_sinks(q, k, v, mask[None, None], sinks, scaling, dropout)
+            outputs.append(attn_out.squeeze(0).transpose(0, 1))
+            continue
         options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
         outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **options).squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _sdpa_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attend with a key and a value of zeros behind the others, whose score is the sink.
+
+    ``mask`` is ``(…, queries, keys)``.
+    """
+    key, value = (F.pad(states, (0, 0, 0, 1)) for states in (key, value))
+    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+    column = sinks.to(query.dtype).view(1, -1, 1, 1)
+    shape = (*query.shape[:3], -1)
+    bias = torch.cat([bias.expand(shape), column.expand(shape)], dim=-1)
+    return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
+
+
+def _add_sinks(attn_out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs, and log-sum-exps of scores, that count sinks; the usual backward with these is right.
+
+    Shapes are ``(n_tokens, heads, head_dim)``, ``(n_tokens, heads)`` and ``(heads,)``.
+    """
+    with_sinks = torch.logaddexp(lse, sinks.float())
+    return attn_out * torch.exp(lse - with_sinks).unsqueeze(-1).to(attn_out.dtype), with_sinks
 
 
 class RaggedAttention(torch.autograd.Function):
@@ -288,6 +329,7 @@ class RaggedAttention(torch.autograd.Function):
         sequences: SequenceBounds,
         scaling: float | None,
         sliding_window: int | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         bounds, longest, dropout, is_causal = sequences.cu_seqlens, sequences.longest, 0.0, sliding_window is None
         ctx.arguments = bounds, bounds, longest, longest, dropout, is_causal  # of queries and of keys
@@ -295,6 +337,9 @@ class RaggedAttention(torch.autograd.Function):
         ctx.options = {"scale": scaling, "window_size_left": window_left, "window_size_right": 0}
         attend, debugs = torch.ops.aten._flash_attention_forward.default, False
         attn_out, lse, *ctx.random, _ = attend(query, key, value, *ctx.arguments, debugs, **ctx.options)
+        if sinks is not None:
+            attn_out, lse = _add_sinks(attn_out, lse.t(), sinks)
+            lse = lse.t().contiguous()  # (heads, n_tokens)
         ctx.save_for_backward(query, key, value, attn_out, lse)
         return cast(Tensor, attn_out)
 
@@ -302,7 +347,7 @@ class RaggedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward, saved = torch.ops.aten._flash_attention_backward.default, ctx.saved_tensors
-        return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), None, None, None
+        return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), *[None] * 4
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -315,7 +360,13 @@ class VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, scaling: float | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sequences: SequenceBounds,
+        scaling: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         query, key, value = (states.contiguous() for states in (query, key, value))
         n_queries, n_keys = len(sequences.expanded.first_expanded), sequences.bounds[-1]
@@ -326,6 +377,8 @@ class VarlenAttention(torch.autograd.Function):
         sizes = len(sequences.bounds) - 1, query.shape[1], *key.shape[1:]
         ctx.shape_args = sequences.cu_seqlens_q, sequences.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
+        if sinks is not None:
+            attn_out, lse = _add_sinks(attn_out, lse, sinks)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out
 
@@ -336,4 +389,4 @@ class VarlenAttention(torch.autograd.Function):
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         inputs = query, key, value, grad.contiguous(), lse
         call("attend_backward", query.dtype, *inputs, *ctx.shape_args, ctx.scale, *grads)
-        return *grads, None, None
+        return *grads, None, None, None

@@ -121,7 +121,7 @@ def gradients_of_B(
             grads_B.append(None)
             continue
         _product(grad, linear.lora_B, linear.scaling, out=grad_slice)
-        grads_B.append(_master_gradient(grad.t(), xa_slice, linear.scaling))
+        grads_B.append(master_gradient(grad.t(), xa_slice, linear.scaling))
     return grad_xa, grads_B
 
 
@@ -129,7 +129,7 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> lis
     """Compute the gradient of each A, ``(rank, in)``, from that of all ``x Aᵀ``."""
     if grad_xa is None:
         return [None] * len(group.linears)
-    grads = _master_gradient(grad_xa.t(), x).split_with_sizes(group.ranks)
+    grads = master_gradient(grad_xa.t(), x).split_with_sizes(group.ranks)
     return [grad if rank else None for grad, rank in zip(grads, group.ranks, strict=True)]
 
 
@@ -150,7 +150,7 @@ def _product(mat1: Tensor, mat2: Tensor, scaling: float, out: Tensor | None = No
     return torch.addmm(_unread(mat1.dtype, mat1.device), mat1, mat2, beta=0, alpha=scaling, out=out)
 
 
-def _master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
+def master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
     """Compute ``scaling · mat1 mat2``, the gradient of a float32 A or B; a GPU sums in float32 and does not round."""
     if sums_in_float32(mat1):
         unread = _unread(torch.float32, mat1.device)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
+from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
@@ -71,7 +72,9 @@ def choose_layers(model: Any) -> Fusion:
     _set_recompute_contexts(causal_lm)
     fusion, modeling = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, FusedExperts):
+            reason = None
+        elif isinstance(module, LoraLayer):
             reason = fusion.linears[name] = _fallback_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
             reason = fusion.layers[name] = _fallback_reason_of_layer(module, modeling)

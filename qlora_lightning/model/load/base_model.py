@@ -15,9 +15,15 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from qlora_lightning.model.layers.experts import (
+    ExpertsConfig,
+    check_experts,
+    experts_of,
+    register_experts,
+)
 from qlora_lightning.model.layers.select import attention_of
 from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.model_types import check_experts, check_type
+from qlora_lightning.model.model_types import check_type
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.folders import (
     BaseFolder,
@@ -124,7 +130,8 @@ def quantized_folder(
         model = _load(source.folder, bnb_config, dtype, device, trust_remote_code)
         freeze(model)  # else packed weights would be saved wrongly, see freeze
         with _quiet_bars():
-            save_model(model, folder, max_shard_size="200MB")  # a shard is held in memory while it is written
+            # a shard is held in memory while it is written; packed experts have no names of before
+            save_model(model, folder, max_shard_size="200MB", save_original_format=not experts_of(model))
         del model
         # a linear of bitsandbytes and its weight refer to each other: uncollected this model would stay on the device
         # beside the one that is loaded from the folder
@@ -152,6 +159,8 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config, shapes = open_config(folder, trust_remote_code), TensorFiles(folder, str(folder)).shapes()
+    if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in shapes):
+        raise UserError(f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.")
     mismatched, tied = set[tuple[str]](), set[str]()
     if bnb_config is not None or not trust_remote_code:  # a base's own code may not run on the meta device
         described = empty_model(config, trust_remote_code=trust_remote_code)
@@ -163,10 +172,13 @@ def _load(
                 f"{n_stored:,}: download or save the base again."
             )
         if bnb_config is not None:
-            check_experts(described, str(folder))
+            check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
+            if experts_of(described):
+                bnb_config = ExpertsConfig(**bnb_config.to_diff_dict())
             # transformers compares no shape of what it quantizes
             weights = dict(described.named_parameters())
             mismatched = {(name,) for name in weights.keys() & shapes.keys() if weights[name].shape != shapes[name]}
+    register_experts()  # a cached base may have them
     bars = _quiet_bars() if bnb_config is None else contextlib.nullcontext()
     with bars, quiet_loggers(logging.ERROR, "transformers"), explaining_base(folder):
         model, report = AutoModelForCausalLM.from_pretrained(

@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
+from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, empty_model, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
-from qlora_lightning.model.model_types import LINEARS, check_experts, check_type, layer_of, linear_sizes, runs_packed
+from qlora_lightning.model.model_types import LINEARS, check_type, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.trainer import say_once
 
@@ -107,7 +108,8 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
 
 def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
     """Print what to know about the device, what trains, and why layers do not run fused."""
-    names = [name.rpartition(".")[2] for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
+    layers = [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
+    names = [getattr(layer, "parameter_name", name.rpartition(".")[2]) for name, layer in layers]
     trainable, total = count_parameters(module.model)
     rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # build_model may be overridden
     reasons, config = [reason for reason in fusion.layers.values() if reason is not None], module.causal_lm.config
@@ -144,11 +146,12 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     check_type(config.model_type, config.name_or_path)
     model = empty_model(config, dtype)
     if quantization != "none":
-        check_experts(model, config.name_or_path or config.model_type)
+        check_experts(model, quantization, config.name_or_path or config.model_type)
         with torch.device("meta"):
             for name, linear in list(model.named_modules()):
                 if isinstance(linear, LINEARS) and layer_of(name) is not None:
                     model.set_submodule(name, _quantized_linear(linear, quantization, dtype))
+            pack_experts(model, ExpertsConfig(bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype))
         model.is_loaded_in_8bit, model.is_loaded_in_4bit = quantization == "int8", quantization != "int8"
     model.requires_grad_(False)
     return model

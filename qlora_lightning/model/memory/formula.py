@@ -38,6 +38,7 @@ from torch import nn
 from qlora_lightning.model.activation_checkpointing import Checkpointing
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.layers.decoder_layer import PIECE_TOKENS, FusedDecoderLayer
+from qlora_lightning.model.layers.experts import PackedExperts, experts_per_token
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, linear_sizes, runs_packed
 from qlora_lightning.model.sharded import shards_vocabulary
 from qlora_lightning.model.step.loss import is_frozen_linear, lm_head_of, logits_chunk_size
@@ -140,7 +141,13 @@ def build_step_memory(
     if not trainable_tensors(causal_lm.get_input_embeddings()):
         first_trained = next((i for i, layer in enumerate(layers) if trainable_tensors(layer)), len(layers) - 1)
         layers = layers[first_trained:]
-    sizes = [linear_sizes(module) for module in layers[-1].modules() if isinstance(module, LINEARS)]
+    experts = [module for module in layers[-1].modules() if isinstance(module, PackedExperts)]
+    modules = (module for module in layers[-1].modules() if isinstance(module, LINEARS) and module not in experts)
+    sizes = [linear_sizes(module) for module in modules]
+    dense = max([math.prod(size) for size in [*sizes, *(module.shape[1:] for module in experts)]])
+    dense += max((math.prod(module.shape) // 64 * FLOAT // dtype.itemsize for module in experts), default=0)  # scales
+    # an MLP's state, and those of all of a token's experts
+    mlp = max([*map(max, sizes), *(experts_per_token(causal_lm.config) * max(module.shape[1:]) for module in experts)])
     is_quantized = bool(linears) or any(isinstance(module, bnb.nn.Linear8bitLt) for module in layers[-1].modules())
     head = lm_head_of(causal_lm)
     vocabulary = len(causal_lm.get_output_embeddings().weight)
@@ -154,10 +161,10 @@ def build_step_memory(
         holds_logits=not runs_packed(causal_lm.config),
         layers=len(layers),
         saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
-        mlp=max(map(max, sizes)) * dtype.itemsize,
+        mlp=mlp * dtype.itemsize,
         is_fused=_is_fused(layers[-1]),
         attention=_attention_bytes(layers[-1], dtype) if _is_fused(layers[-1]) else 0,
-        dense=max(map(math.prod, sizes)) * dtype.itemsize if is_quantized else 0,
+        dense=dense * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,
     )
@@ -191,10 +198,11 @@ def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> flo
     to 80 % of it in the shapes that come with the recipes, with or without dropout.
     """
     modules = [module for name, module in layer.named_modules() if ".lora_" not in name]
-    sizes = [linear_sizes(module) for module in modules if isinstance(module, LINEARS)]
-    n_experts = getattr(config, "num_experts_per_tok", None) or 8  # which a token takes
-    experts = [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]
-    states = sum(map(sum, sizes)) + n_experts * sum(map(sum, experts))
+    experts = [module for module in modules if isinstance(module, PackedExperts)]
+    sizes = [linear_sizes(module) for module in modules if isinstance(module, LINEARS) and module not in experts]
+    expert_sizes = [module.shape[1:] for module in experts]
+    expert_sizes += [weight.shape[1:] for weight in layer.parameters() if weight.dim() == 3]  # in 16 bits
+    states = sum(map(sum, sizes)) + experts_per_token(config) * sum(map(sum, expert_sizes))
     saved = 2 * states * dtype.itemsize + 8 * config.hidden_size * FLOAT
     return float(saved if runs_packed(config) else 2 * saved)
 

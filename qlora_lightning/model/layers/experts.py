@@ -1,0 +1,484 @@
+"""Experts of a mixture in 4 bits: packed while a base is loaded, and dequantized one at a time for their products.
+
+transformers marks the experts of a type by ``use_experts_implementation`` and lets a registered function compute them.
+Ours sorts tokens by expert, and multiplies those of each expert that has any by its weights. It is one autograd
+function, so that no dense weight outlives its product: backward dequantizes again. Experts see tokens, not rows.
+"""
+# mypy: allow-untyped-calls, allow-subclassing-any
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from types import MappingProxyType, NoneType
+from typing import Any, NamedTuple, cast
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from peft.tuners.lora import LoraConfig, ParamWrapper
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_lightning.model.layers.lora import Fused, active_lora, dequantize, device_of_autocast, master_gradient
+from qlora_lightning.model.model_types import decoder_layers
+from qlora_lightning.support.errors import UserError
+
+# Before, A and B of experts had another layout, which later ones do not read; with transformers 5.17 it opens none.
+ADAPTS_EXPERTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 20)
+
+EXPERTS_4BIT = "qlora_lightning_4bit"  # of our function, among those of transformers
+_METHOD = "qlora_lightning_experts"  # quant_method of our quantizer, in the config.json of a cached base
+_BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256  # of bitsandbytes: weights that share a scale, and scales that do
+_MAX_UNPACKED = 0.1  # share of the layers' weights
+
+
+def experts_of(model: nn.Module) -> dict[str, Any]:
+    """Return the modules of experts that are computed here, by name: as transformers' interface has them."""
+    return {name: module for name, module in model.named_modules() if _is_computed(module)}
+
+
+def _is_computed(experts: Any) -> bool:
+    if not all(hasattr(experts, mark) for mark in ("has_gate", "has_bias", "is_transposed", "num_experts")):
+        return False
+    weights = (getattr(experts, name, None) for name in weight_names(experts))
+    plain = [weight for weight in weights if not isinstance(weight, bnb.nn.Params4bit | NoneType)]  # others are packed
+    is_aligned = all(weight.shape[-1] % _BLOCKSIZE == 0 for weight in plain)  # else a CPU dequantizes wrongly
+    return is_aligned and not getattr(experts, "has_post_expert_norm", False)
+
+
+def weight_names(experts: Any) -> tuple[str, str]:
+    """Return the names of the two weights of an experts module, each of all its experts."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+def routers_of(model: nn.Module) -> set[nn.Module]:
+    """Return the linears that choose experts, which no preset adapts; in many types the router is no linear."""
+    routers = set[nn.Module]()
+    for experts_name, experts in experts_of(model).items():
+        for name, linear in model.get_submodule(experts_name.rpartition(".")[0]).named_modules():
+            if isinstance(linear, nn.Linear) and linear.out_features == experts.num_experts:
+                routers |= {linear} if any(part == "gate" or "router" in part for part in name.split(".")) else set()
+    return routers
+
+
+def experts_per_token(config: Any) -> int:
+    """Return how many experts a token has at most."""
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    count = next((count for name in names if (count := getattr(config, name, None)) is not None), 1)
+    return max(count) if isinstance(count, list) else int(count)
+
+
+# ---- packed weights --------------------------------------------------------------------------------------------------
+
+
+class PackedExperts(bnb.nn.Linear4bit):
+    """A weight ``(n_experts, rows, columns)`` in 4 bits; it is saved, sharded and counted as a linear of bitsandbytes.
+
+    It is not called: :class:`ExpertsFunction` multiplies by one expert at a time.
+    """
+
+    def __init__(self, shape: Sequence[int], config: BitsAndBytesConfig) -> None:
+        n_experts, rows, columns = shape
+        options = {"compute_dtype": config.bnb_4bit_compute_dtype, "quant_type": config.bnb_4bit_quant_type}
+        options["compress_statistics"] = config.bnb_4bit_use_double_quant
+        super().__init__(columns, n_experts * rows, bias=False, **options, device="meta")
+        self.shape = tuple(shape)
+
+
+def packed_name(name: str) -> str:
+    """Return the name of a packed weight: no pattern of transformers' conversions matches it."""
+    return f"packed_{name}"
+
+
+def pack(weight: Tensor, quant_type: str, double_quant: bool) -> bnb.nn.Params4bit:
+    """Quantize ``(n_experts, rows, columns)``, an expert at a time, to what bitsandbytes makes of all at once."""
+    experts = [weight] if weight.is_meta else weight
+    parts = [quantize_4bit(expert.contiguous(), blocksize=_BLOCKSIZE, quant_type=quant_type) for expert in experts]
+    packed, state = torch.cat([packed for packed, _ in parts]), parts[0][1]
+    state.absmax, state.shape = torch.cat([state.absmax for _, state in parts]), weight.shape
+    if double_quant:
+        state.offset, state.nested = state.absmax.mean(), True
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=_NESTED_BLOCKSIZE)
+    options = {"quant_type": quant_type, "compress_statistics": double_quant, "blocksize": _BLOCKSIZE}
+    return bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True, **options)
+
+
+def pack_experts(model: Any, config: BitsAndBytesConfig, fill: bool = True) -> None:
+    """Put packed weights in the place of all experts' weights; without ``fill`` they are to be loaded."""
+    all_experts = experts_of(model).values()
+    if all_experts:
+        model.set_experts_implementation(register_experts())
+    for experts in all_experts:
+        for name in weight_names(experts):
+            weight = getattr(experts, name)
+            if fill and not isinstance(weight, bnb.nn.Params4bit):
+                weight = pack(weight.detach(), config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+            module = PackedExperts(weight.quant_state.shape if fill else weight.shape, config)
+            if fill:
+                module.weight = weight
+            delattr(experts, name)
+            setattr(experts, packed_name(name), module.requires_grad_(False))
+        experts._is_hf_initialized = True  # transformers' initialization would ask for the weights
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+class ExpertsConfig(BitsAndBytesConfig):
+    """bitsandbytes' settings of 4 bits, for a model whose experts are packed too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "load_in_4bit": True})
+        self.quant_method = _METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings without those by which transformers chooses its own quantizer."""
+        return {name: value for name, value in super().to_dict().items() if "load_in" not in name}
+
+
+class _PackWhileLoading(ConversionOps):
+    """Pack a weight of experts; leave all else to bitsandbytes' own operation."""
+
+    def __init__(self, quantizer: Bnb4BitHfQuantizer, linear: ConversionOps) -> None:
+        self._quantizer, self._linear = quantizer, linear
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Convert weights, which transformers has joined from tensors of its files, or split."""
+        config = self._quantizer.quantization_config
+        converted: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            if model.get_parameter(name).dim() == 3:
+                weight = value[0] if isinstance(value, list) else value
+                converted[name] = pack(weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
+            else:
+                converted |= self._linear.convert({name: value}, model=model, **kwargs)
+        return converted
+
+
+class _Mxfp4(ConversionOps):
+    """Dequantize a weight of gpt-oss as it is published, an expert at a time; 16 bits hold its values exactly."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Convert the blocks and the scales of one weight."""
+        blocks, scales = (input_dict[pattern][0].split(1) for pattern in source_patterns)
+        experts = [convert_moe_packed_tensors(*pair, dtype=self._dtype) for pair in zip(blocks, scales, strict=True)]
+        return {target_patterns[0]: torch.cat(experts)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Return what a save would call, which has no such weight."""
+        return self
+
+
+class ExpertsQuantizer(Bnb4BitHfQuantizer):
+    """transformers' quantizer of 4 bits, which packs experts too: one weight of one layer is in 16 bits at a time."""
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is to be packed."""
+        module, _, name = param_name.rpartition(".")
+        if _is_computed(experts := model.get_submodule(module)):
+            return name in weight_names(experts)
+        return bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that packs a loaded weight."""
+        return _PackWhileLoading(self, super().get_quantize_ops())
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Return transformers' conversions, with one of MXFP4 that does not leave 16 bits in memory."""
+        names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
+        operation = _Mxfp4(self.quantization_config.bnb_4bit_compute_dtype)
+        mxfp4 = [WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [operation]) for name in names]
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return mxfp4 + conversions
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        if self.pre_quantized:
+            pack_experts(model, self.quantization_config, fill=False)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized:
+            pack_experts(model, self.quantization_config)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+@functools.cache
+def register_experts() -> str:
+    """Let transformers know our quantizer and our function of experts; return the function's name."""
+    register_quantization_config(_METHOD)(ExpertsConfig)
+    register_quantizer(_METHOD)(ExpertsQuantizer)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_4BIT, run_experts)
+    return EXPERTS_4BIT
+
+
+def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
+    """Reject a mixture of experts that cannot be packed, or not as asked."""
+    model_type, all_experts = causal_lm.config.model_type, experts_of(causal_lm).values()
+    if all_experts and quantization == "int8":
+        raise UserError(
+            f"Base {name}: experts of a {model_type} are quantized in 4 bits only. Set model.quantization to nf4."
+        )
+    packed = {getattr(experts, weight) for experts in all_experts for weight in weight_names(experts)}
+    weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
+    unpacked_size = sum(weight.numel() for weight in weights - packed if weight.dim() == 3)
+    share = unpacked_size / max(1, sum(weight.numel() for weight in weights))
+    if share > _MAX_UNPACKED:
+        raise UserError(
+            f"Base {name}: {share:.0%} of the layers' weights of a {model_type} are fused experts of a layout that is "
+            "not packed. Set model.quantization to none: they stay in 16 bits. Or choose another base."
+        )
+
+
+# ---- the products ----------------------------------------------------------------------------------------------------
+
+
+class Routing(NamedTuple):
+    """Pairs of a token and one of its experts, sorted by expert.
+
+    Attributes:
+        order: The place of each sorted pair among ``(n_tokens, top_k)``.
+        inverse: The sorted pair of each place.
+        slices: The sorted pairs of each expert that has any.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    slices: dict[int, slice]
+
+
+def sort_by_expert(top_k_index: Tensor, n_experts: int) -> Routing:
+    """Sort on the device; the bounds are read once, for the loop over experts."""
+    flat = top_k_index.reshape(-1)
+    order = flat.argsort(stable=True)
+    if flat.device.type == "meta":  # a plan of memory: as evenly as can be
+        bounds = [len(flat) * expert // n_experts for expert in range(n_experts + 1)]
+    else:
+        bounds = torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
+    assert bounds[-1] == len(flat), "each index names an expert"
+    slices = {expert: slice(*pairs) for expert, pairs in enumerate(itertools.pairwise(bounds)) if pairs[0] < pairs[1]}
+    return Routing(order, order.argsort(), slices)
+
+
+class ExpertWeights:
+    """The frozen weights of all experts in one of their two products, with their adapters.
+
+    Args:
+        experts: The module of experts.
+        name: The weight's name.
+        dtype: Of the products.
+        scaling: Factor on the adapters' part.
+        lora_A: A of all experts as PEFT stores it, ``(n_experts · rank, in)``; ``None`` without adapters.
+        lora_B: B likewise, ``(out, rank · n_experts)``, whose columns have the expert fastest.
+    """
+
+    def __init__(
+        self,
+        experts: Any,
+        name: str,
+        dtype: torch.dtype,
+        scaling: float = 1.0,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+    ) -> None:
+        self._experts, self._name, self._dtype, self.scaling = experts, name, dtype, scaling
+        self.bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None  # (n_experts, out)
+        self._packed: Any = getattr(experts, packed_name(name), None)
+        n_experts, *sizes = (getattr(experts, name) if self._packed is None else self._packed).shape
+        self.in_features, self.out_features = sizes if experts.is_transposed else sizes[::-1]
+        self.adapters, self.lora_A, self.lora_B = (lora_A, lora_B), None, None  # adapters train
+        if lora_A is not None and lora_B is not None:
+            self.lora_A = lora_A.detach().to(dtype).view(n_experts, -1, self.in_features)  # (n_experts, rank, in)
+            lora_B = lora_B.detach().to(dtype).view(self.out_features, -1, n_experts)
+            self.lora_B = lora_B.permute(2, 0, 1).contiguous()  # (n_experts, out, rank)
+
+    def _dense(self, routing: Routing) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield each expert that has tokens, its pairs, and its weight ``(in, out)``."""
+        if self._packed is not None:
+            packed, state = self._packed.weight.data, self._packed.weight.quant_state
+            absmax, options = state.absmax, {"blocksize": state.blocksize, "quant_type": state.quant_type}
+            if state.nested:  # of all experts at once: blocks of scales reach across experts
+                absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+            options |= {"shape": torch.Size(state.shape[1:]), "code": state.code, "dtype": state.dtype}
+            stacked, absmax = (tensor.view(state.shape[0], -1) for tensor in (packed, absmax))
+        for expert, pairs in routing.slices.items():
+            if self._packed is None:
+                weight = getattr(self._experts, self._name)[expert]
+            else:
+                weight = dequantize(stacked[expert], QuantState(absmax[expert], **options))
+            weight = weight.to(self._dtype)
+            yield expert, pairs, weight if self._experts.is_transposed else weight.t()
+
+    def multiply(self, x: Tensor, routing: Routing) -> Tensor:
+        """Compute ``(n_pairs, out)`` from ``(n_pairs, in)``, both sorted by expert."""
+        y = x.new_empty(len(x), self.out_features)
+        for expert, pairs, weight in self._dense(routing):
+            if self.bias is None:
+                torch.mm(x[pairs], weight, out=y[pairs])
+            else:
+                torch.addmm(self.bias[expert], x[pairs], weight, out=y[pairs])
+            if self.lora_A is not None and self.lora_B is not None:
+                y[pairs].addmm_(x[pairs] @ self.lora_A[expert].t(), self.lora_B[expert].t(), alpha=self.scaling)
+        return y
+
+    def input_gradient(self, grad_y: Tensor, routing: Routing) -> Tensor:
+        """Compute the gradient ``(n_pairs, in)`` from that of the output."""
+        grad_x = grad_y.new_empty(len(grad_y), self.in_features)
+        for expert, pairs, weight in self._dense(routing):
+            torch.mm(grad_y[pairs], weight.t(), out=grad_x[pairs])
+            if self.lora_A is not None and self.lora_B is not None:
+                grad_x[pairs].addmm_(grad_y[pairs] @ self.lora_B[expert], self.lora_A[expert], alpha=self.scaling)
+        return grad_x
+
+    def adapter_gradients(
+        self, x: Tensor, grad_y: Tensor, routing: Routing, pair_weights: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute the gradients of A and B; ``pair_weights`` ``(n_pairs, 1)`` are factors on ``grad_y``."""
+        if self.lora_A is None or self.lora_B is None:
+            return None, None
+        grad_A = torch.zeros_like(self.lora_A, dtype=torch.float32)
+        grad_B = torch.zeros_like(self.lora_B, dtype=torch.float32)
+        for expert, pairs in routing.slices.items():
+            xa, grad_xa = x[pairs] @ self.lora_A[expert].t(), grad_y[pairs] @ self.lora_B[expert]  # (…, rank)
+            if pair_weights is not None:
+                xa, grad_xa = xa * pair_weights[pairs], grad_xa * pair_weights[pairs]
+            grad_A[expert] = master_gradient(grad_xa.t(), x[pairs], self.scaling)
+            grad_B[expert] = master_gradient(grad_y[pairs].t(), xa, self.scaling)
+        return grad_A.flatten(0, 1), grad_B.permute(1, 2, 0).flatten(1)
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """Compute ``Σ_k weight_k · expert_k(x)`` of each token, saving the first products and the routing for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        top_k_weights: Tensor,
+        top_k_index: Tensor,
+        experts: Any,
+        up: ExpertWeights,
+        down: ExpertWeights,
+        *_: Tensor | None,
+    ) -> Tensor:
+        """Compute ``(n_tokens, width)`` from hidden of that shape and two ``(n_tokens, top_k)``; last come adapters."""
+        routing = sort_by_expert(top_k_index, experts.num_experts)
+        states = up.multiply(hidden[routing.order // top_k_index.shape[1]], routing)  # (n_pairs, width of gate and up)
+        output = down.multiply(_activate(experts, states), routing)
+        output *= top_k_weights.reshape(-1)[routing.order, None]
+        x = None if up.lora_A is None else hidden
+        ctx.save_for_backward(x, states, top_k_weights, routing.order, routing.inverse)
+        ctx.experts, ctx.up, ctx.down, ctx.slices = experts, up, down, routing.slices
+        return output[routing.inverse].view(*top_k_index.shape, -1).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, states, top_k_weights, order, inverse = ctx.saved_tensors
+        routing, up, down = Routing(order, inverse, ctx.slices), ctx.up, ctx.down
+        tokens, pair_weights = order // top_k_weights.shape[1], top_k_weights.reshape(-1)[order, None]
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            activated = _activate(ctx.experts, states)
+        grad = grad_output[tokens]  # (n_pairs, width), without the pairs' weights
+        grads_down = down.adapter_gradients(activated.detach(), grad, routing, pair_weights.to(grad.dtype))
+        grad_activated = down.input_gradient(grad, routing)
+        # the output's product with its gradient is that of the activation with its own
+        grad_weights = (grad_activated * activated.detach()).sum(-1, dtype=torch.float32)
+        for expert, pairs in routing.slices.items() if down.bias is not None else ():
+            grad_weights[pairs] += grad[pairs] @ down.bias[expert]
+        del grad
+        grad_activated *= pair_weights
+        (grad_states,) = torch.autograd.grad(activated, states, grad_activated)
+        grads_up = (None, None) if x is None else up.adapter_gradients(x[tokens], grad_states, routing)
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = up.input_gradient(grad_states, routing)[inverse].view(*top_k_weights.shape, -1).sum(1)
+        grad_weights = grad_weights[inverse].view_as(top_k_weights).to(top_k_weights.dtype)
+        return grad_hidden, grad_weights, None, None, None, None, *grads_up, *grads_down
+
+
+def _activate(experts: Any, states: Tensor) -> Tensor:
+    return cast(Tensor, experts._apply_gate(states) if experts.has_gate else experts.act_fn(states))
+
+
+def run_experts(
+    experts: Any,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    adapters: Mapping[str, tuple[float, Tensor, Tensor]] = MappingProxyType({}),
+) -> Tensor:
+    """Forward of an experts module of transformers; ``adapters`` are scaling, A and B by the weight's name."""
+    device = device_of_autocast(hidden)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        products = [ExpertWeights(experts, name, dtype, *adapters.get(name, ())) for name in weight_names(experts)]
+        tensors = [tensor for product in products for tensor in product.adapters]
+        output = ExpertsFunction.apply(hidden.to(dtype), top_k_weights, top_k_index, experts, *products, *tensors)
+    return cast(Tensor, output).to(hidden.dtype)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+class FusedExperts(Fused):
+    """PEFT's LoRA on a weight of experts, around the experts or around another of these; saving and merging are PEFT's.
+
+    PEFT's own forward would make dense weights of all experts.
+    """
+
+    fallback_reason = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the experts with the adapters of all wrappers around them."""
+        layer: Any = self
+        adapters = {}
+        while isinstance(layer, FusedExperts):
+            wrapper: Any = layer
+            lora_A, lora_B = active_lora(wrapper)
+            if lora_A is not None and lora_B is not None and not wrapper.merged:
+                adapters[wrapper.parameter_name] = wrapper.scaling[wrapper.active_adapters[0]], lora_A, lora_B
+            layer = wrapper.base_layer
+        return run_experts(layer, *args, adapters=adapters, **kwargs)
+
+
+@contextlib.contextmanager
+def adapting_experts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """Let PEFT see the shapes of packed weights as parameters, and replace its wrappers by ours afterwards."""
+    if config.target_parameters and not ADAPTS_EXPERTS:
+        raise UserError("Adapters of experts take PEFT 0.20 or newer: update peft.")
+    hidden_names = []
+    for experts in experts_of(model).values() if config.target_parameters else ():
+        for name in weight_names(experts):
+            if (packed := getattr(experts, packed_name(name), None)) is not None:
+                shape = torch.empty((1, 1, 1), dtype=torch.float32, device=packed.weight.device)
+                setattr(experts, name, nn.Parameter(shape.expand(packed.weight.quant_state.shape), requires_grad=False))
+                hidden_names.append((experts, name))
+    try:
+        yield
+    finally:
+        for experts, name in hidden_names:
+            delattr(experts, name)
+    for name, module in list(model.named_modules()):
+        if type(module) is ParamWrapper:
+            model.set_submodule(name, FusedExperts.from_layer(module))
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Return the full names of the weights of all experts, as PEFT's ``target_parameters`` has them."""
+    return [f"{name}.{weight}" for name, experts in experts_of(model).items() for weight in weight_names(experts)]

@@ -1,0 +1,139 @@
+"""Experts of mixtures in 4 bits: read one weight at a time, right whatever the routing, and adapted as PEFT does."""
+
+import json
+import threading
+
+import psutil
+import pytest
+import torch
+from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
+from safetensors.torch import load_file, save_file
+
+from qlora_lightning import QLoRAModule, UserError, load_base
+from qlora_lightning.cli import main
+from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
+from tests import families
+from tests.equality import differences, same
+from tests.random_base import save_family
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
+
+PT = {"format": "pt"}
+pytestmark = pytest.mark.skipif(not ADAPTS_EXPERTS, reason="PEFT before 0.20 opens no adapters of mixtures")
+
+
+def edit_tensors(folder, edit):
+    """Change the tensors of a base, and give its folder."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, PT)
+    return folder
+
+
+def plain_step(module, base, folder, batch):
+    """A step of plain transformers and PEFT on a module's weights, dequantized."""
+    module.save_adapter(folder)
+    return families.plain_step(families.plain_model(base, folder, module.causal_lm), batch)
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_experts_without_tokens_and_all_tokens_in_one(per_token, tmp_path):
+    def route_evenly(tensors):  # equal scores choose the same experts for each token
+        for name in tensors:
+            tensors[name] *= not name.endswith(".mlp.gate.weight")
+
+    base = families.save_random(tmp_path / "base", "qwen3_moe", num_experts_per_tok=per_token)
+    module, batch = make_module(edit_tensors(base, route_evenly)), make_batch(families.LENGTHS)
+    step, expected = loss_and_gradients(module, batch), plain_step(module, base, tmp_path / "adapter", batch)
+    assert abs(step[0] / expected[0] - 1) <= 1e-5
+    assert distance(step[1], expected[1]) <= 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_plain_pefts_byte_for_byte(model_type, tmp_path, cache):
+    base, batch = families.save_random(tmp_path / "base", model_type), make_batch((12, 5))
+    make_module(base, target_experts=True).save_adapter(tmp_path / "first")
+    again = QLoRAModule(str(base), adapter=str(tmp_path / "first"), compute_dtype="fp32")
+    again.configure_model()
+    again.save_adapter(tmp_path / "again")
+    plain = families.plain_model(base, tmp_path / "first")
+    plain.save_pretrained(tmp_path / "plain")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "again", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert same(load_file(files[0]), load_file(files[2]))
+    assert sum(".experts." in name for name in load_file(files[0])) == 4 * 2 * 2  # layers, weights, A and B
+    dense = QLoRAModule(str(base), adapter=str(tmp_path / "first"), quantization="none", compute_dtype="fp32")
+    with pytest.raises(UserError, match=r"trained with model\.quantization nf4"):
+        dense.configure_model()
+    (tmp_path / "first" / "qlora_lightning.json").unlink()
+    dense.configure_model()
+    assert families.error_of_tokens(dense, plain, batch) <= 2e-5
+    switch_checkpointing(again.causal_lm, Checkpointing(), Checkpointing(True))
+    checkpointed = loss_and_gradients(again, batch)
+    switch_checkpointing(again.causal_lm, Checkpointing(True), Checkpointing())
+    assert_same_step(checkpointed, loss_and_gradients(again, batch))
+
+
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_never_stopped(tmp_path, tiny_base, rows_file):
+    base = save_family(tmp_path / "base", "qwen3_moe", tiny_base)
+
+    def run(name, steps, *options):
+        options = [f"--trainer.default_root_dir={tmp_path / name}", f"--trainer.max_steps={steps}", *options]
+        options += ["--model.schedule=constant", "--model.warmup_ratio=0", "--trainer.enable_progress_bar=false"]
+        options += ["--model.target_experts=true", "--trainer.accelerator=cpu", "--data.batch_size=2"]
+        assert main(["fit", f"--model.base={base}", f"--data.train={rows_file}", *options]) == 0
+
+    run("whole", 3)
+    run("stopped", 1)
+    run("stopped", 3, "--ckpt_path=last")
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+    def store(tensors):  # (experts, out, in / 32, 16) bytes, of which each has two values, and powers of two
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, width, out = tensors.pop(name).shape
+            blocks = torch.randint(256, (experts, out, width // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(118, 124, blocks.shape[:3], dtype=torch.uint8)
+            packed[f"{name}_blocks"], packed[f"{name}_scales"] = blocks, scales
+            pairs = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), dim=-1).flatten(3)
+            weight = pairs * 2.0 ** (scales.float() - 127)[..., None]
+            tensors[name] = weight.flatten(2).transpose(1, 2).contiguous()
+
+    def replace(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            del tensors[name]
+        tensors |= packed
+
+    packed = {}
+    dense = edit_tensors(families.save_random(tmp_path / "dense", "gpt_oss"), store)
+    published = edit_tensors(families.save_random(tmp_path / "published", "gpt_oss"), replace)
+    config = json.loads((published / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (published / "config.json").write_text(json.dumps(config))
+    steps = [loss_and_gradients(make_module(base), make_batch((30, 5))) for base in (dense, published, published)]
+    for step in steps[1:]:
+        assert_same_step(step, steps[0])
+    with pytest.raises(UserError, match=r"stored in MXFP4: set model.quantization to nf4"):
+        load_base(str(published), quantization="none")
+
+
+def test_a_base_is_never_in_16_bits_as_a_whole(tmp_path):
+    sizes = {"num_hidden_layers": 8, "hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16}
+    base = families.save_random(tmp_path / "base", "qwen3_moe", **sizes)
+    size, peak, loaded = (base / "model.safetensors").stat().st_size, [0], threading.Event()
+    start = psutil.Process().memory_info().rss - psutil.Process().memory_info().shared
+
+    def watch():
+        while not loaded.wait(0.001):
+            memory = psutil.Process().memory_info()
+            peak[0] = max(peak[0], memory.rss - memory.shared - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    load_base(str(base), cache=False, compute_dtype=torch.float32)
+    loaded.set()
+    watcher.join()
+    assert peak[0] < size / 2

@@ -93,14 +93,10 @@ def test_the_card_of_the_adapter_has_what_the_hub_shows(
     card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md").data
     assert (card.license, card.pipeline_tag, card.datasets) == ("llama3.2", "text-generation", ["org/data"])
     assert str(tmp_path) not in str(card)
-    metrics = read_figures(tmp_path)["metrics"]
-    assert {result.metric_type: result.metric_value for result in card.eval_results} == {
-        name: sides["adapter"]["value"] for name, sides in metrics.items()
-    }
-    assert {result.dataset_name for result in card.eval_results} == {
-        "16 validation rows, 4 of them answered",
-        "other text",
-    }
+    values = {result.metric_type: result.metric_value for result in card.eval_results}
+    assert values == {name: sides["adapter"]["value"] for name, sides in read_figures(tmp_path)["metrics"].items()}
+    names = {result.dataset_name for result in card.eval_results}
+    assert names == {"16 validation rows, 4 of them answered", "other text"}
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):

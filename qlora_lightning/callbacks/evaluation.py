@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import EvalResult, ModelCard
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.callbacks.adapter_checkpoint import best_adapter
+from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
 from qlora_lightning.evaluation.comparison import Comparison, Results, sum_by_row
 from qlora_lightning.evaluation.row_results import (
     AnswerSettings,
@@ -18,10 +19,10 @@ from qlora_lightning.evaluation.row_results import (
     take_batches,
     unpack_rows,
 )
-from qlora_lightning.evaluation.scores import check_scores, choose_scores
+from qlora_lightning.evaluation.scores import GENERAL, check_scores, choose_scores, describe_answered, describe_metric
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
-from qlora_lightning.support.files import EVALUATION, write_whole
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
+from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, EVALUATION, write_whole
+from qlora_lightning.support.trainer import datamodule_of, find_callback, gather_lists, is_trial_run, say_once
 
 T = TypeVar("T")
 GeneralLoss = dict[str, list[tuple[float, float]]]
@@ -193,7 +194,34 @@ class Evaluation(Callback):
             comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, general)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
-            write_whole(Path(trainer.default_root_dir) / EVALUATION, comparison.summary(self.samples))
+            figures = comparison.summary(self.samples)
+            write_whole(Path(trainer.default_root_dir) / EVALUATION, figures)
+            saved = find_callback(trainer, AdapterCheckpoint)
+            if saved is not None and saved.enabled:
+                _add_to_card(Path(trainer.default_root_dir) / ADAPTER_FOLDER / CARD, figures)
+
+
+def _add_to_card(file: Path, figures: Mapping[str, Any]) -> None:
+    """Add an evaluation to the card of the adapter, if there is a card, for the hub to show (``model-index``)."""
+    card = ModelCard.load(file) if file.is_file() else None
+    if card is None or card.data.pipeline_tag is None:  # of a classifier, for example
+        return
+    rows = f"{figures['rows']:,} validation rows{describe_answered(figures['answered_rows'], figures['rows'])}"
+    card.data.model_name = "adapter"
+    card.data.eval_results = [
+        EvalResult(
+            task_type=card.data.pipeline_tag,
+            dataset_type="unknown",  # the rows are often of a file, or a part of a split
+            dataset_name="other text" if name == GENERAL else rows,
+            dataset_split=None if name == GENERAL else "validation",  # results are grouped by it, not by the name
+            metric_type=name,
+            metric_name=describe_metric(name),
+            metric_value=sides["adapter"]["value"],
+        )
+        for name, sides in figures["metrics"].items()
+        if sides["adapter"]["value"] is not None
+    ]
+    write_whole(file, str(card))
 
 
 def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], T]) -> T | None:

@@ -186,9 +186,11 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Hashes of training and validation samples, tokenizer and template, and the settings behind the batches."""
+        """Hashes of samples, tokenizer and template; the settings behind the batches; data sets of the hub."""
         settings = {name: getattr(self, name) for name in _REMEMBERED}
-        return {**identify(self.samples, self.tokenizer), "settings": settings}
+        # only data sets of the hub have a split
+        datasets = {source.path for source in self.sample_sources.get("train", ()) if source.split is not None}
+        return {**identify(self.samples, self.tokenizer), "settings": settings, "datasets": sorted(datasets)}
 
     def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from yaml import YAMLError
+
 from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, describe_error, explaining
-from qlora_lightning.support.files import ADAPTER_FOLDER, IDENTITY, check_version, read_json_object, write_whole
+from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, IDENTITY, check_version, read_json_object, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py"]  # code is never run unless trust_remote_code
+# code is never run unless trust_remote_code
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", CARD]
 # Second copies of the same weights in other layouts, which would double the download.
 _OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -124,6 +127,16 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
         del config["quantization_config"]
     return config
+
+
+def read_license(folder: Path) -> str | None:
+    """Return the license that the card of a base names; ``None`` if there is no card, or none that can be read."""
+    from huggingface_hub import metadata_load
+
+    with contextlib.suppress(OSError, ValueError, YAMLError, RecursionError):
+        name = (metadata_load(folder / CARD) or {}).get("license")
+        return name if isinstance(name, str) else None
+    return None
 
 
 def open_config(folder: Path, trust_remote_code: bool = False) -> Any:

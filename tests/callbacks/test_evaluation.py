@@ -1,7 +1,11 @@
 import json
+import shutil
+from unittest.mock import Mock
 
+import datasets
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
@@ -73,6 +77,26 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert "16 validation rows, 4 of them answered" in text
     assert "loss on other" in text  # "text" in the next line
     assert "│ Count to 1. Please. " in text
+
+
+def test_the_card_of_the_adapter_has_what_the_hub_shows(
+    fit, make_module, make_data, rows_file, tiny_base, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: datasets.Dataset.from_json(str(rows_file)))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: Mock(hash="", config_id=""))
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    data = make_data(train=[str(rows_file), {"path": "org/data", "split": "train"}])
+    general = {"path": str(rows_file), "rows": 2}
+    module = make_module(base=str(base))
+    fit(AdapterCheckpoint(), Evaluation(rows=4, general=general), module=module, data=data, limit_train_batches=1)
+    card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md").data
+    assert (card.license, card.pipeline_tag, card.datasets) == ("llama3.2", "text-generation", ["org/data"])
+    assert str(tmp_path) not in str(card)
+    values = {result.metric_type: result.metric_value for result in card.eval_results}
+    assert values == {name: sides["adapter"]["value"] for name, sides in read_figures(tmp_path)["metrics"].items()}
+    names = {result.dataset_name for result in card.eval_results}
+    assert names == {"16 validation rows, 4 of them answered", "other text"}
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):

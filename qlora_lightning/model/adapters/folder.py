@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import (
+    CARD,
     FORMAT_VERSION,
     IDENTITY,
     flush,
@@ -36,9 +38,7 @@ UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of A and B
 _CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora, qlora]
+{metadata}
 ---
 
 # LoRA adapter for {base}
@@ -85,11 +85,7 @@ def save_adapter_folder(
             setattr(config, name, sorted(targets))
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
-    is_causal = config.task_type in (None, peft.TaskType.CAUSAL_LM)
-    # no path, so that the folder can be moved and uploaded as it is
-    snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {config.task_type}"
-    card = _CARD.format(base=identity["base"], quantization=identity["quantization"], snippet=snippet)
-    (staging / "README.md").write_text(card, encoding="utf-8")
+    (staging / CARD).write_text(_describe(identity, config.task_type), encoding="utf-8")
     write_whole(staging / IDENTITY, {"format_version": FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter)
@@ -99,7 +95,9 @@ def save_adapter_folder(
     set_usual_mode(staging / _WEIGHTS)
     targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
     weights_target = targets.pop(staging / _WEIGHTS)
-    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in targets.items()):
+    # the card of the adapter before may have its evaluation
+    compared = {file: target for file, target in targets.items() if target != folder / CARD}
+    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in compared.items()):
         weights_target.unlink(missing_ok=True)
     if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -108,6 +106,22 @@ def save_adapter_folder(
         put_in_place(file, target)
     shutil.rmtree(staging)
     flush(folder.parent)
+
+
+def _describe(identity: Mapping[str, Any], task_type: str | None) -> str:
+    """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
+    is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
+    # no path, so that the folder can be moved and uploaded as it is
+    snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {task_type}"
+    metadata = ModelCardData(
+        base_model=identity["base"] if identity.get("revision") else None,  # only bases of the hub have a revision
+        datasets=identity.get("data", {}).get("datasets") or None,
+        library_name="peft",
+        license=identity.get("license"),
+        pipeline_tag="text-generation" if is_causal else None,
+        tags=["lora", "qlora"],
+    )
+    return _CARD.format(metadata=metadata, snippet=snippet, **identity)
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:

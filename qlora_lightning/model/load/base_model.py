@@ -33,6 +33,7 @@ from qlora_lightning.sources.folders import (
     open_base,
     open_config,
     read_config,
+    read_license,
 )
 from qlora_lightning.sources.tensors import check_loaded, save_model
 from qlora_lightning.support.console import quiet_loggers
@@ -105,6 +106,7 @@ def load_base(
         "quantization": quantization,
         "double_quant": double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "license": read_license(source.folder),
     }
     vars(model)["loaded_identity"] = identity  # for a build_model of one's own
     return LoadedBase(model, source, identity)

@@ -9,6 +9,7 @@ import socket
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
@@ -77,6 +78,7 @@ def test_on_a_base_of_the_hub_it_is_saved_without_network_and_names_no_path(tiny
         raise AssertionError("a socket was opened")
 
     snapshot = shutil.copytree(tiny_base, tmp_path / "hub" / "snapshots" / ("ab" * 20))
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: str(snapshot))
     tokenizer, start = load_tokenizer("org/tiny"), None
     for folder in (tmp_path / "first", tmp_path / "second"):
@@ -90,6 +92,8 @@ def test_on_a_base_of_the_hub_it_is_saved_without_network_and_names_no_path(tiny
         assert contents(folder).keys() >= FILES | TOKENIZER_FILES
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["revision"] == "ab" * 20
+        card = {"base_model": "org/tiny", "license": "apache-2.0", "pipeline_tag": "text-generation"}
+        assert metadata_load(folder / "README.md") == {**card, "library_name": "peft", "tags": ["lora", "qlora"]}
         assert config["target_modules"] == sorted(config["target_modules"])
         assert not [name for name, content in contents(folder).items() if bytes(tmp_path) in content]
         start = str(folder)
@@ -130,6 +134,16 @@ def test_a_kill_between_any_two_renames_mixes_no_two_adapters(tiny_base, tmp_pat
         assert found == old or WEIGHTS not in found
         module.save_adapter(folder)
         assert contents(folder) == {**new, "notes.txt": b"mine"}
+
+
+def test_a_kill_before_the_weights_of_a_card_with_an_evaluation_leaves_the_old_ones(tiny_base, tmp_path, monkeypatch):
+    module = make_module(tiny_base)
+    module.save_adapter(tmp_path)
+    (tmp_path / "README.md").write_text("---\nmodel-index: []\n---\n")
+    monkeypatch.setattr("os.replace", Renames(2))
+    with pytest.raises(MachineFailed):
+        module.save_adapter(tmp_path)
+    assert (tmp_path / WEIGHTS).is_file()
 
 
 # ---- its base and shape ----------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import threading
 import psutil
 import pytest
 import torch
-from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from safetensors.torch import load_file, save_file
 
 from qlora_lightning import QLoRAModule, UserError, load_base
 from qlora_lightning.cli import main
+from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from tests import families
 from tests.equality import differences, same

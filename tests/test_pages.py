@@ -30,7 +30,9 @@ def commands(page):
     return [line.rpartition("&& ")[2] for line in lines if "qlora-lightning" in line]
 
 
-@pytest.mark.parametrize("page", [*(f"{folder}/README.md" for folder in PAGES), ".github/CONTRIBUTING.md", ".github/SECURITY.md"])
+@pytest.mark.parametrize(
+    "page", [*(f"{folder}/README.md" for folder in PAGES), ".github/CONTRIBUTING.md", ".github/SECURITY.md"]
+)
 def test_links_lead_to_a_page_and_a_heading(page):
     folder, _, name = page.rpartition("/")
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / folder / name).read_text(encoding="utf-8")):

@@ -289,12 +289,13 @@ class QLoRAModule(lightning.LightningModule):
         return self.neftune_alpha if self.training else None
 
     def micro_batch_of(self, batch: Any) -> layout.MicroBatch:
-        """Lay a packed batch out as one micro-batch on the device; a micro-batch is returned as it is.
+        """Lay a packed batch out as one micro-batch on the device; a micro-batch is only moved.
 
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        return batch if isinstance(batch, layout.MicroBatch) else self._lay_out(batch)
+        micro_batch = batch if isinstance(batch, layout.MicroBatch) else self._lay_out(batch)
+        return micro_batch.to(self.device)
 
     def _lay_out(self, batch: Any) -> layout.MicroBatch:
         causal_lm = self.causal_lm
@@ -304,10 +305,10 @@ class QLoRAModule(lightning.LightningModule):
         skips = self.fast and runs_packed(causal_lm.config) and not draws
         micro_batch = layout.lay_out(batch, skips_unlabelled=skips)
         packed.check_row_length(causal_lm.config, micro_batch.sequences.longest)
-        return micro_batch.to(self.device)
+        return micro_batch
 
     def micro_batches(self, batch: Any) -> Iterator[Any]:
-        """Cut a packed batch into micro-batches of at most ``micro_batch_tokens``; another batch is its only one.
+        """Cut a packed batch into micro-batches of ``micro_batch_tokens``, on the host; another batch is its own.
 
         With a sharded base, whose passes take all processes, each process has the same number of them.
         """

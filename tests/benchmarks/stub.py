@@ -44,7 +44,7 @@ class Sides:
     def run(self, side: str, /, mib: int = 128 << 10, **options: Any) -> dict[str, Any]:
         """Run a child of a side on a card of so much memory."""
         before = dict(os.environ)
-        os.environ.update(self.environments[side], STUB_MIB=str(mib))
+        os.environ.update(self.environments[side], STUB_MIB=str(mib), STUB_CC="89")
         try:
             return run_child("stub_step", 1, self.pythons[side], **options)
         finally:

@@ -98,8 +98,9 @@ def test_memory_is_as_planned(rows_file, tmp_path, checkpointing, offload):
     _, *peaks = (
         gib for _, gib in read_metrics(tmp_path / "run" / "metrics.csv")["memory_peak_gib"]
     )  # the first compiles
-    measured = max(peaks) * 2**30
-    assert measured == pytest.approx(memory["peak_bytes"] - memory["parts"]["context"], rel=0.1)  # which is not torch's
+    measured, planned = max(peaks) * 2**30, memory["peak_bytes"] - memory["parts"]["context"]  # which is not torch's
+    buffers = memory["parts"]["buffers"]  # a quarter of so small a base
+    assert 0.95 * (planned - buffers) < measured < planned
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

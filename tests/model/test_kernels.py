@@ -46,6 +46,8 @@ def compare():
     for vocabulary in (50, 4096, 9000):
         logits, targets = 4 * torch.randn(6, vocabulary), torch.arange(6)
         logits[0, 0] = logits[1, 7] = logits[1, 9] = 30.0  # one target is the most likely token; a tie is none
+        if vocabulary > 4096:
+            logits[5, :4096], targets[5] = -torch.inf, 5000
         for with_gradient in (False, True):
             close("cross_entropy", logits, targets, with_gradient, of=loss)
     for dtype in (torch.float16, torch.float32):

@@ -282,14 +282,16 @@ def _cross_entropy(
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     logits += row * VOCABULARY
     target = tl.load(targets + row)
-    target_logit = tl.load(logits + target).to(tl.float32)
+    is_token = (target >= 0) & (target < VOCABULARY)  # else the loss is NaN
+    target_logit = tl.load(logits + target, mask=is_token, other=float("nan")).to(tl.float32)
     maximum, total, prediction = float("-inf"), 0.0, 0  # of the logits so far; total is of exp(logit - maximum)
     for start in range(0, VOCABULARY, BLOCK):
         block = tl.load(logits + start + columns, mask=start + columns < VOCABULARY, other=float("-inf")).to(tl.float32)
         block_maximum, block_prediction = tl.max(block, 0, return_indices=True)
         prediction = tl.where(block_maximum > maximum, start + block_prediction, prediction)
         new_maximum = tl.maximum(maximum, block_maximum)
-        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(block - new_maximum))
+        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        total = total * tl.exp(maximum - finite) + tl.sum(tl.exp(block - finite))
         maximum = new_maximum
     tl.store(nll + row, tl.log(total) + (maximum - target_logit))
     tl.store(correct + row, prediction == target)

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import peft
 import torch
 
@@ -28,6 +29,7 @@ TOKENS_OF_A_CPU = 8192  # more make its products no faster
 USABLE = 0.9  # of the memory; the rest is for fragments, and for what the formula omits
 _USABLE_ON_CPU = 0.7  # its heap has more fragments, and oneDNN keeps code for each shape
 _MAX_TOKENS = 1 << 20
+_FEW_TOKENS = 512
 
 
 class Fit(NamedTuple):
@@ -59,11 +61,18 @@ def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[C
     for choice in choices:
         tokens = bisect_right(range(_MAX_TOKENS), usable, key=lambda n: sum(step.parts(n, choice).values())) - 1
         fits.append(Fit(tokens, choice))
-    return [fit for fit in fits if fit.tokens >= longest] or [Fit(0, choices[-1])]
+    enough = [fit for fit in fits if fit.tokens >= longest]
+    # with few tokens at a time, checkpointing costs less than to make weights dense again for each part
+    return [fit for fit in enough if fit.tokens >= _FEW_TOKENS] or enough or [Fit(0, choices[-1])]
 
 
 def plan_step(
-    module: "QLoRAModule", config: Any, dtype: torch.dtype, processes: int, sharded_offload: bool | None
+    module: "QLoRAModule",
+    config: Any,
+    dtype: torch.dtype,
+    processes: int,
+    sharded_offload: bool | None,
+    samples: Any = None,
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
@@ -73,6 +82,7 @@ def plan_step(
         dtype: The dtype of the products.
         processes: Number of processes that train together.
         sharded_offload: See :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
+        samples: Those of the training rows, ``None`` if unknown.
     """
     quantization_config = getattr(config, "quantization_config", None)
     double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)
@@ -82,6 +92,8 @@ def plan_step(
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}
     settings |= {"processes": processes, "sharded_offload": sharded_offload}
+    if samples is not None:
+        settings["row_tokens"] = float(np.quantile(samples.lengths, 0.1)) / (2 if module.pairs else 1)
     return model, build_step_memory(model, dtype, **settings)
 
 
@@ -105,9 +117,9 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
-    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload)
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # a preference pair counts both answers
+    _, step = plan_step(module, config, dtype, module.trainer.world_size, sharded_offload, samples)
     longest = getattr(data, "max_length", TOKENS_OF_A_CPU) if samples is None else int(samples.lengths.max())
     longest = min(longest, _MAX_TOKENS - 1)
     on_gpu = device.type == "cuda"

@@ -17,10 +17,9 @@ Layers that do not run fused are those of transformers and PEFT, and have no for
 chosen high (_plain_saved_bytes).
 
 It omits gaps in torch's allocator (0.3 to 0.7 GiB of the device) and NCCL's buffers, which take of the tenth of the
-memory that is left free; keys and values repeated for all heads, on GPUs before compute capability 8.0 and in float32;
-attention's scores if no kernel avoids them; copies of shared beginnings of samples; what torch's operations take where
-Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless it is an 8-bit one. On a CPU
-it only tells whether memory is short.
+memory that is left free; attention's scores if no kernel avoids them; copies of shared beginnings of samples; what
+torch's operations take where Triton does not work. It counts each token as labelled, and each optimizer as AdamW unless
+it is an 8-bit one. On a CPU it only tells whether memory is short.
 """
 
 import math
@@ -60,7 +59,8 @@ class StepMemory:
         hidden: Bytes of a token's hidden state, which is the input of each layer.
         logits: Bytes of a token's logits, with what their loss makes of them.
         logit_rows: How many tokens have logits at a time.
-        holds_logits: Whether the logits of all tokens exist at once: for a type that runs a row at a time.
+        held_logits: Bytes of a token's logits of all rows, of one and of their gradient; 0 if the logits of some tokens
+            exist at a time. They are held by a type that runs a row at a time.
         layers: Number of decoder layers from the first that trains on; those below save nothing.
         saved: Bytes per token that one of these saves for backward, its input included.
         mlp: Bytes of a token's state inside the MLP.
@@ -76,7 +76,7 @@ class StepMemory:
     hidden: int
     logits: int
     logit_rows: int
-    holds_logits: bool
+    held_logits: int
     layers: int
     saved: float
     mlp: int
@@ -98,9 +98,7 @@ class StepMemory:
             mlp_workspace -= (tokens - mlp_tokens) * (2 * self.mlp - self.hidden)
         recomputed = saved - saved_per_layer if choice.checkpointed else 0
         layer_workspace = recomputed + max(mlp_workspace, attention_workspace)
-        head_workspace = 3 * hidden + min(self.logit_rows, tokens) * self.logits
-        if self.holds_logits:  # of each row, of all rows, and their gradient
-            head_workspace += 3 * tokens * self.logits
+        head_workspace = 3 * hidden + min(self.logit_rows, tokens) * self.logits + tokens * self.held_logits
         gathered, workspace = max(zip(self.gathered, (layer_workspace, head_workspace), strict=True), key=sum)
         activations, workspace = round(self.layers * saved_per_layer), round(workspace + tokens * _BATCH_BYTES)
         return {**self.fixed, "gathered": gathered, "activations": activations, "workspace": workspace}
@@ -118,9 +116,11 @@ def build_step_memory(
     optimizer: Any = None,
     processes: int = 1,
     sharded_offload: bool | None = None,
+    row_tokens: float = 512,
 ) -> StepMemory:
     """Build the formula of a model on the meta device whose fused layers are chosen.
 
+    ``row_tokens`` is the length of short rows: attention's backward takes 128 tokens more for each.
     ``sharded_offload`` is ``None`` if each process holds the whole base; else whether the shards are in host memory.
     """
     causal_lm: Any = model.get_base_model()
@@ -158,12 +158,12 @@ def build_step_memory(
         hidden=causal_lm.config.hidden_size * dtype.itemsize,
         logits=vocabulary * logit_bytes,
         logit_rows=logits_chunk_size(vocabulary, dtype.itemsize, "cuda"),
-        holds_logits=not runs_packed(causal_lm.config),
+        held_logits=0 if runs_packed(causal_lm.config) else 3 * vocabulary * dtype.itemsize,
         layers=len(layers),
         saved=fmean(_saved_bytes(causal_lm.config, layer, dtype) for layer in layers),
         mlp=mlp * dtype.itemsize,
         is_fused=_is_fused(layers[-1]),
-        attention=_attention_bytes(layers[-1], dtype) if _is_fused(layers[-1]) else 0,
+        attention=_attention_bytes(layers[-1], dtype, row_tokens) if _is_fused(layers[-1]) else 0,
         dense=dense * dtype.itemsize if is_quantized else 0,
         gathered=gathered,
         host_base=host_base,
@@ -185,6 +185,8 @@ def _saved_bytes(config: Any, layer: Any, dtype: torch.dtype) -> float:
     # inputs of both norms; queries and attention's output; keys and values; gate and up; x A of all adapters
     elements = 2 * config.hidden_size + 2 * queries + 2 * keys + 2 * layer.mlp.gate_proj.out_features + ranks
     floats = 2 + heads  # inverse root mean squares of the norms; log-sum-exp of attention's scores
+    if dtype != torch.bfloat16:  # no kernel over ragged samples: keys and values for all heads, outputs of each sample
+        elements += 3 * queries - 2 * keys
     if hasattr(attention, "q_norm"):  # queries and keys before their norms
         elements, floats = elements + queries + keys, floats + (queries + keys) // attention.head_dim
     return float(elements * dtype.itemsize + floats * FLOAT)
@@ -207,14 +209,14 @@ def _plain_saved_bytes(config: Any, layer: nn.Module, dtype: torch.dtype) -> flo
     return float(saved if runs_packed(config) else 2 * saved)
 
 
-def _attention_bytes(layer: Any, dtype: torch.dtype) -> int:
-    """Return the bytes per token that FlashAttention's backward takes in a fused layer.
+def _attention_bytes(layer: Any, dtype: torch.dtype, row_tokens: float) -> int:
+    """Return the bytes per token of rows of a length that FlashAttention's backward takes in a fused layer.
 
     These are the gradients of its output and of queries, those summed in float32, gradients of keys and values for all
     heads of queries, and their sums.
     """
     queries, keys = layer.self_attn.q_proj.out_features, layer.self_attn.k_proj.out_features
-    return int((4 * queries + 2 * keys) * dtype.itemsize + 1.25 * queries * FLOAT)  # 128 tokens more a sample
+    return int((4 * queries + 2 * keys) * dtype.itemsize + (1 + 128 / row_tokens) * queries * FLOAT)
 
 
 def _count_base(

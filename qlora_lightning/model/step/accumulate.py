@@ -5,8 +5,7 @@ labelled tokens over all ranks: every token weighs the same, however the rows we
 """
 # mypy: allow-untyped-calls
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +28,10 @@ class OutOfMemory(Exception):
 
 class Passes(Protocol):
     """What passes over a batch take from a :class:`~qlora_lightning.model.module.QLoRAModule`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
 
     def micro_batches(self, batch: Any) -> Iterable[Any]:
         """Cut a packed batch into parts that fit into memory; another batch is its only part."""
@@ -88,7 +91,7 @@ class Window:
                     mean = self._add_gradients(each, passes, loss_scale)
                 return mean
             except OutOfMemory as error:
-                shortage = error
+                shortage = error.with_traceback(None)
             passes.take_less_memory(shortage)
             passes.zero_grad()
             self._clear_sums()
@@ -97,8 +100,7 @@ class Window:
     def _add_gradients(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
         loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for micro_batch in passes.micro_batches(batch):
-            with naming_shortage(micro_batch):
-                sums = _backpropagate(passes, micro_batch, loss_scale)
+            sums = _compute(passes, micro_batch, lambda part: _backpropagate(passes, part, loss_scale))
             loss, count = loss + sums.loss, count + sums.count
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)
@@ -174,28 +176,26 @@ def _backpropagate(passes: Passes, micro_batch: Any, loss_scale: float) -> LossS
 def evaluate(batch: Any, passes: Passes, compute: Callable[[Any], Result]) -> list[Result]:
     """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
     while True:
-        results = []
         try:
-            for micro_batch in passes.micro_batches(batch):
-                with naming_shortage(micro_batch):
-                    results.append(compute(micro_batch))
-            return results
+            return [_compute(passes, micro_batch, compute) for micro_batch in passes.micro_batches(batch)]
         except OutOfMemory as error:
-            shortage = error
+            shortage = error.with_traceback(None)
         passes.take_less_memory(shortage)
 
 
-@contextlib.contextmanager
-def naming_shortage(micro_batch: Any) -> Iterator[None]:
-    """Raise :class:`OutOfMemory` if memory runs out in a micro-batch; a batch of another kind cannot be cut."""
+def _compute(passes: Passes, micro_batch: Any, function: Callable[[Any], Result]) -> Result:
+    """Return the function's result of a micro-batch, which is moved to the device.
+
+    Raises:
+        OutOfMemory: Memory ran out in a micro-batch; a batch of another kind cannot be cut.
+    """
     try:
-        yield
-        return
+        return function(micro_batch.to(passes.device) if isinstance(micro_batch, MicroBatch) else micro_batch)
     except Exception as error:
         if not is_out_of_memory(error) or not isinstance(micro_batch, MicroBatch):
             raise
-        reason = reason_of(error)
-    raise OutOfMemory(micro_batch, reason)  # not in the handler: the error's traceback holds the activations
+        reason, error.__traceback__ = reason_of(error), None  # its frames hold the activations
+    raise OutOfMemory(micro_batch, reason)  # not in the handler, whose error it would keep
 
 
 def _rows_of(micro_batch: Any) -> list[int]:

@@ -14,7 +14,6 @@ import logging
 import math
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,11 +105,8 @@ def planned(seeds: int) -> Iterator[tuple[str, Settings, int]]:
             yield task, DEFAULTS | row | column, seed
 
 
-def run(task: str, settings: Settings, seed: int, folder: Path, before: float | None = None) -> dict[str, float]:
-    """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds.
-
-    ``before`` is that of the base, if an earlier run has measured it.
-    """
+def run(task: str, settings: Settings, seed: int, folder: Path) -> dict[str, float]:
+    """Train an epoch over some rows; return the held-out loss before and after, in nats a token."""
     lightning.seed_everything(seed)
     options = dict(settings)
     file, rows = TASKS[task]
@@ -121,16 +117,14 @@ def run(task: str, settings: Settings, seed: int, folder: Path, before: float | 
         batch_size=options.pop("batch_size"),
         max_length=512,
     )
-    module, began = QLoRAModule(BASE, **options), time.perf_counter()
+    module = QLoRAModule(BASE, **options)
     with tempfile.TemporaryDirectory() as out:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
         quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
         trainer = lightning.Trainer(max_epochs=1, default_root_dir=out, accelerator="cpu", **quiet)
-        if before is None:
-            before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
+        before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
         trainer.fit(module, data)  # ends with a validation
-    seconds = time.perf_counter() - began
-    return {"before": before, "loss": trainer.callback_metrics["val_loss"].item(), "seconds": seconds}
+    return {"before": before, "loss": trainer.callback_metrics["val_loss"].item()}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -188,9 +182,9 @@ def draw(lines: Sequence[dict[str, Any]]) -> str:
         }
         base = statistics.mean(run["before"] for run in _runs_by_seed(lines, task, DEFAULTS).values())
         lowest = min(losses.values())
-        texts += [(left, 18, "start", task), (left - 6, 54, "end", f"{base:.2f}")]
+        texts += [(left - 6, y, "end", f"{loss:.2f}") for y, loss in ((54, base), (214, lowest))]
         texts += [(left + 32 + 80 * n, 236, "middle", f"1e-{4 - n}") for n in range(3)]
-        texts.append((left - 6, 214, "end", f"{lowest:.2f}"))
+        texts.append((left, 18, "start", task))
         svg.append(f'<svg x="{left}" y="26" width="204" height="194"><path d="M0 24H204" stroke="#626b77"/>')
         for place, (rank, colour) in enumerate(COLOURS.items()):
             dots = [
@@ -224,13 +218,7 @@ def main() -> None:
         about = {"task": task, "settings": settings, "seed": seed}
         if any(about.items() <= line.items() for line in lines):
             continue
-        same_base = {"task": task, "seed": seed}
-        befores = [
-            line["before"]
-            for line in lines
-            if same_base.items() <= line.items() and line["settings"]["quantization"] == settings["quantization"]
-        ]
-        lines.append(about | run(task, settings, seed, options.data, next(iter(befores), None)))
+        lines.append(about | run(task, settings, seed, options.data))
         with options.file.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
     print("\n".join(format_tables(lines)))

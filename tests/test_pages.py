@@ -1,5 +1,7 @@
 """Every command, config and piece of Python on the pages for readers runs, on the real SmolLM2."""
 
+import ast
+import inspect
 import json
 import os
 import re
@@ -9,14 +11,22 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
+import qlora_lightning
 from qlora_lightning.cli import main
+from qlora_lightning.commands.config import _OTHER_NAMES, CALLBACKS
+from qlora_lightning.commands.training import TRAINER_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
-OTHERS = ["configs", *(f"qlora_lightning/{folder}" for folder in ("callbacks", "commands", "evaluation", "model"))]
-PAGES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in ("", "tests", *OTHERS)}
-README = PAGES[""]
+FILES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("qlora_lightning/*/README.md")]
+FILES += [*ROOT.glob("tests/**/README.md"), *ROOT.glob(".github/*.md")]
+PAGES = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
+README = PAGES["README.md"]
+# the data page has a test of its own, and the tests' pages show pytest
+_ELSEWHERE = ("tests/", "qlora_lightning/data/", ".github/")
+OTHERS = [page for page in PAGES if page != "README.md" and not page.startswith(_ELSEWHERE)]
 
 
 def blocks(page, language):
@@ -30,19 +40,16 @@ def commands(page):
     return [line.rpartition("&& ")[2] for line in lines if "qlora-lightning" in line]
 
 
-@pytest.mark.parametrize(
-    "page", [*(f"{folder}/README.md" for folder in PAGES), ".github/CONTRIBUTING.md", ".github/SECURITY.md"]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_a_page_and_a_heading(page):
-    folder, _, name = page.rpartition("/")
-    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / folder / name).read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
         file, _, heading = target.partition("#")
-        linked = ROOT / folder / file
+        linked = (ROOT / page).parent / file if file else ROOT / page
         assert linked.exists()
         assert not heading or f"## {heading.replace('-', ' ')}" in linked.read_text(encoding="utf-8").lower()
 
 
-@pytest.mark.parametrize("config", [text for name, text in blocks(PAGES["qlora_lightning/callbacks"], "yaml") if name])
+@pytest.mark.parametrize("config", [text for page in OTHERS for name, text in blocks(PAGES[page], "yaml") if name])
 def test_a_part_of_a_config_fits_the_quickstart(config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     part = tmp_path / "part.yaml"
@@ -52,8 +59,38 @@ def test_a_part_of_a_config_fits_the_quickstart(config, tmp_path, monkeypatch, c
     assert re.search(r"class_path: (\S+)", config)[1] in capsys.readouterr().out
 
 
+def key_table():
+    """Make the table of keys from signatures and docstrings: `print(*key_table(), sep="\\n")` shows it."""
+    classes = [("model", "PreferenceModule"), ("model", "QLoRAModule"), ("data", "InstructionDataModule")]
+    rows = {}
+    for section, name in [*classes, *CALLBACKS.items()]:
+        kind = getattr(qlora_lightning, name)
+        texts = {param.arg_name: param.description for param in docstring_parser.parse(kind.__doc__).params}
+        parameters = inspect.signature(kind).parameters.items()
+        rows |= {f"{section}.{key}": (parameter.default, texts[key]) for key, parameter in parameters}
+    del rows["model.kwargs"]
+    text = "a key of Lightning's Trainer, with a default of ours"
+    rows |= {f"trainer.{key}": (default, text) for key, default in TRAINER_DEFAULTS.items()}
+    for key, (default, text) in sorted(rows.items()):
+        first = re.split(r"\. (?=[A-Z]|`(?!None))", " ".join(text.split()).replace("``", "`"))[0].rstrip(".")
+        first = first.replace("`None`", "`null`").replace("`False`", "`false`")
+        shown = json.dumps(default, default=lambda empty: "required").strip('"')
+        yield f"| `{key}` | {shown} | {first[0].upper() + first[1:]} |"
+
+
+def test_the_settings_page_has_every_key_with_its_default():
+    assert re.findall(r"^\| `\w+\.\w+` .*", PAGES["configs/README.md"], flags=re.MULTILINE) == list(key_table())
+
+
+def test_the_page_for_other_tools_has_every_key_that_an_error_knows():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*)", PAGES["configs/from-other-tools.md"], flags=re.MULTILINE)
+    shown = {ours: set(re.findall(r"`(\w+)", theirs)) for ours, theirs in rows}
+    assert [ours for ours, theirs in _OTHER_NAMES.items() if not set(theirs.split()) <= shown[ours]] == []
+
+
 SHAPES = {"Llama-3.1-8B": "llama-3.1-8b", "Qwen3-4B": "qwen3-4b", "Llama-3.2-1B": "llama-3.2-1b"}
-FITS = [row for row in re.findall(r"^\| (\S+) \| (\d+) \| (.*) \|$", README, flags=re.MULTILINE) if row[0] in SHAPES]
+WHAT_FITS = PAGES["configs/what-fits.md"]
+FITS = re.findall(r"^\| (\S+) \| (\d+) \| (.*) \|$", WHAT_FITS, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -61,7 +98,7 @@ FITS = [row for row in re.findall(r"^\| (\S+) \| (\d+) \| (.*) \|$", README, fla
 def test_the_table_of_what_fits_is_what_plan_says(base, rank, cells, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned = []
-    for card in re.search(r"\| base \| rank \| (.*) \|", README)[1].split(" | "):
+    for card in re.search(r"\| base \| rank \| (.*) \|", WHAT_FITS)[1].split(" | "):
         file = tmp_path / f"{card}.json"
         arguments = ["plan", f"--config=configs/{SHAPES[base]}.yaml", f"--device-memory={card}", f"--json={file}"]
         arguments += ["--data.train=null", "--data.val=null", "--data.max_length=2048", f"--model.rank={rank}"]
@@ -73,7 +110,7 @@ def test_the_table_of_what_fits_is_what_plan_says(base, rank, cells, tmp_path, m
     assert " | ".join(planned) == cells
 
 
-RECIPES = re.findall(r"^\| `(\S+)` \| .* from (\d+) GB on", PAGES["configs"], flags=re.MULTILINE)
+RECIPES = re.findall(r"^\| `(\S+)` \| .* from (\d+) GB on", PAGES["configs/README.md"], flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -126,17 +163,18 @@ def test_what_the_pages_show_runs(quickstart):
     identity = json.loads((folder / "runs" / "quickstart" / "adapter" / "qlora_lightning.json").read_text())
     shown, subclass = (text for _, text in blocks(README, "python"))
     shown = shown.replace("bfloat16", identity["compute_dtype"])  # as the README says of hardware without bf16
-    loading = "".join(shown.splitlines(keepends=True)[:3])
+    loading = ast.unparse(ast.parse(shown.partition("messages =")[0]))
     assert "Adapter: runs/quickstart/adapter (README.md there says how to load it)" in printed
     card = (folder / "runs" / "quickstart" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert loading.strip() in card.replace('"."', '"runs/quickstart/adapter"')  # which the README shows too
+    ((_, code),) = blocks(card.replace('"."', '"runs/quickstart/adapter"'), "python")
+    assert loading == ast.unparse(ast.parse(code))  # which the README shows too, in more lines
     assert '{"title"' in run_python(shown)
 
     def run_page(page):
         lines = [line for line in commands(PAGES[page]) if line not in others]  # which have run
         run_python(EACH_LINE, "\n".join(lines))
         for number, (_, code) in enumerate(blocks(PAGES[page], "python")):
-            name = f"block_{Path(page).name}_{number}"  # imported, since it names itself in a format
+            name = f"block_{OTHERS.index(page)}_{number}"  # imported, since it names itself in a format
             (folder / f"{name}.py").write_text(code, encoding="utf-8")
             run_python(f"import {name}")
 

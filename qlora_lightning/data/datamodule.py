@@ -55,15 +55,15 @@ class InstructionDataModule(LightningDataModule):
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one.
-        encoding: of text files without a byte order mark: ``cp1252`` for example.
+        encoding: encoding of text files without a byte order mark, such as ``cp1252``.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;
             they are saved inside the adapter's template. One that asks for today's date gets 26 July 2024.
-        reasoning: of earlier turns: ``template`` (as the chat template has it at inference) or ``drop``.
+        reasoning: what becomes of reasoning in earlier turns: ``template`` (as at inference) or ``drop``.
         train_on: ``assistant``: every answer and its stop token; ``last``: the last answer only; ``all``: every token.
         max_length: tokens of the longest sample.
-        too_long: longer ones: ``truncate``: the oldest turns go first, then the middle of the longest stretch that
-            is not trained, then the end of an answer; ``drop``; or ``split`` into pieces.
+        too_long: what becomes of longer samples: ``truncate`` (the oldest turns go first, then the middle of the
+            longest stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
         missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
         batch_size: rows of a batch on each device; 8 by default.

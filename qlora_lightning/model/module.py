@@ -53,7 +53,7 @@ class QLoRAModule(lightning.LightningModule):
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let Python code that comes with the base run.
-        quantization: How the base's linears are stored.
+        quantization: How the base's linears are stored: ``nf4``, ``fp4``, ``int8`` or ``none``.
         double_quant: Quantize the 4-bit scales too: 0.4 bits less per weight.
         compute_dtype: Dtype of the products; ``auto`` is bf16 where the hardware has it, else fp16 on CUDA (fp32 of
             families that overflow, as Gemma and Qwen) and fp32 on a CPU.
@@ -70,8 +70,7 @@ class QLoRAModule(lightning.LightningModule):
             ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
-        learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, 2e-4 for 8B: see
-            :func:`~qlora_lightning.model.step.optimizer.choose_learning_rate`.
+        learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.

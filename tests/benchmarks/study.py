@@ -1,19 +1,19 @@
 """What defaults rest on: held-out loss of SmolLM2 by rate, rank, bits, targets, variant and batch size, over seeds.
 
-    python -m tests.benchmarks.study FILE --data FOLDER [--tables rates,bits] [--tasks quickstart] [--seeds 3]
+    python -m tests.benchmarks.study FILE --data FOLDER [--seeds 3] [--picture SVG]
 
-A line of JSON a run, written when it ends: started again, the command continues. Then it prints the tables, as
-``configs/README.md`` shows them. All runs of a task and seed see the same rows in the same order, and the same rows are
-held out. FOLDER has ``gsm8k_train.jsonl`` and ``alpaca_en_demo.json``; ``--seeds 0`` runs nothing.
+A line of JSON a run, written when it ends: started again, the command continues. Then it prints the tables and draws
+the picture, as ``configs/study.md`` shows them. All runs of a task and seed see the same rows in the same order, and
+the same rows are held out. FOLDER has ``gsm8k_train.jsonl`` and ``alpaca_en_demo.json``; ``--seeds 0`` runs nothing.
 """
 
 import argparse
 import itertools
 import json
 import logging
+import math
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,18 +98,15 @@ TABLES = {
 }
 
 
-def planned(tables: Sequence[str], tasks: Sequence[str], seeds: int) -> Iterator[tuple[str, Settings, int]]:
+def planned(seeds: int) -> Iterator[tuple[str, Settings, int]]:
     """Yield task, settings and seed of all runs, the first seed of each first."""
-    for seed, name, task in itertools.product(range(seeds), tables, tasks):
-        for row, column in itertools.product(TABLES[name].rows.values(), TABLES[name].columns.values()):
+    for seed, table, task in itertools.product(range(seeds), TABLES.values(), TASKS):
+        for row, column in itertools.product(table.rows.values(), table.columns.values()):
             yield task, DEFAULTS | row | column, seed
 
 
-def run(task: str, settings: Settings, seed: int, folder: Path, before: float | None = None) -> dict[str, float]:
-    """Train an epoch over some rows; return the held-out loss before and after, in nats a token, and the seconds.
-
-    ``before`` is that of the base, if an earlier run has measured it.
-    """
+def run(task: str, settings: Settings, seed: int, folder: Path) -> dict[str, float]:
+    """Train an epoch over some rows; return the held-out loss before and after, in nats a token."""
     lightning.seed_everything(seed)
     options = dict(settings)
     file, rows = TASKS[task]
@@ -120,16 +117,14 @@ def run(task: str, settings: Settings, seed: int, folder: Path, before: float | 
         batch_size=options.pop("batch_size"),
         max_length=512,
     )
-    module, began = QLoRAModule(BASE, **options), time.perf_counter()
+    module = QLoRAModule(BASE, **options)
     with tempfile.TemporaryDirectory() as out:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
         quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
         trainer = lightning.Trainer(max_epochs=1, default_root_dir=out, accelerator="cpu", **quiet)
-        if before is None:
-            before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
+        before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
         trainer.fit(module, data)  # ends with a validation
-    seconds = time.perf_counter() - began
-    return {"before": before, "loss": trainer.callback_metrics["val_loss"].item(), "seconds": seconds}
+    return {"before": before, "loss": trainer.callback_metrics["val_loss"].item()}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -157,21 +152,55 @@ def _runs_by_seed(lines: Sequence[dict[str, Any]], task: str, settings: Settings
 def _format_cell(runs: Runs, defaults: Runs, with_before: bool) -> str:
     """Return the mean loss over seeds, and the standard deviation of its difference from the defaults' loss.
 
-    Seeds hold out other rows, so runs are compared within a seed: of the rows of some seeds alone the mean is that of
-    the defaults and of the differences.
+    Seeds hold out other rows, so runs are compared within a seed.
     """
-    runs = {seed: run for seed, run in runs.items() if seed in defaults}
     if not runs:
         return ""
-    before, loss = (
-        statistics.mean(run[key] for run in defaults.values())
-        + statistics.mean(run[key] - defaults[seed][key] for seed, run in runs.items())
-        for key in ("before", "loss")
-    )
-    gaps = [run["loss"] - defaults[seed]["loss"] for seed, run in runs.items()]
+    before, loss = (statistics.mean(run[key] for run in runs.values()) for key in ("before", "loss"))
+    gaps = [run["loss"] - defaults[seed]["loss"] for seed, run in runs.items() if seed in defaults]
     spread = f" ± {statistics.stdev(gaps):.3f}" if len(gaps) > 1 and runs != defaults else ""
-    n_seeds = f" ({len(gaps)})" if spread and len(gaps) < len(defaults) else ""
-    return f"{f'{before:.3f} → ' if with_before else ''}{loss:.3f}{spread}{n_seeds}"
+    return f"{f'{before:.3f} → ' if with_before else ''}{loss:.3f}{spread}"
+
+
+COLOURS = {2: "#2567a8", 8: "#c2540a", 64: "#177a4f"}  # of ranks, as in a run's page
+
+
+def draw(lines: Sequence[dict[str, Any]]) -> str:
+    """Draw the loss over the learning rate as SVG: a panel for each task, a line for each rank.
+
+    The y axis goes from the lowest loss to a little above the base's; an inner ``svg`` cuts off what is outside.
+    """
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 270" font-family="sans-serif" font-size="12">']
+    svg.append('<rect width="780" height="270" fill="#fff"/><g fill="#626b77">')
+    texts = [(772, 260, "end", "learning rate")]
+    rates = sorted({line["settings"]["learning_rate"] for line in lines})
+    for left, task in zip((48, 308, 568), TASKS, strict=True):
+        losses = {
+            (rank, rate): statistics.mean(run["loss"] for run in runs.values())
+            for rank, rate in itertools.product(COLOURS, rates)
+            if (runs := _runs_by_seed(lines, task, DEFAULTS | {"rank": rank, "learning_rate": rate}))
+        }
+        base = statistics.mean(run["before"] for run in _runs_by_seed(lines, task, DEFAULTS).values())
+        lowest = min(losses.values())
+        texts += [(left - 6, y, "end", f"{loss:.2f}") for y, loss in ((54, base), (214, lowest))]
+        texts += [(left + 32 + 80 * n, 236, "middle", f"1e-{4 - n}") for n in range(3)]
+        texts.append((left, 18, "start", task))
+        svg.append(f'<svg x="{left}" y="26" width="204" height="194"><path d="M0 24H204" stroke="#626b77"/>')
+        for place, (rank, colour) in enumerate(COLOURS.items()):
+            dots = [
+                (8 + 80 * math.log10(rate / rates[0]), 184 - 160 * (loss - lowest) / (base - lowest))
+                for (line_rank, rate), loss in losses.items()
+                if line_rank == rank
+            ]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
+            svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
+            svg += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in dots]
+            texts.append((48 + 90 * place, 260, "start", f'<tspan fill="{colour}">● rank {rank}</tspan>'))
+        svg.append("</svg>")
+    svg += [
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in dict.fromkeys(texts)
+    ]
+    return "\n".join([*svg, "</g></svg>\n"])
 
 
 def main() -> None:
@@ -179,27 +208,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     lines = read(options.file)
-    for task, settings, seed in planned(options.tables.split(","), options.tasks.split(","), options.seeds):
+    for task, settings, seed in planned(options.seeds):
         about = {"task": task, "settings": settings, "seed": seed}
         if any(about.items() <= line.items() for line in lines):
             continue
-        same_base = {"task": task, "seed": seed}
-        befores = [
-            line["before"]
-            for line in lines
-            if same_base.items() <= line.items() and line["settings"]["quantization"] == settings["quantization"]
-        ]
-        lines.append(about | run(task, settings, seed, options.data, next(iter(befores), None)))
+        lines.append(about | run(task, settings, seed, options.data))
         with options.file.open("a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
     print("\n".join(format_tables(lines)))
+    if options.picture:
+        options.picture.write_text(draw(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from tests.benchmarks import study
 from tests.benchmarks.child import ROOT, run_child
 
 
-def test_the_page_shows_the_tables_of_the_study() -> None:
-    page = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+def test_the_page_shows_the_tables_and_the_picture_of_the_study() -> None:
+    page = (ROOT / "configs" / "study.md").read_text(encoding="utf-8")
     lines = study.read(ROOT / "tests" / "benchmarks" / "study.jsonl")
     assert [table for table in study.format_tables(lines) if table not in page] == []
+    assert (ROOT / "configs" / "study.svg").read_text(encoding="utf-8") == study.draw(lines)
 
 
 @pytest.mark.slow

@@ -39,10 +39,12 @@ COMMANDS = {
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
-_CODE = re.compile(  # a setting that may name a class or function, and the first part of the name
-    r"(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
-    r"[\s\"'=:+\[-]+([^\W\d]\w*)\.[^\W\d]"
+_CODE = re.compile(  # a setting that may name a class or function, as an option or in YAML, and the module of the name
+    r"(?:^|[\s{,\"'.-])(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
+    r"[\"']?\+?(?:\s*[:=]|\s)[\s\[\"'-]*([^\W\d]\w*)(?:\.[^\W\d]\w*)+(?=[\s\"',}\]]|$)",
+    re.MULTILINE,
 )
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml", ".gguf")  # no names of code
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _HELP = """usage: qlora-lightning COMMAND [options]
 
@@ -140,7 +142,8 @@ def _find_own_code(arguments: Sequence[str]) -> None:
     values, folder = [argument.rpartition("=")[2] for argument in arguments], os.getcwd()
     files = [Path(value).expanduser() for value in values if value.endswith((".yaml", ".yml"))]
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
-    names = _CODE.findall(" ".join([*arguments, *texts]))
+    text = "\n".join([" ".join(arguments), *texts])
+    names = [match[1] for match in _CODE.finditer(text) if not match[0].endswith(_FILES)]
     absent = [name for name in names if name not in sys.modules and find_spec(name) is None]
     if any(PathFinder.find_spec(name, [folder]) for name in absent):
         sys.path.append(folder)

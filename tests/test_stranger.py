@@ -90,6 +90,34 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
         assert not {"auto_map", "mine"} & set(written.split('"'))
 
 
+def test_names_of_files_are_neither_code_nor_addresses_and_no_link_is_copied(folder, tmp_path, monkeypatch, capsys):
+    place = shutil.copytree(folder, tmp_path / "place", symlinks=True)
+    monkeypatch.chdir(place)
+    for name in ("bank.py", "brotlicffi.py"):
+        (place / name).write_text(CODE)
+    row = '{"instruction": "Say 1.", "output": "1"}\n'
+    for name in ("data-bank.jsonl", "reference::victim.jsonl", "~/rows.jsonl"):
+        file = place / "rows" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(row)
+        shutil.copy(file, place / file.name)
+    (place / "victim.jsonl").write_text('{"version": 1, "refs": {"": ["victim", 0, 9]}}')
+    command = [
+        sys.executable,
+        "-m",
+        "qlora_lightning",
+        *["inspect", "--data.train", "data-bank.jsonl", "--model.base", "base"],
+    ]
+    subprocess.run(command, cwd=place, check=True, capture_output=True)
+    assert not list(place.rglob("ran"))
+    assert main(["inspect", "--data.train", "reference::victim.jsonl", "--model.base", "base"]) == 0
+    assert main(["inspect", "--data.train", "rows", "--model.base", "base"]) == 0
+    (place / "run/adapter/chat_template.jinja").unlink(missing_ok=True)
+    (place / "run/adapter/chat_template.jinja").symlink_to(place / "victim")
+    assert main(["merge", "--adapter", "run/adapter", "--out", "out", "--rows", "0"]) == 2
+    assert "chat_template.jinja is a link" in capsys.readouterr().err
+
+
 def test_no_module_of_a_strangers_folder_is_imported_and_no_log_has_an_escape(folder, tmp_path):
     for name in ("argcomplete", "brotlicffi", "lz4", "mpi4py", "zstandard"):  # which libraries try to import
         (folder / f"{name}.py").write_text(CODE)

@@ -242,13 +242,14 @@ IDENTITIES = [
 ]
 for name, cases in (("adapter_config.json", ADAPTERS), ("qlora_lightning.json", IDENTITIES)):
     WRONG += [wrong(line, *words, prepare=edit(RUN, name, **values)) for line, values, *words in cases]
-NOT_HELD, MOMENT = "does not hold what this run needs", "exp_avg of tensor 0 is (3,), expected (2, 64)"
+NOT_HELD, MOMENT = "cannot be restored from its checkpoint", "exp_avg of tensor 0 is (3,), expected (2, 64)"
 CHECKPOINTS = [
     (lambda saved: saved.pop(OURS), "not written by qlora_lightning"),
     (lambda saved: saved[OURS].update(format_version=99), "format version 99"),
     (lambda saved: saved[OURS]["identity"].update(ELSEWHERE), "elsewhere (weights ffffffffffff) there", "tiny (weigh"),
     (lambda saved: saved.pop("optimizer_states"), "wrong.ckpt: optimizer_states is missing, expected list"),
     (lambda saved: saved["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("total"), NOT_HELD, "'total'"),
+    (lambda saved: saved["loops"]["fit_loop"]["state_dict"].update(combined_loader=5), NOT_HELD),
     (lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)), MOMENT),
     (lambda saved: saved[OURS]["generators"][0].update(python=[]), NOT_HELD),
 ]

@@ -30,7 +30,7 @@ from qlora_lightning.commands.config import (
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError, describe_error
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
@@ -45,8 +45,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # a line of ours says more
 }
 # Functions of Lightning and of ours that put back what a checkpoint holds.
-_RESTORING = {"_restore_modules_and_callbacks", "restore_training_state"}
-_RESTORING |= {"_check_optimizers", "restore_generators"}
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 
@@ -222,9 +220,6 @@ class QLoRACLI(LightningCLI):
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         except Exception as error:
             frames = extract_tb(error.__traceback__)
-            if not isinstance(error, UserError) and any(frame.name in _RESTORING for frame in frames):
-                reason = f"does not hold what this run needs ({describe_error(error)}). Take another checkpoint."
-                raise UserError(f"--ckpt_path {self.checkpoint} {reason}") from error
             is_setting = isinstance(error, ValueError | MisconfigurationException)
             if is_setting and "/lightning/pytorch/" in frames[-1].filename:  # it rejects a setting
                 raise UserError(f"trainer: {' '.join(str(error).split())}") from error

@@ -40,7 +40,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status=manifest.get("status") or "running",
+        status=str(manifest.get("status") or "running"),
         manifest=manifest,
         config=manifest.get("config") or {},
         metrics=read_metrics(folder / METRICS),

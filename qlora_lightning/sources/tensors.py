@@ -46,8 +46,12 @@ def check_loaded(report: Mapping[str, Any], source: Path, shapes: Mapping[str, t
     faults = {
         "missing": report["missing_keys"],
         "of another shape": {name for name, *_ in report["mismatched_keys"]},
-        # masks of attention, which some old files hold, have no dimension or four
-        "left over": {name for name in report["unexpected_keys"] if 0 < len(shapes.get(name, ())) < 4},
+        # but masks of attention, which some old files hold: `bias` has four dimensions, `masked_bias` none
+        "left over": {
+            name
+            for name in report["unexpected_keys"]
+            if not (name.endswith((".bias", ".masked_bias")) and len(shapes.get(name, ())) in (0, 4))
+        },
     }
     texts = [f"{fault}: {', '.join(sorted(names)[:3])} ({len(names)})" for fault, names in faults.items() if names]
     if texts:

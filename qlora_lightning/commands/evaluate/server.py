@@ -138,7 +138,7 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
     n_answer, n_prompt = (usage.get(f"{part}_tokens") for part in ("completion", "prompt"))
-    if max(int(n_answer or 0), int(n_prompt or 0)) > 1 << 31:
+    if not all(0 <= int(number or 0) < 1 << 31 for number in (n_answer, n_prompt)):
         raise ValueError("no number of tokens")
     answer = Answer("\n".join(texts).strip(), int(n_answer or 0), stopped, {})
     return answer, None if n_prompt is None else int(n_prompt)

@@ -179,4 +179,14 @@ def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
     write_whole(folder / "config.json", config)
+    _check_links(source.tokenizer_folder)
     load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
+
+
+def _check_links(folder: Path) -> None:
+    """Reject files of a tokenizer that are links out of its folder: what they lead to would be copied."""
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache links to its blobs
+    for file in [*folder.glob("*token*"), *folder.rglob("*.jinja")]:
+        if not file.resolve().is_relative_to(root):
+            raise UserError(f"{file} is a link to {file.resolve()}, which merge would copy: put the file itself there.")

@@ -1,6 +1,7 @@
 """The control tokens of a tokenizer, and those at which generation stops."""
 
 import re
+import reprlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     if config is not None:
         remedy, keys = "It names the stop tokens: correct or delete it.", {"eos_token_id": int | list[int] | None}
         eos_ids = read_json_object(config, remedy, keys).get("eos_token_id")
-        ids.update(eos_ids if isinstance(eos_ids, list) else [eos_ids])
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        if any(token_id is not None and not 0 <= token_id < 1 << 31 for token_id in eos_ids):
+            raise UserError(f"{config}: eos_token_id is {reprlib.repr(eos_ids)}, expected token ids. {remedy}")
+        ids.update(eos_ids)
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 

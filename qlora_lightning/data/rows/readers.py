@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import itertools
 import json
+import os
 import re
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import fsspec
+import fsspec.core
 
 from qlora_lightning.data.rows.bad_rows import MAX_TEXT, TOO_MUCH_TEXT, BadRow, RowFault, kind_of
 from qlora_lightning.data.rows.sources import DataFile, Source, kind_of_file
@@ -99,6 +101,14 @@ def _naming(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}{advice}.") from error
 
 
+def _open(file: str, mode: str, **options: str) -> fsspec.core.OpenFile:
+    """Open a file, decompressed. In the name of a local one ``::`` chains no file systems, and ``~`` is no home."""
+    if "://" in file:
+        return fsspec.open(file, mode, compression="infer", **options)
+    compression = fsspec.core.get_compression(file, "infer")
+    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(file), mode, compression, **options)
+
+
 def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, dict[str, Any] | RowFault]]:
     """Return the rows of a file, or of a data set of the hub, by line or number."""
     kind = kind_of_file(file) if file else ""
@@ -132,7 +142,7 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    with fsspec.open(file, "rb", compression="infer") as stream:
+    with _open(file, "rb") as stream:
         if kind == ".parquet":
             yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
             return
@@ -148,7 +158,7 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
 def _read_start(file: str, source: Source) -> tuple[str, str]:
     """Return the encoding of a text file, by its byte order mark or the source, and the file's first line."""
-    with fsspec.open(file, "rb", compression="infer") as stream:
+    with _open(file, "rb") as stream:
         start = stream.read(1 << 16)
     encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
     return encoding, start.decode(encoding, errors="replace").partition("\n")[0]
@@ -158,7 +168,7 @@ def _read_json(file: str, source: Source) -> Iterator[tuple[int, dict[str, Any] 
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
     # Bytes that cannot be decoded make their row bad, not the file.
     options = {"encoding": _read_start(file, source)[0], "errors": "surrogateescape", "newline": "\n"}
-    with fsspec.open(file, "r", compression="infer", **options) as lines:
+    with _open(file, "r", **options) as lines:
         is_first = True
         for number, line in enumerate(_read_lines(lines), start=1):
             text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files

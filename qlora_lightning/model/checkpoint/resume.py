@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, describe_error
 from qlora_lightning.support.files import FORMAT_VERSION
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once
 
@@ -78,6 +78,15 @@ class ExactResume(Callback):
             _check_optimizers(trainer, self._checkpoint)
             self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        is_theirs = isinstance(exception, AttributeError | LookupError | TypeError | ValueError | ArithmeticError)
+        if self._checkpoint is not None and is_theirs and not isinstance(exception, UserError):
+            raise UserError(
+                f"The run cannot be restored from its checkpoint ({describe_error(exception)}), which was changed or "
+                "is of another version of Lightning. Take another one, or begin a new run from the adapter folder with "
+                "model.adapter."
+            ) from exception
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _align_validations(trainer)
         if self._checkpoint is not None:
@@ -94,9 +103,10 @@ class ExactResume(Callback):
             progress.increment_ready()
             progress.increment_started()
         if self._checkpoint is not None:  # last, since building loaders and iterators draws numbers too
-            generators, self._checkpoint = self._checkpoint[KEY]["generators"], None
+            generators = self._checkpoint[KEY]["generators"]
             if trainer.global_rank < len(generators):
                 restore_generators(generators[trainer.global_rank])
+            self._checkpoint = None
 
 
 # ---- random generators -----------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     config, origin = _find_config(module.base, module.revision, module.trust_remote_code)
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     offload = offload if is_cuda or offload is None else False
-    model, step = plan_step(module, config, dtype, count_devices(trainer), offload)
 
     epoch: Epoch | None = None
     try:
@@ -62,6 +61,8 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
     except UserError as error:
         epoch, batch = None, _largest_allowed(data)
         notes.append(f"The data were not read. {error}")
+    samples = None if epoch is None else epoch_plan.samples
+    model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples)
     check_row_length(config, data.max_length)
     for name in ("build_model", "compute_loss"):
         if module.overrides(name) and not type(module).__module__.startswith("qlora_lightning."):

@@ -177,6 +177,20 @@ def test_a_fit_follows_no_link_to_a_file(tiny_base, rows_file, tmp_path):
     assert (tmp_path / "disk" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("fit", "checkpoints"), ("fit", "adapter"), ("sweep-rank --ranks 2,4 --data.val_fraction 0.2", "sweep-rank")],
+)
+def test_no_run_writes_into_a_folder_behind_a_link(command, name, tiny_base, rows_file, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (link := tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    line = f"{command} --model.base {tiny_base} --data.train {rows_file} --trainer.default_root_dir {tmp_path / 'run'}"
+    assert main(f"{line} --trainer.accelerator cpu --trainer.limit_train_batches 1".split()) == 2
+    assert f"{link} is a link, " in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 def test_compiled_code_is_kept_in_the_users_own_folder(cache):

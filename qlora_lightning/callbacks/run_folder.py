@@ -20,6 +20,7 @@ from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -201,7 +202,8 @@ def locking(run_folder: str | Path) -> Iterator[None]:
 
     Without effect if the system (Windows) or the file system (NFS) has no such locks.
     """
-    folder = Path(run_folder) / CHECKPOINTS
+    folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
+    refuse_links(folder, adapter, *adapter.glob("*/"))
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -223,6 +225,19 @@ def locking(run_folder: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def refuse_links(*folders: Path) -> None:
+    """Reject links instead of folders that a run writes into: one from elsewhere may lead to any folder of the user.
+
+    The run folder itself, which the user names, may be one.
+    """
+    for folder in folders:
+        if folder.is_symlink():
+            raise UserError(
+                f"{folder} is a link, and a run writes into no folder behind one: remove it, or choose a run folder "
+                "on the other disk with `--trainer.default_root_dir PATH`."
+            )
 
 
 def is_resumed(trainer: Trainer) -> bool:

@@ -88,7 +88,9 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
         seeds: Trainings with the first value; the spread of their losses is the noise.
         arguments: Options of ``fit``.
     """
-    from qlora_lightning.commands.training import QLoRACLI  # here, so that --help and mistakes answer at once
+    # here, so that --help and mistakes answer at once
+    from qlora_lightning.callbacks.run_folder import refuse_links
+    from qlora_lightning.commands.training import QLoRACLI
 
     cli = QLoRACLI(arguments)
     config = cli.short_config()
@@ -100,6 +102,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     _check_validation(cli.datamodule, cli.config["trainer"])
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
+    refuse_links(folder)
     settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
     if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings:
         raise UserError(
@@ -110,6 +113,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
+        refuse_links(trial_folder)
         seed = config["seed_everything"]
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank

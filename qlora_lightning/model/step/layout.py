@@ -50,19 +50,19 @@ def next_labels(labels: Tensor) -> Tensor:
 
 
 class _DeviceMovable:
-    """A dataclass that Lightning moves to a device as a batch, with all its tensors, without waiting for them."""
+    """A dataclass that moves to a device with all its tensors, without waiting for them; itself if it is there."""
 
     def to(self, device: torch.device) -> Self:
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.device != device:
                 # only from pinned memory does a GPU copy in the background
                 pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
                 changes[field.name] = pinned.to(device, non_blocking=True)
-            elif isinstance(value, _DeviceMovable):
-                changes[field.name] = value.to(device)
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+            elif isinstance(value, _DeviceMovable) and (moved := value.to(device)) is not value:
+                changes[field.name] = moved
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import yaml
 from qlora_lightning.cli import main
 from tests.markup import Reader
 
+HOSTILE = "</p><script>alert('1')</script>&amp;\" onmouseover=\"x"
 ROWS = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n + 1)))} for n in range(10)]
 VAL = [ROWS[4], {"instruction": "Say é🦙.", "output": "é🦙"}, {"instruction": "a", "output": "b"}]
 CONFIG = {
@@ -31,7 +32,7 @@ def folder(tiny_base, tmp_path_factory):
     """A folder with a config, its rows, and a base without weights."""
     folder = tmp_path_factory.mktemp("inspect")
     shutil.copytree(tiny_base, folder / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
-    hostile = {"instruction": "<b>", "output": "Yes\x1b[2J."}
+    hostile = {"instruction": HOSTILE, "output": "Yes\x1b[2J."}
     write(folder / "train.jsonl", [*ROWS, hostile, '{"instruction": "\x1b[2J[bold]"', ROWS[0]])
     write(folder / "val.jsonl", VAL)
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -88,6 +89,18 @@ def test_rows_are_shown_token_by_token_with_what_is_trained(report):
     assert "⟦0│<|im_end|>■⟧↵" in out
     assert "⟦0│<|im_end|>■⟧↵" in Reader(page).text
     assert {"<|im_end|>", "0"} <= set(Reader(page).texts("span"))
+
+
+def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(report):
+    page = report[-1]
+    found = Reader(page)
+    assert not {"script", "img", "a", "iframe"} & {tag for tag, _ in found.elements}
+    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+    assert "<script>" in found.text.replace("│", "")
+    assert "␛[2J" in found.text.replace("│", "")
+    assert "\x1b" not in page
+    for reference in ("http:", "https:", "src=", "href=", "url(", "@import", "@font-face"):
+        assert reference not in page
 
 
 def test_rows_of_another_split_by_place_and_length(folder):

@@ -1,5 +1,6 @@
-"""The report in a real browser: the curves are drawn, in light and dark; wide and on a phone."""
+"""The report in a real browser: no error, no request; the curves are drawn, in light and dark, wide and on a phone."""
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,10 @@ from tests.report.conftest import write_run
 
 no_browser = pytest.mark.skipif(shutil.which("chromedriver") is None, reason="takes chromium and chromedriver")
 pytestmark = [pytest.mark.slow, no_browser]
-_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars")
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +24,10 @@ def browser(tmp_path_factory):
     options.binary_location = shutil.which("chromium") or ""
     for flag in (*_FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))  # named, so that selenium looks for none
     found = webdriver.Chrome(options=options, service=service)
+    found.get("about:blank")  # away from the browser's own first page, which asks for much
     yield found
     found.quit()
 
@@ -41,16 +47,27 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, pages):
-    """Open a page as wide as asked."""
+    """Open a page as wide as asked; return its file."""
 
     def show(name, width=1200, scheme="light"):
+        browser.get_log("browser"), browser.get_log("performance")
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         browser.get(pages[name].as_uri())
+        return pages[name]
 
     return show
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_no_error_is_logged_and_no_request_leaves_the_page(browser, open_page, name):
+    file = open_page(name)
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    assert [request["request"]["url"] for request in requests] == [file.as_uri()]
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,7 +10,15 @@ class UserError(ValueError):
 
     The message is one clear sentence or two: what was expected, what was found (file and line, key, value) and what
     to do. The command line prints it without a traceback and exits with code 2.
+
+    Attributes:
+        key: The setting, option or key of a file at fault, such as ``model.rank``, or a name for what is, such as
+            ``checkpoint.damaged``. It stays when the words change; empty for an error that nobody tells apart yet.
     """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class Diverged(UserError):

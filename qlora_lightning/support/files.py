@@ -165,7 +165,8 @@ def check_keys(content: Mapping[str, Any], keys: Mapping[str, Any], source: str,
             found = "missing" if value is None else reprlib.repr(value)
             expected = hint.__name__ if isinstance(hint, type) else str(hint)
             expected = "object" if isinstance(hint, Mapping) else expected
-            raise UserError(f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}")
+            message = f"{source}: {key} is {found}, expected {expected.removeprefix('typing.')}. {remedy}"
+            raise UserError(message, key)
 
 
 def fits(value: Any, hint: Any) -> bool:

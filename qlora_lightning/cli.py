@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from traceback import extract_tb
 
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import check_configs
@@ -39,6 +38,7 @@ COMMANDS = {
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
+_TRAINING = ("training", "sweep")  # too long to repeat for a traceback, which they show at once
 _CODE = re.compile(  # a setting that may name a class or function, as an option or in YAML, and the module of the name
     r"(?:^|[\s{,\"'.-])(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
     r"[\"']?\+?(?:\s*[:=]|\s)[\s\[\"'-]*([^\W\d]\w*)(?:\.[^\W\d]\w*)+(?=[\s\"',}\]]|$)",
@@ -86,9 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         user_message = _find_user_message(error)
-        # a training is too long to repeat for its traceback
-        in_trainer = any("/lightning/pytorch/trainer/" in frame.filename for frame in extract_tb(error.__traceback__))
-        if debug or (user_message is None and in_trainer):
+        module_name, _ = COMMANDS.get(arguments[0], ("", ""))
+        if debug or (user_message is None and module_name in _TRAINING):
             raise
         message = user_message or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
         print(f"qlora-lightning: {show_controls(message)}", file=sys.stderr)

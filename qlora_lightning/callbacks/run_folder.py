@@ -1,21 +1,17 @@
-"""Keeps a run folder to one run and one process, and writes the run's config, metrics and predictions into it."""
+"""Keeps a run folder to one run and one process, and writes the run's config into it."""
 
 import contextlib
-import csv
-import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.model.adapters.identity import data_differences
-from qlora_lightning.report.run_files import read_metric_rows
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
@@ -24,79 +20,11 @@ from qlora_lightning.support.files import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    PREDICTIONS,
-    UNFINISHED_PREDICTIONS,
-    append_json_lines,
-    format_json_lines,
     name_earlier,
     set_aside,
     write_whole,
 )
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
-
-
-class MetricsLogger(Logger):
-    """Write a line per logged step. Lightning's ``CSVLogger`` deletes the file on a resume; this one keeps it.
-
-    Args:
-        folder: The run folder.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__()
-        self.file = Path(folder) / METRICS
-        self._columns: list[str] = []  # empty: the file has not been read yet
-
-    @property
-    def name(self) -> str:
-        return ""  # the file is in the run folder itself
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.file.parent)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Write nothing: ``config.yaml`` holds them."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line; a new metric widens the table."""
-        row = {"step": step, **metrics}
-        with reporting_disk_faults(self.save_dir):
-            if row.keys() <= set(self._columns):
-                with self.file.open("a", newline="", encoding="utf-8") as handle:
-                    csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
-            else:
-                self._rewrite([*self._read(), row])
-
-    @rank_zero_only
-    def cut(self, step: int) -> None:
-        """Remove the lines from an optimizer step on, which a resumed run writes again."""
-        with reporting_disk_faults(self.save_dir):
-            rows = self._read()
-            if rows:
-                self._rewrite([row for row in rows if int(row["step"]) < step])
-
-    def _read(self) -> Sequence[dict[str, Any]]:
-        """Return the lines of the file; none if it cannot be read, and it is kept under another name."""
-        try:
-            return read_metric_rows(self.file)
-        except UserError as fault:
-            say(f"{fault} It is kept as {set_aside(self.file).name}.")
-            return []
-
-    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(self.file, text.getvalue())
+from qlora_lightning.support.trainer import datamodule_of, is_trial_run, say_once
 
 
 class RunFolder(Callback):
@@ -141,45 +69,6 @@ class RunFolder(Callback):
     on_test_start = on_predict_start = on_validation_start
 
 
-class PredictionWriter(Callback):
-    """Write ``predictions.jsonl`` into the run folder: each row, its own answer if it has one, and the model's.
-
-    Each process appends its answers to its own file as they come, which a stopped run leaves. At the end the first
-    process writes those of all processes, in the order of the rows.
-    """
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
-        self._unfinished = Path(trainer.default_root_dir) / name
-        self._lines: list[dict[str, Any]] = []
-        set_aside(self._unfinished)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        tokenizer: Any = datamodule_of(trainer).tokenizer
-        lines = [
-            {
-                "row": prompt.row_id,
-                "prediction": tokenizer.decode(answer),
-                "reference": prompt.reference,
-                "input": prompt.values,
-                "stopped": len(answer) < batch["max_new_tokens"],  # by itself, not cut
-            }
-            for answer, prompt in zip(outputs, batch["prompts"], strict=True)
-        ]
-        self._lines += lines
-        append_json_lines(self._unfinished, lines)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
-        if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir) / PREDICTIONS
-            write_whole(file, format_json_lines(lines))
-            say(f"{len(lines)} predictions: {file}")
-        set_aside(self._unfinished).unlink(missing_ok=True)
-
-
 def warn_of_other_data(name: str, folder: Path, data: Any) -> None:
     """Warn of settings that give other prompts, or other held-out rows, than an adapter's training had."""
     stored, current = read_identity(folder).get("data") or {}, getattr(data, "identity", {})
@@ -218,7 +107,8 @@ def locking(run_folder: str | Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(
                 f"Another process trains in {run_folder}: wait until it has ended, or choose another folder with "
-                "`--trainer.default_root_dir runs/NAME`."
+                "`--trainer.default_root_dir runs/NAME`.",
+                "run_folder.in_use",
             ) from error
         except OSError:  # no such locks
             pass
@@ -260,7 +150,8 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         remedy = "Resume it with `--ckpt_path last`, or choose" if has_checkpoint else "Choose"
         raise UserError(
             f"{folder} holds a run already, which would be lost.{other} {remedy} another folder with "
-            "`--trainer.default_root_dir runs/NAME`."
+            "`--trainer.default_root_dir runs/NAME`.",
+            "run_folder.has_a_run",
         )
 
 
@@ -271,10 +162,10 @@ def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
         try:
             act()
         except UserError as error:
-            fault = str(error)
+            fault = str(error), error.key
     fault = trainer.strategy.broadcast(fault)
     if fault is not None:
-        raise UserError(fault)
+        raise UserError(*fault)
 
 
 def _is_in(file: str | Path, run_folder: str | Path) -> bool:

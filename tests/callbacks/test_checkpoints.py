@@ -8,6 +8,7 @@ import torch
 
 from qlora_lightning import AdapterCheckpoint, QLoRAModule, UserError
 from tests.equality import contents, read_adapter, read_checkpoint, same, tensors_of
+from tests.errors import rejects
 from tests.steps import trainable_tensors
 
 
@@ -117,7 +118,7 @@ def test_it_saves_once_however_much_is_due_and_never_before_a_validation_that_fo
 
 
 def test_a_monitor_that_is_never_logged_is_rejected_at_the_first_validation(fit):
-    with pytest.raises(UserError, match=r"'val_los'.* logs val_loss, val_perplexity, val_token_accuracy\."):
+    with rejects("adapter_checkpoint.monitor", "'val_los'", "val_loss, val_perplexity, val_token_accuracy"):
         fit(diary := Diary(), AdapterCheckpoint(4, "val_los", mode="min"))
     assert diary.entries[:1] == [("save", 4)]
 
@@ -167,7 +168,7 @@ def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(
 def test_the_trainer_that_made_a_run_may_continue_it_and_no_other(fit, tmp_path):
     trainer, module = fit(AdapterCheckpoint(), **SHORT)
     before = contents(tmp_path / "run")
-    with pytest.raises(UserError, match=r"run holds a run already.*--ckpt_path last"):
+    with rejects("run_folder.has_a_run", "--ckpt_path last"):
         fit(AdapterCheckpoint(), **SHORT)
     fit(AdapterCheckpoint(enabled=False, monitor="none"), **SHORT)
     assert contents(tmp_path / "run") == before

@@ -8,11 +8,13 @@ import pytest
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from qlora_lightning import PredictionWriter, QLoRAModule, UserError
-from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, locking
+from qlora_lightning import PredictionWriter, QLoRAModule
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.run_folder import RunFolder, locking
 from qlora_lightning.cli import main
 from tests.adapters import make_run
 from tests.dying import MachineFailed
+from tests.errors import rejects
 
 
 def test_the_config_is_in_the_folder_and_the_loggers(fit, tmp_path):
@@ -74,7 +76,7 @@ def test_a_table_that_a_spreadsheet_saved_is_continued_or_set_aside(logger, text
 
 
 def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp_path):
-    refused = pytest.raises(UserError, match=r"^Another process trains in .*/run: wait until it has ended, or choose")
+    refused = rejects("run_folder.in_use", f"{tmp_path / 'run'}")
     with locking(tmp_path / "run"), locking(tmp_path / "elsewhere"), refused, locking(tmp_path / "run"):
         pass
     with locking(tmp_path / "run"):

@@ -9,7 +9,7 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, RunReport, StopSignals, ThroughputMonitor
-from qlora_lightning.callbacks.run_folder import MetricsLogger
+from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from tests.callbacks.conftest import At
 
 

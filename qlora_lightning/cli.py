@@ -32,7 +32,7 @@ COMMANDS = {
     "evaluate": ("evaluate.command", "base against adapters on the same rows"),
     "sweep-rank": ("sweep", "double the rank until it stops paying, and say where"),
     "report": ("report", "make the page of a run again, or compare several runs"),
-    "merge": ("merge.command", "merge an adapter into its base, checked, for any tool to load"),
+    "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
     "chat": ("chat.command", "talk to an adapter, or ask it once with --prompt"),
     "cache": ("cache", "list or clear bases, samples and kernels that are kept on disk"),
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),

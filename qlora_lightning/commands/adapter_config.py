@@ -13,13 +13,12 @@ from typing import Any
 import yaml
 
 from qlora_lightning.commands.config import find_configs, read_config
-from qlora_lightning.commands.merge import RECORD
 from qlora_lightning.data.rows.sources import kind_of_file
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.sources.folders import find_adapter_folder, read_adapter_config, read_identity
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MERGE_RECORD, load_yaml
 
 _RESERVED = (BASE, "served")  # sides of an evaluation, beside which adapters have names
 _RENDERING = (  # of the training; other rows share them
@@ -46,7 +45,7 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not name or name in _RESERVED or name in adapters:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         adapters[name] = find_adapter_folder(folder)
-        if (adapters[name] / RECORD).is_file():
+        if (adapters[name] / MERGE_RECORD).is_file():
             raise UserError(
                 f"--adapter {value} is a merged model, which needs none: load it with transformers, serve it with "
                 f"`vllm serve {folder}`, or run its GGUF file with `llama-cli -m`."

@@ -21,6 +21,7 @@ EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.
 UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
 IDENTITY, CARD = "qlora_lightning.json", "README.md"  # in the adapter folder; the hub's models have a card too
+MERGE_RECORD = "merge.json"  # in every folder that `merge` has written
 FORMAT_VERSION = 1  # of checkpoints and adapter folders
 STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_lightning import load_base
 from qlora_lightning.cli import main
-from qlora_lightning.commands.merge.agreement import compare_logits
+from qlora_lightning.commands.merge import compare_logits
 from qlora_lightning.model.merge import TrainedWeights
 from qlora_lightning.sources.folders import open_base
 from tests.adapters import make_run

@@ -1,7 +1,6 @@
 """Training on single answers with a verdict, desirable or not (Ethayarajh et al. 2024, KTO)."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,15 +64,8 @@ class KTOModule(PreferenceModule):
 
     # ---- the divergence from the reference, of a whole batch however it is cut ---------------------------------------
 
-    def micro_batches(self, batch: Any) -> Iterator[Any]:
-        kl = self._estimate_kl(batch) if "desirable" in batch else None
-        for micro_batch in super().micro_batches(batch):
-            yield dataclasses.replace(micro_batch, kl=kl) if isinstance(micro_batch, MicroBatch) else micro_batch
-
-    def micro_batch_of(self, batch: Any) -> MicroBatch:
-        micro_batch = super().micro_batch_of(batch)
-        has_kl = micro_batch.kl is not None or micro_batch.desirable is None
-        return micro_batch if has_kl else dataclasses.replace(micro_batch, kl=self._estimate_kl(batch))
+    def values_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kl": self._estimate_kl(batch)} if "desirable" in batch else {}
 
     def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
         """Estimate the divergence: the mean log-ratio of mismatched answers, at least 0.

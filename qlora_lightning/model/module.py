@@ -1,7 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,8 +43,8 @@ class QLoRAModule(lightning.LightningModule):
     validation is in the callbacks of ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
     From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
-    ``step/accumulate.py``, whose loop cuts it by :meth:`micro_batches` (``step/packed.py``, ``step/layout.py``), gives
-    each micro-batch to :meth:`compute_loss` (``step/forward.py``, ``step/loss.py``), and calls ``backward`` of its sum.
+    ``step/accumulate.py``, whose loop cuts it by :attr:`cutter` (``step/packed.py``, ``step/layout.py``), gives each
+    micro-batch to :meth:`compute_loss` (``step/forward.py``, ``step/loss.py``), and calls ``backward`` of its sum.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
@@ -293,49 +293,30 @@ class QLoRAModule(lightning.LightningModule):
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        micro_batch = batch if isinstance(batch, layout.MicroBatch) else self._lay_out(batch)
+        micro_batch = batch if isinstance(batch, layout.MicroBatch) else self.cutter.lay_out(batch)
         return micro_batch.to(self.device)
 
-    def _lay_out(self, batch: Any) -> layout.MicroBatch:
+    @property
+    def cutter(self) -> packed.Cutter:
+        """What cuts packed batches into micro-batches in the current mode, of training or evaluation."""
         causal_lm = self.causal_lm
-        packed.check_packed(batch, len(causal_lm.get_input_embeddings().weight), self._locate_rows)
         # not if each token draws its own random numbers, for NEFTune's noise or for dropout
         draws = self.noise_alpha is not None or (causal_lm.training and self.has_dropout)
-        skips = self.fast and runs_packed(causal_lm.config) and not draws
-        micro_batch = layout.lay_out(batch, skips_unlabelled=skips)
-        packed.check_row_length(causal_lm.config, micro_batch.sequences.longest)
-        return micro_batch
-
-    def micro_batches(self, batch: Any) -> Iterator[Any]:
-        """Cut a packed batch into micro-batches of ``micro_batch_tokens``, on the host; another batch is its own.
-
-        With a sharded base, whose passes take all processes, each process has the same number of them.
-        """
-        if not packed.is_packed(batch):
-            yield batch
-            return
-        parts = packed.cut_batch(batch, self.token_budget.tokens)
-        if self.sharded_base is not None:
-            parts += [packed.dummy_row(batch)] * (self.sharded_base.largest(len(parts)) - len(parts))
-        yield from map(self._lay_out, parts)
-
-    def take_less_memory(self, shortage: accumulate.OutOfMemory) -> None:
-        """Cut batches into smaller micro-batches from now on, or checkpoint layers.
-
-        Raises:
-            RowDoesNotFit: A single row does not fit, whatever is done.
-        """
-        self.token_budget.lower(
-            shortage,
-            self.causal_lm,
-            device=self.device,
-            locate=self._locate_rows,
-            is_sharded=self.sharded_base is not None,
-            quantization=self.quantization,
-            rank=getattr(trainers.trainer_of(self), "global_rank", 0),
+        return packed.Cutter(
+            config=causal_lm.config,
+            vocabulary=len(causal_lm.get_input_embeddings().weight),
+            budget=self.token_budget,
+            sharded_base=self.sharded_base,
+            skips_unlabelled=self.fast and runs_packed(causal_lm.config) and not draws,
+            locate=self.locate_rows,
+            values_of=self.values_of,
         )
 
-    def _locate_rows(self, row_ids: Sequence[int]) -> str:
+    def values_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return fields that all micro-batches of a packed batch have."""
+        return {}
+
+    def locate_rows(self, row_ids: Sequence[int]) -> str:
         """Describe for a message where rows of the current pass are from."""
         data, split = trainers.split_of_pass(self)
         return packed.format_locations(packed.row_locations(data, row_ids, split))
@@ -350,7 +331,7 @@ class QLoRAModule(lightning.LightningModule):
         """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
         if self.guard.checks_due or not self.model.training:
             guards.check_training_mode(self.model)
-        return self.window.accumulate(batch, self, self.precision.loss_scale)
+        return self.window.accumulate(batch, self)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already

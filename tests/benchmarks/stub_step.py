@@ -80,7 +80,7 @@ def prepare_ours(mode: str, tokens: int, layers: int) -> Any:
     batch = make_batch([ROW] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
 
     def loss() -> torch.Tensor:
-        (part,) = module.micro_batches(batch)
+        (part,) = module.cutter.cut(batch)
         return module.compute_loss(part).loss
 
     return module.model, loss

@@ -47,7 +47,7 @@ def values(losses):
 def test_rows_together_have_the_losses_of_each_alone(tiny_base, batches, options):
     module = make_module(tiny_base, micro_batch_tokens=1, **options).eval()
     together = [each for batch in batches for each in values(row_losses(module, batch))]
-    rows = [row for batch in batches for row in module.micro_batches(batch)]
+    rows = [row for batch in batches for row in module.cutter.cut(batch)]
     alone = [each for each in values(map(module.compute_loss, rows)) if each[1]]
     assert len(together) == len(alone) == sum(len(unpack_rows(batch)) for batch in batches) == 15
     assert [each[1:] for each in together] == [each[1:] for each in alone]

@@ -249,7 +249,7 @@ def launches(folder):
         module = make_module(base, "cuda", compute_dtype="bf16")
         for _ in range(2):  # the first compiles
             batch = make_batch((200, 100, 300)) | {"row_ids": torch.arange(3), "source": torch.zeros(3)}
-            (part,) = module.micro_batches(to_device(batch, "cuda"))
+            (part,) = module.cutter.cut(to_device(batch, "cuda"))
             module.zero_grad(set_to_none=True)
             CARD.card_reset()
             loss = module.compute_loss(part).loss

@@ -153,6 +153,6 @@ def test_own_tensors_are_not_cut_and_a_batch_of_other_data_is_named(tiny_base):
         make_module(tiny_base).compute_loss({"input_ids": torch.ones(1, 3), "mask": torch.ones(1, 3)})
     batch = make_batch() | {"row_ids": torch.arange(6), "source": torch.zeros(6)}
     module = make_module(tiny_base, micro_batch_tokens=1)
-    assert len([*module.micro_batches(batch)]) == 6
+    assert len([*module.cutter.cut(batch)]) == 6
     for name in ("scores", "weights"):
-        assert len([*module.micro_batches(batch | {name: torch.rand(6)})]) == 1
+        assert len([*module.cutter.cut(batch | {name: torch.rand(6)})]) == 1

@@ -1,6 +1,5 @@
 """How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,40 +76,21 @@ class TokenBudget:
         switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
         self._switched_to = self.fits[0].choice
 
-    def lower(
-        self,
-        shortage: OutOfMemory,
-        causal_lm: Any,
-        *,
-        device: torch.device,
-        locate: Callable[[Sequence[int]], str],
-        is_sharded: bool,
-        quantization: str,
-        rank: int,
-    ) -> None:
+    def lower(self, shortage: OutOfMemory, module: "QLoRAModule") -> None:
         """Take less memory than a micro-batch took: a fifth fewer tokens or, for a single row, the next checkpointing.
-
-        Args:
-            shortage: What did not fit.
-            causal_lm: The transformers model.
-            device: Its device.
-            locate: Returns where rows are from, by their ids.
-            is_sharded: Whether other processes wait in their passes.
-            quantization: That of the base, for advice.
-            rank: Of this process.
 
         Raises:
             RowDoesNotFit: No choice is left.
             UserError: The base is sharded.
         """
         torch.cuda.empty_cache()  # does nothing without one
-        if is_sharded:
+        if module.sharded_base is not None:
             raise UserError(
-                f"Out of memory on {device} under a sharded base, whose other processes wait in their passes: set "
-                "model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
+                f"Out of memory on {module.device} under a sharded base, whose other processes wait in their passes: "
+                "set model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
             )
         micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
-        suffix = f" in process {rank}" if rank else ""
+        suffix = f" in process {module.global_rank}" if module.global_rank else ""
         if len(micro_batch.lengths) > (2 if micro_batch.pairs else 1):
             self.tokens = tokens * 4 // 5
             say(
@@ -120,7 +100,7 @@ class TokenBudget:
         elif len(self.fits) > 1 and torch.is_grad_enabled():
             del self.fits[0]
             self.tokens = self.fits[0].tokens
-            self._switch_to_choice(causal_lm)
+            self._switch_to_choice(module.causal_lm)
             say(
                 f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.fits[0].choice}, by "
                 "about a third slower."
@@ -128,10 +108,11 @@ class TokenBudget:
         else:
             # checkpointing does not help a pass without gradients
             checkpoints = self.fits[0].choice.checkpointed or not torch.is_grad_enabled()
-            remedies = list_remedies(quantization, checkpoints=checkpoints, on_cuda=device.type == "cuda")
+            on_cuda = module.device.type == "cuda"
+            remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
             raise RowDoesNotFit(
-                f"Out of memory on {device} in one row of {tokens:,} tokens ({locate(micro_batch.rows)}): "
-                f"{shortage.reason}. What is left: {remedies}."
+                f"Out of memory on {module.device} in one row of {tokens:,} tokens "
+                f"({module.locate_rows(micro_batch.rows)}): {shortage.reason}. What is left: {remedies}."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ labelled tokens over all ranks: every token weighs the same, however the rows we
 # mypy: allow-untyped-calls
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
 
 Result = TypeVar("Result")
 
@@ -24,26 +27,6 @@ class OutOfMemory(Exception):
     def __init__(self, micro_batch: MicroBatch, reason: str) -> None:
         super().__init__(reason)
         self.micro_batch, self.reason = micro_batch, reason
-
-
-class Passes(Protocol):
-    """What passes over a batch take from a :class:`~qlora_lightning.model.module.QLoRAModule`."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    def micro_batches(self, batch: Any) -> Iterable[Any]:
-        """Cut a packed batch into parts that fit into memory; another batch is its only part."""
-
-    def compute_loss(self, batch: Any) -> LossSums:
-        """Sum the loss over a micro-batch."""
-
-    def zero_grad(self) -> None:
-        """Clear the gradients of all parameters."""
-
-    def take_less_memory(self, shortage: OutOfMemory) -> None:
-        """Make the next micro-batches take less memory, or raise."""
 
 
 class Window:
@@ -74,13 +57,13 @@ class Window:
         self.micro_batches = 0
         self.row_ids: list[int] = []
 
-    def accumulate(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
+    def accumulate(self, batch: Any, module: "QLoRAModule") -> Tensor:
         """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
 
         If memory runs out, the whole window is computed again in smaller parts.
         """
         if not self.batches:
-            passes.zero_grad()
+            module.zero_grad()
         self.batches.append(batch)
         if isinstance(batch, Mapping) and "input_ids" in batch:
             self.counts["tokens"] += batch["input_ids"].numel()
@@ -88,19 +71,24 @@ class Window:
         while True:
             try:
                 for each in remaining:
-                    mean = self._add_gradients(each, passes, loss_scale)
+                    mean = self._add_gradients(each, module)
                 return mean
             except OutOfMemory as error:
                 shortage = error.with_traceback(None)
-            passes.take_less_memory(shortage)
-            passes.zero_grad()
+            module.token_budget.lower(shortage, module)
+            module.zero_grad()
             self._clear_sums()
             remaining = self.batches
 
-    def _add_gradients(self, batch: Any, passes: Passes, loss_scale: float) -> Tensor:
+    def _add_gradients(self, batch: Any, module: "QLoRAModule") -> Tensor:
+        def backpropagate(micro_batch: Any) -> LossSums:
+            sums = module.compute_loss(micro_batch)
+            (sums.loss * module.precision.loss_scale).backward()
+            return sums.detach()  # the graph has casts of the adapters
+
         loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for micro_batch in passes.micro_batches(batch):
-            sums = _compute(passes, micro_batch, lambda part: _backpropagate(passes, part, loss_scale))
+        for micro_batch in module.cutter.cut(batch):
+            sums = _compute(micro_batch, backpropagate, module.device)
             loss, count = loss + sums.loss, count + sums.count
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)
@@ -166,31 +154,24 @@ class Window:
             )
 
 
-def _backpropagate(passes: Passes, micro_batch: Any, loss_scale: float) -> LossSums:
-    """Compute the gradients of a micro-batch; return its sums without their graph, which has casts of the adapters."""
-    sums = passes.compute_loss(micro_batch)
-    (sums.loss * loss_scale).backward()
-    return sums.detach()
-
-
-def evaluate(batch: Any, passes: Passes, compute: Callable[[Any], Result]) -> list[Result]:
+def evaluate(batch: Any, module: "QLoRAModule", compute: Callable[[Any], Result]) -> list[Result]:
     """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
     while True:
         try:
-            return [_compute(passes, micro_batch, compute) for micro_batch in passes.micro_batches(batch)]
+            return [_compute(micro_batch, compute, module.device) for micro_batch in module.cutter.cut(batch)]
         except OutOfMemory as error:
             shortage = error.with_traceback(None)
-        passes.take_less_memory(shortage)
+        module.token_budget.lower(shortage, module)
 
 
-def _compute(passes: Passes, micro_batch: Any, function: Callable[[Any], Result]) -> Result:
+def _compute(micro_batch: Any, function: Callable[[Any], Result], device: torch.device) -> Result:
     """Return the function's result of a micro-batch, which is moved to the device.
 
     Raises:
         OutOfMemory: Memory ran out in a micro-batch; a batch of another kind cannot be cut.
     """
     try:
-        return function(micro_batch.to(passes.device) if isinstance(micro_batch, MicroBatch) else micro_batch)
+        return function(micro_batch.to(device) if isinstance(micro_batch, MicroBatch) else micro_batch)
     except Exception as error:
         if not is_out_of_memory(error) or not isinstance(micro_batch, MicroBatch):
             raise

@@ -1,13 +1,20 @@
 """A packed batch, as a data module collates it: its rows, their locations in the data, and parts of whole rows."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from qlora_lightning.model.step.layout import MicroBatch, lay_out
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_lightning.model.memory.budget import TokenBudget
+    from qlora_lightning.model.sharded import ShardedBase
 
 # The tensors of a packed batch.
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
@@ -86,6 +93,55 @@ def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: S
     part |= {name: batch[name][start:end] for name in _PER_ROW if name in batch}
     part["cu_seqlens"] = batch["cu_seqlens"][start : end + 1] - tokens.start
     return part
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts packed batches into micro-batches, on the host.
+
+    Attributes:
+        config: The base's config of transformers.
+        vocabulary: Number of rows of its embedding.
+        budget: Has the most tokens of a micro-batch.
+        sharded_base: A base whose passes take all processes, which then have equally many micro-batches; or ``None``.
+        skips_unlabelled: See :func:`~qlora_lightning.model.step.layout.lay_out`.
+        locate: Returns where rows are from, by their ids.
+        values_of: Returns fields that all micro-batches of a packed batch have.
+    """
+
+    config: Any
+    vocabulary: int
+    budget: "TokenBudget"
+    sharded_base: "ShardedBase | None"
+    skips_unlabelled: bool
+    locate: Callable[[Sequence[int]], str]
+    values_of: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+    def cut(self, batch: Any) -> Iterator[Any]:
+        """Cut a packed batch into micro-batches; a batch of another kind is its own."""
+        if not is_packed(batch):
+            yield batch
+            return
+        values = self.values_of(batch)
+        parts = cut_batch(batch, self.budget.tokens)
+        if self.sharded_base is not None:
+            parts += [dummy_row(batch)] * (self.sharded_base.largest(len(parts)) - len(parts))
+        for part in parts:
+            yield self._lay_out(part, values)
+
+    def lay_out(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """Lay a packed batch out as one micro-batch.
+
+        Raises:
+            UserError: The batch is no packed one, a token is not one of the base's, or a row is too long for it.
+        """
+        return self._lay_out(batch, self.values_of(batch))
+
+    def _lay_out(self, batch: Mapping[str, Any], values: dict[str, Any]) -> MicroBatch:
+        check_packed(batch, self.vocabulary, self.locate)
+        micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
+        check_row_length(self.config, micro_batch.sequences.longest)
+        return dataclasses.replace(micro_batch, **values)
 
 
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,14 +40,15 @@ SIZES = {
     name: value
     for value, names in (
         (256, "vocab_size max_position_embeddings n_positions max_seq_len vocab_size_per_layer_input"),
-        (64, "hidden_size n_embd d_model embedding_size word_embed_proj_dim"),
+        (64, "hidden_size n_embd d_model embedding_size word_embed_proj_dim hidden_size_per_layer_input"),
+        (64, "q_lora_rank kv_lora_rank"),
         (128, "intermediate_size ffn_dim n_inner ffn_hidden_size"),
         (4, "num_hidden_layers num_layers n_layer n_layers num_attention_heads n_head n_heads num_heads"),
         (4, "attention_heads num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads"),
         (2, "num_key_value_heads num_experts_per_tok moe_topk moe_k eos_token_id linear_num_key_heads n_groups"),
         (2, "num_kv_heads mamba_n_groups"),
-        (16, "head_dim v_head_dim qk_nope_head_dim q_lora_rank kv_lora_rank linear_key_head_dim rotary_dim"),
-        (16, "linear_value_head_dim mamba_d_state state_size hidden_size_per_layer_input global_head_dim"),
+        (16, "head_dim v_head_dim qk_nope_head_dim linear_key_head_dim rotary_dim"),
+        (16, "linear_value_head_dim mamba_d_state state_size global_head_dim"),
         (16, "mamba_d_head mamba_head_dim mamba_headdim"),
         (WINDOW, "sliding_window attention_chunk_size qk_rope_head_dim attention_window_size mamba_chunk_size"),
         (WINDOW, "chunk_size mamba_n_heads n_mamba_heads"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from qlora_lightning.model.layers.lora import dequantize
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.support.errors import UserError, is_out_of_memory
@@ -161,7 +162,7 @@ def _dtype_of(linear: Any) -> torch.dtype:
 def _build_dense(linear: Any) -> nn.Linear:
     dtype = _dtype_of(linear)
     dense = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-    weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
+    weight = dequantize(linear.weight.data, linear.weight.quant_state).to(dtype)
     dense.weight = nn.Parameter(weight, requires_grad=False)
     if linear.bias is not None:
         dense.bias = nn.Parameter(linear.bias.to(dtype), requires_grad=False)

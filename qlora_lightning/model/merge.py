@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.model.adapters.inject import ADAPTER
 from qlora_lightning.model.layers.experts import experts_of, packed_name
+from qlora_lightning.model.layers.lora import dequantize
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.sources.folders import BaseFolder, TensorFiles, open_config, read_config
@@ -63,7 +64,7 @@ class TrainedWeights:
             quant_tensors = {key.removeprefix(f"{name}."): self.files.read(key) for key in keys}
             quant_state = bnb.functional.QuantState.from_dict(quant_tensors, torch.device("cpu"))
             quant_state.dtype = torch.float32  # of the result: no extra rounding to the compute dtype
-            weight: Tensor = bnb.functional.dequantize_4bit(tensor, quant_state)
+            weight = dequantize(tensor, quant_state)
         elif tensor.dtype == torch.int8:  # absmax by rows (Dettmers et al. 2022): 127 steps on each side of zero
             scales = self.files.read(name.removesuffix("weight") + "SCB")
             weight = tensor.float() * (scales.float().unsqueeze(1) / 127)

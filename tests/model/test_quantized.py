@@ -5,13 +5,19 @@ import re
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_lightning import UserError, load_base
+from qlora_lightning.cli import main
 from qlora_lightning.model.load import machine
 from qlora_lightning.model.load.machine import choose_compute_dtype, explain_dtype
+from tests.adapters import make_adapter
 from tests.equality import base_tensors, same
+from tests.errors import rejects
+from tests.random_base import save_random_llama
+from tests.steps import distance, make_module
 
 QUANTIZED = ["nf4", "fp4", "int8"]
 
@@ -87,6 +93,25 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
     assert {linear.compute_dtype for linear in linears(other)} == {torch.float32}
     assert not (cache / "quantized").exists()
     assert same(base_tensors(model), base_tensors(load(tiny_base, "nf4", double_quant=False, cache=False)))
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_f"), reason="others compute rightly with it")
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_a_width_that_a_cpu_computes_wrongly_is_rejected_and_an_adapter_from_elsewhere_is_merged_rightly(
+    tiny_base, tmp_path, quantization
+):
+    base = tmp_path / "base"
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    save_random_llama(base, torch.float32, hidden_size=64, intermediate_size=96)
+    with rejects("base.width", "rows of 96 weights, as in model.layers.0.mlp.down_proj"):
+        make_module(base, quantization=quantization)
+    make_adapter(tmp_path / "adapter", base, std=0.0, quantization="none")
+    identity = tmp_path / "adapter" / "qlora_lightning.json"
+    identity.write_text(identity.read_text().replace('"none"', f'"{quantization}"'))  # as of a GPU
+    assert main(["merge", "--adapter", f"{tmp_path}/adapter", "--out", f"{tmp_path}/out", "--rows", "0"]) == 0
+    name = "model.layers.0.mlp.down_proj.weight"
+    merged, exact = (load_file(folder / "model.safetensors")[name].float() for folder in (tmp_path / "out", base))
+    assert 0.05 < distance(merged, exact) < 0.13  # the error of 4 bits
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A LoRA linear over a frozen weight: the products with weight and adapter as one autograd function."""
 # mypy: allow-untyped-calls
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -142,7 +143,10 @@ def _dense(linear: LinearParts, dtype: torch.dtype) -> Tensor:
 @has_kernel
 def dequantize(packed: Tensor, quant_state: Any) -> Tensor:
     """Return the dense weight of packed bytes, ``(out, in)``."""
-    return cast(Tensor, dequantize_4bit(packed, quant_state))
+    # as one row: bitsandbytes 0.50 takes wrong scales for rows of, for example, 96 weights on CPUs with AVX-512
+    as_row = copy.copy(quant_state)
+    as_row.shape = torch.Size((1, quant_state.shape.numel()))
+    return cast(Tensor, dequantize_4bit(packed, as_row)).view(quant_state.shape)
 
 
 def _product(mat1: Tensor, mat2: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:

@@ -1,11 +1,11 @@
 """The frozen base: loaded, and quantized once."""
 
 import contextlib
+import functools
 import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -99,6 +99,7 @@ def load_base(
     freeze(model)
     if plain_scales and torch.device(device).type == "cpu":  # a GPU takes nested scales in the same launch
         unnest_scales(model)
+    check_widths(model)
     identity = {
         "base": name,
         "revision": source.revision,
@@ -252,6 +253,31 @@ def unnest_scales(model: nn.Module) -> None:
             state.nested, state.state2, state.offset = False, None, None
 
 
+def check_widths(model: nn.Module) -> None:
+    """Reject 4-bit linears that bitsandbytes makes dense wrongly on this CPU.
+
+    bitsandbytes 0.50 does so on CPUs with AVX-512 if a row has, for example, 96 weights: a whole number of its vectors
+    of 16 weights, but not of its blocks of 64 weights with one scale.
+    """
+    for name, module in model.named_modules():
+        if type(module) is not bnb.nn.Linear4bit or module.weight.device.type != "cpu":
+            continue
+        if not _is_restored(module.in_features, module.weight.quant_type):
+            raise UserError(
+                f"bitsandbytes computes wrongly on this CPU with 4-bit rows of {module.in_features} weights, as in "
+                f"{name}: set model.quantization to int8 or none, or use a GPU.",
+                "base.width",
+            )
+
+
+@functools.cache
+def _is_restored(width: int, quant_type: str) -> bool:
+    """Whether weights of one value in each block, which 4 bits hold exactly, are the same when made dense again."""
+    weight = (torch.arange(64 * width) // 64 + 1.0).view(64, width)
+    packed, quant_state = bnb.functional.quantize_4bit(weight, quant_type=quant_type)
+    return torch.equal(bnb.functional.dequantize_4bit(packed, quant_state), weight)
+
+
 def stored_quantization(settings: Mapping[str, Any]) -> tuple[str, bool]:
     """Return the quantization that a base's ``quantization_config`` names, and whether it covers the scales."""
     kind = f"{settings.get('quant_method', 'unknown')} (not by bitsandbytes)"
@@ -300,7 +326,7 @@ def keep_quantized_layers(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(layer, bnb.nn.Linear8bitLt):
             layer.train()
-            layer.train = partial(_keep_training_mode, layer)  # of this layer alone
+            layer.train = functools.partial(_keep_training_mode, layer)  # of this layer alone
 
 
 def _keep_training_mode(layer: nn.Module, mode: bool = True) -> nn.Module:

@@ -17,7 +17,13 @@ from qlora_lightning.model.adapters.identity import check_identity, describe_ada
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
-from qlora_lightning.model.load.base_model import Quantization, empty_model, keep_quantized_layers, load_base
+from qlora_lightning.model.load.base_model import (
+    Quantization,
+    check_widths,
+    empty_model,
+    keep_quantized_layers,
+    load_base,
+)
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.model.model_types import LINEARS, check_type, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
@@ -69,6 +75,7 @@ def complete_model(
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     keep_quantized_layers(model)
+    check_widths(model)
     if not isinstance(model, peft.PeftModel):
         model = put_adapters(model.requires_grad_(False), folder, **adapter_options)
         fuse_layers(model, fast)

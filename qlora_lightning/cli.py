@@ -23,22 +23,22 @@ from qlora_lightning.support.console import VisibleRecord, show_controls
 from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
 
 COMMANDS = {
-    "fit": ("training", "train adapters on a quantized base"),
-    "validate": ("training", "loss, perplexity and token accuracy on the validation rows"),
-    "test": ("training", "the same on the test rows"),
-    "predict": ("training", "answer the rows of data.predict into predictions.jsonl"),
+    "fit": ("fit", "train adapters on a quantized base"),
+    "validate": ("fit", "loss, perplexity and token accuracy on the validation rows"),
+    "test": ("fit", "the same on the test rows"),
+    "predict": ("fit", "answer the rows of data.predict into predictions.jsonl"),
     "inspect": ("inspection", "report on the data, and show rows as the model sees them"),
-    "plan": ("plan.command", "show the model, its memory and the run's length, before loading"),
-    "evaluate": ("evaluate.command", "base against adapters on the same rows"),
+    "plan": ("plan", "show the model, its memory and the run's length, before loading"),
+    "evaluate": ("evaluate", "base against adapters on the same rows"),
     "sweep-rank": ("sweep", "double the rank until it stops paying, and say where"),
     "report": ("report", "make the page of a run again, or compare several runs"),
     "merge": ("merge", "merge an adapter into its base, checked, for any tool to load"),
-    "chat": ("chat.command", "talk to an adapter, or ask it once with --prompt"),
+    "chat": ("chat", "talk to an adapter, or ask it once with --prompt"),
     "cache": ("cache", "list or clear bases, samples and kernels that are kept on disk"),
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
-_TRAINING = ("training", "sweep")  # too long to repeat for a traceback, which they show at once
+_TRAINING = ("fit", "sweep")  # too long to repeat for a traceback, which they show at once
 _CODE = re.compile(  # a setting that may name a class or function, as an option or in YAML, and the module of the name
     r"(?:^|[\s{,\"'.-])(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
     r"[\"']?\+?(?:\s*[:=]|\s)[\s\[\"'-]*([^\W\d]\w*)(?:\.[^\W\d]\w*)+(?=[\s\"',}\]]|$)",
@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     check_configs(arguments)
     module_name, _ = COMMANDS[arguments[0]]
     module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
-    return int(module.main(arguments if module_name == "training" else arguments[1:]))
+    return int(module.main(arguments if module_name == "fit" else arguments[1:]))
 
 
 def _find_user_message(error: BaseException) -> str | None:

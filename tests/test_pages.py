@@ -17,7 +17,7 @@ import pytest
 import qlora_lightning
 from qlora_lightning.cli import main
 from qlora_lightning.commands.config import _OTHER_NAMES, CALLBACKS
-from qlora_lightning.commands.training import TRAINER_DEFAULTS
+from qlora_lightning.commands.fit import TRAINER_DEFAULTS
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("qlora_lightning/*/README.md")]

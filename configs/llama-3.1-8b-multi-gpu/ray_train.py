@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from qlora_lightning.commands.training import QLoRACLI
+from qlora_lightning.commands.fit import QLoRACLI
 
 
 class RayCLI(QLoRACLI):

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     page = check_output("--html", options.html, options.force)
     # here, so that --help and mistakes answer at once
-    from qlora_lightning.commands.training import QLoRACLI
+    from qlora_lightning.commands.fit import QLoRACLI
 
     with quiet_lightning():
         run = QLoRACLI(fit_options)
@@ -107,7 +107,7 @@ def print_inspection(
             console.print(_source_table(data.samples[split], sources))
     if "train" in splits:
         heading("An epoch of train")
-        from qlora_lightning.commands.epoch import plan_epoch
+        from qlora_lightning.commands.plan import plan_epoch
 
         epoch = plan_epoch(data.train_dataloader().plan, config["trainer"])
         size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 
-from qlora_lightning.commands.adapter_config import add_config
+from qlora_lightning.commands.adapter import add_config
 from qlora_lightning.commands.options import OptionParser, expand_path, quiet_lightning
 from qlora_lightning.data.chat.tokenizer import find_stop_ids
 from qlora_lightning.sources.folders import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from qlora_lightning.commands.opened_adapter import AdapterSource
+    from qlora_lightning.commands.adapter import AdapterSource
     from qlora_lightning.model.merge import MergePlan, Weights
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -92,8 +92,8 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     """Merge an adapter into its base, check the result, and write it into a folder, in place of an earlier merge."""
     import torch
 
+    from qlora_lightning.commands.adapter import find_adapter
     from qlora_lightning.commands.gguf_files import architecture_of, check_gguf
-    from qlora_lightning.commands.opened_adapter import find_adapter
     from qlora_lightning.model.merge import TrainedWeights, plan_merge
 
     source, out, dtype = find_adapter(options.adapter, options.base), options.out, _DTYPES[options.dtype]
@@ -268,7 +268,7 @@ def _sample_validation_rows(
 
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
     """
-    from qlora_lightning.commands.training import QLoRACLI
+    from qlora_lightning.commands.fit import QLoRACLI
     from qlora_lightning.data.batches.loader import collate_rows
 
     try:
@@ -293,7 +293,7 @@ def _check_written(
 
     Returns the figures for ``merge.json``; raises UserError if a model differs by too much.
     """
-    from qlora_lightning.commands.opened_adapter import open_adapter
+    from qlora_lightning.commands.adapter import open_adapter
 
     module = open_adapter(dataclasses.replace(source, quantization=source.quantization or "none"))
     with module.autocast(whole=True):

@@ -90,7 +90,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     """
     # here, so that --help and mistakes answer at once
     from qlora_lightning.callbacks.run_folder import refuse_links
-    from qlora_lightning.commands.training import QLoRACLI
+    from qlora_lightning.commands.fit import QLoRACLI
 
     cli = QLoRACLI(arguments)
     config = cli.short_config()
@@ -169,7 +169,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
 
 def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     """Reject a config of which no trial would be validated, as far as that is known before it runs."""
-    from qlora_lightning.commands.epoch import plan_epoch
+    from qlora_lightning.commands.plan import plan_epoch
 
     if trainer["limit_val_batches"] == 0:
         raise UserError("trainer.limit_val_batches is 0, but trials are compared by their validation losses.")

@@ -2,3 +2,6 @@
 
 BASE = "base"
 """Name of the side without an adapter, in tables and files."""
+
+SERVED = "served"
+"""Name of an inference server's side."""

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands import training  # noqa: F401  # here: Lightning keeps the stderr of its first import
+from qlora_lightning.commands import fit  # noqa: F401  # here: Lightning keeps the stderr of its first import
 from tests.adapters import make_adapter
 from tests.random_base import save_random_llama, save_tokenizer
 

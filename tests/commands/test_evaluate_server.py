@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands.evaluate.server import compare_answers
+from qlora_lightning.commands.evaluate_server import decide
 from qlora_lightning.evaluation.row_results import Answer
 
 KEY = "sk-never-shown"
@@ -261,8 +261,8 @@ def test_whose_answers_a_server_gives_is_told_by_scores_and_then_by_equal_answer
         for words, score in zip(("It leaves from platform", "I know no train", "Fine"), (*scores, 0.0), strict=True)
     )
     served = other if own_rows is None else [*adapter[:own_rows], *base[own_rows:]]
-    assert compare_answers(base, adapter, served, "exact_match")["verdict"] == verdict
-    assert compare_answers(base, base, served, "exact_match")["verdict"] == "unknown"
+    assert decide(base, adapter, served, "exact_match")["verdict"] == verdict
+    assert decide(base, base, served, "exact_match")["verdict"] == "unknown"
 
 
 def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):

@@ -1,39 +1,56 @@
-"""A conversation with adapters on one base: who answers, and how an answer streams."""
+"""``qlora-lightning chat``: talk with an adapter, or ask it once."""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TextStreamer
-
-from qlora_lightning.commands.opened_adapter import find_adapter, open_adapter
+from qlora_lightning.commands.adapter import find_adapter, name_adapters, open_adapter
+from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.bad_rows import RowFault
 from qlora_lightning.data.rows.conversation import Message
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.model.adapters.inject import ADAPTER, with_adapter
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
+_DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
 
-class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no types
-    """Prints an answer word by word, without control tokens, and keeps it."""
+Answers stream word by word, and end at the stop token. Greedy unless a temperature is given."""
+_EPILOG = """examples:
+  qlora-lightning chat --adapter runs/quickstart/adapter --prompt "Lunch with Zoe on Friday at 12:30 at Blue Room."
+  qlora-lightning chat --adapter runs/quickstart/adapter --compare --prompt "Book a call with Ana, Monday 9:00."
+  qlora-lightning chat --adapter runs/quickstart/adapter
+  qlora-lightning chat --adapter calm=runs/a/adapter --adapter bold=runs/b/adapter --temperature 0.7 --seed 1
 
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.file = terminal().file
-        self.text = ""
+Several adapters, and with --compare the base, answer one below the other; the conversation continues with the answer
+of the first adapter. Ctrl-C stops an answer. Lines that come through a pipe are turns of one conversation."""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        self.file.write(show_controls(text, keep="\n\t"))
-        self.file.flush()
+
+def main(argv: Sequence[str]) -> int:
+    """Talk; return the exit code."""
+    parser = OptionParser("chat", _DESCRIPTION, _EPILOG)
+    add = parser.add_argument
+    add("--adapter", required=True, action="append", metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--base", metavar="NAME", help="the base, if it is no longer found under the name it was trained under")
+    add("--prompt", metavar="TEXT", help="answer this one message, and end")
+    add("--compare", action="store_true", help="let the base answer beside the adapters")
+    add("--system", metavar="TEXT", help="system prompt (default: the one that data.system gave in training)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="cut an answer there (default: 512)")
+    add("--seed", type=int, metavar="N", help="of sampling")
+    options = parser.parse_args(argv)
+    if options.top_p < 1 and not options.temperature:
+        parser.error("--top-p has no effect without --temperature")
+    Session(name_adapters(options.adapter), options).converse(options.prompt)
+    return 0
 
 
 class Session:
@@ -45,6 +62,10 @@ class Session:
     """
 
     def __init__(self, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:
+        import torch
+
+        from qlora_lightning.model.adapters.inject import ADAPTER
+
         sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
         self.first, first_source = next(iter(sources.items()))
         self.module = open_adapter(first_source)
@@ -119,8 +140,10 @@ class Session:
 
     def _answer(self, name: str, prompt: list[int]) -> str:
         """Continue a prompt until a stop token; Ctrl-C at a terminal keeps what was answered until then."""
+        from qlora_lightning.model.adapters.inject import with_adapter
+
         renderer = self.renderers[name]
-        stream = AnswerStream(renderer.tokenizer)
+        stream = _open_stream(renderer.tokenizer)
         if name != BASE:
             self.module.model.set_adapter(self.peft_names[name], inference_mode=True)
         limit = min(self.max_new_tokens, self.context - len(prompt))
@@ -133,8 +156,23 @@ class Session:
             if not self.is_typed:
                 raise  # which ends the command
             say("")
-            return stream.text
+            return str(stream.text)
         except ValueError as error:  # transformers rejects a setting
             raise UserError(str(error)) from error
         say("" if len(token_ids) < limit else f"\n({name} was cut after {limit} tokens: it had not stopped.)")
-        return stream.text
+        return str(stream.text)
+
+
+def _open_stream(tokenizer: Any) -> Any:
+    """Return a streamer that prints an answer word by word, without control tokens, and keeps it as ``text``."""
+    from transformers import TextStreamer
+
+    class AnswerStream(TextStreamer):  # type: ignore[misc]  # transformers ships no types
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            terminal().file.write(show_controls(text, keep="\n\t"))
+            terminal().file.flush()
+
+    return AnswerStream(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)

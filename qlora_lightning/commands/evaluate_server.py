@@ -12,14 +12,13 @@ import httpx
 
 from qlora_lightning.data.chat.render import answer_indices
 from qlora_lightning.data.rows.conversation import Chat
-from qlora_lightning.evaluation import BASE
+from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.evaluation.intervals import Interval, measure, plain_interval
-from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
+from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, OnAnswers, RowResult
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
-SERVED = "served"
 _MOST_BYTES = 16_000_000  # of an answer
 NOTHING = RowResult(math.nan, 0, 0)  # the losses of a server, which it does not report
 ServedAnswer = tuple[Answer, int | None]
@@ -199,10 +198,28 @@ def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "tool_calls": calls} if calls else fields
 
 
-# ---- verdict ---------------------------------------------------------------------------------------------------------
+def ask_server(
+    server: Server,
+    requests: Sequence[Mapping[str, Any]],
+    rows: Sequence[EvaluationRow],
+    settings: AnswerSettings | None,
+    on_answers: OnAnswers,
+) -> list[ServedAnswer]:
+    """Return the server's answers to the rows that have a prompt, in their order."""
+    if settings is None:
+        raise UserError("--server: no row has a prompt that it could answer.")
+    requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
+    prompted_rows = [row for row in rows if row.prompt is not None]
+    answers = server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
+    # a server may answer more than it was asked for, and scores of a long text take minutes
+    longest = settings.max_new_tokens * max(map(len, settings.tokenizer.get_vocab()))
+    return [(answer._replace(text=answer.text[:longest]), prompt_tokens) for answer, prompt_tokens in answers]
 
 
-def add_served(
+# ---- match -----------------------------------------------------------------------------------------------------------
+
+
+def score_served(
     answers: Sequence[ServedAnswer],
     rows: Sequence[EvaluationRow],
     settings: AnswerSettings,
@@ -219,7 +236,7 @@ def add_served(
         if prompt_tokens not in (None, n_tokens):
             mismatches.append({"row": row.place, "ours": n_tokens, "server": prompt_tokens})
     base, adapter, served = ([answer for n in indices if (answer := side[n].answer)] for side in results.values())
-    figures = compare_answers(base, adapter, served, settings.scores[0])
+    figures = decide(base, adapter, served, settings.scores[0])
     figures["sentence"] = describe(figures)
     if figures["verdict"] == "neither":
         n = next((n for n, answer in enumerate(served) if answer.text != adapter[n].text), 0)
@@ -238,9 +255,7 @@ def add_served(
     return figures
 
 
-def compare_answers(
-    base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], score: str
-) -> dict[str, Any]:
+def decide(base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], score: str) -> dict[str, Any]:
     """Decide whose answers a server gave: those of the adapter, of the base, or of neither; return the figures.
 
     They can be a side's if no score differs from its own beyond the interval; if they can be of both, more equal

@@ -1,42 +1,86 @@
-"""Plans a config: its model on the meta device, its batches, and the memory of a step, as figures and tables."""
+"""``qlora-lightning plan``: what a config trains, with its memory and steps, before anything is loaded."""
 
+from __future__ import annotations
+
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-import torch
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_lightning.commands.epoch import Epoch, count_devices, plan_epoch
+from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.commands.recipes import recipes_folder
-from qlora_lightning.commands.training import QLoRACLI
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices
-from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters
-from qlora_lightning.model.guards import check_trainer
-from qlora_lightning.model.load.machine import choose_compute_dtype, device_memory_gib
-from qlora_lightning.model.memory.fit import USABLE, find_fits, list_remedies, plan_step
-from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
-from qlora_lightning.model.step.packed import check_row_length
 from qlora_lightning.sources.folders import open_base, open_config
 from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
+from qlora_lightning.support.console import terminal
 from qlora_lightning.support.errors import UserError
 
+if TYPE_CHECKING:
+    from qlora_lightning.data.batches.epoch_plan import EpochPlan
+
+_DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
+
+The config is the one that `fit` takes, and so is every other option: --model.rank 16, --data.batch_size 4. No weight
+is read or fetched (a GGUF is unpacked once); the data are read if they are on this machine."""
+_EPILOG = """examples:
+  qlora-lightning plan --config configs/quickstart.yaml
+  qlora-lightning plan --config configs/llama-3.1-8b.yaml --device-memory 16GiB --json plan.json
+
+It says whether a step fits, with how many tokens at a time, and with or without gradient checkpointing; the exit code
+is 1 if it does not. GB are 10^9 bytes, GiB 2^30. The device is that of trainer.accelerator; `auto` means a GPU if there
+is one or if --device-memory is given. Of a CPU only what a step finds in memory is planned."""
 _CPU_PARTS = ("base", "scales", "vocabulary", "adapters", "gradients", "optimizer")  # `fit` measures all else
+_UNITS = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
-def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], peft.PeftModel]:
+def main(argv: Sequence[str]) -> int:
+    """Plan a config; return the exit code."""
+    parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
+    memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
+    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
+    add_json_option(parser)
+    options, fit_options = parser.parse_known_args(argv)
+    memory = None if options.device_memory is None else _read_size(options.device_memory)
+    with json_output(options) as output, quiet_lightning():
+        figures, model = _plan_run(fit_options, memory)
+        _print_plan(figures, model, terminal())
+        output.update(figures)
+        return 0 if figures["memory"]["fits"] else 1
+
+
+def _read_size(text: str) -> int:
+    """Read a number of bytes with a unit: ``16GiB``, ``24 GB``, ``81559 MiB``."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([mg]i?b)", text.strip().lower(), re.ASCII)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not size:
+        raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
+    return size
+
+
+def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], Any]:
     """Parse options of ``fit``, and plan that run, for a device with ``memory`` bytes if the user names them.
 
     Returns all figures, in bytes, as the JSON has them, and the model on the meta device.
     """
+    import_module("qlora_lightning.model")  # before the others: bitsandbytes comes before PEFT
+    import torch
+
+    from qlora_lightning.commands.fit import QLoRACLI
+    from qlora_lightning.model.activation_checkpointing import checkpointing_choices
+    from qlora_lightning.model.adapters.inject import count_parameters
+    from qlora_lightning.model.guards import check_trainer
+    from qlora_lightning.model.load.machine import choose_compute_dtype
+    from qlora_lightning.model.memory.fit import USABLE, find_fits, plan_step
+    from qlora_lightning.model.sharded import SHARDED_STRATEGIES, ShardedDDPStrategy
+    from qlora_lightning.model.step.packed import check_row_length
+
     run = QLoRACLI(arguments)
     module: Any = run.model
     data: Any = run.datamodule
@@ -112,6 +156,10 @@ def plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, An
 
 def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     """Choose the device to plan for; ``auto`` is CUDA if this machine has it, or if the user names its memory."""
+    import torch
+
+    from qlora_lightning.model.load.machine import device_memory_gib
+
     has_gpu = torch.cuda.is_available()
     is_cuda = has_gpu or memory is not None if accelerator == "auto" else accelerator != "cpu"
     if is_cuda and memory is None and not has_gpu:
@@ -120,6 +168,47 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     if memory is None:
         memory = int(device_memory_gib(torch.device(kind)) * GIB)
     return {"kind": kind, "memory": memory, "named": is_named}
+
+
+# ---- an epoch --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Size of an epoch of the training rows, and of the whole run."""
+
+    batches: int  # on each device
+    devices: int  # of all nodes, on which batches run side by side
+    tokens: int  # of all rows
+    steps: int  # optimizer steps per epoch
+    all_steps: int | None  # of the run; None if nothing ends it
+    all_tokens: int | None  # of the run, approximately
+
+
+def plan_epoch(plan: EpochPlan, trainer: Mapping[str, Any]) -> Epoch:
+    """Count epoch and run from a plan for one device, under the Trainer's settings with their defaults."""
+    from qlora_lightning.support.trainer import limit_batches, steps_of_run
+
+    devices = count_devices(trainer)
+    batches = limit_batches(len(replace(plan, world_size=devices)), trainer["limit_train_batches"])
+    steps = math.ceil(batches / trainer["accumulate_grad_batches"])
+    all_steps = steps_of_run(steps, trainer["max_epochs"], trainer["max_steps"])
+    batch_tokens = [int(plan.samples.lengths[batch.rows].sum()) for batch in plan.batches(0)]
+    step_tokens = batches * devices * sum(batch_tokens) / max(1, len(batch_tokens) * steps)  # on average
+    all_tokens = None if all_steps is None else round(all_steps * step_tokens)
+    return Epoch(batches, devices, sum(batch_tokens), steps, all_steps, all_tokens)
+
+
+def count_devices(trainer: Mapping[str, Any]) -> int:
+    """Count the devices of all nodes that ``trainer.devices`` asks for: a number, a list, or all of this machine."""
+    import torch
+
+    devices = str(trainer["devices"])
+    if devices in ("auto", "-1"):
+        count = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 1
+    else:
+        count = int(devices) if devices.isdigit() else len(re.findall(r"\d+", devices))  # "0,1," or [0, 1]
+    return max(1, count) * int(trainer["num_nodes"])
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -171,7 +260,7 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
+def _print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     """Print the figures of a plan and its model."""
     base, n_trainable = plan["base"], plan["adapters"]["parameters"]
     console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
@@ -200,6 +289,9 @@ def _memory_table(plan: Mapping[str, Any]) -> Table:
 
 
 def _describe_fit(plan: Mapping[str, Any]) -> Text:
+    from qlora_lightning.model.activation_checkpointing import Checkpointing
+    from qlora_lightning.model.memory.fit import list_remedies
+
     device, memory = plan["device"], plan["memory"]
     total = sum(memory["parts"].values())
     machine = "this machine" if not device["named"] else "a GPU" if device["kind"] == "cuda" else "a CPU"
@@ -235,6 +327,10 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
 
 def _model_table(model: Any) -> Table:
     """List the modules that carry an adapter, equal ones of several layers in one row."""
+    from peft.tuners.lora import LoraLayer
+
+    from qlora_lightning.model.adapters.inject import ADAPTER
+
     causal_lm = model.get_base_model()
     config, counts = causal_lm.config, Counter[tuple[str, ...]]()
     for name, module in causal_lm.named_modules():

@@ -1,0 +1,260 @@
+"""``qlora-lightning evaluate``: base against adapters on the same rows, by loss and by scored answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
+from qlora_lightning.commands.adapter import add_config, name_adapters
+from qlora_lightning.commands.config import find_configs
+from qlora_lightning.commands.options import (
+    OptionParser,
+    add_json_option,
+    check_output,
+    expand_path,
+    json_output,
+    quiet_lightning,
+)
+from qlora_lightning.evaluation import BASE, SERVED
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
+    EVALUATION,
+    PREDICTIONS,
+    UNFINISHED_PREDICTIONS,
+    append_json_lines,
+    format_json_lines,
+    set_aside,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from qlora_lightning.evaluation.comparison import Comparison
+    from qlora_lightning.evaluation.row_results import Answer, EvaluationRow
+
+_ONE_DEVICE = ("--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
+_QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false")
+_DESCRIPTION = """Evaluate a base and one or several adapters on the same rows: loss, perplexity, token accuracy, and
+greedy answers from the prompts alone, scored against the rows' own. With 95 % intervals and paired differences.
+
+The config is the one that `fit` takes, and so are its options: --data.test rows.jsonl, --data.system "…". Without
+--config it is that of the run folder around the adapter. Its section `evaluation:` and trainer.limit_val_batches apply
+as during `fit`: the same rows are evaluated, and 100 of them (evaluation.rows), evenly spaced, answered."""
+_EPILOG = """examples:
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
+  qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
+  qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
+
+With --server URL an inference server that speaks OpenAI's chat completions answers the same rows: as the adapter (exit
+code 0), as the base, or as neither (exit code 1). A key, if it needs one, is taken from OPENAI_API_KEY.
+
+Without --adapter it is the run folder's own. --out writes evaluation.json (all figures) and predictions.jsonl (a line
+per row, the hardest first) into a folder.
+
+Scores: exact_match; json_valid and json_f1 (fields) of JSON; numeric_match (GSM8K's `#### 18`, else the last number);
+rouge_l; chrf. Those that fit the expected answers are taken, unless --scores names some. stop_rate is the share of
+answers that end by themselves. A row is an answer's last turn, answered from all turns before it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate; return the exit code."""
+    parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, fit=True)
+    add = parser.add_argument
+    add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
+    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
+    add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
+    add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
+    add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
+    add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
+    add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
+    add("--general", dest="evaluation.general", metavar="FILE", help="other rows, whose loss tells what was forgotten")
+    add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
+    add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
+    add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
+    add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
+    add_json_option(parser)
+    options, fit_options = parser.parse_known_args(argv)
+    adapters = name_adapters(options.adapter)
+    if len(adapters) == 1 and "=" not in options.adapter[0]:
+        adapters = {"adapter": next(iter(adapters.values()))}
+    if options.server and len(adapters) > 1:
+        raise UserError("--server is compared with one adapter: pass one --adapter.", "adapter")
+    first_folder = next(iter(adapters.values()), None)
+    arguments = add_config(first_folder, fit_options)
+    for key, value in vars(options).items():  # --scores is --evaluation.scores, and so on
+        if key.startswith("evaluation.") and value is not None:
+            arguments += [f"--{key}", value]
+    if options.rows is not None:
+        arguments += ["--evaluation.rows", str(options.rows)]
+    if options.out and options.out.is_file():
+        raise UserError(f"--out {options.out} is a file: name a folder.")
+    for name in (EVALUATION, PREDICTIONS) if options.out else ():
+        check_output("--out", options.out / name, options.force)
+    with json_output(options) as figures:
+        if len(adapters) > 1 and not find_configs(fit_options):
+            say(f"Config, rows and limits are those of {first_folder}, the first adapter; --config FILE names others.")
+        figures |= _evaluate(adapters, arguments, options)
+        return int(SERVED in figures and figures[SERVED]["verdict"] != "adapter")
+
+
+def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate base and adapters on the same rows, and print the comparison; return all figures.
+
+    Without ``adapters``, which are folders by name, it is the run folder's own.
+    """
+    from qlora_lightning.callbacks import Evaluation
+    from qlora_lightning.callbacks.run_folder import warn_of_other_data
+    from qlora_lightning.commands.evaluate_server import Server, ask_server, make_requests, score_served
+    from qlora_lightning.commands.fit import QLoRACLI
+    from qlora_lightning.evaluation.comparison import Comparison
+    from qlora_lightning.evaluation.row_results import evaluate_sides, keep_prompts
+    from qlora_lightning.support.trainer import find_callback
+
+    server = None
+    if options.server is not None:
+        server = Server(options.server, options.served_name, options.timeout, options.parallel)
+    with quiet_lightning():
+        run = QLoRACLI([*arguments, *_ONE_DEVICE, *_QUIET], "validate")
+        if run.config["ckpt_path"] is not None or run.names_adapter:
+            raise UserError(
+                "evaluate takes adapter folders, by --adapter DIR, not --ckpt_path or --model.adapter.", "adapter"
+            )
+        trainer: Any = run.trainer
+        module: Any = run.model
+        data: Any = run.datamodule
+        adapters = adapters or {"adapter": Path(trainer.default_root_dir) / ADAPTER_FOLDER}
+        evaluation: Any = find_callback(trainer, Evaluation)
+        trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
+        data.setup("validate" if options.split == "val" else "test")
+        evaluation.read_general(data)
+        batches, rows = _select_rows(trainer, data, options.split, options.rows)
+        report = data.reports.get(options.split)
+        if report is not None and (report.shortened or report.overlap):
+            say(report.describe())
+        if data.files["train"] is not None and "train" not in data.samples:
+            say("The rows are not compared with those of the training, which were not read: missing or remote.")
+        for name, folder in adapters.items():
+            warn_of_other_data(name, folder, data)
+        answered_rows = keep_prompts(rows, evaluation.rows)
+        requests = [] if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
+        settings = evaluation.choose_settings(trainer, answered_rows)
+        unfinished_file = options.out and options.out / UNFINISHED_PREDICTIONS
+        if unfinished_file:
+            set_aside(unfinished_file)
+        on_answers = partial(_append_answers, unfinished_file)
+        # before the base: it may fail
+        served = [] if server is None else ask_server(server, requests, answered_rows, settings, on_answers)
+        peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
+        results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
+        results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
+        general = evaluation.evaluate_general(module, peft_names, show=True)
+        match = None
+        if server is not None and settings is not None:
+            match = score_served(served, answered_rows, settings, results)
+            if general is not None:
+                general[SERVED] = [(0.0, 0.0)] * len(general[BASE])
+        comparison = Comparison(rows, results, settings, general)
+        return _report(comparison, adapters, options, evaluation.samples, match)
+
+
+def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
+    """Load the base with the first adapter and add the others; return PEFT's names of all."""
+    from qlora_lightning.model.adapters.inject import ADAPTER
+
+    first_folder, *other_folders = adapters.values()
+    module.adapter = str(first_folder)
+    if not module.overrides("build_model"):  # an override may need them
+        module.adapter_options = {}  # rank and targets are those of the folders, whatever the config trains
+    module.configure_model()
+    module.to(module.trainer.strategy.root_device)
+    peft_names = [ADAPTER]
+    for number, folder in enumerate(other_folders, start=1):  # PEFT does not take every name of a user
+        peft_names.append(f"adapter_{number}")
+        module.add_adapter(peft_names[-1], folder)
+    return peft_names
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tuple[list[Any], list[EvaluationRow]]:
+    """Return batches of a split and their rows, each with its place and source.
+
+    These are the first ``n_rows``, else those within the Trainer's limit of batches.
+    """
+    from qlora_lightning.evaluation.row_results import take_batches, unpack_rows
+
+    batches, rows = [], list[Any]()
+    loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
+    for batch in take_batches(loader, limit) if n_rows is None else loader:
+        batches.append(batch)
+        rows += unpack_rows(batch)
+        if n_rows is not None and len(rows) >= n_rows:
+            break
+    rows = rows[:n_rows]
+    if not rows:
+        raise UserError(
+            f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
+        )
+    samples, sources = data.samples.get(split), data.sample_sources.get(split)
+    places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
+    for row in rows:
+        row.place = places.get(row.number, f"row {row.number}")
+        row.source = sources[int(row.source)].path if sources else row.source
+    return batches, rows
+
+
+def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
+    """Append answers, as they come, to the file of the results, if there is one."""
+    if file is not None:
+        pairs = zip(rows, answers, strict=True)
+        lines = [{"row": row.number, "place": row.place, "side": side, **answer._asdict()} for row, answer in pairs]
+        append_json_lines(file, lines)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    comparison: Comparison,
+    adapters: Mapping[str, Path],
+    options: argparse.Namespace,
+    samples: int,
+    match: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Print the tables, write the files that were asked for, and return all figures."""
+    rows, out = "validation rows" if options.split == "val" else "test rows", options.out
+    comparison.print(rows)
+    sources = comparison.by_source()
+    if len(sources) > 1:
+        for name, source in sources.items():
+            source.print_metrics(f"{rows} of {name}")
+    hardest = comparison.hardest_first()
+    wrong = [index for index in hardest if comparison.is_wrong(index)][:samples]
+    if wrong:
+        say(f"The hardest rows for {comparison.adapters[0]}:")
+    comparison.print_rows(wrong)
+    if match is not None:
+        say(match["sentence"])
+    summary = comparison.summary(samples)
+    summary |= {
+        "split": options.split,
+        "adapters": {name: str(folder) for name, folder in adapters.items()},
+        "hardest": [comparison.rows[index].number for index in hardest],
+        "sources": {name: source.figures() for name, source in sources.items()},
+        **({} if match is None else {SERVED: match}),
+    }
+    if out is not None:
+        figures, predictions = out / EVALUATION, out / PREDICTIONS
+        write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
+        write_whole(figures, summary)
+        set_aside(out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
+        say(f"Written: {figures}, {predictions}")
+    return summary

@@ -1,1 +1,0 @@
-"""``qlora-lightning evaluate``."""

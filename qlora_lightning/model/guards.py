@@ -39,14 +39,14 @@ from qlora_lightning.support.trainer import (
     trainer_of,
 )
 
+if TYPE_CHECKING:
+    from qlora_lightning.model.module import QLoRAModule
+
 _REJECTED_CALLBACKS: tuple[tuple[tuple[type[Callback], ...], str], ...] = (
     ((StochasticWeightAveraging, WeightAveraging), "averages the whole model, a frozen base's packed bytes too"),
     ((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
     ((GradientAccumulationScheduler,), "changes how many steps an epoch has: the learning rate would fall too late"),
 )
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
@@ -62,7 +62,8 @@ def check_setup(module: "QLoRAModule") -> None:
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(
             f"{type(module).__name__} cannot train on {type(data).__name__}: preferences take "
-            "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data."
+            "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data.",
+            "data.class_path",
         )
 
 
@@ -75,24 +76,28 @@ def check_start(module: "QLoRAModule") -> None:
         if "training_step" in vars(module):
             raise UserError(
                 f"training_step of this {type(module).__name__} was replaced, as torch.compile(module) does: pass the "
-                "module itself. What gains from compiling is compiled on a GPU anyway."
+                "module itself. What gains from compiling is compiled on a GPU anyway.",
+                "module.training_step",
             )
-        if module.overrides("training_step"):
-            raise UserError(
-                f"{type(module).__name__} overrides training_step, which computes the gradients itself: a loss that it "
-                "returns would change nothing. Override compute_loss, or use a callback."
-            )
+        for name in ("training_step", "backward"):
+            if module.overrides(name):
+                raise UserError(
+                    f"{type(module).__name__} overrides {name}: training_step computes the gradients itself, and the "
+                    "override would change nothing. Override compute_loss, or use a callback.",
+                    f"module.{name}",
+                )
         for callback in callbacks_of(trainer):
             for kinds, reason in _REJECTED_CALLBACKS:
                 if isinstance(callback, kinds):
-                    raise UserError(f"{type(callback).__name__} {reason}: leave it out of trainer.callbacks.")
+                    raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
-            raise RuntimeError(
+            raise UserError(
                 "The callbacks that watch over a run and resume it are missing: return "
-                "`[*super().configure_callbacks(), …]` from `configure_callbacks`."
+                "`[*super().configure_callbacks(), …]` from `configure_callbacks`.",
+                "module.configure_callbacks",
             )
     if trainer.strategy.root_device.type == "mps":
-        raise UserError("Apple's GPU (MPS) has no float64, which sums take: set trainer.accelerator to cpu.")
+        raise UserError("trainer.accelerator is mps, and Apple's GPU has no float64, which sums take: set cpu.", "trainer.accelerator")
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
 
 
@@ -101,16 +106,19 @@ def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -
     if precision != "32-true":
         raise UserError(
             f"trainer.precision is {precision}: leave it at 32-true, that of the adapters, which in 16 bits would lose "
-            "small updates. All products are computed in model.compute_dtype anyway."
+            "small updates. All products are computed in model.compute_dtype anyway.",
+            "trainer.precision",
         )
     class_names = " ".join(kind.__name__ for kind in strategy.__mro__)
     if any(name in class_names for name in ("FSDP", "DeepSpeed", "ModelParallel")):
         raise UserError(
             f"trainer.strategy is {strategy.__name__}, which shards parameters: of a quantized base that is silently "
-            "wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no device can hold."
+            "wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no device can hold.",
+            "trainer.strategy",
         )
     if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
-        raise UserError("trainer.strategy ddp_sharded is untested with model.quantization int8: set nf4, or use `ddp`.")
+        message = "trainer.strategy ddp_sharded is untested with model.quantization int8: set nf4, or use `ddp`."
+        raise UserError(message, "model.quantization")
 
 
 # ---- in a step -------------------------------------------------------------------------------------------------------
@@ -120,9 +128,10 @@ def check_training_mode(model: nn.Module) -> None:
     """Reject a model in evaluation mode, in which generation may have left it."""
     in_eval = [name for name, module in model.named_modules() if not module.training]
     if in_eval:
-        raise RuntimeError(
+        raise UserError(
             f"The model is in evaluation mode in a training step ({len(in_eval)} modules, as {in_eval[0] or 'all'}), "
-            "without dropout and activation checkpointing: call `model.train()` after `model.eval()` or `generate`."
+            "without dropout and activation checkpointing: call `model.train()` after `model.eval()` or `generate`.",
+            "model.training",
         )
 
 
@@ -145,9 +154,10 @@ def find_zero_gradients(
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     without_group = [name for name, parameter in trainable.items() if id(parameter) not in optimized]
     if without_group:
-        raise RuntimeError(
+        raise UserError(
             f"{len(without_group)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
-            f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them."
+            f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them.",
+            "module.parameter_groups",
         )
     reject_without_gradient([name for name, parameter in trainable.items() if parameter.grad is None], len(trainable))
     zeros, all_checked = set[str](), True
@@ -163,10 +173,11 @@ def find_zero_gradients(
 def reject_without_gradient(names: Collection[str], n_trainable: int) -> None:
     """Reject trainable tensors, by name, that get no gradient."""
     if names:
-        raise RuntimeError(
+        raise UserError(
             f"{len(names)} of {n_trainable} trainable tensors get no gradient, as {', '.join(sorted(names)[:3])}: they "
             "would never learn. A frozen layer passes no gradient, compute_loss does not use them, or training has "
-            "diverged (lower model.learning_rate)."
+            "diverged (lower model.learning_rate).",
+            "gradient.missing",
         )
 
 
@@ -226,9 +237,10 @@ class TrainingGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if cast("QLoRAModule", pl_module).window.batches:
-            raise RuntimeError(
+            raise UserError(
                 f"{type(pl_module).__name__} overrides `optimizer_step` without `super().optimizer_step(…)`, which "
-                "divides the gradients of a sum by its labelled tokens."
+                "divides the gradients of a sum by its labelled tokens.",
+                "module.optimizer_step",
             )
 
     def _stop(self, pl_module: "QLoRAModule", optimizer: torch.optim.Optimizer, quantity: str) -> None:
@@ -240,7 +252,8 @@ class TrainingGuard(Callback):
         dtype_advice = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
         raise Diverged(
             f"The {quantity} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{last_loss}"
-            f" Rows of the step: {rows}. {dtype_advice}Look at these rows, or lower model.learning_rate."
+            f" Rows of the step: {rows}. {dtype_advice}Look at these rows, or lower model.learning_rate.",
+            f"{quantity}.not_finite",
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -254,7 +267,8 @@ class TrainingGuard(Callback):
         if find_callback(trainer, LearningRateFinder) is not None:  # the one of Tuner.lr_find has ended by now
             raise UserError(
                 "LearningRateFinder in trainer.callbacks would give its rate to the first step alone: call Lightning's "
-                "Tuner(trainer).lr_find, and set model.learning_rate to what it finds."
+                "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
+                "trainer.callbacks",
             )
         check_row_length(module.causal_lm.config, getattr(datamodule_of(trainer), "max_length", 0))
         module.token_budget.start(module.causal_lm)
@@ -262,7 +276,6 @@ class TrainingGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due = True
-        cast("QLoRAModule", pl_module).choose_layers()  # callbacks may have hooked parts
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
             # may have different numbers, and sorts its buckets again after the first, so that a resume would round
@@ -291,5 +304,6 @@ class TrainingGuard(Callback):
             hint = ": `--ckpt_path last` is from before" if has_saved else ""
             raise Diverged(  # before callbacks that write checkpoints, which come last
                 f"The validation at step {trainer.global_step} gave a val_loss of {float(loss)}. Nothing of it is "
-                f"saved{hint}. Lower model.learning_rate, or look at the validation rows."
+                f"saved{hint}. Lower model.learning_rate, or look at the validation rows.",
+                "val_loss.not_finite",
             )

@@ -1,6 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
+from qlora_lightning.support.errors import UserError
 
 # Sums of a validation that are not logged of a split; that of the rows of preferences is the evaluation's.
 _NOT_LOGGED = {"train": {"token_accuracy", "likelier"}, "val": {"likelier"}, "test": {"likelier"}}
@@ -347,9 +349,20 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Divide the gradients of the sum as soon as they are complete, before any ``on_before_optimizer_step``."""
+        """Divide the gradients of the sum as soon as they are complete, before any ``on_before_optimizer_step``.
+
+        Raises:
+            UserError: The optimizer needs the loss of its step several times, and that is of several batches.
+        """
+        calls = itertools.count()
 
         def closure() -> Any:
+            if next(calls) and self.trainer.accumulate_grad_batches > 1:
+                raise UserError(
+                    f"{type(optimizer).__name__} computes the loss several times a step: set "
+                    "trainer.accumulate_grad_batches to 1, or choose another model.optimizer.",
+                    "model.optimizer",
+                )
             loss = None if optimizer_closure is None else optimizer_closure()
             self._finish_window(optimizer)
             return loss

@@ -66,12 +66,17 @@ def planned_steps(trainer: Any) -> int | None:
     Lightning's ``estimated_stepping_batches`` loads the data loader early: a stateful loader then loses its position
     on resume.
     """
-    count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
-    if count_batches is None:
+    batches = batches_of_epoch(trainer)
+    if batches is None:
         steps = trainer.estimated_stepping_batches
         return int(steps) if 0 <= steps < math.inf else None
-    batches = limit_batches(count_batches(), trainer.limit_train_batches)
     return steps_of_run(math.ceil(batches / trainer.accumulate_grad_batches), trainer.max_epochs, trainer.max_steps)
+
+
+def batches_of_epoch(trainer: Any) -> int | None:
+    """Count the batches of an epoch on one rank, without a loader; ``None`` if the data module does not know them."""
+    count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
+    return None if count_batches is None else limit_batches(count_batches(), trainer.limit_train_batches)
 
 
 def limit_batches(batches: int, limit: int | float | None) -> int:

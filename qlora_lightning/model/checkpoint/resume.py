@@ -14,7 +14,7 @@ from qlora_lightning.model.adapters.identity import data_differences, identity_o
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
 from qlora_lightning.support.errors import UserError, describe_error
 from qlora_lightning.support.files import FORMAT_VERSION
-from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once
+from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -74,6 +74,7 @@ class ExactResume(Callback):
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _check_validations(trainer)
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
             _check_optimizers(trainer, self._checkpoint)
             self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -178,6 +179,19 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
             f"The data are not those of the checkpoint: other {' and other '.join(changed.values())}. Put them back as "
             "they were, or pass `--data.accept_changed_data true` (in Python an attribute of the data module): with "
             "other validation samples the ranking of the best adapter starts over."
+        )
+
+
+def _check_validations(trainer: Trainer) -> None:
+    """Reject an interval in batches of which an epoch has fewer."""
+    interval, batches = trainer.val_check_interval, batches_of_epoch(trainer)
+    if not trainer.limit_val_batches or trainer.check_val_every_n_epoch is None or batches is None:
+        return
+    if isinstance(interval, int) and interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval is {interval:,} batches, and an epoch has {batches:,}: set a smaller number, a "
+            "share such as 0.5, or trainer.check_val_every_n_epoch to null, which counts across epochs.",
+            "trainer.val_check_interval",
         )
 
 

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 import jsonargparse
@@ -219,12 +218,8 @@ class QLoRACLI(LightningCLI):
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
-        except Exception as error:
-            frames = extract_tb(error.__traceback__)
-            is_setting = isinstance(error, ValueError | MisconfigurationException)
-            if is_setting and "/lightning/pytorch/" in frames[-1].filename:  # it rejects a setting
-                raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-            raise
+        except MisconfigurationException as error:  # Lightning rejects a setting
+            raise UserError(f"trainer: {' '.join(str(error).split())}", "trainer") from error
 
     @property
     def names_adapter(self) -> bool:

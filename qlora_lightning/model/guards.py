@@ -97,7 +97,10 @@ def check_start(module: "QLoRAModule") -> None:
                 "module.configure_callbacks",
             )
     if trainer.strategy.root_device.type == "mps":
-        raise UserError("trainer.accelerator is mps, and Apple's GPU has no float64, which sums take: set cpu.", "trainer.accelerator")
+        raise UserError(
+            "trainer.accelerator is mps, and Apple's GPU has no float64, which sums take: set cpu.",
+            "trainer.accelerator",
+        )
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
 
 

@@ -48,24 +48,6 @@ def test_every_quantization_trains_every_adapter_and_no_bit_of_the_base_and_is_j
     assert trainer.callback_metrics["val_loss"] == loss.float()
 
 
-class ForgetsToDivide(QLoRAModule):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.step(closure=optimizer_closure)  # as Lightning's documentation has it, without super()
-
-
-class LeavesEvaluationMode(QLoRAModule):
-    def on_train_start(self):
-        self.model.eval()
-
-
-@pytest.mark.parametrize(
-    ("cls", "sentence"), [(ForgetsToDivide, "without `super"), (LeavesEvaluationMode, "evaluation mode")]
-)
-def test_what_would_train_wrongly_is_stopped(tiny_base, rows_file, tmp_path, cls, sentence):
-    with pytest.raises(RuntimeError, match=sentence):
-        fit(cls(str(tiny_base), warmup_ratio=0.0), tmp_path, rows_file, max_steps=1)
-
-
 class Clips(Callback):
     """Clips to a norm of 0.1, and notes the norm before."""
 

@@ -184,13 +184,14 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
 
 def _check_validations(trainer: Trainer) -> None:
     """Reject an interval in batches of which an epoch has fewer."""
-    interval, batches = trainer.val_check_interval, batches_of_epoch(trainer)
+    interval = getattr(trainer, "val_check_interval", None)  # not there if it is in minutes
+    batches = batches_of_epoch(trainer)
     if not trainer.limit_val_batches or trainer.check_val_every_n_epoch is None or batches is None:
         return
     if isinstance(interval, int) and interval > batches:
         raise UserError(
-            f"trainer.val_check_interval is {interval:,} batches, and an epoch has {batches:,}: set a smaller number, a "
-            "share such as 0.5, or trainer.check_val_every_n_epoch to null, which counts across epochs.",
+            f"trainer.val_check_interval is {interval:,} batches, and an epoch has {batches:,}: set a smaller number, "
+            "a share such as 0.5, or trainer.check_val_every_n_epoch to null, which counts across epochs.",
             "trainer.val_check_interval",
         )
 

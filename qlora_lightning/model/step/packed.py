@@ -164,7 +164,8 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
     if missing := [name for name in (*_PER_TOKEN, "cu_seqlens") if name not in batch]:
         raise UserError(
             f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one packed stream "
-            "of samples without padding, as InstructionDataModule makes it, or an own compute_loss."
+            "of samples without padding, as InstructionDataModule makes it, or an own compute_loss.",
+            "data.batch",
         )
     token_ids = batch["input_ids"][0]
     position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
@@ -175,7 +176,8 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
     raise UserError(
         f"A token{f' of {locate(row_ids)}' if row_ids else ''} has the id {int(token_ids[position]):,}, and the base "
         f"has embeddings only for ids below {vocabulary:,}: the tokenizer has tokens that the base lacks, such as a "
-        "stop token. Use the base's own tokenizer, or a base whose embedding was resized for this one."
+        "stop token. Use the base's own tokenizer, or a base whose embedding was resized for this one.",
+        "data.tokenizer",
     )
 
 
@@ -195,12 +197,14 @@ def check_row_length(config: Any, longest: int) -> None:
     if not rope and n_positions is not None and longest > n_positions:  # a table of positions
         raise UserError(
             f"A {config.model_type} has positions for {n_positions:,} tokens, and rows here may have "
-            f"{longest:,}. Set data.max_length to {n_positions} or less."
+            f"{longest:,}. Set data.max_length to {n_positions} or less.",
+            "data.max_length",
         )
     if getattr(config, "attn_logit_softcapping", None) is not None and longest > _MAX_SOFTCAP_LENGTH:
         raise UserError(
             f"A {config.model_type} caps its scores, and each layer holds tokens × tokens of them: rows here may have "
-            f"{longest:,} tokens. Set data.max_length to {_MAX_SOFTCAP_LENGTH} or less."
+            f"{longest:,} tokens. Set data.max_length to {_MAX_SOFTCAP_LENGTH} or less.",
+            "data.max_length",
         )
     for parameters in (rope, *rope.values()):  # some have parameters for each type of layer
         rope_type = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
@@ -211,5 +215,6 @@ def check_row_length(config: Any, longest: int) -> None:
             raise UserError(
                 f"This base scales its rotary embedding ({rope_type}) by the longest row of a batch if that has more "
                 f"than {limit:,} tokens, and rows here may have {longest:,}: the same row would be trained differently "
-                f"in each batch. Set data.max_length to {limit} or less."
+                f"in each batch. Set data.max_length to {limit} or less.",
+                "data.max_length",
             )

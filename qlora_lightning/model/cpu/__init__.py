@@ -1,1 +1,1 @@
-"""Attention and SwiGLU in C++ for a CPU."""
+"""Attention in C++ for a CPU."""

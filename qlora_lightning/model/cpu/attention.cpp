@@ -191,30 +191,28 @@ std::vector<SampleHead> list_items(const int32_t *cu_q, const int32_t *cu_k, int
     return items;
 }
 
-// Memory of a thread, kept from call to call, and handed out piece by piece; it is not there if memory has run out.
-class Arena {
+// Memory of a thread, handed out array by array; without it, `is_allocated` is false.
+class Memory {
    public:
-    explicit Arena(int64_t words) {
-        thread_local std::unique_ptr<uint32_t[]> kept;
-        thread_local int64_t size = 0;
-        if (size < words + KEY_BLOCK) {
-            kept.reset(new (std::nothrow) uint32_t[words + KEY_BLOCK]);
-            size = kept ? words + KEY_BLOCK : 0;
-        }
-        const uintptr_t start = reinterpret_cast<uintptr_t>(kept.get());
+    explicit Memory(int64_t words) : words_(new (std::nothrow) uint32_t[words + KEY_BLOCK]) { reset(); }
+
+    bool is_allocated() const { return words_ != nullptr; }
+
+    // Hand all of it out again, to the next item.
+    void reset() {
+        const uintptr_t start = reinterpret_cast<uintptr_t>(words_.get());
         next_ = reinterpret_cast<uint32_t *>((start + 63) / 64 * 64);  // a cache line has 64 bytes
     }
 
-    bool is_there() const { return next_; }
-
     template <class Number>
-    Number *alloc(int64_t count) {
-        Number *piece = reinterpret_cast<Number *>(next_);
+    Number *array(int64_t count) {
+        Number *numbers = reinterpret_cast<Number *>(next_);
         next_ += round_up(count * sizeof(Number) / sizeof(uint32_t), KEY_BLOCK);
-        return piece;
+        return numbers;
     }
 
    private:
+    std::unique_ptr<uint32_t[]> words_;
     uint32_t *next_;
 };
 
@@ -266,41 +264,44 @@ template <class T>
 bool attend(const T *query, const T *key, const T *value, const int32_t *cu_q, const int32_t *cu_k, int64_t count,
             int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, T *attn_out, float *lse) {
     const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
-    const int64_t head_words = head_dim / PAIR<T>;
+    const int64_t head_words = head_dim / PAIR<T>, longest = items.front().padded();
     std::atomic<bool> done{true};
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < items.size(); each++) {
+#pragma omp parallel
+    {
         const Tiles<T> tiles;
-        const SampleHead &item = items[each];
-        const int64_t padded = item.padded();
-        Arena arena(2 * padded * head_words + ROWS<T> * (2 * padded + 2 * head_dim));
-        if (!arena.is_there()) {
-            done = false;
-            continue;
-        }
-        auto *k_columns = arena.alloc<uint32_t>(padded * head_words);  // (head_words, padded)
-        auto *v_rows = arena.alloc<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
-        auto *copy = arena.alloc<uint32_t>(ROWS<T> * head_words);
-        auto *scores = arena.alloc<float>(ROWS<T> * padded), *sums = arena.alloc<float>(ROWS<T> * head_dim);
-        auto *probs = arena.alloc<T>(ROWS<T> * padded);
-        item.keys(key).pack_columns(k_columns, padded);
-        item.keys(value).pack_rows(v_rows, padded);
-        for (int64_t token = item.first; token < item.length; token += ROWS<T>) {
-            const int64_t rows = std::min(ROWS<T>, item.length - token), end = round_up(token + rows, KEY_BLOCK);
-            for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) {
-                const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copy);
-                multiply<T>(q_strip, ROWS<T>, k_columns, padded, head_words, end, scores, padded);
-                float sum[ROWS<T>];
-                for (int64_t row = 0; row < rows; row++) {
-                    float largest;
-                    softmax_row(scores + row * padded, scale, token + row + 1, end, probs + row * padded, sum[row],
-                                largest);
-                    lse[item.row(token + row, group_head)] = largest + std::log(sum[row]);
+        Memory memory(2 * longest * head_words + ROWS<T> * (2 * longest + 2 * head_dim));
+        if (!memory.is_allocated()) done = false;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < items.size(); i++) {
+            if (!done) continue;
+            const SampleHead &item = items[i];
+            const int64_t padded = item.padded();
+            memory.reset();
+            auto *k_columns = memory.array<uint32_t>(padded * head_words);  // (head_words, padded)
+            auto *v_rows = memory.array<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
+            auto *copy = memory.array<uint32_t>(ROWS<T> * head_words);
+            auto *scores = memory.array<float>(ROWS<T> * padded), *sums = memory.array<float>(ROWS<T> * head_dim);
+            auto *probs = memory.array<T>(ROWS<T> * padded);
+            item.keys(key).pack_columns(k_columns, padded);
+            item.keys(value).pack_rows(v_rows, padded);
+            for (int64_t token = item.first; token < item.length; token += ROWS<T>) {
+                const int64_t rows = std::min(ROWS<T>, item.length - token), end = round_up(token + rows, KEY_BLOCK);
+                for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) {
+                    const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copy);
+                    multiply<T>(q_strip, ROWS<T>, k_columns, padded, head_words, end, scores, padded);
+                    float sum[ROWS<T>];
+                    for (int64_t row = 0; row < rows; row++) {
+                        float largest;
+                        softmax_row(scores + row * padded, scale, token + row + 1, end, probs + row * padded, sum[row],
+                                    largest);
+                        lse[item.row(token + row, group_head)] = largest + std::log(sum[row]);
+                    }
+                    multiply<T>(left_of(probs, padded), ROWS<T>, v_rows, head_dim, end / PAIR<T>, head_dim, sums,
+                                head_dim);
+                    for (int64_t row = 0; row < rows; row++)
+                        write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
+                                  attn_out + item.row(token + row, group_head) * head_dim);
                 }
-                multiply<T>(left_of(probs, padded), ROWS<T>, v_rows, head_dim, end / PAIR<T>, head_dim, sums, head_dim);
-                for (int64_t row = 0; row < rows; row++)
-                    write_row(sums + row * head_dim, 1.0f / sum[row], head_dim,
-                              attn_out + item.row(token + row, group_head) * head_dim);
             }
         }
     }
@@ -323,101 +324,84 @@ void softmax_backward_row(float *scores, float scale, const float *grad_probs, i
     for (int64_t i = 0; i < end; i += LANES) store(load(scores + i) * (load(grad_probs + i) - mean), grad_scores + i);
 }
 
-// Backward of one item.
+// Pack a strip's rows into the tile's, with zeros behind `end`.
 template <class T>
-struct Backward {
-    const SampleHead &item;
-    const T *query, *grad;  // grad: of attn_out
-    const float *lse;
-    float scale;
-    int64_t head_dim, head_words, padded;
-    uint32_t *k_columns, *v_columns;                // (head_words, padded)
-    uint32_t *k_rows;                               // (padded / PAIR, head_dim)
-    float *grad_k, *grad_v;                         // (head_dim, padded)
-    uint32_t *tile_probs, *tile_grad_scores;        // (TILE / PAIR, padded)
-    uint32_t *tile_q, *tile_grad;                   // (head_dim, TILE / PAIR)
-    uint32_t *copies;                               // of strips that are not full: (2, ROWS<T>, head_words)
-    float *scores, *grad_probs;                     // of a strip: (ROWS<T>, padded)
-    float *grad_q;                                  // of a strip: (ROWS<T>, head_dim)
-    T *probs, *grad_scores;                         // of a strip: (ROWS<T>, padded)
-
-    Backward(const SampleHead &item, const T *query, const T *key, const T *value, const T *grad, const float *lse,
-             float scale, Arena &arena)
-        : item(item), query(query), grad(grad), lse(lse), scale(scale), head_dim(item.shape.head_dim),
-          head_words(head_dim / PAIR<T>), padded(item.padded()) {
-        k_columns = arena.alloc<uint32_t>(padded * head_words), v_columns = arena.alloc<uint32_t>(padded * head_words);
-        k_rows = arena.alloc<uint32_t>(padded * head_words);
-        grad_k = arena.alloc<float>(padded * head_dim), grad_v = arena.alloc<float>(padded * head_dim);
-        tile_probs = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
-        tile_grad_scores = arena.alloc<uint32_t>(TILE / PAIR<T> * padded);
-        tile_q = arena.alloc<uint32_t>(TILE * head_words), tile_grad = arena.alloc<uint32_t>(TILE * head_words);
-        copies = arena.alloc<uint32_t>(2 * ROWS<T> * head_words);
-        scores = arena.alloc<float>(ROWS<T> * padded), grad_probs = arena.alloc<float>(ROWS<T> * padded);
-        grad_q = arena.alloc<float>(ROWS<T> * head_dim);
-        probs = arena.alloc<T>(ROWS<T> * padded), grad_scores = arena.alloc<T>(ROWS<T> * padded);
-        item.keys(key).pack_columns(k_columns, padded);
-        item.keys(value).pack_columns(v_columns, padded);
-        item.keys(key).pack_rows(k_rows, padded);
-        std::fill(grad_k, grad_k + padded * head_dim, 0.0f);
-        std::fill(grad_v, grad_v + padded * head_dim, 0.0f);
-    }
-
-    // How much memory that takes, in words.
-    static int64_t words(const SampleHead &item) {
-        const int64_t head_dim = item.shape.head_dim, padded = item.padded();
-        return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS<T> * (4 * padded + 3 * head_dim);
-    }
-
-    void run(T *to_grad_q, T *to_grad_k, T *to_grad_v) {
-        for (int64_t start = item.first; start < item.length; start += TILE)
-            for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) do_tile(start, group_head, to_grad_q);
-        for (int64_t token = 0; token < item.length; token++) {
-            const int64_t at = ((item.start + token) * item.shape.kv_heads + item.kv_head) * head_dim;
-            write_column(grad_k + token, padded, scale, head_dim, to_grad_k + at);
-            write_column(grad_v + token, padded, 1.0f, head_dim, to_grad_v + at);
-        }
-    }
-
-   private:
-    void do_tile(int64_t start, int64_t group_head, T *to_grad_q) {
-        const int64_t tile = std::min(TILE, item.length - start), end = round_up(start + tile, KEY_BLOCK);
-        const int64_t rows = round_up(tile, ROWS<T>), depth = rows / PAIR<T>;
-        item.queries(query, group_head).pack_transposed(tile_q, start, rows);
-        item.queries(grad, group_head).pack_transposed(tile_grad, start, rows);
-        for (int64_t first = 0; first < tile; first += ROWS<T>)
-            do_strip(start + first, std::min(ROWS<T>, tile - first), first, end, group_head, to_grad_q);
-        multiply<T>({tile_q, depth}, head_dim, tile_grad_scores, padded, depth, end, grad_k, padded, true);
-        multiply<T>({tile_grad, depth}, head_dim, tile_probs, padded, depth, end, grad_v, padded, true);
-    }
-
-    void do_strip(int64_t token, int64_t rows, int64_t first, int64_t tile_end, int64_t group_head, T *to_grad_q) {
-        const int64_t end = round_up(token + rows, KEY_BLOCK);
-        const LeftOperand q_strip = item.queries(query, group_head).strip(token, rows, copies);
-        const LeftOperand grad_strip = item.queries(grad, group_head).strip(token, rows, copies + ROWS<T> * head_words);
-        multiply<T>(q_strip, ROWS<T>, k_columns, padded, head_words, end, scores, padded);
-        multiply<T>(grad_strip, ROWS<T>, v_columns, padded, head_words, end, grad_probs, padded);
-        for (int64_t row = 0; row < ROWS<T>; row++) {  // those behind the end see nothing
-            const int64_t visible = row < rows ? token + row + 1 : 0;
-            const int64_t at = item.row(token + std::min(row, rows - 1), group_head);
-            softmax_backward_row(scores + row * padded, scale, grad_probs + row * padded, visible, end, lse[at],
-                          probs + row * padded, grad_scores + row * padded);
-        }
-        for (int64_t row = 0; row < ROWS<T>; row += PAIR<T>) {
-            const int64_t tile_row = (first + row) / PAIR<T> * padded;
-            keep_pair(probs + row * padded, tile_probs + tile_row, end, tile_end);
-            keep_pair(grad_scores + row * padded, tile_grad_scores + tile_row, end, tile_end);
-        }
-        multiply<T>(left_of(grad_scores, padded), ROWS<T>, k_rows, head_dim, end / PAIR<T>, head_dim, grad_q,
-                    head_dim);
-        for (int64_t row = 0; row < rows; row++)
-            write_row(grad_q + row * head_dim, scale, head_dim, to_grad_q + item.row(token + row, group_head) * head_dim);
-    }
-
-    void keep_pair(const T *rows, uint32_t *to, int64_t end, int64_t tile_end) {
-        pack(rows, rows + (PAIR<T> - 1) * padded, to, end);
+void pack_strip(const T *rows, int64_t stride, int64_t end, int64_t tile_end, uint32_t *to) {
+    for (int64_t row = 0; row < ROWS<T>; row += PAIR<T>, to += stride) {
+        pack(rows + row * stride, rows + (row + PAIR<T> - 1) * stride, to, end);
         std::fill(to + end, to + tile_end, 0);
     }
-};
+}
+
+// Words that backward takes for an item of so many keys.
+template <class T>
+int64_t backward_words(int64_t padded, int64_t head_dim) {
+    return 5 * padded * head_dim + 2 * TILE * (padded + head_dim) + ROWS<T> * (4 * padded + 3 * head_dim);
+}
+
+// Gradients of one sample and key head: of queries strip by strip, of keys and values summed up over tiles of queries.
+// `grad` is that of attn_out.
+template <class T>
+void attend_item_backward(const SampleHead &item, const T *query, const T *key, const T *value, const T *grad,
+                          const float *lse, float scale, Memory &memory, T *grad_q, T *grad_k, T *grad_v) {
+    const int64_t head_dim = item.shape.head_dim, head_words = head_dim / PAIR<T>, padded = item.padded();
+    memory.reset();
+    auto *k_columns = memory.array<uint32_t>(padded * head_words);  // (head_words, padded)
+    auto *v_columns = memory.array<uint32_t>(padded * head_words);  // (head_words, padded)
+    auto *k_rows = memory.array<uint32_t>(padded * head_words);     // (padded / PAIR, head_dim)
+    auto *k_sums = memory.array<float>(padded * head_dim);          // (head_dim, padded), as v_sums
+    auto *v_sums = memory.array<float>(padded * head_dim);
+    auto *tile_probs = memory.array<uint32_t>(TILE / PAIR<T> * padded);  // (TILE / PAIR, padded)
+    auto *tile_grad_scores = memory.array<uint32_t>(TILE / PAIR<T> * padded);
+    auto *tile_q = memory.array<uint32_t>(TILE * head_words);  // (head_dim, TILE / PAIR)
+    auto *tile_grad = memory.array<uint32_t>(TILE * head_words);
+    auto *q_copy = memory.array<uint32_t>(ROWS<T> * head_words), *grad_copy = memory.array<uint32_t>(ROWS<T> * head_words);
+    auto *scores = memory.array<float>(ROWS<T> * padded), *grad_probs = memory.array<float>(ROWS<T> * padded);
+    auto *q_sums = memory.array<float>(ROWS<T> * head_dim);
+    auto *probs = memory.array<T>(ROWS<T> * padded), *grad_scores = memory.array<T>(ROWS<T> * padded);
+    item.keys(key).pack_columns(k_columns, padded);
+    item.keys(value).pack_columns(v_columns, padded);
+    item.keys(key).pack_rows(k_rows, padded);
+    std::fill(k_sums, k_sums + padded * head_dim, 0.0f);
+    std::fill(v_sums, v_sums + padded * head_dim, 0.0f);
+
+    for (int64_t start = item.first; start < item.length; start += TILE)
+        for (int64_t group_head = 0; group_head < item.shape.group(); group_head++) {
+            const auto q_head = item.queries(query, group_head), grad_head = item.queries(grad, group_head);
+            const int64_t tile = std::min(TILE, item.length - start), tile_end = round_up(start + tile, KEY_BLOCK);
+            const int64_t tile_rows = round_up(tile, ROWS<T>), depth = tile_rows / PAIR<T>;
+            for (int64_t first = 0; first < tile; first += ROWS<T>) {  // a strip of the tile
+                const int64_t token = start + first, rows = std::min(ROWS<T>, tile - first);
+                const int64_t end = round_up(token + rows, KEY_BLOCK);
+                multiply<T>(q_head.strip(token, rows, q_copy), ROWS<T>, k_columns, padded, head_words, end, scores, padded);
+                multiply<T>(grad_head.strip(token, rows, grad_copy), ROWS<T>, v_columns, padded, head_words, end, grad_probs,
+                            padded);
+                for (int64_t row = 0; row < ROWS<T>; row++) {  // those behind the end see nothing
+                    const int64_t visible = row < rows ? token + row + 1 : 0;
+                    const int64_t at = item.row(token + std::min(row, rows - 1), group_head);
+                    softmax_backward_row(scores + row * padded, scale, grad_probs + row * padded, visible, end, lse[at],
+                                         probs + row * padded, grad_scores + row * padded);
+                }
+                pack_strip(probs, padded, end, tile_end, tile_probs + first / PAIR<T> * padded);
+                pack_strip(grad_scores, padded, end, tile_end, tile_grad_scores + first / PAIR<T> * padded);
+                multiply<T>(left_of(grad_scores, padded), ROWS<T>, k_rows, head_dim, end / PAIR<T>, head_dim, q_sums,
+                            head_dim);
+                for (int64_t row = 0; row < rows; row++)
+                    write_row(q_sums + row * head_dim, scale, head_dim,
+                              grad_q + item.row(token + row, group_head) * head_dim);
+            }
+            q_head.pack_transposed(tile_q, start, tile_rows);
+            grad_head.pack_transposed(tile_grad, start, tile_rows);
+            multiply<T>({tile_q, depth}, head_dim, tile_grad_scores, padded, depth, tile_end, k_sums, padded, true);
+            multiply<T>({tile_grad, depth}, head_dim, tile_probs, padded, depth, tile_end, v_sums, padded, true);
+        }
+
+    for (int64_t token = 0; token < item.length; token++) {
+        const int64_t at = ((item.start + token) * item.shape.kv_heads + item.kv_head) * head_dim;
+        write_column(k_sums + token, padded, scale, head_dim, grad_k + at);
+        write_column(v_sums + token, padded, 1.0f, head_dim, grad_v + at);
+    }
+}
 
 template <class T>
 bool attend_backward(const T *query, const T *key, const T *value, const T *grad, const float *lse,
@@ -425,14 +409,14 @@ bool attend_backward(const T *query, const T *key, const T *value, const T *grad
                      int64_t head_dim, float scale, T *grad_q, T *grad_k, T *grad_v) {
     const auto items = list_items(cu_q, cu_k, count, {heads, kv_heads, head_dim});
     std::atomic<bool> done{true};
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t each = 0; each < items.size(); each++) {
+#pragma omp parallel
+    {
         const Tiles<T> tiles;
-        Arena arena(Backward<T>::words(items[each]));
-        if (arena.is_there())
-            Backward<T>(items[each], query, key, value, grad, lse, scale, arena).run(grad_q, grad_k, grad_v);
-        else
-            done = false;
+        Memory memory(backward_words<T>(items.front().padded(), head_dim));
+        if (!memory.is_allocated()) done = false;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < items.size(); i++)
+            if (done) attend_item_backward(items[i], query, key, value, grad, lse, scale, memory, grad_q, grad_k, grad_v);
     }
     return done;
 }

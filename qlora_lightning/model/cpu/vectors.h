@@ -49,12 +49,6 @@ inline Words load_words(const void *from) {
 inline void store(Floats numbers, float *to) { std::memcpy(to, &numbers, sizeof numbers); }
 
 #ifdef __AVX512BF16__
-inline Floats load(const bf16 *from) {
-    __m256i bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
 inline void store(Floats numbers, bf16 *to) {
     const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(numbers));
     std::memcpy(to, &rounded, sizeof rounded);

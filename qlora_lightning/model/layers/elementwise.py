@@ -1,7 +1,6 @@
 """RMSNorm, rotary position embedding and SwiGLU, forward and backward, which save little.
 
-A GPU runs each as one kernel of kernels.py. A CPU runs torch's operations, except SwiGLU, whose exponentials cost most:
-it is in C++.
+A GPU runs each as one kernel of kernels.py, a CPU torch's operations.
 """
 
 import functools
@@ -13,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from qlora_lightning.model.cpu.library import call, has_function, is_here
 
 _log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -91,32 +88,17 @@ def _to_float32(x: Tensor) -> Tensor:
 @has_kernel
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute ``h = silu(gate) · up``."""
-    if _has_cpu_kernel(gate, up):
-        hidden = torch.empty_like(gate)
-        call("swiglu", gate.dtype, gate, up, gate.numel(), hidden)
-        return hidden
     return F.silu(gate).mul_(up)
 
 
 @has_kernel
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute h, and compute the gradients of gate and up from that of h, which may be overwritten."""
-    if _has_cpu_kernel(gate, up, grad):
-        outputs = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
-        call("swiglu_backward", gate.dtype, gate, up, grad, gate.numel(), *outputs)
-        return outputs
     silu_gate = F.silu(gate)
     hidden = silu_gate * up
     grad_up = silu_gate.mul_(grad)
     grad_gate: Tensor = torch.ops.aten.silu_backward(grad.mul_(up), gate)
     return hidden, grad_gate, grad_up
-
-
-def _has_cpu_kernel(*states: Tensor) -> bool:
-    """Whether the C++ loops take states ``(n_tokens, intermediate)``."""
-    gate = states[0]
-    is_uniform = all((x.dtype, x.shape, x.is_contiguous()) == (gate.dtype, gate.shape, True) for x in states)
-    return is_uniform and all(map(is_here, states)) and gate.numel() % 16 == 0 and has_function("swiglu", gate.dtype)
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------

@@ -413,7 +413,8 @@ def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_p
     assert accuracy["adapter"]["low"] < accuracy["adapter"]["value"]
     assert "By preference accuracy, the adapter is better on" in capsys.readouterr().out
     won = (accuracy["adapter"]["value"] - accuracy["base"]["value"]) * len(ROWS)
-    assert len(found["duels"]["adapter"]["wins"]) - len(found["duels"]["adapter"]["losses"]) == pytest.approx(won)
+    compared = found["comparisons"]["adapter"]
+    assert len(compared["wins"]) - len(compared["losses"]) == pytest.approx(won)
     assert main(["report", "run", "--json", "report.json"]) == 0
     (reported,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert reported["results"]["preference_accuracy"] == accuracy["adapter"]["value"]

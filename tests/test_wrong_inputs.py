@@ -94,6 +94,7 @@ class Code:
 
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
+OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
@@ -131,6 +132,8 @@ WRONG = [
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong("--config wrong.yaml", "trainer.max_epochs?", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
+    wrong("--evaluation.general no.jsonl --data.val rows.jsonl", "evaluation.forgetting: data file no.jsonl"),
+    wrong("--config wrong.yaml", "evaluation.forgetting: data file no.jsonl", prepare=write("wrong.yaml", OLD_KEY)),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
     wrong("--gradient_checkpointing.enabled maybe", "Expected bool or one of 'auto'. Given value: maybe"),
@@ -206,7 +209,7 @@ WRONG = [
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
-    wrong(f"{EVALUATE} --adapter run --general nothing.jsonl", "evaluation.general: data file nothing.jsonl"),
+    wrong(f"{EVALUATE} --adapter run --forgetting nothing.jsonl", "evaluation.forgetting: data file nothing.jsonl"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),

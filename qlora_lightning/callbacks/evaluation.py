@@ -19,13 +19,19 @@ from qlora_lightning.evaluation.row_results import (
     take_batches,
     unpack_rows,
 )
-from qlora_lightning.evaluation.scores import GENERAL, check_scores, choose_scores, describe_answered, describe_metric
+from qlora_lightning.evaluation.scores import (
+    FORGETTING,
+    check_scores,
+    choose_scores,
+    describe_answered,
+    describe_metric,
+)
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, find_callback, gather_lists, is_trial_run, say_once
 
 T = TypeVar("T")
-GeneralLoss = dict[str, list[tuple[float, float]]]
+ForgettingLoss = dict[str, list[tuple[float, float]]]
 """For each side, nats and labelled tokens of each row."""
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _NOT_EVALUATED = "Not evaluated at step {}: {} `qlora-lightning evaluate` can do it later."
@@ -46,10 +52,10 @@ class Evaluation(Callback):
         scores: Names of scores, or ``auto``: those that fit the expected answers.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
-        general: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
+        forgetting: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
             ``{path: …, format: text}``. The loss of base and adapter on them shows how much was forgotten; ``None``:
             it is not computed.
-        general_rows: How many rows of that file, the first ones.
+        forgetting_rows: How many rows of that file, the first ones.
     """
 
     def __init__(
@@ -61,22 +67,22 @@ class Evaluation(Callback):
         scores: str | list[str] = "auto",
         batch_size: int = 64,
         samples: int = 3,
-        general: str | dict[str, Any] | None = None,
-        general_rows: int = 100,
+        forgetting: str | dict[str, Any] | None = None,
+        forgetting_rows: int = 100,
     ) -> None:
         counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
-        counts += [("samples", samples, 0), ("general_rows", general_rows, 1)]
+        counts += [("samples", samples, 0), ("forgetting_rows", forgetting_rows, 1)]
         for name, value, minimum in counts:  # they would fail after training
             if value is not None and value < minimum:
-                raise UserError(f"evaluation.{name} is {value}: expected {minimum} or more.")
+                raise UserError(f"evaluation.{name} is {value}: expected {minimum} or more.", f"evaluation.{name}")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
-        self.general, self.general_rows = general, general_rows
+        self.forgetting, self.forgetting_rows = forgetting, forgetting_rows
         self.every_n_validations = every_n_validations
         self.max_new_tokens, self.scores, self.batch_size = max_new_tokens, scores, batch_size
         self.validations = 0  # completed in this fit
         self._rows: list[EvaluationRow] | None = None  # None: this validation answers none
-        self._general_batches: Sequence[Any] = ()
+        self._forgetting_batches: Sequence[Any] = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations}
@@ -96,9 +102,9 @@ class Evaluation(Callback):
         limit = self.max_new_tokens or min(max(2 * longest, _MIN_NEW_TOKENS), _MAX_NEW_TOKENS)
         return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
-    def evaluate_general(self, module: Any, adapters: Mapping[str, str], show: bool) -> GeneralLoss | None:
-        """Compute nats and tokens of base and adapters on each row that :meth:`read_general` read; ``None``: no row."""
-        batches = self._general_batches
+    def evaluate_forgetting(self, module: Any, adapters: Mapping[str, str], show: bool) -> ForgettingLoss | None:
+        """Compute nats and tokens of base and adapters on each row of the file ``forgetting``; ``None``: no row."""
+        batches = self._forgetting_batches
         if not batches:
             return None
         numbers = [row.number for batch in batches for row in unpack_rows(batch)]
@@ -108,16 +114,18 @@ class Evaluation(Callback):
             for side, rows in results.items()
         }
 
-    def read_general(self, data: Any) -> None:
-        """Read the file ``general``, if it is set, before anything else is computed: it may be wrong."""
-        self._general_batches = data.read_other_rows(self.general, self.general_rows) if self.general else ()
+    def read_forgetting(self, data: Any) -> None:
+        """Read the file ``forgetting``, if it is set, before anything else is computed: it may be wrong."""
+        file, n_rows = self.forgetting, self.forgetting_rows
+        self._forgetting_batches = data.read_other_rows(file, n_rows) if file else ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.enabled and stage == "fit":  # before the base is loaded
             data = datamodule_of(trainer)
-            if self.general and "val" not in getattr(data, "samples", {}):
-                raise UserError("evaluation.general is read with validation rows: set data.val or data.val_fraction.")
-            self.read_general(data)
+            if self.forgetting and "val" not in getattr(data, "samples", {}):
+                message = "evaluation.forgetting is read with validation rows: set data.val or data.val_fraction."
+                raise UserError(message, "evaluation.forgetting")
+            self.read_forgetting(data)
 
     # ---- during validation -----------------------------------------------------------------------------------------
 
@@ -179,19 +187,19 @@ class Evaluation(Callback):
         adapters = {"adapter": module.model.active_adapter}
         show = trainer.is_global_zero
 
-        def evaluate() -> tuple[Results, GeneralLoss | None]:
+        def evaluate() -> tuple[Results, ForgettingLoss | None]:
             module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
             results = evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
-            return results, self.evaluate_general(module, adapters, show)
+            return results, self.evaluate_forgetting(module, adapters, show)
 
         evaluated = _unless_out_of_memory(trainer, module, evaluate)
         if evaluated is None:
             return
-        results, general = evaluated
+        results, forgetting = evaluated
         gathered = gather_lists(trainer, list(zip(rows, *results.values(), strict=True)))
         if trainer.is_global_zero and gathered:
             rows, *sides = map(list, zip(*sorted(gathered, key=lambda entry: entry[0].number), strict=True))
-            comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, general)
+            comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, forgetting)
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             figures = comparison.summary(self.samples)
@@ -212,8 +220,8 @@ def _add_to_card(file: Path, figures: Mapping[str, Any]) -> None:
         EvalResult(
             task_type=card.data.pipeline_tag,
             dataset_type="unknown",  # the rows are often of a file, or a part of a split
-            dataset_name="other text" if name == GENERAL else rows,
-            dataset_split=None if name == GENERAL else "validation",  # results are grouped by it, not by the name
+            dataset_name="other text" if name == FORGETTING else rows,
+            dataset_split=None if name == FORGETTING else "validation",  # results are grouped by it, not by the name
             metric_type=name,
             metric_name=describe_metric(name),
             metric_value=sides["adapter"]["value"],

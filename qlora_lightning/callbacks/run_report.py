@@ -26,11 +26,11 @@ from qlora_lightning.model.adapters.inject import count_parameters
 from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
+from qlora_lightning.report.assessment import assess
 from qlora_lightning.report.sections import next_steps
-from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import TrainingStopped, explaining, is_out_of_memory
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, resolve_unnamed
+from qlora_lightning.support.errors import TrainingStopped, is_out_of_memory
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, planned_steps
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "datasets", "safetensors")
@@ -63,11 +63,10 @@ class RunReport(Callback):
         manifest = read_manifest(Path(trainer.default_root_dir)) if is_resumed(trainer) else {}
         attempt = {"command": shlex.join(self.command), "from_step": trainer.global_step, "started": _now()}
         attempt["resumed_from"] = str(trainer.ckpt_path) if trainer.ckpt_path else None
-        earlier_attempts = manifest.get("lives", [])
-        with explaining(f"{MANIFEST} of the run folder lists no attempts as a fit writes them: move it away"):
-            for earlier in earlier_attempts:
-                if earlier["status"] == "running":
-                    earlier["status"] = "killed"
+        earlier_attempts = manifest.get("attempts") or []
+        for earlier in earlier_attempts:
+            if earlier["status"] == "running":
+                earlier["status"] = "killed"
         self._attempts = [*earlier_attempts, attempt]
         self._began, self._planned = time.perf_counter(), planned_steps(trainer)
         self._facts = _fixed_facts(trainer, pl_module, self.config or {})
@@ -99,7 +98,7 @@ class RunReport(Callback):
         self._facts = None
 
     def _write(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
-        """Write the manifest, and for a run that has ended its verdict and page."""
+        """Write the manifest, and for a run that has ended its assessment and page."""
         if self._facts is None:
             return
         folder = Path(trainer.default_root_dir)
@@ -109,10 +108,10 @@ class RunReport(Callback):
             if status == "running":
                 return
             run = read_run(folder)
-            verdict = judge(run)
-            write_manifest(folder, content | {"verdict": asdict(verdict)})
+            assessment = assess(run)
+            write_manifest(folder, content | {"assessment": asdict(assessment)})
             if status == "finished":
-                say(" ".join(verdict.sentences))
+                say(" ".join(assessment.sentences))
                 if (folder / ADAPTER_FOLDER / IDENTITY).exists():
                     say(f"Adapter: {folder / ADAPTER_FOLDER} (README.md there says how to load it)")
             if fault is not None and (isinstance(fault, RowDoesNotFit) or is_out_of_memory(fault)):
@@ -120,7 +119,7 @@ class RunReport(Callback):
                 say(f"Report: `qlora-lightning report {folder}` makes it")
             else:
                 say(f"Report: {write_run_page(folder)}")
-            for purpose, command in next_steps(run, verdict)[:1]:
+            for purpose, command in next_steps(run, assessment)[:1]:
                 say(f"Next, {purpose}: {command}")
         except Exception as error:  # a report must neither fail a trained run nor hide another error
             say(f"The report of the run could not be written: {type(error).__name__}: {error}")
@@ -155,7 +154,7 @@ class RunReport(Callback):
             },
             "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},  # JSON has no NaN
             "best": best and saver and {"monitor": saver.monitor, "value": best[0], "checkpoint": best[1]},
-            "lives": self._attempts,  # this key is that of the first manifests
+            "attempts": self._attempts,
         }
 
 

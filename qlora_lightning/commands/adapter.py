@@ -41,11 +41,11 @@ _RENDERING = (  # of the training; other rows share them
     *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
     *("batch_size", "tokens_per_batch"),
 )
-_ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "general")
+_ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "forgetting")
 _COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
     "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
     "data": (*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "missing", *_RENDERING),
-    "evaluation": ("rows", "max_new_tokens", "scores", "samples", "general", "general_rows"),
+    "evaluation": ("rows", "max_new_tokens", "scores", "samples", "forgetting", "forgetting_rows"),
     "trainer": ("accelerator", "limit_val_batches", "limit_test_batches"),
 }
 

@@ -1,6 +1,7 @@
 """Config files of a command line: checked before slow imports, and the short forms that users type in them."""
 
 import difflib
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
 
@@ -52,6 +54,8 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "adapter_checkpoint.every_n_train_steps": "save_steps",
     "seed_everything": "seed",
 }
+RENAMED_KEYS = {"evaluation.general": "evaluation.forgetting", "evaluation.general_rows": "evaluation.forgetting_rows"}
+"""Settings under the names that they had once: those still work, and a line names the new one."""
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -84,7 +88,23 @@ def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
+    return rename_keys(config)
+
+
+def rename_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Replace the old names of settings in a parsed YAML file."""
+    for old, new in RENAMED_KEYS.items():
+        section, _, key = old.partition(".")
+        settings = config.get(section)
+        if isinstance(settings, dict) and key in settings:
+            _report_renamed(old, new)
+            settings[new.partition(".")[2]] = settings.pop(key)
     return config
+
+
+@functools.cache  # a config is read several times
+def _report_renamed(old: str, new: str) -> None:
+    say(f"{old} is {new} now; the old name still works.")
 
 
 def shorten_parse_error(message: str, known: Sequence[str]) -> str:
@@ -123,6 +143,7 @@ def expand_config(config: Any) -> Any:
     """
     if not isinstance(config, dict):
         return config
+    rename_keys(config)
     for key in ("model", "data"):
         value = config.get(key)
         if isinstance(value, dict) and "class_path" in value:
@@ -153,7 +174,10 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if expanded and expanded[-1] in options:
             argument = f"{expanded.pop()}={argument}"
-        name, _, value = argument.partition("=")
+        name, equals, value = argument.partition("=")
+        if new := RENAMED_KEYS.get(name.removeprefix("--")):
+            _report_renamed(name.removeprefix("--"), new)
+            argument = f"--{new}{equals}{value}"
         if name in options and value.lower() in ("null", "false", "true"):
             argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
         expanded.append(argument)

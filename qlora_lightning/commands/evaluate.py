@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
     add("--show", dest="evaluation.samples", metavar="N", help="print the N hardest rows")
-    add("--general", dest="evaluation.general", metavar="FILE", help="other rows, whose loss tells what was forgotten")
+    forgetting_help = "other rows, whose loss tells what was forgotten"
+    add("--forgetting", dest="evaluation.forgetting", metavar="FILE", help=forgetting_help)
     add("--server", metavar="URL", help="let a server answer too: http://localhost:8000/v1")
     add("--served-name", metavar="NAME", help="name of the model there (default: the only one)")
     add("--timeout", type=PositiveFloat, default=600.0, metavar="SECONDS", help="for an answer of the server (600)")
@@ -133,7 +134,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
-        evaluation.read_general(data)
+        evaluation.read_forgetting(data)
         batches, rows = _select_rows(trainer, data, options.split, options.rows)
         report = data.reports.get(options.split)
         if report is not None and (report.shortened or report.overlap):
@@ -154,13 +155,13 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
         results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
         results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
-        general = evaluation.evaluate_general(module, peft_names, show=True)
+        forgetting = evaluation.evaluate_forgetting(module, peft_names, show=True)
         match = None
         if server is not None and settings is not None:
             match = score_served(served, answered_rows, settings, results)
-            if general is not None:
-                general[SERVED] = [(0.0, 0.0)] * len(general[BASE])
-        comparison = Comparison(rows, results, settings, general)
+            if forgetting is not None:
+                forgetting[SERVED] = [(0.0, 0.0)] * len(forgetting[BASE])
+        comparison = Comparison(rows, results, settings, forgetting)
         return _report(comparison, adapters, options, evaluation.samples, match)
 
 

@@ -360,7 +360,7 @@ class InstructionDataModule(LightningDataModule):
         try:
             other.setup("test")
         except UserError as error:
-            raise UserError(f"evaluation.general: {str(error).removeprefix('data.test: ')}") from error
+            raise UserError(f"evaluation.forgetting: {str(error).removeprefix('data.test: ')}") from error
         samples = other.samples["test"]
         return [collate_rows(samples, range(len(samples))[start : start + 8]) for start in range(0, len(samples), 8)]
 

@@ -19,7 +19,7 @@ from qlora_lightning.evaluation.intervals import (
     plain_interval,
 )
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
-from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share, shorten_text
+from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.support.console import say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
@@ -81,7 +81,7 @@ class Comparison:
         rows: The evaluated rows.
         results: Their results, by side.
         settings: How rows were answered; ``None``: they were not.
-        general: For each side, nats and tokens of rows that have nothing to do with the task: their loss is another
+        forgetting: For each side, nats and tokens of rows that have nothing to do with the task: their loss is another
             metric.
 
     Attributes:
@@ -96,13 +96,13 @@ class Comparison:
         rows: Sequence[EvaluationRow],
         results: Results,
         settings: AnswerSettings | None,
-        general: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+        forgetting: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
         self.n_rows = len({row.number for row in rows if row.number >= 0}) or len(rows)
         self.metrics = compare(results, rows)
-        if general is not None:
-            self.metrics[GENERAL] = measure(GENERAL, general)
+        if forgetting is not None:
+            self.metrics[FORGETTING] = measure(FORGETTING, forgetting)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
@@ -223,7 +223,7 @@ class Comparison:
             "labelled_tokens": sum(result.labelled_tokens for result in self.results[BASE]),
             "max_new_tokens": self.settings.max_new_tokens if self.settings else None,
             "scores": self.settings.scores if self.settings else [],
-            "duels": {
+            "comparisons": {
                 adapter: {
                     "score": self.compared_by,
                     "wins": [self.rows[index].number for index in better],

@@ -12,9 +12,9 @@ from qlora_lightning.support.errors import UserError
 MARK = "####"  # before GSM8K's final number
 # A dash is a sign only directly before the number: "- 18" is an item of a list, "12 -5" and "x-5" are subtractions.
 _NUMBER = re.compile(r"(?:(?<![\w)])(?<![\d)] )-)?\$?\d[\d,]*(?:\.\d+)?")
-GENERAL = "general_loss"  # nats per token, of text that has nothing to do with the task
+FORGETTING = "forgetting_loss"  # nats per token, of text that has nothing to do with the task
 _NAMES = {
-    GENERAL: "loss on other text",
+    FORGETTING: "loss on other text",
     "rouge_l": "ROUGE-L",
     "chrf": "chrF++",
     "json_f1": "JSON field F1",
@@ -143,7 +143,7 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
 
 def is_share(metric: str) -> bool:
     """Whether a metric is between 0 and 1 and shown in percent."""
-    return metric not in ("loss", "perplexity", GENERAL, "answer_tokens")
+    return metric not in ("loss", "perplexity", FORGETTING, "answer_tokens")
 
 
 def describe_metric(metric: str) -> str:

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import Interval, choose_digits, format_interval
-from qlora_lightning.evaluation.scores import GENERAL, describe_answered, describe_metric, is_share, shorten_text
+from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.report.run_files import Run
 from qlora_lightning.support.files import MEMORY_PEAKS
 
 PageTable = tuple[list[str], list[list[str]]]
 """Headings and rows; the first cell of a row is its label."""
 
-_NO_SCORES = ("loss", GENERAL, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
+_NO_SCORES = ("loss", FORGETTING, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _MAX_CHARACTERS = 1_200  # of an answer: a model that does not stop would fill the page
 _MAX_SAMPLES = 10
 
@@ -68,7 +68,7 @@ def _read_interval(bounds: Mapping[str, float | None] | None) -> Interval:
 
 def find_figures(run: Run) -> dict[str, Figure]:
     """Return each figure that is known, by its name in the JSON."""
-    comparison, progress = read_comparison(run), run.manifest.get("progress") or {}
+    comparison, progress = read_comparison(run), run.manifest["progress"]
     logged = {name: [value for _, value in points] for name, points in run.metrics.items() if points}
     figures: dict[str, Figure] = {}
 

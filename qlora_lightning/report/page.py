@@ -7,12 +7,11 @@ import yaml
 
 from qlora_lightning import __version__
 from qlora_lightning.report import figures, sections
+from qlora_lightning.report.assessment import assess
 from qlora_lightning.report.charts import COLOURS, charts_of, draw_charts
 from qlora_lightning.report.run_files import Run, read_run
-from qlora_lightning.report.verdict import judge
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.errors import explaining
-from qlora_lightning.support.files import EVALUATION, MANIFEST, PAGE, write_whole
+from qlora_lightning.support.files import PAGE, write_whole
 
 
 def write_run_page(folder: Path) -> Path:
@@ -27,11 +26,7 @@ def is_report(file: Path) -> bool:
 
 
 def render_report(runs: Sequence[Run]) -> str:
-    """Return the page of one run, or of several side by side; every text from outside is escaped.
-
-    Raises:
-        UserError: A manifest or an evaluation holds something else than a fit writes.
-    """
+    """Return the page of one run, or of several side by side; every text from outside is escaped."""
     import jinja2  # here, so that a fit starts without it
 
     environment = jinja2.Environment(
@@ -44,14 +39,12 @@ def render_report(runs: Sequence[Run]) -> str:
     )
     environment.filters["pairs"] = lambda facts: ", ".join(f"{name} {fact}" for name, fact in (facts or {}).items())
     environment.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    folders = ", ".join(str(run.folder) for run in runs)
-    with explaining(f"{MANIFEST} or {EVALUATION} of {folders} is damaged: correct it, or leave that run out"):
-        return environment.get_template("report.html").render(
-            runs=runs,
-            charts=draw_charts(charts_of(runs)),
-            colours=COLOURS,
-            verdict=judge(runs[0]) if len(runs) == 1 else None,
-            figures=figures,
-            sections=sections,
-            version=__version__,
-        )
+    return environment.get_template("report.html").render(
+        runs=runs,
+        charts=draw_charts(charts_of(runs)),
+        colours=COLOURS,
+        assessment=assess(runs[0]) if len(runs) == 1 else None,
+        figures=figures,
+        sections=sections,
+        version=__version__,
+    )

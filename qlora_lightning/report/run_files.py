@@ -4,13 +4,42 @@ import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
+from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, check_keys, read_json_object, write_whole
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
+_REMEDY = "Correct it, move it away, or update qlora_lightning."
+_TEXT, _COUNT, _OBJECT = str | None, int | None, dict[str, object] | None
+_HEADER = {"format": Literal["qlora_lightning manifest"], "format_version": range(1, _VERSION + 1), "status": _TEXT}
+_MANIFEST: dict[str, Any] = {
+    **dict.fromkeys(("error", "command", "reproduce", "git", "python", "platform"), _TEXT),
+    "config": {"data": _OBJECT, "model": _OBJECT},
+    "base": {"base": _TEXT, "fingerprint": _TEXT},
+    "adapter": {"rank": _COUNT},
+    "parameters": {"trainable": _COUNT, "all": _COUNT},
+    "data": {
+        **{"files": _OBJECT, "description": _TEXT, "hashes": _OBJECT, "settings": _OBJECT},
+        "splits": {"train": {"rows": _COUNT}, "val": _OBJECT},
+    },
+    "progress": {
+        **dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "rows"), _COUNT),
+        "seconds": float | None,
+    },
+    "best": {"checkpoint": _TEXT, "monitor": _TEXT, "value": Real | None},
+    **{"device": _OBJECT, "packages": _OBJECT, "seed": _COUNT},
+}
+_ATTEMPTS = {"attempts": list[dict[str, object]] | None}
+_ATTEMPT = {"started": str, "seconds": float, "from_step": int, "to_step": int, "status": str, "error": _TEXT}
+_EVALUATION = {
+    **{"rows": _COUNT, "answered_rows": _COUNT, "metrics": dict[str, dict[str, object]] | None},
+    "samples": list[dict[str, str | None]] | None,
+}
+_INTERVAL = dict.fromkeys(("value", "low", "high"), Real | None)
+_SIDES = dict.fromkeys(("base", "adapter", "difference"), _INTERVAL)
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
@@ -22,27 +51,34 @@ class Run:
     folder: Path  # as the user typed it
     name: str  # distinguishes the run from the others of a report
     status: str  # finished, stopped (by a signal), failed, running (or killed: nothing wrote its end)
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)  # with all its objects, if empty
     config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # as the fit wrote it, not `evaluate`
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read a run folder, also of a run that is still training; a ``UserError`` names a file that is not JSON."""
+    """Read a run folder, also of a run that is still training.
+
+    Raises:
+        UserError: It holds no run, or a key of a file holds something else than a fit writes.
+    """
     manifest = read_manifest(folder)
     if not manifest:
         raise UserError(
             f"{folder} holds no run: expected {MANIFEST} in it. Name the folder that "
-            "trainer.default_root_dir of its fit was."
+            "trainer.default_root_dir of its fit was.",
+            "run_folder.empty",
         )
-    evaluation = _read_json(folder / EVALUATION)
+    check_keys(manifest, _MANIFEST, str(folder / MANIFEST), _REMEDY)
+    objects = {key: manifest.get(key) or {} for key, hint in _MANIFEST.items() if isinstance(hint, dict)}
+    evaluation = _read_evaluation(folder / EVALUATION)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
-        status=str(manifest.get("status") or "running"),
-        manifest=manifest,
-        config=manifest.get("config") or {},
+        status=manifest.get("status") or "running",
+        manifest={**manifest, **objects},
+        config=objects["config"],
         metrics=read_metrics(folder / METRICS),
         evaluation={} if "adapters" in evaluation else evaluation,
     )
@@ -54,13 +90,26 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a run folder; empty if there is none."""
-    content = _read_json(folder / MANIFEST)
-    if content and (content.get("format") != _FORMAT or content.get("format_version") not in range(1, _VERSION + 1)):
-        raise UserError(
-            f"{folder / MANIFEST}: expected format {_FORMAT!r}, version {_VERSION} or earlier, found "
-            f"{content.get('format')!r}, version {content.get('format_version')}. Update qlora_lightning."
-        )
+    """Read the manifest of a run folder, of which version, status and attempts are checked; empty if there is none."""
+    file = folder / MANIFEST
+    if not file.is_file():
+        return {}
+    content = read_json_object(file, _REMEDY, _HEADER)
+    if "lives" in content:  # the name of the first manifests
+        content["attempts"] = content.pop("lives")
+    check_keys(content, _ATTEMPTS, str(file), _REMEDY)
+    for number, attempt in enumerate(content.get("attempts") or []):
+        check_keys(attempt, _ATTEMPT, f"{file}: attempts: {number}", _REMEDY)
+    return content
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    """Read ``evaluation.json``; empty if there is none."""
+    if not file.is_file():
+        return {}
+    content = read_json_object(file, _REMEDY, _EVALUATION)
+    for name, sides in (content.get("metrics") or {}).items():
+        check_keys({name: sides}, {name: _SIDES}, f"{file}: metrics", _REMEDY)
     return content
 
 
@@ -96,10 +145,6 @@ def read_metric_rows(file: Path) -> list[dict[str, str]]:
                 float(cell or "nan")
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise UserError(
-            f"{file} is no table of numbers by step, as a fit writes it ({error}). Move it away."
+            f"{file} is no table of numbers by step, as a fit writes it ({error}). Move it away.", "metrics"
         ) from error
     return rows
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return read_json_object(file, "Move it away to make the report without it.") if file.is_file() else {}

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.report.assessment import Assessment
 from qlora_lightning.report.figures import PageTable, find_figures, read_comparison
 from qlora_lightning.report.run_files import Run
-from qlora_lightning.report.verdict import Verdict
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, resolve_unnamed
 
 Facts = list[tuple[str, str]]
@@ -25,7 +25,7 @@ _SETTINGS = (
 
 def describe_run(run: Run) -> str:
     """Describe in a sentence what was trained on what."""
-    base, adapter, data = (run.manifest.get(name) or {} for name in ("base", "adapter", "data"))
+    base, adapter, data = (run.manifest[name] for name in ("base", "adapter", "data"))
     files, rows = _files(run).get("train"), ((data.get("splits") or {}).get("train") or {}).get("rows")
     model = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
     source = f", trained on {format_setting(files)}" if files else ""
@@ -44,7 +44,7 @@ def headline(run: Run) -> Facts:
             facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))
     if "val_loss" in figures and not facts:
         facts.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
-    planned = (run.manifest.get("progress") or {}).get("planned_steps")
+    planned = run.manifest["progress"].get("planned_steps")
     for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
         if name in figures:
             total = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
@@ -52,8 +52,8 @@ def headline(run: Run) -> Facts:
     return facts
 
 
-def next_steps(run: Run, verdict: Verdict) -> Facts:
-    """Return the commands that follow from a verdict, each with its purpose."""
+def next_steps(run: Run, assessment: Assessment) -> Facts:
+    """Return the commands that follow from an assessment, each with its purpose."""
     folder, reproduce = shlex.quote(str(resolve_unnamed(run.folder))), run.manifest.get("reproduce")
 
     def start_again(kind: str, factor: float) -> Facts:
@@ -62,7 +62,7 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
             return []
         return [(f"start again with a {kind} learning rate", f"{reproduce} --model.learning_rate {max(rates):.1g}")]
 
-    if verdict.kind == "diverged":
+    if assessment.kind == "diverged":
         return start_again("lower", 1 / 3)
     has_checkpoint = any((run.folder / CHECKPOINTS).glob("*.ckpt"))
     if run.status != "finished" and has_checkpoint and reproduce:
@@ -71,17 +71,17 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
         return [(f"{purpose}, from the same working folder", resume)]
     if run.status != "finished" or not (run.folder / ADAPTER_FOLDER / IDENTITY).exists():
         return []
-    commands = start_again("higher", 3) if verdict.kind == "not learned" else []
-    if verdict.kind in ("learned", "unknown"):
+    commands = start_again("higher", 3) if assessment.kind == "not learned" else []
+    if assessment.kind in ("learned", "unknown"):
         commands.append(("talk to it", f"qlora-lightning chat --adapter {folder}/adapter"))
-    data, splits = run.config.get("data") or {}, (run.manifest.get("data") or {}).get("splits") or {}
+    data, splits = run.config.get("data") or {}, run.manifest["data"].get("splits") or {}
     options = "--rows 0"  # there are no rows to check a merge on
     if "val" in splits or data.get("test"):
         options = f"--config {folder}/config.yaml"
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {options}{split} --out {folder}-evaluated"
         commands.append(("evaluate it, with its hardest rows", evaluate))
-    if verdict.kind == "learned":
+    if assessment.kind == "learned":
         merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {options}"
         commands.append(("merge it, to serve it", merge))
     return commands
@@ -89,12 +89,12 @@ def next_steps(run: Run, verdict: Verdict) -> Facts:
 
 def training_facts(run: Run) -> Facts:
     """Return base, adapter, data, length and settings of the training."""
-    manifest, progress, best = run.manifest, run.manifest.get("progress") or {}, run.manifest.get("best")
-    applied = (manifest.get("data") or {}).get("settings") or {}  # null is replaced by its meaning
+    manifest, progress, best = run.manifest, run.manifest["progress"], run.manifest["best"]
+    applied = manifest["data"].get("settings") or {}  # null is replaced by its meaning
     flat = {**flatten(run.config), **flatten(applied, "data.")}
     counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens", "rows": "rows"}
     trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
-    base, adapter, parameters = (manifest.get(key) or {} for key in ("base", "adapter", "parameters"))
+    base, adapter, parameters = (manifest[key] for key in ("base", "adapter", "parameters"))
     trainable, total = parameters.get("trainable") or 0, parameters.get("all") or 0
     facts = [
         ("base", _list_settings(base, ("base", "revision", "quantization", "double_quant", "compute_dtype"))),
@@ -114,10 +114,10 @@ def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {format_setting(value)}" for name, value in settings.items() if value not in (None, -1))
 
 
-def starts_table(run: Run) -> PageTable:
+def attempts_table(run: Run) -> PageTable:
     """Return start, length and end of each attempt of a run that was resumed."""
     rows = []
-    for attempt in run.manifest.get("lives") or []:
+    for attempt in run.manifest.get("attempts") or []:
         steps = f"{attempt['from_step']:,} to {attempt['to_step']:,}"
         duration, started = timedelta(seconds=round(attempt["seconds"])), attempt["started"].replace("T", " ")
         rows.append([started, steps, str(duration), attempt.get("error") or attempt["status"]])
@@ -155,5 +155,5 @@ def format_setting(value: Any) -> str:
 
 
 def _files(run: Run) -> dict[str, Any]:
-    files = (run.manifest.get("data") or {}).get("files") or run.config.get("data") or {}
+    files = run.manifest["data"].get("files") or run.config.get("data") or {}
     return {split: files[split] for split in ("train", "val") if files.get(split) is not None}

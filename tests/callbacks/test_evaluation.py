@@ -47,8 +47,8 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": f"Rain {'and wind ' * n}."}) + "\n" for n in range(5)))
-    general = {"path": str(other), "format": "text"}
-    evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, general=general, general_rows=3)
+    forgetting = {"path": str(other), "format": "text"}
+    evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, forgetting=forgetting, forgetting_rows=3)
     _, module = fit(end := End(), evaluation, checkpoint, data=data, **options)
     assert same(trainable_tensors(module), end.adapter)
     assert checkpoint.best[0][1] != "step-000003.ckpt"
@@ -57,12 +57,12 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     untouched.configure_model()
     for name, value in validate(untouched).items():
         assert found["metrics"][name]["base"]["value"] == pytest.approx(value, rel=1e-3)
-    (batch,) = data.read_other_rows(general, 3)
+    (batch,) = data.read_other_rows(forgetting, 3)
     assert len(batch["row_ids"]) == 3
     with torch.no_grad():
         sums = untouched.compute_loss(batch)
     on_other_text = float(sums.loss / sums.count)
-    assert found["metrics"]["general_loss"]["base"]["value"] == pytest.approx(on_other_text, rel=1e-3)
+    assert found["metrics"]["forgetting_loss"]["base"]["value"] == pytest.approx(on_other_text, rel=1e-3)
     loss = found["metrics"]["loss"]["adapter"]["value"]
     assert loss == pytest.approx(checkpoint.best[0][0], rel=1e-3)
     assert loss != pytest.approx(validate(module)["loss"], rel=1e-3)
@@ -87,9 +87,9 @@ def test_the_card_of_the_adapter_has_what_the_hub_shows(
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     data = make_data(train=[str(rows_file), {"path": "org/data", "split": "train"}])
-    general = {"path": str(rows_file), "rows": 2}
+    forgetting = {"path": str(rows_file), "rows": 2}
     module = make_module(base=str(base))
-    fit(AdapterCheckpoint(), Evaluation(rows=4, general=general), module=module, data=data, limit_train_batches=1)
+    fit(AdapterCheckpoint(), Evaluation(rows=4, forgetting=forgetting), module=module, data=data, limit_train_batches=1)
     card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md").data
     assert (card.license, card.pipeline_tag, card.datasets) == ("llama3.2", "text-generation", ["org/data"])
     assert str(tmp_path) not in str(card)
@@ -100,8 +100,8 @@ def test_the_card_of_the_adapter_has_what_the_hub_shows(
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
-    with pytest.raises(UserError, match=r"^evaluation\.general: data file nothing\.jsonl"):
-        fit(end := End(), Evaluation(general="nothing.jsonl"))
+    with pytest.raises(UserError, match=r"^evaluation\.forgetting: data file nothing\.jsonl"):
+        fit(end := End(), Evaluation(forgetting="nothing.jsonl"))
     assert not hasattr(end, "adapter")
 
 

@@ -43,7 +43,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
         "config": config,
         "command": "qlora-lightning fit --config 'my config.yaml'",
         "reproduce": f"qlora-lightning fit --config {run}/config.yaml --trainer.default_root_dir {run}-again",
-        "verdict": {"kind": "unknown", "sentences": ["Too short to judge: 2 optimizer steps, of at least 10."]},
+        "assessment": {"kind": "unknown", "sentences": ["Too short to judge: 2 optimizer steps, of at least 10."]},
     }
     assert {name: found[name] for name in expected} == expected
     assert found["base"]["fingerprint"] == module.identity["fingerprint"]
@@ -63,7 +63,7 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"Adapter: {run / 'adapter'} (README.md there says how to load it)\n" in out
     assert f"Report: {run / 'report.html'}" in out
-    assert expected["verdict"]["sentences"][0] in out
+    assert expected["assessment"]["sentences"][0] in out
 
 
 def test_a_stopped_run_and_an_error_are_reported_as_attempts(fit, manifest, tmp_path):
@@ -82,7 +82,7 @@ def test_a_stopped_run_and_an_error_are_reported_as_attempts(fit, manifest, tmp_
     start(ckpt_path=last)
     found = manifest()
     assert found["status"] == "finished"
-    steps = [(attempt["from_step"], attempt["to_step"], attempt["status"]) for attempt in found["lives"]]
+    steps = [(attempt["from_step"], attempt["to_step"], attempt["status"]) for attempt in found["attempts"]]
     assert steps == [(0, 3, "stopped"), (3, 4, "failed"), (3, 6, "finished")]
-    assert found["lives"][1]["resumed_from"] == str(last)
-    assert found["progress"]["seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in found["lives"]))
+    assert found["attempts"][1]["resumed_from"] == str(last)
+    assert found["progress"]["seconds"] == pytest.approx(sum(attempt["seconds"] for attempt in found["attempts"]))

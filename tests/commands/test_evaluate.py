@@ -53,7 +53,7 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path
     shown = [(sample["prompt"].rpartition("\nuser\n")[2], sample["expected"]) for sample in figures["samples"]]
     assert shown == [("Count to 1.\nassistant", "0"), ("Count to 2.\nassistant", "0 1")]
     assert all(line["prompt"].startswith("<|im_start|>system") for line in lines)
-    duel = figures["duels"]["adapter"]
+    duel = figures["comparisons"]["adapter"]
     assert (duel["score"], len(duel["wins"]) + len(duel["losses"]) + duel["ties"]) == ("chrf", 10)
     of_a_side = {"answer", "loss", "scores", "labelled_tokens", "correct_tokens", "stopped", "answer_tokens"}
     assert {key for line in lines for key in line["adapter"]} == of_a_side
@@ -74,7 +74,7 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path
 def test_a_config_gives_the_figures_of_the_end_of_its_fit(evaluate):
     fitted = json.loads(Path("runs/quickstart/evaluation.json").read_text())
     out, again = evaluate()
-    for key in ("rows", "answered_rows", "max_new_tokens", "scores", "samples", "duels"):
+    for key in ("rows", "answered_rows", "max_new_tokens", "scores", "samples", "comparisons"):
         assert again[key] == fitted[key]
     assert (again["rows"], again["answered_rows"]) == (8, 3)
     assert "shortened" not in out

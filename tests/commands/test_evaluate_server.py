@@ -231,9 +231,9 @@ def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
 
 def test_other_text_that_is_not_there_is_reported_before_anything_is_answered(evaluate):
     with serving(lambda question: "4") as (url, requests):
-        code, printed, _ = evaluate(url, "--general", "nothing.jsonl")
+        code, printed, _ = evaluate(url, "--forgetting", "nothing.jsonl")
     assert (code, requests) == (2, [])
-    assert "evaluation.general: data file nothing.jsonl" in printed
+    assert "evaluation.forgetting: data file nothing.jsonl" in printed
 
 
 def test_answers_are_kept_as_they_come_when_the_server_fails(evaluate, tmp_path):

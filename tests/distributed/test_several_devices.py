@@ -122,5 +122,5 @@ def test_a_run_whose_first_process_is_killed_fails_and_the_next_start_resumes(fo
             for other in range(2):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     psutil.Process(int((folder / f"pid-{other}").read_text())).wait(timeout=30)
-    lives = json.loads((folder / "die" / "manifest.json").read_text())["lives"]
-    assert lives[-1]["from_step"] in (1, 2)
+    attempts = json.loads((folder / "die" / "manifest.json").read_text())["attempts"]
+    assert attempts[-1]["from_step"] in (1, 2)

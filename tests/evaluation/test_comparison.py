@@ -98,7 +98,8 @@ def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
     def duel(base, adapter, score):
         rows = [EvaluationRow(10 + number, "0", [1], [2]) for number in range(len(base))]
         settings = AnswerSettings(None, [0], [score], 5, 1) if score else None
-        return Comparison(rows, {"base": base, "adapter": adapter}, settings).summary(samples=0)["duels"]["adapter"]
+        found = Comparison(rows, {"base": base, "adapter": adapter}, settings).summary(samples=0)
+        return found["comparisons"]["adapter"]
 
     base = [result(answer="x", exact_match=score) for score in (0.0, 1.0, 1.0)] + [result()]
     adapter = [result(answer="y", exact_match=score) for score in (1.0, 0.0, 1.0)] + [result()]

@@ -25,7 +25,7 @@ def sides(base, adapter, low=None, high=None):
 
 
 def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_next(make_run):
-    scored = {"numeric_match": sides(0.02, 0.25, 0.2, 0.3), "general_loss": sides(2.31, 2.34)}
+    scored = {"numeric_match": sides(0.02, 0.25, 0.2, 0.3), "forgetting_loss": sides(2.31, 2.34)}
     metrics = EVALUATION["metrics"] | scored
     evaluation = {**EVALUATION, "metrics": metrics, "scores": ["numeric_match"], "rows": 7}
     folder = make_run(evaluation=evaluation, config={**CONFIG, "data": {**CONFIG["data"], "test": "test.jsonl"}})

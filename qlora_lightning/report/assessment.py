@@ -1,4 +1,4 @@
-"""Whether a run learned, and whether it is better than its base: one verdict for terminal, manifest and page."""
+"""Whether a run learned, and whether it is better than its base: one assessment for terminal, manifest and page."""
 
 import math
 import statistics
@@ -14,29 +14,29 @@ _NOISE = 0.02  # share of a validation loss: smaller differences count as none
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Assessment:
     """What losses and evaluation show."""
 
     kind: str  # unknown, learned, not learned, diverged, worse (than the base)
     sentences: list[str]
 
 
-def judge(run: Run) -> Verdict:
-    """Judge a run by its losses and its evaluation: unknown after too few steps or without validation."""
+def assess(run: Run) -> Assessment:
+    """Assess a run by its losses and its evaluation: unknown after too few steps or without validation."""
     last_steps = [points[-1][0] for points in run.metrics.values() if points]
-    steps = max([*last_steps, (run.manifest.get("progress") or {}).get("steps") or 0])
+    steps = max([*last_steps, run.manifest["progress"].get("steps") or 0])
     if not steps:
-        return Verdict("unknown", [])
+        return Assessment("unknown", [])
     comparison = read_comparison(run)
     base = comparison.metrics["loss"].base.value if "loss" in comparison.metrics else math.nan
-    base_verdict, base_sentences = _compare_with_base(comparison)
+    against_base, base_sentences = _compare_with_base(comparison)
     divergence = _find_divergence(run, base, steps)
     if divergence:
-        return Verdict("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
+        return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
     if steps < _MIN_STEPS:
-        return Verdict("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_MIN_STEPS}."])
-    kind, sentences = _judge_learning(run, base)
-    return Verdict("worse" if base_verdict == "worse" else kind, [*sentences, *base_sentences])
+        return Assessment("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_MIN_STEPS}."])
+    kind, sentences = _assess_learning(run, base)
+    return Assessment("worse" if against_base == "worse" else kind, [*sentences, *base_sentences])
 
 
 def _find_divergence(run: Run, base: float, steps: float) -> str:
@@ -57,7 +57,7 @@ def _find_divergence(run: Run, base: float, steps: float) -> str:
     return ""
 
 
-def _judge_learning(run: Run, base: float) -> tuple[str, list[str]]:
+def _assess_learning(run: Run, base: float) -> tuple[str, list[str]]:
     points = run.metrics.get("val_loss", [])
     if not points or (len(points) == 1 and math.isnan(base)):
         return "unknown", ["Whether it learned is not known: no validation losses to compare."]
@@ -102,8 +102,8 @@ def _compare_with_base(comparison: BaseComparison) -> tuple[str, list[str]]:
     unit = " points" if is_share(metric) else ""
     level = "" if math.isnan(difference.low) else " (95 % interval)"
     direction = "better" if (difference.value < 0) == (metric == "loss") else "worse"
-    verdict = direction if is_clear[metric] else "not clearly better"
-    return verdict, [
-        f"The adapter that was kept is {verdict} than the base: {describe_metric(metric)} {text}{unit}{level} "
+    outcome = direction if is_clear[metric] else "not clearly better"
+    return outcome, [
+        f"The adapter that was kept is {outcome} than the base: {describe_metric(metric)} {text}{unit}{level} "
         f"on {comparison.rows}."
     ]

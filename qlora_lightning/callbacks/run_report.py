@@ -27,7 +27,7 @@ from qlora_lightning.model.load.machine import device_memory_gib
 from qlora_lightning.model.memory.budget import RowDoesNotFit
 from qlora_lightning.report import read_manifest, read_run, write_manifest, write_run_page
 from qlora_lightning.report.assessment import assess
-from qlora_lightning.report.sections import next_steps
+from qlora_lightning.report.page import next_steps
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped, is_out_of_memory
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, resolve_unnamed

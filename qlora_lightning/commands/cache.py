@@ -2,13 +2,10 @@
 
 from typing import get_args
 
-from rich.markup import escape
-from rich.table import Table
-
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.sources.cache import Kind, cache_root, clear_entries, list_entries
 from qlora_lightning.sources.tensors import format_bytes
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.console import make_table, say, terminal
 
 _DESCRIPTION = "Unpacked and quantized bases, tokenized data and compiled attention, kept for the next start."
 _EPILOG = """examples:
@@ -29,16 +26,17 @@ def main(argv: list[str]) -> int:
     if not entries:
         say(f"The cache holds nothing to {options.action} ({cache_root()}). It fills when a base is first loaded.")
         return 0
-    table = Table("kind", "what", "size", "last used", "path", box=None, pad_edge=False)
-    table.columns[2].justify = "right"
-    table.columns[4].overflow = "fold"  # a path that is cut off cannot be copied
-    for entry in entries:
-        date = entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.kind, escape(entry.label), format_bytes(entry.size_bytes), date, escape(str(entry.path)))
+    rows = [
+        [
+            *(entry.kind, entry.label, format_bytes(entry.size_bytes)),
+            *(entry.last_used.astimezone().strftime("%Y-%m-%d %H:%M"), str(entry.path)),
+        ]
+        for entry in entries
+    ]
     console = terminal()
     if not console.is_terminal:  # in a pipe rich would assume 80 columns, and fold paths that a script reads
         console.width = 500
-    console.print(table)
+    console.print(make_table(("kind", "what", "size", "last used", "path"), rows, box=False, right=False))
     say(f"total {format_bytes(sum(entry.size_bytes for entry in entries))} in {cache_root()}")
     if options.action == "list":
         return 0

@@ -16,7 +16,7 @@ from qlora_lightning.commands.options import OptionParser, check_output, quiet_l
 from qlora_lightning.data.chat.tokenizer import ControlTokens
 from qlora_lightning.data.rows.sources import Source
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.support.console import say, show_controls, terminal
+from qlora_lightning.support.console import make_table, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
 
@@ -126,15 +126,6 @@ def print_inspection(
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if column else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
-
-
 def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
     total_weight = sum(source.weight or 0.0 for source in sources)
     rows = []
@@ -145,7 +136,7 @@ def _source_table(samples: SampleSet, sources: Sequence[Source]) -> Table:
         row.append(_share(n_labelled, n_tokens))
         rows.append(row + ([_share(source.weight or 0.0, total_weight)] if total_weight else []))
     headings = ["source", "rows left", "samples", "tokens", "labelled", *(["of an epoch"] if total_weight else [])]
-    return _table(headings, rows)
+    return make_table(headings, rows, box=False)
 
 
 def _length_table(sample_sets: dict[str, SampleSet]) -> Table:
@@ -155,7 +146,7 @@ def _length_table(sample_sets: dict[str, SampleSet]) -> Table:
             if counts.any():
                 percentiles = np.percentile(counts, list(_PERCENTILES.values()), method="inverted_cdf")  # actual values
                 rows.append([f"{split} {kind}", *(f"{int(count):,}" for count in percentiles)])
-    return _table(["", *_PERCENTILES], rows)
+    return make_table(["", *_PERCENTILES], rows, box=False)
 
 
 def _share(part: float, total: float) -> str:

@@ -19,7 +19,7 @@ from qlora_lightning.commands.options import OptionParser, add_json_option, json
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.sources.folders import open_base, open_config
 from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
-from qlora_lightning.support.console import terminal
+from qlora_lightning.support.console import make_table, terminal
 from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -278,14 +278,11 @@ def _print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
 
 def _memory_table(plan: Mapping[str, Any]) -> Table:
     parts, peak = plan["memory"]["parts"], plan["memory"]["peak_bytes"]
-    total = sum(parts.values())
-    table = Table("part", "bytes", "", title="Memory of a step, on each device", title_justify="left")
-    for part, size in parts.items():
-        if size:
-            table.add_row(part, format_bytes(size), format_gib(size))
-    table.add_section()
-    table.add_row("in all" if peak is None else "peak", format_bytes(total), format_gib(total))
-    return table
+    sizes = {part: size for part, size in parts.items() if size} | {
+        "in all" if peak is None else "peak": sum(parts.values())
+    }
+    rows = [[part, format_bytes(size), format_gib(size)] for part, size in sizes.items()]
+    return make_table(("part", "bytes", ""), rows, "Memory of a step, on each device")
 
 
 def _describe_fit(plan: Mapping[str, Any]) -> Text:
@@ -311,18 +308,18 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
 
 def _run_table(plan: Mapping[str, Any]) -> Table:
     run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
-    table = Table(title="The run", title_justify="left", show_header=False)
     kind = "at most, as the settings allow" if run is None else "the largest"
-    table.add_row("batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}")
-    table.add_row("micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}")
+    rows = [
+        ["batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}"],
+        ["micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}"],
+    ]
     if run is None:
-        table.add_row("steps, tokens", "unknown: the data were not read")
-        return table
-    steps = run["steps"]
-    table.add_row("optimizer steps", "no end: set trainer.max_steps" if steps is None else f"{steps:,}")
-    if steps is not None:
-        table.add_row("tokens of the run", f"{run['tokens']:,}")
-    return table
+        rows.append(["steps, tokens", "unknown: the data were not read"])
+    elif run["steps"] is None:
+        rows.append(["optimizer steps", "no end: set trainer.max_steps"])
+    else:
+        rows += [["optimizer steps", f"{run['steps']:,}"], ["tokens of the run", f"{run['tokens']:,}"]]
+    return make_table((), rows, "The run")
 
 
 def _model_table(model: Any) -> Table:
@@ -340,7 +337,5 @@ def _model_table(model: Any) -> Table:
                 name = f"{name.removesuffix('.base_layer')}.{weight}"
             counts[re.sub(r".*\.\d+\.", "", name), shape, rank] += 1
     title = f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size:,} wide"
-    table = Table("adapter on", "shape", "rank", "layers", title=title, title_justify="left")
-    for cells, count in counts.items():
-        table.add_row(*cells, str(count))
-    return table
+    rows = [[*cells, str(count)] for cells, count in counts.items()]
+    return make_table(("adapter on", "shape", "rank", "layers"), rows, title)

@@ -3,12 +3,9 @@
 import shlex
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Table
-
 import qlora_lightning
 from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.support.console import terminal
+from qlora_lightning.support.console import make_table, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_yaml, write_whole
 
@@ -33,12 +30,11 @@ def main(argv: list[str]) -> int:
             raise UserError(f"recipes copy {name}: expected one of {', '.join(recipes)}.")
         _copy(recipes[name], force=options.force)
         return 0
-    table = Table("recipe", "what it does", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for name, file in recipes.items():
-        comments = (line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-        table.add_row(name, escape(next(comments, "").lstrip("# ")))
-    terminal().print(table)
+    texts = {name: file.read_text(encoding="utf-8").splitlines() for name, file in recipes.items()}
+    rows = [
+        [name, next((line for line in lines if line.startswith("#")), "").lstrip("# ")] for name, lines in texts.items()
+    ]
+    say(make_table(("recipe", "what it does"), rows, box=False, right=False))
     print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
     return 0
 

@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-from rich.table import Column, Table
-from rich.text import Text
-
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
 from qlora_lightning.report import Run, read_run, render_report
 from qlora_lightning.report.figures import figure_table, find_figures
-from qlora_lightning.report.page import is_report
-from qlora_lightning.report.sections import find_differences
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.report.page import find_differences
+from qlora_lightning.support.console import make_table, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import PAGE, write_whole
 
@@ -38,24 +33,18 @@ def main(argv: Sequence[str]) -> int:
     runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
     default_page = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = check_output("--out", options.out, options.force) or default_page
-    if len(runs) > 1 and page == default_page and page.is_file() and not is_report(page):
-        raise UserError(f"{page} is another page: move it away, or name a file by --out.")
-    html = render_report(runs)  # before anything is written: a manifest may be damaged
+    is_kept = len(runs) > 1 and page == default_page and page.is_file()
+    if is_kept and b'content="qlora_lightning report"' not in page.read_bytes():
+        raise UserError(f"{page} is another page: move it away, or name a file by --out.", "comparison.other")
+    html = render_report(runs)
     with json_output(options) as figures:
-        terminal().print(_table(runs))
+        rows = [["status", *(run.status for run in runs)], *figure_table(runs)[1]]
+        say(make_table(("run", *(run.name for run in runs)), rows))
         write_whole(page, html)
         say(f"Page: {page}")
         figures |= {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
         figures["differing_settings"] = find_differences([run.config for run in runs])
     return 0
-
-
-def _table(runs: Sequence[Run]) -> Table:
-    table = Table("run", *(Column(escape(run.name), justify="right", overflow="fold") for run in runs))
-    table.add_row("status", *(Text(run.status, "" if run.status == "finished" else "yellow") for run in runs))
-    for cells in figure_table(runs)[1]:
-        table.add_row(*map(Text, cells))
-    return table
 
 
 def _summarize(run: Run) -> dict[str, object]:

@@ -11,13 +11,11 @@ from typing import Any
 
 import yaml
 from jsonargparse.typing import PositiveInt
-from rich.table import Table
-from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output
 from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.console import make_table, say
 from qlora_lightning.support.errors import Diverged, UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
 
@@ -211,11 +209,11 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
 
 def _print_table(trials: Sequence[Trial], noise: float) -> None:
     title = f"val_loss; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
-    table = Table("", "parameters", "val_loss", "minutes", title=title, title_justify="left")
+    rows = []
     for trial in trials:
         loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"
-        table.add_row(Text(trial.folder), f"{trial.parameters:,}", loss, f"{trial.minutes:,.1f}")
-    terminal().print(table)
+        rows.append([trial.folder, f"{trial.parameters:,}", loss, f"{trial.minutes:,.1f}"])
+    say(make_table(("", "parameters", "val_loss", "minutes"), rows, title))
 
 
 def _draw(trials: Sequence[Trial], chosen: Trial, noise: float, file: Path) -> None:

@@ -20,7 +20,7 @@ from qlora_lightning.evaluation.intervals import (
 )
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
 from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
-from qlora_lightning.support.console import say, terminal
+from qlora_lightning.support.console import make_table, say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
 """By side, the base first: results of the same rows in the same order."""
@@ -176,24 +176,23 @@ class Comparison:
 
     def print_metrics(self, rows: str) -> None:
         """Print a table of all metrics with their intervals, below the values in a narrow terminal."""
-        is_wide = terminal().width >= 100
         limit = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
         count = f"{self.n_rows:,} {rows}"
         if self.n_rows < len(self.rows):  # turns, or pieces of a long text
             count += f" in {len(self.rows):,} samples"
         count += describe_answered(len(self.answered), len(self.rows))
-        table = Table("", title=escape(f"{count}{limit}, with 95 % intervals"), title_justify="left")
         gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
-        for heading in (*self.results, *gains):
-            table.add_column(escape(heading), justify="right")
+        cells = []
         for name, metric in self.metrics.items():
             digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
-            sides = [format_interval(interval, is_share(name), "", digits) for interval in metric.sides.values()]
+            intervals = [format_interval(interval, is_share(name), "", digits) for interval in metric.sides.values()]
             differences = [metric.differences[adapter] for adapter in self.adapters]
-            gains = [format_interval(interval, is_share(name), "+", digits) for interval in differences]
-            cells = [cell if is_wide else cell.replace(" [", "\n[") for cell in (*sides, *gains)]
-            table.add_row(describe_metric(name), *map(escape, cells))
-        terminal().print(table)
+            intervals += [format_interval(interval, is_share(name), "+", digits) for interval in differences]
+            is_wide = terminal().width >= 100
+            cells.append(
+                [describe_metric(name), *(text if is_wide else text.replace(" [", "\n[") for text in intervals)]
+            )
+        say(make_table(("", *self.results, *gains), cells, f"{count}{limit}, with 95 % intervals"))
 
     def print_rows(self, indices: Sequence[int]) -> None:
         """Print answered rows: the prompt, the expected answer, and the answer of each side."""

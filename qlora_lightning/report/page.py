@@ -1,28 +1,43 @@
-"""The report as one self-contained HTML page: of one run, or of several side by side."""
+"""The page of a run, or of several side by side: its words, its tables, and the HTML file made of them."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from qlora_lightning import __version__
-from qlora_lightning.report import figures, sections
-from qlora_lightning.report.assessment import assess
+from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.report.assessment import Assessment, assess
 from qlora_lightning.report.charts import COLOURS, charts_of, draw_charts
+from qlora_lightning.report.figures import (
+    PageTable,
+    comparison_table,
+    figure_table,
+    find_figures,
+    find_samples,
+    read_comparison,
+)
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.files import PAGE, write_whole
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, PAGE, resolve_unnamed, write_whole
+
+Facts = list[tuple[str, str]]
+_NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect
+_SETTINGS = (
+    *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
+    *("model.neftune_alpha", "model.loraplus_ratio", "trainer.gradient_clip_val"),
+    *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch"),
+    *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),
+)
 
 
 def write_run_page(folder: Path) -> Path:
     """Write ``report.html`` into a run folder."""
     write_whole(folder / PAGE, render_report([read_run(folder)]))
     return folder / PAGE
-
-
-def is_report(file: Path) -> bool:
-    """Whether a file is a page of ours."""
-    return b'content="qlora_lightning report"' in file.read_bytes()
 
 
 def render_report(runs: Sequence[Run]) -> str:
@@ -44,7 +59,149 @@ def render_report(runs: Sequence[Run]) -> str:
         charts=draw_charts(charts_of(runs)),
         colours=COLOURS,
         assessment=assess(runs[0]) if len(runs) == 1 else None,
-        figures=figures,
-        sections=sections,
         version=__version__,
+        **{function.__name__: function for function in _CALLED},
     )
+
+
+def describe_run(run: Run) -> str:
+    """Describe in a sentence what was trained on what."""
+    base, adapter, data = (run.manifest[name] for name in ("base", "adapter", "data"))
+    files, rows = _files(run).get("train"), ((data.get("splits") or {}).get("train") or {}).get("rows")
+    model = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
+    source = f", trained on {format_setting(files)}" if files else ""
+    return f"{model}{source}{f' ({rows:,} rows)' if rows else ''}."
+
+
+def headline(run: Run) -> Facts:
+    """Return the figures at the top of the page, each with its label."""
+    comparison, figures = read_comparison(run), find_figures(run)
+    facts: Facts = []
+    for metric in ("loss", *comparison.scores[:1]):
+        if metric in comparison.metrics:
+            base, adapter, _ = (side.value for side in comparison.metrics[metric])
+            form = ".3f" if metric == "loss" else ".0%"
+            label = "validation loss" if metric == "loss" else describe_metric(metric)
+            facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))
+    if "val_loss" in figures and not facts:
+        facts.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
+    planned = run.manifest["progress"].get("planned_steps")
+    for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
+        if name in figures:
+            total = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
+            facts.append((f"{figures[name]}{total}", figures[name].heading))
+    return facts
+
+
+def next_steps(run: Run, assessment: Assessment) -> Facts:
+    """Return the commands that follow from an assessment, each with its purpose."""
+    folder, reproduce = shlex.quote(str(resolve_unnamed(run.folder))), run.manifest.get("reproduce")
+
+    def start_again(kind: str, factor: float) -> Facts:
+        rates = [factor * rate for _, rate in run.metrics.get("learning_rate", [])]
+        if not reproduce or not rates:
+            return []
+        return [(f"start again with a {kind} learning rate", f"{reproduce} --model.learning_rate {max(rates):.1g}")]
+
+    if assessment.kind == "diverged":
+        return start_again("lower", 1 / 3)
+    has_checkpoint = any((run.folder / CHECKPOINTS).glob("*.ckpt"))
+    if run.status != "finished" and has_checkpoint and reproduce:
+        purpose = "resume it" if run.status != "running" else "resume it if it was killed"
+        resume = f"qlora-lightning fit --config {folder}/config.yaml --ckpt_path last"
+        return [(f"{purpose}, from the same working folder", resume)]
+    if run.status != "finished" or not (run.folder / ADAPTER_FOLDER / IDENTITY).exists():
+        return []
+    commands = start_again("higher", 3) if assessment.kind == "not learned" else []
+    if assessment.kind in ("learned", "unknown"):
+        commands.append(("talk to it", f"qlora-lightning chat --adapter {folder}/adapter"))
+    data, splits = run.config.get("data") or {}, run.manifest["data"].get("splits") or {}
+    options = "--rows 0"  # there are no rows to check a merge on
+    if "val" in splits or data.get("test"):
+        options = f"--config {folder}/config.yaml"
+        split = " --split test" if data.get("test") else ""
+        evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {options}{split} --out {folder}-evaluated"
+        commands.append(("evaluate it, with its hardest rows", evaluate))
+    if assessment.kind == "learned":
+        merge = f"qlora-lightning merge --adapter {folder}/adapter --out {folder}-merged {options}"
+        commands.append(("merge it, to serve it", merge))
+    return commands
+
+
+def training_facts(run: Run) -> Facts:
+    """Return base, adapter, data, length and settings of the training."""
+    manifest, progress, best = run.manifest, run.manifest["progress"], run.manifest["best"]
+    applied = manifest["data"].get("settings") or {}  # null is replaced by its meaning
+    flat = {**flatten(run.config), **flatten(applied, "data.")}
+    counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens", "rows": "rows"}
+    trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
+    base, adapter, parameters = (manifest[key] for key in ("base", "adapter", "parameters"))
+    trainable, total = parameters.get("trainable") or 0, parameters.get("all") or 0
+    facts = [
+        ("base", _list_settings(base, ("base", "revision", "quantization", "double_quant", "compute_dtype"))),
+        ("adapter", _list_settings(adapter, ("rank", "alpha", "dropout", "target_modules"))),
+        ("parameters", total and f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
+        ("continued from", flat.get("model.adapter")),
+        *((split, format_setting(file)) for split, file in _files(run).items()),
+        ("settings", _list_settings(flat, _SETTINGS)),
+        ("trained", ", ".join(trained)),
+        ("best checkpoint", best and f"{best.get('checkpoint')}, {best.get('monitor')} {best.get('value') or 0:.4f}"),
+    ]
+    return [(heading, text) for heading, text in facts if text]
+
+
+def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    settings = {name.removesuffix(".enabled").rpartition(".")[2]: values.get(name) for name in names}
+    return ", ".join(f"{name} {format_setting(value)}" for name, value in settings.items() if value not in (None, -1))
+
+
+def attempts_table(run: Run) -> PageTable:
+    """Return start, length and end of each attempt of a run that was resumed."""
+    rows = []
+    for attempt in run.manifest.get("attempts") or []:
+        steps = f"{attempt['from_step']:,} to {attempt['to_step']:,}"
+        duration, started = timedelta(seconds=round(attempt["seconds"])), attempt["started"].replace("T", " ")
+        rows.append([started, steps, str(duration), attempt.get("error") or attempt["status"]])
+    return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
+
+
+def difference_table(runs: Sequence[Run]) -> PageTable:
+    """Return the settings in which runs differ."""
+    differences = find_differences([run.config for run in runs])
+    rows = [[name, *map(format_setting, values)] for name, values in differences.items()]
+    return ["", *(run.name for run in runs)], rows
+
+
+def find_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return each setting in which configs differ, with its value in each; ``None`` if one lacks it."""
+    flat = [flatten(config) for config in configs]
+    names = dict.fromkeys(name for config in flat for name in config if name != _NOT_SHOWN)
+    columns = {name: [config.get(name) for config in flat] for name in names}
+    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"model.rank": 8, …}`` of a nested config; lists and empty sections stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def format_setting(value: Any) -> str:
+    """Return a setting as YAML, in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _files(run: Run) -> dict[str, Any]:
+    files = run.manifest["data"].get("files") or run.config.get("data") or {}
+    return {split: files[split] for split in ("train", "val") if files.get(split) is not None}
+
+
+# what report.html calls
+_CALLED = (
+    *(describe_run, headline, next_steps, training_facts, attempts_table, difference_table),
+    *(figure_table, comparison_table, find_samples),
+)

@@ -3,13 +3,15 @@
 import contextlib
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 _JOINER = "\N{ZERO WIDTH JOINER}"  # part of emoji
 _PICTURES = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\t": "⇥", "\x7f": "␡"}
@@ -50,6 +52,28 @@ def terminal(stderr: bool = False, record: bool = False) -> Console:
 def say(what: Any) -> None:
     """Print a line without markup, colours or added breaks, or a table of rich."""
     terminal().print(what, markup=False, soft_wrap=isinstance(what, str))
+
+
+def make_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", box: bool = True, right: bool = True
+) -> Table:
+    """Return a table of plain texts, without markup.
+
+    Args:
+        headings: Of the columns; none: the table has no head.
+        rows: Their cells.
+        title: Above it.
+        box: Whether it has lines around its cells.
+        right: Whether all columns but the first are numbers, and justified to the right.
+    """
+    table = Table(title=Text(title), title_justify="left", show_header=bool(headings))
+    if not box:
+        table.box, table.pad_edge, table.padding = None, False, (0, 2, 0, 0)
+    for number, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if number and right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 @contextlib.contextmanager

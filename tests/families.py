@@ -18,7 +18,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +29,7 @@ from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
+WRAPPERS = ("gemma3", "gemma4", "mistral3", "qwen3_5", "qwen3_5_moe", "internvl", "llava", "idefics3")
 LENGTHS = (23, 1, 12, 6)  # some longer than the sliding window, some not
 WINDOW = 8
 _AGREES = {"tokens": 2e-5, "gradients": 1e-4, "nf4 gradients": 1e-4}  # of float32; of what else, the first
@@ -104,9 +105,31 @@ def make_config(model_type, **settings):
 
 def save_random(folder, model_type, seed=0, **settings):
     """Write a random checkpoint, in which norms and biases count too, and scores are far from even."""
+    return _save(AutoModelForCausalLM, make_config(model_type, **settings), folder, seed)
+
+
+def save_wrapper(folder, model_type, **settings):
+    """Write a random checkpoint of a type that reads more than text, as the hub has it."""
+    kind, default = CONFIG_MAPPING[model_type], CONFIG_MAPPING[model_type]()
+    sizes = dict.fromkeys(("num_hidden_layers", "depth"), 1) | dict.fromkeys(("head_dim", "global_head_dim"), 16)
+    sizes |= dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads"), 2)
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+    configs, text = {}, default.get_text_config(decoder=True)
+    for field in dataclasses.fields(kind):
+        part = getattr(default, field.name)
+        if part is text:
+            caps = {"final_logit_softcapping": None} if model_type == "gemma3" else {}  # which the whole one has not
+            configs[field.name] = make_config(text.model_type, **caps, **settings).to_dict()
+        elif isinstance(part, transformers.PreTrainedConfig):
+            known = part.to_dict().keys() & sizes.keys()
+            configs[field.name] = {"model_type": part.model_type, **{name: sizes[name] for name in known}}
+    return _save(AutoModelForMultimodalLM, kind(**configs), folder)
+
+
+def _save(auto_class, config, folder, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_config(model_type, **settings), dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and not any(part in name for part in ("A_log", "dt", ".D", "time_", "rg_lru")):
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
@@ -119,23 +142,9 @@ def save_random(folder, model_type, seed=0, **settings):
 # ---- beside plain transformers and PEFT ------------------------------------------------------------------------------
 
 
-def save_with_images(folder, model_type, **settings):
-    """Write a random checkpoint of a type that reads images too, as the hub has it."""
-    kind = CONFIG_MAPPING[model_type]
-    vision = kind().vision_config
-    sizes = {"num_hidden_layers": 1, "depth": 1, "num_attention_heads": 2, "num_heads": 2, "num_key_value_heads": 2}
-    sizes |= {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "global_head_dim": 16, "out_hidden_size": 64}
-    if vision is not None:  # of gemma4 none by default
-        known = vision.to_dict().keys() & sizes.keys()
-        vision = {"model_type": vision.model_type, **{name: sizes[name] for name in known}}
-    config = kind(text_config=make_config(f"{model_type}_text", **settings).to_dict(), vision_config=vision)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def plain_model(folder, adapter, quantized=None):
+def plain_model(folder, adapter, quantized=None, auto_class=AutoModelForCausalLM):
     """The base with an adapter, by transformers and PEFT alone; with the weights of a quantized one, dequantized."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    base = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for name, module in [] if quantized is None else quantized.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             owner = name.replace(".base_layer", "")

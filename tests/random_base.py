@@ -56,11 +56,11 @@ def save_random_llama(folder: Path, dtype: torch.dtype, **sizes: Any) -> None:
 
 def save_family(folder: Path, model_type: str, tokenizer_of: Path, **settings: Any) -> Path:
     """Write a tiny random checkpoint of a type beside the tokenizer of another folder."""
-    from tests.families import save_random, save_with_images
+    from tests.families import WRAPPERS, save_random, save_wrapper
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     tokenizer.save_pretrained(folder)
     ids = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
-    save = save_with_images if model_type in ("gemma4", "qwen3_5") else save_random
+    save = save_wrapper if model_type in WRAPPERS else save_random
     made: Path = save(folder, model_type, **{**ids, **settings})
     return made

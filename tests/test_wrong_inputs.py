@@ -168,7 +168,6 @@ WRONG = [
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
-    wrong(BASE, "a mistral3 wraps a text model, which is not supp", prepare=write_base("mistral3")),
     wrong(BASE, "a vit is no causal language model. Choose another", prepare=write_base("vit")),
     wrong("--model.base org/none", "org/none", "HF_HUB_OFFLINE"),
     wrong("--model.revision main", "only a hub id has revisions"),

@@ -33,9 +33,10 @@ _SPLITS = {
 
 def architecture_of(config: Any) -> Any:
     """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
-    if config.model_type not in _MODEL_TYPES:
+    model_type = getattr(config, "wrapper", config.model_type)
+    if model_type not in _MODEL_TYPES:
         raise UserError(
-            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {config.model_type}. {_CONVERT}"
+            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {model_type}. {_CONVERT}", "gguf.type"
         )
     return gguf.MODEL_ARCH[config.model_type.upper()]
 

@@ -98,12 +98,15 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
 
     source, out, dtype = find_adapter(options.adapter, options.base), options.out, _DTYPES[options.dtype]
     plan = plan_merge(source.base.folder, source.folder)
-    weights: Weights = TensorFiles(source.base.folder, source.base.name).read
+    base_files = TensorFiles(source.base.folder, source.base.name)
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
+
+        def weights(name: str) -> Tensor:
+            return base_files.read(plan.stored_names.get(name, name))
     else:
         quantization = (source.quantization, source.double_quant, source.compute_dtype)
-        weights = TrainedWeights(source.base, *quantization, plan.transposed)
+        weights = TrainedWeights(source.base, *quantization, plan.transposed, plan.stored_names)
     if options.gguf is not None:
         architecture_of(plan.config)  # raises before the work
     batches = []
@@ -120,7 +123,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
         _write_companions(source, folder, dtype)
         if options.gguf:
             check_gguf(folder, plan, source.base)
-        _write_weights(plan, weights, folder, getattr(torch, dtype))
+        _write_weights(plan, weights, base_files, folder, getattr(torch, dtype))
         gguf_file = _write_gguf(source, plan, folder, options.gguf) if options.gguf else None
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".gguf"))
         figures["files"] = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
@@ -151,8 +154,8 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_weights(plan: MergePlan, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
-    """Merge tensor by tensor, and write the shards."""
+def _write_weights(plan: MergePlan, weights: Weights, files: TensorFiles, folder: Path, dtype: torch.dtype) -> None:
+    """Merge tensor by tensor, and write the shards; tensors that are not of a text model are copied from the files."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -165,11 +168,14 @@ def _write_weights(plan: MergePlan, weights: Weights, folder: Path, dtype: torch
         parts = plan.publish(name, torch.empty(shape, dtype=dtype, device="meta"))
         shapes |= parts
         merged_name |= dict.fromkeys(parts, name)
+    shapes |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.copied.items()}
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
     with progress_counter("merging", len(shapes)) as advance:
         for shard, names in shards.filename_to_tensors.items():
             for name in names:
-                if name not in tensors:
+                if name in plan.copied:
+                    tensors[name] = files.read(name).to(dtype)
+                elif name not in tensors:
                     tensors |= plan.publish(merged_name[name], merged(merged_name[name]).to(dtype))
                 advance(1)
             written = {name: tensors.pop(name).contiguous() for name in names}
@@ -198,6 +204,10 @@ def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
             write_whole(folder / file.name, settings)
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        if (file := source.base.folder / name).is_file():  # of what else than text a model reads
+            settings = read_json_object(file, "Copy it from where the base came from.")
+            write_whole(folder / name, {key: value for key, value in settings.items() if key != "auto_map"})
     write_whole(folder / "config.json", config)
     _check_links(source.tokenizer_folder)
     load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
@@ -321,10 +331,11 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
     """Load a merged model, or its GGUF file, with transformers: in fp32 if the hardware multiplies slowly otherwise."""
     import gguf
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GgufConfig
 
     from qlora_lightning.commands.gguf_files import architecture_of
     from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
+    from qlora_lightning.model.load.wrapped import is_wrapper
 
     gc.collect()  # the previous model is in reference cycles
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -339,7 +350,8 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
         kind = gguf.MODEL_ARCH_NAMES[architecture_of(config)]
         config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
         options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+    auto_class = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
 
 
 def _compute_logits(model: Any, batches: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:

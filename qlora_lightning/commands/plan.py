@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, json_output, quiet_lightning
 from qlora_lightning.commands.recipes import recipes_folder
-from qlora_lightning.sources.folders import open_base, open_config
+from qlora_lightning.sources.folders import open_base
 from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
 from qlora_lightning.support.console import make_table, terminal
 from qlora_lightning.support.errors import UserError
@@ -243,6 +243,8 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
 
     A hub id that cannot be fetched is looked up among the shapes that come with the recipes.
     """
+    from qlora_lightning.model.load.wrapped import open_text_config
+
     try:
         folder = open_base(name, revision, weights=False).folder
         origin = str(folder / "config.json")
@@ -254,7 +256,7 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
         if shape is None or Path(name).expanduser().exists():
             raise
         folder, origin = shape.parent, f"the shape of {shape.parent.name} that comes with the package"
-    return open_config(folder, trust_remote_code), origin
+    return open_text_config(folder, name, trust_remote_code), origin
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

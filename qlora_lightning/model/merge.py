@@ -1,9 +1,10 @@
 """An adapter merged into its base, one tensor in memory at a time."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,7 +22,8 @@ from qlora_lightning.model.layers.experts import experts_of, packed_name
 from qlora_lightning.model.layers.lora import dequantize
 from qlora_lightning.model.load.base_model import Quantization, quantized_folder
 from qlora_lightning.model.load.build import meta_base, put_adapters
-from qlora_lightning.sources.folders import BaseFolder, TensorFiles, open_config, read_config
+from qlora_lightning.model.load.wrapped import names_in_text, open_text_config, rename
+from qlora_lightning.sources.folders import BaseFolder, TensorFiles, read_config
 from qlora_lightning.support.errors import UserError
 
 Weights = Callable[[str], Tensor]  # a base's tensor by its name
@@ -34,7 +36,8 @@ class TrainedWeights:
     """Weights as an adapter saw them in training: quantized ones dequantized to fp32, others in the compute dtype.
 
     They are bit for bit those of the quantized base in the cache, which is made if it is missing, or of a base that is
-    stored quantized. ``transposed`` names the weights that quantized linears hold transposed.
+    stored quantized. ``transposed`` names the weights that quantized linears hold transposed; ``stored_names`` are the
+    names in the base's files.
     """
 
     def __init__(
@@ -44,18 +47,20 @@ class TrainedWeights:
         double_quant: bool,
         compute_dtype: torch.dtype,
         transposed: Collection[str] = (),
+        stored_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         is_stored = "quantization_config" in read_config(base.folder, base.name)
         is_cached = quantization != "none" and not is_stored
         folder = quantized_folder(base, quantization, double_quant, compute_dtype) if is_cached else base.folder
         self.files, self.compute_dtype, self._transposed = TensorFiles(folder, base.name), compute_dtype, transposed
+        self._stored_names = stored_names
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor: fp32 if it was quantized, else in the compute dtype."""
-        multimodal_name = name.replace("model.", "model.language_model.", 1)  # as in Qwen3.5
         module_name, _, weight_name = name.rpartition(".")
         experts_name = f"{module_name}.{packed_name(weight_name)}.weight"
-        stored_name = next((key for key in (name, multimodal_name, experts_name) if key in self.files), None)
+        known_names = (name, self._stored_names.get(name, name), experts_name)
+        stored_name = next((key for key in known_names if key in self.files), None)
         if stored_name is None:
             raise UserError(f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.")
         name, tensor = stored_name, self.files.read(stored_name)
@@ -80,8 +85,14 @@ class TrainedWeights:
 class MergePlan:
     """A base on the meta device with a real adapter, and the shapes of the merged model's tensors, tied ones once.
 
-    ``config`` is the base's, without quantization; ``transposed`` are the weights of GPT-2's Conv1D; ``has_parts`` says
-    that experts are written as they are published, each by itself.
+    Attributes:
+        model: The base with the adapter.
+        shapes: By the names in the model.
+        config: The base's, without quantization.
+        transposed: Names of the weights of GPT-2's Conv1D.
+        has_parts: Whether experts are written as they are published, each by itself.
+        stored_names: Names of the base's tensors in its files, by those in the model.
+        copied: Tensors in the files that are not of the text model.
     """
 
     model: peft.PeftModel
@@ -89,21 +100,36 @@ class MergePlan:
     config: Any
     transposed: set[str]
     has_parts: bool
+    stored_names: dict[str, str]
+    copied: dict[str, tuple[int, ...]]
 
     def publish(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return a tensor of the merged model by the names, and in the parts, that are written."""
         causal_lm = self.model.get_base_model()
-        return dict(revert_weight_conversion(causal_lm, {name: tensor})) if self.has_parts else {name: tensor}
+        parts = dict(revert_weight_conversion(causal_lm, {name: tensor})) if self.has_parts else {name: tensor}
+        in_wrapper = getattr(self.config, "names_in_wrapper", {})
+        return {self.stored_names.get(part) or rename(part, in_wrapper): value for part, value in parts.items()}
 
 
 def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     """Put an adapter on its base on the meta device."""
-    base = meta_base(open_config(base_folder))
+    config = open_text_config(base_folder, str(base_folder))
+    if hasattr(config, "wrapper") and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{base_folder} is stored quantized, with parts for images that cannot be copied into a model in 16 bits. "
+            "Serve the adapter beside it, or name the base in 16 bits by --base.",
+            "merge.quantized_wrapper",
+        )
+    base = meta_base(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
-    has_parts = bool(experts_of(base)) and _converts_alone(base)
+    stored = TensorFiles(base_folder, str(base_folder)).shapes()
+    names = names_in_text(base_folder, stored)
+    stored_names = {name: key for key, name in names.items()}
+    has_parts = bool(experts_of(base)) and not shapes.keys() <= stored_names.keys() and _converts_alone(base)
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
-    config, model = base.config, put_adapters(base, adapter).requires_grad_(False).eval()
-    return MergePlan(model, shapes, config, transposed, has_parts)
+    model = put_adapters(base, adapter).requires_grad_(False).eval()
+    copied = {key: shape for key, shape in stored.items() if key not in names}
+    return MergePlan(model, shapes, config, transposed, has_parts, stored_names, copied)
 
 
 def _converts_alone(causal_lm: Any) -> bool:

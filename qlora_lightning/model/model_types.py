@@ -6,7 +6,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +33,7 @@ _NOT_CAUSAL = (
 )
 REJECTED_TYPES = {
     **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), "scales logits of its text alone, not of the whole model"),
     "laguna": "has adapters of which plain PEFT would lose some",
     "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
     "rwkv": "rescales its weights in place, which 4-bit ones do not take",
@@ -51,22 +52,24 @@ def runs_packed(config: Any) -> bool:
 
 
 def check_type(model_type: str | None, name: str, has_code: bool = False) -> None:
-    """Reject what is no causal language model of transformers; ``has_code`` says that a base brings its own code."""
-    is_causal, reason = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, REJECTED_TYPES.get(str(model_type))
-    if model_type in CONFIG_MAPPING_NAMES and not is_causal and not has_code:
-        is_wrapped = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        reason = "wraps a text model, which is not supported yet" if is_wrapped else "is no causal language model"
+    """Reject what is no causal language model of transformers, nor a whole model that may have one inside.
+
+    ``has_code`` says that a base brings its own code.
+    """
+    reason = REJECTED_TYPES.get(str(model_type))
+    is_trained = has_code or model_type in {
+        **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    }
+    if model_type in CONFIG_MAPPING_NAMES and not is_trained:
+        reason = "is no causal language model"
     if reason:
-        raise UserError(f"Base {name}: a {model_type} {reason}. Choose another base.")
-    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "").endswith("ForConditionalGeneration"):
-        raise UserError(
-            f"Base {name}: a {model_type} reads more than text. Save its text model alone, which a few lines in "
-            "configs/README.md do, and name that folder."
-        )
-    if not is_causal and not has_code:
+        raise UserError(f"Base {name}: a {model_type} {reason}. Choose another base.", "base.model_type")
+    if not is_trained:
         raise UserError(
             f"Base {name}: its model_type is {model_type!r}, which this version of transformers does not know. Update "
-            "transformers, or choose another base."
+            "transformers, or choose another base.",
+            "base.model_type",
         )
 
 

@@ -31,10 +31,13 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
+# Of these transformers makes lists and modules, one after the other.
+_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels", "depth", "encoder_layers")
 _CONFIG_KEYS = {
     **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},
-    # of which transformers makes lists and modules, one after the other
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels"), range(2000)),
+    **{"wrapper": str | None, "names_in_wrapper": dict[str, str] | None},
+    **dict.fromkeys(_COUNTS, range(2000)),
+    **dict.fromkeys(("text_config", "vision_config", "audio_config"), dict.fromkeys(_COUNTS, range(2000))),
 }
 # What a config.json does not choose: other files of weights and kernels, and outputs that no training takes.
 FIXED_KEYS = {"transformers_weights": None, "fusion_config": None, "output_attentions": False, "return_dict": True}

@@ -10,8 +10,8 @@ from qlora_lightning.cli import main
 from tests.random_base import save_family
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = {"gemma-4-e2b": "gemma4_text", "mistral-7b": "mistral", "phi-4": "phi3", "qwen3-4b": "qwen3"}
-FAMILIES |= {"qwen3.5-9b": "qwen3_5_text", "qwen3-30b-a3b": "qwen3_moe", "gpt-oss-20b": "gpt_oss"}
+FAMILIES = {"gemma-4-e2b": "gemma4", "mistral-7b": "mistral", "phi-4": "phi3", "qwen3-4b": "qwen3"}
+FAMILIES |= {"qwen3.5-9b": "qwen3_5", "qwen3-30b-a3b": "qwen3_moe", "gpt-oss-20b": "gpt_oss"}
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 

@@ -2,25 +2,30 @@
 
 import json
 import re
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
+from qlora_lightning.model.load.wrapped import open_text_config
 from qlora_lightning.model.model_types import PACKED_TYPES
 from qlora_lightning.sources.tensors import tensor_names
 from tests import families
 from tests.adapters import make_run
+from tests.equality import same
+from tests.errors import rejects
 from tests.random_base import save_family
-from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
 
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
 QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
+QUICK_WRAPPERS = ("gemma3", "mistral3", "qwen3_5")
 QUICK += ("qwen3_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
 ROW_BY_ROW = ("qwen3_5_text", "gemma2", "qwen2_moe", "bloom", "modernbert-decoder", "mamba2")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW})
@@ -82,27 +87,62 @@ def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options
         QLoRAModule(str(tmp_path), **options).configure_model()
 
 
-def test_a_base_that_reads_images_trains_once_its_text_is_saved_alone(tmp_path, tiny_base, rows_file):
-    base = save_family(tmp_path / "base", "gemma4", tiny_base)
-    with pytest.raises(UserError, match="a gemma4 reads more than text"):
-        QLoRAModule(str(base)).configure_model()
-    GenerationConfig(eos_token_id=[1, 106]).save_pretrained(base)
-    page = Path("configs/README.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"^```py\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    text = str(tmp_path / "text")
-    exec(lines.replace("google/gemma-4-E2B-it", str(base)).replace("models/gemma-4-e2b-text", text), {})
-    fit(module := QLoRAModule(text, quantization="none"), tmp_path, rows_file, max_steps=1)
-    assert module.causal_lm.config.model_type == "gemma4_text"
-    ids = torch.arange(5, 14)[None]
-    whole = AutoModelForImageTextToText.from_pretrained(base).eval()
-    assert GenerationConfig.from_pretrained(text).eos_token_id == [1, 106]
-    alone = AutoModelForCausalLM.from_pretrained(text).eval()
-    with torch.no_grad():
-        assert distance(alone(input_ids=ids).logits, whole(input_ids=ids).logits) < 1e-5
+@pytest.mark.parametrize(
+    "model_type",
+    [each if each in QUICK_WRAPPERS else pytest.param(each, marks=pytest.mark.slow) for each in families.WRAPPERS],
+)
+def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whole_model(model_type, tmp_path, cache):
+    base, first, batch = families.save_wrapper(tmp_path / "base", model_type), tmp_path / "first", make_batch((23, 5))
+    module = make_module(base, quantization="none")
+    module.save_adapter(first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        plain = families.plain_model(base, first, auto_class=AutoModelForMultimodalLM)
+    assert families.error_of_tokens(module, plain, batch) <= 2e-5
+    plain.save_pretrained(tmp_path / "plain")
+    again = QLoRAModule(str(base), adapter=str(tmp_path / "plain"), quantization="none", compute_dtype="fp32")
+    again.configure_model()
+    again.save_adapter(tmp_path / "again")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "again", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert same(load_file(files[0]), load_file(files[2]))
+    steps = [loss_and_gradients(make_module(base), batch) for _ in range(2)]  # quantized, and from the cache
+    assert torch.equal(steps[0][1], steps[1][1])
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mistral3", "qwen3_5_moe"))]
+)
+def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path, tiny_base, capsys):
+    base = save_family(tmp_path / "base", model_type, tiny_base)
+    make_run(tmp_path / "run", base)
+    merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
+    assert main(merge) == 0
+    assert "Checked on 8 validation rows" in capsys.readouterr().out
+    tensors, merged = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert tensors.keys() == merged.keys()
+    copied = {name for name in tensors if torch.equal(tensors[name], merged[name])}
+    assert {name for name in tensors if "vision" in name or "visual" in name} <= copied < tensors.keys()
+    assert main([*merge, "--gguf", "f16", "--force"]) == 2
+
+
+def test_a_wrapper_that_is_stored_in_4_bits_trains(tmp_path):
+    base, stored = families.save_wrapper(tmp_path / "base", "gemma3"), tmp_path / "stored"
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(load_in_4bit=True, **options, llm_int8_skip_modules=["vision_tower", "lm_head"])
+    AutoModelForMultimodalLM.from_pretrained(base, quantization_config=config).save_pretrained(stored)
+    steps = [loss_and_gradients(make_module(folder, cache=False), make_batch((23, 5))) for folder in (base, stored)]
+    assert_same_step(*steps)
+
+
+def test_a_wrapper_without_a_text_model_of_its_own_is_rejected(tmp_path):
+    CONFIG_MAPPING["qwen3_vl"]().save_pretrained(tmp_path)
+    with rejects("base.no_text", "qwen3_vl"):
+        open_text_config(tmp_path, "a base")
 
 
 PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}
-WHOLE = [("gemma3_text", PLAIN), ("qwen3_5", PLAIN), ("gpt_oss", EXPERTS)]
+WHOLE = [("gemma3_text", PLAIN), ("gpt_oss", EXPERTS)]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
 from qlora_lightning.model.layers.experts import adapting_experts
 from qlora_lightning.model.layers.select import fuse_layers
+from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, explaining
@@ -37,6 +38,10 @@ from qlora_lightning.support.files import (
 UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of A and B
+_MODULES = (  # settings of PEFT that name modules
+    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
+)
 _CARD = """---
 {metadata}
 ---
@@ -80,9 +85,12 @@ def save_adapter_folder(
             tokenizer.save_pretrained(staging)
         write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
-    for name in ("target_modules", "target_parameters"):
-        if isinstance(targets := getattr(config, name), set):  # whose order changes from run to run
-            setattr(config, name, sorted(targets))
+    if names := _names_in_wrapper(
+        model
+    ):  # PEFT shortens names, and in the whole model short ones match other parts too
+        config.target_modules = set(model.base_model.targeted_module_names)
+    for name, value in _rename_modules(vars(config), names).items():
+        setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
     (staging / CARD).write_text(_describe(identity, config.task_type), encoding="utf-8")
@@ -138,10 +146,16 @@ def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
     options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained({path})'
     if identity["quantization"] != "none":
         options += f", quantization_config=BitsAndBytesConfig({settings})"
+    imports, classes = "AutoPeftModelForCausalLM", ""
+    load = f"AutoPeftModelForCausalLM.from_pretrained({path}, {options})"
+    if identity.get("wrapper"):  # PEFT's own class would load the text alone, in which names are others
+        imports, classes = "PeftConfig, PeftModel", "AutoModelForMultimodalLM, "
+        base = f"PeftConfig.from_pretrained({path}).base_model_name_or_path"
+        load = f"PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), {path})"
     return (
-        "from peft import AutoPeftModelForCausalLM; "
-        "from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({path}, {options})\n"
+        f"from peft import {imports}; from transformers import {classes}AutoTokenizer, BitsAndBytesConfig, "
+        "GenerationConfig\n"
+        f"model = {load}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({path})"
     )
 
@@ -161,8 +175,8 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_lora_config(folder: Path) -> peft.LoraConfig:
-    """Read PEFT's config of an adapter folder, to train it.
+def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
+    """Read PEFT's config of an adapter folder, to train it on a base with this config of transformers.
 
     PEFT matches regular expressions, and one from elsewhere might be matched for ever. If one says which modules carry
     the adapter, the names of its tensors say it instead; others may repeat little.
@@ -176,7 +190,9 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
             "base that is not the one it names."
         )
     names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
-    if any(isinstance(settings.get(name), str) for name in ("target_modules", "exclude_modules", "layers_pattern")):
+    in_text = {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}
+    patterns = (settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern"))
+    if in_text or any(isinstance(pattern, str) for pattern in patterns):
         carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
         experts = {name.rpartition(".")[0] for name in settings.get("target_parameters", ())}  # by endings
         carriers = {name for name in carriers if not name.removesuffix(".base_layer").endswith((*experts,))}
@@ -186,6 +202,7 @@ def read_lora_config(folder: Path) -> peft.LoraConfig:
     for expression in (*ranks, *alphas, *settings.get("modules_to_save", ()), *(settings.get("layers_pattern") or ())):
         if len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
             raise UserError(f"{file}: the expression {expression!r} repeats too much: write the modules' names.")
+    settings |= _rename_modules(settings, in_text)
     rank = max(settings["r"], *ranks.values(), 0)
     widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
     if rank > widest:
@@ -221,7 +238,7 @@ def add_named_adapter(
     # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     # as in adapters/inject.py
-    context, config = f"PEFT cannot put the adapter of {folder} on the base", read_lora_config(folder)
+    context, config = f"PEFT cannot put the adapter of {folder} on the base", read_lora_config(folder, model.config)
     with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context):
         model.add_adapter(name, config)
     fill_adapter(model, folder, name)
@@ -239,4 +256,21 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model, state_dict, adapter_name=adapter, save_embedding_layers=False
     )
-    return tensors
+    names = {f"base_model.model.{own}": f"base_model.model.{whole}" for own, whole in _names_in_wrapper(model).items()}
+    return {rename(key, names): tensor for key, tensor in tensors.items()}
+
+
+def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
+    return getattr(model.get_base_model().config, "names_in_wrapper", {})
+
+
+def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """Return those of PEFT's settings that name modules, with other prefixes."""
+    renamed: dict[str, Any] = {}
+    for key in _MODULES:
+        value = settings.get(key)
+        if isinstance(value, dict):
+            renamed[key] = {rename(name, prefixes): each for name, each in value.items()}
+        elif isinstance(value, list | set):
+            renamed[key] = type(value)(rename(name, prefixes) if isinstance(name, str) else name for name in value)
+    return renamed

@@ -23,7 +23,7 @@ from qlora_lightning.model.layers.experts import (
 )
 from qlora_lightning.model.layers.select import attention_of
 from qlora_lightning.model.load.machine import free_bytes
-from qlora_lightning.model.model_types import check_type
+from qlora_lightning.model.load.wrapped import empty_model, key_mapping, names_in_text, open_text_config
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.folders import (
     BaseFolder,
@@ -31,7 +31,6 @@ from qlora_lightning.sources.folders import (
     explaining_base,
     fingerprint,
     open_base,
-    open_config,
     read_config,
     read_license,
 )
@@ -73,9 +72,8 @@ def load_base(
     section 3. ``plain_scales``: on a CPU see :func:`unnest_scales`; not for a sharded base, whose scales all have.
     """
     source = open_base(name, revision)
-    config = read_config(source.folder, name)
-    check_type(config.get("model_type"), name, trust_remote_code and "auto_map" in config)
-    stored = config.get("quantization_config")
+    open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
+    stored = read_config(source.folder, name).get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
     folder, bnb_config = source.folder, None
     try:
@@ -109,6 +107,8 @@ def load_base(
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "license": read_license(source.folder),
     }
+    if wrapper := getattr(model.config, "wrapper", None):
+        identity["wrapper"] = wrapper
     vars(model)["loaded_identity"] = identity  # for a build_model of one's own
     return LoadedBase(model, source, identity)
 
@@ -133,8 +133,9 @@ def quantized_folder(
         model = _load(source.folder, bnb_config, dtype, device, trust_remote_code)
         freeze(model)  # else packed weights would be saved wrongly, see freeze
         with _quiet_bars():
-            # a shard is held in memory while it is written; packed experts have no names of before
-            save_model(model, folder, max_shard_size="200MB", save_original_format=not experts_of(model))
+            # a shard is held in memory while it is written; packed experts, and a text alone, have no names of before
+            is_published = not experts_of(model) and not hasattr(model.config, "wrapper")
+            save_model(model, folder, max_shard_size="200MB", save_original_format=is_published)
         del model
         # a linear of bitsandbytes and its weight refer to each other: uncollected this model would stay on the device
         # beside the one that is loaded from the folder
@@ -142,7 +143,8 @@ def quantized_folder(
         torch.cuda.empty_cache()
 
     key: dict[str, Json] = {
-        "format": 2,  # in 1 the base's tensors were not compared with its config
+        # in 1 the base's tensors were not compared with its config, in 2 a text model had other names
+        "format": 3 if "text_config" in config else 2,
         "source": fingerprint(source.folder),
         "config": {name: value for name, value in config.items() if name not in _IRRELEVANT_KEYS},
         "settings": bnb_config.to_diff_dict(),
@@ -161,7 +163,10 @@ def _load(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
-    config, shapes = open_config(folder, trust_remote_code), TensorFiles(folder, str(folder)).shapes()
+    config, shapes = open_text_config(folder, str(folder), trust_remote_code), TensorFiles(folder, str(folder)).shapes()
+    names = names_in_text(folder, shapes) if hasattr(config, "wrapper") else {name: name for name in shapes}
+    left_out = shapes.keys() - names.keys()  # of what else than text a model reads
+    shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
     if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in shapes):
         raise UserError(f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.")
     mismatched, tied = set[tuple[str]](), set[str]()
@@ -187,6 +192,7 @@ def _load(
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
+            key_mapping=key_mapping(names),
             dtype=dtype,
             device_map={"": torch.device(device)},
             attn_implementation=attention_of(config),
@@ -199,19 +205,13 @@ def _load(
             **({} if bnb_config is None else {"quantization_config": bnb_config}),
         )
     report["mismatched_keys"] |= mismatched
+    report["unexpected_keys"] -= left_out
     report["unexpected_keys"] |= tied - model.all_tied_weights_keys.keys()  # a head that is not the embedding
     check_loaded(report, folder, shapes)
     if trust_remote_code and not type(model).__module__.startswith("transformers."):
         model.config.has_own_code = True
         model.set_attn_implementation("sdpa")
     return cast(PreTrainedModel, model)
-
-
-def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
-    """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
-    options = {"attn_implementation": attention_of(config), "experts_implementation": None, "dtype": dtype}
-    with torch.device("meta"), explaining_base(config.name_or_path):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def _bitsandbytes_config(quantization: Quantization, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:

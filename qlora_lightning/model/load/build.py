@@ -17,15 +17,10 @@ from qlora_lightning.model.adapters.identity import check_identity, describe_ada
 from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
-from qlora_lightning.model.load.base_model import (
-    Quantization,
-    check_widths,
-    empty_model,
-    keep_quantized_layers,
-    load_base,
-)
+from qlora_lightning.model.load.base_model import Quantization, check_widths, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
-from qlora_lightning.model.model_types import LINEARS, check_type, layer_of, linear_sizes, runs_packed
+from qlora_lightning.model.load.wrapped import empty_model
+from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support.trainer import say_once
 
@@ -108,7 +103,7 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     """
     if folder is None:
         return add_adapters(base, **options)
-    model = inject(base, read_lora_config(folder), str(folder))
+    model = inject(base, read_lora_config(folder, base.config), str(folder))
     fill_adapter(model, folder)
     return model
 
@@ -125,6 +120,9 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
     for line in (
         explain_dtype(module.device, module.identity.get("compute_dtype", "float32")),
         advise_allocator(module.device),
+        f"Of a {config.wrapper} the text alone is trained: images and the like are left out."
+        if hasattr(config, "wrapper")
+        else None,
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
@@ -150,7 +148,6 @@ def meta_base(config: Any, dtype: torch.dtype = torch.float32, quantization: Qua
     """
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    check_type(config.model_type, config.name_or_path)
     model = empty_model(config, dtype)
     if quantization != "none":
         check_experts(model, quantization, config.name_or_path or config.model_type)

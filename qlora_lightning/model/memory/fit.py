@@ -13,11 +13,11 @@ from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
+from qlora_lightning.model.load.wrapped import open_text_config
 from qlora_lightning.model.memory.formula import CONTEXT_BYTES, StepMemory, build_step_memory
-from qlora_lightning.model.model_types import check_type
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.packed import samples_of
-from qlora_lightning.sources.folders import find_adapter_folder, open_base, open_config, read_config
+from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config
 from qlora_lightning.sources.tensors import format_gib
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of
@@ -111,8 +111,7 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     stored = read_config(source.folder, source.name)
     if module.trust_remote_code and "auto_map" in stored:
         return None
-    check_type(stored.get("model_type"), module.base)
-    config = open_config(source.folder)
+    config = open_text_config(source.folder, module.base)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
     memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula

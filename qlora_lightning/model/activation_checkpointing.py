@@ -1,6 +1,5 @@
 """Gradient checkpointing: save only each layer's input, on the device or on the host."""
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,26 +31,23 @@ def checkpointing_choices(
 def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpointing) -> None:
     """Switch from the choice of the fit before; checkpointing that a ``build_model`` has enabled stays on."""
     if choice.checkpointed:
-        enable_activation_checkpointing(
-            causal_lm, recompute_contexts, draws=has_dropout(causal_lm), offload=choice.offload
-        )
+        enable_activation_checkpointing(causal_lm, choice.offload)
     elif before.checkpointed:
         for layer in causal_lm.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.gradient_checkpointing = False
 
 
-def enable_activation_checkpointing(
-    model: Any, context_fn: Callable[[], Any], *, draws: bool = True, offload: bool = False
-) -> None:
+def enable_activation_checkpointing(causal_lm: Any, offload: bool = False) -> None:
     """Checkpoint the decoder layers of a transformers model, non-reentrant; ``offload``: keep their inputs on the host.
 
-    ``context_fn`` is that of torch's checkpoint. If layers draw no random numbers, the generators' states are not
-    saved, which would wait for the GPU. transformers 5.17 calls this ``gradient_checkpointing_enable``; 5.24 warns.
+    Backward recomputes a layer with its packed batch. If layers draw no random numbers, the generators' states are not
+    saved, which would wait for the GPU.
     """
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    options = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": context_fn}
-    enable(options, offload=offload)
+    options = {"use_reentrant": False, "preserve_rng_state": has_dropout(causal_lm), "context_fn": recompute_contexts}
+    if hasattr(causal_lm, "activation_checkpointing_enable"):
+        causal_lm.activation_checkpointing_enable(options, offload=offload)
+    else:  # its name in transformers 5.17
+        causal_lm.gradient_checkpointing_enable(options, offload=offload)
     # only reentrant checkpointing needs it, and it would compute gradients below the first adapter too
-    model.disable_input_require_grads()
+    causal_lm.disable_input_require_grads()

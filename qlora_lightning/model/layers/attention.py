@@ -3,12 +3,11 @@
 :func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Three
 implementations agree within rounding:
 
-* on a CPU C++ loops, over all samples at once;
+* on a CPU C++ loops, over all samples at once, if there are neither a sliding window nor sinks;
 * on a GPU of compute capability 8.0 or higher, torch's kernel for ragged samples;
 * else, and on the plain path, torch's attention, one sample after the other.
 
-A sliding window at least as long as the longest sample changes nothing. A narrower one takes the ragged kernel, or the
-last implementation with a mask.
+A sliding window at least as long as the longest sample changes nothing.
 
 Outside of :func:`packed_pass`, as in ``generate``, this is torch's attention with transformers' mask.
 """
@@ -135,18 +134,17 @@ def packed_attention(
     """
     reject_unsupported(type(module), kwargs)
     batch = current_pass.get()
-    if batch is None and s_aux is not None:
-        mask = attention_mask
-        if mask is None:
-            n_queries, n_keys = query.shape[2], key.shape[2]
-            mask = query.new_ones(1, 1, n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-        return _sdpa_with_sinks(query, key, value, mask, s_aux, scaling, dropout).transpose(1, 2), None
-    if batch is None:
+    if batch is not None:
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+        return attend(query, key, value, batch, scaling, dropout, sliding_window, s_aux).unsqueeze(0), None
+    if s_aux is None:
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return attn_out, None
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    return attend(query, key, value, batch, scaling, dropout, sliding_window, s_aux).unsqueeze(0), None
+    if attention_mask is None:
+        n_queries, n_keys = query.shape[2], key.shape[2]
+        attention_mask = query.new_ones(1, 1, n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+    return _sdpa_with_sinks(query, key, value, attention_mask, s_aux, scaling, dropout).transpose(1, 2), None
 
 
 def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
@@ -181,25 +179,25 @@ def attend(
     Returns:
         ``(n_tokens, heads, head_dim)``.
     """
-    sequences = batch.sequences
+    sequences, expanded = batch.sequences, batch.sequences.expanded
     # as SDPA chooses it: under autocast float32 parameters make some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     if sliding_window is not None and sliding_window >= sequences.longest:
         sliding_window = None
-    is_fast, expanded = batch.fused and dropout == 0.0, sequences.expanded
-    is_fast = is_fast and (sinks is None or not sinks.requires_grad)
-    if is_fast and sliding_window is None and has_cpu_kernel(query, key, value, dtype):
-        query, key, value = (states.to(dtype) for states in (query, key, value))
-        if expanded.has_shared:
-            key, value = (_Expand.apply(states, expanded) for states in (key, value))
-        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling, sinks))
+    is_fused, is_plain = batch.fused and dropout == 0.0, sliding_window is None and sinks is None
+    takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value, dtype)
     if expanded.has_shared:
-        query, key, value = (_Expand.apply(states, expanded) for states in (query, key, value))
-    if is_fast and has_ragged_kernel(query, value):
-        attn_out = attend_ragged(query, key, value, sequences, scaling, sliding_window, sinks)
+        key, value = (_Expand.apply(states, expanded) for states in (key, value))
+    if takes_loops:  # which compute the query of a shared token once
+        query, key, value = (states.to(dtype) for states in (query, key, value))
+        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling))
+    if expanded.has_shared:
+        query = _Expand.apply(query, expanded)
+    if is_fused and has_ragged_kernel(query, value) and (sinks is None or not sinks.requires_grad):
+        attn_out: Tensor = RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window, sinks)
     else:
         attn_out = attend_per_sample(query, key, value, sequences, scaling, dropout, sliding_window, sinks)
-    # all copies of a shared token have the same result
+    # a shared token has the same result in each sample
     return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
 
@@ -224,19 +222,6 @@ def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)  # asked for by every layer
-
-
-def attend_ragged(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: SequenceBounds,
-    scaling: float | None,
-    sliding_window: int | None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend for all samples at once by torch's FlashAttention; shapes are those of :func:`attend`."""
-    return cast(Tensor, RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window, sinks))
 
 
 class _Expand(torch.autograd.Function):
@@ -279,12 +264,12 @@ def attend_per_sample(
         length, mask = len(sample[0]), None
         if sinks is not None or (sliding_window is not None and sliding_window < length):
             mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (sliding_window or length))
-        if sinks is not None and mask is not None:
-            attn_out = _sdpa_with_sinks(q, k, v, mask[None, None], sinks, scaling, dropout)
-            outputs.append(attn_out.squeeze(0).transpose(0, 1))
-            continue
-        options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
-        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, **options).squeeze(0).transpose(0, 1))
+        if sinks is None:
+            options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
+            attn_out = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        else:
+            attn_out = _sdpa_with_sinks(q, k, v, cast(Tensor, mask)[None, None], sinks, scaling, dropout)
+        outputs.append(attn_out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -301,15 +286,6 @@ def _sdpa_with_sinks(
     shape = (*query.shape[:3], -1)
     bias = torch.cat([bias.expand(shape), column.expand(shape)], dim=-1)
     return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
-
-
-def _add_sinks(attn_out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs, and log-sum-exps of scores, that count sinks; the usual backward with these is right.
-
-    Shapes are ``(n_tokens, heads, head_dim)``, ``(n_tokens, heads)`` and ``(heads,)``.
-    """
-    with_sinks = torch.logaddexp(lse, sinks.float())
-    return attn_out * torch.exp(lse - with_sinks).unsqueeze(-1).to(attn_out.dtype), with_sinks
 
 
 class RaggedAttention(torch.autograd.Function):
@@ -337,9 +313,10 @@ class RaggedAttention(torch.autograd.Function):
         ctx.options = {"scale": scaling, "window_size_left": window_left, "window_size_right": 0}
         attend, debugs = torch.ops.aten._flash_attention_forward.default, False
         attn_out, lse, *ctx.random, _ = attend(query, key, value, *ctx.arguments, debugs, **ctx.options)
-        if sinks is not None:
-            attn_out, lse = _add_sinks(attn_out, lse.t(), sinks)
-            lse = lse.t().contiguous()  # (heads, n_tokens)
+        if sinks is not None:  # with these outputs and log-sum-exps the usual backward is right
+            with_sinks = torch.logaddexp(lse, sinks.float()[:, None])  # (heads, n_tokens)
+            attn_out = attn_out * torch.exp(lse - with_sinks).t().unsqueeze(-1).to(attn_out.dtype)
+            lse = with_sinks
         ctx.save_for_backward(query, key, value, attn_out, lse)
         return cast(Tensor, attn_out)
 
@@ -366,8 +343,8 @@ class VarlenAttention(torch.autograd.Function):
         value: Tensor,
         sequences: SequenceBounds,
         scaling: float | None,
-        sinks: Tensor | None,
     ) -> Tensor:
+        """Compute attn_out; query is ``(n_tokens, heads, head_dim)``, key and value ``(n_expanded, kv_heads, …)``."""
         query, key, value = (states.contiguous() for states in (query, key, value))
         n_queries, n_keys = len(sequences.expanded.first_expanded), sequences.bounds[-1]
         assert (len(query), len(key)) == (n_queries, n_keys), "samples are of these tokens"  # loops do not check it
@@ -377,8 +354,6 @@ class VarlenAttention(torch.autograd.Function):
         sizes = len(sequences.bounds) - 1, query.shape[1], *key.shape[1:]
         ctx.shape_args = sequences.cu_seqlens_q, sequences.cu_seqlens, *sizes
         call("attend", query.dtype, query, key, value, *ctx.shape_args, ctx.scale, attn_out, lse)
-        if sinks is not None:
-            attn_out, lse = _add_sinks(attn_out, lse, sinks)
         ctx.save_for_backward(query, key, value, lse)
         return attn_out
 
@@ -389,4 +364,4 @@ class VarlenAttention(torch.autograd.Function):
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         inputs = query, key, value, grad.contiguous(), lse
         call("attend_backward", query.dtype, *inputs, *ctx.shape_args, ctx.scale, *grads)
-        return *grads, None, None, None
+        return *grads, None, None

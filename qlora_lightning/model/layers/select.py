@@ -17,7 +17,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
-from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts, register_packed_attention
+from qlora_lightning.model.layers.attention import register_packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
@@ -135,7 +135,7 @@ def _set_recompute_contexts(causal_lm: Any) -> None:
     for module in causal_lm.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)  # transformers has no public getter
         if module.__dict__.get("gradient_checkpointing") and "context_fn" not in getattr(function, "keywords", {}):
-            enable_activation_checkpointing(causal_lm, recompute_contexts, draws=has_dropout(causal_lm))
+            enable_activation_checkpointing(causal_lm)
             return
 
 

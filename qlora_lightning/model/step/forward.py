@@ -32,7 +32,7 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
         causal_lm: The transformers model with its adapters.
         micro_batch: On the model's device.
         noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
-        fused: Whether attention is fused, and adapters on a GPU are cast all at once.
+        fused: Whether attention is fused, and adapters are cast all at once.
     """
     inputs: dict[str, Tensor] = {"input_ids": micro_batch.input_ids}
     embedding = causal_lm.get_input_embeddings()
@@ -47,7 +47,7 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
         )
     if not runs_packed(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))
-    layers = prepare_layers(causal_lm) if fused and micro_batch.input_ids.is_cuda else {}
+    layers = prepare_layers(causal_lm) if fused else {}
     with packed_pass(PackedPass(micro_batch.sequences, layers, fused)):
         hidden: Tensor = causal_lm.base_model(
             **inputs, position_ids=micro_batch.position_ids, attention_mask=NO_MASK, use_cache=False

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ import yaml
 
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule, UserError
 from qlora_lightning.cli import main
+from qlora_lightning.model.kto import KTOModule
 from tests.equality import metrics
+from tests.errors import rejects
 from tests.steps import assert_same_step, loss_and_gradients, make_trainer, randomize, trainable_tensors
 
 ROWS = [
@@ -81,19 +84,26 @@ def test_columns_and_roles_of_other_names_give_the_same_pair(tmp_path, smollm2_f
     assert batch["row_ids"].tolist() == [0, 0]
 
 
+VERDICT = {"prompt": "Count.", "completion": "1", "label": True}
+
+
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("rows", "options", "words"),
     [
-        ({"chosen": "a", "rejected": "b"}, "needs a prompt"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-        ({"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}, "different prompts"),
-        ({"prompt": "q", "chosen": json.dumps(GOOD), "rejected": "b"}, "'chosen' is a list of messages as text"),
-        ({"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}, "the prompt ends with an assistant's message"),
+        ([{"chosen": "a", "rejected": "b"}], {}, r"train\.jsonl:1.*needs a prompt"),
+        ([ROWS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], {}, r"train\.jsonl:2.*are the same"),
+        ([{"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}], {}, "different prompts"),
+        ([{"prompt": "q", "chosen": json.dumps(GOOD), "rejected": "b"}], {}, "'chosen' is a list of messages as text"),
+        ([{"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}], {}, "prompt ends with an assistant's message"),
+        (ROWS, {"train_on": "all"}, "train_on: all trains the prompt too"),
+        ([ROWS[0], VERDICT], {}, r"train\.jsonl:2.*do not mix"),
+        ([{**VERDICT, "label": None}], {}, r"'chosen' and 'rejected' is missing.* needs true or false"),
+        ([{**VERDICT, "label": 1}], {}, r"train\.jsonl:1: 'label' must be true or false, found 1"),
     ],
 )
-def test_a_bad_row_is_named_with_its_line(tmp_path, smollm2_folder, row, words):
-    with pytest.raises(UserError, match=rf"train\.jsonl:2.*{words}"):
-        make_data(tmp_path, smollm2_folder, [ROWS[0], row])
+def test_rows_that_are_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_folder, rows, options, words):
+    with pytest.raises(UserError, match=words):
+        make_data(tmp_path, smollm2_folder, rows, **options)
 
 
 ASKED_ON = [*ASKED, {**GOOD[0], "reasoning_content": "A greeting."}, *ASKED]
@@ -125,17 +135,6 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
     assert data.samples["train"].row_ids.tolist() == [0]
     assert "1 rows dropped: their two answers are the same within max_length" in caplog.text
     assert "1 rows dropped: their prompt is too long for the two answers to share" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("module", "data"), [(PreferenceModule, InstructionDataModule), (QLoRAModule, PreferenceDataModule)]
-)
-def test_module_and_data_must_both_be_of_preferences(tmp_path, tiny_base, module, data):
-    rows = [{**row, "completion": "x"} for row in ROWS] if data is InstructionDataModule else ROWS
-    columns = {"chosen": None, "rejected": None} if data is InstructionDataModule else {}
-    data = data(train=write_rows(tmp_path / "rows.jsonl", rows), columns=columns)
-    with pytest.raises(UserError, match="cannot train on"):
-        make_trainer(tmp_path, max_steps=1).fit(module(str(tiny_base)), data)
 
 
 # ---- objectives ------------------------------------------------------------------------------------------------------
@@ -244,23 +243,6 @@ def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(t
     assert sorted(batch["desirable"].tolist()) == [False, True]
 
 
-def test_rows_and_settings_that_fit_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_folder):
-    with pytest.raises(UserError, match="train_on: all trains the prompt too"):
-        make_data(tmp_path, smollm2_folder, train_on="all")
-    with pytest.raises(UserError, match=r"train\.jsonl:2.*do not mix"):
-        make_data(tmp_path, smollm2_folder, [ROWS[0], VERDICTS[0]])
-    with pytest.raises(UserError, match=r"train\.jsonl:1.*'chosen' and 'rejected' is missing.* needs true or false"):
-        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": None}])
-    with pytest.raises(UserError, match=r"train\.jsonl:1: 'label' must be true or false, found 1"):
-        make_data(tmp_path, smollm2_folder, [{**VERDICTS[0], "label": 1}])
-
-
-def test_kto_takes_no_batch_of_one_row(tmp_path, tiny_base):
-    module, data = make_module(tiny_base, objective="kto"), make_data(tmp_path, tiny_base, VERDICTS, batch_size=1)
-    with pytest.raises(UserError, match=r"data\.batch_size is 1: kto"):
-        make_trainer(tmp_path, max_steps=1).fit(module, data)
-
-
 def test_the_training_loss_of_kto_is_logged_without_weights(tmp_path, tiny_base):
     """A batch with the rarer verdict would look like a divergence."""
     module = PreferenceModule(str(tiny_base), rank=4, objective="kto")
@@ -269,11 +251,21 @@ def test_the_training_loss_of_kto_is_logged_without_weights(tmp_path, tiny_base)
     assert trainer.callback_metrics["train_loss"] == 0.5  # an adapter of zeros is its reference
 
 
-def test_an_objective_names_the_rows_that_it_needs(tmp_path, tiny_base):
-    for objective, rows, words in (("kto", ROWS, "a verdict"), ("dpo", VERDICTS, "pairs of answers")):
-        data = make_data(tmp_path, tiny_base, rows)
-        with pytest.raises(UserError, match=f"{objective} learns from .*{words}"):
-            make_module(tiny_base, objective=objective).compute_loss(next(iter(data.train_dataloader())))
+@pytest.mark.parametrize(
+    ("make", "data", "rows", "key"),
+    [
+        (PreferenceModule, InstructionDataModule, [{"prompt": "a", "completion": "b"}], "data.class_path"),
+        (QLoRAModule, PreferenceDataModule, ROWS, "data.class_path"),
+        (KTOModule, partial(PreferenceDataModule, batch_size=1), VERDICTS, "data.batch_size"),
+        (KTOModule, PreferenceDataModule, ROWS, "model.objective"),
+        (PreferenceModule, PreferenceDataModule, VERDICTS, "model.objective"),
+    ],
+    ids=["rows for pairs", "pairs for rows", "kto on single rows", "kto on pairs", "dpo on verdicts"],
+)
+def test_module_and_data_must_be_of_the_same_kind(tmp_path, tiny_base, make, data, rows, key):
+    with rejects(key):
+        data = data(train=write_rows(tmp_path / "rows.jsonl", rows))
+        make_trainer(tmp_path, max_steps=1).fit(make(str(tiny_base)), data)
 
 
 def other_answers(batch):

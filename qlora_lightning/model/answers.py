@@ -94,7 +94,8 @@ def _answer_batch(
         if len(prompts) == 1:
             raise UserError(
                 f"Out of memory on {device} in the answer to one prompt of {longest:,} tokens: shorter prompts take "
-                "less, and so do fewer new tokens."
+                "less, and so do fewer new tokens.",
+                "memory.answer",
             ) from error
     half = len(prompts) // 2  # not in the handler: the error's traceback holds the keys and values
     parts = prompts[:half], prompts[half:]

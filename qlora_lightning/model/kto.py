@@ -13,7 +13,7 @@ from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import samples_of
 from qlora_lightning.sources.tensors import IGNORED
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.trainer import datamodule_of, trainer_of
 
 
@@ -24,16 +24,14 @@ class KTOModule(PreferenceModule):
     accuracy = "accuracy"
 
     def __init__(self, base: str, objective: Objective = "kto", **kwargs: Any) -> None:
-        if objective != "kto":
-            raise UserError(f"model.objective is {objective}: {type(self).__name__} has kto alone.")
+        check_setting("model.objective", objective, objective == "kto", f"kto, which {type(self).__name__} has alone")
         super().__init__(base, objective, **kwargs)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and getattr(datamodule_of(self.trainer), "batch_size", 0) == 1:
-            raise UserError(
-                "data.batch_size is 1: kto takes the answers of a batch's other rows, so expected 2 or more."
-            )
+        size = getattr(datamodule_of(self.trainer), "batch_size", None)
+        is_valid = size != 1 or stage != "fit"
+        check_setting("data.batch_size", size, is_valid, "2 or more: kto takes the answers of a batch's other rows")
 
     def compute_loss(self, batch: Any) -> LossSums:
         """Sum ``1 - σ(± (β log-ratio - β KL))`` of each answer (Ethayarajh et al., equation 8), and rows.
@@ -42,7 +40,10 @@ class KTOModule(PreferenceModule):
         """
         micro_batch = self.micro_batch_of(batch)
         if micro_batch.desirable is None or micro_batch.kl is None:
-            raise UserError("model.objective kto learns from answers with a verdict, which the rows of data are not.")
+            raise UserError(
+                "model.objective kto learns from answers with a verdict, which the rows of data are not.",
+                "model.objective",
+            )
         n_answers = n_answers_of(micro_batch)
         ratios = (self.log_probs(micro_batch) - self.reference_log_probs(micro_batch))[:n_answers]
         desirable, kl = micro_batch.desirable[:n_answers], micro_batch.kl

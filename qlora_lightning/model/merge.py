@@ -62,7 +62,10 @@ class TrainedWeights:
         known_names = (name, self._stored_names.get(name, name), experts_name)
         stored_name = next((key for key in known_names if key in self.files), None)
         if stored_name is None:
-            raise UserError(f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.")
+            raise UserError(
+                f"The base's files have no {name}, as of mixtures of experts: serve the adapter beside it.",
+                "base.tensors",
+            )
         name, tensor = stored_name, self.files.read(stored_name)
         if tensor.dtype == torch.uint8:
             keys = [key for key in self.files if key.startswith(f"{name}.")]

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +28,7 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 
 # Sums of a validation that are not logged of a split; that of the rows of preferences is the evaluation's.
 _NOT_LOGGED = {"train": {"token_accuracy", "likelier"}, "val": {"likelier"}, "test": {"likelier"}}
@@ -147,7 +148,8 @@ class QLoRAModule(lightning.LightningModule):
         inject.check_adapter_settings(rank, alpha, dropout, target_experts, lora_options)
         optimizers.check_optimization(optimizer, learning_rate, weight_decay, loraplus_ratio)
         optimizers.check_schedule(schedule, warmup_ratio)
-        forward.check_noise(neftune_alpha)
+        is_valid = neftune_alpha is None or 0 < neftune_alpha < math.inf
+        check_setting("model.neftune_alpha", neftune_alpha, is_valid, "a positive number, such as 5, or null")
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}

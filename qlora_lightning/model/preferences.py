@@ -13,7 +13,7 @@ from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.sources.folders import find_adapter_folder
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
@@ -33,7 +33,10 @@ class _ByObjective:
         if objective != "kto" or issubclass(cls, KTOModule):
             return super().__new__(cls)
         if cls is not PreferenceModule:
-            raise UserError(f"{cls.__name__} inherits from PreferenceModule, that of pairs: for kto from KTOModule.")
+            raise UserError(
+                f"{cls.__name__} inherits from PreferenceModule, that of pairs: for kto from KTOModule.",
+                "model.objective",
+            )
         return super().__new__(cast(Any, KTOModule))
 
 
@@ -77,14 +80,11 @@ class PreferenceModule(_ByObjective, QLoRAModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
-        if objective not in _BETAS:
-            raise UserError(f"model.objective is {objective!r}: expected {', '.join(_BETAS)}.")
-        if beta is not None and not 0 < beta < math.inf:
-            raise UserError(f"model.beta is {beta:g}: expected a positive number, such as {_BETAS[objective]:g}.")
-        if gamma is not None and objective != "simpo":
-            raise UserError(f"model.gamma is {gamma:g}, which {objective} has no use for: only simpo has.")
-        if sft_share and objective == "kto":
-            raise UserError(f"model.sft_share is {sft_share:g}, which kto has no use for.")
+        check_setting("model.objective", objective, objective in _BETAS, f"one of {', '.join(_BETAS)}")
+        is_valid = beta is None or 0 < beta < math.inf
+        check_setting("model.beta", beta, is_valid, f"a positive number, such as {_BETAS[objective]:g}")
+        check_setting("model.gamma", gamma, gamma is None or objective == "simpo", "null, since only simpo has one")
+        check_setting("model.sft_share", sft_share, not sft_share or objective != "kto", "0 with kto")
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta
         self.gamma = 0.0 if objective != "simpo" else 1.0 if gamma is None else gamma
         self.sft_share = sft_share
@@ -107,7 +107,8 @@ class PreferenceModule(_ByObjective, QLoRAModule):
         micro_batch = self.micro_batch_of(batch)
         if not micro_batch.pairs:
             raise UserError(
-                f"model.objective {self.objective} learns from pairs of answers, which the rows of data are not."
+                f"model.objective {self.objective} learns from pairs of answers, which the rows of data are not.",
+                "model.objective",
             )
         n_answers = n_answers_of(micro_batch)
         log_probs = self.log_probs(micro_batch)[:n_answers].view(-1, 2)  # (pairs, 2)

@@ -71,7 +71,8 @@ class ShardedBase:
         if not runs_packed(causal_lm.config):
             raise UserError(
                 "trainer.strategy ddp_sharded takes types that run in packed batches, and "
-                f"{causal_lm.config.model_type} runs a row at a time: set trainer.strategy to ddp."
+                f"{causal_lm.config.model_type} runs a row at a time: set trainer.strategy to ddp.",
+                "trainer.strategy",
             )
         # FSDP2's warning of outputs that are views: nobody writes into a layer's output
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -25,20 +25,26 @@ class Diverged(UserError):
     """A loss or gradient is NaN or infinite: the run ends, and earlier checkpoints stay."""
 
 
+def check_setting(key: str, value: object, is_valid: bool, expected: str) -> None:
+    """Reject the value of a setting, by its YAML name, with what was expected."""
+    if not is_valid:
+        raise UserError(f"{key} is {value!r}: expected {expected}.", key)
+
+
 def describe_error(error: BaseException) -> str:
     """Return the class and the words of a library's error, in one line, to quote it in a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].removesuffix(": ")
 
 
 @contextlib.contextmanager
-def explaining(message: str) -> Iterator[None]:
+def explaining(message: str, key: str = "") -> Iterator[None]:
     """Turn a library's error, whatever its class, into a UserError that quotes it; let others pass."""
     try:
         yield
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise UserError(f"{message} ({describe_error(error)}).") from error
+        raise UserError(f"{message} ({describe_error(error)}).", key) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,7 +35,8 @@ def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
     """
     with explaining(
         f"{file} is not read: it is missing, damaged or no checkpoint, or it holds objects that run code when they are "
-        "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone"
+        "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone",
+        "checkpoint.damaged",
     ):
         with zipfile.ZipFile(file) as archive:
             # torch compresses nothing, and a few MB could expand to many GB; nor does it verify checksums
@@ -51,7 +52,8 @@ def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise UserError(
             f"{source} was not written by qlora_lightning: expected the key {KEY!r} in it, which Lightning's "
-            "ModelCheckpoint leaves out with save_weights_only=True."
+            "ModelCheckpoint leaves out with save_weights_only=True.",
+            "checkpoint.foreign",
         )
     check_version(content["format_version"], source)
     check_keys(checkpoint, _KEYS, source, "Take another checkpoint.")

@@ -85,7 +85,8 @@ class ExactResume(Callback):
             raise UserError(
                 f"The run cannot be restored from its checkpoint ({describe_error(exception)}), which was changed or "
                 "is of another version of Lightning. Take another one, or begin a new run from the adapter folder with "
-                "model.adapter."
+                "model.adapter.",
+                "checkpoint.damaged",
             ) from exception
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,13 +148,15 @@ def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequen
     if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
         raise UserError(
             "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
-            "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`."
+            "cannot resume exactly there. Take one of the end of a step, such as `--ckpt_path last`.",
+            "checkpoint.position",
         )
     val_changes = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
     if batches["is_last_batch"] and completed == ready and val_changes:  # after the validation of an epoch's end
         raise UserError(  # Lightning could count the next batch as one of the finished epoch
             "The checkpoint is of an epoch's end, and its validations were others: "
-            f"{', '.join(map(_show_change, val_changes))}. Put that back as it was (it may change inside an epoch)."
+            f"{', '.join(map(_show_change, val_changes))}. Put that back as it was (it may change inside an epoch).",
+            "checkpoint.validations",
         )
 
 
@@ -172,13 +175,15 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
         raise UserError(
             f"The checkpoint was saved inside an epoch with other {changed['train']}: a run cannot resume exactly "
             "there. Put data, tokenizer and chat template back as they were, or begin a new run from the adapter "
-            "folder with model.adapter."
+            "folder with model.adapter.",
+            "checkpoint.data",
         )
     if changed and not getattr(data, "accept_changed_data", False):
         raise UserError(
             f"The data are not those of the checkpoint: other {' and other '.join(changed.values())}. Put them back as "
             "they were, or pass `--data.accept_changed_data true` (in Python an attribute of the data module): with "
-            "other validation samples the ranking of the best adapter starts over."
+            "other validation samples the ranking of the best adapter starts over.",
+            "data.accept_changed_data",
         )
 
 
@@ -209,7 +214,8 @@ def _align_validations(trainer: Trainer) -> None:
         raise UserError(
             f"trainer.val_check_interval {trainer.val_check_interval} leads into the middle of an optimizer step of "
             f"{window} batches (trainer.accumulate_grad_batches). Set it to a share of the epoch, such as 0.25, with "
-            "trainer.check_val_every_n_epoch: 1."
+            "trainer.check_val_every_n_epoch: 1.",
+            "trainer.val_check_interval",
         )
     if interval < n_batches:
         trainer.val_check_batch = int(min(max(int(interval) // window, 1) * window, n_batches))
@@ -246,7 +252,8 @@ def _check_optimizers(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
     if stored_classes != classes:
         raise UserError(
             f"The optimizer was {', '.join(stored_classes)} and is {', '.join(classes)}, which cannot continue from "
-            "that state: put model.optimizer back, or begin a new run from the adapter folder with model.adapter."
+            "that state: put model.optimizer back, or begin a new run from the adapter folder with model.adapter.",
+            "model.optimizer",
         )
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         _check_moments(optimizer, state)
@@ -286,5 +293,6 @@ def _check_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) 
             if found != shape:
                 raise UserError(
                     f"The checkpoint's optimizer state does not fit: {name} of tensor {number} is {found}, expected "
-                    f"{shape}. Take another checkpoint, or begin a new run from the adapter folder with model.adapter."
+                    f"{shape}. Take another checkpoint, or begin a new run from the adapter folder with model.adapter.",
+                    "checkpoint.damaged",
                 )

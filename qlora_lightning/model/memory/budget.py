@@ -8,7 +8,7 @@ from qlora_lightning.model.activation_checkpointing import Checkpointing, checkp
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class TokenBudget:
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
-        if setting != "auto" and setting < 1:
-            raise UserError(f"model.micro_batch_tokens is {setting}: expected a positive number, or auto.")
+        is_valid = setting == "auto" or setting > 0
+        check_setting("model.micro_batch_tokens", setting, is_valid, "a positive number, or auto")
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.tokens = self._unplanned
@@ -67,7 +67,8 @@ class TokenBudget:
                 raise UserError(
                     f"A {causal_lm.config.model_type} of transformers has no gradient checkpointing, and it is asked "
                     "for, or a row does not fit without: set gradient_checkpointing.enabled to false, or a smaller "
-                    "data.max_length."
+                    "data.max_length.",
+                    "gradient_checkpointing.enabled",
                 )
         self._switch_to_choice(causal_lm)
         say_once(f"At most {self.tokens:,} tokens go through the model at a time, {self.fits[0].choice}.")
@@ -87,7 +88,8 @@ class TokenBudget:
         if module.sharded_base is not None:
             raise UserError(
                 f"Out of memory on {module.device} under a sharded base, whose other processes wait in their passes: "
-                "set model.micro_batch_tokens to a smaller number, or a smaller data.max_length."
+                "set model.micro_batch_tokens to a smaller number, or a smaller data.max_length.",
+                "memory.sharded",
             )
         micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
         suffix = f" in process {module.global_rank}" if module.global_rank else ""
@@ -112,7 +114,8 @@ class TokenBudget:
             remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
             raise RowDoesNotFit(
                 f"Out of memory on {module.device} in one row of {tokens:,} tokens "
-                f"({module.locate_rows(micro_batch.rows)}): {shortage.reason}. What is left: {remedies}."
+                f"({module.locate_rows(micro_batch.rows)}): {shortage.reason}. What is left: {remedies}.",
+                "memory.row",
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
             f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "
             f"{format_gib(USABLE * memory)} for it. What is left: {remedies}. A number as "
-            "model.micro_batch_tokens tries it without a plan."
+            "model.micro_batch_tokens tries it without a plan.",
+            "memory.row",
         )
     return [fit._replace(tokens=fit.tokens or longest) for fit in fits]

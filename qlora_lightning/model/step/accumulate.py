@@ -150,7 +150,8 @@ class Window:
         if other := [rank_names for rank_names in self._names if rank_names != names]:
             raise UserError(
                 f"LossSums.metrics has the names {', '.join(names)} here, and {', '.join(other[0])} in another process "
-                "or an earlier step: with several processes return the same ones each time, 0 for none."
+                "or an earlier step: with several processes return the same ones each time, 0 for none.",
+                "loss.metrics",
             )
 
 

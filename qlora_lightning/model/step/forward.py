@@ -1,7 +1,6 @@
 """Forward pass of a micro-batch, up to the hidden states that predict its labels."""
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -14,12 +13,6 @@ from qlora_lightning.model.layers.decoder_layer import prepare_layers
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
-
-
-def check_noise(alpha: float | None) -> None:
-    """Reject a strength of NEFTune's noise that is none."""
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"model.neftune_alpha is {alpha:g}: expected a positive number, such as 5, or null.")
 
 
 def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fused: bool) -> Tensor:
@@ -43,7 +36,8 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
     if "input_ids" not in inputs and getattr(causal_lm.config, "hidden_size_per_layer_input", None):
         raise UserError(
             f"A {causal_lm.config.model_type} looks tokens up in each layer: model.neftune_alpha, and embeddings that "
-            "train, do not work with it."
+            "train, do not work with it.",
+            "model.neftune_alpha",
         )
     if not runs_packed(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))

@@ -84,7 +84,9 @@ class LossSums:
             UserError: A metric has a name that is logged already.
         """
         if taken := _LOGGED_NAMES & self.metrics.keys():
-            raise UserError(f"LossSums.metrics has {min(taken)}, which is logged already: choose another name.")
+            raise UserError(
+                f"LossSums.metrics has {min(taken)}, which is logged already: choose another name.", "loss.metrics"
+            )
         return {"labelled_tokens": self.count, "loss": self.loss, **self.metrics}
 
 

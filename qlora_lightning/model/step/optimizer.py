@@ -13,7 +13,7 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 
 ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]
@@ -28,9 +28,12 @@ def check_optimization(
         try:
             optimizer_class([nn.Parameter(torch.zeros(1, 1))], **{**arguments, "lr": 1e-4})
         except (TypeError, ValueError) as error:
-            raise UserError(f"model.optimizer {optimizer_class.__name__} rejects its init_args: {error}") from error
-    if loraplus_ratio is not None and not 1 <= loraplus_ratio < math.inf:
-        raise UserError(f"model.loraplus_ratio is {loraplus_ratio:g}: expected 1 or more, such as 16, or null.")
+            raise UserError(
+                f"model.optimizer {optimizer_class.__name__} rejects its init_args: {error}", "model.optimizer"
+            ) from error
+    if loraplus_ratio is not None:
+        is_valid = 1 <= loraplus_ratio < math.inf
+        check_setting("model.loraplus_ratio", loraplus_ratio, is_valid, "1 or more, such as 16, or null")
 
 
 def choose_learning_rate(choice: LearningRate, width: int) -> float:
@@ -50,28 +53,31 @@ def choose_optimizer(
     ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
     fused.
     """
-    if learning_rate != "auto" and not 0 < learning_rate < math.inf:
-        raise UserError(f"model.learning_rate is {learning_rate}: expected a positive number, such as 2e-4, or auto.")
-    if not 0 <= weight_decay < math.inf:
-        raise UserError(f"model.weight_decay is {weight_decay}: expected 0 or more.")
+    is_valid = learning_rate == "auto" or 0 < learning_rate < math.inf
+    check_setting("model.learning_rate", learning_rate, is_valid, "a positive number, such as 2e-4, or auto")
+    check_setting("model.weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     spec: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
-    if "class_path" not in spec or spec.keys() - {"class_path", "init_args"}:
-        raise UserError(f"model.optimizer is {choice}: expected a class_path and, if needed, init_args; nothing else.")
+    is_valid = "class_path" in spec and spec.keys() <= {"class_path", "init_args"}
+    check_setting("model.optimizer", choice, is_valid, "a class_path and, if needed, init_args; nothing else")
     path, arguments = spec["class_path"], dict(spec.get("init_args") or {})
     for name in ("lr", "weight_decay"):
         if name in arguments:
             key = "model.learning_rate" if name == "lr" else "model.weight_decay"
-            raise UserError(f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.")
+            raise UserError(
+                f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.", "model.optimizer"
+            )
     optimizer_class: Any = pydoc.locate(str(path))
-    if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)):
-        raise UserError(f"model.optimizer.class_path {path!r} cannot be imported, or is not a torch optimizer class.")
+    is_valid = inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)
+    check_setting("model.optimizer.class_path", path, is_valid, "a class of torch optimizers that can be imported")
     arguments["lr"] = learning_rate
     if "weight_decay" in inspect.signature(optimizer_class).parameters:
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
-        raise UserError(f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.")
+        raise UserError(
+            f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.", "model.weight_decay"
+        )
     return optimizer_class, arguments
 
 
@@ -102,21 +108,20 @@ def group_parameters(
 
 def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of a schedule; see :func:`build_schedule`."""
-    if not 0.0 <= warmup_ratio < 1.0:
-        raise UserError(f"model.warmup_ratio is {warmup_ratio}: expected a share of the steps in [0, 1).")
+    check_setting("model.warmup_ratio", warmup_ratio, 0.0 <= warmup_ratio < 1.0, "a share of the steps in [0, 1)")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
     needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not stepped once per optimizer step
     names = sorted({schedule.value for schedule in SchedulerType} - needs_metrics)
-    if name not in names:
-        raise UserError(f"model.schedule is {choice!r}: expected a name among {', '.join(names)}.")
+    check_setting("model.schedule", choice, name in names, f"a name among {', '.join(names)}")
     if name == "constant" and warmup_ratio:  # the only one without warmup
         name = "constant_with_warmup"
     accepted = [*inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters]
     for argument in arguments:
         if argument not in accepted:  # transformers ignores some, and rejects others only after the base is loaded
+            expected = f"expected {', '.join(accepted[1:])}"
             raise UserError(
-                f"model.schedule has the argument {argument!r}, which {name} lacks: expected {', '.join(accepted[1:])}."
+                f"model.schedule has the argument {argument!r}, which {name} lacks: {expected}.", "model.schedule"
             )
     return name, arguments
 
@@ -133,7 +138,8 @@ def build_schedule(
     if not total_steps:
         raise UserError(
             "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
-            "trainer.limit_train_batches to 0."
+            "trainer.limit_train_batches to 0.",
+            "trainer.max_steps",
         )
     name, arguments = check_schedule(choice, warmup_ratio)
     warmup = warmup_ratio * total_steps

@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
         if len(adapters) > 1 and not find_configs(fit_options):
             say(f"Config, rows and limits are those of {first_folder}, the first adapter; --config FILE names others.")
         figures |= _evaluate(adapters, arguments, options)
-        return int(SERVED in figures and figures[SERVED]["verdict"] != "adapter")
+        return int(SERVED in figures and figures[SERVED]["match"] != "adapter")
 
 
 def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def ask_server(
 ) -> list[ServedAnswer]:
     """Return the server's answers to the rows that have a prompt, in their order."""
     if settings is None:
-        raise UserError("--server: no row has a prompt that it could answer.")
+        raise UserError("--server: no row has a prompt that it could answer.", "server")
     requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
     prompted_rows = [row for row in rows if row.prompt is not None]
     answers = server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
@@ -225,7 +225,7 @@ def score_served(
     settings: AnswerSettings,
     results: dict[str, list[RowResult]],
 ) -> dict[str, Any]:
-    """Score a server's answers of the rows that have a prompt, add them to ``results``, and return the verdict."""
+    """Score a server's answers of the rows that have a prompt, and add them to ``results``; return whose they are."""
     indices = [index for index, row in enumerate(rows) if row.prompt is not None]
     results[SERVED] = [NOTHING] * len(results[BASE])
     mismatches = []  # prompts of another length on the server
@@ -237,22 +237,13 @@ def score_served(
             mismatches.append({"row": row.place, "ours": n_tokens, "server": prompt_tokens})
     base, adapter, served = ([answer for n in indices if (answer := side[n].answer)] for side in results.values())
     figures = decide(base, adapter, served, settings.scores[0])
-    figures["sentence"] = describe(figures)
-    if figures["verdict"] == "neither":
+    if figures["match"] == "neither":
         n = next((n for n, answer in enumerate(served) if answer.text != adapter[n].text), 0)
-        place, ours, theirs = rows[indices[n]].place, adapter[n].text, served[n].text
-        figures["first_difference"] = {"row": place, "adapter": ours, SERVED: theirs}
-        figures["sentence"] += (
-            f" First {place}: {theirs[:80]!r}, the adapter {ours[:80]!r}. Look at its chat template, its stop tokens "
-            "and its quantization."
-        )
+        texts = {"adapter": adapter[n].text, SERVED: served[n].text}
+        figures["first_difference"] = {"row": rows[indices[n]].place, **texts}
     if mismatches:
         figures["prompt_tokens"] = {**mismatches[0], "rows": len(mismatches)}
-        figures["sentence"] += (
-            f" Its prompts are others in {len(mismatches):,} rows ({mismatches[0]['row']}: "
-            f"{mismatches[0]['server']:,} tokens, in training {mismatches[0]['ours']:,})."
-        )
-    return figures
+    return {**figures, "sentence": describe(figures)}
 
 
 def decide(base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[Answer], score: str) -> dict[str, Any]:
@@ -261,55 +252,60 @@ def decide(base: Sequence[Answer], adapter: Sequence[Answer], served: Sequence[A
     They can be a side's if no score differs from its own beyond the interval; if they can be of both, more equal
     answers decide. Equality alone would ask too much: two programs round differently, and long answers diverge.
     """
-    sides = {"adapter": adapter, BASE: base}
-    equal = {
-        side: sum(own.text == answer.text for own, answer in zip(answers, served, strict=True))
-        for side, answers in sides.items()
-    }
-    differences = {side: _score_differences(answers, served) for side, answers in sides.items()}
-    beyond = {
-        side: [name for name, gap in gaps.items() if gap.value and not gap.low <= 0 <= gap.high]
-        for side, gaps in differences.items()
-    }
-    possible = [side for side in sides if not beyond[side]]
-    if all(a.text == b.text for a, b in zip(adapter, base, strict=True)):
-        verdict = "unknown"
-    elif len(possible) == 2 and equal["adapter"] != equal[BASE]:
-        verdict = max(equal, key=equal.__getitem__)
-    else:
-        verdict = possible[0] if len(possible) == 1 else "neither"
-    if verdict == "neither" and beyond["adapter"]:
-        score = beyond["adapter"][0]  # the one that tells it from the adapter
+    equal, gaps, differing = dict[str, int](), dict[str, dict[str, Interval]](), dict[str, list[str]]()
+    for side, own in (("adapter", adapter), (BASE, base)):
+        equal[side] = sum(ours.text == theirs.text for ours, theirs in zip(own, served, strict=True))
+        gaps[side] = {name: _measure_gap(name, own, served) for name in own[0].scores}
+        differing[side] = [name for name, gap in gaps[side].items() if gap.value and not gap.low <= 0 <= gap.high]
+    possible = [side for side in equal if not differing[side]]
+    match = "neither"
+    if all(ours.text == theirs.text for ours, theirs in zip(adapter, base, strict=True)):
+        match = "unknown"
+    elif len(possible) == 1:
+        match = possible[0]
+    elif possible and equal["adapter"] != equal[BASE]:
+        match = "adapter" if equal["adapter"] > equal[BASE] else BASE
+    if match == "neither" and differing["adapter"]:
+        score = differing["adapter"][0]  # the one that tells it from the adapter
     return {
-        "verdict": verdict,
+        "match": match,
         "rows": len(served),
         "equal_to_adapter": equal["adapter"] / len(served),
         "equal_to_base": equal[BASE] / len(served),
         "score": score,
-        "difference_from_adapter": plain_interval(differences["adapter"][score]),
+        "difference_from_adapter": plain_interval(gaps["adapter"][score]),
     }
 
 
+def _measure_gap(score: str, own: Sequence[Answer], served: Sequence[Answer]) -> Interval:
+    """Return by how much a score of the served answers differs from that of a side's own."""
+    sides = {"own": own, SERVED: served}
+    values = {side: [(answer.scores[score], 1.0) for answer in answers] for side, answers in sides.items()}
+    return measure(score, values).differences[SERVED]
+
+
 def describe(figures: Mapping[str, Any]) -> str:
-    """Describe in a sentence whose answers a server gave."""
-    n_rows, gap = figures["rows"], figures["difference_from_adapter"]
-    if figures["verdict"] == "unknown":
-        return f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
-    names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter", "neither": "like neither"}
-    n_equal = {side: round(figures[f"equal_to_{side}"] * n_rows) for side in ("adapter", BASE)}
-    bounds = "" if gap["low"] is None else f" [{gap['low']:+.3f}, {gap['high']:+.3f}]"
-    return (
-        f"The server answers {names[figures['verdict']]}. {n_equal['adapter']:,} of {n_rows:,} answers are equal to "
-        f"the adapter's, {n_equal[BASE]:,} to the base's; {figures['score']} differs from the adapter's by "
-        f"{gap['value']:+.3f}{bounds}."
-    )
-
-
-def _score_differences(own: Sequence[Answer], served: Sequence[Answer]) -> dict[str, Interval]:
-    """Return by how much each score of the served answers differs from that of a side's own."""
-    differences = {}
-    for name in own[0].scores:
-        values = {"own": [(answer.scores[name], 1.0) for answer in own]}
-        values[SERVED] = [(answer.scores[name], 1.0) for answer in served]
-        differences[name] = measure(name, values).differences[SERVED]
-    return differences
+    """Describe in sentences whose answers a server gave, and what differs."""
+    n_rows, gap, match = figures["rows"], figures["difference_from_adapter"], figures["match"]
+    if match == "unknown":
+        text = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
+    else:
+        names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter"}
+        n_equal = {side: round(figures[f"equal_to_{side}"] * n_rows) for side in ("adapter", BASE)}
+        bounds = "" if gap["low"] is None else f" [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        text = (
+            f"The server answers {names.get(match, 'like neither')}. {n_equal['adapter']:,} of {n_rows:,} answers are "
+            f"equal to the adapter's, {n_equal[BASE]:,} to the base's; {figures['score']} differs from the adapter's "
+            f"by {gap['value']:+.3f}{bounds}."
+        )
+    if first := figures.get("first_difference"):
+        text += (
+            f" First {first['row']}: {first[SERVED][:80]!r}, the adapter {first['adapter'][:80]!r}. Look at its chat "
+            "template, its stop tokens and its quantization."
+        )
+    if other := figures.get("prompt_tokens"):
+        text += (
+            f" Its prompts are others in {other['rows']:,} rows ({other['row']}: {other['server']:,} tokens, in "
+            f"training {other['ours']:,})."
+        )
+    return text

@@ -2,11 +2,12 @@
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_lightning.evaluation.intervals import format_interval
 from qlora_lightning.evaluation.scores import describe_metric, is_share
-from qlora_lightning.report.figures import BaseComparison, read_comparison
+from qlora_lightning.report.figures import MeasuredSides, describe_rows, find_scores, read_comparison
 from qlora_lightning.report.run_files import Run
 
 _MIN_STEPS = 10
@@ -28,8 +29,8 @@ def assess(run: Run) -> Assessment:
     if not steps:
         return Assessment("unknown", [])
     comparison = read_comparison(run)
-    base = comparison.metrics["loss"].base.value if "loss" in comparison.metrics else math.nan
-    against_base, base_sentences = _compare_with_base(comparison)
+    base = comparison["loss"].base.value if "loss" in comparison else math.nan
+    against_base, base_sentences = _compare_with_base(comparison, describe_rows(run))
     divergence = _find_divergence(run, base, steps)
     if divergence:
         return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
@@ -88,11 +89,11 @@ def _is_above(loss: float, reference: float) -> bool:
     return loss > reference + _NOISE * abs(reference)
 
 
-def _compare_with_base(comparison: BaseComparison) -> tuple[str, list[str]]:
+def _compare_with_base(comparison: Mapping[str, MeasuredSides], rows: str) -> tuple[str, list[str]]:
     """Return whether the adapter that was kept is better than the base, as a word and as sentences."""
-    differences = {name: measured.difference for name, measured in comparison.metrics.items()}
+    differences = {name: measured.difference for name, measured in comparison.items()}
     is_clear = {name: interval.low > 0 or interval.high < 0 for name, interval in differences.items()}
-    metric = next(iter(comparison.scores), "loss")
+    metric = next(iter(find_scores(comparison)), "loss")
     if not is_clear.get(metric) and is_clear.get("loss"):  # the same answers may have become likelier
         metric = "loss"
     if metric not in differences or math.isnan(differences[metric].value):
@@ -105,5 +106,5 @@ def _compare_with_base(comparison: BaseComparison) -> tuple[str, list[str]]:
     outcome = direction if is_clear[metric] else "not clearly better"
     return outcome, [
         f"The adapter that was kept is {outcome} than the base: {describe_metric(metric)} {text}{unit}{level} "
-        f"on {comparison.rows}."
+        f"on {rows}."
     ]

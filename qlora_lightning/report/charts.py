@@ -113,7 +113,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 def _loss_curves(run: Run) -> list[Curve]:
     training, validation = (run.metrics.get(name, []) for name in _LOSSES)
-    steps, metrics = [step for step, _ in training + validation], read_comparison(run).metrics
+    steps, metrics = [step for step, _ in training + validation], read_comparison(run)
     curves = _smooth("training", training)
     if steps and "loss" in metrics:
         base = metrics["loss"].base.value

@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -29,15 +28,6 @@ class MeasuredSides(NamedTuple):
     difference: Interval
 
 
-@dataclass(frozen=True)
-class BaseComparison:
-    """Base and adapter on the same validation rows, as ``evaluation.json`` has them."""
-
-    rows: str  # which, and how many, in words
-    scores: list[str]  # of pairs and of answers, the most important one first
-    metrics: Mapping[str, MeasuredSides]  # empty if the run was not evaluated
-
-
 class Figure(NamedTuple):
     """A figure of a run; written as text it has its unit."""
 
@@ -49,21 +39,29 @@ class Figure(NamedTuple):
         return self.format.format(self.value) if self.format else str(timedelta(seconds=round(60 * self.value)))
 
 
-def read_comparison(run: Run) -> BaseComparison:
-    """Read ``evaluation.json`` as the fit wrote it."""
-    content = run.evaluation
-    metrics = {
-        metric: MeasuredSides(*(_read_interval(sides.get(side)) for side in MeasuredSides._fields))
-        for metric, sides in (content.get("metrics") or {}).items()
+def read_comparison(run: Run) -> dict[str, MeasuredSides]:
+    """Return each metric of ``evaluation.json`` as the fit wrote it; empty if the run was not evaluated."""
+
+    def interval(bounds: Mapping[str, float | None] | None) -> Interval:
+        values = [(bounds or {}).get(name) for name in Interval._fields]
+        return Interval(*(math.nan if value is None else float(value) for value in values))
+
+    metrics = run.evaluation.get("metrics") or {}
+    return {
+        name: MeasuredSides(*(interval(sides.get(side)) for side in MeasuredSides._fields))
+        for name, sides in metrics.items()
     }
-    rows = content.get("rows") or 0
-    description = f"{rows:,} validation rows{describe_answered(content.get('answered_rows') or 0, rows)}"
-    return BaseComparison(description, [name for name in metrics if name not in _NO_SCORES], metrics)
 
 
-def _read_interval(bounds: Mapping[str, float | None] | None) -> Interval:
-    values = ((bounds or {}).get(name) for name in Interval._fields)
-    return Interval(*(math.nan if value is None else float(value) for value in values))
+def find_scores(comparison: Mapping[str, MeasuredSides]) -> list[str]:
+    """Return the names of scores, of pairs and of answers, the most important one first."""
+    return [name for name in comparison if name not in _NO_SCORES]
+
+
+def describe_rows(run: Run) -> str:
+    """Return which validation rows were evaluated, and how many."""
+    rows = run.evaluation.get("rows") or 0
+    return f"{rows:,} validation rows{describe_answered(run.evaluation.get('answered_rows') or 0, rows)}"
 
 
 def find_figures(run: Run) -> dict[str, Figure]:
@@ -76,11 +74,11 @@ def find_figures(run: Run) -> dict[str, Figure]:
         if value is not None and not math.isnan(value):
             figures[name] = Figure(heading, form, value)
 
-    for metric in ("loss", *comparison.scores, "token_accuracy"):
+    for metric in ("loss", *find_scores(comparison), "token_accuracy"):
         values, is_loss = logged.get(f"val_{metric}", [math.nan]), metric == "loss"
         value = min(values) if is_loss else max(values)
-        if metric in comparison.metrics:  # of the adapter that was kept
-            value = comparison.metrics[metric].adapter.value
+        if metric in comparison:  # of the adapter that was kept
+            value = comparison[metric].adapter.value
         heading = "validation loss" if is_loss else describe_metric(metric)
         add("val_loss" if is_loss else metric, heading, "{:.4f}" if is_loss else "{:.1%}", value)
     add("train_loss", "training loss, last", "{:.4f}", logged.get("train_loss", [math.nan])[-1])
@@ -105,13 +103,13 @@ def figure_table(runs: Sequence[Run]) -> PageTable:
 
 def comparison_table(run: Run) -> PageTable:
     """Return each metric of base and adapter and their difference, with its interval."""
-    comparison, rows = read_comparison(run), []
-    for metric, measured in comparison.metrics.items():
+    rows = []
+    for metric, measured in read_comparison(run).items():
         digits, signs = choose_digits(measured), ("", "", "+")
         pairs, as_percent = zip(measured, signs, strict=True), is_share(metric)
         texts = [format_interval(interval, as_percent, sign, digits) for interval, sign in pairs]
         rows.append([describe_metric(metric), *(text.replace("-", "−") for text in texts)])
-    return [comparison.rows, *MeasuredSides._fields], rows
+    return [describe_rows(run), *MeasuredSides._fields], rows
 
 
 def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:

@@ -18,6 +18,7 @@ from qlora_lightning.report.figures import (
     figure_table,
     find_figures,
     find_samples,
+    find_scores,
     read_comparison,
 )
 from qlora_lightning.report.run_files import Run, read_run
@@ -77,9 +78,9 @@ def headline(run: Run) -> Facts:
     """Return the figures at the top of the page, each with its label."""
     comparison, figures = read_comparison(run), find_figures(run)
     facts: Facts = []
-    for metric in ("loss", *comparison.scores[:1]):
-        if metric in comparison.metrics:
-            base, adapter, _ = (side.value for side in comparison.metrics[metric])
+    for metric in ("loss", *find_scores(comparison)[:1]):
+        if metric in comparison:
+            base, adapter, _ = (side.value for side in comparison[metric])
             form = ".3f" if metric == "loss" else ".0%"
             label = "validation loss" if metric == "loss" else describe_metric(metric)
             facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))

@@ -90,7 +90,8 @@ def cached_folder(
                 raise  # a file that the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
-                "with room that can be written, or make room with `qlora-lightning cache clear`."
+                "with room that can be written, or make room with `qlora-lightning cache clear`.",
+                "cache.full",
             ) from error
     with suppress(OSError):  # a read-only cache does not record its last use
         os.utime(folder / _ENTRY_FILE)

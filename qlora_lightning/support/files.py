@@ -146,9 +146,9 @@ def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = N
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}") from error
+        raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}", file.name) from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}")
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}. {remedy}", file.name)
     check_keys(content, keys or {}, str(file), remedy)
     return content
 
@@ -230,5 +230,6 @@ def check_version(version: int, source: str) -> None:
     if version > FORMAT_VERSION:
         raise UserError(
             f"{source} has format version {version}, and this version of qlora_lightning reads up to {FORMAT_VERSION}: "
-            "update qlora_lightning."
+            "update qlora_lightning.",
+            "format_version",
         )

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_lightning import QLoRAModule, UserError, load_base
+from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from tests import families
 from tests.equality import differences, same
+from tests.errors import rejects
 from tests.random_base import save_family
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
 
@@ -63,7 +64,7 @@ def test_adapters_of_experts_are_plain_pefts_byte_for_byte(model_type, tmp_path,
     assert same(load_file(files[0]), load_file(files[2]))
     assert sum(".experts." in name for name in load_file(files[0])) == 4 * 2 * 2  # layers, weights, A and B
     dense = QLoRAModule(str(base), adapter=str(tmp_path / "first"), quantization="none", compute_dtype="fp32")
-    with pytest.raises(UserError, match=r"trained with model\.quantization nf4"):
+    with rejects("model.quantization", "nf4", "none"):
         dense.configure_model()
     (tmp_path / "first" / "qlora_lightning.json").unlink()
     dense.configure_model()
@@ -116,7 +117,7 @@ def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
     steps = [loss_and_gradients(make_module(base), make_batch((30, 5))) for base in (dense, published, published)]
     for step in steps[1:]:
         assert_same_step(step, steps[0])
-    with pytest.raises(UserError, match=r"stored in MXFP4: set model.quantization to nf4"):
+    with rejects("model.quantization", "MXFP4"):
         load_base(str(published), quantization="none")
 
 

@@ -187,7 +187,8 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     if str(init := settings.get("init_lora_weights")).startswith(_BASE_CHANGING_INITS):
         raise UserError(
             f"The adapter folder {folder} began by {init}, for which PEFT changes the base's weights: it belongs to a "
-            "base that is not the one it names."
+            "base that is not the one it names.",
+            "init_lora_weights",
         )
     names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
     in_text = {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}
@@ -201,13 +202,16 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     ranks, alphas = settings.get("rank_pattern", {}), settings.get("alpha_pattern", {})
     for expression in (*ranks, *alphas, *settings.get("modules_to_save", ()), *(settings.get("layers_pattern") or ())):
         if len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
-            raise UserError(f"{file}: the expression {expression!r} repeats too much: write the modules' names.")
+            raise UserError(
+                f"{file}: the expression {expression!r} repeats too much: write the modules' names.",
+                "adapter.expression",
+            )
     settings |= _rename_modules(settings, in_text)
     rank = max(settings["r"], *ranks.values(), 0)
     widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
     if rank > widest:
-        raise UserError(f"{file}: a rank is {rank:,}, and no tensor of the adapter is wider than {widest:,}.")
-    with explaining(f"{file} is no config of a LoRA adapter"):
+        raise UserError(f"{file}: a rank is {rank:,}, and no tensor of the adapter is wider than {widest:,}.", "r")
+    with explaining(f"{file} is no config of a LoRA adapter", "adapter_config.json"):
         return peft.LoraConfig(**settings)
 
 
@@ -219,7 +223,10 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.")
+            raise UserError(
+                f"{folder} is damaged, or its training has diverged: values of {key} are NaN or infinite.",
+                "adapter.nan",
+            )
     with torch.no_grad():
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -239,7 +246,7 @@ def add_named_adapter(
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     # as in adapters/inject.py
     context, config = f"PEFT cannot put the adapter of {folder} on the base", read_lora_config(folder, model.config)
-    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context):
+    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context, "adapter.peft"):
         model.add_adapter(name, config)
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

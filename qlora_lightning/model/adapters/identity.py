@@ -55,16 +55,19 @@ def check_identity(stored: Mapping[str, Any], current: Mapping[str, Any], source
         if name == "reference":
             raise UserError(
                 f"{source} was trained against another reference: the adapter of model.adapter has changed since (its "
-                f"weights were {before}, and are {now}). Restore it, or start a new run."
+                f"weights were {before}, and are {now}). Restore it, or start a new run.",
+                "adapter.reference",
             )
         if name == "fingerprint":
             raise UserError(
                 f"{source} was trained on another base: {stored.get('base')} (weights {before}) there, "
-                f"{current.get('base')} (weights {now}) here. Name its base by model.base or --base."
+                f"{current.get('base')} (weights {now}) here. Name its base by model.base or --base.",
+                "adapter.base",
             )
         raise UserError(
             f"{source} was trained with model.{name} {before}, but here it is {now}. Set model.{name} to {before}, or "
-            "train a new adapter."
+            "train a new adapter.",
+            f"model.{name}",
         )
 
 

@@ -38,14 +38,15 @@ def check_adapter_settings(
     if target_experts and (dropout or options.get("use_dora") or options.get("init_lora_weights") == "orthogonal"):
         raise UserError(
             "model.target_experts is true, and adapters of experts take no dropout, use_dora or orthogonal "
-            "init_lora_weights: leave these out, or set it to false."
+            "init_lora_weights: leave these out, or set it to false.",
+            "model.target_experts",
         )
     if rank < 1:
-        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.")
+        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.", "model.rank")
     if alpha is not None and not 0 < alpha < float("inf"):
-        raise UserError(f"model.alpha is {alpha}: expected a positive number, such as {2 * rank}.")
+        raise UserError(f"model.alpha is {alpha}: expected a positive number, such as {2 * rank}.", "model.alpha")
     if not 0.0 <= dropout < 1.0:
-        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).")
+        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).", "model.dropout")
 
 
 def add_adapters(
@@ -69,10 +70,15 @@ def add_adapters(
     targets = _without_moved(model, named) if target_modules in PRESETS else named
     parameters = [name for name in expert_parameters(model) if layer_of(name) in map(layer_of, named)]
     if target_experts and not parameters:
-        raise UserError(f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.")
+        raise UserError(
+            f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.",
+            "model.target_experts",
+        )
     linears = [module for module in map(model.get_submodule, targets) if isinstance(module, LINEARS)]
     if rank > (widest := max((max(linear_sizes(linear)) for linear in linears), default=rank)):
-        raise UserError(f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.")
+        raise UserError(
+            f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.", "model.rank"
+        )
     _check_options(model, options, targets)
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
@@ -88,7 +94,8 @@ def add_adapters(
     if missing := [name for name in targets if name not in adapted_names]:  # PEFT moves some to fused experts
         raise UserError(
             f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
-            "expected other modules, such as attention."
+            "expected other modules, such as attention.",
+            "model.target_modules",
         )
     return adapted
 
@@ -102,7 +109,10 @@ def _without_moved(model: PreTrainedModel, targets: list[str]) -> list[str]:
     if moved := dict.fromkeys(name.rpartition(".")[2] for name in targets if name not in remaining):
         say_once(f"PEFT puts no adapters on {', '.join(moved)} beside the experts of a {model.config.model_type}.")
     if not remaining:
-        raise UserError("On no module of model.target_modules PEFT puts an adapter: set it to all-linear or attention.")
+        raise UserError(
+            "On no module of model.target_modules PEFT puts an adapter: set it to all-linear or attention.",
+            "model.target_modules",
+        )
     return remaining
 
 
@@ -114,19 +124,27 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     """
     unknown, init = [*(options.keys() - set(_OPTIONS))], options.get("init_lora_weights", True)
     if unknown:
-        raise UserError(f"model.lora_options sets {unknown[0]}: expected one of {', '.join(_OPTIONS)}.")
+        raise UserError(
+            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(_OPTIONS)}.", "model.lora_options"
+        )
     if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(
             f"model.lora_options sets init_lora_weights to {init!r}, which does not work on a quantized base: "
-            "expected true, false, gaussian or orthogonal."
+            "expected true, false, gaussian or orthogonal.",
+            "model.lora_options",
         )
     saved_modules = options.get("modules_to_save") or []
     for ending in saved_modules:
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
-            raise UserError(f"model.lora_options.modules_to_save names {ending}, which the base does not have.")
+            raise UserError(
+                f"model.lora_options.modules_to_save names {ending}, which the base does not have.",
+                "model.lora_options",
+            )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
-            raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.")
+            raise UserError(
+                f"model.lora_options has a pattern for {pattern}, which carries no adapter.", "model.lora_options"
+            )
     untied = targets if options.get("ensure_weight_tying") else [*targets, *saved_modules]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)}
@@ -134,7 +152,8 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     if ties and {*names.values()} & {name.rpartition(".")[2] for name in untied}:
         raise UserError(
             "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{names[embedding]}], ensure_weight_tying: true}}."
+            f"{{modules_to_save: [{names[embedding]}], ensure_weight_tying: true}}.",
+            "base.tied",
         )
 
 
@@ -158,7 +177,9 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
     if not targets:
-        raise UserError(f"model.target_modules {target_modules!r} has no module in model.layers {layers!r}.")
+        raise UserError(
+            f"model.target_modules {target_modules!r} has no module in model.layers {layers!r}.", "model.layers"
+        )
     return targets
 
 
@@ -176,7 +197,8 @@ def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: 
             names = dict.fromkeys([*PRESETS, *(name.rpartition(".")[2] for name in candidates)])
             raise UserError(
                 f"model.target_modules names {ending!r}, which the base does not have: expected {', '.join(names)}, "
-                f"or an expression that matches a full name such as {candidates[1]}."
+                f"or an expression that matches a full name such as {candidates[1]}.",
+                "model.target_modules",
             )
         selected |= matches
     return selected
@@ -193,7 +215,9 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
         selected = layers
     if not selected or not set(selected) <= set(indices):
         expected = f"expected all, last:N, or a list of numbers from 0 to {indices[-1]}"
-        raise UserError(f"model.layers is {layers!r}, but the base has {len(indices)} layers: {expected}.")
+        raise UserError(
+            f"model.layers is {layers!r}, but the base has {len(indices)} layers: {expected}.", "model.layers"
+        )
     return selected
 
 
@@ -208,7 +232,7 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig, source: str = "model
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
         device = torch.device("meta") if on_meta else contextlib.nullcontext()
         context = f"PEFT cannot put the adapter of {source} on the base"  # it checks few options
-        with device, adapting_experts(model, config), explaining(context):
+        with device, adapting_experts(model, config), explaining(context, "adapter.peft"):
             adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
@@ -267,5 +291,6 @@ def check_shapes(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], so
         shapes = f"{actual.get(names[0], 'missing')} there, {expected.get(names[0], 'missing')} here"
         raise UserError(
             f"{source} does not fit the adapter of this model: {len(names)} tensors differ ({names[0]} is {shapes}). "
-            "Use the base, rank, target_modules, layers and lora_options that it was trained with."
+            "Use the base, rank, target_modules, layers and lora_options that it was trained with.",
+            "adapter.shapes",
         )

@@ -230,7 +230,8 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
     model_type, all_experts = causal_lm.config.model_type, experts_of(causal_lm).values()
     if all_experts and quantization == "int8":
         raise UserError(
-            f"Base {name}: experts of a {model_type} are quantized in 4 bits only. Set model.quantization to nf4."
+            f"Base {name}: experts of a {model_type} are quantized in 4 bits only. Set model.quantization to nf4.",
+            "model.quantization",
         )
     packed = {getattr(experts, weight) for experts in all_experts for weight in weight_names(experts)}
     weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
@@ -239,7 +240,8 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
     if share > _MAX_UNPACKED:
         raise UserError(
             f"Base {name}: {share:.0%} of the layers' weights of a {model_type} are fused experts of a layout that is "
-            "not packed. Set model.quantization to none: they stay in 16 bits. Or choose another base."
+            "not packed. Set model.quantization to none: they stay in 16 bits. Or choose another base.",
+            "base.experts",
         )
 
 
@@ -461,7 +463,7 @@ class FusedExperts(Fused):
 def adapting_experts(model: nn.Module, config: LoraConfig) -> Iterator[None]:
     """Let PEFT see the shapes of packed weights as parameters, and replace its wrappers by ours afterwards."""
     if config.target_parameters and not ADAPTS_EXPERTS:
-        raise UserError("Adapters of experts take PEFT 0.20 or newer: update peft.")
+        raise UserError("Adapters of experts take PEFT 0.20 or newer: update peft.", "peft.version")
     hidden_names = []
     for experts in experts_of(model).values() if config.target_parameters else ():
         for name in weight_names(experts):

@@ -88,7 +88,8 @@ def load_base(
             raise
         raise UserError(
             f"Out of memory on {device} while {name} was loaded: {reason_of(error)}. Stop other programs that use "
-            f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload."
+            f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload.",
+            "base.memory",
         ) from error
     with explaining_base(folder):  # of a base that is not quantized as it says
         for module in model.modules():
@@ -168,7 +169,9 @@ def _load(
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
     if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in shapes):
-        raise UserError(f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.")
+        raise UserError(
+            f"The experts of {folder} are stored in MXFP4: set model.quantization to nf4 or fp4.", "model.quantization"
+        )
     mismatched, tied = set[tuple[str]](), set[str]()
     if bnb_config is not None or not trust_remote_code:  # a base's own code may not run on the meta device
         described = empty_model(config, trust_remote_code=trust_remote_code)
@@ -177,7 +180,8 @@ def _load(
         if n_described > 2 * n_stored:  # packed ones count twice; before memory is taken for what is missing
             raise UserError(
                 f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
-                f"{n_stored:,}: download or save the base again."
+                f"{n_stored:,}: download or save the base again.",
+                "base.size",
             )
         if bnb_config is not None:
             check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
@@ -302,7 +306,8 @@ def check_quantization(
     if kind != quantization:
         raise UserError(
             f"model.base {name} is stored quantized as {kind}, but model.quantization is {quantization}: set that to "
-            f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits."
+            f"{kind}, if it is nf4, fp4 or int8, or name a base in 16 bits.",
+            "model.quantization",
         )
     return double_quant
 

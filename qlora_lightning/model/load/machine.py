@@ -33,7 +33,10 @@ def choose_compute_dtype(name: ComputeDtype, device: torch.device, model_type: s
         takes_fp16 = device.type == "cuda" and not str(model_type).startswith(_OVERFLOW_IN_FP16)
         return torch.float16 if takes_fp16 else torch.float32
     if name == "bf16" and device.type == "cuda" and not _has_bfloat16(device):
-        raise UserError("model.compute_dtype is bf16, which this GPU only emulates: set it to fp16, or to auto.")
+        raise UserError(
+            "model.compute_dtype is bf16, which this GPU only emulates: set it to fp16, or to auto.",
+            "model.compute_dtype",
+        )
     return _DTYPES[name]
 
 

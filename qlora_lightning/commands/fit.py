@@ -44,7 +44,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # a line of ours says more
 }
-# Functions of Lightning and of ours that put back what a checkpoint holds.
 _ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 

@@ -3,8 +3,9 @@
 It reports on each split, its sources and lengths and an epoch, and shows rows token by token.
 """
 
+import argparse
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         if not splits:
             raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
     console = terminal(record=page is not None)
-    print_inspection(data, splits, run.config, console, places=options.row, longest=options.longest)
+    _print_report(data, splits, run.config["trainer"], options, console)
     if page is not None:
         write_whole(page, console.export_html())
         say(f"\nPage: {page}")
@@ -72,26 +73,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_inspection(
-    data: Any, splits: Sequence[str], config: Any, console: Console, places: Sequence[str] = (), longest: bool = False
+def _print_report(
+    data: Any, splits: Sequence[str], trainer: Mapping[str, Any], options: argparse.Namespace, console: Console
 ) -> None:
-    """Print the whole report.
-
-    Args:
-        data: An ``InstructionDataModule`` that is set up.
-        splits: Names of the splits to report on.
-        config: The parsed settings.
-        console: Where to print.
-        places: Rows to show, each ``LINE`` or ``FILE:LINE``; without any the first two.
-        longest: Whether to show the longest row.
-    """
+    """Print the whole report on splits of a data module that is set up."""
+    from qlora_lightning.commands.plan import plan_epoch
 
     def heading(text: str) -> None:
         console.print()
         console.print(Text(text, "bold"))
 
     shown_split = splits[0]
-    rows = list(_show_rows(data.samples[shown_split], data.tokenizer, data.stop_ids, places, longest))
+    rows = list(_show_rows(data.samples[shown_split], data.tokenizer, data.stop_ids, options.row, options.longest))
     stops = " or ".join(f"{data.tokenizer.decode([token_id])} ({token_id})" for token_id in data.stop_ids)
     settings = {"stop token": stops, **{key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
@@ -107,9 +100,7 @@ def print_inspection(
             console.print(_source_table(data.samples[split], sources))
     if "train" in splits:
         heading("An epoch of train")
-        from qlora_lightning.commands.plan import plan_epoch
-
-        epoch = plan_epoch(data.train_dataloader().plan, config["trainer"])
+        epoch = plan_epoch(data.train_dataloader().plan, trainer)
         size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
         per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
         console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     elif options.learning_rates:
         setting, values = "learning_rate", options.learning_rates
     with json_output(options) as figures:
-        figures.update(run_sweep(setting, values, options.seeds, fit_options))
+        figures |= _run_sweep(setting, values, options.seeds, fit_options)
     return 0
 
 
@@ -76,17 +76,16 @@ class Trial:
     val_loss: float  # the lowest; infinite if it diverged
     minutes: float
 
+    def figures(self) -> dict[str, Any]:
+        """Return the fields for JSON, which has no infinity."""
+        return asdict(self) | {"val_loss": self.val_loss if math.isfinite(self.val_loss) else None}
 
-def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequence[str]) -> dict[str, Any]:
-    """Train and compare trials until the sweep is done; return its figures.
 
-    Args:
-        setting: The key under ``model`` that is varied.
-        values: Ranks rise, and the first that does not pay ends the sweep; of another setting all values are tried.
-        seeds: Trainings with the first value; the spread of their losses is the noise.
-        arguments: Options of ``fit``.
+def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequence[str]) -> dict[str, Any]:
+    """Train a trial for each value of a key under ``model``, compare them, and return the figures.
+
+    Ranks rise, and the first that does not pay ends the sweep; of another setting all values are tried.
     """
-    # here, so that --help and mistakes answer at once
     from qlora_lightning.callbacks.run_folder import refuse_links
     from qlora_lightning.commands.fit import QLoRACLI
 
@@ -150,9 +149,7 @@ def run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Sequen
     figures = {
         "setting": f"model.{setting}",
         "spread_of_seeds": noise,
-        "trials": [
-            asdict(trial) | {"val_loss": trial.val_loss if math.isfinite(trial.val_loss) else None} for trial in trials
-        ],
+        "trials": [trial.figures() for trial in trials],
         "chosen": chosen.value,
         "why": reason,
     }

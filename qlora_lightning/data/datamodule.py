@@ -360,7 +360,8 @@ class InstructionDataModule(LightningDataModule):
         try:
             other.setup("test")
         except UserError as error:
-            raise UserError(f"evaluation.forgetting: {str(error).removeprefix('data.test: ')}") from error
+            message = f"evaluation.forgetting: {str(error).removeprefix('data.test: ')}"
+            raise UserError(message, "evaluation.forgetting") from error
         samples = other.samples["test"]
         return [collate_rows(samples, range(len(samples))[start : start + 8]) for start in range(0, len(samples), 8)]
 

@@ -10,6 +10,7 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
 from tests.equality import same
+from tests.errors import rejects
 from tests.steps import trainable_tensors
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number
@@ -100,7 +101,7 @@ def test_the_card_of_the_adapter_has_what_the_hub_shows(
 
 
 def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
-    with pytest.raises(UserError, match=r"^evaluation\.forgetting: data file nothing\.jsonl"):
+    with rejects("evaluation.forgetting", "evaluation.forgetting: data file nothing.jsonl"):
         fit(end := End(), Evaluation(forgetting="nothing.jsonl"))
     assert not hasattr(end, "adapter")
 

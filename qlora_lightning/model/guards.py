@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -42,11 +42,11 @@ from qlora_lightning.support.trainer import (
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
 
-_REJECTED_CALLBACKS: tuple[tuple[tuple[type[Callback], ...], str], ...] = (
-    ((StochasticWeightAveraging, WeightAveraging), "averages the whole model, a frozen base's packed bytes too"),
-    ((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
-    ((GradientAccumulationScheduler,), "changes how many steps an epoch has: the learning rate would fall too late"),
-)
+_REJECTED_CALLBACKS: dict[type[Callback], str] = {
+    **dict.fromkeys((StochasticWeightAveraging, WeightAveraging), "averages the whole model, packed bytes too"),
+    **dict.fromkeys((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
+    GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall too late",
+}
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
@@ -86,10 +86,9 @@ def check_start(module: "QLoRAModule") -> None:
                     "override would change nothing. Override compute_loss, or use a callback.",
                     f"module.{name}",
                 )
-        for callback in callbacks_of(trainer):
-            for kinds, reason in _REJECTED_CALLBACKS:
-                if isinstance(callback, kinds):
-                    raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
+        for kind, reason in _REJECTED_CALLBACKS.items():
+            if (callback := find_callback(trainer, kind)) is not None:
+                raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
             raise UserError(
                 "The callbacks that watch over a run and resume it are missing: return "
@@ -147,43 +146,6 @@ def has_no_loss(module: "QLoRAModule") -> bool:
     return bool(faults)
 
 
-def find_zero_gradients(
-    trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[set[str], bool]:
-    """Return the A and B whose gradient is zeros, and whether every A was looked at: not as long as its B is zero.
-
-    Reject trainable tensors that the optimizer was not given, or that have no gradient at all.
-    """
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    without_group = [name for name, parameter in trainable.items() if id(parameter) not in optimized]
-    if without_group:
-        raise UserError(
-            f"{len(without_group)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
-            f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them.",
-            "module.parameter_groups",
-        )
-    reject_without_gradient([name for name, parameter in trainable.items() if parameter.grad is None], len(trainable))
-    zeros, all_checked = set[str](), True
-    for name, parameter in trainable.items():
-        lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."), parameter)
-        if ".lora_A." in name and not lora_B.detach().any():
-            all_checked = False
-        elif (".lora_A." in name or ".lora_B." in name) and parameter.grad is not None and not parameter.grad.any():
-            zeros.add(name)
-    return zeros, all_checked
-
-
-def reject_without_gradient(names: Collection[str], n_trainable: int) -> None:
-    """Reject trainable tensors, by name, that get no gradient."""
-    if names:
-        raise UserError(
-            f"{len(names)} of {n_trainable} trainable tensors get no gradient, as {', '.join(sorted(names)[:3])}: they "
-            "would never learn. A frozen layer passes no gradient, compute_loss does not use them, or training has "
-            "diverged (lower model.learning_rate).",
-            "gradient.missing",
-        )
-
-
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
 
 
@@ -198,7 +160,7 @@ class TrainingGuard(Callback):
 
     def __init__(self) -> None:
         self.checks_due = True
-        self._zeros: list[set[str]] = []  # names of gradients of zeros, of each step since the checks are due
+        self._zeros: list[set[str]] = []  # names of gradients of zeros, in the last steps that were checked
         self._last_loss: float | None = None  # of the step before, if this process took it
 
     def check_step(
@@ -228,13 +190,33 @@ class TrainingGuard(Callback):
         return host_means, host_totals
 
     def _check_gradients(self, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        zeros, all_checked = find_zero_gradients(trainable, optimizer)
-        self._zeros.append(zeros)
-        if len(self._zeros) >= _MOST_ZERO_STEPS:
-            reject_without_gradient(set.intersection(*self._zeros[-_MOST_ZERO_STEPS:]), len(trainable))
-        self.checks_due = bool(zeros) or not all_checked
-        if not self.checks_due:
-            self._zeros.clear()
+        """Reject tensors that would never learn; look again in the next step if an A or B has a gradient of zeros."""
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if without_group := [name for name, parameter in trainable.items() if id(parameter) not in optimized]:
+            raise UserError(
+                f"{len(without_group)} of {len(trainable)} trainable tensors are in none of the optimizer's groups, as "
+                f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them.",
+                "module.parameter_groups",
+            )
+        without_gradient = {name for name, parameter in trainable.items() if parameter.grad is None}
+        adapters = {name for name in trainable if ".lora_A." in name or ".lora_B." in name} - without_gradient
+        zeros = {name for name in adapters if not cast(Tensor, trainable[name].grad).any()}
+        waiting = set()  # as long as B is zero, so is the gradient of A
+        for name in zeros:
+            lora_B = trainable.get(name.replace(".lora_A.", ".lora_B."))
+            if ".lora_A." in name and lora_B is not None and not lora_B.detach().any():
+                waiting.add(name)
+        self._zeros = [*self._zeros, zeros - waiting][-_MOST_ZERO_STEPS:] if zeros else []
+        if len(self._zeros) == _MOST_ZERO_STEPS:
+            without_gradient |= set.intersection(*self._zeros)
+        if without_gradient:
+            raise UserError(
+                f"{len(without_gradient)} of {len(trainable)} trainable tensors get no gradient, as "
+                f"{', '.join(sorted(without_gradient)[:3])}: they would never learn. A frozen layer passes none, "
+                "compute_loss does not use them, or training has diverged (lower model.learning_rate).",
+                "gradient.missing",
+            )
+        self.checks_due = bool(zeros)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

@@ -30,9 +30,6 @@ from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.errors import UserError, check_setting
 
-# Sums of a validation that are not logged of a split; that of the rows of preferences is the evaluation's.
-_NOT_LOGGED = {"train": {"token_accuracy", "likelier"}, "val": {"likelier"}, "test": {"likelier"}}
-
 
 class QLoRAModule(lightning.LightningModule):
     """A frozen, quantized decoder with LoRA adapters.
@@ -173,8 +170,7 @@ class QLoRAModule(lightning.LightningModule):
             return
         self.model = self.build_model()
         if self.overrides("build_model"):
-            options: dict[str, Any] = {"adapter": self.adapter, "adapter_options": self.adapter_options}
-            self.model = build.complete_model(self.model, self.identity, fast=self.fast, **options)
+            self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options, self.fast)
         self.model.train()  # Hugging Face models come in eval()
         self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_precision()
@@ -192,17 +188,16 @@ class QLoRAModule(lightning.LightningModule):
             A model of PEFT around a causal language model of transformers, in which only adapters require gradients. An
             override may return the model of transformers alone: it gets the adapters that the settings describe.
         """
-        device, model_type = self._device_of_process(), None
+        trainer, model_type = trainers.trainer_of(self), None
+        device = self.device if trainer is None else trainer.strategy.root_device
+        is_sharded = trainer is not None and isinstance(trainer.strategy, sharded.ShardedDDPStrategy)
         if self.compute_dtype == "auto" and device.type == "cuda":
             source = folders.open_base(self.base, self.revision, weights=False)
             model_type = folders.read_config(source.folder, source.name).get("model_type")
-        dtype = machine.choose_compute_dtype(self.compute_dtype, device, model_type)
-        trainer = trainers.trainer_of(self)
-        is_sharded = trainer is not None and isinstance(trainer.strategy, sharded.ShardedDDPStrategy)
         model, self.identity = build.assemble_model(
             name=self.base,
             device=torch.device("cpu") if is_sharded else device,
-            compute_dtype=dtype,
+            compute_dtype=machine.choose_compute_dtype(self.compute_dtype, device, model_type),
             quantization=self.quantization,
             double_quant=self.double_quant,
             revision=self.revision,
@@ -218,10 +213,6 @@ class QLoRAModule(lightning.LightningModule):
     def overrides(self, name: str) -> bool:
         """Whether a subclass, or this object, replaces a method of QLoRAModule."""
         return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
-
-    def _device_of_process(self) -> torch.device:
-        trainer = trainers.trainer_of(self)
-        return self.device if trainer is None else trainer.strategy.root_device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fn = fn if self.sharded_base is None else self.sharded_base.skipping_shards(fn)
@@ -379,11 +370,14 @@ class QLoRAModule(lightning.LightningModule):
             over_ranks=self.trainer.world_size > 1,
         )
         means, self.window.totals = self.guard.check_step(self, optimizer, means, totals)
-        norm, rate = means.pop("grad_norm"), torch.tensor(optimizer.param_groups[0]["lr"])
-        self.log("train_loss", means.pop("loss"), prog_bar=True)
-        self.log_dict({f"train_{name}": mean for name, mean in means.items() if name not in _NOT_LOGGED["train"]})
-        micro_batches = torch.tensor(float(self.window.micro_batches))
-        self.log_dict({"grad_norm": norm, "learning_rate": rate, "micro_batches": micro_batches})
+        step = {
+            "grad_norm": means.pop("grad_norm"),
+            "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
+            "micro_batches": torch.tensor(float(self.window.micro_batches)),
+        }
+        means.pop("token_accuracy", None)
+        self._log_means("train", means)
+        self.log_dict(step)
         self.window.clear()
 
     # ---- validation and test -----------------------------------------------------------------------------------------
@@ -414,11 +408,13 @@ class QLoRAModule(lightning.LightningModule):
             return
         if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
             return
-        means = self.statistics.compute(over_ranks=self.trainer.world_size > 1)
-        values = {f"{split}_{name}": value.float() for name, value in means.items() if name not in _NOT_LOGGED[split]}
         # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
-        self.log(f"{split}_loss", values.pop(f"{split}_loss"), prog_bar=True, sync_dist=True)
-        self.log_dict(values, sync_dist=True)
+        self._log_means(split, self.statistics.compute(over_ranks=self.trainer.world_size > 1), sync_dist=True)
+
+    def _log_means(self, split: str, means: dict[str, Tensor], sync_dist: bool = False) -> None:
+        self.log(f"{split}_loss", means.pop("loss").float(), prog_bar=True, sync_dist=sync_dist)
+        means.pop("likelier", None)  # of preferences, for their evaluation
+        self.log_dict({f"{split}_{name}": mean.float() for name, mean in means.items()}, sync_dist=sync_dist)
 
     # ---- optimization ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of 
 _LOGIT_BYTES_OF_GPU = 128 << 20  # on a GPU: 512 such rows, whose products fill it
 
 
-@dataclass(frozen=True, init=False, eq=False)
+@dataclass(init=False, eq=False)
 class LossSums:
     """Sums over labelled tokens: they add up over batches, windows and ranks, as means would not.
 
@@ -40,36 +39,36 @@ class LossSums:
 
     loss: Tensor
     count: Tensor
-    metrics: Mapping[str, Tensor]
+    metrics: dict[str, Tensor]
 
     def __init__(
         self,
         loss: Tensor | None = None,
         count: Tensor | int | None = None,
-        metrics: Mapping[str, Tensor] | Tensor = MappingProxyType({}),
-        logged: Mapping[str, Tensor] = MappingProxyType({}),
+        metrics: Mapping[str, Tensor] | Tensor | None = None,
+        logged: Mapping[str, Tensor] | None = None,
         *,
         nll_sum: Tensor | None = None,
         labelled_tokens: Tensor | None = None,
         correct: Tensor | None = None,
     ) -> None:
         if isinstance(metrics, Tensor):  # correct was the third
-            correct, metrics = metrics, {}
+            correct, metrics = metrics, None
+        self.metrics = dict(metrics or {})
         if logged or not (nll_sum is None and labelled_tokens is None and correct is None):
             _warn_of_old_names()
             loss, count = loss if nll_sum is None else nll_sum, count if labelled_tokens is None else labelled_tokens
-            metrics = {**metrics, **({} if correct is None else {"token_accuracy": correct}), **logged}
+            self.metrics |= ({} if correct is None else {"token_accuracy": correct}) | dict(logged or {})
         if loss is None or count is None:
             raise TypeError("LossSums takes a loss and a count.")
-        vars(self).update(loss=loss, count=torch.as_tensor(count), metrics=metrics)
+        self.loss, self.count = loss, torch.as_tensor(count)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "correct":
-            _warn_of_old_names()
-            return self.metrics.get("token_accuracy", torch.zeros_like(self.count))
         if name not in _OLD_NAMES:
             raise AttributeError(f"LossSums has no {name}.")
         _warn_of_old_names()
+        if name == "correct":
+            return self.metrics.get("token_accuracy", torch.zeros_like(self.count))
         return getattr(self, _OLD_NAMES[name])
 
     def detach(self) -> "LossSums":
@@ -90,8 +89,8 @@ class LossSums:
         return {"labelled_tokens": self.count, "loss": self.loss, **self.metrics}
 
 
+_OLD_NAMES = {"nll_sum": "loss", "labelled_tokens": "count", "logged": "metrics", "correct": "metrics"}
 _LOGGED_NAMES = {"labelled_tokens", "loss", "grad_norm", "perplexity"}
-_OLD_NAMES = {"nll_sum": "loss", "labelled_tokens": "count", "logged": "metrics"}
 
 
 def _warn_of_old_names() -> None:

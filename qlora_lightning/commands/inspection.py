@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning
-from qlora_lightning.data.chat.tokenizer import ControlTokens
-from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.chat.templates import ControlTokens
+from qlora_lightning.data.rows.files import Source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.console import make_table, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError

@@ -23,7 +23,7 @@ from qlora_lightning.support.console import make_table, terminal
 from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_lightning.data.batches.epoch_plan import EpochPlan
+    from qlora_lightning.data.batches import EpochPlan
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 

@@ -12,17 +12,23 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import Batch, FabricLoader, PackedLoader, PromptLoader, collate_rows
-from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.batches import Batch, EpochPlan, FabricLoader, PackedLoader, PromptLoader, collate_rows
+from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
-from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.conversation import Chat, Pair
-from qlora_lightning.data.rows.convert import RowConverter
-from qlora_lightning.data.rows.readers import Row, read_rows
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_settings, has_split
+from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.rows.content import Chat, Judged, Pair
+from qlora_lightning.data.rows.files import (
+    BadRow,
+    Row,
+    RowSettings,
+    Source,
+    find_sources,
+    has_settings,
+    has_split,
+    read_rows,
+)
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
@@ -65,7 +71,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: what becomes of longer samples: ``truncate`` (the oldest turns go first, then the middle of the
             longest stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
+        drop_answers: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
         batch_size: rows of a batch on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -76,6 +82,7 @@ class InstructionDataModule(LightningDataModule):
         accept_changed_data: resume although training or validation samples are not those of the checkpoint. With
             other validation samples the ranking of the best adapter starts over. It is not written to config.yaml.
         max_new_tokens: length at which ``predict`` cuts an answer.
+        missing: the former name of ``drop_answers``.
     """
 
     pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
@@ -98,7 +105,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
-        missing: list[str | None] | None = None,
+        drop_answers: list[str | None] | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
@@ -107,13 +114,17 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: str | dict[str, Any] | Any | None = None,
         accept_changed_data: bool = False,
         max_new_tokens: int = 1024,
+        missing: list[str | None] | None = None,
     ) -> None:
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.max_new_tokens = max_new_tokens
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
-        self.missing = ["null" if answer is None else answer.lower() for answer in missing or []]
+        if missing is not None:
+            rank_zero_info("data.missing is called data.drop_answers now.")
+            drop_answers = [*(drop_answers or []), *missing]
+        self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
@@ -299,7 +310,7 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str, sources: list[Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
         self._take_sources(split, sources)
-        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.missing)
+        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
@@ -307,7 +318,7 @@ class InstructionDataModule(LightningDataModule):
             self._take_sources(split, list(preparation.converters))
             self._prompts = preparation.prompts or self._prompts
         else:
-            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
         files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
@@ -345,10 +356,11 @@ class InstructionDataModule(LightningDataModule):
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
             if number in numbers and isinstance(row, Row) and row.source:
-                content = RowConverter(row.source.settings, pairs=self.pairs).convert(row)
-                chat = content.chosen if isinstance(content, Pair) else content
-                if isinstance(chat, Chat):
-                    conversations[number] = chat
+                match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
+                    case Chat() as chat:
+                        conversations[number] = chat
+                    case Pair(chosen=chat) | Judged(chat=chat):
+                        conversations[number] = chat
         return conversations
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:

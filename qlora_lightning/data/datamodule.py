@@ -82,7 +82,6 @@ class InstructionDataModule(LightningDataModule):
         accept_changed_data: resume although training or validation samples are not those of the checkpoint. With
             other validation samples the ranking of the best adapter starts over. It is not written to config.yaml.
         max_new_tokens: length at which ``predict`` cuts an answer.
-        missing: the former name of ``drop_answers``.
     """
 
     pairs = False  # whether a row is two answers to compare, see PreferenceDataModule
@@ -114,16 +113,12 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: str | dict[str, Any] | Any | None = None,
         accept_changed_data: bool = False,
         max_new_tokens: int = 1024,
-        missing: list[str | None] | None = None,
     ) -> None:
         super().__init__()
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.max_new_tokens = max_new_tokens
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
-        if missing is not None:
-            rank_zero_info("data.missing is called data.drop_answers now.")
-            drop_answers = [*(drop_answers or []), *missing]
         self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on

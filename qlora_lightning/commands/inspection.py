@@ -100,7 +100,7 @@ def _print_report(
             console.print(_source_table(data.samples[split], sources))
     if "train" in splits:
         heading("An epoch of train")
-        epoch = plan_epoch(data.train_dataloader().plan, trainer)
+        epoch = plan_epoch(data.plan_epochs(), trainer)
         size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
         per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
         console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))

@@ -220,7 +220,7 @@ def _plan_batches(data: Any) -> EpochPlan:
         if source.is_remote:
             raise UserError(f"{source.path} is not on this machine, and plan fetches no data.")
     data.setup("fit")
-    plan: EpochPlan = data.train_dataloader().plan
+    plan: EpochPlan = data.plan_epochs()
     return plan
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
@@ -244,10 +244,39 @@ def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) 
     return batch
 
 
-class EpochNumber(SequentialSampler):
-    """The epoch of a loader, which Lightning sets on its ``sampler``; it never replaces a ``SequentialSampler``."""
+class RankSampler(DistributedSampler[RankBatch]):
+    """One rank's batches of each epoch. Fabric sets the epoch; it would replace a sampler that is not distributed."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: EpochPlan, rank: int) -> None:
+        super().__init__(plan.samples, plan.world_size, rank)  # type: ignore[arg-type]  # asked for its length alone
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        return iter(self.plan.batches(self.epoch, self.rank))
+
+
+class _Batches(Dataset[Batch]):
+    def __init__(self, samples: SampleSet) -> None:
+        self.samples = samples
+
+    def __getitem__(self, batch: RankBatch) -> Batch:
+        return collate_rows(self.samples, *batch)
+
+
+def make_torch_loader(plan: EpochPlan, rank: int) -> DataLoader[Batch]:
+    """Return one rank's batches as torch's loader, the only one that Fabric accepts."""
+    generator = torch.Generator()  # otherwise it draws a number of the global one
+    return DataLoader(_Batches(plan.samples), batch_size=None, sampler=RankSampler(plan, rank), generator=generator)
+
+
+class EpochNumber(SequentialSampler):
+    """The epoch of a loader, which the Trainer sets on its sampler; with ``overfit_batches`` it expects this class."""
+
+    def __init__(self, plan: EpochPlan) -> None:
+        super().__init__(range(len(plan)))
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -267,7 +296,7 @@ class PackedLoader:
 
     def __init__(self, plan: EpochPlan, rank: int = 0) -> None:
         self.plan, self.rank = plan, rank
-        self.sampler = EpochNumber()
+        self.sampler = EpochNumber(plan)
         self._epoch = 0
         self._position = 0
         self._restored = False
@@ -331,18 +360,6 @@ class PackedLoader:
             "shuffle": plan.shuffle,
             "weights": None if plan.shares is None else [float(share) for share in plan.shares],
         }
-
-
-class FabricLoader(PackedLoader, DataLoader[Batch], IterableDataset[Batch]):  # type: ignore[misc]  # unlike attributes
-    """A ``PackedLoader`` for Fabric, which accepts torch's class only; the Trainer would ask it for workers."""
-
-    # set here, because torch's constructor would set another sampler
-    num_workers, persistent_workers, pin_memory, multiprocessing_context = 0, False, False, None
-
-    @property
-    def dataset(self) -> IterableDataset[Batch]:  # type: ignore[override]  # a plain attribute there
-        """The loader itself: Fabric adds no sampler to an iterable data set, and each rank already has its own rows."""
-        return self
 
 
 @dataclass

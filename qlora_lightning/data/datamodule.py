@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
 
-from qlora_lightning.data.batches import Batch, EpochPlan, FabricLoader, PackedLoader, PromptLoader, collate_rows
+from qlora_lightning.data.batches import Batch, EpochPlan, PackedLoader, PromptLoader, collate_rows, make_torch_loader
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
@@ -40,6 +41,7 @@ _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplic
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
+Loader = PackedLoader | DataLoader[Batch]
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
@@ -225,19 +227,27 @@ class InstructionDataModule(LightningDataModule):
             # Lightning validates if the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
-    def count_train_batches(self) -> int:
-        """Count the batches of one epoch on each rank, for schedules."""
-        return len(self.train_dataloader())
-
-    def train_dataloader(self) -> PackedLoader:
+    def plan_epochs(self, split: str = "train") -> EpochPlan:
+        """Return which rows of a split are in each batch of each epoch."""
+        _, world_size = self._rank_and_world_size()
+        plan = partial(EpochPlan, self.samples[split], seed=self._seed or 0, world_size=world_size)
+        if split != "train":  # not packed: rows in their order, and without gradients they take less memory
+            return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle=shuffle, shares=self._shares)
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, self._shares)
 
-    def val_dataloader(self) -> PackedLoader:
+    def count_train_batches(self) -> int:
+        """Count the batches of one epoch on each rank, for schedules."""
+        return len(self.plan_epochs())
+
+    def train_dataloader(self) -> Loader:
+        return self._make_loader("train")
+
+    def val_dataloader(self) -> Loader:
         return self._make_loader("val")
 
-    def test_dataloader(self) -> PackedLoader:
+    def test_dataloader(self) -> Loader:
         return self._make_loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
@@ -409,11 +419,7 @@ class InstructionDataModule(LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_loader(self, split: str, **settings: Any) -> PackedLoader:
-        rank, world_size = self._rank_and_world_size()
-        settings |= {"seed": self._seed or 0, "world_size": world_size}
-        if split == "train":
-            plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
-        else:  # not packed: rows in their order, and without gradients they take less memory
-            plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
-        return (PackedLoader if self.trainer is not None else FabricLoader)(plan, rank)
+    def _make_loader(self, split: str) -> Loader:
+        plan, (rank, _) = self.plan_epochs(split), self._rank_and_world_size()
+        # the Trainer would ask torch's for workers, and could not save its position
+        return make_torch_loader(plan, rank) if self.trainer is None else PackedLoader(plan, rank)

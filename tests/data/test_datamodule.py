@@ -69,7 +69,7 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
 
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
     def held(data):
-        return data.val_dataloader().samples.row_ids.tolist()
+        return data.samples["val"].row_ids.tolist()
 
     data = make(val=None, val_fraction=0.25)
     data.setup("validate")

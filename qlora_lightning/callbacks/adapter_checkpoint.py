@@ -17,7 +17,7 @@ from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_eve
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.inject import copy_tensors, trainable_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
 from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run
 
@@ -50,13 +50,10 @@ class AdapterCheckpoint(Checkpoint):
         enabled: bool = True,
         every_minutes: float | None = 10,
     ) -> None:
-        if enabled and mode is None and not monitor.endswith(("loss", "perplexity")):
-            raise UserError(
-                f"adapter_checkpoint.monitor is {monitor!r}, of which a small or a large value may be good: set "
-                "adapter_checkpoint.mode to min or to max."
-            )
-        if save_top_k < 1:
-            raise UserError(f"adapter_checkpoint.save_top_k is {save_top_k}: expected 1 or more.")
+        is_clear = not enabled or mode is not None or monitor.endswith(("loss", "perplexity"))
+        expected = f"min or max, since a small or a large {monitor} may be good"
+        check_setting("adapter_checkpoint.mode", mode, is_clear, expected)
+        check_setting("adapter_checkpoint.save_top_k", save_top_k, save_top_k >= 1, "1 or more")
         self.every_n_train_steps, self.every_minutes = every_n_train_steps, every_minutes
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled

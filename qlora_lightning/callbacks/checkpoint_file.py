@@ -65,7 +65,9 @@ def reporting_disk_faults(run_folder: str | Path) -> Iterator[None]:
         if checkpoint is not None:
             remedy = f"{checkpoint} is whole: when that is solved, resume from it with `--ckpt_path {checkpoint}`."
         reason = fault.strerror or str(fault)
-        raise UserError(f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}") from error
+        raise UserError(
+            f"trainer.default_root_dir {run_folder} cannot be written to: {reason}. {remedy}", "run_folder.disk"
+        ) from error
 
 
 def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
@@ -95,10 +97,12 @@ def check_checkpoint(file: str | Path) -> None:
     """Reject a file that is not a complete checkpoint of this package, before a model is loaded."""
     file = Path(file)
     if not file.is_file():
-        raise UserError(f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.")
+        raise UserError(
+            f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.", "checkpoint.missing"
+        )
     try:
         read_content(read_checkpoint(file, mmap=True), str(file))
     except UserError as error:
         newest = find_newest(file.parent)
         remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`." if newest else "No other is good."
-        raise UserError(f"--ckpt_path {error} {remedy}") from error
+        raise UserError(f"--ckpt_path {error} {remedy}", "checkpoint.damaged") from error

@@ -26,7 +26,7 @@ from qlora_lightning.evaluation.scores import (
     describe_answered,
     describe_metric,
 )
-from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
+from qlora_lightning.support.errors import UserError, check_setting, is_out_of_memory, reason_of
 from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, EVALUATION, write_whole
 from qlora_lightning.support.trainer import datamodule_of, find_callback, gather_lists, is_trial_run, say_once
 
@@ -73,8 +73,7 @@ class Evaluation(Callback):
         counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
         counts += [("samples", samples, 0), ("forgetting_rows", forgetting_rows, 1)]
         for name, value, minimum in counts:  # they would fail after training
-            if value is not None and value < minimum:
-                raise UserError(f"evaluation.{name} is {value}: expected {minimum} or more.", f"evaluation.{name}")
+            check_setting(f"evaluation.{name}", value, value is None or value >= minimum, f"{minimum} or more")
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.forgetting, self.forgetting_rows = forgetting, forgetting_rows
@@ -242,7 +241,7 @@ def _unless_out_of_memory(trainer: Trainer, module: Any, compute: Callable[[], T
             raise
         if module.sharded_base is not None and trainer.world_size > 1:  # the others wait in their passes
             message = _NOT_EVALUATED.format(trainer.global_step, error)
-            raise UserError(f"{message} What was saved can be resumed.") from error
+            raise UserError(f"{message} What was saved can be resumed.", "evaluation.memory") from error
         faults.append(f"{reason_of(error)}.")
     if faults := gather_lists(trainer, faults):
         say_once(_NOT_EVALUATED.format(trainer.global_step, faults[0]))

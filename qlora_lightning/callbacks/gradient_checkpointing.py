@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import check_setting
 
 
 class GradientCheckpointing(Callback):
@@ -20,8 +20,9 @@ class GradientCheckpointing(Callback):
     """
 
     def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
-        if enabled not in (True, False, "auto"):
-            raise UserError(f"gradient_checkpointing.enabled is {enabled!r}: expected true, false or auto.")
+        check_setting(
+            "gradient_checkpointing.enabled", enabled, enabled in (True, False, "auto"), "true, false or auto"
+        )
         self.enabled, self.offload = enabled, offload
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -30,7 +30,7 @@ from qlora_lightning.commands.config import (
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
@@ -137,8 +137,8 @@ class QLoRACLI(LightningCLI):
         if os.path.isfile(folder):
             raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
         for name in ("accumulate_grad_batches", "val_check_interval"):
-            if self.config["trainer"][name] == 0:
-                raise UserError(f"trainer.{name} is 0: expected 1 or more.")
+            value = self.config["trainer"][name]
+            check_setting(f"trainer.{name}", value, value != 0, "1 or more")
         model = self.config["model"].get("init_args") or {}
         targets = model.get("target_modules")
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list

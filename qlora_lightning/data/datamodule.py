@@ -11,25 +11,18 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader
 
-from qlora_lightning.data.batches import Batch, EpochPlan, PackedLoader, PromptLoader, collate_rows, make_torch_loader
-from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.batches.epoch_plan import EpochPlan
+from qlora_lightning.data.batches.loader import Batch, FabricLoader, PackedLoader, PromptLoader, collate_rows
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
+from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
-from qlora_lightning.data.report import DataReport
-from qlora_lightning.data.rows.content import Chat, Judged, Pair
-from qlora_lightning.data.rows.files import (
-    BadRow,
-    Row,
-    RowSettings,
-    Source,
-    find_sources,
-    has_settings,
-    has_split,
-    read_rows,
-)
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.conversation import Chat, Pair
+from qlora_lightning.data.rows.convert import RowConverter
+from qlora_lightning.data.rows.readers import Row, read_rows
+from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_settings, has_split
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
@@ -41,7 +34,6 @@ _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplic
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
-Loader = PackedLoader | DataLoader[Batch]
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
@@ -73,7 +65,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: what becomes of longer samples: ``truncate`` (the oldest turns go first, then the middle of the
             longest stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        drop_answers: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
+        missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
         batch_size: rows of a batch on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -106,7 +98,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
-        drop_answers: list[str | None] | None = None,
+        missing: list[str | None] | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
@@ -121,7 +113,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
-        self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
+        self.missing = ["null" if answer is None else answer.lower() for answer in missing or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
@@ -227,27 +219,19 @@ class InstructionDataModule(LightningDataModule):
             # Lightning validates if the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
-    def plan_epochs(self, split: str = "train") -> EpochPlan:
-        """Return which rows of a split are in each batch of each epoch."""
-        _, world_size = self._rank_and_world_size()
-        plan = partial(EpochPlan, self.samples[split], seed=self._seed or 0, world_size=world_size)
-        if split != "train":  # not packed: rows in their order, and without gradients they take less memory
-            return plan(batch_size=self.batch_size or 8)
-        # Lightning's `overfit_batches` needs the same batches in every epoch.
-        shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return plan(self.batch_size, self.tokens_per_batch, shuffle, self._shares)
-
     def count_train_batches(self) -> int:
         """Count the batches of one epoch on each rank, for schedules."""
-        return len(self.plan_epochs())
+        return len(self.train_dataloader())
 
-    def train_dataloader(self) -> Loader:
-        return self._make_loader("train")
+    def train_dataloader(self) -> PackedLoader:
+        # Lightning's `overfit_batches` needs the same batches in every epoch.
+        shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
+        return self._make_loader("train", shuffle=shuffle, shares=self._shares)
 
-    def val_dataloader(self) -> Loader:
+    def val_dataloader(self) -> PackedLoader:
         return self._make_loader("val")
 
-    def test_dataloader(self) -> Loader:
+    def test_dataloader(self) -> PackedLoader:
         return self._make_loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
@@ -315,7 +299,7 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str, sources: list[Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
         self._take_sources(split, sources)
-        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
+        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.missing)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
@@ -323,7 +307,7 @@ class InstructionDataModule(LightningDataModule):
             self._take_sources(split, list(preparation.converters))
             self._prompts = preparation.prompts or self._prompts
         else:
-            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
+            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
         files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
@@ -361,11 +345,10 @@ class InstructionDataModule(LightningDataModule):
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
             if number in numbers and isinstance(row, Row) and row.source:
-                match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
-                    case Chat() as chat:
-                        conversations[number] = chat
-                    case Pair(chosen=chat) | Judged(chat=chat):
-                        conversations[number] = chat
+                content = RowConverter(row.source.settings, pairs=self.pairs).convert(row)
+                chat = content.chosen if isinstance(content, Pair) else content
+                if isinstance(chat, Chat):
+                    conversations[number] = chat
         return conversations
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
@@ -419,7 +402,11 @@ class InstructionDataModule(LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_loader(self, split: str) -> Loader:
-        plan, (rank, _) = self.plan_epochs(split), self._rank_and_world_size()
-        # the Trainer would ask torch's for workers, and could not save its position
-        return make_torch_loader(plan, rank) if self.trainer is None else PackedLoader(plan, rank)
+    def _make_loader(self, split: str, **settings: Any) -> PackedLoader:
+        rank, world_size = self._rank_and_world_size()
+        settings |= {"seed": self._seed or 0, "world_size": world_size}
+        if split == "train":
+            plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
+        else:  # not packed: rows in their order, and without gradients they take less memory
+            plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
+        return (PackedLoader if self.trainer is not None else FabricLoader)(plan, rank)

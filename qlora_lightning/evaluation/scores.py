@@ -121,7 +121,9 @@ def check_scores(named: str | Sequence[str]) -> None:
     """Reject a name that is not that of a score."""
     unknown = [] if named == "auto" else [name for name in _as_list(named) if name not in SCORES]
     if unknown:
-        raise UserError(f"There is no score {unknown[0]!r}: expected auto, or some of {', '.join(SCORES)}.")
+        raise UserError(
+            f"There is no score {unknown[0]!r}: expected auto, or some of {', '.join(SCORES)}.", "evaluation.scores"
+        )
 
 
 def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto") -> list[str]:

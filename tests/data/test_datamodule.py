@@ -69,7 +69,7 @@ def test_validation_is_optional_in_fit_but_not_in_validate(make):
 
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
     def held(data):
-        return data.samples["val"].row_ids.tolist()
+        return data.val_dataloader().samples.row_ids.tolist()
 
     data = make(val=None, val_fraction=0.25)
     data.setup("validate")
@@ -185,6 +185,6 @@ def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_as
     reasons.append("the control character U+0080, of another encoding?")
     places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6, 7), reasons, strict=True)]
     assert (report.suspicious, report.suspicious_rows, report.samples) == (5, places, 7)
-    assert "5 suspicious rows; data.drop_answers drops answers: train:2 (the answer is 'N/A')" in report.describe()
-    report = prepare_rows(rows, characters, drop_answers=["n/a", None]).reports["train"]
-    assert (report.dropped, report.suspicious) == ({"an answer is one of data.drop_answers": 2}, 3)
+    assert "5 suspicious rows; data.missing drops answers: train:2 (the answer is 'N/A')" in report.describe()
+    report = prepare_rows(rows, characters, missing=["n/a", None]).reports["train"]
+    assert (report.dropped, report.suspicious) == ({"an answer is one of data.missing": 2}, 3)

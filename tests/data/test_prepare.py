@@ -71,7 +71,7 @@ def test_a_row_with_too_much_text_is_a_bad_row_and_is_not_read_whole(characters,
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 170e6
-    reason = "more than 64 MB of text or 4 million values, too much for one row: cut it into several"
+    reason = "more than 64 MB of text, which no tokenizer should get at once: cut it into several rows"
     assert data.reports["train"].bad == {reason: ["train.jsonl.gz:2"]}
     assert [read(data.samples["train"], n)[3:4] for n in range(2)] == ["q", "r"]
     with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train:2: more than 64 MB"):

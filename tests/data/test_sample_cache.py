@@ -9,7 +9,7 @@ import pytest
 
 import qlora_lightning.data
 from qlora_lightning import InstructionDataModule, UserError
-from qlora_lightning.data.chat.renderer import ChatRenderer
+from qlora_lightning.data.chat.labels import ChatRenderer
 from qlora_lightning.data.prepare import Preparation
 
 
@@ -77,7 +77,7 @@ def test_the_second_time_samples_are_mapped(setup, prepared):
         ("tok/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}', ["train", "val"]),
         ("tok/generation_config.json", "2", "[2, 0]", ["train", "val"]),
         ("own.jinja", "{", "{##}{", ["train", "val"]),
-        ("data/rows/formats.py", "a", "b", ["train", "val"]),
+        ("data/rows/convert.py", "a", "b", ["train", "val"]),
         ("data/chat/chat_templates/chatml.jinja", "a", "b", ["train", "val"]),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
 
 def test_what_changes_samples_is_prepared_again_and_kept_and_what_does_not_finds_the_same(setup, prepared):
     settings = [{}, {"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
-    settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"drop_answers": ["N/A"]}]
+    settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"missing": ["N/A"]}]
     for _ in range(2):
         for each in settings:
             setup(**each)

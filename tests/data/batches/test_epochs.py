@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qlora_lightning import UserError
-from qlora_lightning.data.batches import EpochPlan, PackedLoader, best_fit, collate_rows, mix_sources, permute
+from qlora_lightning.data.batches.epoch_plan import EpochPlan, best_fit, mix_sources, permute
+from qlora_lightning.data.batches.loader import PackedLoader, collate_rows
 from tests.packed import collate, gather
 
 # ---- orders and bins -------------------------------------------------------------------------------------------------

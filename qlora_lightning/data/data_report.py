@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_lightning.data.rows.files import BadRow
+from qlora_lightning.data.rows.bad_rows import BadRow
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
@@ -108,7 +108,7 @@ class DataReport:
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
-            (f"{self.suspicious:,} suspicious rows; data.drop_answers drops answers", self.suspicious_rows),
+            (f"{self.suspicious:,} suspicious rows; data.missing drops answers", self.suspicious_rows),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
             (f"{self.overlap:,} rows are trained on too{others}, so {self.split}_loss is too good", self.overlap_pairs),
         ):

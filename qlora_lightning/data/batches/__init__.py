@@ -1,0 +1,1 @@
+"""Samples as packed batches, in an order that lets a run stop and resume exactly."""

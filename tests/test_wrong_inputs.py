@@ -165,6 +165,7 @@ WRONG = [
         "names no shard that is there (b.safetensors)",
         prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
     ),
+    wrong("--model.base wrong", "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
@@ -187,6 +188,7 @@ WRONG = [
     wrong(ADAPTER, "not a whole safetensors file", prepare=change_folder(RUN, cut(WEIGHTS, WEIGHTS, 900))),
     wrong(ADAPTER, "no adapter_model.safetensors", prepare=change_folder(RUN, lambda: Path(WEIGHTS).unlink())),
     wrong(MERGE, f"{B} are NaN or infinite", prepare=edit_tensor(RUN, B, put_a_nan)),
+    wrong(MERGE, "x is a pipe or a device", prepare=change_folder(RUN, lambda: os.symlink("/dev/zero", "wrong/x"))),
     # folders
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
     wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),

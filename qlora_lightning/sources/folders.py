@@ -17,7 +17,15 @@ from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support.errors import UserError, describe_error, explaining
-from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, IDENTITY, check_version, read_json_object, write_whole
+from qlora_lightning.support.files import (
+    ADAPTER_FOLDER,
+    CARD,
+    IDENTITY,
+    check_plain_files,
+    check_version,
+    read_json_object,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,6 +132,7 @@ def _find_in_package(name: str) -> Path:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the folder's ``config.json``, of which the keys that we read are checked."""
+    check_plain_files(folder)
     file = folder / "config.json"
     is_adapter = (folder / "adapter_config.json").is_file()  # transformers would load it, unseen by the fingerprint
     if is_adapter or not file.is_file():
@@ -196,6 +205,7 @@ def load_tokenizer(
     folder = Path(name).expanduser()
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
+    check_plain_files(folder)
     has_config = (folder / "config.json").is_file()
     if has_config:  # which transformers reads too
         read_config(folder, name)
@@ -319,6 +329,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
+    check_plain_files(folder)
     read_adapter_config(folder)  # reports its faults before a base is loaded
     if not (folder / IDENTITY).is_file():
         return {}

@@ -141,6 +141,13 @@ def raising_os_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
+def check_plain_files(folder: Path) -> None:
+    """Reject a folder from elsewhere with a pipe, a device or a link to one: a library would read it for ever."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is a pipe or a device: expected plain files. Remove it.", "folder.pipe")
+
+
 def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a file that holds a JSON object, whose ``keys`` are checked; ``remedy`` ends the error for a damaged one."""
     try:

@@ -97,15 +97,16 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
     dtype = choose_compute_dtype(module.compute_dtype, torch.device(dtype_device), config.model_type)
     offload = offload if is_cuda or offload is None else False
 
-    epoch: Epoch | None = None
+    samples, epoch = None, None
+    n_rows = data.batch_size or max(1, data.tokens_per_batch // data.max_length)
+    batch = {"rows": n_rows, "tokens": n_rows * data.max_length, "longest": data.max_length}  # the largest allowed
     try:
         epoch_plan = _plan_batches(data)
-        epoch = plan_epoch(epoch_plan, trainer)
-        batch = _largest_batch(epoch_plan, epoch)
+        samples, epoch = epoch_plan.samples, plan_epoch(epoch_plan, trainer)
+        rows, lengths = epoch_plan.find_largest(epoch.batches), samples.lengths
+        batch = {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
     except UserError as error:
-        epoch, batch = None, _largest_allowed(data)
         notes.append(f"The data were not read. {error}")
-    samples = None if epoch is None else epoch_plan.samples
     model, step = plan_step(module, config, dtype, count_devices(trainer), offload, samples)
     check_row_length(config, data.max_length)
     for name in ("build_model", "compute_loss"):
@@ -211,9 +212,6 @@ def count_devices(trainer: Mapping[str, Any]) -> int:
     return max(1, count) * int(trainer["num_nodes"])
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
 def _plan_batches(data: Any) -> EpochPlan:
     """Read the training data, unless they are not on this machine; return their batches."""
     for source in [*data.sources("train"), *data.sources("val")]:
@@ -222,17 +220,6 @@ def _plan_batches(data: Any) -> EpochPlan:
     data.setup("fit")
     plan: EpochPlan = data.train_dataloader().plan
     return plan
-
-
-def _largest_batch(plan: EpochPlan, epoch: Epoch) -> dict[str, int]:
-    lengths = plan.samples.lengths
-    rows = plan.find_largest(epoch.batches)
-    return {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
-
-
-def _largest_allowed(data: Any) -> dict[str, int]:
-    rows = data.batch_size or max(1, data.tokens_per_batch // data.max_length)
-    return {"rows": rows, "tokens": rows * data.max_length, "longest": data.max_length}
 
 
 # ---- config without weights ------------------------------------------------------------------------------------------
@@ -264,27 +251,32 @@ def _find_config(name: str, revision: str | None, trust_remote_code: bool) -> tu
 
 def _print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
     """Print the figures of a plan and its model."""
-    base, n_trainable = plan["base"], plan["adapters"]["parameters"]
+    base, n_trainable, parts = plan["base"], plan["adapters"]["parameters"], plan["memory"]["parts"]
+    run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
     console.print(Text.assemble((base["name"], "bold"), f", by {base['config']}"))
     console.print(_model_table(model))
     share = n_trainable / (base["parameters"] + n_trainable)
     console.print(f"{base['parameters']:,} parameters are frozen, {n_trainable:,} train ({share:.2%}).")
-    console.print(_memory_table(plan))
+    sizes = {**parts, "in all" if plan["memory"]["peak_bytes"] is None else "peak": sum(parts.values())}
+    rows = [[part, format_bytes(size), format_gib(size)] for part, size in sizes.items() if size]
+    console.print(make_table(("part", "bytes", ""), rows, "Memory of a step, on each device"))
     console.print(_describe_fit(plan))
     if host := plan["memory"]["pinned_bytes"]:
         console.print(f"Each process keeps {format_bytes(host)} in host memory, pinned.")
-    console.print(_run_table(plan))
+    kind = "at most, as the settings allow" if run is None else "the largest"
+    rows = [
+        ["batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}"],
+        ["micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}"],
+    ]
+    if run is None:
+        rows.append(["steps, tokens", "unknown: the data were not read"])
+    elif run["steps"] is None:
+        rows.append(["optimizer steps", "no end: set trainer.max_steps"])
+    else:
+        rows += [["optimizer steps", f"{run['steps']:,}"], ["tokens of the run", f"{run['tokens']:,}"]]
+    console.print(make_table((), rows, "The run"))
     for note in plan["notes"]:
         console.print(Text(note))
-
-
-def _memory_table(plan: Mapping[str, Any]) -> Table:
-    parts, peak = plan["memory"]["parts"], plan["memory"]["peak_bytes"]
-    sizes = {part: size for part, size in parts.items() if size} | {
-        "in all" if peak is None else "peak": sum(parts.values())
-    }
-    rows = [[part, format_bytes(size), format_gib(size)] for part, size in sizes.items()]
-    return make_table(("part", "bytes", ""), rows, "Memory of a step, on each device")
 
 
 def _describe_fit(plan: Mapping[str, Any]) -> Text:
@@ -306,22 +298,6 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     limits = f", {Checkpointing(**memory['gradient_checkpointing'])}, up to {memory['most_tokens']:,} tokens at a time"
     assumption = " for rows of data.max_length, since the data were not read" if plan["run"] is None else ""
     return Text.assemble(("It fits", "bold green"), f"{limits}: {usage}{assumption}.")
-
-
-def _run_table(plan: Mapping[str, Any]) -> Table:
-    run, batch, tokens = plan["run"], plan["largest_batch"], plan["memory"]["micro_batch_tokens"]
-    kind = "at most, as the settings allow" if run is None else "the largest"
-    rows = [
-        ["batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}"],
-        ["micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}"],
-    ]
-    if run is None:
-        rows.append(["steps, tokens", "unknown: the data were not read"])
-    elif run["steps"] is None:
-        rows.append(["optimizer steps", "no end: set trainer.max_steps"])
-    else:
-        rows += [["optimizer steps", f"{run['steps']:,}"], ["tokens of the run", f"{run['tokens']:,}"]]
-    return make_table((), rows, "The run")
 
 
 def _model_table(model: Any) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_lightning.commands.options import OptionParser, add_json_option, check_output, json_output
-from qlora_lightning.report import Run, read_run, render_report
+from qlora_lightning.report import read_run, render_report
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import find_differences
 from qlora_lightning.support.console import make_table, say
@@ -42,17 +42,16 @@ def main(argv: Sequence[str]) -> int:
         say(make_table(("run", *(run.name for run in runs)), rows))
         write_whole(page, html)
         say(f"Page: {page}")
-        figures |= {"format": "qlora_lightning report", "format_version": 1, "runs": list(map(_summarize, runs))}
+        figures |= {"format": "qlora_lightning report", "format_version": 1}
+        figures["runs"] = [
+            {
+                "folder": str(run.folder),
+                "name": run.name,
+                "status": run.status,
+                "results": {name: figure.value for name, figure in find_figures(run).items()},  # units end the names
+                "config": dict(run.config),
+            }
+            for run in runs
+        ]
         figures["differing_settings"] = find_differences([run.config for run in runs])
     return 0
-
-
-def _summarize(run: Run) -> dict[str, object]:
-    """Return figures and settings; names of figures end in their units."""
-    return {
-        "folder": str(run.folder),
-        "name": run.name,
-        "status": run.status,
-        "results": {name: figure.value for name, figure in find_figures(run).items()},
-        "config": dict(run.config),
-    }

@@ -145,7 +145,12 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
     if not math.isfinite(min(trial.val_loss for trial in trials)):
         raise UserError(f"All trials diverged ({folder}): choose lower learning rates.")
     chosen, reason = choose(setting, trials, noise)
-    _print_table(trials, noise)
+    title = f"val_loss; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
+    rows = []
+    for trial in trials:
+        loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"
+        rows.append([trial.folder, f"{trial.parameters:,}", loss, f"{trial.minutes:,.1f}"])
+    say(make_table(("", "parameters", "val_loss", "minutes"), rows, title))
     figures = {
         "setting": f"model.{setting}",
         "spread_of_seeds": noise,
@@ -202,15 +207,6 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
     names = ", ".join(str(trial.value) for trial in candidates)
     reason = f"Within noise of the lowest loss: {names}. It has the fewest parameters, or of equals the lowest loss."
     return min(candidates, key=lambda trial: (trial.parameters, trial.val_loss)), reason
-
-
-def _print_table(trials: Sequence[Trial], noise: float) -> None:
-    title = f"val_loss; {f'another seed alone makes {noise:.4f}' if noise else 'one seed'}"
-    rows = []
-    for trial in trials:
-        loss = f"{trial.val_loss:.4f}" if math.isfinite(trial.val_loss) else "diverged"
-        rows.append([trial.folder, f"{trial.parameters:,}", loss, f"{trial.minutes:,.1f}"])
-    say(make_table(("", "parameters", "val_loss", "minutes"), rows, title))
 
 
 def _draw(trials: Sequence[Trial], chosen: Trial, noise: float, file: Path) -> None:

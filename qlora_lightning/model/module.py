@@ -203,7 +203,6 @@ class QLoRAModule(lightning.LightningModule):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             cache=self.cache,
-            plain_scales=not is_sharded,
             adapter=self.adapter,
             adapter_options=self.adapter_options,
             fast=self.fast,

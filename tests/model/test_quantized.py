@@ -51,18 +51,17 @@ def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype
             assert linear.weight.dtype == (torch.int8 if quantization == "int8" else dtype)
         else:
             state = linear.weight.quant_state
-            assert (state.quant_type, state.absmax.dtype, linear.compute_dtype) == (quantization, torch.float32, dtype)
+            assert (state.quant_type, state.nested, linear.compute_dtype) == (quantization, double_quant, dtype)
     assert not any(p.requires_grad for p in model.parameters())
     assert model.get_input_embeddings().weight.dtype == model.model.norm.weight.dtype == dtype
     assert model.lm_head.weight is model.get_input_embeddings().weight  # tied
 
 
-def test_scales_that_are_quantized_too_are_held_plain(tiny_base):
+def test_scales_are_quantized_too_if_asked(tiny_base):
     plain, quantized = (linears(load(tiny_base, "nf4", double_quant=each))[0].weight for each in (False, True))
     assert torch.equal(plain, quantized)
-    assert not quantized.quant_state.nested
-    assert linears(load(tiny_base, "nf4", plain_scales=False))[0].weight.quant_state.nested  # as a sharded base has it
-    scales, rounded = plain.quant_state.absmax, quantized.quant_state.absmax
+    state, scales = quantized.quant_state, plain.quant_state.absmax
+    rounded = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     assert 0 < (scales - rounded).abs().max() < 0.01 * scales.max()
 
 

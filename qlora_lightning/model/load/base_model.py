@@ -22,7 +22,6 @@ from qlora_lightning.model.layers.experts import (
     register_experts,
 )
 from qlora_lightning.model.layers.select import attention_of
-from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.load.wrapped import empty_model, key_mapping, names_in_text, open_text_config
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.folders import (
@@ -63,13 +62,12 @@ def load_base(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     cache: bool = True,
-    plain_scales: bool = True,
     device: torch.device | str = "cpu",
 ) -> LoadedBase:
     """Load a base onto ``device``, frozen, its linears quantized and all else in ``compute_dtype``.
 
     The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
-    section 3. ``plain_scales``: on a CPU see :func:`unnest_scales`; not for a sharded base, whose scales all have.
+    section 3.
     """
     source = open_base(name, revision)
     open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
@@ -96,8 +94,6 @@ def load_base(
             if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
     freeze(model)
-    if plain_scales and torch.device(device).type == "cpu":  # a GPU takes nested scales in the same launch
-        unnest_scales(model)
     check_widths(model)
     identity = {
         "base": name,
@@ -239,22 +235,6 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         if was_enabled:
             bars.enable_progress_bar()
-
-
-def unnest_scales(model: nn.Module) -> None:
-    """Hold the scales of 4-bit weights in float32, if that takes no more than a twentieth of the free memory.
-
-    Double quantization stores them in 8 bits, and a CPU dequantizes them for each product. The values are the same.
-    """
-    weights = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    states = [weight.quant_state for weight in weights if weight.quant_state.nested]
-    if not states:
-        return
-    extra_bytes = sum(state.absmax.numel() * (torch.float32.itemsize - 1) for state in states)
-    if 20 * extra_bytes <= free_bytes(states[0].absmax.device):
-        for state in states:
-            state.absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.nested, state.state2, state.offset = False, None, None
 
 
 def check_widths(model: nn.Module) -> None:

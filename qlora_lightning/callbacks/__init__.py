@@ -2,8 +2,7 @@
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.evaluation import Evaluation
-from qlora_lightning.callbacks.gradient_checkpointing import GradientCheckpointing
-from qlora_lightning.callbacks.monitors import GPUMemoryMonitor, ThroughputMonitor
+from qlora_lightning.callbacks.monitors import GPUMemoryMonitor, GradientCheckpointing, ThroughputMonitor
 from qlora_lightning.callbacks.predictions import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals

@@ -1,8 +1,8 @@
-"""Memory and speed of a training."""
+"""Memory and speed of a training: when layers keep less, and what is logged."""
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -10,15 +10,40 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.sources.tensors import GIB
 from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import check_setting
 from qlora_lightning.support.files import MEMORY_PEAKS
+
+
+class GradientCheckpointing(Callback):
+    """Choose when layers keep only their input, and recompute their other activations in backward.
+
+    Without this callback it is ``auto``. It affects training only. ``model/activation_checkpointing.py`` does it.
+
+    Args:
+        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
+            with ``offload`` on a GPU.
+        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
+            is the same to the last bit. On a CPU it changes nothing.
+    """
+
+    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
+        check_setting(
+            "gradient_checkpointing.enabled", enabled, enabled in (True, False, "auto"), "true, false or auto"
+        )
+        self.enabled, self.offload = enabled, offload
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module: Any = pl_module
+        if stage == "fit":
+            module.token_budget.checkpointing = {"enabled": self.enabled, "offload": self.offload}
 
 
 class GPUMemoryMonitor(Callback):
     """Log memory in GiB per logging interval, and report the peak after loading.
 
-    On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib`` and ``memory_peak_gib`` (the peak since the last
-    logging, which resets it). Elsewhere ``private_memory_gib`` (memory of this process alone, without
-    a base mapped from a file) and ``peak_rss_gib`` (the peak of resident memory since the process began).
+    It is named for the GPU, whose memory is short. On CUDA it logs ``memory_allocated_gib``, ``memory_reserved_gib``
+    and ``memory_peak_gib`` (the peak since the last logging, which resets it). Elsewhere it logs the process:
+    ``private_memory_gib`` (without a base mapped from a file) and ``peak_rss_gib`` (the peak since it began).
 
     Args:
         enabled: ``False`` logs nothing.

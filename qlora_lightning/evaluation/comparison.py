@@ -60,7 +60,7 @@ def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric
 
     losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
     metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
-    # of answers with a verdict there is none: a base that is its own reference has a margin of 0 on all of them
+    # of answers with a label there is none: a base that is its own reference has a margin of 0 on all of them
     accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
         metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))

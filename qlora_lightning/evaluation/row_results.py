@@ -26,7 +26,7 @@ from qlora_lightning.support.console import progress_counter
 ProgressCounter = Callable[[int], None]
 """Called with the number of losses or answers that are done now."""
 RowKind = Literal["answer", "pair", "desirable", "undesirable"]
-"""An answer to imitate, a preference pair, or an answer with a verdict."""
+"""An answer to imitate, a preference pair, or an answer with a label."""
 OnAnswers = Callable[[str, Sequence["EvaluationRow"], Sequence["Answer"]], None]
 """Called with a side's name, some rows and their answers, as soon as they are complete."""
 

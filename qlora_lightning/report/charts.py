@@ -79,54 +79,52 @@ class Chart:
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Return the charts of one run, or of several with a curve for each: over tokens, if all have counted them."""
-    by_tokens = len(runs) > 1 and all(run.metrics.get("tokens_seen") for run in runs)
-    x_label = "tokens trained on" if by_tokens else "optimizer steps"
-
-    def chart(name: str, title: str, unit: str) -> Chart:
-        curves: list[Curve] = []
-        for index, run in enumerate(runs):
-            points = run.metrics.get(name, [])
-            if by_tokens:
-                steps, tokens = zip(*run.metrics["tokens_seen"], strict=True)
-                points = [(float(np.interp(step, steps, tokens)), value) for step, value in points]
-            style = "dots" if name.startswith("val_") else "line"
-            if len(runs) > 1:
-                points = running_mean(points) if name in _NOISY else points
-                curves.append(Curve(run.name, points, style, COLOURS[index % len(COLOURS)]))
-            elif name in _NOISY:
-                curves += _smooth(title.lower(), points)
-            else:
-                curves.append(Curve(title, points, style, COLOURS[1 if style == "dots" else 0]))
-        unit = ", ".join(filter(None, [unit, "smoothed" if len(runs) > 1 and name in _NOISY else ""]))
-        return Chart(title, unit, curves, x_label, from_zero=name not in (*_LOSSES, "grad_norm"))
-
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     other_metrics = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # also those of users
     kinds = _KINDS | {name: (describe_metric(name), "") for name in other_metrics}
     has_preferences = any("train_margin" in run.metrics for run in runs)
-    unit = "mean over rows" if has_preferences else "nats per labelled token"
-    loss_charts = [chart("val_loss", "Validation loss", unit), chart("train_loss", "Training loss", unit)]
-    if len(runs) == 1:
-        loss_charts = [Chart("Loss", unit, _loss_curves(runs[0]), from_zero=False)]
-    return loss_charts + [chart(name, *kind) for name, kind in kinds.items()]
+    loss_unit = "mean over rows" if has_preferences else "nats per labelled token"
+    if len(runs) > 1:
+        losses = {"val_loss": ("Validation loss", loss_unit), "train_loss": ("Training loss", loss_unit)}
+        return [_compare_runs(runs, name, *kind) for name, kind in (losses | kinds).items()]
+    (run,) = runs
+    training, validation = _curves_of(run, "train_loss", "training"), _curves_of(run, "val_loss", "validation")
+    steps = [step for curve in training + validation for step, _ in curve.points]
+    if steps and (measured := read_comparison(run).get("loss")):
+        base = [(min(steps), measured.base.value), (max(steps), measured.base.value)]
+        training.append(Curve("base, validation", base, "level", COLOURS[3]))
+    charts = [Chart("Loss", loss_unit, training + validation, from_zero=False)]
+    for name, (title, unit) in kinds.items():
+        label = title.lower() if name in _NOISY else title
+        charts.append(Chart(title, unit, _curves_of(run, name, label), from_zero=name != "grad_norm"))
+    return charts
 
 
-def _loss_curves(run: Run) -> list[Curve]:
-    training, validation = (run.metrics.get(name, []) for name in _LOSSES)
-    steps, metrics = [step for step, _ in training + validation], read_comparison(run)
-    curves = _smooth("training", training)
-    if steps and "loss" in metrics:
-        base = metrics["loss"].base.value
-        curves.append(Curve("base, validation", [(min(steps), base), (max(steps), base)], "level", COLOURS[3]))
-    return [*curves, Curve("validation", validation, "dots", COLOURS[1])]
-
-
-def _smooth(label: str, points: Points) -> list[Curve]:
-    """Return a faint curve and its running mean in front; a short curve as it is."""
-    if len(points) < 40:
+def _curves_of(run: Run, name: str, label: str) -> list[Curve]:
+    """Return a metric as a curve; a noisy and long one as a faint curve with its running mean in front."""
+    points = run.metrics.get(name, [])
+    if name.startswith("val_"):
+        return [Curve(label, points, "dots", COLOURS[1])]
+    if name not in _NOISY or len(points) < 40:
         return [Curve(label, points)]
     mean = Curve(f"{label}, mean of {2 * (len(points) // 40) + 1} steps", running_mean(points))
     return [Curve("", points, "faint"), mean]
+
+
+def _compare_runs(runs: Sequence[Run], name: str, title: str, unit: str) -> Chart:
+    """Return the chart of a metric of several runs, over tokens if all have counted them."""
+    by_tokens, curves = all(run.metrics.get("tokens_seen") for run in runs), []
+    for index, run in enumerate(runs):
+        points = run.metrics.get(name, [])
+        if by_tokens:
+            steps, tokens = zip(*run.metrics["tokens_seen"], strict=True)
+            points = [(float(np.interp(step, steps, tokens)), value) for step, value in points]
+        points = running_mean(points) if name in _NOISY else points
+        style = "dots" if name.startswith("val_") else "line"
+        curves.append(Curve(run.name, points, style, COLOURS[index % len(COLOURS)]))
+    unit = ", ".join(filter(None, [unit, "smoothed" if name in _NOISY else ""]))
+    x_label = "tokens trained on" if by_tokens else "optimizer steps"
+    return Chart(title, unit, curves, x_label, from_zero=name not in (*_LOSSES, "grad_norm"))
 
 
 def running_mean(points: Points) -> Points:

@@ -112,9 +112,9 @@ def test_what_cannot_be_seen_is_shown():
 @pytest.mark.parametrize(
     ("name", "content", "key", "facts"),
     [
-        ("manifest.json", "{ [", "", ["is not JSON"]),
-        ("evaluation.json", 100_000 * "[", "", ["is not JSON"]),
-        ("evaluation.json", "[]", "", ["expected a JSON object"]),
+        ("manifest.json", "{ [", "manifest.json", ["is not JSON"]),
+        ("evaluation.json", 100_000 * "[", "evaluation.json", ["is not JSON"]),
+        ("evaluation.json", "[]", "evaluation.json", ["expected a JSON object"]),
         ("manifest.json", {"format_version": 2}, "format_version", ["is 2", "update"]),
         ("manifest.json", {"progress": {"seconds": 1e400}}, "seconds", ["progress: seconds is inf"]),
         ("manifest.json", {"data": {"splits": []}}, "splits", ["data: splits is []"]),

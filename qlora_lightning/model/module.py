@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
@@ -214,8 +215,10 @@ class QLoRAModule(lightning.LightningModule):
         return name in vars(self) or getattr(type(self), name) is not getattr(QLoRAModule, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fn = fn if self.sharded_base is None else self.sharded_base.skipping_shards(fn)
-        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        def move(tensor: Tensor) -> Tensor:
+            return tensor if isinstance(tensor, DTensor) else fn(tensor)  # shards stay where they are
+
+        module: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return module
 
     @property
@@ -267,19 +270,12 @@ class QLoRAModule(lightning.LightningModule):
 
         Only tokens that a label of this batch needs are computed: hooks on the model see fewer tokens than the batch
         has. States are in the order of the samples.
-
-        Raises:
-            UserError: See :meth:`micro_batch_of`.
         """
         micro_batch = self.micro_batch_of(batch)
         with self.autocast():
-            hidden = forward.compute_states(self.causal_lm, micro_batch, self.noise_alpha, fused=self.fast)
+            noise_alpha = self.neftune_alpha if self.training else None
+            hidden = forward.compute_states(self.causal_lm, micro_batch, noise_alpha, fused=self.fast)
         return hidden, micro_batch.targets
-
-    @property
-    def noise_alpha(self) -> float | None:
-        """Strength of NEFTune's noise in this pass; ``None``: none."""
-        return self.neftune_alpha if self.training else None
 
     def micro_batch_of(self, batch: Any) -> layout.MicroBatch:
         """Lay a packed batch out as one micro-batch on the device; a micro-batch is only moved.
@@ -295,7 +291,7 @@ class QLoRAModule(lightning.LightningModule):
         """What cuts packed batches into micro-batches in the current mode, of training or evaluation."""
         causal_lm = self.causal_lm
         # not if each token draws its own random numbers, for NEFTune's noise or for dropout
-        draws = self.noise_alpha is not None or (causal_lm.training and self.has_dropout)
+        draws = (self.training and self.neftune_alpha is not None) or (causal_lm.training and self.has_dropout)
         return packed.Cutter(
             config=causal_lm.config,
             vocabulary=len(causal_lm.get_input_embeddings().weight),

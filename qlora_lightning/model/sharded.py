@@ -7,7 +7,7 @@ only its own shard. The adapters are whole on every process, as under DDP. So ev
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,6 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
 from qlora_lightning.model.model_types import decoder_layers, runs_packed
@@ -121,11 +120,6 @@ class ShardedBase:
             hidden: Tensor = self._body(token, position_ids=token, **options).last_hidden_state[0]  # (1, width)
             if self._head is not None:
                 self._head(hidden)
-
-    @staticmethod
-    def skipping_shards(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function that applies ``fn``, such as a move, to a tensor, but returns a sharded one as it is."""
-        return lambda tensor: tensor if isinstance(tensor, DTensor) else fn(tensor)
 
     def sync_pass(self, wanted: int) -> None:
         """Wait until the smallest pass that any process asks for is this one's; meanwhile join the others' gathers.

@@ -156,14 +156,6 @@ def expand_config(config: Any) -> Any:
     return config
 
 
-def is_run_folder(folder: Path) -> bool:
-    """Whether a folder has the manifest of a run; other programs have files of that name."""
-    try:
-        return '"format": "qlora_lightning manifest"' in (folder / MANIFEST).read_text(encoding="utf-8")[:200]
-    except (OSError, ValueError):
-        return False
-
-
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML.
 
@@ -182,7 +174,9 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
             argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
         expanded.append(argument)
         for config in find_configs(expanded[-2:]):
-            folder = Path(config).expanduser().parent
-            if Path(config).name == CONFIG and is_run_folder(folder):
-                expanded.append(f"--trainer.default_root_dir={folder}")
+            file = Path(config).expanduser()
+            manifest = file.with_name(MANIFEST)  # other programs have files of that name
+            is_run = file.name == CONFIG and manifest.is_file()
+            if is_run and b'"format": "qlora_lightning manifest"' in manifest.read_bytes()[:200]:
+                expanded.append(f"--trainer.default_root_dir={file.parent}")
     return expanded

@@ -145,6 +145,6 @@ def read_metric_rows(file: Path) -> list[dict[str, str]]:
                 float(cell or "nan")
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise UserError(
-            f"{file} is no table of numbers by step, as a fit writes it ({error}). Move it away.", "metrics"
+            f"{file} is no table of numbers by step, as a fit writes it ({error}). Move it away.", METRICS
         ) from error
     return rows

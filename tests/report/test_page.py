@@ -121,7 +121,7 @@ def test_what_cannot_be_seen_is_shown():
         ("manifest.json", {"lives": [{}]}, "started", ["attempts: 0: started is missing, expected str"]),
         ("evaluation.json", {"metrics": {"loss": None}}, "metrics", ["metrics is {'loss': None}"]),
         ("evaluation.json", {"metrics": {"loss": {"base": {"value": "1"}}}}, "value", ["loss: base: value is '1'"]),
-        ("metrics.csv", "step,loss\n0,high\n", "metrics", ["could not convert string to float: 'high'"]),
+        ("metrics.csv", "step,loss\n0,high\n", "metrics.csv", ["could not convert string to float: 'high'"]),
     ],
 )
 def test_a_damaged_file_is_named_with_its_key(make_run, name, content, key, facts):

@@ -28,7 +28,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.model.step.packed import check_row_length, format_locations, row_locations
-from qlora_lightning.support.errors import Diverged, UserError
+from qlora_lightning.support.errors import Diverged, UserError, check_setting
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import (
     callbacks_of,
@@ -95,32 +95,21 @@ def check_start(module: "QLoRAModule") -> None:
                 "`[*super().configure_callbacks(), …]` from `configure_callbacks`.",
                 "module.configure_callbacks",
             )
-    if trainer.strategy.root_device.type == "mps":
-        raise UserError(
-            "trainer.accelerator is mps, and Apple's GPU has no float64, which sums take: set cpu.",
-            "trainer.accelerator",
-        )
+    device = trainer.strategy.root_device.type
+    check_setting("trainer.accelerator", device, device != "mps", "cpu: Apple's GPU has no float64, which sums take")
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
 
 
 def check_trainer(precision: str, strategy: type[Strategy], quantization: str) -> None:
     """Reject Trainer settings under which training would silently go wrong."""
-    if precision != "32-true":
-        raise UserError(
-            f"trainer.precision is {precision}: leave it at 32-true, that of the adapters, which in 16 bits would lose "
-            "small updates. All products are computed in model.compute_dtype anyway.",
-            "trainer.precision",
-        )
+    expected = "32-true, for the adapters: products are computed in model.compute_dtype anyway"
+    check_setting("trainer.precision", precision, precision == "32-true", expected)
     class_names = " ".join(kind.__name__ for kind in strategy.__mro__)
-    if any(name in class_names for name in ("FSDP", "DeepSpeed", "ModelParallel")):
-        raise UserError(
-            f"trainer.strategy is {strategy.__name__}, which shards parameters: of a quantized base that is silently "
-            "wrong or unverified. Use `ddp`, or `ddp_sharded` for a base that no device can hold.",
-            "trainer.strategy",
-        )
-    if issubclass(strategy, ShardedDDPStrategy) and quantization == "int8":
-        message = "trainer.strategy ddp_sharded is untested with model.quantization int8: set nf4, or use `ddp`."
-        raise UserError(message, "model.quantization")
+    is_valid = not any(name in class_names for name in ("FSDP", "DeepSpeed", "ModelParallel"))
+    expected = "ddp or ddp_sharded: others shard a quantized base silently wrong, or are unverified"
+    check_setting("trainer.strategy", strategy.__name__, is_valid, expected)
+    is_valid = quantization != "int8" or not issubclass(strategy, ShardedDDPStrategy)
+    check_setting("model.quantization", quantization, is_valid, "nf4 under ddp_sharded, which is untested with int8")
 
 
 # ---- in a step -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.support.errors import UserError, describe_error
+from qlora_lightning.support.errors import UserError, check_setting, describe_error
 from qlora_lightning.support.files import FORMAT_VERSION
 from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once
 
@@ -193,12 +193,9 @@ def _check_validations(trainer: Trainer) -> None:
     batches = batches_of_epoch(trainer)
     if not trainer.limit_val_batches or trainer.check_val_every_n_epoch is None or batches is None:
         return
-    if isinstance(interval, int) and interval > batches:
-        raise UserError(
-            f"trainer.val_check_interval is {interval:,} batches, and an epoch has {batches:,}: set a smaller number, "
-            "a share such as 0.5, or trainer.check_val_every_n_epoch to null, which counts across epochs.",
-            "trainer.val_check_interval",
-        )
+    expected = f"at most {batches:,}, the batches of an epoch, a share such as 0.5, or check_val_every_n_epoch: null"
+    is_valid = not isinstance(interval, int) or interval <= batches
+    check_setting("trainer.val_check_interval", interval, is_valid, expected)
 
 
 def _align_validations(trainer: Trainer) -> None:

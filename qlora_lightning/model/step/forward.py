@@ -34,10 +34,11 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
         embeds = embeds if noise_alpha is None else add_noise(embeds, micro_batch.sequences, noise_alpha)
         inputs = {"inputs_embeds": embeds}
     if "input_ids" not in inputs and getattr(causal_lm.config, "hidden_size_per_layer_input", None):
+        key = "model.lora_options" if noise_alpha is None else "model.neftune_alpha"
         raise UserError(
-            f"A {causal_lm.config.model_type} looks tokens up in each layer: model.neftune_alpha, and embeddings that "
-            "train, do not work with it.",
-            "model.neftune_alpha",
+            f"A {causal_lm.config.model_type} looks tokens up in each layer: its embeddings can neither be trained nor "
+            f"get noise. Leave {key} out.",
+            key,
         )
     if not runs_packed(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))

@@ -62,22 +62,16 @@ def choose_optimizer(
     is_valid = "class_path" in spec and spec.keys() <= {"class_path", "init_args"}
     check_setting("model.optimizer", choice, is_valid, "a class_path and, if needed, init_args; nothing else")
     path, arguments = spec["class_path"], dict(spec.get("init_args") or {})
-    for name in ("lr", "weight_decay"):
-        if name in arguments:
-            key = "model.learning_rate" if name == "lr" else "model.weight_decay"
-            raise UserError(
-                f"model.optimizer.init_args sets {name}, which has a key of its own: set {key}.", "model.optimizer"
-            )
+    for name, key in (("lr", "model.learning_rate"), ("weight_decay", "model.weight_decay")):
+        check_setting(f"model.optimizer.init_args.{name}", arguments.get(name), name not in arguments, f"it as {key}")
     optimizer_class: Any = pydoc.locate(str(path))
     is_valid = inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)
     check_setting("model.optimizer.class_path", path, is_valid, "a class of torch optimizers that can be imported")
     arguments["lr"] = learning_rate
     if "weight_decay" in inspect.signature(optimizer_class).parameters:
         arguments["weight_decay"] = weight_decay
-    elif weight_decay:
-        raise UserError(
-            f"model.weight_decay is {weight_decay}, but {path} has none: set it to 0.", "model.weight_decay"
-        )
+    else:
+        check_setting("model.weight_decay", weight_decay, not weight_decay, f"0, since {path} has none")
     return optimizer_class, arguments
 
 

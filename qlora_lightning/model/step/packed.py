@@ -194,27 +194,21 @@ def check_row_length(config: Any, longest: int) -> None:
     of the base's pre-training.
     """
     rope, n_positions = getattr(config, "rope_parameters", None) or {}, most_positions(config)
-    if not rope and n_positions is not None and longest > n_positions:  # a table of positions
-        raise UserError(
-            f"A {config.model_type} has positions for {n_positions:,} tokens, and rows here may have "
-            f"{longest:,}. Set data.max_length to {n_positions} or less.",
-            "data.max_length",
-        )
-    if getattr(config, "attn_logit_softcapping", None) is not None and longest > _MAX_SOFTCAP_LENGTH:
-        raise UserError(
-            f"A {config.model_type} caps its scores, and each layer holds tokens × tokens of them: rows here may have "
-            f"{longest:,} tokens. Set data.max_length to {_MAX_SOFTCAP_LENGTH} or less.",
-            "data.max_length",
-        )
+    limits: list[tuple[int | None, str]] = []
+    if not rope:
+        limits.append((n_positions, "has a table of positions"))
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        limits.append((_MAX_SOFTCAP_LENGTH, "caps its scores, of which each layer holds tokens × tokens"))
     for parameters in (rope, *rope.values()):  # some have parameters for each type of layer
         rope_type = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
         limit = n_positions if rope_type in ("dynamic", "longrope") else None
         if rope_type == "longrope":
             limit = parameters.get("original_max_position_embeddings", limit)
+        limits.append((limit, f"scales its rotary embedding ({rope_type}) by the longest row of a batch beyond that"))
+    for limit, reason in limits:
         if limit is not None and longest > limit:
             raise UserError(
-                f"This base scales its rotary embedding ({rope_type}) by the longest row of a batch if that has more "
-                f"than {limit:,} tokens, and rows here may have {longest:,}: the same row would be trained differently "
-                f"in each batch. Set data.max_length to {limit} or less.",
+                f"A {config.model_type} takes rows of {limit:,} tokens, and rows here may have {longest:,}: it "
+                f"{reason}. Set data.max_length to {limit} or less.",
                 "data.max_length",
             )

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.data.batches.loader import Batch, collate_rows
-from qlora_lightning.data.chat.labels import Rendered
+from qlora_lightning.data.batches import Batch, collate_rows
+from qlora_lightning.data.chat.renderer import TokenizedSample
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder
 
 
@@ -23,7 +23,7 @@ def collate(*rows: tuple[Any, ...]) -> Batch:
     return collate_rows(gather(*rows), range(len(rows)))
 
 
-def unpack(samples: SampleSet) -> list[Rendered]:
+def unpack(samples: SampleSet) -> list[TokenizedSample]:
     labels = np.where(samples.labelled, samples.ids, -100)
     spans = [slice(*span) for span in pairwise(samples.starts.tolist())]
-    return [Rendered(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]
+    return [TokenizedSample(samples.ids[span].tolist(), labels[span].tolist()) for span in spans]

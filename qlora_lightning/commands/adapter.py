@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from qlora_lightning.commands.config import find_configs, read_config
-from qlora_lightning.data.rows.sources import kind_of_file
+from qlora_lightning.data.rows.files import kind_of_file
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
 from qlora_lightning.sources.folders import (

@@ -11,10 +11,9 @@ from typing import Any
 
 from qlora_lightning.commands.adapter import find_adapter, name_adapters, open_adapter
 from qlora_lightning.commands.options import OptionParser
-from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.rows.bad_rows import RowFault
-from qlora_lightning.data.rows.conversation import Message
+from qlora_lightning.data.rows.content import Message, RowFault
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import say, show_controls, terminal

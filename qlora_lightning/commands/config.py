@@ -54,7 +54,11 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "adapter_checkpoint.every_n_train_steps": "save_steps",
     "seed_everything": "seed",
 }
-RENAMED_KEYS = {"evaluation.general": "evaluation.forgetting", "evaluation.general_rows": "evaluation.forgetting_rows"}
+RENAMED_KEYS = {
+    "data.missing": "data.drop_answers",
+    "evaluation.general": "evaluation.forgetting",
+    "evaluation.general_rows": "evaluation.forgetting_rows",
+}
 """Settings under the names that they had once: those still work, and a line names the new one."""
 
 

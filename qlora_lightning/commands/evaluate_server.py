@@ -10,8 +10,7 @@ from typing import Any
 
 import httpx
 
-from qlora_lightning.data.chat.render import answer_indices
-from qlora_lightning.data.rows.conversation import Chat
+from qlora_lightning.data.rows.content import Chat, answer_indices
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.evaluation.intervals import Interval, measure, plain_interval
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, OnAnswers, RowResult

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.commands.options import OptionParser, check_output, quiet_lightning
-from qlora_lightning.data.chat.tokenizer import ControlTokens
-from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.chat.templates import ControlTokens
+from qlora_lightning.data.rows.files import Source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.support.console import make_table, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
@@ -100,7 +100,7 @@ def _print_report(
             console.print(_source_table(data.samples[split], sources))
     if "train" in splits:
         heading("An epoch of train")
-        epoch = plan_epoch(data.train_dataloader().plan, trainer)
+        epoch = plan_epoch(data.plan_epochs(), trainer)
         size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
         per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
         console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))
@@ -168,8 +168,8 @@ def _show_rows(
     for index in indices or range(min(_DEFAULT_ROWS, len(samples))):
         start, end = samples.starts[index : index + 2].tolist()
         answers = [("", start, end)]
-        if samples.first is not None:
-            rejected_start = start + int(samples.first[index])
+        if samples.chosen_length is not None:
+            rejected_start = start + int(samples.chosen_length[index])
             answers = [("chosen: ", start, rejected_start), ("rejected: ", rejected_start, end)]
         elif samples.desirable is not None:
             answers = [("desirable: " if samples.desirable[index] else "undesirable: ", start, end)]

@@ -20,7 +20,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from qlora_lightning.commands.adapter import add_config
 from qlora_lightning.commands.options import OptionParser, expand_path, quiet_lightning
-from qlora_lightning.data.chat.tokenizer import find_stop_ids
+from qlora_lightning.data.chat.templates import find_stop_ids
 from qlora_lightning.sources.folders import (
     FIXED_KEYS,
     TensorFiles,
@@ -279,7 +279,7 @@ def _sample_validation_rows(
     Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
     """
     from qlora_lightning.commands.fit import QLoRACLI
-    from qlora_lightning.data.batches.loader import collate_rows
+    from qlora_lightning.data.batches import collate_rows
 
     try:
         arguments = add_config(adapter, fit_options)

@@ -23,7 +23,7 @@ from qlora_lightning.support.console import make_table, terminal
 from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
-    from qlora_lightning.data.batches.epoch_plan import EpochPlan
+    from qlora_lightning.data.batches import EpochPlan
 
 _DESCRIPTION = """Show the model of a config, and plan its memory, steps and tokens before anything is loaded.
 
@@ -218,7 +218,7 @@ def _plan_batches(data: Any) -> EpochPlan:
         if source.is_remote:
             raise UserError(f"{source.path} is not on this machine, and plan fetches no data.")
     data.setup("fit")
-    plan: EpochPlan = data.train_dataloader().plan
+    plan: EpochPlan = data.plan_epochs()
     return plan
 
 

@@ -174,7 +174,7 @@ def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     if trainer["limit_val_batches"] == 0:
         raise UserError("trainer.limit_val_batches is 0, but trials are compared by their validation losses.")
     data.setup("fit")
-    epoch = plan_epoch(data.train_dataloader().plan, trainer)
+    epoch = plan_epoch(data.plan_epochs(), trainer)
     interval, epochs = trainer["val_check_interval"] or 1.0, (trainer["check_val_every_n_epoch"] or 1) - 1
     if epoch.all_steps is None or trainer["overfit_batches"] or not isinstance(interval, int | float):  # unknown
         return

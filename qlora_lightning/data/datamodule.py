@@ -11,29 +11,37 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
 
-from qlora_lightning.data.batches.epoch_plan import EpochPlan
-from qlora_lightning.data.batches.loader import Batch, FabricLoader, PackedLoader, PromptLoader, collate_rows
-from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning.data.batches import Batch, EpochPlan, PackedLoader, PromptLoader, collate_rows, make_torch_loader
+from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
-from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
-from qlora_lightning.data.rows.bad_rows import BadRow
-from qlora_lightning.data.rows.conversation import Chat, Pair
-from qlora_lightning.data.rows.convert import RowConverter
-from qlora_lightning.data.rows.readers import Row, read_rows
-from qlora_lightning.data.rows.sources import RowSettings, Source, find_sources, has_settings, has_split
+from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.rows.content import Chat, Judged, Pair
+from qlora_lightning.data.rows.files import (
+    BadRow,
+    Row,
+    RowSettings,
+    Source,
+    find_sources,
+    has_settings,
+    has_split,
+    read_rows,
+)
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
 _BATCH_SETTINGS = ("batch_size", "tokens_per_batch", "shuffle")
 # Settings that a checkpoint remembers
 _REMEMBERED = ("format", "system", "on_bad_row", "val_fraction", *_SAMPLE_SETTINGS, *_BATCH_SETTINGS)
+Loader = PackedLoader | DataLoader[Batch]
 DataPath = str | dict[str, Any] | list[str | dict[str, Any]]
 
 
@@ -65,7 +73,7 @@ class InstructionDataModule(LightningDataModule):
         too_long: what becomes of longer samples: ``truncate`` (the oldest turns go first, then the middle of the
             longest stretch that is not trained, then the end of an answer), ``drop``, or ``split`` into several.
         on_bad_row: ``error``: list the bad rows and stop; ``skip``: leave them out and count them.
-        missing: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
+        drop_answers: answers that mean that there is none, such as ``[N/A, NULL]``, in any case: such rows are dropped.
         batch_size: rows of a batch on each device; 8 by default.
         tokens_per_batch: tokens of a batch instead, a budget that rows are packed into.
         shuffle: another order in each epoch; ``False``: the order of the files in every epoch, as for a curriculum.
@@ -98,7 +106,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "split"] = "truncate",
         on_bad_row: Literal["error", "skip"] = "error",
-        missing: list[str | None] | None = None,
+        drop_answers: list[str | None] | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         shuffle: bool = True,
@@ -113,7 +121,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
-        self.missing = ["null" if answer is None else answer.lower() for answer in missing or []]
+        self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
         self.reasoning, self.train_on = reasoning, train_on
         self.max_length, self.too_long, self.deduplicate = max_length, too_long, deduplicate
@@ -135,26 +143,21 @@ class InstructionDataModule(LightningDataModule):
         self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
 
     def _check_settings(self) -> None:
-        for name, choices in (
-            ("train_on", ("assistant", "last", "all")),
-            ("reasoning", ("template", "drop")),
-            ("too_long", ("truncate", "drop", "split")),
-        ):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}: expected {', '.join(choices)}, found {getattr(self, name)!r}.")
+        def check(name: str, is_valid: bool, expected: str) -> None:
+            check_setting(f"data.{name}", getattr(self, name), is_valid, expected)
+
+        check("train_on", self.train_on in ("assistant", "last", "all"), "assistant, last or all")
+        check("reasoning", self.reasoning in ("template", "drop"), "template or drop")
+        check("too_long", self.too_long in ("truncate", "drop", "split"), "truncate, drop or split")
         for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2), ("max_new_tokens", 1)):
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise UserError(f"{name}: expected at least {minimum}, found {value}.")
+            check(name, value is None or value >= minimum, f"{minimum} or more")
         if self.val_fraction is not None:
-            if not 0 < self.val_fraction < 1:
-                raise UserError(f"val_fraction: expected a share between 0 and 1, found {self.val_fraction:g}.")
-            if self.files["val"] is not None:
-                raise UserError("val and val_fraction are both given, both name rows to validate on: leave one out.")
-        if self.batch_size is not None and self.tokens_per_batch is not None:
-            raise UserError("batch_size and tokens_per_batch are both given, which size a batch: leave one out.")
-        if self.tokens_per_batch is not None and not self.shuffle:
-            raise UserError("shuffle: false and tokens_per_batch are both given, but packing does not keep the order.")
+            check("val_fraction", 0 < self.val_fraction < 1, "a share between 0 and 1")
+            check("val_fraction", self.files["val"] is None, "no data.val beside it: both name rows to validate on")
+        if self.tokens_per_batch is not None:
+            check("tokens_per_batch", self.batch_size is None, "no data.batch_size beside it: both size a batch")
+            check("tokens_per_batch", self.shuffle, "no `shuffle: false` beside it: packing does not keep the order")
 
     # ---- tokenizer, identity, rows -------------------------------------------------------------------------------
 
@@ -163,10 +166,8 @@ class InstructionDataModule(LightningDataModule):
         """The tokenizer with the chosen chat template, loaded at first use."""
         if self._tokenizer is None:
             choice = self._tokenizer_choice
-            if choice is None:
-                raise UserError(
-                    "tokenizer: expected a hub id, a folder or package:NAME, found none (the base's, usually)."
-                )
+            expected = "a hub id, a folder or package:NAME (usually the base's)"
+            check_setting("data.tokenizer", choice, choice is not None, expected)
             options = {"name": choice} if isinstance(choice, str) else choice
             tokenizer = load_tokenizer(**options) if isinstance(options, dict) else options
             self._tokenizer = choose_chat_template(tokenizer, self.chat_template, self.template_options)
@@ -214,24 +215,32 @@ class InstructionDataModule(LightningDataModule):
             self._prepare(split)
             optional = stage is None or (stage == "fit" and split == "val")
             if not optional and split not in self.reports:
-                raise UserError(f"{split} rows are needed, but none are given: name a file in `data.{split}`.")
+                raise UserError(f"data.{split} is null: name a file in `data.{split}`.", f"data.{split}")
         if "val" in splits and "val" not in self.samples:
             # Lightning validates if the hook is overridden, and warns of loaders without batches.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
-    def count_train_batches(self) -> int:
-        """Count the batches of one epoch on each rank, for schedules."""
-        return len(self.train_dataloader())
-
-    def train_dataloader(self) -> PackedLoader:
+    def plan_epochs(self, split: str = "train") -> EpochPlan:
+        """Return which rows of a split are in each batch of each epoch."""
+        _, world_size = self._rank_and_world_size()
+        plan = partial(EpochPlan, self.samples[split], seed=self._seed or 0, world_size=world_size)
+        if split != "train":  # not packed: rows in their order, and without gradients they take less memory
+            return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return self._make_loader("train", shuffle=shuffle, shares=self._shares)
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, self._shares)
 
-    def val_dataloader(self) -> PackedLoader:
+    def count_train_batches(self) -> int:
+        """Count the batches of one epoch on each rank, for schedules."""
+        return len(self.plan_epochs())
+
+    def train_dataloader(self) -> Loader:
+        return self._make_loader("train")
+
+    def val_dataloader(self) -> Loader:
         return self._make_loader("val")
 
-    def test_dataloader(self) -> PackedLoader:
+    def test_dataloader(self) -> Loader:
         return self._make_loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
@@ -299,7 +308,7 @@ class InstructionDataModule(LightningDataModule):
     def _read(self, split: str, sources: list[Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
         self._take_sources(split, sources)
-        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.missing)
+        preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
@@ -307,7 +316,7 @@ class InstructionDataModule(LightningDataModule):
             self._take_sources(split, list(preparation.converters))
             self._prompts = preparation.prompts or self._prompts
         else:
-            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "missing", "pairs")}
+            settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
         files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
@@ -319,9 +328,8 @@ class InstructionDataModule(LightningDataModule):
         weights = [source.weight for source in sources if source.weight is not None]
         if split == "train" and weights:
             if len(weights) < len(sources):
-                raise UserError("data.train: expected a weight for all of its sources, or for none.")
-            if not self.shuffle:
-                raise UserError("shuffle: false keeps the order of the files, which weights mix: leave them out.")
+                raise UserError("data.train: expected a weight for all of its sources, or for none.", "data.train")
+            check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
             self._shares = weights
 
     def _read_rows(self, split: str) -> Iterator[Row | BadRow]:
@@ -333,7 +341,8 @@ class InstructionDataModule(LightningDataModule):
                 if has_settings(self.files[split]):
                     raise UserError(
                         f"load_rows returned a plain dict, which loses the settings that data.{split} has for its "
-                        "source: return `row._replace(values=…)` of a row of `super().load_rows(split)`."
+                        "source: return `row._replace(values=…)` of a row of `super().load_rows(split)`.",
+                        "load_rows.dict",
                     )
                 row = Row(row, split, number)
             yield row if row.source else row._replace(source=source)
@@ -345,10 +354,11 @@ class InstructionDataModule(LightningDataModule):
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
             if number in numbers and isinstance(row, Row) and row.source:
-                content = RowConverter(row.source.settings, pairs=self.pairs).convert(row)
-                chat = content.chosen if isinstance(content, Pair) else content
-                if isinstance(chat, Chat):
-                    conversations[number] = chat
+                match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
+                    case Chat() as chat:
+                        conversations[number] = chat
+                    case Pair(chosen=chat) | Judged(chat=chat):
+                        conversations[number] = chat
         return conversations
 
     def read_other_rows(self, source: str | dict[str, Any], rows: int) -> list[Batch]:
@@ -402,11 +412,7 @@ class InstructionDataModule(LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _make_loader(self, split: str, **settings: Any) -> PackedLoader:
-        rank, world_size = self._rank_and_world_size()
-        settings |= {"seed": self._seed or 0, "world_size": world_size}
-        if split == "train":
-            plan = EpochPlan(self.samples[split], self.batch_size, self.tokens_per_batch, **settings)
-        else:  # not packed: rows in their order, and without gradients they take less memory
-            plan = EpochPlan(self.samples[split], self.batch_size or 8, **settings)
-        return (PackedLoader if self.trainer is not None else FabricLoader)(plan, rank)
+    def _make_loader(self, split: str) -> Loader:
+        plan, (rank, _) = self.plan_epochs(split), self._rank_and_world_size()
+        # the Trainer would ask torch's for workers, and could not save its position
+        return make_torch_loader(plan, rank) if self.trainer is None else PackedLoader(plan, rank)

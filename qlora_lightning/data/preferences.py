@@ -1,7 +1,7 @@
 """Preference rows as packed batches: two answers to each prompt, the better one first, or one with a verdict."""
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import check_setting
 
 
 class PreferenceDataModule(InstructionDataModule):
@@ -20,7 +20,7 @@ class PreferenceDataModule(InstructionDataModule):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if self.train_on == "all":
-            raise UserError("train_on: all trains the prompt too, but answers alone are compared: assistant or last.")
-        if self.too_long == "split":
-            raise UserError("too_long: split cuts rows into pieces, which cannot be compared: truncate or drop.")
+        expected = "assistant or last: answers alone are compared, not prompts"
+        check_setting("data.train_on", self.train_on, self.train_on != "all", expected)
+        expected = "truncate or drop: pieces of rows cannot be compared"
+        check_setting("data.too_long", self.too_long, self.too_long != "split", expected)

@@ -3,28 +3,37 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.render import RenderedText
-from qlora_lightning.data.data_report import DataReport
-from qlora_lightning.data.rows.bad_rows import MAX_TEXT, TOO_MUCH_TEXT, BadRow, RowFault, count_text
-from qlora_lightning.data.rows.conversation import Chat, Content, Pair, Text
-from qlora_lightning.data.rows.convert import RowConverter
-from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, RenderedText, TokenizedSample
+from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.rows.content import (
+    MAX_TEXT,
+    TOO_LARGE,
+    Chat,
+    Content,
+    Judged,
+    Pair,
+    RowContent,
+    RowFault,
+    Text,
+    size_of,
+)
+from qlora_lightning.data.rows.files import BadRow, Row, Source
+from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 from qlora_lightning.sources.tensors import IGNORED
 
 TOO_LONG = "longer than max_length (too_long: drop)"
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
 _CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
+_ALL_BAD = 10_000  # rows, after which a file without one good row is read no further
 _PAUSE = 10.0  # seconds between two lines of the log
 
 Rows = Iterable[Row | BadRow]
@@ -42,24 +51,31 @@ class Prompt(NamedTuple):
 
 @dataclass
 class _Part:
-    """The content of a row, or one of a pair's two; ``Preparation`` then fills in its texts and samples."""
+    """The content of a row, or one of a pair's two, and what ``Preparation`` makes of it."""
 
     content: Content
     texts: Sequence[RenderedText] = ()
-    samples: Sequence[Rendered] = ()  # before max_length applies
+    encoded: list[Encoded] = field(default_factory=list)  # of each text
+    samples: Sequence[TokenizedSample] = ()  # before max_length applies
 
 
-class _Converted(NamedTuple):
-    """A good row, with the numbers of row and source in the split, and its content in one part, or of a pair in two."""
+@dataclass
+class _Converted:
+    """A good row, with the numbers of row and source in the split."""
 
     number: int
     source: int
     row: Row
-    parts: Sequence[_Part]
+    content: RowContent
 
-    @property
-    def is_pair(self) -> bool:
-        return len(self.parts) == 2
+    def __post_init__(self) -> None:
+        match self.content:
+            case Pair(chosen, rejected):
+                self.parts = [_Part(chosen), _Part(rejected)]
+            case Judged(chat):
+                self.parts = [_Part(chat)]
+            case content:
+                self.parts = [_Part(content)]
 
 
 def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
@@ -89,7 +105,7 @@ class Preparation:
     max_length: int
     too_long: str
     pairs: bool
-    missing: Sequence[str]  # answers that mean that there is none, in lower case
+    drop_answers: Sequence[str]  # answers that mean that there is none, in lower case
 
     def __post_init__(self) -> None:
         self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
@@ -105,6 +121,8 @@ class Preparation:
             self._add(chunk)
             for converter in earlier:  # which have had hundreds of rows
                 converter.check()
+            if report.bad_rows == report.rows > _ALL_BAD:
+                report.check(skip_bad=False)
             if time.monotonic() - log_time > _PAUSE:
                 rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
                 log_time = time.monotonic()
@@ -133,45 +151,44 @@ class Preparation:
 
     def _add(self, rows: Sequence[Row | BadRow]) -> None:
         """Add rows; bad ones are reported and left out."""
-        renderer, bad = self.renderer, dict[int, BadRow]()
-        written = list[_Converted]()
+        bad, written = dict[int, BadRow](), list[_Converted]()
         for number, row in enumerate(rows, start=self.report.rows):
             converter = self._find_converter(row.source)
             if isinstance(row, BadRow):
                 bad[number] = row
                 continue
             with _noting_faults(number, row, bad):
-                content = converter.convert(row)
-                parts = [_Part(part) for part in (content if isinstance(content, Pair) else [content])]
-                converted = _Converted(number, [*self.converters.values()].index(converter), row, parts)
+                source = [*self.converters.values()].index(converter)
+                converted = _Converted(number, source, row, converter.convert(row))
                 if self.for_prompts:
                     self._add_prompt(converted)
                 elif self._is_wanted(converted):
-                    for part in parts:
-                        part.texts = renderer.write(part.content)
+                    for part in converted.parts:
+                        part.texts = self.renderer.write(part.content)
                     written.append(converted)
-        encoded = iter(renderer.encode([text for each in written for part in each.parts for text in part.texts]))
+        jobs = [(part, text) for converted in written for part in converted.parts for text in part.texts]
+        encoded = self.renderer.encode([text for _, text in jobs])
+        for (part, _), encoding in zip(jobs, encoded, strict=True):
+            part.encoded.append(encoding)
         for converted in written:
-            # all of a row's, before one of its parts may be at fault
-            encodings = [[next(encoded) for _ in part.texts] for part in converted.parts]
             with _noting_faults(converted.number, converted.row, bad):
-                for part, part_encodings in zip(converted.parts, encodings, strict=True):
-                    part.samples = renderer.label(part.content, part.texts, part_encodings)
+                for part in converted.parts:
+                    part.samples = self.renderer.label(part.content, part.texts, part.encoded)
                 self._add_samples(converted)
         self.report.rows += len(rows)
         for number in sorted(bad):
             self.report.count_bad_row(bad[number])
 
     def _is_wanted(self, converted: _Converted) -> bool:
-        """Whether a row is trained: not if an answer is one of ``missing``; suspicious rows are noted."""
-        if self._are_pairs not in (None, converted.is_pair):
-            raise RowFault("two answers to compare and answers with a verdict do not mix: give each a run")
-        self._are_pairs = converted.is_pair
+        """Whether a row is trained: not if an answer is one of ``drop_answers``; suspicious rows are noted."""
+        if self._are_pairs not in (None, isinstance(converted.content, Pair)):
+            raise RowFault("two answers to compare and answers with a label do not mix: give each a run")
+        self._are_pairs = isinstance(converted.content, Pair)
         chats = [part.content for part in converted.parts if isinstance(part.content, Chat)]
         messages = [message for chat in chats for message in chat.messages]
         answers = {message["content"].strip() for message in messages if message["role"] == "assistant"}
-        if not {answer.lower() for answer in answers}.isdisjoint(self.missing):
-            self.report.drop("an answer is one of data.missing")
+        if not {answer.lower() for answer in answers}.isdisjoint(self.drop_answers):
+            self.report.drop("an answer is one of data.drop_answers")
             return False
         questions = [message["content"] for message in messages if message["role"] == "user"]
         texts = [part.content.text for part in converted.parts if isinstance(part.content, Text)]
@@ -180,20 +197,26 @@ class Preparation:
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:
-        number, source, row, (part,) = converted
-        content = part.content
+        content, row = converted.content, converted.row
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
         *earlier, last = content.messages
         reference = last["content"] if last["role"] == "assistant" else None
         ids = self.renderer.render_prompt(content.messages if reference is None else earlier, content.tools)
-        self.builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
-        self.prompts.append(Prompt(ids, reference, number, row.values))
+        self.builder.add(ids, [IGNORED] * len(ids), converted.number, converted.source, row.file, row.line)
+        self.prompts.append(Prompt(ids, reference, converted.number, row.values))
 
     def _add_samples(self, converted: _Converted) -> None:
         """Add the samples of a row, or count why it has none."""
-        (number, source, row, parts), report = converted, self.report
-        add = partial(self.builder.add, prompt=self.renderer.hash_prompt(parts[0].content))
+        row, parts, report = converted.row, converted.parts, self.report
+        add = partial(
+            self.builder.add,
+            row_id=converted.number,
+            source=converted.source,
+            file=row.file,
+            line=row.line,
+            prompt=self.renderer.hash_prompt(parts[0].content),
+        )
         fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
         samples = [sample for part in parts for sample in part.samples]
         if self.pairs and any(len(part.samples) > 1 for part in parts):
@@ -205,22 +228,20 @@ class Preparation:
                 report.drop(TOO_LONG)
             else:
                 report.leave_untrained("no labelled token within max_length")
-        elif converted.is_pair:
+        elif isinstance(converted.content, Pair):
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
                 report.drop("their two answers are the same within max_length")
             elif [chosen, rejected] != samples and _prompt_of(chosen) != _prompt_of(rejected):
                 report.drop("their prompt is too long for the two answers to share what is left of it")
             else:
-                ids, labels = chosen.ids + rejected.ids, chosen.labels + rejected.labels
-                add(ids, labels, number, source, row.file, row.line, len(chosen.ids))
+                add(chosen.ids + rejected.ids, chosen.labels + rejected.labels, chosen_length=len(chosen.ids))
         else:
-            content = parts[0].content
-            desirable = content.desirable if isinstance(content, Chat) else None
+            desirable = converted.content.label if isinstance(converted.content, Judged) else None
             for ids, labels in fitted[0]:
-                add(ids, labels, number, source, row.file, row.line, desirable=desirable)
+                add(ids, labels, desirable=desirable)
 
-    def _fit(self, part: _Part) -> Sequence[Rendered]:
+    def _fit(self, part: _Part) -> Sequence[TokenizedSample]:
         """Return the samples of a part; ``too_long`` is applied to those over ``max_length``."""
         content, samples, max_length, too_long = part.content, part.samples, self.max_length, self.too_long
         if all(len(sample.ids) <= max_length for sample in samples):
@@ -228,7 +249,7 @@ class Preparation:
         if isinstance(content, Text) or too_long == "split":
             context = 1 if isinstance(content, Text) else None  # every piece of a text is trained
             return [piece for sample in samples for piece in split_up(sample, max_length, context)]
-        fitted = list[Rendered]()
+        fitted = list[TokenizedSample]()
         if too_long == "truncate" and isinstance(content, Chat):
             for sample, text in zip(samples, part.texts, strict=True):
                 if len(sample.ids) <= max_length:
@@ -240,7 +261,7 @@ class Preparation:
                     fitted.append(shortened)
                     self.report.shortened += 1
         elif too_long == "truncate":
-            fitted = [Rendered(sample.ids[:max_length], sample.labels[:max_length]) for sample in samples]
+            fitted = [TokenizedSample(sample.ids[:max_length], sample.labels[:max_length]) for sample in samples]
             self.report.shortened += len(fitted)
         self.report.lost_labels += sum(map(_count, samples)) - sum(map(_count, fitted))
         return fitted
@@ -250,9 +271,9 @@ def _in_chunks(rows: Rows) -> Iterator[list[Row | BadRow]]:
     """Yield rows in chunks; a row with more than ``MAX_TEXT`` becomes a bad one."""
     chunk, chunk_text = list[Row | BadRow](), 0
     for row in rows:
-        row_text = count_text(row.values) if isinstance(row, Row) else 0
+        row_text = size_of(row.values) if isinstance(row, Row) else 0
         is_bad = row_text > MAX_TEXT
-        chunk.append(BadRow(row.where, TOO_MUCH_TEXT, row.source) if is_bad else row)
+        chunk.append(BadRow(row.where, TOO_LARGE, row.source) if is_bad else row)
         chunk_text += 0 if is_bad else row_text
         if len(chunk) == _CHUNK_ROWS or chunk_text > _CHUNK_TEXT:
             yield chunk
@@ -270,10 +291,10 @@ def _noting_faults(number: int, row: Row, bad: dict[int, BadRow]) -> Iterator[No
         bad[number] = BadRow(row.where, str(fault))
 
 
-def _prompt_of(sample: Rendered) -> list[int]:
+def _prompt_of(sample: TokenizedSample) -> list[int]:
     return sample.ids[: next(i for i, label in enumerate(sample.labels) if label != IGNORED)]
 
 
-def _count(sample: Rendered) -> int:
+def _count(sample: TokenizedSample) -> int:
     """Count labelled tokens."""
     return len(sample.labels) - sample.labels.count(IGNORED)

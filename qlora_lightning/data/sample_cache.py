@@ -11,10 +11,9 @@ import tokenizers
 import transformers
 
 import qlora_lightning.data
-from qlora_lightning.data.data_report import DataReport
 from qlora_lightning.data.prepare import Prepared
-from qlora_lightning.data.rows.readers import hash_source
-from qlora_lightning.data.rows.sources import Source
+from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.rows.files import Source, hash_source
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.cache import cached_folder
 

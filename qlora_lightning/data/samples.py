@@ -33,7 +33,7 @@ class SampleSet:
     prompt: npt.NDArray[np.int64]  # (N,): hash of its row's prompt, 0 if it has none
     files: tuple[str, ...]
     # (N,): tokens of the first of two answers to compare, which a preference sample has one after the other
-    first: npt.NDArray[np.int64] | None = None
+    chosen_length: npt.NDArray[np.int64] | None = None
     desirable: npt.NDArray[np.bool_] | None = None  # (N,): the verdict on each answer, if rows have one
 
     @classmethod
@@ -56,7 +56,7 @@ class SampleSet:
     def content_hash(self) -> str:
         """Hash of tokens, labels and order of the samples, and of which source each comes from."""
         digest = hashlib.sha256()
-        for values in (self.starts, self.ids, self.labelled, self.source, self.first, self.desirable):
+        for values in (self.starts, self.ids, self.labelled, self.source, self.chosen_length, self.desirable):
             if values is not None:
                 digest.update(values.data)
         return digest.hexdigest()
@@ -84,7 +84,7 @@ class SampleSet:
         arrays: dict[str, Any] = {"starts": np.concatenate([[0], np.cumsum(self.lengths[indices])])}
         for name in ("ids", "labelled"):
             arrays[name] = np.concatenate([getattr(self, name)[span] for span in spans])
-        for name in ("row_ids", "source", "file", "line", "prompt", "first", "desirable"):
+        for name in ("row_ids", "source", "file", "line", "prompt", "chosen_length", "desirable"):
             values = getattr(self, name)
             arrays[name] = None if values is None else values[indices]
         return replace(self, **arrays)
@@ -92,9 +92,9 @@ class SampleSet:
     def spans(self, rows: Sequence[int]) -> list[slice]:
         """Return the token spans of samples; of preferences, the span of each answer."""
         begins, ends = self.starts[list(rows)], self.starts[1:][list(rows)]
-        if self.first is None:
+        if self.chosen_length is None:
             return list(map(slice, begins.tolist(), ends.tolist()))
-        middles = (begins + self.first[list(rows)]).tolist()
+        middles = (begins + self.chosen_length[list(rows)]).tolist()
         pairs = zip(begins.tolist(), middles, ends.tolist(), strict=True)
         return [span for begin, middle, end in pairs for span in (slice(begin, middle), slice(middle, end))]
 
@@ -118,35 +118,36 @@ class SampleSetBuilder:
         source: int = 0,
         file: str | None = None,
         line: int = 0,
-        first: int = 0,
+        chosen_length: int = 0,
         desirable: bool | None = None,
         prompt: int = 0,
     ) -> None:
         """Append one sample of at least one token; its first label counts as -100, since nothing predicts it.
 
-        ``first``: in a preference sample, the number of tokens of the first answer, after which the second begins.
+        ``chosen_length``: in a preference sample, the tokens of the chosen answer, after which the rejected one begins.
         ``desirable``: the verdict on an answer, for all samples or for none. ``prompt``: hash of the row's prompt.
         """
         assert 0 < len(ids) == len(labels)
         labelled = np.array(labels, dtype=np.int64) != IGNORED
-        labelled[[0, first]] = False
+        labelled[[0, chosen_length]] = False
         self._ids.extend(ids)
         self._labelled += labelled.tobytes()
         self._starts.append(len(self._ids))
         file_index = -1 if file is None else self._files.setdefault(file, len(self._files))
-        self._rows.extend((row_id, source, file_index, line, prompt, first))
+        self._rows.extend((row_id, source, file_index, line, prompt, chosen_length))
         if desirable is not None:
             self._desirable.append(desirable)
 
     def build(self) -> SampleSet:
         """Return all samples; do not use the builder afterwards."""
         ids, starts = np.frombuffer(self._ids, np.int32), np.frombuffer(self._starts, np.int64)
-        row_ids, sources, files, line, prompt, n_first = np.frombuffer(self._rows, np.int64).reshape(-1, 6).T.copy()
-        source, file, first = sources.astype(np.int32), files.astype(np.int32), n_first if n_first.any() else None
+        row_ids, sources, files, line, prompt, lengths = np.frombuffer(self._rows, np.int64).reshape(-1, 6).T.copy()
+        source, file = sources.astype(np.int32), files.astype(np.int32)
+        chosen_length = lengths if lengths.any() else None
         labelled = np.frombuffer(self._labelled, np.bool_)
         desirable = np.frombuffer(self._desirable, np.bool_) if self._desirable else None
         names = tuple(self._files)
-        return SampleSet(ids, labelled, starts, row_ids, source, file, line, prompt, names, first, desirable)
+        return SampleSet(ids, labelled, starts, row_ids, source, file, line, prompt, names, chosen_length, desirable)
 
 
 class Repeats(NamedTuple):
@@ -201,7 +202,8 @@ def hold_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet,
     if len(names) < 2:
         raise UserError(
             f"val_fraction: expected at least 2 different prompts to split, found {len(names)} (a prompt "
-            "is what comes before the first trained answer): name rows to validate on in `data.val`."
+            "is what comes before the first trained answer): name rows to validate on in `data.val`.",
+            "data.val_fraction",
         )
     contents, first_rows = np.unique(row_hashes, return_index=True)
     sizes, ranks = np.bincount(group[first_rows], minlength=len(names)), np.zeros_like(names)

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import prepare_rows
+from tests.errors import rejects
 from tests.packed import unpack
 
 
@@ -71,10 +72,10 @@ def test_a_row_with_too_much_text_is_a_bad_row_and_is_not_read_whole(characters,
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 170e6
-    reason = "more than 64 MB of text, which no tokenizer should get at once: cut it into several rows"
+    reason = "more than 64 MB of text or 4 million values, too much for one row: cut it into several"
     assert data.reports["train"].bad == {reason: ["train.jsonl.gz:2"]}
     assert [read(data.samples["train"], n)[3:4] for n in range(2)] == ["q", "r"]
-    with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train:2: more than 64 MB"):
+    with rejects("rows.bad", "  train:2: more than 64 MB"):
         prepare_rows([pair(), {"messages": [{"role": "user", "content": "x" * 64_000_001}]}], characters)
 
 
@@ -87,7 +88,7 @@ def test_rows_left_out_are_counted_by_reason_and_most_rows_must_teach_something(
     assert report.unusable == 1  # what is dropped as too long, or twice, was asked for
     reasons = ("every answer is marked `train: false`", "longer than max_length (too_long: drop)")
     assert report.dropped == dict.fromkeys((*reasons, "equal to an earlier row (deduplicate: true)"), 1)
-    with pytest.raises(UserError, match=r"^1 of 19 rows of train leave nothing to train on \(more than 5%"):
+    with rejects("rows.untrained", "1 of 19 rows of train"):
         prepare_rows(rows[:1] + rows[2:20], characters, **settings)
 
 

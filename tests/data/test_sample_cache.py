@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import qlora_lightning.data
-from qlora_lightning import InstructionDataModule, UserError
-from qlora_lightning.data.chat.labels import ChatRenderer
+from qlora_lightning import InstructionDataModule
+from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.prepare import Preparation
+from tests.errors import rejects
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_the_second_time_samples_are_mapped(setup, prepared):
         ("tok/tokenizer.json", '"normalizer": null', '"normalizer": {"type": "NFC"}', ["train", "val"]),
         ("tok/generation_config.json", "2", "[2, 0]", ["train", "val"]),
         ("own.jinja", "{", "{##}{", ["train", "val"]),
-        ("data/rows/convert.py", "a", "b", ["train", "val"]),
+        ("data/rows/formats.py", "a", "b", ["train", "val"]),
         ("data/chat/chat_templates/chatml.jinja", "a", "b", ["train", "val"]),
     ],
 )
@@ -92,7 +93,7 @@ def test_a_changed_file_is_noticed(setup, prepared, file, old, new, again):
 
 def test_what_changes_samples_is_prepared_again_and_kept_and_what_does_not_finds_the_same(setup, prepared):
     settings = [{}, {"system": "Be brief."}, {"max_length": 64}, {"too_long": "split"}, {"train_on": "last"}]
-    settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"missing": ["N/A"]}]
+    settings += [{"format": "prompt_completion"}, {"chat_template": "own.jinja"}, {"drop_answers": ["N/A"]}]
     for _ in range(2):
         for each in settings:
             setup(**each)
@@ -111,7 +112,7 @@ def test_bad_rows_are_rejected_from_the_cache_too(setup, prepared, write):
     odd = {"prompt": "q", "completion": "k", "\ud800": 1}  # half a character
     write("train.jsonl", [odd, {"prompt": "q", "completion": ""}])
     for _ in range(2):
-        with pytest.raises(UserError, match=r"^1 row cannot be used:\n  train.jsonl:2: the answer"):
+        with rejects("rows.bad", "  train.jsonl:2: the answer"):
             setup()
     data = setup(on_bad_row="skip")
     assert prepared == ["train", "val"]

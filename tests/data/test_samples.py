@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_lightning import UserError
 from tests.data.conftest import prepare_rows
+from tests.errors import rejects
 
 A, B = ([1, 2, 3], [-100, 2, 3]), ([1, 2, 4], [-100, 2, 4])
 A_LAST = ([1, 2, 3], [-100, -100, 3])  # the tokens of A, other labels
@@ -102,7 +102,7 @@ def test_prompts_that_are_trained_with_another_answer_are_reported(characters):
 
 def test_each_side_has_a_row_or_the_split_is_rejected(held):
     assert [list(map(len, held(SIXTY[:2], fraction))) for fraction in (0.01, 0.99)] == [[1, 1], [1, 1]]
-    with pytest.raises(UserError, match="at least 2 different prompts"):
+    with rejects("data.val_fraction"):
         held(SIXTY[:1], 0.5)
 
 

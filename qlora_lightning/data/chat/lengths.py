@@ -4,14 +4,14 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import groupby
 
-from qlora_lightning.data.chat.labels import ChatRenderer, Rendered
-from qlora_lightning.data.rows.conversation import Conversation, Tools
+from qlora_lightning.data.chat.renderer import ChatRenderer, TokenizedSample
+from qlora_lightning.data.rows.content import Conversation, Tools
 from qlora_lightning.sources.tensors import IGNORED
 
 
 def shorten(
     renderer: ChatRenderer, conversation: Conversation, tools: Tools, answers: Sequence[int], max_length: int
-) -> Rendered | None:
+) -> TokenizedSample | None:
     """Render a conversation in at most ``max_length`` tokens, never joining parts of different turns.
 
     Whole turns are removed first, from the oldest; the system message and the tools stay, and the rest begins with a
@@ -30,12 +30,12 @@ def shorten(
     conversation, last = renderer.drop_earlier_reasoning(conversation), answers[-1]
     system = conversation[:1] if conversation[0]["role"] == "system" else []
 
-    def render(start: int) -> Rendered:
+    def render(start: int) -> TokenizedSample:
         messages = [*system, *conversation[start : last + 1]]
         trained = [index - start + len(system) for index in answers if index > start]
         return renderer.render_answers(messages, tools, trained)
 
-    def count(sample: Rendered) -> int:
+    def count(sample: TokenizedSample) -> int:
         # text that a template writes after the last stop token is cut before any turn
         stops = (end for end, label in enumerate(sample.labels, start=1) if label in renderer.stop_ids)
         return max(stops, default=len(sample.ids))
@@ -49,12 +49,12 @@ def shorten(
         if n_cut <= 0:
             break
         middle = start + (length - n_cut + 1) // 2
-        sample = Rendered(*(tokens[:middle] + tokens[middle + n_cut :] for tokens in sample))
+        sample = TokenizedSample(*(tokens[:middle] + tokens[middle + n_cut :] for tokens in sample))
     ids, labels = sample.ids[:max_length], sample.labels[:max_length]
-    return Rendered(ids, labels) if any(label != IGNORED for label in labels) else None
+    return TokenizedSample(ids, labels) if any(label != IGNORED for label in labels) else None
 
 
-def _find_longest_run(sample: Rendered, controls: Collection[int]) -> tuple[int, int]:
+def _find_longest_run(sample: TokenizedSample, controls: Collection[int]) -> tuple[int, int]:
     """Return start and length of the longest run without labels and control tokens; zeros if there is none."""
     removable = [label == IGNORED and token_id not in controls for token_id, label in zip(*sample, strict=True)]
     runs = groupby(range(len(removable)), lambda i: removable[i])
@@ -62,7 +62,7 @@ def _find_longest_run(sample: Rendered, controls: Collection[int]) -> tuple[int,
     return (longest[0], len(longest)) if longest else (0, 0)
 
 
-def split_up(sample: Rendered, max_length: int, context: int | None = None) -> list[Rendered]:
+def split_up(sample: TokenizedSample, max_length: int, context: int | None = None) -> list[TokenizedSample]:
     """Cut a sample into pieces of at most ``max_length`` tokens that train each labelled token exactly once.
 
     Each later piece begins with the last ``context`` tokens of the one before, without labels: at least 1, to predict
@@ -77,7 +77,7 @@ def split_up(sample: Rendered, max_length: int, context: int | None = None) -> l
         n_context = context if start else 1  # nothing predicts the very first token
         piece_labels = [IGNORED] * n_context + labels[start + n_context : end]
         if any(label != IGNORED for label in piece_labels):
-            pieces.append(Rendered(ids[start:end], piece_labels))
+            pieces.append(TokenizedSample(ids[start:end], piece_labels))
     return pieces
 
 

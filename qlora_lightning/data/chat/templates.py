@@ -1,9 +1,10 @@
-"""The chat template that a tokenizer renders with: its own, a preset or the user's file, and its variables."""
+"""The chat template of a tokenizer: its own, a preset or the user's file; its variables, control and stop tokens."""
 
 import copy
 import json
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from qlora_lightning.data.chat.tokenizer import find_stop_ids, find_turn_end, writes_bos
-from qlora_lightning.data.rows.conversation import REASONING_KEYS
+from qlora_lightning.data.rows.content import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.files import read_json_object
 
 # each preset with the control tokens that it writes besides the tokenizer's own BOS and end-of-sequence tokens
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -26,6 +27,7 @@ _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
 # what transformers passes to every template, besides the tokenizer's special tokens
 _PASSED = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+_PROBE = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer, to be found again."}]
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write if there is no clock
 
 
@@ -50,12 +52,12 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     title = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
     chosen = _set_variables(chosen, options or {}, title)
     try:
-        end_id = find_turn_end(chosen)
+        end_id = _find_turn_end(chosen)
     except Exception as error:  # a template may raise anything
         if choice is None:  # the renderer reports it with the row that it cannot render
             return chosen
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{title} cannot render a question and its answer: {reason}") from error
+        raise UserError(f"{title} cannot render a question and its answer: {reason}", "data.chat_template") from error
     if choice is None:
         if end_id is None or end_id in find_stop_ids(chosen):
             return chosen
@@ -63,7 +65,8 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     elif end_id is None:
         raise UserError(
             f"{title} writes no token of {name_tokenizer(tokenizer)} after an answer at which generation could stop: "
-            f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example."
+            f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example.",
+            "data.chat_template",
         )
     return _end_turns(chosen, end_id)
 
@@ -86,14 +89,16 @@ def _put_template(tokenizer: Any, choice: str) -> Any:
         file = Path(choice).expanduser()
         if not file.is_file():
             hint = nearest(choice, PRESETS)
-            raise UserError(f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}")
+            message = f"chat_template: expected {', '.join(PRESETS)} or a .jinja file, found {choice!r}.{hint}"
+            raise UserError(message, "data.chat_template")
         chosen.chat_template = file.read_text(encoding="utf-8")
         return chosen
     missing = _lacking(tokenizer, choice)
     if missing:
         raise UserError(
             f"chat_template: {choice} needs {', '.join(missing)}, which {name_tokenizer(tokenizer)} does not have. "
-            f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file."
+            f"Presets that fit it: {', '.join(find_presets(tokenizer)) or 'none'}; or name a .jinja file.",
+            "data.chat_template",
         )
     _make_special(chosen, PRESETS[choice])
     text = (_FOLDER / f"{choice.removesuffix('-tools')}.jinja").read_text(encoding="utf-8")
@@ -128,12 +133,14 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     for name, value in options.items():
         if name not in variables:
             hint = nearest(name, variables)
-            raise UserError(f"template_options: {title} has no variable {name!r}.{hint}")
+            raise UserError(f"template_options: {title} has no variable {name!r}.{hint}", "data.template_options")
         try:
             json.dumps(value, allow_nan=False)  # jinja has literals for what JSON has
         except (TypeError, ValueError) as error:
             expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
-            raise UserError(f"template_options: {name} must be {expected}, found {value!r}.") from error
+            raise UserError(
+                f"template_options: {name} must be {expected}, found {value!r}.", "data.template_options"
+            ) from error
     defaults = "".join(  # jinja's literals are Python's
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()
@@ -160,7 +167,8 @@ def _stop_clock(template: str, title: str) -> str:
     if "strftime_now(" in text:
         raise UserError(
             f"{title} writes today's date by strftime_now of a variable: write the format itself there, in quotes, and "
-            "pass the template by data.chat_template."
+            "pass the template by data.chat_template.",
+            "data.chat_template",
         )
     return text
 
@@ -177,3 +185,73 @@ def _end_turns(tokenizer: Any, end_id: int) -> Any:
 def name_tokenizer(tokenizer: Any) -> str:
     """Return the name of a tokenizer for messages."""
     return f"the tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer, which splits a text at them before anything else.
+
+    Ids at which generation stops count as control tokens, special or not. ``ids`` has every control token with its id,
+    ``pattern`` finds any of them in a text, ``stop_pattern`` those at which generation stops.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Collection[int]) -> None:
+        stops = {tokenizer.decode([token_id]): token_id for token_id in stop_ids}
+        self.ids = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.ids.update(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.ids.update(stops)
+        self.known = frozenset(self.ids.values())
+        self.pattern = _any_of(self.ids)
+        self.stop_pattern = _any_of(stops)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def writes_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS before a text by itself."""
+    ids = tokenizer.encode("a", add_special_tokens=True) if hasattr(tokenizer, "backend_tokenizer") else []
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def find_stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return every id at which generation with this tokenizer's model stops.
+
+    They are the tokenizer's end-of-sequence id, the former one if a template was chosen, and those of the
+    ``generation_config.json`` in its folder, or else of ``config.json``. They often disagree.
+    """
+    ids = {tokenizer.eos_token_id, *getattr(tokenizer, "former_stop_ids", ())}
+    name = str(getattr(tokenizer, "name_or_path", ""))
+    files = [Path(name) / file for file in ("generation_config.json", "config.json")] if name else []
+    config = next((file for file in files if file.is_file()), None)
+    if config is not None:
+        remedy, keys = "It names the stop tokens: correct or delete it.", {"eos_token_id": int | list[int] | None}
+        eos_ids = read_json_object(config, remedy, keys).get("eos_token_id")
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        if any(token_id is not None and not 0 <= token_id < 1 << 31 for token_id in eos_ids):
+            raise UserError(
+                f"{config}: eos_token_id is {reprlib.repr(eos_ids)}, expected token ids. {remedy}", "eos_token_id"
+            )
+        ids.update(eos_ids)
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _find_turn_end(tokenizer: Any) -> int | None:
+    """Return the id of the first control token that the chat template writes after an answer; None if it writes none.
+
+    Errors of the template pass through; a UserError if it changes the answer.
+    """
+    text = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=False)
+    _, answer, tail = str(text).rpartition(_PROBE[1]["content"])
+    if not answer:
+        raise UserError(
+            f"the chat template does not write the content of an assistant message: it renders one as {text!r}.",
+            "data.chat_template",
+        )
+    controls = ControlTokens(tokenizer, ())
+    control = controls.pattern.search(tail)
+    return controls.ids[control[0]] if control else None

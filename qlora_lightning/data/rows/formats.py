@@ -1,4 +1,4 @@
-"""Row formats: which columns a row has, and how they become messages, a text or tokens."""
+"""Row formats: which columns a row has, and how they become messages, a pair of answers, a text or tokens."""
 
 import inspect
 import pkgutil
@@ -7,9 +7,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.rows.bad_rows import RowFault, parse_json, read_string
-from qlora_lightning.data.rows.conversation import Text, Tokens
+from qlora_lightning.data.rows.content import (
+    MEDIA,
+    Chat,
+    RowContent,
+    RowFault,
+    Text,
+    Tokens,
+    check_order,
+    find_tools,
+    is_answer,
+    judge,
+    pair_up,
+    parse_json,
+    read_message,
+    read_string,
+)
+from qlora_lightning.data.rows.files import Row, RowSettings
 from qlora_lightning.support.errors import UserError, nearest
+
+_LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
+_PROMPT_KEYS = ("prompt", "messages", "conversations")  # of preferences
 
 
 class Format(NamedTuple):
@@ -37,33 +55,215 @@ class Format(NamedTuple):
         return self.prompt_keys + self.answer_keys if needs_answer else self.prompt_keys
 
 
-def read_alpaca(values: dict[str, Any]) -> list[Any]:
+class RowConverter:
+    """Turns the rows of one source into contents, which depend on the row and the settings alone.
+
+    Args:
+        settings: how the rows are read.
+        needs_answer: whether they are trained; rows to predict may lack answers.
+        pairs: whether they are preferences: two answers to compare, or one with a verdict.
+
+    Attributes:
+        formats: names of the recognised formats, in order of appearance.
+        unread_columns: columns that no format reads, under our names.
+        absent_columns: mapped columns that no row has.
+
+    Raises:
+        UserError: there is no such format.
+    """
+
+    def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
+        self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
+        self.formats: list[str] = []
+        self.unread_columns: list[str] = []
+        self.absent_columns = set(settings.columns)
+        self._unrecognised: Row | None = None  # the first row that no format fits
+        self._named = None if settings.format == "auto" else _find_named(settings.format)
+        if pairs and self._named is None:
+            self._named = _PREFERENCE
+
+    def check(self) -> None:
+        """Raise a UserError if no format fits any row so far."""
+        first = self._unrecognised
+        if first is not None and not self.formats:
+            expected = ", ".join(f"{' + '.join(form.keys(self.needs_answer))} ({form.name})" for form in _RECOGNISED)
+            raise UserError(
+                f"{first.where}: no format is recognised by the keys {', '.join(first.values) or '(none)'}; "
+                f"expected {expected}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
+                "`format: text`, any other shape by a function, `format: package.module.function`.",
+                "data.format",
+            )
+
+    def convert(self, row: Row) -> RowContent:
+        """Convert one row.
+
+        Raises:
+            RowFault: the row cannot be used.
+            UserError: no row of its shape can be.
+        """
+        row = self._rename(row)
+        form = self._find_format(row)
+        if form is None:
+            self._unrecognised = self._unrecognised or row
+            raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
+        if form.name not in self.formats:
+            self.formats.append(form.name)
+        if form.is_ours and self.needs_answer:
+            read_keys = (*form.read_keys, *(("label",) if self.pairs else ()))
+            self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
+        content = self._read(form, row.values)
+        if not self.pairs:
+            return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
+        if form.is_ours and form is not _PREFERENCE:
+            label = _LABELS.get(str(row.values.get("label")).lower())
+            if label is None:
+                raise RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
+            content = content, label
+        match content:
+            case (messages, bool(label)):
+                return judge(self._to_chat(messages, row.values, form), label)
+            case (chosen, rejected):
+                return pair_up(*(self._to_chat(messages, row.values, form) for messages in (chosen, rejected)))
+        raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
+
+    def _rename(self, row: Row) -> Row:
+        """Return a row under our names, without columns that are mapped to null."""
+        columns = self.settings.columns
+        self.absent_columns -= row.values.keys()
+        names = {key: name for key in row.values if (name := columns.get(key, key)) is not None}
+        if len(set(names.values())) < len(names):
+            message = f"{row.where}: `columns:` gives two of {', '.join(row.values)} the same name."
+            raise UserError(message, "data.columns")
+        row = row._replace(values={name: row.values[key] for key, name in names.items()})
+        if self._named is None or self._named.is_ours:  # a user's function may read any column
+            _refuse_other_task(row, self.needs_answer, self.pairs)
+        return row
+
+    def _find_format(self, row: Row) -> Format | None:
+        is_single = self.pairs and row.values.get("rejected") is None and row.values.get("label") is not None
+        form = None if is_single and self.settings.format == "auto" else self._named
+        form = form or _recognise(row.values, self.needs_answer, row.where)
+        if form and not form.is_chat and not self.needs_answer:
+            message = f"{row.where}: rows of the format {form.name} hold no prompt that could be answered."
+            raise UserError(message, "data.predict")
+        return form
+
+    def _read(self, form: Format, values: dict[str, Any]) -> Any:
+        missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
+        if missing:
+            names = " and ".join(map(repr, missing))
+            is_no_pair = form is _PREFERENCE and len(missing) == 2
+            hint = "; a single answer (`objective: kto`) needs true or false in 'label'" if is_no_pair else ""
+            raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
+        try:
+            return form.read(dict(values))
+        except RowFault:
+            raise
+        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
+            reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
+            raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}") from error
+
+    def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> Chat:
+        """Check a conversation, and add system prompt and tools."""
+        messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
+        if isinstance(content, Chat):
+            messages, tools = content.messages, content.tools
+        if not isinstance(messages, list) or not messages:
+            raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
+        roles = self.settings.roles
+        conversation = [read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
+        check_order(conversation, self.needs_answer)
+        if row_system and conversation[0]["role"] == "system":
+            raise RowFault("has a system message and the key 'system' as well: expected one of them")
+        system = read_string(row_system, "'system'") if row_system else self.settings.system
+        if system and conversation[0]["role"] != "system":
+            conversation.insert(0, {"role": "system", "content": system})
+        return Chat(conversation, find_tools(tools, conversation))
+
+
+def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
+    """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: its whole source is affected."""
+    for key, value in row.values.items():
+        if key in MEDIA and (any(value.values()) if isinstance(value, dict) else value):  # {"bytes": None, "path": …}
+            reason = "only text is read: its answer would be trained without what it is about"
+        elif pairs or not needs_answer:
+            continue
+        elif key == "rejected" and value and "chosen" in row.values:
+            reason = "a preference row is for PreferenceModule and PreferenceDataModule"
+        elif key == "label" and str(value).lower() in _LABELS:
+            reason = "a verdict on the answer is for PreferenceModule (`objective: kto`) and PreferenceDataModule"
+        else:
+            continue
+        raise UserError(
+            f"{row.where} has {key!r}, but {reason}. Leave out what is not to be trained, and the column by "
+            f"`columns: {{{key}: null}}` (naming the answer, as in `chosen: completion`), or read such rows by a "
+            "function, `format: package.module.function`.",
+            f"row.{key}",
+        )
+
+
+def _find_named(name: str) -> Format:
+    """Return the format of a name, or of the user's function by its dotted path."""
+    if name in FORMATS:
+        return FORMATS[name]
+    if "." not in name:
+        names = ["auto", *FORMATS]
+        expected = f"{', '.join(names)} or the dotted path of a function"
+        raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, names)}", "data.format")
+    try:
+        function = pkgutil.resolve_name(name)
+    except Exception as error:
+        raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.", "data.format") from error
+    if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
+        message = f"format: expected a plain Python function of yours, found {name!r}, which is {function!r}."
+        raise UserError(message, "data.format")
+    return Format(name, (), (), function)
+
+
+def _recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Format | None:
+    """Return the format that has these columns, if there is one.
+
+    Raises:
+        UserError: several formats have them; ``where`` is the file and line of the row.
+    """
+    # Rows to predict may have answers too: then all the keys of their format decide, as in training.
+    for answers in (True,) if needs_answer else (True, False):
+        forms = [form for form in _RECOGNISED if columns.keys() >= set(form.keys(answers))]
+        if len(forms) > 1:
+            names = " and ".join(form.name for form in forms)
+            raise UserError(f"{where} fits more than one format, {names}: name one in `format:`.", "data.format")
+        if forms:
+            return forms[0]
+    return None
+
+
+def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
     prompt, extra = (read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
     history = parse_json(values.get("history") or [], "'history'")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
-    turns = [message for pair in history for message in exchange(*pair)]
-    return [*turns, *exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
+    turns = [message for pair in history for message in _exchange(*pair)]
+    return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
 def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
     """Read two strings, or two lists of messages, of which only the completion is trained."""
-    refuse_messages_as_text(values, ("prompt", "completion"))
+    _refuse_messages_as_text(values, ("prompt", "completion"))
     prompt, completion = values["prompt"], values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | None):
         return [*({**message, "train": False} for message in prompt), *(completion or [])]
-    return exchange(read_string(prompt, "'prompt'"), completion)
+    return _exchange(read_string(prompt, "'prompt'"), completion)
 
 
-def refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
+def _refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
     """Reject a list of messages in a string, as in CSV: it would be trained as that text."""
     for key in keys:
         if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
             raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
 
 
-def exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
+def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     """Return a question and its answer, if there is one, as messages."""
     question = [{"role": "user", "content": prompt}]
     return question if answer is None else [*question, {"role": "assistant", "content": answer}]
@@ -85,51 +285,55 @@ def _read_tokens(values: dict[str, Any]) -> Tokens:
     return Tokens(ids, labels)
 
 
+def _read_pair(values: dict[str, Any]) -> list[Any]:
+    """Read ``chosen`` and ``rejected``, each a text, a message or a list of messages, and put the prompt before each.
+
+    The prompt is ``prompt`` (a text or messages), ``messages``, ``conversations``, or Alpaca's columns (LLaMA-Factory);
+    if both are whole conversations, which begin alike (TRL's implicit prompt), it is not read.
+    """
+    answers = [values[key] for key in ("chosen", "rejected")]
+    _refuse_messages_as_text(values, ("chosen", "rejected", *_PROMPT_KEYS))
+    if [] in answers:
+        raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
+    is_whole = all(isinstance(answer, list) and not is_answer(answer[0]) for answer in answers)
+    prompt = [] if is_whole else _read_prompt(values)
+    return [[*prompt, *_as_messages(answer)] for answer in answers]
+
+
+def _read_prompt(values: dict[str, Any]) -> list[Any]:
+    if values.get("instruction"):
+        return _read_alpaca({**values, "output": None})
+    prompt = next((values[key] for key in _PROMPT_KEYS if values.get(key)), None)
+    if not prompt:
+        raise RowFault(
+            "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each; "
+            "name its column by `columns: {theirs: prompt}`"
+        )
+    return _exchange(prompt, None) if isinstance(prompt, str) else prompt
+
+
+def _as_messages(answer: Any) -> list[Any]:
+    if isinstance(answer, list):
+        return answer
+    return [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}]
+
+
 FORMATS = {
     form.name: form
     for form in (
-        Format("alpaca", ("instruction",), ("output",), read_alpaca, ("input", "history")),
+        Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history")),
         Format("messages", ("messages",), (), lambda row: parse_json(row["messages"], "'messages'")),
         Format("sharegpt", ("conversations",), (), lambda row: parse_json(row["conversations"], "'conversations'")),
         Format("prompt_completion", ("prompt",), ("completion",), _read_prompt_completion),
-        Format("question_answer", ("question",), ("answer",), lambda row: exchange(row["question"], row.get("answer"))),
+        Format(
+            "question_answer", ("question",), ("answer",), lambda row: _exchange(row["question"], row.get("answer"))
+        ),
         Format("text", ("text",), (), _read_text, is_chat=False),
         Format("tokens", ("input_ids", "labels"), (), _read_tokens, is_chat=False),
     )
 }
 # Text is read only if `format:` names it: it may be a conversation that a template has rendered.
-RECOGNISED = [form for form in FORMATS.values() if form.name != "text"]
-
-
-def find_format(name: str) -> Format:
-    """Return the format of a name, or of the user's function by its dotted path."""
-    if name in FORMATS:
-        return FORMATS[name]
-    if "." not in name:
-        names = ["auto", *FORMATS]
-        expected = f"{', '.join(names)} or the dotted path of a function"
-        raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, names)}")
-    try:
-        function = pkgutil.resolve_name(name)
-    except Exception as error:
-        raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.") from error
-    if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
-        raise UserError(f"format: expected a plain Python function of yours, found {name!r}, which is {function!r}.")
-    return Format(name, (), (), function)
-
-
-def recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Format | None:
-    """Return the format that has these columns, if there is one.
-
-    Raises:
-        UserError: several formats have them; ``where`` is the file and line of the row.
-    """
-    # Rows to predict may have answers too: then all the keys of their format decide, as in training.
-    for answers in (True,) if needs_answer else (True, False):
-        forms = [form for form in RECOGNISED if columns.keys() >= set(form.keys(answers))]
-        if len(forms) > 1:
-            names = " and ".join(form.name for form in forms)
-            raise UserError(f"{where} fits more than one format, {names}: name one in `format:`.")
-        if forms:
-            return forms[0]
-    return None
+_RECOGNISED = [form for form in FORMATS.values() if form.name != "text"]
+_PREFERENCE = Format(
+    "preference", (), ("chosen", "rejected"), _read_pair, (*_PROMPT_KEYS, "instruction", "input", "history")
+)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_lightning import UserError
 from tests.data.conftest import prepare_rows, render_row
+from tests.errors import rejects
 from tests.packed import unpack
 
 TALK = ["First, a question that is earlier.", "An answer that is earlier.", "And now?", "Four."]
@@ -91,7 +91,7 @@ def test_lost_labels_are_counted_and_a_row_of_which_nothing_fits_is_left_out(cha
     assert (report.shortened, report.lost_labels) == (1, 6)
     report = shorten(turns("q", "k" * 20), 16, characters)[2]
     assert (report.shortened, report.lost_labels) == (1, 14)  # 7 of 21 are left, without }
-    with pytest.raises(UserError, match="none of 1 rows is left"):
+    with rejects("rows.none_left"):
         shorten(turns("ab", "k", system=ALPHABET[:16]), 10, characters)
 
 

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_lightning import InstructionDataModule, UserError
+from qlora_lightning import InstructionDataModule
 from tests.data.conftest import prepare_rows, render_row
+from tests.errors import rejects
 from tests.packed import unpack
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -88,7 +89,7 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp
     choose(given, "chatml").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.encode("<|im_start|>a<|im_end|>", add_special_tokens=False) == [1, *tokenizer.encode("a"), 2]
-    with pytest.raises(UserError, match="contains the control token"):
+    with rejects("rows.bad", "the control token"):
         render_row({"messages": talk("a<|im_end|>", "b")}, tokenizer)
     assert given.encode("<|im_end|>") != [2]
 
@@ -106,18 +107,18 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
 @pytest.mark.parametrize(
     ("choice", "found"),
     [
-        ("llama3", "llama3 needs <|start_header_id|>, .*, <|eot_id|>.* that fit it: chatml, chatml-tools, alpaca"),
-        ("lama3", "expected llama3, .* or a .jinja file, found 'lama3'.*llama3"),
+        ("llama3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>, which"),
+        ("lama3", "Did you mean 'llama3'?"),
         (b"a\n{{ b\n", "own.jinja cannot render a question and its answer: TemplateSyntaxError"),
-        (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "writes no token of .* after an answer"),
-        (b"not a template", "does not write the content of an assistant message: it renders one as 'not a template'"),
+        (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "own.jinja writes no token"),
+        (b"not a template", "it renders one as 'not a template'"),
     ],
 )
 def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, write, choice, found):
     if isinstance(choice, bytes):
         Path("own.jinja").write_bytes(choice)
         choice = "own.jinja"
-    with pytest.raises(UserError, match=f"chat_template: .*{found}"):
+    with rejects("data.chat_template", found):
         choose(base("qwen25"), choice)
 
 
@@ -195,15 +196,15 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
     [
         ({"date_strin": "now"}, "has no variable 'date_strin'. Did you mean 'date_string'"),
         *(({name: "x"}, f"has no variable '{name}'") for name in ("content", "strip", "messages", "eos_token", "m")),
-        ({"date_string": date(2026, 11, 27)}, "date_string must be a text, a number, .* found datetime"),
+        ({"date_string": date(2026, 11, 27)}, "found datetime"),
     ],
 )
 def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, options, words):
-    with pytest.raises(UserError, match=words):
+    with rejects("data.template_options", words):
         prepare(tokenizers["date"], template_options=options)
 
 
 def test_a_clock_that_cannot_be_stopped_is_rejected(tokenizers):
     tokenizers["today"].chat_template = '{%- set form = "%d" %}{{- strftime_now(form) }}'
-    with pytest.raises(UserError, match="writes today's date by strftime_now of a variable"):
+    with rejects("data.chat_template", "strftime_now"):
         prepare(tokenizers["today"])

@@ -6,10 +6,9 @@ import sys
 import pytest
 
 from qlora_lightning import UserError
-from qlora_lightning.data.rows.conversation import Chat, Text, Tokens
-from qlora_lightning.data.rows.convert import RowConverter
-from qlora_lightning.data.rows.readers import Row
-from qlora_lightning.data.rows.sources import RowSettings
+from qlora_lightning.data.rows.content import Chat, Text, Tokens
+from qlora_lightning.data.rows.files import Row, RowSettings
+from qlora_lightning.data.rows.formats import RowConverter
 
 U, A, S, T = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system", "tool"))
 SKY = {"name": "sky", "description": "Tells the weather.", "parameters": {"type": "object", "properties": {}}}
@@ -45,6 +44,7 @@ def check(row, expected, **settings):
         return
     with pytest.raises(UserError) as error:
         convert(row, **settings)
+    assert error.value.key
     assert expected in str(error.value)
 
 
@@ -163,7 +163,7 @@ def test_tools(columns, expected):
     check({"messages": [U, A], **columns}, expected if isinstance(expected, str) else Chat([U, A], expected))
 
 
-BEGIN = "from qlora_lightning.data.rows.conversation import Chat, Text, Tokens; return "
+BEGIN = "from qlora_lightning.data.rows.content import Chat, Text, Tokens; return "
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,23 @@
-"""Contents of rows (conversation, text or tokens), and the checks of messages and tools."""
+"""What a row is: a conversation, a pair of them, one with a verdict, a text or tokens; and the checks of its values."""
 
+import json
 import reprlib
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, NotRequired, TypedDict
 
-from qlora_lightning.data.rows.bad_rows import RowFault, kind_of, parse_json, read_string
+from qlora_lightning.support.errors import UserError
+
+MAX_TEXT = 64_000_000  # characters of a row
+TOO_LARGE = "more than 64 MB of text or 4 million values, too much for one row: cut it into several"
+
+
+class RowFault(UserError):
+    """One row cannot be used. The message is a short reason; the caller adds file and line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "row.fault")
 
 
 class Message(TypedDict):
@@ -26,36 +39,47 @@ Conversation = list[Message]
 Tools = list[dict[str, Any]] | None
 
 
-class Chat(NamedTuple):
-    """A conversation, the schemas of the tools that may be called in it, and perhaps a verdict on its last answer."""
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, and the schemas of the tools that may be called in it."""
 
     messages: Conversation
     tools: Tools = None
-    desirable: bool | None = None
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
     """A document, trained as a whole, between the tokenizer's BOS and EOS, without a chat template."""
 
     text: str
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True)
+class Tokens:
     """Token ids, and their labels: -100 where a token is not trained."""
 
     ids: list[int]
     labels: list[int]
 
 
-Content = Chat | Text | Tokens
-
-
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """Two answers to one prompt, of which the first is preferred."""
 
     chosen: Chat
     rejected: Chat
 
+
+@dataclass(frozen=True)
+class Judged:
+    """A conversation, and whether its last answer is good."""
+
+    chat: Chat
+    label: bool
+
+
+Content = Chat | Text | Tokens
+RowContent = Content | Pair | Judged
 
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
@@ -68,6 +92,11 @@ _SPEAKERS = {
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
 _UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost silently
+
+
+def answer_indices(messages: Sequence[Message]) -> list[int]:
+    """Return the indices of the answers."""
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def is_answer(message: Mapping[str, Any]) -> bool:
@@ -161,7 +190,7 @@ def check_order(conversation: Conversation, needs_answer: bool) -> None:
         raise RowFault("no assistant turn, so there is nothing to train on")
 
 
-# Tools
+# ---- tools -----------------------------------------------------------------------------------------------------------
 
 
 def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | None:
@@ -200,3 +229,70 @@ def _read_function(value: Any, where: str) -> dict[str, Any]:
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             return function
     raise RowFault(f"{where} must be a function with a 'name', found {reprlib.repr(value)}")
+
+
+# ---- preferences -----------------------------------------------------------------------------------------------------
+
+
+def judge(chat: Chat, label: bool) -> Judged:
+    """Put a label on the last answer of a conversation; earlier ones belong to the prompt and are not trained."""
+    roles = [message["role"] for message in chat.messages]
+    answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
+    question = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=0)
+    return Judged(_leave_untrained(chat, question), label)
+
+
+def pair_up(chosen: Chat, rejected: Chat) -> Pair:
+    """Return two conversations as a pair; the messages that both begin with are the prompt, which each must answer."""
+    conversations = chosen.messages, rejected.messages
+    if chosen.messages == rejected.messages:
+        raise RowFault("'chosen' and 'rejected' are the same")
+    n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*conversations, strict=False)))
+    if not n_prompt or not all(turns[n_prompt:] and turns[n_prompt]["role"] == "assistant" for turns in conversations):
+        raise RowFault("'chosen' and 'rejected' answer different prompts, or one has no answer")
+    if chosen.messages[n_prompt - 1]["role"] == "assistant":
+        raise RowFault("the prompt ends with an assistant's message: expected a user's or a tool's, to answer")
+    return Pair(_leave_untrained(chosen, n_prompt), _leave_untrained(rejected, n_prompt))
+
+
+def _leave_untrained(chat: Chat, n_prompt: int) -> Chat:
+    """Mark the answers among the first ``n_prompt`` messages as not trained."""
+    prompt: Conversation = [
+        {**message, "train": False} if message["role"] == "assistant" else message
+        for message in chat.messages[:n_prompt]
+    ]
+    return replace(chat, messages=[*prompt, *chat.messages[n_prompt:]])
+
+
+# ---- single values ---------------------------------------------------------------------------------------------------
+
+
+def kind_of(value: Any) -> str:
+    """Return ``null``, or the name of the value's type."""
+    return "null" if value is None else type(value).__name__
+
+
+def read_string(value: Any, where: str) -> str:
+    """Return a string, or raise a RowFault that begins with ``where``."""
+    if not isinstance(value, str):
+        raise RowFault(f"{where} must be a string, found {kind_of(value)}")
+    return value
+
+
+def size_of(value: Any) -> int:
+    """Return the characters of all keys and texts in a value, and one for each value."""
+    if isinstance(value, dict):
+        return 1 + sum(len(str(key)) + size_of(item) for key, item in value.items())
+    if isinstance(value, list):
+        return 1 + sum(map(size_of, value))
+    return 1 + len(value) if isinstance(value, str) else 1
+
+
+def parse_json(value: Any, where: str) -> Any:
+    """Parse a JSON string, or raise a RowFault; return any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of 5,000 digits
+        raise RowFault(f"{where}: not JSON ({error})") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_lightning.data.rows.bad_rows import BadRow
+from qlora_lightning.data.rows.files import BadRow
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.errors import UserError
 
@@ -108,7 +108,7 @@ class DataReport:
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),
-            (f"{self.suspicious:,} suspicious rows; data.missing drops answers", self.suspicious_rows),
+            (f"{self.suspicious:,} suspicious rows; data.drop_answers drops answers", self.suspicious_rows),
             (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
             (f"{self.overlap:,} rows are trained on too{others}, so {self.split}_loss is too good", self.overlap_pairs),
         ):
@@ -130,13 +130,16 @@ class DataReport:
             bad_lines.append(f"  and {self.bad_rows - _SHOWN} more")
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
         if self.bad_rows and not (skip_bad or lenient):
-            raise UserError("\n".join([*bad_lines, "Correct them, or leave them out with `on_bad_row: skip`."]))
+            raise UserError(
+                "\n".join([*bad_lines, "Correct them, or leave them out with `on_bad_row: skip`."]), "rows.bad"
+            )
         if self.samples == 0:
             empty = f"{self.split}: none of {self.rows:,} rows is left ({reasons})."
-            raise UserError("\n".join(bad_lines) if self.bad_rows else empty)
+            raise UserError("\n".join(bad_lines) if self.bad_rows else empty, "rows.none_left")
         if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
                 f"{_MAX_UNUSABLE:.0%}; {reasons}). `qlora-lightning inspect` shows them; look at max_length, "
-                "train_on and `train: false`."
+                "train_on and `train: false`.",
+                "rows.untrained",
             )

@@ -1,1 +1,0 @@
-"""Samples as packed batches, in an order that lets a run stop and resume exactly."""

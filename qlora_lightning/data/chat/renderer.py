@@ -1,0 +1,553 @@
+"""From a row to text by the chat template, and to token ids and labels, in training and in generation."""
+
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, NamedTuple
+from unicodedata import normalize
+
+from qlora_lightning.data.chat.templates import (
+    ControlTokens,
+    find_presets,
+    find_reasoning_key,
+    find_stop_ids,
+    name_tokenizer,
+    writes_bos,
+)
+from qlora_lightning.data.rows.content import (
+    Content,
+    Conversation,
+    Message,
+    RowFault,
+    Text,
+    Tokens,
+    Tools,
+    answer_indices,
+)
+from qlora_lightning.sources.tensors import IGNORED
+from qlora_lightning.support.errors import UserError
+
+_OURS = ("train", "reasoning_content")
+_TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
+_INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
+_OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
+# a block without content, and the line breaks that templates write after it
+_NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
+_ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
+
+
+class AnswerSpan(NamedTuple):
+    """Span of an assistant turn in a rendered text: what generation must produce."""
+
+    message: int  # its index in the conversation
+    start: int
+    end: int  # of its stop token, exclusive
+
+
+class RenderedText(NamedTuple):
+    """A text and the answers in it that are to be trained."""
+
+    text: str
+    answers: list[AnswerSpan]
+
+
+class TokenizedSample(NamedTuple):
+    """Token ids and, aligned with them, labels: the id itself if it is trained, else -100, as always the first."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class ChatRenderer:
+    """Renders conversations, texts and tokens with one tokenizer; settings are those of the data module.
+
+    A text is encoded as a whole; the character offsets of its tokens locate the answers. Every row is checked: the ids
+    before an answer are those that generation would begin with, and the labelled ids decode to the answer and its stop
+    token.
+    """
+
+    def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
+        self.tokenizer = tokenizer
+        self.train_on = train_on
+        self.stop_ids = find_stop_ids(tokenizer)
+        self._controls = ControlTokens(tokenizer, self.stop_ids)
+        self.control_ids = self._controls.known
+        self._text = TemplateRenderer(tokenizer, self._controls, reasoning)
+        self._writes_bos = writes_bos(tokenizer)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is None:
+            raise UserError(
+                f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
+                "one, of the library tokenizers.",
+                "tokenizer.slow",
+            )
+        plain, newline, after_newline = (encoded.ids for encoded in self._encode_texts(["a", "\n", "\na"]))
+        # Sentencepiece puts a space before a text: there a part is encoded after a newline, whose ids are dropped.
+        self._lead = "" if after_newline[len(newline) :] == plain else "\n"
+        self._lead_length = len(newline) if self._lead else 0
+
+    def write(self, content: Content) -> list[RenderedText]:
+        """Return the texts of a row, without the turns after its last answer; a row of tokens has none.
+
+        Raises:
+            RowFault: the row cannot be trained on exactly.
+            UserError: there is no chat template, or it writes no stop token after an answer.
+        """
+        if isinstance(content, Tokens):
+            return []
+        if isinstance(content, Text):
+            return [self._write_document(content.text)]
+        # messages after the last answer are not trained
+        messages = content.messages[: answer_indices(content.messages)[-1] + 1]
+        self._check_messages(messages, content.tools)
+        if self.train_on == "all" and not all(message.get("train", True) for message in messages):
+            raise RowFault("`train: false` in a message contradicts `train_on: all`")
+        return self._text.render(messages, content.tools, self._find_trained(messages))
+
+    def encode(self, texts: Sequence[RenderedText]) -> list["Encoded"]:
+        """Encode whole texts, on all cores."""
+        return self._encode_texts([text.text for text in texts])
+
+    def _encode_texts(self, texts: list[str]) -> list["Encoded"]:
+        """Encode texts as they are: the template writes the BOS itself."""
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def label(
+        self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["Encoded"]
+    ) -> list[TokenizedSample]:
+        """Label what :meth:`write` and :meth:`encode` returned for a row.
+
+        Raises:
+            RowFault: the row cannot be trained on exactly.
+            UserError: the template does not write exactly one BOS.
+        """
+        if isinstance(content, Tokens):
+            return [self._check_tokens(content)]
+        if isinstance(content, Text):
+            return [_label_all(encoding.ids) for encoding in encoded]
+        return [self._label(*pair) for pair in zip(texts, encoded, strict=True)]
+
+    def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Return the ids that generation starts from: the conversation so far and the header of the next answer.
+
+        Raises:
+            RowFault: if the messages cannot be rendered, or hold control tokens as text.
+            UserError: if there is no chat template.
+        """
+        self._check_messages(messages, tools)
+        rendered = self._text.render_prompt(messages, tools)
+        encoded, _ = self._find_starts(rendered, *self.encode([rendered]))
+        self._check_bos(encoded.ids)
+        return encoded.ids
+
+    def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> TokenizedSample:
+        """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
+        rendered = self._text.render(messages, tools, answers)[-1]
+        return self._label(rendered, *self.encode([rendered]))
+
+    def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
+        """Return the messages of a prompt for a server, which renders them with the same template."""
+        return self._text.as_sent(prompt)
+
+    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+        """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
+        return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
+
+    def hash_prompt(self, content: Content) -> int:
+        """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt."""
+        if isinstance(content, Tokens):
+            labelled = (index for index, label in enumerate(content.labels) if label != IGNORED)
+            return _hash(content.ids[: next(labelled, 0)])
+        if isinstance(content, Text):
+            return 0
+        messages = content.messages
+        answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
+        prompt = messages[: min(answers, default=0)]
+        turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
+        return _hash([turns, content.tools])
+
+    def _write_document(self, text: str) -> RenderedText:
+        self._check_text(text, "the text contains")
+        bos = self.tokenizer.bos_token if self._writes_bos else ""
+        return RenderedText(f"{bos}{text}{self.tokenizer.eos_token or ''}", [])
+
+    def _find_trained(self, conversation: Conversation) -> list[int]:
+        answers = answer_indices(conversation)
+        trained = answers if self.train_on == "assistant" else answers[-1:]
+        return [index for index in trained if conversation[index].get("train", True)]
+
+    def _check_messages(self, messages: Sequence[Message], tools: Tools) -> None:
+        """Reject control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise UserError(
+                f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
+                f"data.chat_template to {', '.join(find_presets(self.tokenizer))} or a .jinja file.",
+                "data.chat_template",
+            )
+        for number, message in enumerate(messages, start=1):
+            text = message["content"]
+            for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
+                if key in message:
+                    text += "\n" + json.dumps(message[key], ensure_ascii=False)
+            self._check_text(text, f"message {number} ({message['role']}) contains")
+        if tools:
+            self._check_text(json.dumps(tools, ensure_ascii=False), "'tools' contain")
+
+    def _check_text(self, text: str, subject: str) -> None:
+        control = self._controls.pattern.search(text)
+        if control:
+            raise RowFault(f"{subject} the control token {control[0]!r} as text, which would end or begin a turn there")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowFault(f"{subject} half a character (a lone surrogate, as a cut \\ud83d leaves)") from None
+
+    def _label(self, rendered: RenderedText, encoded: "Encoded") -> TokenizedSample:
+        """Label the answers of a conversation, each to its stop token."""
+        text, answers = rendered
+        encoded, starts = self._find_starts(rendered, encoded)
+        ids = encoded.ids
+        self._check_bos(ids)
+        labels = [IGNORED] * len(ids)
+        for start, answer in zip(starts, answers, strict=True):
+            end = encoded.find(answer.end)
+            decoded = str(self._backend.decode(ids[start:end], skip_special_tokens=False))
+            expected = text[answer.start : answer.end]
+            if not _is_same_text(decoded, expected):
+                raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {expected!r}")
+            labels[start:end] = ids[start:end]
+        return _label_all(ids) if self.train_on == "all" else TokenizedSample(ids, [IGNORED, *labels[1:]])
+
+    def _check_tokens(self, content: Tokens) -> TokenizedSample:
+        ids, labels = list(content.ids), list(content.labels)
+        size = len(self.tokenizer)
+        if not ids or len(ids) != len(labels):
+            raise RowFault(f"expected token ids and as many labels, found {len(ids)} and {len(labels)}")
+        if not 0 <= min(ids) <= max(ids) < size:
+            raise RowFault(
+                f"token ids from {min(ids)} to {max(ids)}, in a vocabulary of {size:,}: another tokenizer's?"
+            )
+        if any(label not in (IGNORED, token_id) for token_id, label in zip(ids, labels, strict=True)):
+            raise RowFault(f"a label must be {IGNORED} or the token id itself, not shifted")
+        return TokenizedSample(ids, [IGNORED, *labels[1:]])
+
+    def _find_starts(self, rendered: RenderedText, encoded: "Encoded") -> tuple["Encoded", list[int]]:
+        r"""Return the ids of a text, and how many precede each answer: exactly those that generation begins with.
+
+        Generation encodes the header without the answer. In the whole text the newlines that end a header may merge
+        with an answer that begins with one. There the text is cut, and the rest is encoded on its own. For example,
+        Llama 3 and the answer ``\nHi``::
+
+            whole text      <|end_header_id|> \n\n\n Hi <|eot_id|>
+            generation      <|end_header_id|> \n\n
+            cut             <|end_header_id|> \n\n | \n Hi <|eot_id|>
+        """
+        text, answers = rendered
+        counts = [self._count_before(text, encoded, answer.start) for answer in answers]
+        if None in counts:
+            cuts = [answer.start for answer, count in zip(answers, counts, strict=True) if count is None]
+            encoded = self._encode_parts(text, cuts)
+            counts = [self._count_before(text, encoded, answer.start) for answer in answers]
+        starts = [count for count in counts if count is not None]
+        if len(starts) < len(answers):
+            raise RowFault("the ids before an answer are not those that generation would begin with")
+        return encoded, starts
+
+    def _count_before(self, text: str, encoded: "Encoded", start: int) -> int | None:
+        """Count the ids before a character; None if from the last control token on they are not those of the header."""
+        n_before = encoded.find(start)
+        begin = next((i for i in reversed(range(n_before)) if encoded.ids[i] in self._controls.known), 0)
+        (header,) = self._encode_texts([text[encoded.spans[begin][0] : start]])
+        end = begin + len(header.ids)
+        return end if encoded.ids[begin:end] == header.ids else None
+
+    def _encode_parts(self, text: str, cuts: Sequence[int]) -> "Encoded":
+        """Encode the parts of a text between cuts, each on its own."""
+        encoded = Encoded([], [])
+        for start, end in pairwise([0, *cuts, len(text)]):
+            lead, n_lead = (self._lead, self._lead_length) if start else ("", 0)
+            (part,) = self._encode_texts([lead + text[start:end]])
+            encoded.ids.extend(part.ids[n_lead:])
+            shift = start - len(lead)
+            encoded.spans.extend((span[0] + shift, span[1] + shift) for span in part.spans[n_lead:])
+        return encoded
+
+    def _check_bos(self, ids: list[int]) -> None:
+        """Reject a template that writes two BOS, or none although the tokenizer itself would write one."""
+        bos = self.tokenizer.bos_token_id
+        if bos is None or (ids[0] == bos and ids[1:2] != [bos]) or (ids[0] != bos and not self._writes_bos):
+            return
+        raise UserError(
+            f"expected one BOS token ({self.tokenizer.bos_token}) at the beginning, found "
+            f"{'two' if ids[0] == bos else 'none'}: write {{{{ bos_token }}}} once in the chat template.",
+            "chat_template.bos",
+        )
+
+
+def _label_all(ids: list[int]) -> TokenizedSample:
+    return TokenizedSample(ids, [IGNORED, *ids[1:]])  # nothing predicts the first token
+
+
+def _is_same_text(decoded: str, expected: str) -> bool:
+    """Whether two texts are equal but for how characters are composed, and for spaces at the start.
+
+    Qwen's tokenizers compose accents (NFC), others also spell out ligatures (NFKC); sentencepiece decoders drop a space
+    at the start.
+    """
+    return decoded == expected or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", expected).lstrip(" ")
+
+
+class Encoded(NamedTuple):
+    """The ids of a text, and the span of characters of each, ``(start, end)``."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def find(self, character: int) -> int:
+        """Return the index of the first token that begins at a character or after it."""
+        return bisect_left(self.spans, character, key=lambda span: span[0])
+
+
+def _hash(prompt: list[Any]) -> int:
+    """Return a number of 64 bits for a prompt; 0 if it is empty."""
+    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True) if prompt else 0
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+_Located = tuple[str, AnswerSpan] | None  # a text with an answer as generated; None if generation could not begin it so
+
+
+class TemplateRenderer:
+    r"""Renders conversations as text with the chat template of one tokenizer.
+
+    An answer is what the template writes after the prompt that generation would see. Its reasoning is passed to the
+    template under the key that it reads; if it reads none, as ``<think>…</think>`` before the content. An empty block
+    that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
+    """
+
+    def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
+        self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
+        self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
+
+    def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
+        """Render a conversation to train on.
+
+        Usually that is one text. If the template renders an answer differently once more turns follow (some strip its
+        reasoning), that answer gets its own text: the conversation up to it, as generation would see it.
+
+        ``wanted`` are the indices of the answers that are trained; the last message is an answer.
+
+        Raises:
+            RowFault: the template rejects the conversation, changes or leaves out a message, or begins an answer
+                differently than generation would.
+            UserError: it writes no stop token after an answer.
+        """
+        messages = self.drop_earlier_reasoning(messages)
+        text = self._apply(messages, tools)
+        _check_messages(messages, text)
+        if tools and self._apply(messages, None) == text:
+            raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
+        prefixes, answers = list[RenderedText](), list[AnswerSpan]()
+        for index, located in self._find_spans(messages, tools, wanted, text).items():
+            if located is None:
+                raise RowFault(
+                    f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) "
+                    "otherwise than generation would see and continue it"
+                )
+            answer_text, span = located
+            answer = self._check_answer(messages[index], answer_text, span)
+            if answer_text == text:
+                answers.append(answer)
+            else:
+                prefixes.append(RenderedText(answer_text, [answer]))
+        return [*prefixes, RenderedText(text, answers)] if answers or not prefixes else prefixes
+
+    def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
+        """Render what generation begins with; its answers are the earlier ones that training finds in the same text."""
+        messages = self.drop_earlier_reasoning(messages, generation=True)
+        text = self._apply(messages, tools, generation=True)
+        _check_messages(messages, text)
+        located = self._find_spans(messages, tools, answer_indices(messages), text).values()
+        return RenderedText(text, [pair[1] for pair in located if pair and pair[0] == text])
+
+    def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
+        """Return messages, without the reasoning of earlier answers if it is dropped; in generation all are earlier."""
+        if self.reasoning != "drop":
+            return list(messages)
+        answers = answer_indices(messages)
+        earlier = set(answers if generation else answers[:-1])
+        return [_without_reasoning(message) if i in earlier else message for i, message in enumerate(messages)]
+
+    def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
+        """Return the messages of a prompt for a server, with their reasoning as text if the template reads none."""
+        messages = self.drop_earlier_reasoning(prompt, generation=True)
+        return messages if self._reasoning_key else [self._as_read(message) for message in messages]
+
+    def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
+        template_messages = [self._as_read(message) for message in messages]
+        try:
+            options = {"tools": tools, "tokenize": False, "add_generation_prompt": generation}
+            return str(self.tokenizer.apply_chat_template(template_messages, **options))
+        except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
+            advice = f". {_ADVICE}" if tools or any("tool_calls" in message for message in messages) else ""
+            reason = f"{type(error).__name__}: {error}{advice}"
+            raise RowFault(f"the chat template cannot render the conversation: {reason}") from error
+
+    def _as_read(self, message: Message) -> dict[str, Any]:
+        """Return a message as the template reads it: without ``train``, its reasoning under the template's key."""
+        fields: dict[str, Any] = {key: value for key, value in message.items() if key not in _OURS}
+        reasoning = message.get("reasoning_content")
+        if reasoning and self._reasoning_key:
+            fields[self._reasoning_key] = reasoning
+        elif reasoning:
+            fields["content"] = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + message["content"]
+        return fields
+
+    def _find_spans(
+        self, messages: Conversation, tools: Tools, wanted: Sequence[int], text: str
+    ) -> dict[int, _Located]:
+        """Return where each wanted answer is.
+
+        To render the conversation up to each would take a time quadratic in the turns. So only the first and the last
+        answer of each kind are rendered: of what a template may look at to write it otherwise than at the end.
+        """
+        roles = [message["role"] for message in messages]
+        last_question = max((index for index, role in enumerate(roles) if role == "user"), default=0)
+        kinds = dict[Any, list[int]]()
+        for index in wanted:
+            reasoning, content = _split_reasoning(messages[index])
+            shape = (reasoning is None, bool(_NO_REASONING.match(content)), not content.strip())
+            spaces = (content[:1].isspace(), content[-1:].isspace())
+            turns = ("tool_calls" in messages[index], index < last_question, *roles[index - 1 : index + 2])
+            kinds.setdefault((*shape, *spaces, *turns), []).append(index)
+        rendered = {index for members in kinds.values() for index in (members[0], members[-1])}
+        found = {index: self._find_span(messages, tools, index, text) for index in rendered}
+        spans = [located[1] for located in found.values() if located and located[0] == text]
+        if 0 < len(spans) == len(found) < len(wanted):
+            found |= self._find_alike(messages, wanted, text, spans)
+        return {i: found[i] if i in found else self._find_span(messages, tools, i, text) for i in wanted}
+
+    def _find_alike(
+        self, messages: Conversation, wanted: Sequence[int], text: str, rendered: Sequence[AnswerSpan]
+    ) -> dict[int, _Located]:
+        """Find all wanted answers by their header; none unless those that were rendered are where it says.
+
+        The header begins with a control token, so that no message contains it, and the text has one for each answer.
+        """
+        answers = answer_indices(messages)
+        n_headers = len(answers) + (messages[-1]["role"] != "assistant")  # a prompt ends with that of the next answer
+        controls = list(self.controls.pattern.finditer(text, 0, rendered[0].start))
+        for control in controls[:-3:-1]:  # Llama 3 has two in a header, the second in those of questions too
+            header = text[control.start() : rendered[0].start]
+            starts = [match.end() for match in re.finditer(re.escape(header), text)]
+            limits = [*(start - len(header) for start in starts[1:]), len(text)]
+            if len(starts) == n_headers:
+                turns = [AnswerSpan(*turn) for turn in zip(answers, starts, limits, strict=False) if turn[0] in wanted]
+                with suppress(UserError):  # each is rendered by itself then
+                    spans = [self._check_answer(messages[turn.message], text, turn) for turn in turns]
+                    if {self._check_answer(messages[turn.message], text, turn) for turn in rendered} <= set(spans):
+                        return {span.message: (text, span) for span in spans}
+        return {}
+
+    def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> _Located:
+        """Return the whole text with an answer as generated, else the text up to the answer, and the answer's span."""
+        prompt = self._apply(messages[:index], tools, generation=True)
+        rendered = text if index + 1 == len(messages) else self._apply(messages[: index + 1], tools)
+        turn = _find_turn(messages[index], prompt, rendered)
+        if turn is None:
+            return None
+        generated, block_end = turn
+        prefix = prompt + generated
+        span = AnswerSpan(index, len(prompt) + block_end, len(prefix))
+        return text if text.startswith(prefix) else prefix, span
+
+    def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
+        """Check that a turn has its answer, and return its span up to the end of the stop token."""
+        index, start, limit = span
+        stop = self.controls.stop_pattern.search(text, start, limit)
+        if stop is None:
+            raise UserError(
+                "the model would never learn to stop: the chat template writes no token after an answer at which "
+                "generation stops. Use the tokenizer and template that belong together. The turn as rendered: "
+                f"{text[start:limit]!r}",
+                "chat_template.stop_token",
+            )
+        turn = text[start : stop.end()]
+        reasoning, content = _split_reasoning(message)
+        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+        if not all(part in turn for part in ((reasoning or "").strip(), content.strip(), *_leaves(calls))):
+            raise RowFault(f"the chat template changes the answer (message {index + 1}) to {turn!r}")
+        return AnswerSpan(index, start, stop.end())
+
+
+def _find_turn(message: Message, prompt: str, rendered: str) -> tuple[str, int] | None:
+    """Return what generation must produce after a prompt to give the rendered text; None if that is impossible.
+
+    The second value is the length of the empty reasoning block at its start that the template itself writes.
+    """
+    reasoning, _ = _split_reasoning(message)
+    if rendered.startswith(prompt):
+        generated = rendered[len(prompt) :]
+        block = _NO_REASONING.match(generated) if reasoning is None else None
+        return generated, block.end() if block else 0
+    opening = _OPENED.search(prompt)
+    if not opening or not rendered.startswith(prompt[: opening.start()]):
+        return None
+    # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
+    closing = f"\n{opening[1]}/{opening[2]}{opening[3]}\n\n"
+    generated = (reasoning or "").strip("\n") + closing + rendered[opening.start() :].lstrip("\n")
+    return generated, len(closing) if reasoning is None else 0
+
+
+def _check_messages(messages: Sequence[Message], text: str) -> None:
+    """Reject a template that leaves out or changes messages other than the answers."""
+    for number, message in enumerate(messages, start=1):
+        content = message["content"].strip()
+        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
+            raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
+            raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
+
+
+def _split_reasoning(message: Message) -> tuple[str | None, str]:
+    """Return the reasoning of an answer, None if it has none, and the rest of its content."""
+    reasoning, content = message.get("reasoning_content"), message["content"]
+    if reasoning:
+        return reasoning, content
+    inline = _INLINE.match(content)
+    return (inline[2], content[inline.end() :]) if inline else (None, content)
+
+
+def _without_reasoning(message: Message) -> Message:
+    reasoning, content = _split_reasoning(message)
+    if reasoning is None:
+        return message
+    answer: Message = {**message, "content": content}
+    answer.pop("reasoning_content", None)
+    return answer
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value, as they are in JSON without quotes."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield _as_json(value)
+
+
+def _as_json(value: str | float) -> str:
+    """Return a text or number as JSON without quotes, as some templates write what a tool returned."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text[1:-1] if isinstance(value, str) else text

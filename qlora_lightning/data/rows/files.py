@@ -1,0 +1,565 @@
+"""The files, URLs and data sets of the hub that ``data.train`` names, and their rows, one after another.
+
+JSON and CSV are read here, so that bad rows are reported by line and no file is held in memory; parquet and Arrow by
+pyarrow, a few rows at a time; data sets of the hub by ``datasets``.
+"""
+
+import codecs
+import csv
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import fsspec
+import fsspec.core
+
+from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of
+from qlora_lightning.support.errors import UserError, nearest
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
+_BESIDE = re.compile(r"cache-.*\.arrow|(dataset_info|dataset_dict|state)\.json")  # saved by ``datasets`` beside rows
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*")
+_HUB_KEYS = ("split", "name", "revision", "data_files")
+# splits as `datasets` names them, by the words for them in keys and in names of files and folders
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
+
+_MAX_VALUES, _BYTES_PER_VALUE = 4_000_000, 64  # of a row
+_ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
+_PART = 1 << 23  # characters
+_ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
+# encodings of files that begin with a byte order mark
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+
+DataFile = Path | str
+"""A file of this machine, or the URL of one."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How the rows of a source are read: by ``data.format``, ``data.columns`` etc., or by the source's own entry."""
+
+    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
+    system: str | None = None  # a system prompt for conversations that have none
+    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
+
+
+@dataclass(frozen=True, eq=False)  # a file that is named twice is two sources
+class Source:
+    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub."""
+
+    path: str  # as the user wrote it
+    files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
+    weight: float | None = None  # its share in a mixture, relative to the other sources
+    split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
+    name: str | None = None  # the configuration
+    revision: str | None = None
+    data_files: Any = None
+    rows: int | None = None  # the most rows to read, from the first
+    encoding: str = "utf-8"
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
+    settings: RowSettings = RowSettings()
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading the source needs a network."""
+        return not self.files or any(isinstance(file, str) for file in self.files)
+
+
+_ROW_KEYS = tuple(setting.name for setting in fields(RowSettings))
+_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KEYS)
+
+
+class Row(NamedTuple):
+    """One dict of a data file.
+
+    Attributes:
+        values: the row's own keys and values.
+        file: the path as the user wrote it, or below that folder; for a data set of the hub its id.
+        line: the line in JSON lines, else the number of the row, from 1.
+        source: the source that it was read from, which says how it is read; None: as ``data:`` says.
+    """
+
+    values: dict[str, Any]
+    file: str
+    line: int
+    source: Source | None = None
+
+    @property
+    def where(self) -> str:
+        """File and line, with which messages about this row begin: ``train.jsonl:17``."""
+        return f"{self.file}:{self.line}"
+
+
+class BadRow(NamedTuple):
+    """A rejected row: its file and line (``train.jsonl:17``), the reason, and its source as in ``Row``."""
+
+    where: str
+    reason: str
+    source: Source | None = None
+
+
+_Values = dict[str, Any] | RowFault
+"""Keys and values of a row, or why it cannot be read."""
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def find_sources(
+    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
+    split: str,
+    settings: RowSettings | None = None,
+    encoding: str = "utf-8",
+) -> list[Source]:
+    """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
+
+    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
+    and ``RowSettings``; or a list of these. Settings and encoding are defaults for sources that name none.
+    """
+    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    default = Source("", encoding=encoding, settings=settings or RowSettings())
+    sources = []
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            entry = {"path": entry}
+        if split != "train" and "weight" in entry:
+            raise UserError(f"data.{split}: a weight is a share of a training epoch: leave it out.", f"data.{split}")
+        try:
+            sources.append(_find(entry, _SPLITS.get(split, "test"), default))
+        except UserError as error:
+            raise UserError(f"data.{split}: {error}", f"data.{split}") from error
+    return sources
+
+
+def has_settings(value: Any) -> bool:
+    """Whether what ``data.train`` names has a weight, or settings for the rows of one source."""
+    entries = value if isinstance(value, list) else [value]
+    keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
+    return not keys.isdisjoint(("weight", *_ROW_KEYS))
+
+
+def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
+    path = str(entry.get("path") or "")
+    if not path:
+        raise UserError(f"expected a file, folder, glob or hub id, or a mapping with `path`, found {entry!r}.")
+    for key in entry:
+        if key not in _KEYS:
+            raise UserError(f"{path}: expected {', '.join(_KEYS)}, found {key!r}.{nearest(str(key), _KEYS)}")
+    options = {key: value for key, value in entry.items() if value is not None or key == "system"}
+    for key, kind in (("weight", int | float), ("rows", int)):
+        value = options.get(key, 1)
+        if not isinstance(value, kind) or not 0 < value < float("inf"):
+            raise UserError(f"{key} of {path} must be a number above 0, found {value!r}.")
+    settings = replace(default.settings, **{key: options.pop(key) for key in _ROW_KEYS if key in options})
+    source = replace(default, **{**options, "path": path, "settings": settings})
+
+    hub_keys = [key for key in _HUB_KEYS if key in options]
+    file = Path(path).expanduser()
+    is_hub_id = _HUB_ID.fullmatch(path) and not kind_of_file(path) and (hub_keys or not file.parent.is_dir())
+    if is_hub_id and not file.exists():
+        return replace(source, split=source.split or split)
+    if hub_keys:
+        raise UserError(f"{hub_keys[0]} is for data sets of the hub, but {path} is a path.")
+    files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
+    if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
+        files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
+    if not files:
+        raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
+    return replace(source, files=tuple(files))
+
+
+def _of_split(files: list[Any], folder: str, split: str) -> list[Any]:
+    """Return a folder's files of a split, else those named after no split; for training both."""
+    splits = {file: _split_of(str(file).removeprefix(folder)) for file in files}
+    if split == "train":
+        return [file for file, name in splits.items() if name in ("train", None)]
+    split_files = [file for file, name in splits.items() if name == split]
+    return split_files or [file for file, name in splits.items() if name is None]
+
+
+def _split_of(path: str) -> str | None:
+    """Return the split after which a file or its folder is named; ``math_dev-0.csv`` is validation."""
+    for part in reversed(Path(path).parts):
+        if names := _SPLIT_NAME.findall(part.lower()):
+            return _SPLITS[names[-1]]
+    return None
+
+
+def has_split(path: str | os.PathLike[str], split: str) -> bool:
+    """Whether a path is a local folder in which files or folders are named after a split."""
+    folder = Path(path).expanduser()
+    files = list_folder(folder) if folder.is_dir() else []
+    return any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files)
+
+
+def _list_urls(path: str) -> list[str]:
+    """Return the URL of a file, or the URLs of the data files in a remote folder or glob."""
+    if kind_of_file(path) and "*" not in path:
+        return [path]
+    from fsspec.core import url_to_fs
+
+    filesystem, pattern = url_to_fs(path if "*" in path else f"{path.rstrip('/')}/**")
+    return sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern) if kind_of_file(name))
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Return a file, or the data files in a folder or glob."""
+    if path.is_dir():
+        return list_folder(path)
+    files = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
+    if not files and not glob.has_magic(str(path)):
+        raise UserError(
+            f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
+            f"of the hub name the split).{nearest(str(path), map(str, path.parent.glob('*')))}"
+        )
+    return sorted(file for file in files if kind_of_file(file))
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """List data files at any depth, without hidden ones and those that ``datasets`` saves beside rows."""
+    files = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+    return sorted(file for file in files if kind_of_file(file) and file.is_file() and not _BESIDE.fullmatch(file.name))
+
+
+def kind_of_file(file: DataFile) -> str:
+    """Return the kind of a file by its name: ``.jsonl`` for ``a.jsonl.gz``; an empty string if it is none."""
+    name = file.partition("?")[0] if isinstance(file, str) else file.name
+    name = _COMPRESSED.sub("", name.lower())
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """Yield the rows of a source, also those that cannot be read, in order.
+
+    Raises:
+        UserError: a file cannot be read or is damaged, or the source has no rows.
+    """
+    rows = itertools.islice(_read_files(source), source.rows)
+    first_row = next(rows, None)
+    if first_row is None:
+        raise UserError(f"{source.path} is empty: it holds no rows.", "file.empty")
+    yield first_row
+    yield from rows
+
+
+def hash_source(source: Source) -> str:
+    """Return a hash of the bytes of a source's local files, or of the identity of a hub data set in ``datasets``."""
+    digest = hashlib.blake2b(digest_size=20)
+    if not source.files:
+        with _naming(f"data set {source.path}"):
+            from datasets import load_dataset_builder as load
+
+            builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
+        digest.update(f"{builder.hash} {builder.config_id}".encode())
+    for file in source.files:
+        with Path(file).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _read_files(source: Source) -> Iterator[Row | BadRow]:
+    for file in source.files or (None,):
+        name = source.path if file is None else str(file)
+        with _naming(name if file else f"data set {name}"):
+            for number, values in _read_file(source, file):
+                if isinstance(values, RowFault):
+                    yield BadRow(f"{name}:{number}", str(values), source)
+                else:
+                    yield Row(values, name, number, source)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Raise errors of fsspec, csv, pyarrow, ``datasets`` and the hub as a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        advice = f": {_ADVICE}" if isinstance(error, UnicodeError) else ""
+        message = f"{name} cannot be read: {' '.join(str(error).split())}{advice}."
+        raise UserError(message, "file.unreadable") from error
+
+
+def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Values]]:
+    """Return the rows of a file, or of a data set of the hub, by line or number."""
+    kind = kind_of_file(file) if file else ""
+    if str(file).endswith(".zst") and "zstd" not in fsspec.available_compressions():
+        raise UserError("`pip install zstandard` installs what unpacks it")
+    if kind in (".jsonl", ".json"):
+        return _read_json(str(file), source)
+    if kind in (".csv", ".tsv"):
+        return enumerate(_read_csv(str(file), source, "\t" if kind == ".tsv" else ","), start=1)
+    batches = _read_arrow(str(file), kind) if file else _read_hub(source)
+    return enumerate((values for batch in batches for values in _read_batch(batch)), start=1)
+
+
+def _open(file: str, mode: str, **options: str) -> fsspec.core.OpenFile:
+    """Open a file, decompressed. In the name of a local one ``::`` chains no file systems, and ``~`` is no home."""
+    if "://" in file:
+        return fsspec.open(file, mode, compression="infer", **options)
+    compression = fsspec.core.get_compression(file, "infer")
+    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(file), mode, compression, **options)
+
+
+def _open_text(file: str, source: Source, newline: str) -> fsspec.core.OpenFile:
+    """Open a text file in the encoding of its byte order mark, or else of its source."""
+    with _open(file, "rb") as stream:
+        start = stream.read(4)
+    encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
+    # bytes that cannot be decoded make their row bad, not the file
+    return _open(file, "r", encoding=encoding, errors="surrogateescape", newline=newline)
+
+
+def _skip_line(stream: TextIO, line: str) -> None:
+    """Skip the rest of a line of which a part was read."""
+    while line and not line.endswith(("\n", "\r")):
+        line = stream.readline(_PART)
+
+
+def _check_encoding(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowFault(f"not UTF-8 text: save it as UTF-8, or {_ADVICE}") from None
+
+
+# JSON
+
+
+def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
+    """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
+    with _open_text(file, source, newline="\n") as stream:
+        number, is_first = 0, True
+        # of an array only a part, since all that is read is parsed at once
+        while line := stream.readline(_PART if is_first else MAX_TEXT + 1):
+            number += 1
+            text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files
+            if is_first and text.startswith("["):
+                yield from enumerate(_read_array(line, stream), start=1)
+                return
+            if is_first and not line.endswith("\n"):
+                text = (line := line + stream.readline(MAX_TEXT)).strip("\ufeff \t\r\n")
+            if len(line) > MAX_TEXT:
+                _skip_line(stream, line)
+            if text:
+                is_first = False
+                yield number, _parse_row(text)
+
+
+def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
+    """Yield the elements of a JSON array that begins with ``text`` and continues in a stream, one after another.
+
+    Raises:
+        RowFault: it is not JSON, or an element is too large.
+    """
+    find_end = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
+    begin, n_lines, n_rows = text.index("[") + 1, 0, 0
+    while True:
+        begin = _end_of_blanks(text, begin)
+        if text[begin : begin + 1] == "]":
+            break
+        try:
+            end = find_end(text, begin)[1]
+            following = _end_of_blanks(text, end)
+            if text[following : following + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
+        except json.JSONDecodeError as error:  # perhaps only because the rest of the element has not been read
+            part = stream.read(_PART)
+            if not part:
+                raise RowFault(f"not JSON: {error.msg} in line {n_lines + error.lineno}") from error
+            n_lines += text.count("\n", 0, begin)
+            if _is_too_large(text[begin:]):
+                raise RowFault(f"row {n_rows + 1} has {TOO_LARGE}") from error
+            text, begin = text[begin:] + part, 0
+        else:
+            yield _parse_row(text[begin:end])
+            n_rows += 1
+            begin = following + (text[following] == ",")
+    rest = text[begin + 1 :]
+    while rest or (rest := stream.read(_PART)):
+        if rest.strip():
+            raise RowFault("not JSON: text follows the array")
+        rest = ""
+
+
+def _end_of_blanks(text: str, start: int) -> int:
+    blanks = re.compile(r"[ \t\r\n]*").match(text, start)
+    return start if blanks is None else blanks.end()
+
+
+def _parse_row(text: str) -> _Values:
+    try:
+        if _is_too_large(text):
+            return RowFault(TOO_LARGE)
+        _check_encoding(text)
+        values = json.loads(text, object_pairs_hook=_check_keys)
+    except RowFault as fault:
+        return fault
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
+        return RowFault(f"not JSON: {error}")
+    return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
+
+
+def _is_too_large(text: str) -> bool:
+    """Whether a row of JSON would take more than a GB of memory."""
+    return len(text) > MAX_TEXT or (len(text) > _MAX_VALUES and sum(map(text.count, ",[{")) > _MAX_VALUES)
+
+
+def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there twice")
+    return values
+
+
+# CSV
+
+
+class _RowLines:
+    """Lines of a CSV file for ``csv.reader``, which by itself joins any number of them to a row of any size."""
+
+    def __init__(self, stream: TextIO, delimiter: str) -> None:
+        self.stream, self.delimiter = stream, delimiter
+        self.size = 0  # characters of the row so far
+
+    def __iter__(self) -> "_RowLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(MAX_TEXT + 1)
+        self.size += len(line)
+        if self.size > MAX_TEXT or (len(line) > _MAX_VALUES and line.count(self.delimiter) > _MAX_VALUES):
+            _skip_line(self.stream, line)
+            raise RowFault(TOO_LARGE)
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _read_csv(file: str, source: Source, usual_delimiter: str) -> Iterator[_Values]:
+    """Yield the rows of a CSV file; all values are strings. Blank lines are skipped."""
+    csv.field_size_limit(MAX_TEXT)  # by default 131,072 characters; it holds for the process
+    delimiter = source.delimiter or usual_delimiter
+    with _open_text(file, source, newline="") as stream:
+        lines = _RowLines(stream, delimiter)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = next(filter(None, reader), [])
+        _check_header(header, source, delimiter)
+        while True:
+            lines.size = 0
+            try:
+                values = next(reader)
+                _check_encoding("".join(values))
+            except StopIteration:
+                return
+            except RowFault as fault:
+                yield fault
+            except csv.Error as error:
+                yield RowFault(f"not CSV: {error}")
+            else:
+                if values and len(values) != len(header):
+                    yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
+                elif values:  # those below no name are left out
+                    yield {name: value for name, value in zip(header, values, strict=True) if name}
+
+
+def _check_header(header: list[str], source: Source, delimiter: str) -> None:
+    _check_encoding("".join(header))
+    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+    if twice:
+        raise RowFault(f"two columns have the name {twice[0]!r}")
+    marks = [mark for mark in ";|\t," if mark != delimiter and header[1:] == [] and mark in "".join(header)]
+    if marks and not source.delimiter:
+        mark = marks[0].replace("\t", "\\t")
+        raise RowFault(f'its one column is {header[0]!r}: name the delimiter, as in `delimiter: "{mark}"`')
+
+
+# parquet, Arrow and the hub
+
+
+def _read_hub(source: Source) -> Iterator[Any]:
+    """Yield record batches of a few rows of a data set of the hub."""
+    from datasets import load_dataset
+
+    options = {"data_files": source.data_files, "split": source.split, "revision": source.revision}
+    rows: Any = load_dataset(source.path, source.name, **options)
+    # as Arrow: ``datasets`` itself would fetch the URLs and open the files that a column of images names
+    for table in rows.with_format("arrow").iter(_ROWS_AT_A_TIME):
+        yield from table.to_batches()
+
+
+def _read_arrow(file: str, kind: str) -> Iterator[Any]:
+    """Yield record batches of a few rows of a parquet or Arrow file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with _open(file, "rb") as stream:
+        if kind == ".parquet":
+            parquet = pyarrow.parquet.ParquetFile(stream)
+            for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
+                n_values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
+                if n_values > group.num_rows * _MAX_VALUES:  # which would all be read before the row is seen
+                    raise RowFault(TOO_LARGE)
+            yield from parquet.iter_batches(_ROWS_AT_A_TIME)
+            return
+        try:
+            batches = iter(pyarrow.ipc.open_stream(stream))
+        except pyarrow.ArrowInvalid:
+            reader = pyarrow.ipc.open_file(stream)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            batch.validate(full=True)
+            yield from (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, len(batch), _ROWS_AT_A_TIME))
+
+
+def _read_batch(batch: Any) -> Iterator[_Values]:
+    """Yield the rows of a record batch, each measured before it becomes Python's values."""
+    for row in (batch.slice(number, 1) for number in range(len(batch))):
+        if sum(map(_measure, row.columns)) > MAX_TEXT + _BYTES_PER_VALUE * _MAX_VALUES:
+            yield RowFault(TOO_LARGE)
+        else:
+            (values,) = row.to_pylist()
+            yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
+
+
+def _measure(array: Any) -> int:
+    """Return about the bytes that the values of an Arrow array take as Python's."""
+    import pyarrow
+
+    if isinstance(array, pyarrow.ExtensionArray):
+        array = array.storage
+    if isinstance(array, pyarrow.DictionaryArray):
+        array = array.dictionary_decode()
+    size = len(array) * _BYTES_PER_VALUE
+    if not pyarrow.types.is_nested(array.type):
+        return size + int(array.nbytes)
+    nested = array.flatten()  # the values of a list, or a list with the columns of a struct
+    return size + sum(map(_measure, nested if isinstance(nested, list) else [nested]))
+
+
+def _to_plain(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type without what Arrow adds: the keys that a struct lacks, and quotes of JSON."""
+    if getattr(kind, "extension_name", "") == "arrow.json" and isinstance(value, str):
+        return json.loads(value)
+    kind = getattr(kind, "storage_type", kind)
+    if isinstance(value, dict):
+        return {key: _to_plain(item, kind.field(key).type) for key, item in value.items() if item is not None}
+    return [_to_plain(item, getattr(kind, "value_type", None)) for item in value] if isinstance(value, list) else value

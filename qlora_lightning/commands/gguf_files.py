@@ -176,15 +176,11 @@ def _read_tokenizer(folder: Path, base: BaseFolder) -> tuple[dict[str, Any], str
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
         raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
-    return content, _read_split(base) or _name_split(content.get("pre_tokenizer") or {})
-
-
-def _read_split(base: BaseFolder) -> str | None:
-    """Return llama.cpp's pre-tokenizer name in the base's own GGUF file; None if it is no GGUF."""
-    if base.kind != "gguf":
-        return None
-    field = gguf.GGUFReader(resolve_base(base.name)[0]).get_field(gguf.Keys.Tokenizer.PRE)
-    return None if field is None else str(field.contents())
+    if base.kind == "gguf":  # whose file names it
+        field = gguf.GGUFReader(resolve_base(base.name)[0]).get_field(gguf.Keys.Tokenizer.PRE)
+        if field is not None:
+            return content, str(field.contents())
+    return content, _name_split(content.get("pre_tokenizer") or {})
 
 
 def _name_split(pre_tokenizer: dict[str, Any]) -> str:

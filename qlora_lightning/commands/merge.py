@@ -234,7 +234,13 @@ def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str)
 
     file = write_gguf(folder, plan, "f16" if kind in _K_QUANTS else kind, source.base)
     if kind in _K_QUANTS and shutil.which("llama-quantize"):
-        file = _quantize(file, kind)
+        half, file = file, file.with_name(f"model-{kind}.gguf")
+        command = ["llama-quantize", str(half), str(file), kind.upper()]
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if process.returncode:
+            message = f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}"
+            raise UserError(message, "gguf.llama_quantize")
+        half.unlink()
     tokenizer = load_tokenizer(str(folder))
     stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
     # in JSON's quotes a token cannot end its line
@@ -242,18 +248,6 @@ def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str)
     # Ollama takes the chat template from the file, if it knows that
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
-
-
-def _quantize(file: Path, kind: str) -> Path:
-    """Quantize a GGUF file of 16 bits, and return the file that replaces it."""
-    target = file.with_name(f"model-{kind}.gguf")
-    command = ["llama-quantize", str(file), str(target), kind.upper()]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if process.returncode:
-        message = f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}"
-        raise UserError(message, "gguf.llama_quantize")
-    file.unlink()
-    return target
 
 
 def _explain_gguf(file: Path, kind: str) -> None:

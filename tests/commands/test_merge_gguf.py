@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands import merge as merge_command
 from tests.adapters import make_run
 from tests.random_base import save_family
 
@@ -63,7 +62,7 @@ def test_other_tokenizers_are_refused_before_the_work(with_run, monkeypatch, cap
     content = json.loads(file.read_text())
     content["model"]["byte_fallback"] = True  # as Llama 2's
     file.write_text(json.dumps(content))
-    monkeypatch.setattr(merge_command, "_write_weights", lambda *_: pytest.fail("weights were written"))
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: pytest.fail("weights were written"))
     merge("--gguf", "f16", code=2)
     assert "--gguf writes tokenizers of bytes" in capsys.readouterr().err
 

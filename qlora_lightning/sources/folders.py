@@ -326,10 +326,6 @@ def find_adapter_folder(named: str | Path) -> Path:
 
 def read_identity(folder: Path) -> dict[str, Any]:
     """Check an adapter folder and read its identity, which is empty if another tool wrote the folder."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
-    check_plain_files(folder)
     read_adapter_config(folder)  # reports its faults before a base is loaded
     if not (folder / IDENTITY).is_file():
         return {}
@@ -339,5 +335,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read the ``adapter_config.json`` of an adapter folder."""
+    """Read the ``adapter_config.json`` of an adapter folder, whose weights must be there too."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
+    check_plain_files(folder)
     return read_json_object(folder / "adapter_config.json", _ADAPTER_REMEDY, LORA_KEYS)

@@ -181,7 +181,6 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     PEFT matches regular expressions, and one from elsewhere might be matched for ever. If one says which modules carry
     the adapter, the names of its tensors say it instead; others may repeat little.
     """
-    read_identity(folder)  # reports what is missing or damaged
     file, stored = folder / "adapter_config.json", read_adapter_config(folder)
     settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
     if str(init := settings.get("init_lora_weights")).startswith(_BASE_CHANGING_INITS):
@@ -219,7 +218,7 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
     reader = open_tensors(file)
-    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in tensor_names(file)}
+    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():

@@ -6,7 +6,7 @@ Qwen3 also on each head's queries and keys), rotary position embedding, SwiGLU.
 # mypy: allow-untyped-calls
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -211,7 +211,7 @@ class FusedDecoderLayer(Fused):
         projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
-    def parts(self, copies: list[tuple[Tensor, Tensor]] | None = None) -> LayerParts | None:
+    def parts(self, copies: list[tuple[Tensor, Tensor]]) -> LayerParts | None:
         """Return the parts of the fused forward, ``None`` if it does not give the layer's current output.
 
         ``copies`` is that of :func:`~qlora_lightning.model.layers.lora.linear_group`.
@@ -244,7 +244,7 @@ class FusedDecoderLayer(Fused):
         batch = current_pass.get()
         if batch is None or args:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        parts = batch.layers.get(self) or self.parts()
+        parts = batch.layers.get(self) or read_parts([self]).get(self)
         if parts is None:
             return cast(Tensor, super().forward(hidden_states, **kwargs))
         # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
@@ -296,24 +296,23 @@ def _apply_mlp_in_pieces(hidden: Tensor, parts: LayerParts) -> Tensor:
     return torch.cat(pieces)
 
 
-def prepare_layers(model: nn.Module) -> dict[nn.Module, LayerParts]:
-    """Return the parts of all layers that run fused now, their adapters cast in one operation for a whole pass.
+def prepare_layers(causal_lm: Any) -> dict[nn.Module, LayerParts]:
+    """Return the parts of all layers that run fused now, for a whole pass.
 
-    On a GPU each single cast is a launch, and a layer has fourteen. A sharded base has weights only while its layer
-    runs: its layers are left out.
+    A sharded base has weights only while its layer runs: its layers are left out.
     """
-    layers, copies = dict[nn.Module, LayerParts](), list[tuple[Tensor, Tensor]]()
-    for layer in _fused_layers(model):
-        is_sharded = hasattr(base_linear(layer.mlp.down_proj).weight, "device_mesh")
-        if not is_sharded and (parts := layer.parts(copies)) is not None:
-            layers[layer] = parts
+    layers = [layer for layer in getattr(causal_lm.base_model, "layers", ()) if isinstance(layer, FusedDecoderLayer)]
+    return read_parts(
+        [layer for layer in layers if not hasattr(base_linear(layer.mlp.down_proj).weight, "device_mesh")]
+    )
+
+
+def read_parts(layers: Sequence[FusedDecoderLayer]) -> dict[nn.Module, LayerParts]:
+    """Return the parts of those layers that run fused now, and cast all their adapters in one operation.
+
+    On a GPU each single cast is a launch, and a layer has fourteen.
+    """
+    copies: list[tuple[Tensor, Tensor]] = []
+    parts = {layer: layer.parts(copies) for layer in layers}
     copy_all(copies)
-    return layers
-
-
-def _fused_layers(module: nn.Module) -> Iterator[FusedDecoderLayer]:
-    for child in module.children():
-        if isinstance(child, FusedDecoderLayer):
-            yield child
-        else:
-            yield from _fused_layers(child)
+    return {layer: layer_parts for layer, layer_parts in parts.items() if layer_parts is not None}

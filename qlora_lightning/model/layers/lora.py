@@ -251,43 +251,40 @@ class FusedLoRA(Fused):
         dtype = torch.get_autocast_dtype(device) if autocasts else compute_dtype_of(self) or x.dtype
         with torch.autocast(device, enabled=False):
             rows = x.to(dtype).reshape(-1, x.shape[-1])
-            group = linear_group([self], dtype)
+            copies: list[tuple[Tensor, Tensor]] = []
+            group = linear_group([self], dtype, copies)
+            copy_all(copies)
             output = LoRALinearFunction.apply(rows, group, None, *group.adapters)
         output = output.view(*x.shape[:-1], output.shape[-1])  # outside the function: a model may write into it
         return output if autocasts else output.to(x.dtype)
 
 
-def linear_group(
-    layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]] | None = None
-) -> LinearGroup:
-    """Return linears that share their input, with their adapters cast to a dtype.
+def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]]) -> LinearGroup:
+    """Return linears that share their input, with room for their adapters in a dtype.
 
     Args:
         layers: The linears, with or without adapters.
         dtype: The dtype of the products.
-        copies: Receives each cast with the matrix to be copied into it, so that those of many groups are copied at
-            once; ``None`` copies them here.
+        copies: Gets pairs for :func:`copy_all`: what an A or B is cast into, and the A or B.
     """
     adapters = [active_lora(layer) for layer in layers]
     ranks = [0 if lora_A is None else lora_A.shape[0] for lora_A, _ in adapters]
     all_A = [lora_A for lora_A, _ in adapters if lora_A is not None]
-    casts_A, pending = None, [] if copies is None else copies
+    cast_A = None
     if all_A:
-        casts_A = torch.empty(sum(ranks), all_A[0].shape[1], dtype=dtype, device=all_A[0].device)
-        pending += zip(casts_A.split_with_sizes([rank for rank in ranks if rank]), all_A, strict=True)
+        cast_A = torch.empty(sum(ranks), all_A[0].shape[1], dtype=dtype, device=all_A[0].device)
+        copies += zip(cast_A.split_with_sizes([rank for rank in ranks if rank]), all_A, strict=True)
     linears = []
     for layer, (_, lora_B) in zip(layers, adapters, strict=True):
         base, scaling, cast_B = base_linear(layer), 1.0, None
         if lora_B is not None:
             scaling, cast_B = layer.scaling[layer.active_adapters[0]], torch.empty_like(lora_B, dtype=dtype)
-            pending.append((cast_B, lora_B))
+            copies.append((cast_B, lora_B))
         weight, bias = base.weight, base.bias
         quant_state = weight.quant_state if isinstance(weight, bnb.nn.Params4bit) else None
         bias = None if bias is None else bias.to(dtype)
         linears.append(LinearParts(weight.data, quant_state, bias, scaling, cast_B))
-    if copies is None:
-        copy_all(pending)
-    return LinearGroup(tuple(linears), ranks, casts_A, tuple(itertools.chain.from_iterable(adapters)))
+    return LinearGroup(tuple(linears), ranks, cast_A, tuple(itertools.chain.from_iterable(adapters)))
 
 
 @torch.no_grad()

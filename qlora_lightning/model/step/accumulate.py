@@ -34,7 +34,6 @@ class Window:
 
     Attributes:
         batches: The batches of this process in the open window.
-        row_ids: Their rows.
         micro_batches: Number of their micro-batches.
         counts: Numbers of this process, by name, which are added up over all ranks together with the gradients:
             ``tokens``, and votes.
@@ -55,7 +54,12 @@ class Window:
     def _clear_sums(self) -> None:
         self._sums: dict[str, Tensor] = {}  # labelled_tokens, loss, and LossSums.metrics
         self.micro_batches = 0
-        self.row_ids: list[int] = []
+
+    @property
+    def row_ids(self) -> list[int]:
+        """The ids of the rows of its batches; a batch of another kind may have none."""
+        batches = [batch for batch in self.batches if isinstance(batch, Mapping) and batch.get("row_ids") is not None]
+        return [row_id for batch in batches for row_id in batch["row_ids"].tolist()]
 
     def accumulate(self, batch: Any, module: "QLoRAModule") -> Tensor:
         """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
@@ -88,12 +92,11 @@ class Window:
 
         loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for micro_batch in module.cutter.cut(batch):
-            sums = _compute(micro_batch, backpropagate, module.device)
+            sums = _run_pass(micro_batch, backpropagate, module.device)
             loss, count = loss + sums.loss, count + sums.count
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)
             self.micro_batches += 1
-            self.row_ids += _rows_of(micro_batch)
         return loss / count.clamp(min=1)
 
     # ---- votes: yes or no of each rank, which travel with the gradients ----------------------------------------------
@@ -159,13 +162,13 @@ def evaluate(batch: Any, module: "QLoRAModule", compute: Callable[[Any], Result]
     """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
     while True:
         try:
-            return [_compute(micro_batch, compute, module.device) for micro_batch in module.cutter.cut(batch)]
+            return [_run_pass(micro_batch, compute, module.device) for micro_batch in module.cutter.cut(batch)]
         except OutOfMemory as error:
             shortage = error.with_traceback(None)
         module.token_budget.lower(shortage, module)
 
 
-def _compute(micro_batch: Any, function: Callable[[Any], Result], device: torch.device) -> Result:
+def _run_pass(micro_batch: Any, function: Callable[[Any], Result], device: torch.device) -> Result:
     """Return the function's result of a micro-batch, which is moved to the device.
 
     Raises:
@@ -178,10 +181,3 @@ def _compute(micro_batch: Any, function: Callable[[Any], Result], device: torch.
             raise
         reason, error.__traceback__ = reason_of(error), None  # its frames hold the activations
     raise OutOfMemory(micro_batch, reason)  # not in the handler, whose error it would keep
-
-
-def _rows_of(micro_batch: Any) -> list[int]:
-    if isinstance(micro_batch, MicroBatch):
-        return list(micro_batch.rows)
-    rows = micro_batch.get("row_ids") if isinstance(micro_batch, Mapping) else None
-    return [] if rows is None else list(rows.tolist())

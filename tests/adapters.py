@@ -1,6 +1,8 @@
 """Adapter folders that no training made: random, large enough to matter, on the tiny base."""
 
+import contextlib
 import json
+import re
 
 import torch
 import yaml
@@ -37,3 +39,13 @@ def make_run(folder, base, **options):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return model
+
+
+def load_by_card(folder):
+    """The model and the tokenizer that the lines of the card load."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert "qlora_lightning" not in code
+    names = {}
+    with contextlib.chdir(folder):  # which the card calls a dot
+        exec(code, names)
+    return names["model"], names["tokenizer"]

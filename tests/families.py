@@ -74,6 +74,8 @@ SETTINGS = {  # None: the config's own default
     "falcon": {"alibi": True},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
     "gpt_neo": _LOCAL,
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "sliding_window": None},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": _CONVOLUTIONS,
     "lfm2_moe": _CONVOLUTIONS,
     "lfm3": _CONVOLUTIONS,

@@ -36,6 +36,7 @@ REJECTED_TYPES = {
     **dict.fromkeys(("aya_vision", "cohere2_vision"), "scales logits of its text alone, not of the whole model"),
     "laguna": "has adapters of which plain PEFT would lose some",
     "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
+    "phimoe": "draws experts at random in training",
     "rwkv": "rescales its weights in place, which 4-bit ones do not take",
 }
 # With SDPA these give another result than with transformers' own attention, which is used instead.

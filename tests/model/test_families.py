@@ -13,11 +13,12 @@ from qlora_lightning import QLoRAModule, UserError
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
+from qlora_lightning.model.load.base_model import keep_quantized_layers
 from qlora_lightning.model.load.wrapped import open_text_config
 from qlora_lightning.model.model_types import PACKED_TYPES
 from qlora_lightning.sources.tensors import tensor_names
 from tests import families
-from tests.adapters import make_run
+from tests.adapters import load_by_card, make_run
 from tests.equality import same
 from tests.errors import rejects
 from tests.random_base import save_family
@@ -28,6 +29,7 @@ QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "gra
 QUICK_WRAPPERS = ("gemma3", "mistral3", "qwen3_5")
 QUICK += ("qwen3_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
 ROW_BY_ROW = ("qwen3_5_text", "gemma2", "qwen2_moe", "bloom", "modernbert-decoder", "mamba2")
+ROW_BY_ROW += ("qwen3_5_moe_text", "qwen3_next", "nemotron_h", "lfm2_moe", "jamba", "granitemoehybrid")  # with experts
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW})
 
 
@@ -61,6 +63,7 @@ def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path
     ("model_type", "options", "words"),
     [
         ("bert", {}, "sees what comes behind a token"),
+        ("phimoe", {}, "draws experts at random in training"),
         (
             "llama4_text",
             {},
@@ -110,15 +113,25 @@ def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whol
     assert torch.equal(steps[0][1], steps[1][1])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
 @pytest.mark.parametrize(
     "model_type", ["gemma3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mistral3", "qwen3_5_moe"))]
 )
 def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
-    make_run(tmp_path / "run", base)
+    adapted = make_run(tmp_path / "run", base)
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--dtype", "fp32"]
     assert main(merge) == 0
     assert "Checked on 8 validation rows" in capsys.readouterr().out
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "AutoModelForMultimodalLM" in card
+    assert ("experts of this mixture were in nf4" in card) is (model_type == "qwen3_5_moe")
+    plain, _ = load_by_card(tmp_path / "run" / "adapter")
+    if model_type == "gemma3":
+        ids = torch.arange(5, 30)[None]
+        keep_quantized_layers(plain)  # bitsandbytes would compute in bf16
+        with torch.no_grad():
+            assert distance(plain(input_ids=ids).logits, adapted(input_ids=ids).logits) < 1e-4
     tensors, merged = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     assert tensors.keys() == merged.keys()
     copied = {name for name in tensors if torch.equal(tensors[name], merged[name])}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
-from qlora_lightning.model.layers.experts import adapting_experts
+from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
@@ -54,6 +54,10 @@ this folder's path or hub id in place of the dot:
 ```python
 {snippet}
 ```
+{note}"""
+_EXPERTS_NOTE = """
+The experts of this mixture were in {quantization} in training. These lines load them in 16 bits, as bitsandbytes does:
+that takes their full memory, and answers differ a little.
 """
 
 
@@ -93,7 +97,7 @@ def save_adapter_folder(
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
-    (staging / CARD).write_text(_describe(identity, config.task_type), encoding="utf-8")
+    (staging / CARD).write_text(_describe(identity, config.task_type, model), encoding="utf-8")
     write_whole(staging / IDENTITY, {"format_version": FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter)
@@ -116,7 +120,7 @@ def save_adapter_folder(
     flush(folder.parent)
 
 
-def _describe(identity: Mapping[str, Any], task_type: str | None) -> str:
+def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
     """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
     is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
     # no path, so that the folder can be moved and uploaded as it is
@@ -129,7 +133,9 @@ def _describe(identity: Mapping[str, Any], task_type: str | None) -> str:
         pipeline_tag="text-generation" if is_causal else None,
         tags=["lora", "qlora"],
     )
-    return _CARD.format(metadata=metadata, snippet=snippet, **identity)
+    has_packed_experts = any(isinstance(module, PackedExperts) for module in model.modules())
+    note = _EXPERTS_NOTE.format(**identity) if has_packed_experts else ""
+    return _CARD.format(metadata=metadata, snippet=snippet, note=note, **identity)
 
 
 def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:

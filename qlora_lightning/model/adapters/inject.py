@@ -27,7 +27,10 @@ _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
 )
 _ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear of attention, in any type
 PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba2")  # whose kernel reads the weight of out_proj, not its adapter
+_BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
+    "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
+    "dt_proj": ("falcon_mamba", "jamba"),
+}
 
 
 def check_adapter_settings(
@@ -171,8 +174,8 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
     candidates = [name for name in candidates if not isinstance(model.get_submodule(name), PackedExperts)]
     in_layers = {module for layer in decoder_layers(model) for module in layer.modules()} - routers_of(model)
     names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
-    if model.config.model_type in _MAMBA:
-        names_in_layers = {name for name in names_in_layers if not name.endswith(".out_proj")}
+    bypassed = {f".{name}" for name, types in _BYPASSED.items() if model.config.model_type in types}
+    names_in_layers = {name for name in names_in_layers if not name.endswith((*bypassed,))}
     selected = _select_by_name(candidates, names_in_layers, target_modules)
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]

@@ -1,6 +1,5 @@
 """The adapter folder: what plain PEFT loads, whole or not at all; rejected if its tensors, base or shape do not fit."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer
 from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.sources.folders import load_tokenizer
-from tests.adapters import make_adapter
+from tests.adapters import load_by_card, make_adapter
 from tests.dying import MachineFailed
 from tests.equality import contents, same
 from tests.steps import make_module
@@ -30,16 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 # ---- what others load ------------------------------------------------------------------------------------------------
-
-
-def load_by_card(folder):
-    """The model and the tokenizer that the lines of the card load."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert "qlora_lightning" not in code
-    names = {}
-    with contextlib.chdir(folder):  # which the card calls a dot
-        exec(code, names)
-    return names["model"], names["tokenizer"]
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule, UserError
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from tests.equality import read_checkpoint, same
+from tests.errors import rejects
 from tests.steps import make_trainer
 
 _STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
@@ -37,7 +38,7 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none
 def test_data_take_the_tokenizer_of_the_base_of_each_trainer_and_alone_ask_for_one(tiny_base, rows_file, tmp_path):
-    with pytest.raises(UserError, match="tokenizer: expected a hub id"):
+    with rejects("data.tokenizer", "a hub id"):
         InstructionDataModule(str(rows_file)).setup("fit")
     other, data = shutil.copytree(tiny_base, tmp_path / "other"), InstructionDataModule(str(rows_file), batch_size=8)
     for base in (tiny_base, other):

@@ -531,13 +531,15 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
 
 def _read_batch(batch: Any) -> Iterator[_Values]:
-    """Yield the rows of a record batch, each measured before it becomes Python's values."""
-    for row in (batch.slice(number, 1) for number in range(len(batch))):
-        if sum(map(_measure, row.columns)) > MAX_TEXT + _BYTES_PER_VALUE * _MAX_VALUES:
-            yield RowFault(TOO_LARGE)
-        else:
-            (values,) = row.to_pylist()
+    """Yield the rows of a record batch, which is measured before it becomes Python's values."""
+    if sum(map(_measure, batch.columns)) <= MAX_TEXT + _BYTES_PER_VALUE * _MAX_VALUES:
+        for values in batch.to_pylist():
             yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
+    elif len(batch) == 1:
+        yield RowFault(TOO_LARGE)
+    else:
+        for number in range(len(batch)):
+            yield from _read_batch(batch.slice(number, 1))
 
 
 def _measure(array: Any) -> int:

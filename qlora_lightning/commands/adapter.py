@@ -44,7 +44,10 @@ _RENDERING = (  # of the training; other rows share them
 _ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "forgetting")
 _COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
     "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
-    "data": (*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "missing", *_RENDERING),
+    "data": (
+        *(*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "drop_answers"),
+        *_RENDERING,
+    ),
     "evaluation": ("rows", "max_new_tokens", "scores", "samples", "forgetting", "forgetting_rows"),
     "trainer": ("accelerator", "limit_val_batches", "limit_test_batches"),
 }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qlora_lightning.cli import main
 from tests.commands.conftest import help_examples
@@ -103,6 +104,16 @@ def test_an_adapter_folder_takes_the_place_of_a_config(evaluate, trained, tmp_pa
     rows, base = trained / "rows.jsonl", trained / "tiny"
     _, alone = evaluate(*few, "--adapter", "b", f"--data.val={rows}", f"--model.base={base}", config=None)
     assert alone["metrics"]["loss"] == named["metrics"]["loss"]
+
+
+@pytest.mark.parametrize("key", ["drop_answers", "missing"])  # the latter is its old name
+def test_the_config_beside_an_adapter_says_which_answers_count(evaluate, tmp_path, key):
+    config = yaml.safe_load(Path("runs/b/config.yaml").read_text())
+    config["data"] = {"val": "rows.jsonl", key: ["0"]}  # the first row's
+    run = shutil.copytree("runs/b", tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    _, found = evaluate("--adapter", str(run), "--evaluation.rows", "0", config=None)
+    assert found["rows"] == 7
 
 
 def test_several_adapters_are_each_evaluated_as_alone(evaluate):

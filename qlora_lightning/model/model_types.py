@@ -78,7 +78,7 @@ def decoder_layers(causal_lm: Any) -> list[Any]:
     """Return the decoder layers: the largest module list of the config's length, and all of the same layer class."""
     stacks: list[Any] = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not stacks:
-        raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.")
+        raise UserError(f"A {causal_lm.config.model_type} has no decoder layers that can be told apart.", "base.layers")
     candidates = [stack for stack in stacks if len(stack) == getattr(causal_lm.config, "num_hidden_layers", None)]
     largest = max(candidates or stacks, key=lambda stack: sum(weight.numel() for weight in stack.parameters()))
     return [layer for stack in stacks if type(stack[0]) is type(largest[0]) for layer in stack]

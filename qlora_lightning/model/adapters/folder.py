@@ -5,7 +5,6 @@ import filecmp
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.inject import ADAPTER, check_shapes
-from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts
+from qlora_lightning.model.adapters.inject import ADAPTER, calling_peft, check_shapes
+from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
@@ -249,9 +248,8 @@ def add_named_adapter(
     """
     # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
-    # as in adapters/inject.py
-    context, config = f"PEFT cannot put the adapter of {folder} on the base", read_lora_config(folder, model.config)
-    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context, "adapter.peft"):
+    config = read_lora_config(folder, model.config)
+    with calling_peft(model, config, str(folder)):
         model.add_adapter(name, config)
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)

@@ -230,16 +230,24 @@ def inject(model: PreTrainedModel, config: peft.LoraConfig, source: str = "model
     On a base on the meta device the adapter is there too.
     """
     on_meta = model.device.type == "meta"
-    # PEFT's warnings do not help users, or are about what is rejected above
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+    device = torch.device("meta") if on_meta else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), device, calling_peft(model, config, source):
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        device = torch.device("meta") if on_meta else contextlib.nullcontext()
-        context = f"PEFT cannot put the adapter of {source} on the base"  # it checks few options
-        with device, adapting_experts(model, config), explaining(context, "adapter.peft"):
-            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
     return adapted
+
+
+@contextlib.contextmanager
+def calling_peft(model: nn.Module, config: peft.LoraConfig, source: str) -> Iterator[None]:
+    """Let PEFT put an adapter on packed experts too; its errors name the source, for it checks few options.
+
+    Its warnings do not help users, or are about what is rejected here.
+    """
+    context = f"PEFT cannot put the adapter of {source} on the base"
+    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context, "adapter.peft"):
+        yield
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

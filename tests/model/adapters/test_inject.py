@@ -58,8 +58,6 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
         *(({"layers": layers}, "model.layers", repr(layers)) for layers in ([0, 4], [-1], [], "last:0")),
         ({"alpha": 0.0}, "model.alpha", "0.0"),
         ({"dropout": 1.0}, "model.dropout", "1.0"),
-        ({"target_experts": True}, "model.target_experts", "no experts"),
-        ({"target_experts": True, "dropout": 0.1}, "model.target_experts", "no dropout"),
     ],
 )
 def test_what_would_go_wrong_without_a_word_is_rejected(tiny_base, settings, key, fact):

@@ -12,7 +12,7 @@ import yaml
 
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -29,14 +29,14 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.rank": "lora_r lora_rank r",
     "model.target_modules": "lora_target lora_target_linear",
     "model.learning_rate": "lr",
-    "model.lora_options": "loftq use_dora use_rslora",
+    "model.lora_options": "loftq lora_modules_to_save use_dora use_rslora",
     "model.schedule": "lr_scheduler lr_scheduler_type",
     "model.warmup_ratio": "warmup_steps",
     "model.optimizer": "optim",
     "data.train": "data_path dataset dataset_name datasets train_dataset train_file",
     "data.val": "eval_dataset eval_file test_datasets validation_file",
     "data.val_fraction": "test_size val_set_size val_size",
-    "data.batch_size": "micro_batch_size per_device_train_batch_size",
+    "data.batch_size": "micro_batch_size per_device_eval_batch_size per_device_train_batch_size",
     "data.tokens_per_batch": "packing sample_packing",
     "data.max_length": "cutoff_len max_seq_len max_seq_length model_max_length sequence_len",
     "data.train_on": "assistant_only_loss completion_only_loss train_on_inputs",
@@ -53,6 +53,7 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "trainer.strategy": "deepspeed fsdp",
     "adapter_checkpoint.every_n_train_steps": "save_steps",
     "seed_everything": "seed",
+    "ckpt_path": "resume_from_checkpoint",
 }
 RENAMED_KEYS = {
     "data.missing": "data.drop_answers",
@@ -60,11 +61,12 @@ RENAMED_KEYS = {
     "evaluation.general_rows": "evaluation.forgetting_rows",
 }
 """Settings under the names that they had once: those still work, and a line names the new one."""
+_CONFIG_OPTIONS = ("--config", "-c")
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
     """Return the value of each ``--config`` and ``-c``, as it was typed, except a config itself as JSON."""
-    names = [name for option, name in itertools.pairwise(arguments) if option in ("--config", "-c")]
+    names = [name for option, name in itertools.pairwise(arguments) if option in _CONFIG_OPTIONS]
     names += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
     return [name for name in names if not name.startswith("{")]
 
@@ -163,8 +165,10 @@ def expand_config(config: Any) -> Any:
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML.
 
-    Behind the ``config.yaml`` of a run folder, name the folder in which it is: it may have been moved since.
+    Configs come first, since jsonargparse lets the last one win and an option counts more than a file, wherever it is
+    typed. Behind the ``config.yaml`` of a run folder, name the folder in which it is: it may have been moved since.
     """
+    configs: list[str] = []
     expanded: list[str] = []
     options = {f"--{key}" for key in CALLBACKS}
     for argument in arguments:
@@ -176,11 +180,20 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
             argument = f"--{new}{equals}{value}"
         if name in options and value.lower() in ("null", "false", "true"):
             argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
-        expanded.append(argument)
-        for config in find_configs(expanded[-2:]):
-            file = Path(config).expanduser()
-            manifest = file.with_name(MANIFEST)  # other programs have files of that name
-            is_run = file.name == CONFIG and manifest.is_file()
-            if is_run and b'"format": "qlora_lightning manifest"' in manifest.read_bytes()[:200]:
-                expanded.append(f"--trainer.default_root_dir={file.parent}")
-    return expanded
+        if expanded and expanded[-1] in _CONFIG_OPTIONS:
+            argument = f"{expanded.pop()}={argument}"
+        name, _, value = argument.partition("=")
+        if name not in _CONFIG_OPTIONS or not value:
+            expanded.append(argument)
+            continue
+        configs.append(f"--config={value}")
+        file = Path(value).expanduser()
+        if file.name == CONFIG and _is_run_folder(file.parent):
+            configs.append(f"--trainer.default_root_dir={file.parent}")
+    return configs + expanded
+
+
+def _is_run_folder(folder: Path) -> bool:
+    manifest = folder / MANIFEST  # other programs have files of that name
+    is_ours = manifest.is_file() and b'"format": "qlora_lightning manifest"' in manifest.read_bytes()[:200]
+    return is_ours or (folder / ADAPTER_FOLDER / IDENTITY).is_file()

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelPruning,
@@ -46,10 +47,18 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     **dict.fromkeys((StochasticWeightAveraging, WeightAveraging), "averages the whole model, packed bytes too"),
     **dict.fromkeys((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
     GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall too late",
+    BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
+
+
+def check_callbacks(trainer: Trainer | None) -> None:
+    """Reject callbacks under which something else would be trained, before any of them sets up."""
+    for kind, reason in _REJECTED_CALLBACKS.items():
+        if trainer is not None and (callback := find_callback(trainer, kind)) is not None:
+            raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
 
 
 def check_setup(module: "QLoRAModule") -> None:
@@ -86,9 +95,6 @@ def check_start(module: "QLoRAModule") -> None:
                     "override would change nothing. Override compute_loss, or use a callback.",
                     f"module.{name}",
                 )
-        for kind, reason in _REJECTED_CALLBACKS.items():
-            if (callback := find_callback(trainer, kind)) is not None:
-                raise UserError(f"{type(callback).__name__} {reason}: leave it out.", "trainer.callbacks")
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
             raise UserError(
                 "The callbacks that watch over a run and resume it are missing: return "

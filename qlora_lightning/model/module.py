@@ -160,6 +160,7 @@ class QLoRAModule(lightning.LightningModule):
         self.sharded_base: sharded.ShardedBase | None = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
+        guards.check_callbacks(trainers.trainer_of(self))
         return [ExactResume(), self.guard]
 
     # ---- the model -------------------------------------------------------------------------------------------------

@@ -38,9 +38,13 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_firs
     assert "Warning" not in out + capsys.readouterr().out
     for name in ("validate", "evaluate"):
         assert "Warning: the rows that are held out now" in command(name, "--seed_everything", 8, config=config)
-    assert "evaluates the base alone" in command("validate", *NEW, config=config)  # an option beats the folder
+    capsys.readouterr()
+    assert main(["validate", *map(str, NEW), "--config", str(config)]) == 0  # an option beats the file behind it
+    assert "evaluates the base alone" in capsys.readouterr().out
     (tmp_path / "moved" / "manifest.json").write_text('{"name": "another program"}')
     config.write_text(config.read_text().replace(str(tmp_path / "moved"), "new"))
+    assert f"Adapter: {tmp_path / 'moved' / 'adapter'}" in command("validate", config=config)
+    (tmp_path / "moved" / "adapter" / "qlora_lightning.json").unlink()
     assert "evaluates the base alone" in command("validate", config=config)
 
 

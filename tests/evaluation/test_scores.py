@@ -15,6 +15,8 @@ from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json
         ("(2 + 3) -5", "5", 1.0),
         ("The number is:\n- 18", "18", 1.0),
         ("covid-19", "19", 1.0),
+        ("It costs .50 or so", "0.5", 1.0),
+        ("1.5e3", "1500", 1.0),
         ("It is -18", "-18", 1.0),
         ("#### -$1,234.50", "-1234.5", 1.0),
         ("5 apples #### none", "5", 0.0),

@@ -9,7 +9,8 @@ import torch
 from lightning import Callback
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
+    BackboneFinetuning,
+    BatchSizeFinder,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -91,14 +92,6 @@ class DropsCallbacks(QLoRAModule):
         return []
 
 
-class Freezes(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(list(pl_module.children()))
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        """Thaw nothing."""
-
-
 class Apple(CPUAccelerator):
     """A machine whose GPU is not there."""
 
@@ -127,7 +120,8 @@ def by_lbfgs(base):
         (by_lbfgs, {"accumulate_grad_batches": 2}, "model.optimizer"),
         (QLoRAModule, {"callbacks": LearningRateFinder()}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": EMAWeightAveraging()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": Freezes()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": BackboneFinetuning()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": BatchSizeFinder()}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": ModelPruning("l1_unstructured")}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": GradientAccumulationScheduler({4: 2})}, "trainer.callbacks"),
         (QLoRAModule, {"accelerator": "auto", "strategy": SingleDeviceStrategy("mps", Apple())}, "trainer.accelerator"),

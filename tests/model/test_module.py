@@ -11,7 +11,7 @@ from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, LossSums, QLoRAModule, UserError
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, LossSums, QLoRAModule, UserError, load_base
 from tests.equality import base_tensors, same
 from tests.errors import rejects
 from tests.steps import distance, fit, loss_and_gradients, make_batch, make_module, trainable_tensors
@@ -178,6 +178,25 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
     for kind, base in ((Plain, other), (QLoRAModule, tiny_base)):  # the latter has it from the files, in other bits
         with pytest.raises(UserError, match="was trained on another base"):
             kind(str(base), quantization="nf4", adapter=str(tmp_path / "adapter")).configure_model()
+
+
+class OwnAdapters(QLoRAModule):
+    def build_model(self):
+        base = load_base(self.base, compute_dtype=torch.float32).model
+        return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of transformers, asked by PEFT 0.21
+def test_other_adapters_of_peft_are_saved_and_resumed(tiny_base, rows_file, tmp_path):
+    for max_epochs, checkpoint in ((1, None), (2, tmp_path / "checkpoints" / "last.ckpt")):
+        options = {"callbacks": [AdapterCheckpoint()], "enable_checkpointing": True, "max_epochs": max_epochs}
+        module = OwnAdapters(str(tiny_base))
+        fit(module, tmp_path, rows_file, ckpt_path=checkpoint, **options)
+    with warnings.catch_warnings(action="ignore"):  # of PEFT's: transformers' own task types
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
+    stored = {name: tensor for name, tensor in model.named_parameters() if "ia3_l" in name}
+    assert stored
+    assert all(torch.equal(tensor, module.model.get_parameter(name)) for name, tensor in stored.items())
 
 
 class OldNames(QLoRAModule):

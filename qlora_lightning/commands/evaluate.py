@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,10 +145,15 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         answered_rows = keep_prompts(rows, evaluation.rows)
         requests = [] if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
-        unfinished_file = options.out and options.out / UNFINISHED_PREDICTIONS
-        if unfinished_file:
-            set_aside(unfinished_file)
-        on_answers = partial(_append_answers, unfinished_file)
+        if options.out:
+            set_aside(options.out / UNFINISHED_PREDICTIONS)
+
+        def on_answers(side: str, answered: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
+            if options.out:  # as they come: a kill leaves them
+                pairs = zip(answered, answers, strict=True)
+                lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
+                append_json_lines(options.out / UNFINISHED_PREDICTIONS, lines)
+
         # before the base: it may fail
         served = [] if server is None else ask_server(server, requests, answered_rows, settings, on_answers)
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
@@ -210,14 +214,6 @@ def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tup
         row.place = places.get(row.number, f"row {row.number}")
         row.source = sources[int(row.source)].path if sources else row.source
     return batches, rows
-
-
-def _append_answers(file: Path | None, side: str, rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
-    """Append answers, as they come, to the file of the results, if there is one."""
-    if file is not None:
-        pairs = zip(rows, answers, strict=True)
-        lines = [{"row": row.number, "place": row.place, "side": side, **answer._asdict()} for row, answer in pairs]
-        append_json_lines(file, lines)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

@@ -96,7 +96,14 @@ class QLoRACLI(LightningCLI):
         register_strategies()
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)  # as jsonargparse 5 does
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-        options = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+        options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+        if verb is not None:
+            options |= {
+                "prog": f"qlora-lightning {verb}",
+                "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
+                "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
+                "formatter_class": _HelpFormatter,
+            }
         super().__init__(
             QLoRAModule,
             InstructionDataModule,
@@ -104,7 +111,7 @@ class QLoRACLI(LightningCLI):
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs=options if verb is None else {**options, **_help_texts(verb)},
+            parser_kwargs=options,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -271,12 +278,3 @@ EXAMPLES = {
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
     """jsonargparse's, with our line breaks."""
-
-
-def _help_texts(verb: str) -> dict[str, Any]:
-    return {
-        "prog": f"qlora-lightning {verb}",
-        "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
-        "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
-        "formatter_class": _HelpFormatter,
-    }

@@ -88,7 +88,6 @@ FAMILIES = {  # name: control tokens, BOS, end of sequence
     "llama31": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "qwen25": (_CHATML, None, "<|im_end|>"),
     "qwen3": (_CHATML, None, "<|im_end|>"),
-    "qwen3_agent": (_CHATML, None, "<|im_end|>"),
     "deepseek_r1": (_R1, _R1[0], _R1[1]),
     "gpt_oss": (["<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"], None, "<|return|>"),
     "mistral": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),

@@ -1,6 +1,5 @@
 """From rows to samples, and a report of what became of them; bad rows are named all at once."""
 
-import copy
 import gzip
 import json
 import tracemalloc
@@ -101,21 +100,12 @@ def test_a_document_is_cut_into_pieces_and_tokens_as_their_settings_say(characte
         assert data.reports["train"].shortened == (lengths == [8])
 
 
-# Earlier answers lose their thoughts once another turn follows: not prefix-preserving.
-FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 def test_rows_of_all_kinds_stay_in_their_order(families, talk):
-    chatml = copy.deepcopy(families["qwen25"])
-    chatml.chat_template = FORGETFUL
-    turns = {"messages": talk("q", "<think>hm</think>a", "r", "b")}  # rendered turn by turn: two texts
+    chatml = families["qwen3"]
+    turns = {"messages": talk("q", "<think>\nhm\n</think>\n\na", "r", "b")}  # rendered turn by turn: two texts
     rows = [pair(), {"input_ids": [5, 6], "labels": [5, 6]}, turns, pair("<|im_end|>"), turns, pair("q", "z")]
     samples = prepare_rows(rows, chatml, on_bad_row="skip").samples["train"]
     trained = [chatml.decode([label for label in sample.labels if label != -100]) for sample in unpack(samples)]
-    thoughts = ["<think>hm</think>a<|im_end|>", "b<|im_end|>"]
+    thoughts = ["<think>\nhm\n</think>\n\na<|im_end|>", "b<|im_end|>"]
     assert trained == ["k<|im_end|>", chatml.decode([6]), *thoughts, *thoughts, "z<|im_end|>"]
     assert samples.row_ids.tolist() == [0, 1, 2, 2, 4, 4, 5]

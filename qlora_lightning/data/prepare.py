@@ -215,7 +215,7 @@ class Preparation:
             source=converted.source,
             file=row.file,
             line=row.line,
-            prompt=self.renderer.hash_prompt(parts[0].content),
+            prompt=self.renderer.hash_prompt(parts[0].content, row.source.settings.system if row.source else None),
         )
         fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
         samples = [sample for part in parts for sample in part.samples]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_lightning import InstructionDataModule
 from tests.data.conftest import prepare_rows
 from tests.errors import rejects
 
@@ -98,6 +99,18 @@ def test_prompts_that_are_trained_with_another_answer_are_reported(characters):
     assert (report.overlap, report.overlap_prompts) == (2, 1)
     line = "2 rows are trained on too, 1 of them with another answer, so val_loss is too good: "
     assert f"{line}val:1 = train:1, val:2 = train:2 (prompt)" in report.describe()
+
+
+def test_a_question_is_the_same_prompt_behind_the_system_prompt_of_the_settings(characters, tmp_path):
+    (file := tmp_path / "rows.jsonl").write_text("".join(f'{{"question": "q{n}", "answer": "k"}}\n' for n in range(40)))
+    with_system = {"path": str(file), "system": "s"}
+    data = InstructionDataModule([str(file), with_system], val_fraction=0.1, tokenizer=characters)
+    data.setup("fit")
+    train, val = ({row % 40 for row in data.samples[split].row_ids.tolist()} for split in ("train", "val"))
+    assert (len(val), train & val) == (4, set())
+    data = InstructionDataModule(str(file), val=with_system, tokenizer=characters)
+    data.setup("fit")
+    assert data.reports["val"].overlap == 40
 
 
 def test_each_side_has_a_row_or_the_split_is_rejected(held):

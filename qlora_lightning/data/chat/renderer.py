@@ -14,6 +14,7 @@ from qlora_lightning.data.chat.templates import (
     ControlTokens,
     find_presets,
     find_reasoning_key,
+    find_searched_words,
     find_stop_ids,
     name_tokenizer,
     writes_bos,
@@ -160,8 +161,11 @@ class ChatRenderer:
         """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
         return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
-    def hash_prompt(self, content: Content) -> int:
-        """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt."""
+    def hash_prompt(self, content: Content, added_system: str | None = None) -> int:
+        """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt.
+
+        ``added_system`` is the system prompt of the settings: with and without it a question is the same.
+        """
         if isinstance(content, Tokens):
             labelled = (index for index, label in enumerate(content.labels) if label != IGNORED)
             return _hash(content.ids[: next(labelled, 0)])
@@ -170,6 +174,8 @@ class ChatRenderer:
         messages = content.messages
         answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
         prompt = messages[: min(answers, default=0)]
+        if prompt and prompt[0] == {"role": "system", "content": added_system}:
+            prompt = prompt[1:]
         turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
         return _hash([turns, content.tools])
 
@@ -336,7 +342,8 @@ class TemplateRenderer:
 
     def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
         self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
-        self._reasoning_key = find_reasoning_key(getattr(tokenizer, "chat_template", None))
+        template = getattr(tokenizer, "chat_template", None)
+        self._reasoning_key, self._searched_words = find_reasoning_key(template), find_searched_words(template)
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
         """Render a conversation to train on.
@@ -428,7 +435,9 @@ class TemplateRenderer:
             shape = (reasoning is None, bool(_NO_REASONING.match(content)), not content.strip())
             spaces = (content[:1].isspace(), content[-1:].isspace())
             turns = ("tool_calls" in messages[index], index < last_question, *roles[index - 1 : index + 2])
-            kinds.setdefault((*shape, *spaces, *turns), []).append(index)
+            question = messages[index - 1]["content"] if index else ""
+            words = (word in part for word in self._searched_words for part in (question, messages[index]["content"]))
+            kinds.setdefault((*shape, *spaces, *turns, *words), []).append(index)
         rendered = {index for members in kinds.values() for index in (members[0], members[-1])}
         found = {index: self._find_span(messages, tools, index, text) for index in rendered}
         spans = [located[1] for located in found.values() if located and located[0] == text]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 
 from qlora_lightning.data.rows.content import REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
@@ -80,6 +81,19 @@ def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
     """Return the key of a message from which a chat template reads reasoning; None if it reads none."""
     text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
     return next((key for key in REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
+
+
+def find_searched_words(template: str | Mapping[str, str] | None) -> list[str]:
+    """Return the texts that a chat template looks for in messages, such as ``</think>`` or ``/no_think``."""
+    words = set[str]()
+    for text in template.values() if isinstance(template, Mapping) else [template or ""]:
+        tree = _parse(text)
+        operands = [node.expr for node in tree.find_all(nodes.Compare) if node.ops[0].op in ("in", "notin")]
+        for call in tree.find_all(nodes.Call):
+            operands += call.args if isinstance(call.node, nodes.Getattr) else []  # content.startswith('<think>')
+        constants = [operand.value for operand in operands if isinstance(operand, nodes.Const)]
+        words |= {constant for constant in constants if isinstance(constant, str)}
+    return sorted(words)
 
 
 def _put_template(tokenizer: Any, choice: str) -> Any:
@@ -155,9 +169,12 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
 
 
 def _find_variables(template: str) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(_parse(template))
+
+
+def _parse(template: str) -> nodes.Template:
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers, which marks answers
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    return jinja2.meta.find_undeclared_variables(environment.parse(text))
+    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
 
 
 def _stop_clock(template: str, title: str) -> str:

@@ -89,6 +89,15 @@ def test_a_template_that_would_train_something_else_is_rejected(chatml, talk, te
         render_one(chatml, talk(*contents))
 
 
+def test_a_prompt_that_its_question_changes_is_found_between_others(chatml, talk):
+    end = "<|im_start|>assistant\n{% if '/no_think' in messages[-1]['content'] %}<think>\n\n</think>\n\n{% endif %}"
+    header = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    chatml.chat_template = f"{header}{{% if add_generation_prompt %}}{end}{{% endif %}}"
+    assert labelled(chatml, render_one(chatml, talk(*"qaqbqc"))) == "a<|im_end|>b<|im_end|>c<|im_end|>"
+    with rejects("rows.bad", "prefix-preserving", "message 4"):
+        render_one(chatml, talk("q", "a", "q /no_think", "b", "q", "c"))
+
+
 @pytest.mark.parametrize(("begin", "found"), [("", "none"), ("{{ bos_token }}{{ bos_token }}", "two")])
 def test_a_template_that_writes_not_one_bos_is_rejected(chatml, talk, begin, found):
     chatml.add_special_tokens({"bos_token": "<|im_start|>"})

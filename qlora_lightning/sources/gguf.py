@@ -33,8 +33,7 @@ def unpack_gguf(file: Path, name: str) -> Path:
     }
 
     def build(folder: Path) -> None:
-        size = format_bytes(status.st_size)
-        _log.info("Unpacking %s (%s), once; kept in %s", file.name, size, folder.parent)
+        _log.info("Unpacking %s (%s), once; kept in %s", file.name, format_bytes(status.st_size), folder.parent)
         with quiet_loggers(logging.ERROR, "transformers"), redirect_stderr(io.StringIO()):
             _unpack(file, folder, name)
 

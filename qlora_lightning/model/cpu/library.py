@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
@@ -77,11 +77,6 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 def has_function(name: str, dtype: torch.dtype) -> bool:
     """Whether a function can be called for a dtype."""
     return _function(name, dtype) is not None
-
-
-def is_here(tensor: Tensor) -> bool:
-    """Whether a tensor has data in CPU memory: torch's tracers have tensors of other types."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:

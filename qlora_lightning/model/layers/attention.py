@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function, is_here
+from qlora_lightning.model.cpu.library import call, has_function
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
 PACKED_ATTENTION = "qlora_packed"
@@ -203,10 +203,12 @@ def attend(
 
 def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
     """Whether the C++ loops take states ``(…, head_dim)`` in a dtype; bfloat16 needs a CPU with AVX512-BF16."""
+    if type(value) not in (Tensor, nn.Parameter) or value.device.type != "cpu":  # those of tracers have no data
+        return False
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read out of bounds
         return False
-    return is_here(value) and head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:

@@ -114,7 +114,8 @@ class Precision(NamedTuple):
 
 def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Precision:
     """Choose where autocast is on while a model computes in a dtype."""
-    is_packed, ends = runs_packed(causal_lm.config), set(_embedding_and_head(causal_lm))
+    is_packed = runs_packed(causal_lm.config)
+    ends = {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()} - {None}
     trains_ends = any(map(_trains, ends))
     cast_params = {param for module in ends for param in module.parameters()}  # packed batches cast embedding and head
     trains_uncast = any(
@@ -124,10 +125,6 @@ def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Prec
     )
     autocasts_layers = dtype != torch.float32 and (trains_uncast or any(fusion.linears.values()))
     return Precision(dtype, autocasts_layers, autocasts_layers or (dtype != torch.float32 and trains_ends))
-
-
-def _embedding_and_head(causal_lm: Any) -> list[nn.Module]:
-    return [module for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()) if module]
 
 
 def _set_recompute_contexts(causal_lm: Any) -> None:

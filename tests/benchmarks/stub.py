@@ -1,7 +1,8 @@
 """``python -m tests.benchmarks.stub``: memory, launches and the host's time of 8B's shape, on the stub of a card.
 
 Beside PEFT and, if ``--unsloth-python`` names an interpreter that has it, Unsloth, without its compilation, which takes
-many minutes. Steps of 4,096 tokens in rows of 1,024, all labelled; rank 16 on all linears, bf16, AdamW.
+many minutes. Steps of 4,096 tokens in rows of 1,024, all labelled; rank 16 on all linears, bf16, AdamW. Then steps of
+Qwen3-30B-A3B's shape, with adapters on attention.
 """
 
 import argparse
@@ -93,6 +94,18 @@ def compare(sides: Sides, repeats: int) -> Table:
     return table
 
 
+def compare_mixture(sides: Sides) -> Table:
+    """Return the table of steps of Qwen3-30B-A3B's shape, beside PEFT with bitsandbytes' parametrization."""
+    table = Table("Qwen3-30B-A3B", "peak GiB", "launches", "waits, reads", "CPU ms of the host")
+    for mode, tokens in (("plain", 1024), ("checkpointed", 4096)):
+        for side in ("mixture", "mixture_of_peft"):
+            figures = sides.run("ours", side=side, mode=mode, tokens=tokens, layers=48)
+            cells = f"{figures['gib']:.2f}", f"{figures['forward']:,} + {figures['backward']:,}"
+            cells += f"{figures['waits']}, {figures['reads']}", f"{figures['host']:.0f}"
+            table.add_row(f"{side}, {mode}, {tokens:,} tokens", *cells)
+    return table
+
+
 def plan(sides: Sides, folder: Path) -> Table:
     """Return the table of fits: README's rows, with what is planned and measured."""
     write_rows(folder / "rows.jsonl", tokens_of([*range(1, 2049, 13)]))
@@ -117,6 +130,7 @@ def main() -> None:
         sides = Sides(folder, arguments.unsloth_python)
         console.print(plan(sides, folder))
         console.print(compare(sides, arguments.repeats))
+        console.print(compare_mixture(sides))
 
 
 if __name__ == "__main__":

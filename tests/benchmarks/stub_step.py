@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import itertools
 import json
 import re
 import time
@@ -19,7 +20,8 @@ import torch
 from tests.benchmarks.child import ROOT, serve
 
 GIB = 2**30
-SHAPE = ROOT / "configs" / "shapes" / "llama-3.1-8b"
+SHAPES = ROOT / "configs" / "shapes"
+SHAPE, MIXTURE = SHAPES / "llama-3.1-8b", SHAPES / "qwen3-30b-a3b"
 ROW = 1024  # tokens
 RANK = 16
 
@@ -31,25 +33,26 @@ def counts() -> list[int]:
     return list(values)
 
 
-def make_model(layers: int) -> Any:
+def make_model(layers: int, shape: Path = SHAPE) -> Any:
     """Return a model with adapters whose tensors are memory of the card, without loading anything."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
     from transformers import AutoConfig
 
     from qlora_lightning.model.load.build import meta_base, put_adapters
 
-    config = AutoConfig.from_pretrained(SHAPE, num_hidden_layers=layers)
+    config = AutoConfig.from_pretrained(shape, num_hidden_layers=layers)
     options = {"alpha": None, "dropout": 0.0, "target_modules": "all-linear", "layers": "all", "lora_options": None}
     model = put_adapters(meta_base(config, torch.bfloat16, "nf4"), None, rank=RANK, **options)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="cuda")
 
-    for module in model.modules():
+    for module in list(model.modules()):
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, empty(*buffer.shape, dtype=buffer.dtype))
-        for name, param in module.named_parameters(recurse=False):
+        for name, param in list(module.named_parameters(recurse=False)):
             data = empty(*param.shape, dtype=param.dtype)
             if isinstance(param, Params4bit):
                 state, scales = param.quant_state, param.numel() * 2 // 64
@@ -58,20 +61,38 @@ def make_model(layers: int) -> Any:
                 state.state2.dtype = torch.float32
                 options = {"quant_state": state, "quant_type": "nf4", "bnb_quantized": True}
                 setattr(module, name, Params4bit(data, requires_grad=False, **options))
+            elif param.dim() == 3:  # experts for a peer
+                setattr(module, name, torch.nn.Parameter(data, requires_grad=False))
+                replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
             else:
                 setattr(module, name, torch.nn.Parameter(data, requires_grad=param.requires_grad))
     return model.train()
 
 
-def prepare_ours(mode: str, tokens: int, layers: int) -> Any:
+def route_evenly() -> None:
+    """Give each expert the same number of tokens: the stub computes no indices, but has their launches and reads."""
+    from qlora_lightning.model.layers import experts
+
+    def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> experts.Routing:
+        flat = top_k_index.reshape(-1)
+        order = flat.argsort(stable=True)
+        torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
+        bounds = [len(flat) * expert // n_experts for expert in range(n_experts + 1)]
+        slices = {expert: slice(*pair) for expert, pair in enumerate(itertools.pairwise(bounds)) if pair[0] < pair[1]}
+        return experts.Routing(order, order.argsort(), slices)
+
+    experts.sort_by_expert = sort_by_expert
+
+
+def prepare_ours(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
     """Return a model, and a function that computes its loss from a batch on the host, in rows of 1,024 tokens."""
     from qlora_lightning import QLoRAModule
     from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
     from qlora_lightning.model.layers.select import fuse_layers
     from tests.steps import make_batch
 
-    module, card = QLoRAModule(str(SHAPE)), torch.device("cuda", 0)
-    module.model, module._device, module.identity["compute_dtype"] = make_model(layers), card, "bfloat16"
+    module, card = QLoRAModule(str(shape)), torch.device("cuda", 0)
+    module.model, module._device, module.identity["compute_dtype"] = make_model(layers, shape), card, "bfloat16"
     fuse_layers(module.model)
     module._choose_precision()
     module.token_budget.tokens = tokens
@@ -86,8 +107,8 @@ def prepare_ours(mode: str, tokens: int, layers: int) -> Any:
     return module.model, loss
 
 
-def prepare_peft(mode: str, tokens: int, layers: int) -> Any:
-    model = make_model(layers)
+def prepare_peft(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
+    model = make_model(layers, shape)
     if mode != "plain":
         model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     rows = torch.zeros(tokens // ROW, ROW, dtype=torch.int64, device="cuda")
@@ -97,6 +118,14 @@ def prepare_peft(mode: str, tokens: int, layers: int) -> Any:
             return model(input_ids=rows, labels=rows, use_cache=False).loss
 
     return model, loss
+
+
+def prepare_mixture_of_peft(mode: str, tokens: int, layers: int) -> Any:
+    """Prepare PEFT with experts in bitsandbytes' parametrization, which makes those of a layer dense all at once."""
+    from qlora_lightning.model.load import build
+
+    build.pack_experts = lambda *_: None
+    return prepare_peft(mode, tokens, layers, MIXTURE)
 
 
 def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
@@ -120,7 +149,15 @@ def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
 def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: str = "") -> dict[str, Any]:
     """Take steps with AdamW: peak of memory, launches, waits, reads, and the CPU time of the host's passes."""
     prepare = {"ours": prepare_ours, "peft": prepare_peft}
-    model, loss = prepare_unsloth(mode, tokens, folder) if side == "unsloth" else prepare[side](mode, tokens, layers)
+    if side == "mixture":
+        route_evenly()
+        model, loss = prepare_ours(mode, tokens, layers, MIXTURE)
+    elif side == "mixture_of_peft":
+        model, loss = prepare_mixture_of_peft(mode, tokens, layers)
+    elif side == "unsloth":
+        model, loss = prepare_unsloth(mode, tokens, folder)
+    else:
+        model, loss = prepare[side](mode, tokens, layers)
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
     milliseconds, figures = [], {}
     for number in range(12):

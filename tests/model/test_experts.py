@@ -9,13 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lightning import QLoRAModule, load_base
-from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from tests import families
-from tests.equality import differences, same
+from tests.equality import same
 from tests.errors import rejects
-from tests.random_base import save_family
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
 
 PT = {"format": "pt"}
@@ -73,21 +71,6 @@ def test_adapters_of_experts_are_plain_pefts_byte_for_byte(model_type, tmp_path,
     checkpointed = loss_and_gradients(again, batch)
     switch_checkpointing(again.causal_lm, Checkpointing(True), Checkpointing())
     assert_same_step(checkpointed, loss_and_gradients(again, batch))
-
-
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_never_stopped(tmp_path, tiny_base, rows_file):
-    base = save_family(tmp_path / "base", "qwen3_moe", tiny_base)
-
-    def run(name, steps, *options):
-        options = [f"--trainer.default_root_dir={tmp_path / name}", f"--trainer.max_steps={steps}", *options]
-        options += ["--model.schedule=constant", "--model.warmup_ratio=0", "--trainer.enable_progress_bar=false"]
-        options += ["--model.target_experts=true", "--trainer.accelerator=cpu", "--data.batch_size=2"]
-        assert main(["fit", f"--model.base={base}", f"--data.train={rows_file}", *options]) == 0
-
-    run("whole", 3)
-    run("stopped", 1)
-    run("stopped", 3, "--ckpt_path=last")
-    assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):

@@ -19,7 +19,7 @@ from qlora_lightning.model.model_types import PACKED_TYPES
 from qlora_lightning.sources.tensors import tensor_names
 from tests import families
 from tests.adapters import load_by_card, make_run
-from tests.equality import same
+from tests.equality import differences, same
 from tests.errors import rejects
 from tests.random_base import save_family
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
@@ -130,6 +130,32 @@ def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path,
     copied = {name for name in tensors if torch.equal(tensors[name], merged[name])}
     assert {name for name in tensors if "vision" in name or "visual" in name} <= copied < tensors.keys()
     assert main([*merge, "--gguf", "f16", "--force"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"), [("gemma3", []), *([("qwen3_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)]
+)
+def test_wrappers_and_mixtures_are_resumed_planned_evaluated_and_asked_as_any_base(
+    model_type, options, tmp_path, tiny_base, rows_file, capsys
+):
+    base = save_family(tmp_path / "base", model_type, tiny_base)
+    options = [*options, f"--model.base={base}", f"--data.train={rows_file}", "--data.batch_size=2"]
+
+    def run(name, steps, *more):
+        more = [f"--trainer.default_root_dir={tmp_path / name}", f"--trainer.max_steps={steps}", *more]
+        more += ["--model.schedule=constant", "--model.warmup_ratio=0", "--trainer.accelerator=cpu"]
+        assert main(["fit", *options, "--trainer.enable_progress_bar=false", *more]) == 0
+
+    run("whole", 3)
+    is_wrapper = "Of a gemma3 the text alone is trained" in capsys.readouterr().out
+    assert is_wrapper is (model_type == "gemma3")
+    run("stopped", 1)
+    run("stopped", 3, "--ckpt_path=last")
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
+    adapter = ["--adapter", str(tmp_path / "whole")]
+    assert main(["plan", *options, "--device-memory=4GiB"]) == 0
+    assert main(["evaluate", *adapter, f"--data.val={rows_file}", "--evaluation.rows=2"]) == 0
+    assert main(["chat", *adapter, "--prompt", "Hi", "--max-new-tokens", "3"]) == 0
 
 
 def test_a_wrapper_that_is_stored_in_4_bits_trains(tmp_path):

@@ -205,6 +205,8 @@ WRONG = [
     wrong(f"{SWEEP} --trainer.max_steps 4", "A trial ends at step 4, before its first validation. Shorten the epoch"),
     wrong(f"{SWEEP} --trainer.check_val_every_n_epoch 2", "A trial ends at step 5, before"),
     wrong(f"{SWEEP} --trainer.limit_val_batches 0", "trainer.limit_val_batches is 0, but trials are compared by"),
+    wrong(f"{SWEEP} --trainer.logger false", "leave trainer.logger out"),
+    wrong(f"{SWEEP} --adapter_checkpoint null", "leave adapter_checkpoint.enabled out"),
     wrong(f"{SWEEP} --seed_everything false", "seed_everything is false", "set it to a number"),
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),

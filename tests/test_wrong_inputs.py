@@ -169,6 +169,12 @@ WRONG = [
         prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
     ),
     wrong("--model.base wrong", "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
+    wrong(
+        "--model.base wrong",
+        "Tokenizer wrong: none can be loaded",
+        "'abc'",
+        prepare=edit("tiny", "tokenizer_config.json", model_max_length="abc"),
+    ),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),

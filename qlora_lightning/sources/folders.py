@@ -211,6 +211,7 @@ def load_tokenizer(
         read_config(folder, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        float(tokenizer.model_max_length)  # which transformers compares with lengths, later and unchecked
     except Exception as error:  # transformers and tokenizers raise many classes for bad files
         if has_config:
             open_config(folder, trust_remote_code)  # reports its own faults

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -104,8 +104,14 @@ def names_in_text(folder: Path, names: Iterable[str]) -> dict[str, str]:
     in_text = {whole: own for own, whole in open_text_config(folder, str(folder)).names_in_wrapper.items()}
     conversions = get_model_conversion_mapping(_whole_model(config), add_legacy=False)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming) and not each.scope_prefix]
-    whole_names = {name: apply_renamings(name, renamings) for name in names}
-    return {name: rename(whole, in_text) for name, whole in whole_names.items() if whole.startswith((*in_text,))}
+    names_of_text = dict[str, str]()
+    for name in names:
+        whole_name = name
+        for renaming in renamings:
+            whole_name, _ = renaming.rename_source_key(whole_name)
+        if whole_name.startswith((*in_text,)):
+            names_of_text[name] = rename(whole_name, in_text)
+    return names_of_text
 
 
 def key_mapping(names: Mapping[str, str]) -> dict[str, str]:

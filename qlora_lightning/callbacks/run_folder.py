@@ -40,8 +40,8 @@ class RunFolder(Callback):
         if is_trial_run(trainer):
             return
         data = datamodule_of(trainer)
-        seed = data.state_dict().get("seed") if data is not None and trainer.ckpt_path else None
-        if seed is not None:  # the checkpoint's; without seed_everything it is torch's own, which is too large for it
+        seed = data.state_dict().get("seed") if data is not None else None
+        if seed is not None:  # the checkpoint's, or torch's; in older checkpoints that is too large for seed_everything
             self.config["seed_everything"] = seed if seed < 2**32 else False
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)

@@ -205,7 +205,7 @@ class InstructionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if self._seed is None:
-            self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % 2**32)
             if self.trainer is not None and self.trainer.world_size > 1:
                 # without seed_everything each rank has its own
                 self._seed = self.trainer.strategy.broadcast(self._seed)

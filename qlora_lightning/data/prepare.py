@@ -192,8 +192,8 @@ class Preparation:
             return False
         questions = [message["content"] for message in messages if message["role"] == "user"]
         texts = [part.content.text for part in converted.parts if isinstance(part.content, Text)]
-        text = "\n".join([*texts, *(message["content"] for message in messages)])
-        self.report.note_suspicious(converted.row.where, sorted(answers), questions, text)
+        texts += [message["content"] + message.get("reasoning_content", "") for message in messages]
+        self.report.note_suspicious(converted.row.where, sorted(answers), questions, "\n".join(texts))
         return True
 
     def _add_prompt(self, converted: _Converted) -> None:

@@ -12,7 +12,8 @@ from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20
 _MEANS_NONE = {"n/a", "na", "null", "nan", "none", "nil", "-"}  # in lower case
-_C1_CONTROL = re.compile(r"[\x80-\x9f]")  # what cp1252 has as €, „ or – and latin-1 reads as a control
+# what cp1252 has as €, „ or – and latin-1 reads as a control; what was written for bytes of another encoding
+_MISREAD = re.compile("[\x80-\x9f\N{REPLACEMENT CHARACTER}]")
 _LISTED = 10
 _MAX_UNUSABLE = 0.05
 
@@ -61,11 +62,11 @@ class DataReport:
             self.bad.setdefault(row.reason, []).append(row.where)
 
     def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str], text: str) -> None:
-        """Note a row whose answer is a word such as "n/a", whose question is empty, or whose text has C1 controls."""
-        control = _C1_CONTROL.search(text)
+        """Note a row whose answer is a word such as "n/a", whose question is empty, or whose text was misread."""
+        misread = _MISREAD.search(text)
         reasons = [f"the answer is {text!r}" for text in answers if text.lower() in _MEANS_NONE]
         reasons += ["the question is empty" for question in questions if not question.strip()][:1]
-        reasons += [f"the control character U+00{ord(control[0]):X}, of another encoding?"] if control else []
+        reasons += [f"the character U+{ord(misread[0]):04X}, of another encoding?"] if misread else []
         if reasons:
             self.suspicious += 1
             self.suspicious_rows = [*self.suspicious_rows, f"{where} ({', '.join(reasons)})"][:_SHOWN]

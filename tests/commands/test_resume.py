@@ -48,6 +48,12 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_firs
     assert "evaluates the base alone" in command("validate", config=config)
 
 
+def test_without_a_seed_the_one_that_held_rows_out_is_recorded(command, tmp_path, write_config):
+    held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})
+    command("fit", *NEW, "--seed_everything", "false", "--trainer.max_steps", 1, config=held_out)
+    assert "Warning" not in command("validate", config=tmp_path / "new" / "config.yaml")
+
+
 def test_last_starts_fresh_in_a_folder_that_a_kill_left_before_the_first_save(command, tmp_path):
     """A requeued job needs one command, whatever the kill left behind."""
     (tmp_path / "new").mkdir()

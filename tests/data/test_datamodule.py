@@ -181,11 +181,13 @@ def test_answers_that_mean_none_and_empty_questions_are_listed_and_dropped_if_as
     answers = ["yes", "N/A", "null", "None of them", "nan"]
     rows = [{"prompt": f"q{number}", "completion": answer} for number, answer in enumerate(answers)]
     rows += [{"prompt": " ", "completion": "k"}, {"prompt": "Price?", "completion": "5 \x80"}]  # cp1252 as latin-1
+    thought = {"role": "assistant", "content": "k", "reasoning_content": "\x81"}
+    rows.append({"messages": [{"role": "user", "content": "q"}, thought]})
     report = prepare_rows(rows, characters).reports["train"]
     reasons = ["the answer is 'N/A'", "the answer is 'null'", "the answer is 'nan'", "the question is empty"]
-    reasons.append("the control character U+0080, of another encoding?")
-    places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6, 7), reasons, strict=True)]
-    assert (report.suspicious, report.suspicious_rows, report.samples) == (5, places, 7)
-    assert "5 suspicious rows; data.drop_answers drops answers: train:2 (the answer is 'N/A')" in report.describe()
+    reasons += [f"the character U+{code}, of another encoding?" for code in ("0080", "0081")]
+    places = [f"train:{line} ({reason})" for line, reason in zip((2, 3, 5, 6, 7, 8), reasons, strict=True)]
+    assert (report.suspicious, report.suspicious_rows, report.samples) == (6, places, 8)
+    assert "6 suspicious rows; data.drop_answers drops answers: train:2 (the answer is 'N/A')" in report.describe()
     report = prepare_rows(rows, characters, drop_answers=["n/a", None]).reports["train"]
-    assert (report.dropped, report.suspicious) == ({"an answer is one of data.drop_answers": 2}, 3)
+    assert (report.dropped, report.suspicious) == ({"an answer is one of data.drop_answers": 2}, 4)

@@ -257,10 +257,18 @@ def test_the_training_loss_of_kto_is_logged_without_weights(tmp_path, tiny_base)
         (PreferenceModule, InstructionDataModule, [{"prompt": "a", "completion": "b"}], "data.class_path"),
         (QLoRAModule, PreferenceDataModule, ROWS, "data.class_path"),
         (KTOModule, partial(PreferenceDataModule, batch_size=1), VERDICTS, "data.batch_size"),
+        (KTOModule, partial(PreferenceDataModule, batch_size=None, tokens_per_batch=64), VERDICTS, "data.batch_size"),
         (KTOModule, PreferenceDataModule, ROWS, "model.objective"),
         (PreferenceModule, PreferenceDataModule, VERDICTS, "model.objective"),
     ],
-    ids=["rows for pairs", "pairs for rows", "kto on single rows", "kto on pairs", "dpo on verdicts"],
+    ids=[
+        "rows for pairs",
+        "pairs for rows",
+        "kto on single rows",
+        "kto on packed rows",
+        "kto on pairs",
+        "dpo on verdicts",
+    ],
 )
 def test_module_and_data_must_be_of_the_same_kind(tmp_path, tiny_base, make, data, rows, key):
     with rejects(key):

@@ -88,11 +88,11 @@ def check_start(module: "QLoRAModule") -> None:
                 "module itself. What gains from compiling is compiled on a GPU anyway.",
                 "module.training_step",
             )
-        for name in ("training_step", "backward"):
+        for name in ("training_step", "backward", "optimizer_zero_grad"):
             if module.overrides(name):
                 raise UserError(
-                    f"{type(module).__name__} overrides {name}: training_step computes the gradients itself, and the "
-                    "override would change nothing. Override compute_loss, or use a callback.",
+                    f"{type(module).__name__} overrides {name}: training_step computes the gradients itself, and a "
+                    "step begins by clearing them. Override compute_loss instead, or use a callback.",
                     f"module.{name}",
                 )
         if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):

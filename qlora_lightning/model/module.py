@@ -39,8 +39,8 @@ class QLoRAModule(lightning.LightningModule):
 
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``; for each batch ``transfer_batch_to_device``,
-    ``training_step``, ``optimizer_zero_grad``, ``backward``; around those of a step's last batch ``optimizer_step``; in
-    a validation ``validation_step`` and ``on_validation_epoch_end``. What happens at the starts of a run, an epoch or a
+    ``training_step``, ``backward``; around those of a step's last batch ``optimizer_step``; in a validation
+    ``validation_step`` and ``on_validation_epoch_end``. What happens at the starts of a run, an epoch or a
     validation is in the callbacks of ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
     From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
@@ -329,7 +329,7 @@ class QLoRAModule(lightning.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
-        """Keep the gradients, which are computed before Lightning calls this; the window clears them."""
+        """Keep the gradients: Lightning calls this behind the training_step that has computed them."""
 
     def optimizer_step(
         self,

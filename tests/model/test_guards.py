@@ -77,6 +77,11 @@ class OwnBackward(QLoRAModule):
         (0.5 * loss).backward()
 
 
+class OwnZeroGrad(QLoRAModule):
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+
+
 class ForgetsToDivide(QLoRAModule):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         optimizer.step(closure=optimizer_closure)  # as Lightning's documentation has it, without super()
@@ -113,6 +118,7 @@ def by_lbfgs(base):
     [
         (OwnStep, {}, "module.training_step"),
         (OwnBackward, {}, "module.backward"),
+        (OwnZeroGrad, {}, "module.optimizer_zero_grad"),
         (DropsCallbacks, {}, "module.configure_callbacks"),
         (ForgetsToDivide, {}, "module.optimizer_step"),
         (LeavesEvaluationMode, {}, "model.training"),

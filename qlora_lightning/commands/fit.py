@@ -51,15 +51,15 @@ class _Trainer(Trainer):
     """Lightning's Trainer, of whose limits 1 is one batch and 1.0 all of them."""
 
     # jsonargparse tries the types of a union in order, and typing's cache holds Lightning's Union[int, float] and
-    # Union[float, int] as one: the one that a library created first
+    # Union[float, int] as one: the one that a library created first. With None as the default it would use typing too.
 
     def __init__(
         self,
         *,
-        limit_train_batches: int | float | None = None,
-        limit_val_batches: int | float | None = None,
-        limit_test_batches: int | float | None = None,
-        limit_predict_batches: int | float | None = None,
+        limit_train_batches: int | float | None = 1.0,
+        limit_val_batches: int | float | None = 1.0,
+        limit_test_batches: int | float | None = 1.0,
+        limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(

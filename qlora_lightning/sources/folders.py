@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 # code is never run unless trust_remote_code
 _SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", CARD]
-# Second copies of the same weights in other layouts, which would double the download.
-_OTHER_LAYOUTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
@@ -49,7 +47,6 @@ _CONFIG_KEYS = {
 }
 # What a config.json does not choose: other files of weights and kernels, and outputs that no training takes.
 FIXED_KEYS = {"transformers_weights": None, "fusion_config": None, "output_attentions": False, "return_dict": True}
-_THREADS = 4  # hashlib releases the interpreter's lock; a disk cannot feed more threads
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,9 @@ def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
+    copies = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights in other layouts
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=copies)
     except Exception as error:  # many classes, of the hub and its HTTP library
         raise UserError(
             f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
@@ -263,7 +261,7 @@ def fingerprint(folder: Path) -> str:
         return str(json.loads(cache_file.read_text(encoding="utf-8"))["fingerprint"])
     tensors = sorted((name, file) for file in files for name in tensor_names(file))
     digest = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter's lock; a disk cannot feed more threads
         for description in pool.map(_describe_tensor, tensors):
             digest.update(json.dumps(description).encode())
     with contextlib.suppress(OSError):

@@ -57,14 +57,9 @@ def say(what: Any) -> None:
 def make_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", box: bool = True, right: bool = True
 ) -> Table:
-    """Return a table of plain texts, without markup.
+    """Return a table of plain texts, without markup; without headings it has no head.
 
-    Args:
-        headings: Of the columns; none: the table has no head.
-        rows: Their cells.
-        title: Above it.
-        box: Whether it has lines around its cells.
-        right: Whether all columns but the first are numbers, and justified to the right.
+    ``box`` draws lines around cells; ``right`` justifies all columns but the first to the right, as numbers.
     """
     table = Table(title=Text(title), title_justify="left", show_header=bool(headings))
     if not box:

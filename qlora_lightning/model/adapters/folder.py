@@ -22,17 +22,8 @@ from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
+from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, explaining
-from qlora_lightning.support.files import (
-    CARD,
-    FORMAT_VERSION,
-    IDENTITY,
-    flush,
-    put_in_place,
-    raising_os_errors,
-    set_usual_mode,
-    write_whole,
-)
 
 UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"
@@ -72,51 +63,47 @@ def save_adapter_folder(
     saves of a run, a kill leaves one adapter or the other. Else the old weights are deleted first, and a kill leaves a
     folder without weights, which every reader rejects.
 
-    Args:
-        folder: Target folder; it may hold an earlier adapter, and files of the user, which stay.
-        model: The model with the adapter.
-        tokenizer: Saved beside, with its chat template and a ``generation_config.json``; may be ``None``.
-        identity: Written as ``qlora_lightning.json``: base, quantization, the adapter's shape, data.
-        stop_ids: Tokens at which generation stops, beside the tokenizer's end and the base's own.
+    The folder may hold an earlier adapter, and files of the user, which stay. A tokenizer, which may be ``None``, is
+    saved with its chat template and a ``generation_config.json``. The identity becomes ``qlora_lightning.json``.
+    ``stop_ids`` end generation beside the tokenizer's end and the base's own.
     """
     staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     adapter = model.active_adapter
     if tokenizer is not None:
-        with raising_os_errors():
+        with files.raising_os_errors():
             tokenizer.save_pretrained(staging)
-        write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
+        files.write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
-    if names := _names_in_wrapper(
-        model
-    ):  # PEFT shortens names, and in the whole model short ones match other parts too
+    names = _names_in_wrapper(model)
+    if names:  # PEFT shortens names, and in the whole model short ones match other parts too
         config.target_modules = set(model.base_model.targeted_module_names)
     for name, value in _rename_modules(vars(config), names).items():
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
-    (staging / CARD).write_text(_describe(identity, config.task_type, model), encoding="utf-8")
-    write_whole(staging / IDENTITY, {"format_version": FORMAT_VERSION, **identity})
+    (staging / files.CARD).write_text(_describe(identity, config.task_type, model), encoding="utf-8")
+    files.write_whole(staging / files.IDENTITY, {"format_version": files.FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter)
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    with raising_os_errors():
+    with files.raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
-    set_usual_mode(staging / _WEIGHTS)
+    files.set_usual_mode(staging / _WEIGHTS)
     targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
     weights_target = targets.pop(staging / _WEIGHTS)
     # the card of the adapter before may have its evaluation
-    compared = {file: target for file, target in targets.items() if target != folder / CARD}
+    compared = {file: target for file, target in targets.items() if target != folder / files.CARD}
     if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in compared.items()):
         weights_target.unlink(missing_ok=True)
     if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
         target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
-        put_in_place(file, target)
+        files.put_in_place(file, target)
     shutil.rmtree(staging)
-    flush(folder.parent)
+    files.flush(folder.parent)
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:

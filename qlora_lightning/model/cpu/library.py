@@ -16,8 +16,7 @@ from torch import Tensor
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
 
-_FOLDER = Path(__file__).parent
-_SOURCES, _HEADERS = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
+_SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("attention.cpp", "vectors.h"))
 _OPTIONS = [
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     *("-fPIC", "-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])),
@@ -34,7 +33,7 @@ def load_library() -> ctypes.CDLL | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))).hexdigest()
+    source = hashlib.sha256(_SOURCE.read_bytes() + _HEADER.read_bytes()).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu()}
     try:
         folder = cached_folder("kernels", key, _compile, "C++ kernels for this CPU")
@@ -49,7 +48,7 @@ def load_library() -> ctypes.CDLL | None:
 
 def _compile(folder: Path) -> None:
     # g++, since torch uses GNU's OpenMP threads: another compiler would add its own
-    command = ["g++", *_OPTIONS, "-shared", *map(str, _SOURCES), "-o", str(folder / _LIBRARY)]
+    command = ["g++", *_OPTIONS, "-shared", str(_SOURCE), "-o", str(folder / _LIBRARY)]
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
 
 

@@ -164,20 +164,9 @@ def attend(
     sliding_window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend within each sample of a packed batch.
+    """Attend within each sample of a packed batch, as :func:`packed_attention` does: sinks are its ``s_aux``.
 
-    Args:
-        query: Queries, ``(n_tokens, heads, head_dim)``.
-        key: Keys, ``(n_tokens, kv_heads, head_dim)``.
-        value: Values, ``(n_tokens, kv_heads, head_dim)``.
-        batch: The packed batch.
-        scaling: See :func:`packed_attention`, as for the others.
-        dropout: The same.
-        sliding_window: The same.
-        sinks: ``s_aux`` there.
-
-    Returns:
-        ``(n_tokens, heads, head_dim)``.
+    Query and result are ``(n_tokens, heads, head_dim)``, key and value ``(n_tokens, kv_heads, head_dim)``.
     """
     sequences, expanded = batch.sequences, batch.sequences.expanded
     # as SDPA chooses it: under autocast float32 parameters make some states float32

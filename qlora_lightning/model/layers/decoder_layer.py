@@ -15,37 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from qlora_lightning.model.layers.attention import (
-    PackedPass,
-    attend,
-    current_pass,
-    packed_pass,
-    recompute_contexts,
-    reject_unsupported,
-)
-from qlora_lightning.model.layers.elementwise import (
-    Rotary,
-    rms_norm,
-    rms_norm_backward,
-    swiglu,
-    swiglu_backward,
-)
-from qlora_lightning.model.layers.lora import (
-    Fused,
-    FusedLoRA,
-    LinearGroup,
-    LoRALinearFunction,
-    apply_A,
-    apply_linear,
-    apply_linears,
-    base_linear,
-    copy_all,
-    device_of_autocast,
-    gradients_of_A,
-    gradients_of_B,
-    input_gradient,
-    linear_group,
-)
+from qlora_lightning.model.layers import attention, elementwise, lora
+from qlora_lightning.model.layers.attention import PackedPass, current_pass
+from qlora_lightning.model.layers.lora import Fused, FusedLoRA, LinearGroup
 
 PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer takes at a time
 
@@ -69,11 +41,11 @@ class RMSNormLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Norm, group: LinearGroup, head_dim: int | None, *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Compute x, and ``(n_tokens, out)`` or ``(n_tokens, heads, head_dim)`` of each linear, from x."""
-        normed, inverse_rms = rms_norm(x, *norm)
-        xa = apply_A(normed, group)
+        normed, inverse_rms = elementwise.rms_norm(x, *norm)
+        xa = lora.apply_A(normed, group)
         ctx.save_for_backward(x, inverse_rms, xa)
         ctx.norm, ctx.group = norm, group
-        outputs = apply_linears(normed, xa, group)
+        outputs = lora.apply_linears(normed, xa, group)
         return x, *(output if head_dim is None else output.view(x.shape[0], -1, head_dim) for output in outputs)
 
     @staticmethod
@@ -81,14 +53,14 @@ class RMSNormLinears(torch.autograd.Function):
     def backward(ctx: Any, grad_residual: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, inverse_rms, xa = ctx.saved_tensors
         grads = tuple(grad.flatten(1) for grad in grads)
-        grad_xa, grads_B = gradients_of_B(grads, xa, ctx.group)
+        grad_xa, grads_B = lora.gradients_of_B(grads, xa, ctx.group)
         grads_A: list[Tensor | None] = [None] * len(grads)
         if grad_xa is not None:
-            grads_A = gradients_of_A(grad_xa, rms_norm(x, *ctx.norm)[0], ctx.group)
+            grads_A = lora.gradients_of_A(grad_xa, elementwise.rms_norm(x, *ctx.norm)[0], ctx.group)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_normed = input_gradient(grads, grad_xa, ctx.group)
-            grad_x = rms_norm_backward(grad_normed, x, ctx.norm.weight, inverse_rms, grad_residual)
+            grad_normed = lora.input_gradient(grads, grad_xa, ctx.group)
+            grad_x = elementwise.rms_norm_backward(grad_normed, x, ctx.norm.weight, inverse_rms, grad_residual)
         return grad_x, None, None, None, *itertools.chain(*zip(grads_A, grads_B, strict=True))
 
 
@@ -112,20 +84,20 @@ class SwiGLUDown(torch.autograd.Function):
 
         ``recomputes`` leaves out the product with W, a quarter of a layer's products: only what it saves is read.
         """
-        hidden = swiglu(gate, up)
-        xa = apply_A(hidden, down)
+        hidden = elementwise.swiglu(gate, up)
+        xa = lora.apply_A(hidden, down)
         ctx.save_for_backward(gate, up, xa)
         ctx.down = down
-        return residual if recomputes else apply_linear(hidden, xa, down.linears[0], residual)
+        return residual if recomputes else lora.apply_linear(hidden, xa, down.linears[0], residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, xa = ctx.saved_tensors
-        grad_xa, (grad_B,) = gradients_of_B([grad], xa, ctx.down)
-        grad_hidden = input_gradient([grad], grad_xa, ctx.down)
-        hidden, grad_gate, grad_up = swiglu_backward(gate, up, grad_hidden)
-        (grad_A,) = gradients_of_A(grad_xa, hidden, ctx.down)
+        grad_xa, (grad_B,) = lora.gradients_of_B([grad], xa, ctx.down)
+        grad_hidden = lora.input_gradient([grad], grad_xa, ctx.down)
+        hidden, grad_gate, grad_up = elementwise.swiglu_backward(gate, up, grad_hidden)
+        (grad_A,) = lora.gradients_of_A(grad_xa, hidden, ctx.down)
         return grad, grad_gate, grad_up, None, None, grad_A, grad_B
 
 
@@ -139,7 +111,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
         """Normalize ``(…, width)``."""
         rows = x.reshape(-1, x.shape[-1])
-        normed, inverse_rms = rms_norm(rows, *norm)
+        normed, inverse_rms = elementwise.rms_norm(rows, *norm)
         ctx.save_for_backward(rows, inverse_rms)
         ctx.weight = norm.weight
         return normed.view(x.shape)
@@ -148,7 +120,8 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, inverse_rms = ctx.saved_tensors
-        return rms_norm_backward(grad.reshape(rows.shape), rows, ctx.weight, inverse_rms).view(grad.shape), None
+        grad_x = elementwise.rms_norm_backward(grad.reshape(rows.shape), rows, ctx.weight, inverse_rms)
+        return grad_x.view(grad.shape), None
 
 
 class FusedNorm(Fused):
@@ -207,8 +180,8 @@ class FusedDecoderLayer(Fused):
 
     def linears(self) -> list[nn.Module]:
         """Return all linears of the layer."""
-        attention, mlp = self.self_attn, self.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        attn, mlp = self.self_attn, self.mlp
+        projections = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
         return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
     def parts(self, copies: list[tuple[Tensor, Tensor]]) -> LayerParts | None:
@@ -217,24 +190,23 @@ class FusedDecoderLayer(Fused):
         ``copies`` is that of :func:`~qlora_lightning.model.layers.lora.linear_group`.
         """
         dtype, linears = self.compute_dtype, self.linears()
-        if self.fallback_reason or torch.is_autocast_enabled(device_of_autocast(self.input_layernorm.weight)):
+        if self.fallback_reason or torch.is_autocast_enabled(lora.device_of_autocast(self.input_layernorm.weight)):
             return None
         lora_layers = [linear for linear in linears if isinstance(linear, LoraLayer)]
         if not all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers):
             return None
-        attention = self.self_attn
+        attn = self.self_attn
         groups = linears[:3], linears[3:4], linears[4:6], linears[6:]
-        qkv, o, gate_up, down = (linear_group(group, dtype, copies) for group in groups)
+        qkv, o, gate_up, down = (lora.linear_group(group, dtype, copies) for group in groups)
         norms = [self.input_layernorm, self.post_attention_layernorm]
-        norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        norms += [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
         # LLaMA ignores the config's sliding window; Mistral's attention has no attribute of it
-        is_mistral = attention.config.model_type == "mistral"
-        owner = attention.config if is_mistral else attention
+        owner = attn.config if attn.config.model_type == "mistral" else attn
         return LayerParts(
             *(qkv, o, gate_up, down),
             [Norm(norm.weight, norm.variance_epsilon) for norm in norms],
-            attention.head_dim,
-            attention.scaling,
+            attn.head_dim,
+            attn.scaling,
             getattr(owner, "sliding_window", None),
             dtype,
         )
@@ -249,7 +221,7 @@ class FusedDecoderLayer(Fused):
             return cast(Tensor, super().forward(hidden_states, **kwargs))
         # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
         if batch.recomputes and self._forward_hooks:
-            with packed_pass(batch._replace(recomputes=False)):
+            with attention.packed_pass(batch._replace(recomputes=False)):
                 return FusedDecoderLayer.forward(self, hidden_states, **kwargs)
         if hidden_states.dtype != parts.dtype:
             raise RuntimeError(f"Hidden states are {hidden_states.dtype}, in layers of {parts.dtype}: cast them.")
@@ -267,14 +239,14 @@ def _attend(
     **options: Any,
 ) -> Tensor:
     """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; the mask is that of a packed batch."""
-    reject_unsupported(FusedDecoderLayer, options)
+    attention.reject_unsupported(FusedDecoderLayer, options)
     adapters = parts.qkv.adapters
     residual, query, key, value = RMSNormLinears.apply(hidden, parts.norms[0], parts.qkv, parts.head_dim, *adapters)
     if len(parts.norms) > 2:
         query, key = RMSNorm.apply(query, parts.norms[2]), RMSNorm.apply(key, parts.norms[3])
-    query, key = Rotary.apply(query, key, *position_embeddings)
-    attn_out = attend(query, key, value, batch, parts.scaling, sliding_window=parts.sliding_window).flatten(1)
-    return cast(Tensor, LoRALinearFunction.apply(attn_out, parts.o, residual, *parts.o.adapters))
+    query, key = elementwise.Rotary.apply(query, key, *position_embeddings)
+    attn_out = attention.attend(query, key, value, batch, parts.scaling, sliding_window=parts.sliding_window).flatten(1)
+    return cast(Tensor, lora.LoRALinearFunction.apply(attn_out, parts.o, residual, *parts.o.adapters))
 
 
 def _apply_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
@@ -291,7 +263,8 @@ def _apply_mlp_in_pieces(hidden: Tensor, parts: LayerParts) -> Tensor:
     """
     recomputes = cast(PackedPass, current_pass.get()).recomputes
     function = (lambda piece, parts: piece) if recomputes else _apply_mlp
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": recompute_contexts}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options["context_fn"] = attention.recompute_contexts
     pieces = [checkpoint(function, piece, parts, **options) for piece in hidden.split(PIECE_TOKENS)]
     return torch.cat(pieces)
 
@@ -303,7 +276,7 @@ def prepare_layers(causal_lm: Any) -> dict[nn.Module, LayerParts]:
     """
     layers = [layer for layer in getattr(causal_lm.base_model, "layers", ()) if isinstance(layer, FusedDecoderLayer)]
     return read_parts(
-        [layer for layer in layers if not hasattr(base_linear(layer.mlp.down_proj).weight, "device_mesh")]
+        [layer for layer in layers if not hasattr(lora.base_linear(layer.mlp.down_proj).weight, "device_mesh")]
     )
 
 
@@ -314,5 +287,5 @@ def read_parts(layers: Sequence[FusedDecoderLayer]) -> dict[nn.Module, LayerPart
     """
     copies: list[tuple[Tensor, Tensor]] = []
     parts = {layer: layer.parts(copies) for layer in layers}
-    copy_all(copies)
+    lora.copy_all(copies)
     return {layer: layer_parts for layer, layer_parts in parts.items() if layer_parts is not None}

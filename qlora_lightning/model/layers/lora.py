@@ -70,11 +70,7 @@ def apply_linears(x: Tensor, xa: Tensor | None, group: LinearGroup) -> list[Tens
 def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Tensor | None = None) -> Tensor:
     """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``, ``(n_tokens, out)``; all in x's dtype.
 
-    Args:
-        x: ``(n_tokens, in)``.
-        xa: ``x Aᵀ``, ``(n_tokens, rank)``; not read without an adapter.
-        linear: The linear's parts.
-        residual: ``(n_tokens, out)``; not modified.
+    x is ``(n_tokens, in)``, ``xa`` is ``x Aᵀ``, ``(n_tokens, rank)``; the residual is not modified.
     """
     output = None
     if xa is not None and linear.lora_B is not None:
@@ -95,10 +91,7 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
 def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, group: LinearGroup) -> Tensor:
     """Compute the gradient of the input that linears share, ``(n_tokens, in)``: ``Σ grad W + grad_xa A``.
 
-    Args:
-        grads: Gradients of the outputs, ``(n_tokens, out)`` each.
-        grad_xa: Gradients of the products with A, ``(n_tokens, sum of ranks)``; ``None`` without an adapter.
-        group: The linears.
+    ``grads`` are of the outputs, ``(n_tokens, out)`` each, ``grad_xa`` of all ``x Aᵀ``, ``(n_tokens, sum of ranks)``.
     """
     grad_x = None if grad_xa is None or group.lora_A is None else grad_xa @ group.lora_A
     for grad, linear in zip(grads, group.linears, strict=True):
@@ -156,7 +149,7 @@ def _product(mat1: Tensor, mat2: Tensor, scaling: float, out: Tensor | None = No
 
 def master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
     """Compute ``scaling · mat1 mat2``, the gradient of a float32 A or B; a GPU sums in float32 and does not round."""
-    if sums_in_float32(mat1):
+    if mat1.is_cuda and mat1.dtype.itemsize == 2:
         unread = _unread(torch.float32, mat1.device)
         return torch.addmm(unread, mat1, mat2, beta=0, alpha=scaling, out_dtype=torch.float32)
     return _product(mat1, mat2, scaling).float()
@@ -166,11 +159,6 @@ def master_gradient(mat1: Tensor, mat2: Tensor, scaling: float = 1.0) -> Tensor:
 def _unread(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a number that a product with beta = 0 takes and does not read."""
     return torch.empty((), dtype=dtype, device=device)
-
-
-def sums_in_float32(tensor: Tensor) -> bool:
-    """Whether a product of 16-bit tensors can be returned in float32, in which it is summed: on a GPU."""
-    return tensor.is_cuda and tensor.dtype.itemsize == 2
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -222,9 +210,6 @@ class Fused(nn.Module):
         vars(fused).update(vars(layer))
         return cast(Self, fused)
 
-    def extra_repr(self) -> str:
-        return f"fallback_reason={self.fallback_reason!r}"
-
 
 @functools.cache
 def _fused_class(fused: Any, layer_class: Any) -> Any:
@@ -262,10 +247,7 @@ class FusedLoRA(Fused):
 def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[Tensor, Tensor]]) -> LinearGroup:
     """Return linears that share their input, with room for their adapters in a dtype.
 
-    Args:
-        layers: The linears, with or without adapters.
-        dtype: The dtype of the products.
-        copies: Gets pairs for :func:`copy_all`: what an A or B is cast into, and the A or B.
+    ``copies`` gets pairs for :func:`copy_all`: what an A or B is cast into, and the A or B.
     """
     adapters = [active_lora(layer) for layer in layers]
     ranks = [0 if lora_A is None else lora_A.shape[0] for lora_A, _ in adapters]

@@ -33,14 +33,8 @@ def assemble_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
 
-    Args:
-        adapter: Folder of an adapter.
-        adapter_options: Arguments of ``add_adapters`` for new ones.
-        fast: Whether layers run fused.
-        base_options: Arguments of ``load_base``.
-
     Returns:
-        The model, and the identity of base and adapter.
+        The model, whose layers run fused if ``fast``, and the identity of base and adapter.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored_identity = {} if folder is None else read_identity(folder)  # reports a wrong name before loading
@@ -59,14 +53,10 @@ def assemble_model(
 def complete_model(
     model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any], fast: bool
 ) -> peft.PeftModel:
-    """Complete what an override of ``build_model`` returned: adapters, their values, and the identity.
+    """Complete what an override of ``build_model`` returned: a model of PEFT, or of transformers without adapters.
 
-    Args:
-        model: A model of PEFT, or of transformers without adapters.
-        identity: Gets what the override has not set: the compute dtype, and a hash of the frozen weights.
-        adapter: Folder of an adapter, whose values the model gets.
-        adapter_options: Arguments of ``add_adapters``.
-        fast: Whether layers of a model without adapters run fused.
+    The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what the
+    override has not set: the compute dtype, and a hash of the frozen weights.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     keep_quantized_layers(model)

@@ -144,7 +144,6 @@ WRONG = [
     wrong("--model.rank eight", "model.rank: Expected", "int", "eight"),
     wrong("--model.rank 0", "model.rank is 0: expected"),
     wrong("--trainer.limit_train_batches 0", "takes no step"),
-    wrong("--model.target_modules q_prj", "model.target_modules", "q_proj"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
     wrong("--trainer.precision bf16-true", "precision", "bf16-true"),
     wrong(f"{PREFERENCES} --model.objective ipo --model.gamma 0.1", "gamma is 0.1: expected null"),
@@ -182,7 +181,6 @@ WRONG = [
     wrong("--model.base org/none", "org/none", "HF_HUB_OFFLINE"),
     wrong("--model.revision main", "only a hub id has revisions"),
     # data
-    wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
     wrong("validate --config c.yaml", "data.val"),
     # checkpoints
     wrong("--ckpt_path none.ckpt", "none.ckpt", "no such file"),

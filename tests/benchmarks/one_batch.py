@@ -31,8 +31,9 @@ class MemoryWatch:
         readings: Each time, the bytes that are private, and those of mapped files: the cached base, libraries.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = _INTERVAL) -> None:
         self.readings: list[tuple[int, int]] = []
+        self._interval = interval  # seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -46,7 +47,7 @@ class MemoryWatch:
     def _watch(self) -> None:
         is_last = False
         while not is_last:
-            is_last = self._stopped.wait(_INTERVAL)
+            is_last = self._stopped.wait(self._interval)
             info = psutil.Process().memory_info()
             mapped = getattr(info, "shared", 0)  # of Linux alone
             self.readings.append((info.rss - mapped, mapped))

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_lightning import InstructionDataModule, PreferenceDataModule, UserError
+from qlora_lightning import InstructionDataModule, PreferenceDataModule
 from qlora_lightning.data.rows.formats import FORMATS
+from tests.errors import rejects
 from tests.packed import unpack
 
 PAGE = (Path(__file__).parents[2] / "qlora_lightning" / "data" / "README.md").read_text(encoding="utf-8")
@@ -106,7 +107,8 @@ def test_every_pair_of_answers_and_every_judged_answer_is_read_alike(row, source
 @pytest.mark.parametrize(("row", "why"), table_of("row"), ids=lambda cell: cell[:20].strip("`"))
 def test_what_is_said_to_be_rejected_is(row, why, tmp_path, families):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
-    with pytest.raises(UserError, match=r"preference|'label'|'images'|im_end|'loss'"):
+    key = next((f"row.{name}" for name in ("rejected", "label", "images") if name in row_of(row)), "rows.bad")
+    with rejects(key):
         InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen25"]).setup("fit")
     remedy = re.search(r"`columns: (.*?)`", why)
     if remedy:

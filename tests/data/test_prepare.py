@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_lightning import InstructionDataModule, UserError
+from qlora_lightning import InstructionDataModule
 from tests.data.conftest import prepare_rows
 from tests.errors import rejects
 from tests.packed import unpack
@@ -45,7 +45,7 @@ def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out
     monkeypatch.chdir(tmp_path)
     good = [json.dumps(pair(f"q{number}")).encode() for number in range(10)]
     Path("train.jsonl").write_bytes(b"\n".join(line for bad, _ in BAD for line in [*good, bad]))
-    with pytest.raises(UserError) as error:
+    with rejects("rows.bad") as error:
         InstructionDataModule("train.jsonl", tokenizer=characters).setup("fit")
     first, *named, alike, more, last = str(error.value).splitlines()
     assert first == "23 rows cannot be used:"

@@ -18,19 +18,13 @@ from qlora_lightning.callbacks import Evaluation, GradientCheckpointing, Through
 from qlora_lightning.cli import main
 from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.report import read_metrics
+from tests.benchmarks.stub_step import counts
 from tests.gpu.conftest import make_base, make_module
 from tests.random_base import save_tokenizer
 from tests.steps import fit, make_batch, to_device
 
 CARD = ctypes.CDLL(None)  # the stub is loaded before Python
 MIB, ALL = 2**20, 2**60
-
-
-def counts():
-    """Return launches, waits, and reads by the host."""
-    values = (ctypes.c_long * 3)()
-    CARD.card_counts(values)
-    return list(values)
 
 
 def leave(size):

@@ -7,7 +7,7 @@ import torch
 
 from qlora_lightning.model.cpu.library import has_function
 from qlora_lightning.model.layers import attention
-from qlora_lightning.model.layers.attention import PackedPass, RaggedAttention, packed_attention, packed_pass
+from qlora_lightning.model.layers.attention import PackedPass, packed_attention, packed_pass
 from qlora_lightning.model.step.layout import ComputedTokens, bound_sequences, sequences_of_lengths
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
@@ -161,13 +161,6 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
             assert all(map(torch.equal, together, with_gradients(fast, by_token, samples=samples)))
     finally:
         torch.set_num_threads(before)
-
-
-def test_the_installed_torch_s_ragged_kernel_takes_grouped_heads_as_they_are_given():
-    qkv = [torch.empty(25, heads, 64, dtype=torch.bfloat16, device="meta").requires_grad_() for heads in (4, 2, 2)]
-    output = RaggedAttention.apply(*qkv, sequences_of_lengths([5, 20]).to(torch.device("meta")), None, None, None)
-    assert output.shape == (25, 4, 64)
-    assert [gradient.shape[1] for gradient in torch.autograd.grad(output.sum(), qkv)] == [4, 2, 2]
 
 
 def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():

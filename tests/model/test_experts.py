@@ -1,9 +1,7 @@
 """Experts of mixtures in 4 bits: read one weight at a time, right whatever the routing, and adapted as PEFT does."""
 
 import json
-import threading
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +10,7 @@ from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
 from tests import families
+from tests.benchmarks.one_batch import MemoryWatch
 from tests.equality import same
 from tests.errors import rejects
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
@@ -107,17 +106,6 @@ def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
 def test_a_base_is_never_in_16_bits_as_a_whole(tmp_path):
     sizes = {"num_hidden_layers": 8, "hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16}
     base = families.save_random(tmp_path / "base", "qwen3_moe", **sizes)
-    size, peak, loaded = (base / "model.safetensors").stat().st_size, [0], threading.Event()
-    start = psutil.Process().memory_info().rss - psutil.Process().memory_info().shared
-
-    def watch():
-        while not loaded.wait(0.001):
-            memory = psutil.Process().memory_info()
-            peak[0] = max(peak[0], memory.rss - memory.shared - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before, watch = MemoryWatch().stop(), MemoryWatch(interval=0.001)
     load_base(str(base), cache=False, compute_dtype=torch.float32)
-    loaded.set()
-    watcher.join()
-    assert peak[0] < size / 2
+    assert watch.stop() - before < (base / "model.safetensors").stat().st_size / 2

@@ -7,15 +7,8 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    BatchSizeFinder,
-    EMAWeightAveraging,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
@@ -124,12 +117,12 @@ def by_lbfgs(base):
         (LeavesEvaluationMode, {}, "model.training"),
         (compiled, {}, "module.training_step"),
         (by_lbfgs, {"accumulate_grad_batches": 2}, "model.optimizer"),
-        (QLoRAModule, {"callbacks": LearningRateFinder()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": EMAWeightAveraging()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": BackboneFinetuning()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": BatchSizeFinder()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": ModelPruning("l1_unstructured")}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": GradientAccumulationScheduler({4: 2})}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.LearningRateFinder()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.EMAWeightAveraging()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.BackboneFinetuning()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.BatchSizeFinder()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.ModelPruning("l1_unstructured")}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.GradientAccumulationScheduler({4: 2})}, "trainer.callbacks"),
         (QLoRAModule, {"accelerator": "auto", "strategy": SingleDeviceStrategy("mps", Apple())}, "trainer.accelerator"),
     ],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -29,25 +21,21 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.model.step.packed import check_row_length, format_locations, row_locations
+from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.errors import Diverged, UserError, check_setting
 from qlora_lightning.support.files import CHECKPOINTS
-from qlora_lightning.support.trainer import (
-    callbacks_of,
-    datamodule_of,
-    find_callback,
-    gather_lists,
-    say_once,
-    trainer_of,
-)
+from qlora_lightning.support.trainer import datamodule_of, find_callback
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
 
 _REJECTED_CALLBACKS: dict[type[Callback], str] = {
-    **dict.fromkeys((StochasticWeightAveraging, WeightAveraging), "averages the whole model, packed bytes too"),
-    **dict.fromkeys((BaseFinetuning, ModelPruning), "looks at the model before it is built, and would find nothing"),
-    GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall too late",
-    BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
+    callbacks.StochasticWeightAveraging: "averages the whole model, packed bytes too",
+    callbacks.WeightAveraging: "averages the whole model, packed bytes too",
+    callbacks.BaseFinetuning: "looks at the model before it is built, and would find nothing",
+    callbacks.ModelPruning: "looks at the model before it is built, and would find nothing",
+    callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
+    callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
@@ -78,7 +66,7 @@ def check_setup(module: "QLoRAModule") -> None:
 
 def check_start(module: "QLoRAModule") -> None:
     """Check a module and its Trainer before the model is built."""
-    trainer = trainer_of(module)
+    trainer = trainers.trainer_of(module)
     if trainer is None:
         return
     if trainer.state.fn == TrainerFn.FITTING:
@@ -134,10 +122,10 @@ def check_training_mode(model: nn.Module) -> None:
 
 def has_no_loss(module: "QLoRAModule") -> bool:
     """Report whether a row of this validation did not fit into memory on any rank; every rank must call it."""
-    faults = gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
+    faults = trainers.gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
     if faults:
         module.statistics.fault = faults[0]
-        say_once(f"The validation at step {module.trainer.global_step} has no loss. {faults[0]}")
+        trainers.say_once(f"The validation at step {module.trainer.global_step} has no loss. {faults[0]}")
     return bool(faults)
 
 
@@ -174,7 +162,7 @@ class TrainingGuard(Callback):
         host_means = {name: value.float() for name, value in zip(means, values, strict=False)}
         host_totals = dict(zip(totals, values[len(means) :].tolist(), strict=True))
         not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(host_means[name])]
-        if self not in callbacks_of(trainer):
+        if self not in trainers.callbacks_of(trainer):
             # Lightning's search for a learning rate runs without callbacks, and ends where training diverges.
             trainer.should_stop = trainer.should_stop or bool(not_finite)
         elif not_finite:
@@ -226,7 +214,8 @@ class TrainingGuard(Callback):
     def _stop(self, pl_module: "QLoRAModule", optimizer: torch.optim.Optimizer, quantity: str) -> None:
         """Stop the run, and name the rows of the step; every rank must call it."""
         trainer, rate = pl_module.trainer, float(optimizer.param_groups[0]["lr"])
-        rows = format_locations(gather_lists(trainer, row_locations(datamodule_of(trainer), pl_module.window.row_ids)))
+        locations = row_locations(datamodule_of(trainer), pl_module.window.row_ids)
+        rows = format_locations(trainers.gather_lists(trainer, locations))
         last_loss = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         is_fp16 = pl_module.identity.get("compute_dtype") == "float16"
         dtype_advice = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
@@ -244,7 +233,8 @@ class TrainingGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
-        if find_callback(trainer, LearningRateFinder) is not None:  # the one of Tuner.lr_find has ended by now
+        # the one of Tuner.lr_find has ended by now
+        if find_callback(trainer, callbacks.LearningRateFinder) is not None:
             raise UserError(
                 "LearningRateFinder in trainer.callbacks would give its rate to the first step alone: call Lightning's "
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",

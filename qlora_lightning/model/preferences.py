@@ -131,11 +131,9 @@ class PreferenceModule(_ByObjective, QLoRAModule):
         return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), sums)
 
     def _losses(self, score_diff: Tensor, mean_log_probs: Tensor) -> Tensor:
-        """Compute the loss of each pair, ``(pairs,)``.
+        """Compute the loss of each pair, ``(pairs,)``, from both log-probabilities per token, ``(pairs, 2)``.
 
-        Args:
-            score_diff: Reward of the chosen answer minus that of the other, for ``ipo`` log-ratios per token.
-            mean_log_probs: Log-probability per token of both answers, ``(pairs, 2)``.
+        ``score_diff`` is the reward of the chosen answer minus that of the other, for ``ipo`` of log-ratios per token.
         """
         if self.objective == "ipo":  # Azar et al., equation 17, per token as the authors' results are
             losses = (score_diff - 1 / (2 * self.beta)).square()

@@ -34,11 +34,6 @@ def _launch(kernel: Any, programs: int, tensors: Sequence[Any], constants: tuple
     _compiled[key] = kernel[(programs,)](*tensors, *constants, **options)  # its interpreter returns None
 
 
-def _power_of_2(number: int) -> int:
-    """Return the smallest power of 2 that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
 def _warps(block: int) -> int:
     """Return the warps of a program with a whole row: 16 numbers a thread."""
     return min(16, max(1, block // 512))
@@ -97,7 +92,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     rows, width = x.shape
     normed, inverse_rms = torch.empty_like(x), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = _power_of_2(width)
+    block = triton.next_power_of_2(width)
     _launch(_rms_norm, rows, (x, weight, normed, inverse_rms), (eps, width, block), num_warps=_warps(block))
     return normed, inverse_rms
 
@@ -128,7 +123,7 @@ def rms_norm_backward(
     grad, x = grad.contiguous(), x.contiguous()
     grad_residual = None if grad_residual is None else grad_residual.contiguous()
     grad_x, (rows, width) = torch.empty_like(x), x.shape
-    tensors, block = (grad, x, weight, inverse_rms, grad_residual, grad_x), _power_of_2(width)
+    tensors, block = (grad, x, weight, inverse_rms, grad_residual, grad_x), triton.next_power_of_2(width)
     _launch(_rms_norm_backward, rows, tensors, (width, block), num_warps=_warps(block))
     return grad_x
 
@@ -210,7 +205,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> t
     (tokens, query_heads, head_dim), key_heads = query.shape, key.shape[1]
     sizes = query_heads, key_heads, head_dim // 2
     tensors = query, key, cos, sin, rotated_query, rotated_key
-    _launch(_rotate, tokens, tensors, (*sizes, *map(_power_of_2, sizes), sign))
+    _launch(_rotate, tokens, tensors, (*sizes, *map(triton.next_power_of_2, sizes), sign))
     return rotated_query, rotated_key
 
 

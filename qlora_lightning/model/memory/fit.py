@@ -51,11 +51,7 @@ def list_remedies(quantization: str, *, checkpoints: bool, on_cuda: bool) -> str
 def find_fits(step: StepMemory, usable: float, longest: int, choices: Sequence[Checkpointing]) -> list[Fit]:
     """Find the choices of checkpointing with which the longest row fits alone; the last one, if it does with none.
 
-    Args:
-        step: The formula.
-        usable: Bytes that a step may take.
-        longest: Tokens of the longest row.
-        choices: In the order in which they are tried; each takes less memory than the one before.
+    ``usable`` is in bytes, ``longest`` in tokens. Each choice takes less memory than the one before.
     """
     fits = []
     for choice in choices:
@@ -76,13 +72,8 @@ def plan_step(
 ) -> tuple[peft.PeftModel, StepMemory]:
     """Build the model of a module on the meta device, and the formula of its step.
 
-    Args:
-        module: The module, for its settings.
-        config: The base's config of transformers.
-        dtype: The dtype of the products.
-        processes: Number of processes that train together.
-        sharded_offload: See :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
-        samples: Those of the training rows, ``None`` if unknown.
+    ``dtype`` is that of the products, ``samples`` are those of the training rows, ``None`` if unknown; for the others
+    see :func:`~qlora_lightning.model.memory.formula.build_step_memory`.
     """
     quantization_config = getattr(config, "quantization_config", None)
     double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)

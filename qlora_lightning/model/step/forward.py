@@ -19,13 +19,8 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
     """Compute the last hidden states that predict labels, ``(K, width)``, samples in the batch's order.
 
     A type that runs a row at a time gives their logits, ``(K, vocabulary)``, as
-    :func:`~qlora_lightning.model.step.loss.lm_head_of` expects.
-
-    Args:
-        causal_lm: The transformers model with its adapters.
-        micro_batch: On the model's device.
-        noise_alpha: Strength of NEFTune's noise on the embeddings; ``None``: none.
-        fused: Whether attention is fused, and adapters are cast all at once.
+    :func:`~qlora_lightning.model.step.loss.lm_head_of` expects. ``noise_alpha`` is NEFTune's strength of noise;
+    ``fused``: attention is fused, and adapters are cast all at once.
     """
     inputs: dict[str, Tensor] = {"input_ids": micro_batch.input_ids}
     embedding = causal_lm.get_input_embeddings()

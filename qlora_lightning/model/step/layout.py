@@ -239,11 +239,9 @@ def sequences_of_lengths(lengths: Sequence[int]) -> SequenceBounds:
 def find_computed(
     tokens: Sequence[npt.NDArray[np.integer]], predicts: Sequence[npt.NDArray[np.bool_]]
 ) -> ComputedTokens:
-    """Find which tokens of a batch's samples must be computed.
+    """Find which tokens of a batch's samples must be computed, by which of them predict a label.
 
-    Args:
-        tokens: A number for each token of each sample; equal beginnings have equal states.
-        predicts: Which of them predict a label.
+    ``tokens`` are numbers for each sample's tokens; equal beginnings have equal states.
     """
     predict_index = [np.flatnonzero(mask).tolist() for mask in predicts]
     lengths = [indices[-1] + 1 if indices else 1 for indices in predict_index]
@@ -261,15 +259,10 @@ def find_computed(
 
 
 def add_noise(embeddings: Tensor, sequences: SequenceBounds, alpha: float) -> Tensor:
-    """Add NEFTune's noise to each token's embedding: ``U(-1, 1) · alpha / sqrt(L · width)``.
+    """Add NEFTune's noise to each token's embedding, ``(1, tokens, width)``: ``U(-1, 1) · alpha / sqrt(L · width)``.
 
     L is the length of the token's sample, as in Jain et al. 2023 (algorithm 1); their code takes that of the padded
     batch. The noise is drawn from torch's generator of the device, like dropout.
-
-    Args:
-        embeddings: ``(1, tokens, width)``.
-        sequences: Where samples are in the stream.
-        alpha: Strength of the noise.
     """
     lengths = sequences.cu_seqlens.diff()
     token_lengths = lengths.repeat_interleave(lengths, output_size=embeddings.shape[1])  # (tokens,)

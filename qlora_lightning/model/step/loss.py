@@ -147,13 +147,9 @@ def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:
 def token_losses(hidden: Tensor, targets: Tensor, head: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss of each labelled token, ``(K,)`` float32, and whether it is the most likely one, ``(K,)``.
 
-    The logits of some tokens exist at a time: see :func:`logits_chunk_size`.
-
-    Args:
-        hidden: The last hidden states, after the final norm, that predict them, ``(K, width)``.
-        targets: The labels, ``(K,)``.
-        head: Maps hidden states to logits; see :func:`lm_head_of`.
-        fused: Whether a frozen head's gradient may be computed with the logits; ``False`` leaves it to autograd.
+    The logits of some tokens exist at a time: see :func:`logits_chunk_size`. ``hidden`` has the last states, after the
+    final norm, ``(K, width)``; ``head`` is that of :func:`lm_head_of`. If ``fused``, a frozen head's gradient is
+    computed with the logits, else by autograd.
     """
     if hasattr(head, "token_losses"):  # a sharded head, which is whole only inside its own forward
         return cast(tuple[Tensor, Tensor], head.token_losses(hidden, targets, fused))

@@ -30,12 +30,9 @@ def samples_of(data: Any, split: str | None) -> Any:
 
 
 def row_locations(data: Any, row_ids: Iterable[int], split: str | None = "train") -> list[str]:
-    """Return where rows are from: ``train.jsonl:17``, or ``row 16`` if the data module does not know.
+    """Return where rows are from: ``train.jsonl:17``, or ``row 16`` if the data module, or ``None``, does not know.
 
-    Args:
-        data: The Trainer's data module, or ``None``; one of ours knows the locations.
-        row_ids: Numbers of the rows in their split; negative ones are fillers and skipped.
-        split: ``train``, ``val`` or ``test``.
+    ``row_ids`` number the rows of their split; negative ones are fillers and skipped.
     """
     samples = samples_of(data, split)
     locations = []
@@ -74,9 +71,7 @@ def cut_into_rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 def cut_batch(batch: Mapping[str, Any], max_tokens: int) -> list[dict[str, Any]]:
     """Cut a packed batch into parts of whole rows, in their order, each a packed batch.
 
-    Args:
-        batch: The batch.
-        max_tokens: Most tokens of a part; a single row may have more.
+    A part has at most ``max_tokens``; a single row may have more.
     """
     cu_seqlens, row_size, parts, start = batch["cu_seqlens"].tolist(), samples_per_row(batch), [], 0
     for sample in range(row_size, len(cu_seqlens) - 1, row_size):
@@ -155,11 +150,6 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
     """Reject a batch that is no packed one, and a token id that is not a row of the embedding.
 
     A stop token at the end of a row is never embedded: only the loss would meet it, as a label.
-
-    Args:
-        batch: The batch.
-        vocabulary: Number of rows of the embedding.
-        locate: Returns where rows are from, by their ids.
     """
     if missing := [name for name in (*_PER_TOKEN, "cu_seqlens") if name not in batch]:
         raise UserError(

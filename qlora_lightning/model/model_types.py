@@ -3,11 +3,8 @@
 from typing import Any, cast
 
 from torch import nn
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.support.errors import UserError
@@ -59,8 +56,8 @@ def check_type(model_type: str | None, name: str, has_code: bool = False) -> Non
     """
     reason = REJECTED_TYPES.get(str(model_type))
     is_trained = has_code or model_type in {
-        **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     }
     if model_type in CONFIG_MAPPING_NAMES and not is_trained:
         reason = "is no causal language model"

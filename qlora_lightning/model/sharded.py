@@ -1,8 +1,6 @@
 """Spreads a frozen base over the processes of a run: torch's FSDP2 gathers each decoder layer where it is used.
 
-A layer's packed weights are gathered before its forward and again before its backward; afterwards each process keeps
-only its own shard. The adapters are whole on every process, as under DDP. So every pass takes all processes: see
-:func:`collective_passes`, which is all that callers need to know.
+So every pass takes all processes: see :func:`collective_passes`, which is all that callers need to know.
 """
 
 import contextlib

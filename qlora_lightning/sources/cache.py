@@ -1,7 +1,4 @@
-"""The cache: folders that are built once, checked, shared by processes, listed and cleared.
-
-Locks are those of filelock: they work on every system, which frees them when their owner dies.
-"""
+"""The cache: folders that are built once, checked, shared by processes, listed and cleared."""
 
 import errno
 import functools

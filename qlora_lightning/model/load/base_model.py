@@ -15,24 +15,11 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qlora_lightning.model.layers.experts import (
-    ExpertsConfig,
-    check_experts,
-    experts_of,
-    register_experts,
-)
+from qlora_lightning.model.layers import experts
 from qlora_lightning.model.layers.select import attention_of
 from qlora_lightning.model.load.wrapped import empty_model, key_mapping, names_in_text, open_text_config
+from qlora_lightning.sources import folders
 from qlora_lightning.sources.cache import Json, cached_folder
-from qlora_lightning.sources.folders import (
-    BaseFolder,
-    TensorFiles,
-    explaining_base,
-    fingerprint,
-    open_base,
-    read_config,
-    read_license,
-)
 from qlora_lightning.sources.tensors import check_loaded, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
@@ -49,7 +36,7 @@ class LoadedBase(NamedTuple):
     """A frozen base, its folder, and its identity for adapter folders and checkpoints."""
 
     model: PreTrainedModel
-    source: BaseFolder
+    source: folders.BaseFolder
     identity: dict[str, Any]
 
 
@@ -69,9 +56,9 @@ def load_base(
     The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
     section 3.
     """
-    source = open_base(name, revision)
+    source = folders.open_base(name, revision)
     open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
-    stored = read_config(source.folder, name).get("quantization_config")
+    stored = folders.read_config(source.folder, name).get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
     folder, bnb_config = source.folder, None
     try:
@@ -89,7 +76,7 @@ def load_base(
             f"{device}, or set a smaller model.base, model.quantization: nf4 or trainer.strategy: ddp_sharded_offload.",
             "base.memory",
         ) from error
-    with explaining_base(folder):  # of a base that is not quantized as it says
+    with folders.explaining_base(folder):  # of a base that is not quantized as it says
         for module in model.modules():
             if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
@@ -98,11 +85,11 @@ def load_base(
     identity = {
         "base": name,
         "revision": source.revision,
-        "fingerprint": fingerprint(source.folder),
+        "fingerprint": folders.fingerprint(source.folder),
         "quantization": quantization,
         "double_quant": double_quant,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "license": read_license(source.folder),
+        "license": folders.read_license(source.folder),
     }
     if wrapper := getattr(model.config, "wrapper", None):
         identity["wrapper"] = wrapper
@@ -111,7 +98,7 @@ def load_base(
 
 
 def quantized_folder(
-    source: BaseFolder,
+    source: folders.BaseFolder,
     quantization: Quantization,
     double_quant: bool,
     dtype: torch.dtype,
@@ -122,7 +109,7 @@ def quantized_folder(
 
     A GPU writes the same layout as a CPU.
     """
-    config = read_config(source.folder, source.name)
+    config = folders.read_config(source.folder, source.name)
     bnb_config = _bitsandbytes_config(quantization, double_quant, dtype)
 
     def build(folder: Path) -> None:
@@ -131,7 +118,7 @@ def quantized_folder(
         freeze(model)  # else packed weights would be saved wrongly, see freeze
         with _quiet_bars():
             # a shard is held in memory while it is written; packed experts, and a text alone, have no names of before
-            is_published = not experts_of(model) and not hasattr(model.config, "wrapper")
+            is_published = not experts.experts_of(model) and not hasattr(model.config, "wrapper")
             save_model(model, folder, max_shard_size="200MB", save_original_format=is_published)
         del model
         # a linear of bitsandbytes and its weight refer to each other: uncollected this model would stay on the device
@@ -142,7 +129,7 @@ def quantized_folder(
     key: dict[str, Json] = {
         # in 1 the base's tensors were not compared with its config, in 2 a text model had other names
         "format": 3 if "text_config" in config else 2,
-        "source": fingerprint(source.folder),
+        "source": folders.fingerprint(source.folder),
         "config": {name: value for name, value in config.items() if name not in _IRRELEVANT_KEYS},
         "settings": bnb_config.to_diff_dict(),
         "dtype": str(dtype),
@@ -160,7 +147,8 @@ def _load(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
-    config, shapes = open_text_config(folder, str(folder), trust_remote_code), TensorFiles(folder, str(folder)).shapes()
+    config = open_text_config(folder, str(folder), trust_remote_code)
+    shapes = folders.TensorFiles(folder, str(folder)).shapes()
     names = names_in_text(folder, shapes) if hasattr(config, "wrapper") else {name: name for name in shapes}
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
@@ -180,15 +168,15 @@ def _load(
                 "base.size",
             )
         if bnb_config is not None:
-            check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
-            if experts_of(described):
-                bnb_config = ExpertsConfig(**bnb_config.to_diff_dict())
+            experts.check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
+            if experts.experts_of(described):
+                bnb_config = experts.ExpertsConfig(**bnb_config.to_diff_dict())
             # transformers compares no shape of what it quantizes
             weights = dict(described.named_parameters())
             mismatched = {(name,) for name in weights.keys() & shapes.keys() if weights[name].shape != shapes[name]}
-    register_experts()  # a cached base may have them
+    experts.register_experts()  # a cached base may have them
     bars = _quiet_bars() if bnb_config is None else contextlib.nullcontext()
-    with bars, quiet_loggers(logging.ERROR, "transformers"), explaining_base(folder):
+    with bars, quiet_loggers(logging.ERROR, "transformers"), folders.explaining_base(folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -1,7 +1,6 @@
 """Adapter folders that no training made: random, large enough to matter, on the tiny base."""
 
 import contextlib
-import json
 import re
 
 import torch
@@ -9,6 +8,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
+from tests.rows import write_rows
 from tests.steps import trainable_tensors
 
 
@@ -31,7 +31,7 @@ def make_run(folder, base, **options):
     folder.mkdir(parents=True)
     model = make_adapter(folder / "adapter", base, **options)
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(str(i) for i in range(1, n + 1))} for n in range(1, 9)]
-    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "val.jsonl", rows)
     config = {
         "model": {"base": str(base)},
         "data": {"val": str(folder / "val.jsonl")},

@@ -1,6 +1,5 @@
 """What tests share: one cache for the session, the real SmolLM2, a tiny random LLaMA with its tokenizer, and rows."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +16,8 @@ import pytest
 import rich
 import torch
 from filelock import FileLock
+
+from tests.rows import counting_rows, write_rows
 
 rich.get_console()
 
@@ -89,13 +90,7 @@ def quickstart(session_cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     """Sixteen short, ragged Alpaca rows as JSON lines."""
-    rows = [
-        {"instruction": f"Count to {n}." + " Please." * (n % 4), "output": " ".join(str(i) for i in range(1, n + 1))}
-        for n in range(1, 17)
-    ]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return write_rows(tmp_path / "rows.jsonl", counting_rows())
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from qlora_lightning.cli import main
 from qlora_lightning.model.kto import KTOModule
 from tests.equality import metrics
 from tests.errors import rejects
+from tests.rows import write_rows
 from tests.steps import assert_same_step, loss_and_gradients, make_trainer, randomize, trainable_tensors
 
 ROWS = [
@@ -30,13 +31,8 @@ ROWS = [
 ]
 
 
-def write_rows(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def make_data(tmp_path, tokenizer, rows=ROWS, **options):
-    file = write_rows(tmp_path / "train.jsonl", rows)
+    file = str(write_rows(tmp_path / "train.jsonl", rows))
     data = PreferenceDataModule(train=file, val=file, tokenizer=str(tokenizer), **{"batch_size": 4} | options)
     data.setup("fit")
     return data
@@ -264,7 +260,7 @@ def test_the_last_answer_is_trained_with_the_verdict_of_a_column_or_a_function(t
 )
 def test_module_and_data_must_be_of_the_same_kind(tmp_path, tiny_base, make, data, rows, key):
     with rejects(key):
-        data = data(train=write_rows(tmp_path / "rows.jsonl", rows))
+        data = data(train=str(write_rows(tmp_path / "rows.jsonl", rows)))
         make_trainer(tmp_path, max_steps=1).fit(make(str(tiny_base)), data)
 
 

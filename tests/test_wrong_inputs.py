@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_lightning.cli import main
+from tests.rows import counting_rows, write_rows
 
 CONFIG = """
 seed_everything: 3
@@ -276,8 +277,7 @@ if not torch.cuda.is_available():
 def prepared(tiny_base, tmp_path_factory):
     """A folder with a config, rows, a base and a run that was stopped inside an epoch."""
     folder = tmp_path_factory.mktemp("prepared")
-    lines = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 11)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    write_rows(folder / "rows.jsonl", counting_rows(10))
     (folder / "c.yaml").write_text(CONFIG)
     (folder / "tiny").symlink_to(tiny_base)
     with pytest.MonkeyPatch.context() as patch:

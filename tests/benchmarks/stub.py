@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.child import ROOT, run_child
-from tests.gpu.on_card import save_wide, tokens_of, write_rows
+from tests.gpu.on_card import save_wide, tokens_of
+from tests.rows import write_rows
 
 MODES = ("plain", "checkpointed", "offloaded")
 _ADAPTERS = 14  # of a layer: their gradients are added to those of the step before, a launch each

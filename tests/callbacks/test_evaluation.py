@@ -10,7 +10,6 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
 from tests.equality import same
-from tests.errors import rejects
 from tests.steps import trainable_tensors
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number
@@ -98,12 +97,6 @@ def test_the_card_of_the_adapter_has_what_the_hub_shows(
     assert values == {name: sides["adapter"]["value"] for name, sides in read_figures(tmp_path)["metrics"].items()}
     names = {result.dataset_name for result in card.eval_results}
     assert names == {"16 validation rows, 4 of them answered", "other text"}
-
-
-def test_other_text_that_is_not_there_stops_a_fit_before_it_trains(fit):
-    with rejects("evaluation.forgetting", "evaluation.forgetting: data file nothing.jsonl"):
-        fit(end := End(), Evaluation(forgetting="nothing.jsonl"))
-    assert not hasattr(end, "adapter")
 
 
 @pytest.mark.parametrize("kind", [UserError, torch.OutOfMemoryError])

@@ -15,6 +15,7 @@ from qlora_lightning.cli import main
 from qlora_lightning.commands import fit  # noqa: F401  # here: Lightning keeps the stderr of its first import
 from tests.adapters import make_adapter
 from tests.random_base import save_random_llama, save_tokenizer
+from tests.rows import write_rows
 
 CONFIG = yaml.safe_load("""
 seed_everything: 3
@@ -56,6 +57,25 @@ def help_examples(command):
     return found
 
 
+def run_command(*arguments):
+    """Run a command; return its exit code, what it printed and its error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, arguments)])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bare_folder(tiny_base, tmp_path_factory):
+    """The current folder, with a base without weights."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(tiny_base, folder / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PL_GLOBAL_SEED", "1")
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def small_base(tmp_path_factory):
     """A random LLaMA with a small tokenizer: transformers reads a large one from a GGUF file in 15 seconds."""
@@ -71,9 +91,9 @@ def finished(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny").symlink_to(tiny_base)
     rows = [{"instruction": f"Count to {n}." + " Please." * (n % 4), "output": "1 2 3 4"[:n]} for n in range(1, 17)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     questions = [{"instruction": "Say one.", "output": "one"}, {"instruction": "Say two."}]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    write_rows(folder / "questions.jsonl", questions)
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -90,7 +110,7 @@ def trained(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 9)]
     for name, content in {"rows": rows, "events": EVENTS, "more": rows[:3]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(folder / f"{name}.jsonl", content)
     (folder / "configs").mkdir()
     (folder / "configs" / "quickstart.yaml").write_text(EVALUATED_CONFIG)
     (folder / "tiny").symlink_to(tiny_base)

@@ -1,14 +1,11 @@
 """``inspect`` as a user runs it, on real files with SmolLM2's tokenizer: its figures, rows, page and mistakes."""
 
-import contextlib
-import io
 import json
-import shutil
 
 import pytest
 import yaml
 
-from qlora_lightning.cli import main
+from tests.commands.conftest import run_command
 from tests.markup import Reader
 
 HOSTILE = "</p><script>alert('1')</script>&amp;\" onmouseover=\"x"
@@ -28,28 +25,22 @@ def write(file, rows):
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_base, tmp_path_factory):
-    """A folder with a config, its rows, and a base without weights."""
-    folder = tmp_path_factory.mktemp("inspect")
-    shutil.copytree(tiny_base, folder / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+def folder(bare_folder):
+    """The current folder, with a config, its rows, and a base without weights."""
+    folder = bare_folder
     hostile = {"instruction": HOSTILE, "output": "Yes\x1b[2J."}
     write(folder / "train.jsonl", [*ROWS, hostile, '{"instruction": "\x1b[2J[bold]"', ROWS[0]])
     write(folder / "val.jsonl", VAL)
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("PL_GLOBAL_SEED", "1")
-        yield folder
+    return folder
 
 
 def inspect(*arguments, config="c.yaml"):
     """Run the command; return exit code, what it prints in lines without their breaks, and its error."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["inspect", "--config", config, *arguments])
-    assert max(map(len, out.getvalue().splitlines()), default=0) <= 80
-    assert "\x1b" not in out.getvalue()
-    return code, out.getvalue(), err.getvalue()
+    code, out, err = run_command("inspect", "--config", config, *arguments)
+    assert max(map(len, out.splitlines()), default=0) <= 80
+    assert "\x1b" not in out
+    return code, out, err
 
 
 def cells(out, name):

@@ -1,7 +1,5 @@
 """The command as a user runs it: on a tiny base, and on the recipes, whose bases are not here."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +8,8 @@ import huggingface_hub
 import pytest
 import yaml
 
-from qlora_lightning.cli import main
+from tests.commands.conftest import run_command
+from tests.rows import counting_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -23,32 +22,25 @@ ADAPTERS = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_base, tmp_path_factory):
-    """A folder with a config, its rows, and a base without weights."""
-    folder = tmp_path_factory.mktemp("plan")
-    shutil.copytree(tiny_base, folder / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
-    rows = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(1, n + 1)))} for n in range(1, 17)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "quickstart.yaml").write_text(yaml.safe_dump(CONFIG))
+def folder(bare_folder):
+    """The current folder, with a config, its rows, and a base without weights."""
+    write_rows(bare_folder / "rows.jsonl", counting_rows())
+    (bare_folder / "quickstart.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("PL_GLOBAL_SEED", "1")
         patch.setenv("COLUMNS", "120")
-        yield folder
+        yield bare_folder
 
 
 def plan(*arguments, config="quickstart.yaml"):
     """Run the command; return exit code, figures, what it printed and its error; nothing but plan.json is written."""
-    out, err, before = io.StringIO(), io.StringIO(), set(Path.cwd().rglob("*"))
-    options = [] if config is None else [f"--config={config}"]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["plan", *options, "--json", "plan.json", *arguments])
+    before = set(Path.cwd().rglob("*"))
+    code, out, err = run_command("plan", f"--config={config}", "--json", "plan.json", *arguments)
     assert {file.name for file in set(Path.cwd().rglob("*")) - before} == ({"plan.json"} if code in (0, 1) else set())
     figures = None
     if code in (0, 1):
         figures = json.loads(Path("plan.json").read_text())
         Path("plan.json").unlink()
-    return code, figures, out.getvalue(), err.getvalue()
+    return code, figures, out, err
 
 
 def test_model_memory_and_length_of_a_run_are_reported(folder):

@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from qlora_lightning import InstructionDataModule
 from tests.data.conftest import prepare_rows
@@ -62,14 +61,6 @@ def test_settings_that_mean_nothing_or_contradict_each_other_are_refused(make, s
         make(**settings).setup("fit")
 
 
-def test_validation_is_optional_in_fit_but_not_in_validate(make):
-    data = make(val=None)
-    data.setup("fit")
-    assert not is_overridden("val_dataloader", data)  # so Lightning does not validate
-    with rejects("data.val"):
-        data.setup("validate")
-
-
 def test_val_fraction_holds_rows_out_by_the_checkpoints_seed(make, monkeypatch):
     def held(data):
         return data.samples["val"].row_ids.tolist()
@@ -118,18 +109,6 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
 def test_what_only_looks_like_another_task_and_what_the_user_names_trains(characters, row, columns):
     data = prepare_rows([row], characters, columns=columns)
     assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
-
-
-def test_weights_give_each_source_its_share_of_an_epoch(make, write):
-    write("few.jsonl", [{"prompt": f"z{number}", "completion": "k"} for number in range(4)])
-    data = make(train=[{"path": "train.jsonl", "weight": 1}, {"path": "few.jsonl", "weight": 2}])
-    data.setup("fit")
-    sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
-    assert (sources.count(0), sources.count(1)) == (10, 20)  # of 26 + 4 rows
-    data = make(train=["train.jsonl", "few.jsonl"])  # without weights every row is trained once
-    data.setup("fit")
-    assert sorted(row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()) == list(range(30))
-    assert data.count_train_batches() == len(data.train_dataloader())
 
 
 def test_rows_that_load_rows_changes_are_read_as_their_sources_say(write, characters):

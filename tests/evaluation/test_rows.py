@@ -1,6 +1,5 @@
 """Rows have the losses and answers that they have alone, whatever batch they come in."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.evaluation.row_results import AnswerSettings, evaluate_sides, row_losses, unpack_rows
 from tests.packed import collate
+from tests.rows import write_rows
 from tests.steps import make_module
 
 NO = -100
@@ -23,7 +23,7 @@ def module(tiny_base):
 def data(tiny_base, tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"instruction": f"Count to {n}." + " Please." * (n % 4), "output": "1 2 3 "[: n + 1]} for n in range(1, 17)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     made = InstructionDataModule(val=str(file), tokenizer=str(tiny_base), batch_size=5, system="Count, please.")
     made.setup("validate")
     return made

@@ -21,6 +21,7 @@ from qlora_lightning.report import read_metrics
 from tests.benchmarks.stub_step import counts
 from tests.gpu.conftest import make_base, make_module
 from tests.random_base import save_tokenizer
+from tests.rows import write_rows
 from tests.steps import fit, make_batch, to_device
 
 CARD = ctypes.CDLL(None)  # the stub is loaded before Python
@@ -52,11 +53,6 @@ def save_wide(folder, layers, vocabulary=512):
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     return folder
-
-
-def write_rows(file, rows):
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def rows_of(lengths):

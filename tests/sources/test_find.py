@@ -11,11 +11,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from qlora_lightning.sources.folders import (
-    BaseFolder,
     TensorFiles,
     fingerprint,
     load_tokenizer,
-    open_base,
     resolve_base,
 )
 from tests.errors import rejects
@@ -136,15 +134,6 @@ def save(folder, tensors, shard_bytes=10_000):
     folder.mkdir()
     save_torch_state_dict(tensors, folder, max_shard_size=shard_bytes)
     return folder
-
-
-def test_a_llama_is_opened_where_it_is_and_without_its_weights_if_they_are_not_asked_for(tmp_path, tensors):
-    folder = save(tmp_path / "tiny-llama", tensors, 600)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert open_base(str(folder)) == BaseFolder(str(folder), folder, "folder", None)
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    assert open_base(str(folder), weights=False).folder == folder
 
 
 def test_it_does_not_depend_on_sharding_and_stays_the_same_for_ever(tmp_path, tensors):

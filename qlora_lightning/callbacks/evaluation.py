@@ -9,16 +9,8 @@ from huggingface_hub import EvalResult, ModelCard
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint, best_adapter
+from qlora_lightning.evaluation import row_results
 from qlora_lightning.evaluation.comparison import Comparison, Results, sum_by_row
-from qlora_lightning.evaluation.row_results import (
-    AnswerSettings,
-    EvaluationRow,
-    answer_rows,
-    evaluate_sides,
-    keep_prompts,
-    take_batches,
-    unpack_rows,
-)
 from qlora_lightning.evaluation.scores import (
     FORGETTING,
     check_scores,
@@ -80,7 +72,7 @@ class Evaluation(Callback):
         self.every_n_validations = every_n_validations
         self.max_new_tokens, self.scores, self.batch_size = max_new_tokens, scores, batch_size
         self.validations = 0  # completed in this fit
-        self._rows: list[EvaluationRow] | None = None  # None: this validation answers none
+        self._rows: list[row_results.EvaluationRow] | None = None  # None: this validation answers none
         self._forgetting_batches: Sequence[Any] = ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +81,9 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
 
-    def choose_settings(self, trainer: Trainer, rows: Sequence[EvaluationRow]) -> AnswerSettings | None:
+    def choose_settings(
+        self, trainer: Trainer, rows: Sequence[row_results.EvaluationRow]
+    ) -> row_results.AnswerSettings | None:
         """Choose scores and limits from the expected answers of all processes; ``None`` if nothing can be answered."""
         answerable = gather_lists(trainer, [row for row in rows if row.prompt is not None])
         data = datamodule_of(trainer)
@@ -99,15 +93,15 @@ class Evaluation(Callback):
         scores = choose_scores([text.strip() for text in texts], self.scores)
         longest = max(len(row.expected) for row in answerable)
         limit = self.max_new_tokens or min(max(2 * longest, _MIN_NEW_TOKENS), _MAX_NEW_TOKENS)
-        return AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
+        return row_results.AnswerSettings(data.tokenizer, list(data.stop_ids), scores, limit, self.batch_size)
 
     def evaluate_forgetting(self, module: Any, adapters: Mapping[str, str], show: bool) -> ForgettingLoss | None:
         """Compute nats and tokens of base and adapters on each row of the file ``forgetting``; ``None``: no row."""
         batches = self._forgetting_batches
         if not batches:
             return None
-        numbers = [row.number for batch in batches for row in unpack_rows(batch)]
-        results = evaluate_sides(module, batches, [], None, adapters, show, next_token=True)
+        numbers = [row.number for batch in batches for row in row_results.unpack_rows(batch)]
+        results = row_results.evaluate_sides(module, batches, [], None, adapters, show, next_token=True)
         return {
             side: sum_by_row((number, row.nll, row.labelled_tokens) for number, row in zip(numbers, rows, strict=True))
             for side, rows in results.items()
@@ -137,15 +131,17 @@ class Evaluation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
         if self._rows is not None:
-            self._rows += unpack_rows(batch)
+            self._rows += row_results.unpack_rows(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         is_due, rows, self._rows = self._rows is not None, self._rows or [], None
-        answerable = keep_prompts(rows, self._share(trainer))
+        answerable = row_results.keep_prompts(rows, self._share(trainer))
         settings = self.choose_settings(trainer, answerable) if is_due else None  # on all ranks alike
         if settings is not None:
-            answers = _unless_out_of_memory(trainer, module, lambda: answer_rows(module, answerable, settings))
+            answers = _unless_out_of_memory(
+                trainer, module, lambda: row_results.answer_rows(module, answerable, settings)
+            )
             if answers is not None:
                 figures = [answer.figures for answer in gather_lists(trainer, list(answers.values()))]
                 means = {f"val_{name}": sum(row[name] for row in figures) / len(figures) for name in figures[0]}
@@ -179,16 +175,16 @@ class Evaluation(Callback):
         # If nothing was left to train, the Trainer has no loader.
         loaders = trainer.val_dataloaders or datamodule_of(trainer).val_dataloader()
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        batches = [batch for loader in loaders for batch in take_batches(loader, trainer.limit_val_batches)]
-        rows = [row for batch in batches for row in unpack_rows(batch)]
-        rows_to_answer = keep_prompts(rows, self._share(trainer))
+        batches = [batch for loader in loaders for batch in row_results.take_batches(loader, trainer.limit_val_batches)]
+        rows = [row for batch in batches for row in row_results.unpack_rows(batch)]
+        rows_to_answer = row_results.keep_prompts(rows, self._share(trainer))
         settings = self.choose_settings(trainer, rows_to_answer)
         adapters = {"adapter": module.model.active_adapter}
         show = trainer.is_global_zero
 
         def evaluate() -> tuple[Results, ForgettingLoss | None]:
             module.to(trainer.strategy.root_device)  # the Trainer has moved it to the CPU by now
-            results = evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
+            results = row_results.evaluate_sides(module, batches, rows_to_answer, settings, adapters, show=show)
             return results, self.evaluate_forgetting(module, adapters, show)
 
         evaluated = _unless_out_of_memory(trainer, module, evaluate)

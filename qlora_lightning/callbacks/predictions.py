@@ -5,15 +5,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from qlora_lightning.support import files
 from qlora_lightning.support.console import say
-from qlora_lightning.support.files import (
-    PREDICTIONS,
-    UNFINISHED_PREDICTIONS,
-    append_json_lines,
-    format_json_lines,
-    set_aside,
-    write_whole,
-)
 from qlora_lightning.support.trainer import datamodule_of, gather_lists
 
 
@@ -25,10 +18,10 @@ class PredictionWriter(Callback):
     """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = f"{trainer.global_rank}-{UNFINISHED_PREDICTIONS}" if trainer.global_rank else UNFINISHED_PREDICTIONS
-        self._unfinished = Path(trainer.default_root_dir) / name
+        prefix = f"{trainer.global_rank}-" if trainer.global_rank else ""
+        self._unfinished = Path(trainer.default_root_dir) / f"{prefix}{files.UNFINISHED_PREDICTIONS}"
         self._lines: list[dict[str, Any]] = []
-        set_aside(self._unfinished)
+        files.set_aside(self._unfinished)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -45,12 +38,12 @@ class PredictionWriter(Callback):
             for answer, prompt in zip(outputs, batch["prompts"], strict=True)
         ]
         self._lines += lines
-        append_json_lines(self._unfinished, lines)
+        files.append_json_lines(self._unfinished, lines)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
         if trainer.is_global_zero:
-            file = Path(trainer.default_root_dir) / PREDICTIONS
-            write_whole(file, format_json_lines(lines))
+            file = Path(trainer.default_root_dir) / files.PREDICTIONS
+            files.write_whole(file, files.format_json_lines(lines))
             say(f"{len(lines)} predictions: {file}")
-        set_aside(self._unfinished).unlink(missing_ok=True)
+        files.set_aside(self._unfinished).unlink(missing_ok=True)

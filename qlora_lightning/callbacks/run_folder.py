@@ -13,17 +13,9 @@ from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
 from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
+from qlora_lightning.support import files
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import (
-    ADAPTER_FOLDER,
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    name_earlier,
-    set_aside,
-    write_whole,
-)
 from qlora_lightning.support.trainer import datamodule_of, is_trial_run, say_once
 
 
@@ -45,11 +37,11 @@ class RunFolder(Callback):
             self.config["seed_everything"] = seed if seed < 2**32 else False
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            file = Path(trainer.default_root_dir) / CONFIG
+            file = Path(trainer.default_root_dir) / files.CONFIG
             with reporting_disk_faults(trainer.default_root_dir):
-                if file.exists() and not is_resumed(trainer) and not name_earlier(file).exists():
-                    say(f"Kept as {set_aside(file).name}: {file}")  # it may be the user's own, with comments
-                write_whole(file, text)
+                if file.exists() and not is_resumed(trainer) and not files.name_earlier(file).exists():
+                    say(f"Kept as {files.set_aside(file).name}: {file}")  # it may be the user's own, with comments
+                files.write_whole(file, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)
@@ -91,7 +83,7 @@ def locking(run_folder: str | Path) -> Iterator[None]:
 
     Without effect if the system (Windows) or the file system (NFS) has no such locks.
     """
-    folder, adapter = Path(run_folder) / CHECKPOINTS, Path(run_folder) / ADAPTER_FOLDER
+    folder, adapter = Path(run_folder) / files.CHECKPOINTS, Path(run_folder) / files.ADAPTER_FOLDER
     refuse_links(folder, adapter, *adapter.glob("*/"))
     with reporting_disk_faults(run_folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +137,8 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
     folder = Path(run_folder)
     if resumed is not None and _is_in(resumed, folder):
         return
-    has_checkpoint = any((folder / CHECKPOINTS).glob("*.ckpt"))
-    if has_checkpoint or (table and (folder / METRICS).exists()):
+    has_checkpoint = any((folder / files.CHECKPOINTS).glob("*.ckpt"))
+    if has_checkpoint or (table and (folder / files.METRICS).exists()):
         other = "" if resumed is None else f" {resumed} is not of it."
         remedy = "Resume it with `--ckpt_path last`, or choose" if has_checkpoint else "Choose"
         raise UserError(
@@ -171,6 +163,6 @@ def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
 
 def _is_in(file: str | Path, run_folder: str | Path) -> bool:
     folder = Path(file).resolve().parent
-    owner = folder.parent if folder.name == CHECKPOINTS else None  # a run folder may hold other run folders
+    owner = folder.parent if folder.name == files.CHECKPOINTS else None  # a run folder may hold other run folders
     run = Path(run_folder).resolve()
     return owner == run if owner else run in (folder, *folder.parents)

@@ -19,13 +19,6 @@ from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.data.rows.files import kind_of_file
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
-from qlora_lightning.sources.folders import (
-    BaseFolder,
-    find_adapter_folder,
-    open_base,
-    read_adapter_config,
-    read_identity,
-)
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MERGE_RECORD, load_yaml
@@ -63,13 +56,13 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
             name = (path.parent if path.name == ADAPTER_FOLDER else path).name
         if not name or name in _RESERVED or name in adapters:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
-        adapters[name] = find_adapter_folder(folder)
+        adapters[name] = folders.find_adapter_folder(folder)
         if (adapters[name] / MERGE_RECORD).is_file():
             raise UserError(
                 f"--adapter {value} is a merged model, which needs none: load it with transformers, serve it with "
                 f"`vllm serve {folder}`, or run its GGUF file with `llama-cli -m`."
             )
-        read_identity(adapters[name])
+        folders.read_identity(adapters[name])
     return adapters
 
 
@@ -138,10 +131,10 @@ def _is_plain(value: Any, key: str) -> bool:
 
 def _read_adapter_settings(adapter: Path) -> dict[str, Any]:
     """Return the base and the rendering of rows that the adapter folder itself records, in the form of a config."""
-    identity = read_identity(adapter)
+    identity = folders.read_identity(adapter)
     names = ("revision", "quantization", "double_quant")
     model = {name: identity[name] for name in names if identity.get(name) is not None}
-    model["base"] = identity.get("base") or read_adapter_config(adapter).get("base_model_name_or_path")
+    model["base"] = identity.get("base") or folders.read_adapter_config(adapter).get("base_model_name_or_path")
     if identity.get("compute_dtype") == "float32":
         model["compute_dtype"] = "fp32"
     rendering = (identity.get("data") or {}).get("settings") or {}
@@ -166,7 +159,7 @@ class AdapterSource:
 
     folder: Path
     identity: dict[str, Any]
-    base: BaseFolder
+    base: folders.BaseFolder
     quantization: Quantization | None
     double_quant: bool
     compute_dtype: torch.dtype
@@ -184,9 +177,9 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     from qlora_lightning.model.adapters.identity import check_identity
     from qlora_lightning.model.load.base_model import stored_quantization
 
-    folder = find_adapter_folder(named)
-    identity = read_identity(folder)
-    source = _find_base(folder, identity) if base is None else open_base(base)
+    folder = folders.find_adapter_folder(named)
+    identity = folders.read_identity(folder)
+    source = _find_base(folder, identity) if base is None else folders.open_base(base)
     base_identity: dict[str, Any] = {"base": source.name, "fingerprint": folders.fingerprint(source.folder)}
     stored = folders.read_config(source.folder, source.name).get("quantization_config")
     if stored is not None:
@@ -226,14 +219,14 @@ def open_adapter(source: AdapterSource) -> QLoRAModule:
     return module.eval()
 
 
-def _find_base(adapter: Path, identity: dict[str, Any]) -> BaseFolder:
-    loaded_from = read_adapter_config(adapter).get("base_model_name_or_path")
+def _find_base(adapter: Path, identity: dict[str, Any]) -> folders.BaseFolder:
+    loaded_from = folders.read_adapter_config(adapter).get("base_model_name_or_path")
     name = identity.get("base") or loaded_from
     if not name:
         raise UserError(f"The adapter folder {adapter} does not name its base: name it with --base.")
     try:
-        return open_base(name, identity.get("revision"))
+        return folders.open_base(name, identity.get("revision"))
     except UserError as error:
         if loaded_from and Path(loaded_from).is_dir():
-            return open_base(loaded_from)
+            return folders.open_base(loaded_from)
         raise UserError(f"The base of {adapter} is not found. {error} Or name it with --base.") from error

@@ -20,18 +20,9 @@ from qlora_lightning.commands.options import (
     quiet_lightning,
 )
 from qlora_lightning.evaluation import BASE, SERVED
+from qlora_lightning.support import files
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import (
-    ADAPTER_FOLDER,
-    EVALUATION,
-    PREDICTIONS,
-    UNFINISHED_PREDICTIONS,
-    append_json_lines,
-    format_json_lines,
-    set_aside,
-    write_whole,
-)
 
 if TYPE_CHECKING:
     from qlora_lightning.evaluation.comparison import Comparison
@@ -95,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         arguments += ["--evaluation.rows", str(options.rows)]
     if options.out and options.out.is_file():
         raise UserError(f"--out {options.out} is a file: name a folder.")
-    for name in (EVALUATION, PREDICTIONS) if options.out else ():
+    for name in (files.EVALUATION, files.PREDICTIONS) if options.out else ():
         check_output("--out", options.out / name, options.force)
     with json_output(options) as figures:
         if len(adapters) > 1 and not find_configs(fit_options):
@@ -129,7 +120,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         trainer: Any = run.trainer
         module: Any = run.model
         data: Any = run.datamodule
-        adapters = adapters or {"adapter": Path(trainer.default_root_dir) / ADAPTER_FOLDER}
+        adapters = adapters or {"adapter": Path(trainer.default_root_dir) / files.ADAPTER_FOLDER}
         evaluation: Any = find_callback(trainer, Evaluation)
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
@@ -146,13 +137,13 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         requests = [] if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
         if options.out:
-            set_aside(options.out / UNFINISHED_PREDICTIONS)
+            files.set_aside(options.out / files.UNFINISHED_PREDICTIONS)
 
         def on_answers(side: str, answered: Sequence[EvaluationRow], answers: Sequence[Answer]) -> None:
             if options.out:  # as they come: a kill leaves them
                 pairs = zip(answered, answers, strict=True)
                 lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
-                append_json_lines(options.out / UNFINISHED_PREDICTIONS, lines)
+                files.append_json_lines(options.out / files.UNFINISHED_PREDICTIONS, lines)
 
         # before the base: it may fail
         served = [] if server is None else ask_server(server, requests, answered_rows, settings, on_answers)
@@ -249,9 +240,9 @@ def _report(
         **({} if match is None else {SERVED: match}),
     }
     if out is not None:
-        figures, predictions = out / EVALUATION, out / PREDICTIONS
-        write_whole(predictions, format_json_lines(comparison.predictions(hardest)))
-        write_whole(figures, summary)
-        set_aside(out / UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
+        figures, predictions = out / files.EVALUATION, out / files.PREDICTIONS
+        files.write_whole(predictions, files.format_json_lines(comparison.predictions(hardest)))
+        files.write_whole(figures, summary)
+        files.set_aside(out / files.UNFINISHED_PREDICTIONS).unlink(missing_ok=True)
         say(f"Written: {figures}, {predictions}")
     return summary

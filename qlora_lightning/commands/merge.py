@@ -21,14 +21,7 @@ from jsonargparse.typing import NonNegativeInt
 from qlora_lightning.commands.adapter import add_config
 from qlora_lightning.commands.options import OptionParser, expand_path, quiet_lightning
 from qlora_lightning.data.chat.templates import find_stop_ids
-from qlora_lightning.sources.folders import (
-    FIXED_KEYS,
-    TensorFiles,
-    find_adapter_folder,
-    load_tokenizer,
-    read_config,
-    read_identity,
-)
+from qlora_lightning.sources import folders
 from qlora_lightning.sources.tensors import IGNORED, format_bytes
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
@@ -83,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
             f"(with {MERGE_RECORD} in it).",
             "out.exists",
         )
-    read_identity(find_adapter_folder(options.adapter))  # a misspelt folder is reported before anything is imported
+    folders.read_identity(folders.find_adapter_folder(options.adapter))  # a misspelt folder is reported at once
     _merge(options, fit_options)
     return 0
 
@@ -98,7 +91,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
 
     source, out, dtype = find_adapter(options.adapter, options.base), options.out, _DTYPES[options.dtype]
     plan = plan_merge(source.base.folder, source.folder)
-    base_files = TensorFiles(source.base.folder, source.base.name)
+    base_files = folders.TensorFiles(source.base.folder, source.base.name)
     if source.quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
 
@@ -154,7 +147,9 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_weights(plan: MergePlan, weights: Weights, files: TensorFiles, folder: Path, dtype: torch.dtype) -> None:
+def _write_weights(
+    plan: MergePlan, weights: Weights, files: folders.TensorFiles, folder: Path, dtype: torch.dtype
+) -> None:
     """Merge tensor by tensor, and write the shards; tensors that are not of a text model are copied from the files."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -190,8 +185,8 @@ def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
     """Write config and tokenizer, the files beside the weights; tokenizer and stop tokens are the adapter's."""
     from transformers import GenerationConfig
 
-    config = read_config(source.base.folder, source.base.name)
-    dropped = {"quantization_config", "torch_dtype", "auto_map", *FIXED_KEYS}  # some name code, or kernels of a hub
+    config = folders.read_config(source.base.folder, source.base.name)
+    dropped = {"quantization_config", "torch_dtype", "auto_map", *folders.FIXED_KEYS}  # some name code
     dropped |= {f"{prefix}{part}_implementation" for prefix in ("", "_") for part in ("attn", "experts")}
     config = {name: value for name, value in config.items() if name not in dropped}
     config["dtype"] = dtype
@@ -210,7 +205,7 @@ def _write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
             write_whole(folder / name, {key: value for key, value in settings.items() if key != "auto_map"})
     write_whole(folder / "config.json", config)
     _check_links(source.tokenizer_folder)
-    load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
+    folders.load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
 
 
 def _check_links(folder: Path) -> None:
@@ -241,7 +236,7 @@ def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str)
             message = f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}"
             raise UserError(message, "gguf.llama_quantize")
         half.unlink()
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = folders.load_tokenizer(str(folder))
     stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
     # in JSON's quotes a token cannot end its line
     lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]

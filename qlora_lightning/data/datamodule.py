@@ -18,17 +18,8 @@ from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.prepare import Preparation, Prepared, Prompt, divide
 from qlora_lightning.data.report import DataReport
+from qlora_lightning.data.rows import files
 from qlora_lightning.data.rows.content import Chat, Judged, Pair
-from qlora_lightning.data.rows.files import (
-    BadRow,
-    Row,
-    RowSettings,
-    Source,
-    find_sources,
-    has_settings,
-    has_split,
-    read_rows,
-)
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, identify
 from qlora_lightning.data.samples import SampleSet
@@ -132,7 +123,7 @@ class InstructionDataModule(LightningDataModule):
             self.batch_size = 8
         self.lenient = False  # `inspect` shows what training rejects
         self.samples: dict[str, SampleSet] = {}
-        self.sample_sources: dict[str, list[Source]] = {}  # by split: what ``SampleSet.source`` counts
+        self.sample_sources: dict[str, list[files.Source]] = {}  # by split: what ``SampleSet.source`` counts
         self.reports: dict[str, DataReport] = {}
         self._named_tokenizer = self._tokenizer_choice = tokenizer
         self._tokenizer: Any = None
@@ -193,13 +184,13 @@ class InstructionDataModule(LightningDataModule):
         datasets = {source.path for source in self.sample_sources.get("train", ()) if source.split is not None}
         return {**identify(self.samples, self.tokenizer), "settings": settings, "datasets": sorted(datasets)}
 
-    def load_rows(self, split: str) -> Iterable[Row | BadRow | dict[str, Any]]:
+    def load_rows(self, split: str) -> Iterable[files.Row | files.BadRow | dict[str, Any]]:
         """Return the rows of ``train``, ``val``, ``test`` or ``predict``; none if there is no such split.
 
         Override it to read rows from elsewhere: plain dicts work. Or to change those of ``super().load_rows(split)``:
         ``row._replace(values=…)`` is still read as its source says. It may be called again.
         """
-        return (row for source in self.sources(split) for row in read_rows(source))
+        return (row for source in self.sources(split) for row in files.read_rows(source))
 
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -305,7 +296,7 @@ class InstructionDataModule(LightningDataModule):
     def _has_own_rows(self) -> bool:
         return is_overridden("load_rows", self, InstructionDataModule)
 
-    def _read(self, split: str, sources: list[Source]) -> Prepared:
+    def _read(self, split: str, sources: list[files.Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
         self._take_sources(split, sources)
         preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
@@ -319,10 +310,10 @@ class InstructionDataModule(LightningDataModule):
             settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
-        files = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
-        return samples, replace(report, split=split, files=files)
+        names = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
+        return samples, replace(report, split=split, files=names)
 
-    def _take_sources(self, split: str, sources: list[Source]) -> None:
+    def _take_sources(self, split: str, sources: list[files.Source]) -> None:
         """Keep the sources of a split, and their shares of an epoch."""
         self.sample_sources[split] = sources
         weights = [source.weight for source in sources if source.weight is not None]
@@ -332,19 +323,19 @@ class InstructionDataModule(LightningDataModule):
             check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
             self._shares = weights
 
-    def _read_rows(self, split: str) -> Iterator[Row | BadRow]:
+    def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
-        settings = RowSettings(self.format, self.columns, self.system, self.roles)
-        source = Source("load_rows", settings=settings)
+        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
+        source = files.Source("load_rows", settings=settings)
         for number, row in enumerate(self.load_rows(split) or (), start=1):
             if isinstance(row, dict):
-                if has_settings(self.files[split]):
+                if files.has_settings(self.files[split]):
                     raise UserError(
                         f"load_rows returned a plain dict, which loses the settings that data.{split} has for its "
                         "source: return `row._replace(values=…)` of a row of `super().load_rows(split)`.",
                         "load_rows.dict",
                     )
-                row = Row(row, split, number)
+                row = files.Row(row, split, number)
             yield row if row.source else row._replace(source=source)
 
     def load_conversations(self, split: str, numbers: Collection[int]) -> dict[int, Chat]:
@@ -353,7 +344,7 @@ class InstructionDataModule(LightningDataModule):
             split = "train"
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
-            if number in numbers and isinstance(row, Row) and row.source:
+            if number in numbers and isinstance(row, files.Row) and row.source:
                 match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
                     case Chat() as chat:
                         conversations[number] = chat
@@ -375,7 +366,7 @@ class InstructionDataModule(LightningDataModule):
         samples = other.samples["test"]
         return [collate_rows(samples, range(len(samples))[start : start + 8]) for start in range(0, len(samples), 8)]
 
-    def sources(self, split: str) -> list[Source]:
+    def sources(self, split: str) -> list[files.Source]:
         """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
@@ -384,12 +375,12 @@ class InstructionDataModule(LightningDataModule):
             for entry in train if isinstance(train, list) else [train]:
                 options = entry if isinstance(entry, Mapping) else {"path": entry}
                 path, is_part = options.get("path"), not {"rows", "weight"}.isdisjoint(options)
-                if isinstance(path, str | Path) and not is_part and has_split(path, split):
+                if isinstance(path, str | Path) and not is_part and files.has_split(path, split):
                     value.append(entry)
         if not value:
             return []
-        settings = RowSettings(self.format, self.columns, self.system, self.roles)
-        return find_sources(value, split, settings=settings, encoding=self.encoding)
+        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
+        return files.find_sources(value, split, settings=settings, encoding=self.encoding)
 
     def take_tokenizer_of_base(self, module: Any) -> None:
         """Take the tokenizer of a module's base, and drop samples that were prepared with that of another base."""

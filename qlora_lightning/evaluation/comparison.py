@@ -9,15 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.intervals import (
-    PREFERENCE_ACCURACY,
-    Metric,
-    choose_digits,
-    format_interval,
-    measure,
-    plain_interval,
-)
+from qlora_lightning.evaluation import BASE, intervals
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
 from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.support.console import make_table, say, terminal
@@ -41,13 +33,13 @@ def sum_by_row(pieces: Iterable[tuple[int, float, float]]) -> list[tuple[float, 
     return list(sums.values())
 
 
-def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric]:
+def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, intervals.Metric]:
     """Compute every metric of every side, by name: losses over all rows, scores over the answered ones."""
     n_by_kind = Counter(row.kind for row in rows)
     # all desirable answers weigh as much as all undesirable ones: it is no gain if every answer is likelier
     weights = [len(rows) / n_by_kind[row.kind] for row in rows]
 
-    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> Metric:
+    def over_rows(name: str, fraction: Callable[[RowResult], tuple[float, float] | None]) -> intervals.Metric:
         """Measure a fraction that all results have, or some of them."""
         sides = {}
         for side, row_results in results.items():
@@ -56,12 +48,12 @@ def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, Metric
                 if (parts := fraction(result)) is not None:
                     pieces.append((row.number, weight * parts[0], weight * parts[1]))
             sides[side] = sum_by_row(pieces)
-        return measure(name, sides)
+        return intervals.measure(name, sides)
 
     losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
     metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
     # of answers with a label there is none: a base that is its own reference has a margin of 0 on all of them
-    accuracy = {"answer": "token_accuracy", "pair": PREFERENCE_ACCURACY}.get(rows[0].kind)
+    accuracy = {"answer": "token_accuracy", "pair": intervals.PREFERENCE_ACCURACY}.get(rows[0].kind)
     if accuracy is not None:
         metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
     answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
@@ -102,11 +94,11 @@ class Comparison:
         self.n_rows = len({row.number for row in rows if row.number >= 0}) or len(rows)
         self.metrics = compare(results, rows)
         if forgetting is not None:
-            self.metrics[FORGETTING] = measure(FORGETTING, forgetting)
+            self.metrics[FORGETTING] = intervals.measure(FORGETTING, forgetting)
         self.adapters = [side for side in results if side != BASE]
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
         self.score = settings.scores[0] if settings else None
-        by_kind = {"answer": self.score or "loss", "pair": PREFERENCE_ACCURACY}
+        by_kind = {"answer": self.score or "loss", "pair": intervals.PREFERENCE_ACCURACY}
         self.compared_by = by_kind.get(rows[0].kind, "loss")
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]
@@ -138,7 +130,7 @@ class Comparison:
 
     def _merit(self, side: str, index: int) -> float:
         result = self.results[side][index]
-        by_metric = {PREFERENCE_ACCURACY: float(result.correct), "loss": -result.loss}
+        by_metric = {intervals.PREFERENCE_ACCURACY: float(result.correct), "loss": -result.loss}
         return by_metric.get(self.compared_by, self._score(side, index))
 
     def hardest_first(self) -> list[int]:
@@ -184,14 +176,14 @@ class Comparison:
         gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
         cells = []
         for name, metric in self.metrics.items():
-            digits = choose_digits([*metric.sides.values(), *metric.differences.values()])
-            intervals = [format_interval(interval, is_share(name), "", digits) for interval in metric.sides.values()]
+            digits = intervals.choose_digits([*metric.sides.values(), *metric.differences.values()])
+            texts = [
+                intervals.format_interval(interval, is_share(name), "", digits) for interval in metric.sides.values()
+            ]
             differences = [metric.differences[adapter] for adapter in self.adapters]
-            intervals += [format_interval(interval, is_share(name), "+", digits) for interval in differences]
+            texts += [intervals.format_interval(interval, is_share(name), "+", digits) for interval in differences]
             is_wide = terminal().width >= 100
-            cells.append(
-                [describe_metric(name), *(text if is_wide else text.replace(" [", "\n[") for text in intervals)]
-            )
+            cells.append([describe_metric(name), *(text if is_wide else text.replace(" [", "\n[") for text in texts)])
         say(make_table(("", *self.results, *gains), cells, f"{count}{limit}, with 95 % intervals"))
 
     def print_rows(self, indices: Sequence[int]) -> None:
@@ -241,8 +233,8 @@ class Comparison:
         """
         metrics: dict[str, Any] = {}
         for name, metric in self.metrics.items():
-            differences = {side: plain_interval(interval) for side, interval in metric.differences.items()}
-            metrics[name] = {side: plain_interval(interval) for side, interval in metric.sides.items()}
+            differences = {side: intervals.plain_interval(interval) for side, interval in metric.differences.items()}
+            metrics[name] = {side: intervals.plain_interval(interval) for side, interval in metric.sides.items()}
             metrics[name]["difference"] = differences[self.adapters[0]]
             if len(self.adapters) > 1:
                 metrics[name]["differences"] = differences

@@ -10,15 +10,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from qlora_lightning.data.chat.templates import (
-    ControlTokens,
-    find_presets,
-    find_reasoning_key,
-    find_searched_words,
-    find_stop_ids,
-    name_tokenizer,
-    writes_bos,
-)
+from qlora_lightning.data.chat import templates
 from qlora_lightning.data.rows.content import (
     Content,
     Conversation,
@@ -74,16 +66,16 @@ class ChatRenderer:
     def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
-        self.stop_ids = find_stop_ids(tokenizer)
-        self._controls = ControlTokens(tokenizer, self.stop_ids)
+        self.stop_ids = templates.find_stop_ids(tokenizer)
+        self._controls = templates.ControlTokens(tokenizer, self.stop_ids)
         self.control_ids = self._controls.known
         self._text = TemplateRenderer(tokenizer, self._controls, reasoning)
-        self._writes_bos = writes_bos(tokenizer)
+        self._writes_bos = templates.writes_bos(tokenizer)
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise UserError(
-                f"{name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected a fast "
-                "one, of the library tokenizers.",
+                f"{templates.name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected "
+                "a fast one, of the library tokenizers.",
                 "tokenizer.slow",
             )
         plain, newline, after_newline = (encoded.ids for encoded in self._encode_texts(["a", "\n", "\na"]))
@@ -193,8 +185,8 @@ class ChatRenderer:
         """Reject control tokens as text: ``<|im_end|>`` inside a row would be encoded as the control token itself."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise UserError(
-                f"{name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
-                f"data.chat_template to {', '.join(find_presets(self.tokenizer))} or a .jinja file.",
+                f"{templates.name_tokenizer(self.tokenizer)} has no chat template, so rows cannot be rendered: set "
+                f"data.chat_template to {', '.join(templates.find_presets(self.tokenizer))} or a .jinja file.",
                 "data.chat_template",
             )
         for number, message in enumerate(messages, start=1):
@@ -340,10 +332,11 @@ class TemplateRenderer:
     that the template itself writes (Qwen3's ``<think>\n\n</think>\n\n``) belongs to the prompt.
     """
 
-    def __init__(self, tokenizer: Any, controls: ControlTokens, reasoning: str = "template") -> None:
+    def __init__(self, tokenizer: Any, controls: templates.ControlTokens, reasoning: str = "template") -> None:
         self.tokenizer, self.controls, self.reasoning = tokenizer, controls, reasoning
         template = getattr(tokenizer, "chat_template", None)
-        self._reasoning_key, self._searched_words = find_reasoning_key(template), find_searched_words(template)
+        self._reasoning_key = templates.find_reasoning_key(template)
+        self._searched_words = templates.find_searched_words(template)
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
         """Render a conversation to train on.

@@ -7,22 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_lightning.data.rows.content import (
-    MEDIA,
-    Chat,
-    RowContent,
-    RowFault,
-    Text,
-    Tokens,
-    check_order,
-    find_tools,
-    is_answer,
-    judge,
-    pair_up,
-    parse_json,
-    read_message,
-    read_string,
-)
+from qlora_lightning.data.rows import content as rows
 from qlora_lightning.data.rows.files import Row, RowSettings
 from qlora_lightning.support.errors import UserError, nearest
 
@@ -94,7 +79,7 @@ class RowConverter:
                 "data.format",
             )
 
-    def convert(self, row: Row) -> RowContent:
+    def convert(self, row: Row) -> rows.RowContent:
         """Convert one row.
 
         Raises:
@@ -105,7 +90,7 @@ class RowConverter:
         form = self._find_format(row)
         if form is None:
             self._unrecognised = self._unrecognised or row
-            raise RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
+            raise rows.RowFault(f"no format is recognised by its columns {', '.join(row.values)}")
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
@@ -113,18 +98,18 @@ class RowConverter:
             self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
         content = self._read(form, row.values)
         if not self.pairs:
-            return content if isinstance(content, Text | Tokens) else self._to_chat(content, row.values, form)
+            return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, row.values, form)
         if form.is_ours and form is not _PREFERENCE:
             label = _LABELS.get(str(row.values.get("label")).lower())
             if label is None:
-                raise RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
+                raise rows.RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
             content = content, label
         match content:
             case (messages, bool(label)):
-                return judge(self._to_chat(messages, row.values, form), label)
+                return rows.judge(self._to_chat(messages, row.values, form), label)
             case (chosen, rejected):
-                return pair_up(*(self._to_chat(messages, row.values, form) for messages in (chosen, rejected)))
-        raise RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
+                return rows.pair_up(*(self._to_chat(messages, row.values, form) for messages in (chosen, rejected)))
+        raise rows.RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
@@ -154,37 +139,43 @@ class RowConverter:
             names = " and ".join(map(repr, missing))
             is_no_pair = form is _PREFERENCE and len(missing) == 2
             hint = "; a single answer (`objective: kto`) needs true or false in 'label'" if is_no_pair else ""
-            raise RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
+            raise rows.RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
         try:
             return form.read(dict(values))
-        except RowFault:
+        except rows.RowFault:
             raise
         except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
             reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
-            raise RowFault(f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}") from error
+            raise rows.RowFault(
+                f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}"
+            ) from error
 
-    def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> Chat:
+    def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> rows.Chat:
         """Check a conversation, and add system prompt and tools."""
         messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
-        if isinstance(content, Chat):
+        if isinstance(content, rows.Chat):
             messages, tools = content.messages, content.tools
         if not isinstance(messages, list) or not messages:
-            raise RowFault(f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}")
+            raise rows.RowFault(
+                f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}"
+            )
         roles = self.settings.roles
-        conversation = [read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
-        check_order(conversation, self.needs_answer)
+        conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
+        rows.check_order(conversation, self.needs_answer)
         if row_system and conversation[0]["role"] == "system":
-            raise RowFault("has a system message and the key 'system' as well: expected one of them")
-        system = read_string(row_system, "'system'") if row_system else self.settings.system
+            raise rows.RowFault("has a system message and the key 'system' as well: expected one of them")
+        system = rows.read_string(row_system, "'system'") if row_system else self.settings.system
         if system and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
-        return Chat(conversation, find_tools(tools, conversation))
+        return rows.Chat(conversation, rows.find_tools(tools, conversation))
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
     """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: its whole source is affected."""
     for key, value in row.values.items():
-        if key in MEDIA and (any(value.values()) if isinstance(value, dict) else value):  # {"bytes": None, "path": …}
+        if key in rows.MEDIA and (
+            any(value.values()) if isinstance(value, dict) else value
+        ):  # {"bytes": None, "path": …}
             reason = "only text is read: its answer would be trained without what it is about"
         elif pairs or not needs_answer:
             continue
@@ -239,10 +230,10 @@ def _recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Fo
 
 def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
-    prompt, extra = (read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
-    history = parse_json(values.get("history") or [], "'history'")
+    prompt, extra = (rows.read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
+    history = rows.parse_json(values.get("history") or [], "'history'")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
+        raise rows.RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
     turns = [message for pair in history for message in _exchange(*pair)]
     return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
@@ -253,14 +244,14 @@ def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
     prompt, completion = values["prompt"], values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | None):
         return [*({**message, "train": False} for message in prompt), *(completion or [])]
-    return _exchange(read_string(prompt, "'prompt'"), completion)
+    return _exchange(rows.read_string(prompt, "'prompt'"), completion)
 
 
 def _refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
     """Reject a list of messages in a string, as in CSV: it would be trained as that text."""
     for key in keys:
         if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
-            raise RowFault(f"{key!r} is a list of messages as text, which would be trained as it is: use JSON lines")
+            raise rows.RowFault(f"{key!r} is a list of messages as text, and would be trained as it is: use JSON lines")
 
 
 def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
@@ -269,20 +260,20 @@ def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     return question if answer is None else [*question, {"role": "assistant", "content": answer}]
 
 
-def _read_text(values: dict[str, Any]) -> Text:
-    text = read_string(values["text"], "'text'")
+def _read_text(values: dict[str, Any]) -> rows.Text:
+    text = rows.read_string(values["text"], "'text'")
     if not text.strip():
-        raise RowFault("'text' is empty")
-    return Text(text)
+        raise rows.RowFault("'text' is empty")
+    return rows.Text(text)
 
 
-def _read_tokens(values: dict[str, Any]) -> Tokens:
+def _read_tokens(values: dict[str, Any]) -> rows.Tokens:
     """Read ids and labels, which are aligned (not shifted), -100 where a token is not trained."""
-    ids, labels = (parse_json(values[key], repr(key)) for key in ("input_ids", "labels"))
+    ids, labels = (rows.parse_json(values[key], repr(key)) for key in ("input_ids", "labels"))
     for key, tokens in (("input_ids", ids), ("labels", labels)):
         if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
-            raise RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
-    return Tokens(ids, labels)
+            raise rows.RowFault(f"{key!r} must be a list of token ids, found {reprlib.repr(tokens)}")
+    return rows.Tokens(ids, labels)
 
 
 def _read_pair(values: dict[str, Any]) -> list[Any]:
@@ -294,8 +285,8 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
     answers = [values[key] for key in ("chosen", "rejected")]
     _refuse_messages_as_text(values, ("chosen", "rejected", *_PROMPT_KEYS))
     if [] in answers:
-        raise RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
-    is_whole = all(isinstance(answer, list) and not is_answer(answer[0]) for answer in answers)
+        raise rows.RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
+    is_whole = all(isinstance(answer, list) and not rows.is_answer(answer[0]) for answer in answers)
     prompt = [] if is_whole else _read_prompt(values)
     return [[*prompt, *_as_messages(answer)] for answer in answers]
 
@@ -305,7 +296,7 @@ def _read_prompt(values: dict[str, Any]) -> list[Any]:
         return _read_alpaca({**values, "output": None})
     prompt = next((values[key] for key in _PROMPT_KEYS if values.get(key)), None)
     if not prompt:
-        raise RowFault(
+        raise rows.RowFault(
             "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each; "
             "name its column by `columns: {theirs: prompt}`"
         )
@@ -322,8 +313,10 @@ FORMATS = {
     form.name: form
     for form in (
         Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history")),
-        Format("messages", ("messages",), (), lambda row: parse_json(row["messages"], "'messages'")),
-        Format("sharegpt", ("conversations",), (), lambda row: parse_json(row["conversations"], "'conversations'")),
+        Format("messages", ("messages",), (), lambda row: rows.parse_json(row["messages"], "'messages'")),
+        Format(
+            "sharegpt", ("conversations",), (), lambda row: rows.parse_json(row["conversations"], "'conversations'")
+        ),
         Format("prompt_completion", ("prompt",), ("completion",), _read_prompt_completion),
         Format(
             "question_answer", ("question",), ("answer",), lambda row: _exchange(row["question"], row.get("answer"))

@@ -1,7 +1,4 @@
-"""The program ``qlora-lightning``: finds the command, runs it, and reports errors.
-
-Each command is imported when it is called, so that ``--help`` answers at once.
-"""
+"""The program ``qlora-lightning``: imports the command that is called, runs it, and reports errors."""
 
 import contextlib
 import ctypes

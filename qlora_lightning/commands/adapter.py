@@ -1,7 +1,4 @@
-"""Adapter folders on a command line: their names, the config of their run, and base and adapter as they were trained.
-
-A folder may come from strangers: of a config that the user has not named, a short list of plain values counts.
-"""
+"""Adapter folders on a command line, which may come from strangers: their names, and config and base of their runs."""
 
 from __future__ import annotations
 

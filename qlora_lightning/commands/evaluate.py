@@ -96,10 +96,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate base and adapters on the same rows, and print the comparison; return all figures.
-
-    Without ``adapters``, which are folders by name, it is the run folder's own.
-    """
+    """Evaluate base and adapters, by default the run folder's own, on the same rows; print and return all figures."""
     from qlora_lightning.callbacks import Evaluation
     from qlora_lightning.callbacks.run_folder import warn_of_other_data
     from qlora_lightning.commands.evaluate_server import Server, ask_server, make_requests, score_served
@@ -181,10 +178,7 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
 
 
 def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tuple[list[Any], list[EvaluationRow]]:
-    """Return batches of a split and their rows, each with its place and source.
-
-    These are the first ``n_rows``, else those within the Trainer's limit of batches.
-    """
+    """Return batches of a split and their rows, within ``n_rows`` or the Trainer's limit."""
     from qlora_lightning.evaluation.row_results import take_batches, unpack_rows
 
     batches, rows = [], list[Any]()

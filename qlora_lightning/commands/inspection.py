@@ -1,7 +1,4 @@
-"""``qlora-lightning inspect``: the data as the model will see them, in the terminal and as a page.
-
-It reports on each split, its sources and lengths and an epoch, and shows rows token by token.
-"""
+"""``qlora-lightning inspect``: the data as the model will see them, in the terminal and as a page."""
 
 import argparse
 import sys
@@ -150,11 +147,7 @@ def _share(part: float, total: float) -> str:
 def _show_rows(
     samples: SampleSet, tokenizer: Any, stop_ids: Collection[int], row_names: Sequence[str], longest: bool
 ) -> Iterator[tuple[Text, Text]]:
-    """Yield a title and the tokens of each requested row, or of both its answers; else of the first two.
-
-    Raises:
-        UserError: ``--row`` names no row.
-    """
+    """Yield a title and the tokens of each requested row, or of both its answers; else of the first two."""
     indices: list[int] = []
     for name in row_names:
         file, _, line = name.rpartition(":")

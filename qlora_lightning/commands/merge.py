@@ -288,10 +288,7 @@ def _sample_validation_rows(
 def _check_written(
     source: AdapterSource, folder: Path, gguf_file: Path | None, batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Load the merged models with transformers, one after the other, and compare them with base and adapter.
-
-    Returns the figures for ``merge.json``; raises UserError if a model differs by too much.
-    """
+    """Load the merged models with transformers, one after the other, and compare them with base and adapter."""
     from qlora_lightning.commands.adapter import open_adapter
 
     module = open_adapter(dataclasses.replace(source, quantization=source.quantization or "none"))

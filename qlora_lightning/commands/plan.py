@@ -101,7 +101,11 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
     n_rows = data.batch_size or max(1, data.tokens_per_batch // data.max_length)
     batch = {"rows": n_rows, "tokens": n_rows * data.max_length, "longest": data.max_length}  # the largest allowed
     try:
-        epoch_plan = _plan_batches(data)
+        for source in [*data.sources("train"), *data.sources("val")]:
+            if source.is_remote:
+                raise UserError(f"{source.path} is not on this machine, and plan fetches no data.")
+        data.setup("fit")
+        epoch_plan = data.plan_epochs()
         samples, epoch = epoch_plan.samples, plan_epoch(epoch_plan, trainer)
         rows, lengths = epoch_plan.find_largest(epoch.batches), samples.lengths
         batch = {"rows": len(rows), "tokens": int(lengths[rows].sum()), "longest": int(lengths.max())}
@@ -210,16 +214,6 @@ def count_devices(trainer: Mapping[str, Any]) -> int:
     else:
         count = int(devices) if devices.isdigit() else len(re.findall(r"\d+", devices))  # "0,1," or [0, 1]
     return max(1, count) * int(trainer["num_nodes"])
-
-
-def _plan_batches(data: Any) -> EpochPlan:
-    """Read the training data, unless they are not on this machine; return their batches."""
-    for source in [*data.sources("train"), *data.sources("val")]:
-        if source.is_remote:
-            raise UserError(f"{source.path} is not on this machine, and plan fetches no data.")
-    data.setup("fit")
-    plan: EpochPlan = data.plan_epochs()
-    return plan
 
 
 # ---- config without weights ------------------------------------------------------------------------------------------

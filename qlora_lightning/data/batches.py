@@ -75,7 +75,9 @@ class EpochPlan:
         bins = [packed[i % len(packed)] for i in range(self._bins)]
         if self.shuffle:
             bins = [bins[i] for i in permute(len(bins), self.seed, epoch, "bins")]
-        return rank_bins(bins, rank, self.world_size)
+        # the i-th batch of a rank is bin ``i*w + rank``
+        bin_batches = rank_batches(range(len(bins)), 1, rank, self.world_size)
+        return [RankBatch(bins[i][:1] if filler else bins[i], filler) for (i,), filler in bin_batches]
 
     def __len__(self) -> int:
         """Number of batches of each rank in any epoch."""
@@ -131,12 +133,6 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
         rank_rows = list(rows[start : start + rows_per_rank + (rank < remainder)])
         batches.append(RankBatch(rank_rows or [rows[0]], not rank_rows))
     return batches
-
-
-def rank_bins(bins: Sequence[list[int]], rank: int, world_size: int) -> list[RankBatch]:
-    """Return the bins of one rank, each a batch: its i-th is bin ``i*w + rank``, or a filler if there is none."""
-    batches = rank_batches(range(len(bins)), 1, rank, world_size)
-    return [RankBatch(bins[i][:1] if filler else bins[i], filler) for (i,), filler in batches]
 
 
 def share_out(shares: Sequence[float], n: int) -> list[int]:

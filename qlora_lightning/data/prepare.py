@@ -167,7 +167,7 @@ class Preparation:
                         part.texts = self.renderer.write(part.content)
                     written.append(converted)
         jobs = [(part, text) for converted in written for part in converted.parts for text in part.texts]
-        encoded = self.renderer.encode([text for _, text in jobs])
+        encoded = self.renderer.encode([text.text for _, text in jobs])
         for (part, _), encoding in zip(jobs, encoded, strict=True):
             part.encoded.append(encoding)
         for converted in written:

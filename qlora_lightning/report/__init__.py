@@ -1,7 +1,4 @@
-"""What a run folder holds: its manifest and curves, and the page and table made of them.
-
-It reads files, and imports neither torch nor Lightning, so that a report starts within a second.
-"""
+"""What a run folder holds, and the page made of it; without torch and Lightning, so that it starts within a second."""
 
 from qlora_lightning.report.page import render_report as render_report
 from qlora_lightning.report.page import write_run_page as write_run_page

@@ -105,7 +105,7 @@ def test_a_run_is_not_lost_to_the_memory_of_its_last_evaluation(fit, monkeypatch
         raise kind("Out of memory on cpu.")
 
     for name in ("evaluate_sides", "answer_rows"):
-        monkeypatch.setattr(f"qlora_lightning.callbacks.evaluation.{name}", run_out)
+        monkeypatch.setattr(f"qlora_lightning.evaluation.row_results.{name}", run_out)
     fit(end := End(), Evaluation(every_n_validations=1), limit_train_batches=1)
     assert end.adapter
     words = "Not evaluated at step 1: Out of memory on cpu. `qlora-lightning evaluate` can do it later."

@@ -78,7 +78,7 @@ class ChatRenderer:
                 "a fast one, of the library tokenizers.",
                 "tokenizer.slow",
             )
-        plain, newline, after_newline = (encoded.ids for encoded in self._encode_texts(["a", "\n", "\na"]))
+        plain, newline, after_newline = (encoded.ids for encoded in self.encode(["a", "\n", "\na"]))
         # Sentencepiece puts a space before a text: there a part is encoded after a newline, whose ids are dropped.
         self._lead = "" if after_newline[len(newline) :] == plain else "\n"
         self._lead_length = len(newline) if self._lead else 0
@@ -101,12 +101,8 @@ class ChatRenderer:
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
         return self._text.render(messages, content.tools, self._find_trained(messages))
 
-    def encode(self, texts: Sequence[RenderedText]) -> list["Encoded"]:
-        """Encode whole texts, on all cores."""
-        return self._encode_texts([text.text for text in texts])
-
-    def _encode_texts(self, texts: list[str]) -> list["Encoded"]:
-        """Encode texts as they are: the template writes the BOS itself."""
+    def encode(self, texts: list[str]) -> list["Encoded"]:
+        """Encode texts as they are, on all cores: the template writes the BOS itself."""
         self._backend.no_truncation()
         self._backend.no_padding()
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
@@ -136,14 +132,14 @@ class ChatRenderer:
         """
         self._check_messages(messages, tools)
         rendered = self._text.render_prompt(messages, tools)
-        encoded, _ = self._find_starts(rendered, *self.encode([rendered]))
+        encoded, _ = self._find_starts(rendered, *self.encode([rendered.text]))
         self._check_bos(encoded.ids)
         return encoded.ids
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> TokenizedSample:
         """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
         rendered = self._text.render(messages, tools, answers)[-1]
-        return self._label(rendered, *self.encode([rendered]))
+        return self._label(rendered, *self.encode([rendered.text]))
 
     def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
         """Return the messages of a prompt for a server, which renders them with the same template."""
@@ -262,7 +258,7 @@ class ChatRenderer:
         """Count the ids before a character; None if from the last control token on they are not those of the header."""
         n_before = encoded.find(start)
         begin = next((i for i in reversed(range(n_before)) if encoded.ids[i] in self._controls.known), 0)
-        (header,) = self._encode_texts([text[encoded.spans[begin][0] : start]])
+        (header,) = self.encode([text[encoded.spans[begin][0] : start]])
         end = begin + len(header.ids)
         return end if encoded.ids[begin:end] == header.ids else None
 
@@ -271,7 +267,7 @@ class ChatRenderer:
         encoded = Encoded([], [])
         for start, end in pairwise([0, *cuts, len(text)]):
             lead, n_lead = (self._lead, self._lead_length) if start else ("", 0)
-            (part,) = self._encode_texts([lead + text[start:end]])
+            (part,) = self.encode([lead + text[start:end]])
             encoded.ids.extend(part.ids[n_lead:])
             shift = start - len(lead)
             encoded.spans.extend((span[0] + shift, span[1] + shift) for span in part.spans[n_lead:])

@@ -69,7 +69,11 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
             f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example.",
             "data.chat_template",
         )
-    return _end_turns(chosen, end_id)
+    chosen.former_stop_ids = find_stop_ids(chosen)
+    token = chosen.convert_ids_to_tokens(end_id)
+    _make_special(chosen, (token,))
+    chosen.eos_token = token
+    return chosen
 
 
 def find_presets(tokenizer: Any) -> list[str]:
@@ -135,14 +139,12 @@ def _make_special(tokenizer: Any, tokens: tuple[str, ...]) -> None:
 
 
 def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> Any:
-    """Return a tokenizer whose template has the options and no clock; itself if that changes nothing.
-
-    Raises:
-        UserError: the template has no such variable, a value cannot be written into it, or the date cannot be fixed.
-    """
+    """Return a tokenizer whose template has the options and no clock; itself if that changes nothing."""
     template = tokenizer.chat_template
     texts = template if isinstance(template, dict) else {"": template}
-    variables = {name for text in texts.values() for name in _find_variables(text)} if options else set()
+    variables = set[str]()
+    for text in texts.values() if options else ():
+        variables |= jinja2.meta.find_undeclared_variables(_parse(text))
     variables -= {*_PASSED, *tokenizer.special_tokens_map}
     for name, value in options.items():
         if name not in variables:
@@ -168,10 +170,6 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     return tokenizer
 
 
-def _find_variables(template: str) -> set[str]:
-    return jinja2.meta.find_undeclared_variables(_parse(template))
-
-
 def _parse(template: str) -> nodes.Template:
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers, which marks answers
     return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
@@ -188,15 +186,6 @@ def _stop_clock(template: str, title: str) -> str:
             "data.chat_template",
         )
     return text
-
-
-def _end_turns(tokenizer: Any, end_id: int) -> Any:
-    """Make a token the end-of-sequence token of a tokenizer, in place; its stop ids stay stop ids."""
-    tokenizer.former_stop_ids = find_stop_ids(tokenizer)
-    token = tokenizer.convert_ids_to_tokens(end_id)
-    _make_special(tokenizer, (token,))
-    tokenizer.eos_token = token
-    return tokenizer
 
 
 def name_tokenizer(tokenizer: Any) -> str:
@@ -258,10 +247,7 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _find_turn_end(tokenizer: Any) -> int | None:
-    """Return the id of the first control token that the chat template writes after an answer; None if it writes none.
-
-    Errors of the template pass through; a UserError if it changes the answer.
-    """
+    """Return the id of the first control token that the chat template writes after an answer, if it writes one."""
     text = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=False)
     _, answer, tail = str(text).rpartition(_PROBE[1]["content"])
     if not answer:

@@ -1,8 +1,4 @@
-"""The files, URLs and data sets of the hub that ``data.train`` names, and their rows, one after another.
-
-JSON and CSV are read here, so that bad rows are reported by line and no file is held in memory; parquet and Arrow by
-pyarrow, a few rows at a time; data sets of the hub by ``datasets``.
-"""
+"""The files, URLs and data sets of the hub that ``data.train`` names, and their rows, a few in memory at a time."""
 
 import codecs
 import csv
@@ -211,9 +207,7 @@ def _list_urls(path: str) -> list[str]:
     """Return the URL of a file, or the URLs of the data files in a remote folder or glob."""
     if kind_of_file(path) and "*" not in path:
         return [path]
-    from fsspec.core import url_to_fs
-
-    filesystem, pattern = url_to_fs(path if "*" in path else f"{path.rstrip('/')}/**")
+    filesystem, pattern = fsspec.core.url_to_fs(path if "*" in path else f"{path.rstrip('/')}/**")
     return sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern) if kind_of_file(name))
 
 
@@ -364,11 +358,7 @@ def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
 
 
 def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
-    """Yield the elements of a JSON array that begins with ``text`` and continues in a stream, one after another.
-
-    Raises:
-        RowFault: it is not JSON, or an element is too large.
-    """
+    """Yield the elements of a JSON array that begins with ``text`` and continues in a stream, one after another."""
     find_end = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
     begin, n_lines, n_rows = text.index("[") + 1, 0, 0
     while True:

@@ -212,11 +212,7 @@ def _find_named(name: str) -> Format:
 
 
 def _recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Format | None:
-    """Return the format that has these columns, if there is one.
-
-    Raises:
-        UserError: several formats have them; ``where`` is the file and line of the row.
-    """
+    """Return the format that has these columns, if there is one; several are an error."""
     # Rows to predict may have answers too: then all the keys of their format decide, as in training.
     for answers in (True,) if needs_answer else (True, False):
         forms = [form for form in _RECOGNISED if columns.keys() >= set(form.keys(answers))]

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config import check_configs
+from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.support.console import VisibleRecord, show_controls
 from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
 
@@ -95,7 +95,8 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
-    check_configs(arguments)
+    for name in find_configs(arguments):  # those that cannot be read are rejected before slow imports
+        read_config(name)
     module_name, _ = COMMANDS[arguments[0]]
     module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
     return int(module.main(arguments if module_name == "fit" else arguments[1:]))
@@ -145,10 +146,6 @@ def _find_own_code(arguments: Sequence[str]) -> None:
         sys.path.append(folder)
 
 
-def _is_useful(record: logging.LogRecord) -> bool:  # no list of absent devices, no tip to install a product
-    return not str(record.msg).startswith(("GPU available", "TPU available", "💡"))
-
-
 def _keep_freed_memory() -> None:
     """Let glibc's malloc keep freed blocks for the next ones of their size; without glibc do nothing.
 
@@ -176,7 +173,9 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
+    unwanted = ("GPU available", "TPU available", "💡")  # a list of absent devices, a tip to install a product
+    lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightning_logger.addFilter(lambda record: not str(record.msg).startswith(unwanted))
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config has the seed
     if not sys.stderr.isatty():  # tqdm's bars, such as transformers' when it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -17,11 +17,7 @@ from qlora_lightning.support.files import METRICS, set_aside, write_whole
 
 
 class MetricsLogger(Logger):
-    """Write a line per logged step. Lightning's ``CSVLogger`` deletes the file on a resume; this one keeps it.
-
-    Args:
-        folder: The run folder.
-    """
+    """Write a line per logged step into a run folder. Lightning's ``CSVLogger`` deletes the file on a resume."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()

@@ -146,21 +146,15 @@ def _read_adapter_settings(adapter: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter folder, and its base in the form that it had in training.
-
-    Attributes:
-        identity: Content of its ``qlora_lightning.json``; empty if another tool wrote the folder.
-        quantization: ``None`` if the folder does not say.
-        tokenizer_folder: The adapter folder, or the base's if the adapter's holds no tokenizer.
-    """
+    """An adapter folder, and its base in the form that it had in training."""
 
     folder: Path
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # of its ``qlora_lightning.json``; empty if another tool wrote the folder
     base: folders.BaseFolder
-    quantization: Quantization | None
+    quantization: Quantization | None  # None if the folder does not say
     double_quant: bool
     compute_dtype: torch.dtype
-    tokenizer_folder: Path
+    tokenizer_folder: Path  # the adapter folder, or the base's if the adapter's holds no tokenizer
 
 
 def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:

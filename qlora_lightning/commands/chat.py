@@ -53,12 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Session:
-    """A conversation, in which each adapter answers; it continues with the answer of the first.
-
-    Args:
-        adapters: Their folders by name.
-        options: The options of the command, as its help explains them.
-    """
+    """A conversation, in which each adapter answers (their folders by name); it continues with the first's answer."""
 
     def __init__(self, adapters: Mapping[str, Path], options: argparse.Namespace) -> None:
         import torch

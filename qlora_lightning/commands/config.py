@@ -71,12 +71,6 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
     return [name for name in names if not name.startswith("{")]
 
 
-def check_configs(arguments: Sequence[str]) -> None:
-    """Reject config files of a command line that cannot be read, before slow imports."""
-    for name in find_configs(arguments):
-        read_config(name)
-
-
 def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
     """Read the config file of this name, as it was typed."""
     try:

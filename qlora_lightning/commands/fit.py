@@ -44,7 +44,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
     "enable_model_summary": False,  # a line of ours says more
 }
-_ADAPTER_OPTIONS = ("--model.adapter", "--model.init_args.adapter")
 
 
 class _Trainer(Trainer):
@@ -82,12 +81,9 @@ class QLoRACLI(LightningCLI):
         args: the options, without a command in front.
         verb: what to run, ``fit``, ``validate``, ``test`` or ``predict``; without it there is no Trainer, nor its
             loggers, callbacks, plugins and profiler.
-
-    Attributes:
-        checkpoint: file of the checkpoint to run with.
     """
 
-    checkpoint: str | None = None
+    checkpoint: str | None = None  # file of the checkpoint to run with
 
     def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
         self.verb, self._starts_fresh = verb, False
@@ -230,7 +226,8 @@ class QLoRACLI(LightningCLI):
     @property
     def names_adapter(self) -> bool:
         """Whether the command line names an adapter folder, and not a config alone."""
-        return any(argument.partition("=")[0] in _ADAPTER_OPTIONS for argument in self._command)
+        options = ("--model.adapter", "--model.init_args.adapter")
+        return any(argument.partition("=")[0] in options for argument in self._command)
 
     def _take_trained_adapter(self) -> None:
         """Take the run folder's adapter unless the user names another: a new one would evaluate the base unnoticed."""

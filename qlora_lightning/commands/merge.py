@@ -40,7 +40,6 @@ _K_QUANTS = ("q4_k_m", "q5_k_m", "q6_k")  # quantized from f16 by llama.cpp's ow
 _KEPT = {"f16": "100 %", "q8_0": "99.8 %", "q6_k": "99.4 %", "q5_k_m": "96.2 %", "q4_k_m": "96.8 %"}
 _MAX_KL, _MAX_KL_OF_GGUF = 1e-2, {"q4_k_m": 0.25, "q5_k_m": 0.15, "q6_k": 0.05}  # nats per token
 _LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 50,000 numbers
-_SHARD_BYTES = 2_000_000_000
 _DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
 
 Layer by layer, in fp32, never into 4 bits, onto the dequantized base that the adapter was trained on. The result is
@@ -164,7 +163,7 @@ def _write_weights(
         shapes |= parts
         merged_name |= dict.fromkeys(parts, name)
     shapes |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.copied.items()}
-    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD_BYTES)
+    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=2_000_000_000)
     with progress_counter("merging", len(shapes)) as advance:
         for shard, names in shards.filename_to_tensors.items():
             for name in names:

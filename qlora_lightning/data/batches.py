@@ -301,11 +301,6 @@ class PackedLoader:
         self._restored = False
         self._has_ended = False  # whether the restored epoch was over, though more rows now would give it more batches
 
-    @property
-    def samples(self) -> SampleSet:
-        """All samples of the split."""
-        return self.plan.samples
-
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -320,7 +315,7 @@ class PackedLoader:
         batches = self.plan.batches(epoch, self.rank)
         for position in range(start, len(batches)):
             self._position = position + 1
-            yield collate_rows(self.samples, *batches[position])
+            yield collate_rows(self.plan.samples, *batches[position])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches consumed and what decides the batches, as plain values."""
@@ -351,8 +346,8 @@ class PackedLoader:
         """Return what decides the batches of an epoch, besides the seed."""
         plan = self.plan
         return {
-            "rows": len(self.samples),
-            "tokens": len(self.samples.ids),
+            "rows": len(plan.samples),
+            "tokens": len(plan.samples.ids),
             "rows_per_batch": (plan.batch_size or 0) * plan.world_size,
             "tokens_per_batch": plan.tokens_per_batch or 0,
             # two ranks with 2,048 tokens pack other bins than one with 4,096

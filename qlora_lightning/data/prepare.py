@@ -30,7 +30,6 @@ from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 from qlora_lightning.sources.tensors import IGNORED
 
-TOO_LONG = "longer than max_length (too_long: drop)"
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
 _CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
 _ALL_BAD = 10_000  # rows, after which a file without one good row is read no further
@@ -225,7 +224,7 @@ class Preparation:
             report.leave_untrained("every answer is marked `train: false`")
         elif not all(fitted):
             if self.too_long == "drop" and any(len(sample.ids) > self.max_length for sample in samples):
-                report.drop(TOO_LONG)
+                report.drop("longer than max_length (too_long: drop)")
             else:
                 report.leave_untrained("no labelled token within max_length")
         elif isinstance(converted.content, Pair):

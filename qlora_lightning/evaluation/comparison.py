@@ -75,12 +75,6 @@ class Comparison:
         settings: How rows were answered; ``None``: they were not.
         forgetting: For each side, nats and tokens of rows that have nothing to do with the task: their loss is another
             metric.
-
-    Attributes:
-        n_rows: Of which a template, or a cut, may make several samples.
-        answered: Indices of the rows that were answered.
-        score: The most important score of answers; ``None``: they were not scored.
-        compared_by: Metric that decides which side wins a row: the preference of pairs, else that score, else the loss.
     """
 
     def __init__(
@@ -91,14 +85,17 @@ class Comparison:
         forgetting: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ) -> None:
         self.rows, self.results, self.settings = rows, results, settings
+        # a template, or a cut, may make several samples of a row
         self.n_rows = len({row.number for row in rows if row.number >= 0}) or len(rows)
         self.metrics = compare(results, rows)
         if forgetting is not None:
             self.metrics[FORGETTING] = intervals.measure(FORGETTING, forgetting)
         self.adapters = [side for side in results if side != BASE]
+        # indices of rows
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
-        self.score = settings.scores[0] if settings else None
+        self.score = settings.scores[0] if settings else None  # the most important one
         by_kind = {"answer": self.score or "loss", "pair": intervals.PREFERENCE_ACCURACY}
+        # metric that decides which side wins a row
         self.compared_by = by_kind.get(rows[0].kind, "loss")
         if self.compared_by != self.score:  # a server has only answers, and no loss
             self.adapters = [side for side in self.adapters if any(row.labelled_tokens for row in results[side])]

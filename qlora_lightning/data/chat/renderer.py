@@ -93,7 +93,9 @@ class ChatRenderer:
         if isinstance(content, Tokens):
             return []
         if isinstance(content, Text):
-            return [self._write_document(content.text)]
+            self._check_text(content.text, "the text contains")
+            bos = self.tokenizer.bos_token if self._writes_bos else ""
+            return [RenderedText(f"{bos}{content.text}{self.tokenizer.eos_token or ''}", [])]
         # messages after the last answer are not trained
         messages = content.messages[: answer_indices(content.messages)[-1] + 1]
         self._check_messages(messages, content.tools)
@@ -166,11 +168,6 @@ class ChatRenderer:
             prompt = prompt[1:]
         turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
         return _hash([turns, content.tools])
-
-    def _write_document(self, text: str) -> RenderedText:
-        self._check_text(text, "the text contains")
-        bos = self.tokenizer.bos_token if self._writes_bos else ""
-        return RenderedText(f"{bos}{text}{self.tokenizer.eos_token or ''}", [])
 
     def _find_trained(self, conversation: Conversation) -> list[int]:
         answers = answer_indices(conversation)

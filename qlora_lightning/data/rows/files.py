@@ -82,19 +82,12 @@ _KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KE
 
 
 class Row(NamedTuple):
-    """One dict of a data file.
-
-    Attributes:
-        values: the row's own keys and values.
-        file: the path as the user wrote it, or below that folder; for a data set of the hub its id.
-        line: the line in JSON lines, else the number of the row, from 1.
-        source: the source that it was read from, which says how it is read; None: as ``data:`` says.
-    """
+    """One dict of a data file."""
 
     values: dict[str, Any]
-    file: str
-    line: int
-    source: Source | None = None
+    file: str  # the path as the user wrote it, or below that folder; for a data set of the hub its id
+    line: int  # in JSON lines, else the number of the row, from 1
+    source: Source | None = None  # from which it was read, and which says how; None: as ``data:`` says
 
     @property
     def where(self) -> str:

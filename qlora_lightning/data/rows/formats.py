@@ -48,20 +48,15 @@ class RowConverter:
         needs_answer: whether they are trained; rows to predict may lack answers.
         pairs: whether they are preferences: two answers to compare, or one with a verdict.
 
-    Attributes:
-        formats: names of the recognised formats, in order of appearance.
-        unread_columns: columns that no format reads, under our names.
-        absent_columns: mapped columns that no row has.
-
     Raises:
         UserError: there is no such format.
     """
 
     def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
         self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
-        self.formats: list[str] = []
-        self.unread_columns: list[str] = []
-        self.absent_columns = set(settings.columns)
+        self.formats: list[str] = []  # names of the recognised ones, in order of appearance
+        self.unread_columns: list[str] = []  # under our names
+        self.absent_columns = set(settings.columns)  # mapped columns that no row has
         self._unrecognised: Row | None = None  # the first row that no format fits
         self._named = None if settings.format == "auto" else _find_named(settings.format)
         if pairs and self._named is None:

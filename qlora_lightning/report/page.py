@@ -10,17 +10,9 @@ import yaml
 
 from qlora_lightning import __version__
 from qlora_lightning.evaluation.scores import describe_metric
+from qlora_lightning.report import figures
 from qlora_lightning.report.assessment import Assessment, assess
 from qlora_lightning.report.charts import COLOURS, charts_of, draw_charts
-from qlora_lightning.report.figures import (
-    PageTable,
-    comparison_table,
-    figure_table,
-    find_figures,
-    find_samples,
-    find_scores,
-    read_comparison,
-)
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, PAGE, resolve_unnamed, write_whole
@@ -76,21 +68,21 @@ def describe_run(run: Run) -> str:
 
 def headline(run: Run) -> Facts:
     """Return the figures at the top of the page, each with its label."""
-    comparison, figures = read_comparison(run), find_figures(run)
+    comparison, measured = figures.read_comparison(run), figures.find_figures(run)
     facts: Facts = []
-    for metric in ("loss", *find_scores(comparison)[:1]):
+    for metric in ("loss", *figures.find_scores(comparison)[:1]):
         if metric in comparison:
             base, adapter, _ = (side.value for side in comparison[metric])
             form = ".3f" if metric == "loss" else ".0%"
             label = "validation loss" if metric == "loss" else describe_metric(metric)
             facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))
-    if "val_loss" in figures and not facts:
-        facts.append((f"{figures['val_loss'].value:.3f}", "validation loss, best"))
+    if "val_loss" in measured and not facts:
+        facts.append((f"{measured['val_loss'].value:.3f}", "validation loss, best"))
     planned = run.manifest["progress"].get("planned_steps")
     for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
-        if name in figures:
-            total = f" of {planned:,}" if name == "steps" and planned and planned != figures[name].value else ""
-            facts.append((f"{figures[name]}{total}", figures[name].heading))
+        if name in measured:
+            total = f" of {planned:,}" if name == "steps" and planned and planned != measured[name].value else ""
+            facts.append((f"{measured[name]}{total}", measured[name].heading))
     return facts
 
 
@@ -156,7 +148,7 @@ def _list_settings(values: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {format_setting(value)}" for name, value in settings.items() if value not in (None, -1))
 
 
-def attempts_table(run: Run) -> PageTable:
+def attempts_table(run: Run) -> figures.PageTable:
     """Return start, length and end of each attempt of a run that was resumed."""
     rows = []
     for attempt in run.manifest.get("attempts") or []:
@@ -166,7 +158,7 @@ def attempts_table(run: Run) -> PageTable:
     return ["started", "steps", "took", "ended"], rows if len(rows) > 1 else []
 
 
-def difference_table(runs: Sequence[Run]) -> PageTable:
+def difference_table(runs: Sequence[Run]) -> figures.PageTable:
     """Return the settings in which runs differ."""
     differences = find_differences([run.config for run in runs])
     rows = [[name, *map(format_setting, values)] for name, values in differences.items()]
@@ -204,5 +196,5 @@ def _files(run: Run) -> dict[str, Any]:
 # what report.html calls
 _CALLED = (
     *(describe_run, headline, next_steps, training_facts, attempts_table, difference_table),
-    *(figure_table, comparison_table, find_samples),
+    *(figures.figure_table, figures.comparison_table, figures.find_samples),
 )

@@ -24,7 +24,6 @@ Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | 
 Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
 
 _ENTRY_FILE = "entry.json"
-_CHUNK_BYTES = 4 << 20
 # Only names of the cache's own entries: QLORA_LIGHTNING_CACHE may be a folder that holds other things too.
 _ENTRY_NAME = "[0-9a-f]" * 24
 _log = logging.getLogger(__name__)
@@ -154,7 +153,7 @@ def _crc32(file: Path, mtime_ns: int) -> int:
     """Return the CRC-32 of a file, read without a memory mapping, whose pages would count as resident."""
     checksum = 0
     with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
+        while chunk := stream.read(4 << 20):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
 

@@ -14,8 +14,6 @@ from qlora_lightning.support.errors import UserError, explaining
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1  # incremented whenever the same GGUF would be unpacked differently
-
 
 def unpack_gguf(file: Path, name: str) -> Path:
     """Return a bf16 transformers folder with weights, configs, tokenizer and chat template of a GGUF, from the cache.
@@ -28,7 +26,7 @@ def unpack_gguf(file: Path, name: str) -> Path:
         "path": str(file),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-        "format": _FORMAT,
+        "format": 1,  # incremented whenever the same GGUF would be unpacked differently
         "transformers": version("transformers"),
     }
 

@@ -25,9 +25,7 @@ from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, explaining
 
-UNFINISHED = ".writing"  # subfolder in which a save writes its files
 _WEIGHTS = "adapter_model.safetensors"
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations of A and B
 _MODULES = (  # settings of PEFT that name modules
     *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
@@ -67,7 +65,7 @@ def save_adapter_folder(
     saved with its chat template and a ``generation_config.json``. The identity becomes ``qlora_lightning.json``.
     ``stop_ids`` end generation beside the tokenizer's end and the base's own.
     """
-    staging = folder / UNFINISHED
+    staging = folder / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     adapter = model.active_adapter
@@ -175,7 +173,7 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     """
     file, stored = folder / "adapter_config.json", read_adapter_config(folder)
     settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
-    if str(init := settings.get("init_lora_weights")).startswith(_BASE_CHANGING_INITS):
+    if str(init := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(
             f"The adapter folder {folder} began by {init}, for which PEFT changes the base's weights: it belongs to a "
             "base that is not the one it names.",

@@ -25,7 +25,6 @@ _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
     *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
-_ATTENTION = re.compile(r"attn|attention")  # in the full name of a linear of attention, in any type
 PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 _BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
@@ -188,7 +187,7 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
 
 def _select_by_name(candidates: list[str], in_layers: set[str], target_modules: str | list[str]) -> set[str]:
     if isinstance(target_modules, str) and target_modules in PRESETS:
-        attention = {name for name in in_layers if _ATTENTION.search(name)}
+        attention = {name for name in in_layers if "attn" in name or "attention" in name}  # in any type
         return {"all-linear": in_layers, "attention": attention, "mlp": in_layers - attention}[target_modules]
     selected: set[str] = set()
     for ending in [target_modules] if isinstance(target_modules, str) else target_modules:

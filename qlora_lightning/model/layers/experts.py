@@ -37,7 +37,6 @@ ADAPTS_EXPERTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 20)
 EXPERTS_4BIT = "qlora_lightning_4bit"  # of our function, among those of transformers
 _METHOD = "qlora_lightning_experts"  # quant_method of our quantizer, in the config.json of a cached base
 _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256  # of bitsandbytes: weights that share a scale, and scales that do
-_MAX_UNPACKED = 0.1  # share of the layers' weights
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
@@ -187,14 +186,12 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer of 4 bits, which packs experts too: one weight of one layer is in 16 bits at a time."""
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is to be packed."""
         module, _, name = param_name.rpartition(".")
         if _is_computed(experts := model.get_submodule(module)):
             return name in weight_names(experts)
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def get_quantize_ops(self) -> ConversionOps:
-        """Return the operation that packs a loaded weight."""
         return _PackWhileLoading(self, super().get_quantize_ops())
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
@@ -237,7 +234,7 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
     weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}
     unpacked_size = sum(weight.numel() for weight in weights - packed if weight.dim() == 3)
     share = unpacked_size / max(1, sum(weight.numel() for weight in weights))
-    if share > _MAX_UNPACKED:
+    if share > 0.1:
         raise UserError(
             f"Base {name}: {share:.0%} of the layers' weights of a {model_type} are fused experts of a layout that is "
             "not packed. Set model.quantization to none: they stay in 16 bits. Or choose another base.",

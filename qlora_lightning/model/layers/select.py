@@ -20,7 +20,6 @@ from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, com
 from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
-_ACTIVATIONS = (SiLUActivation, nn.SiLU)  # of hidden_act silu, and of its synonym swish
 _NONSTANDARD = "their parts are hooked, replaced or trained"
 
 
@@ -162,7 +161,7 @@ def _fallback_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     modules = {type(module).__module__ for module in (attention, mlp, *norms)}
     if modules != {modeling} or any(map(has_hooks, layer.children())) or any(map(_trains, norms)):
         return _NONSTANDARD
-    if attention.attention_dropout or type(mlp.act_fn) not in _ACTIVATIONS:
+    if attention.attention_dropout or type(mlp.act_fn) not in (SiLUActivation, nn.SiLU):  # silu, its synonym swish
         return "the base has attention_dropout, or a hidden_act other than silu"
     linears = layer.linears()
     if reason := next(filter(None, map(_fallback_reason_of_linear, linears)), None):

@@ -26,9 +26,6 @@ from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_o
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
-# Keys of a config that change nothing that the model computes.
-_IRRELEVANT_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +77,7 @@ def load_base(
         for module in model.modules():
             if stored is not None and isinstance(module, bnb.nn.Linear4bit):  # transformers keeps the stored dtype
                 module.compute_dtype = module.weight.quant_state.dtype = compute_dtype
-    freeze(model)
+    keep_quantized_layers(model.requires_grad_(False))
     check_widths(model)
     identity = {
         "base": name,
@@ -111,11 +108,12 @@ def quantized_folder(
     """
     config = folders.read_config(source.folder, source.name)
     bnb_config = _bitsandbytes_config(quantization, double_quant, dtype)
+    irrelevant = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}  # for what the model computes
 
     def build(folder: Path) -> None:
         _log.info("Quantizing %s, once; later starts read it from the cache.", source.name)
         model = _load(source.folder, bnb_config, dtype, device, trust_remote_code)
-        freeze(model)  # else packed weights would be saved wrongly, see freeze
+        keep_quantized_layers(model.requires_grad_(False))  # else packed weights would be saved wrongly
         with _quiet_bars():
             # a shard is held in memory while it is written; packed experts, and a text alone, have no names of before
             is_published = not experts.experts_of(model) and not hasattr(model.config, "wrapper")
@@ -130,7 +128,7 @@ def quantized_folder(
         # in 1 the base's tensors were not compared with its config, in 2 a text model had other names
         "format": 3 if "text_config" in config else 2,
         "source": folders.fingerprint(source.folder),
-        "config": {name: value for name, value in config.items() if name not in _IRRELEVANT_KEYS},
+        "config": {name: value for name, value in config.items() if name not in irrelevant},
         "settings": bnb_config.to_diff_dict(),
         "dtype": str(dtype),
         "bitsandbytes": bnb.__version__,
@@ -278,12 +276,6 @@ def check_quantization(
             "model.quantization",
         )
     return double_quant
-
-
-def freeze(model: nn.Module) -> None:
-    """Freeze weights, and keep bitsandbytes from changing layers in ``eval()``."""
-    model.requires_grad_(False)
-    keep_quantized_layers(model)
 
 
 def keep_quantized_layers(model: nn.Module) -> None:

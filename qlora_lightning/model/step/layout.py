@@ -38,8 +38,6 @@ from qlora_lightning.sources.tensors import IGNORED
 
 _MIN_SHARED_RATIO = 32  # share one token in so many, or none: less does not pay for gathering
 
-IntArray = npt.NDArray[np.int64]
-
 
 def next_labels(labels: Tensor) -> Tensor:
     """Return the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
@@ -169,7 +167,7 @@ class ComputedTokens:
         """Number of computed tokens."""
         return sum(self.lengths) - sum(self.shared)
 
-    def gather_index(self) -> IntArray:
+    def gather_index(self) -> npt.NDArray[np.int64]:
         """Return the index of each sample's tokens among the computed ones, sample after sample."""
         ends = np.cumsum(np.subtract(self.lengths, self.shared)).tolist()
         indices = [np.arange(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
 _MAX_LISTED = 8  # rows in a message
-_MAX_SOFTCAP_LENGTH = 4096  # tokens: 1 GiB of scores in a layer of Gemma 2 9B, in float32
 
 
 def samples_of(data: Any, split: str | None) -> Any:
@@ -187,8 +186,8 @@ def check_row_length(config: Any, longest: int) -> None:
     limits: list[tuple[int | None, str]] = []
     if not rope:
         limits.append((n_positions, "has a table of positions"))
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        limits.append((_MAX_SOFTCAP_LENGTH, "caps its scores, of which each layer holds tokens × tokens"))
+    if getattr(config, "attn_logit_softcapping", None) is not None:  # 1 GiB in a layer of Gemma 2 9B, in float32
+        limits.append((4096, "caps its scores, of which each layer holds tokens × tokens"))
     for parameters in (rope, *rope.values()):  # some have parameters for each type of layer
         rope_type = parameters.get("rope_type") if isinstance(parameters, Mapping) else None
         limit = n_positions if rope_type in ("dynamic", "longrope") else None

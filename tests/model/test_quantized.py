@@ -69,17 +69,10 @@ def test_with_and_without_cache_and_at_a_second_start_the_bits_are_the_same(tiny
     assert same(base_tensors(first), base_tensors(second))
 
 
-def store_quantized(folder, place, **settings):
-    settings = BitsAndBytesConfig(**settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.bfloat16)
-    model.save_pretrained(place)
-
-
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-
-
 def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_base, tmp_path, cache):
-    store_quantized(tiny_base, tmp_path / "stored", **NF4)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    options = {"quantization_config": BitsAndBytesConfig(**nf4), "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(tiny_base, **options).save_pretrained(tmp_path / "stored")
     model, other = (load(tmp_path / "stored", "nf4", compute_dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {linear.compute_dtype for linear in linears(other)} == {torch.float32}
     assert not (cache / "quantized").exists()

@@ -29,11 +29,7 @@ pytestmark = pytest.mark.slow
 RECIPE = "llama-3.1-8b-multi-gpu"
 PAGE = (Path(__file__).parents[2] / "configs" / "README.md").read_text(encoding="utf-8")
 SHOWN = "".join(re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)).replace("\\\n", "")
-PROGRAMS = {
-    "qlora-lightning": ["-m", "qlora_lightning"],
-    "torchrun": ["-m", "torch.distributed.run"],
-    "python": [],
-}
+PROGRAMS = {"qlora-lightning": ["-m", "qlora_lightning"], "torchrun": ["-m", "torch.distributed.run"], "python": []}
 
 
 def shown(*words):

@@ -10,12 +10,7 @@ import torch
 from lightning import Callback, seed_everything
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_lightning import (
-    AdapterCheckpoint,
-    GradientCheckpointing,
-    QLoRAModule,
-    ShardedDDPStrategy,
-)
+from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
 from qlora_lightning.report import read_metrics
 from tests.dying import MachineFailed, Stop

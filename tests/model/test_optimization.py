@@ -7,11 +7,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from qlora_lightning.model.step.optimizer import (
-    build_schedule,
-    choose_learning_rate,
-    choose_optimizer,
-)
+from qlora_lightning.model.step.optimizer import build_schedule, choose_learning_rate, choose_optimizer
 from tests.steps import make_module
 
 COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]

@@ -10,12 +10,7 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from qlora_lightning.sources.folders import (
-    TensorFiles,
-    fingerprint,
-    load_tokenizer,
-    resolve_base,
-)
+from qlora_lightning.sources.folders import TensorFiles, fingerprint, load_tokenizer, resolve_base
 from tests.errors import rejects
 
 COMMIT = "ab" * 20
@@ -72,11 +67,7 @@ def test_what_is_here_is_found_and_never_asked_for(tmp_path, monkeypatch, asked,
 
 
 @pytest.mark.parametrize(
-    ("name", "fact"),
-    [
-        ("package:some_base", "found x.gguf, y.gguf"),
-        ("package:no_such_package", "found none"),
-    ],
+    ("name", "fact"), [("package:some_base", "found x.gguf, y.gguf"), ("package:no_such_package", "found none")]
 )
 def test_what_is_no_base_is_refused_without_the_network(name, fact, tmp_path, monkeypatch, package, asked):
     monkeypatch.chdir(tmp_path)

@@ -52,18 +52,13 @@ class Server:
         except (AttributeError, KeyError, TypeError):
             return []
 
-    def answer(
+    async def answer(
         self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
     ) -> list[ServedAnswer]:
         """Answer chat requests greedily, several at a time, and show how many are done.
 
         ``on_answer`` is called with the number of a request and its answer, as it comes.
         """
-        return asyncio.run(self._answer(requests, on_answer))
-
-    async def _answer(
-        self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
-    ) -> list[ServedAnswer]:
         # vLLM takes the penalty from the base's files
         greedy = {"model": self.name, "temperature": 0.0, "repetition_penalty": 1.0}
         answers, pending = dict[int, ServedAnswer](), enumerate(requests)
@@ -209,7 +204,11 @@ def ask_server(
         raise UserError("--server: no row has a prompt that it could answer.", "server")
     requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
     prompted_rows = [row for row in rows if row.prompt is not None]
-    answers = server.answer(requests, lambda n, answer: on_answers(SERVED, [prompted_rows[n]], [answer[0]]))
+
+    def on_answer(number: int, answer: ServedAnswer) -> None:
+        on_answers(SERVED, [prompted_rows[number]], [answer[0]])
+
+    answers = asyncio.run(server.answer(requests, on_answer))
     # a server may answer more than it was asked for, and scores of a long text take minutes
     longest = settings.max_new_tokens * max(map(len, settings.tokenizer.get_vocab()))
     return [(answer._replace(text=answer.text[:longest]), prompt_tokens) for answer, prompt_tokens in answers]

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from typing import Any, NoReturn
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import STANDARD_OUTPUT, write_whole
+
+quiet_lightning = functools.partial(quiet_loggers, logging.WARNING, "lightning.pytorch", "lightning.fabric")
+"""Silences logs of devices, data and the end of a fit, for a command with a report of its own."""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -32,13 +36,6 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the error as a UserError."""
         raise UserError(f"{message}. See `{self.prog} --help`.")
-
-
-@contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's logs of devices, data and the end of a fit, for a command with a report of its own."""
-    with quiet_loggers(logging.WARNING, "lightning.pytorch", "lightning.fabric"):
-        yield
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

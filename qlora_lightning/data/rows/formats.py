@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
 from qlora_lightning.data.rows.files import Row, RowSettings
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
 _PROMPT_KEYS = ("prompt", "messages", "conversations")  # of preferences
@@ -196,10 +196,8 @@ def _find_named(name: str) -> Format:
         names = ["auto", *FORMATS]
         expected = f"{', '.join(names)} or the dotted path of a function"
         raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, names)}", "data.format")
-    try:
+    with explaining(f"format: cannot import {name!r}", "data.format"):
         function = pkgutil.resolve_name(name)
-    except Exception as error:
-        raise UserError(f"format: cannot import {name!r}: {type(error).__name__}: {error}.", "data.format") from error
     if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:
         message = f"format: expected a plain Python function of yours, found {name!r}, which is {function!r}."
         raise UserError(message, "data.format")

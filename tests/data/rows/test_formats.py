@@ -182,4 +182,4 @@ def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):
     (tmp_path / "rows_of_mine.py").write_text(f"def convert(row):\n    {body}\n")
     row = {"q": "u", "label": False, "images": ["x"]}
     check(row, expected, format="rows_of_mine.convert", columns={"i": "no column of ours"})
-    check(row, "cannot import 'rows_of_mine.convrt': AttributeError", format="rows_of_mine.convrt")
+    check(row, "cannot import 'rows_of_mine.convrt' (AttributeError", format="rows_of_mine.convrt")

@@ -1,4 +1,4 @@
-"""How tests tell one error of a user from another: by its key, and by the facts that it names."""
+"""Errors of users, told apart by their keys and the facts that they name; and that of a machine that fails."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from qlora_lightning.support.errors import UserError
+
+
+class MachineFailed(BaseException):
+    """Not an Exception: nobody between who raises it and the test may handle it."""
 
 
 @contextlib.contextmanager

@@ -13,8 +13,7 @@ from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.callbacks.run_folder import RunFolder, locking
 from qlora_lightning.cli import main
 from tests.adapters import make_run
-from tests.dying import MachineFailed
-from tests.errors import rejects
+from tests.errors import MachineFailed, rejects
 
 
 def test_the_config_is_in_the_folder_and_the_loggers(fit, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from lightning import Callback
 
 from qlora_lightning import LossSums, QLoRAModule
-from tests.dying import MachineFailed
+from tests.errors import MachineFailed
 
 
 class Die(Callback):

@@ -17,8 +17,8 @@ import yaml
 
 from qlora_lightning.cli import main
 from tests.distributed.runs import CONFIG, launch
-from tests.dying import MachineFailed
 from tests.equality import contents, differences, read_checkpoint
+from tests.errors import MachineFailed
 
 TRAINER = {
     **CONFIG["trainer"],

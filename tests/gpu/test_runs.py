@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
 from qlora_lightning.report import read_metrics
-from tests.dying import MachineFailed, Stop
+from tests.distributed.hooks import Ask
 from tests.equality import read_checkpoint, same
+from tests.errors import MachineFailed
 from tests.gpu.conftest import DEVICE, make_base, make_module
 from tests.steps import fit, make_batch, trainable_tensors
 
@@ -37,7 +38,8 @@ def train(folder, base, rows, *callbacks, ckpt_path=None, compute_dtype="bf16", 
 def test_a_resumed_run_ends_bit_for_bit_where_one_without_a_stop_ends(base, rows_file, tmp_path):
     whole = train(tmp_path / "whole", base, rows_file)
     with pytest.raises(MachineFailed):
-        train(tmp_path / "parts", base, rows_file, Stop(after=11))
+        # at the twelfth batch: those of the first epoch's validation count too
+        train(tmp_path / "parts", base, rows_file, Ask(at=19, number=0))
     parts = train(tmp_path / "parts", base, rows_file, ckpt_path=tmp_path / "parts" / "checkpoints" / "last.ckpt")
     assert whole["global_step"] == parts["global_step"] == 6
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

@@ -15,8 +15,8 @@ from qlora_lightning import QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.sources.folders import load_tokenizer
 from tests.adapters import load_by_card, make_adapter
-from tests.dying import MachineFailed
 from tests.equality import contents, same
+from tests.errors import MachineFailed
 from tests.steps import make_module
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -89,6 +89,10 @@ def put_a_nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def put_a_nan_of_8_bits(tensor: torch.Tensor) -> torch.Tensor:
+    return put_a_nan(tensor).to(torch.float8_e4m3fn)
+
+
 class Code:
     def __reduce__(self) -> tuple[object, ...]:
         return (Path("ran").touch, ())
@@ -154,6 +158,7 @@ WRONG = [
     wrong("--model.rank 1000000000", "model.rank is 1,000,000,000, and no module that would carry it is wider than"),
     # bases
     wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
+    wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
     wrong("--model.base wrong", f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
     wrong("--model.base wrong", "config.json is not JSON", prepare=write("wrong/config.json", "{")),

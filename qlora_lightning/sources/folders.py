@@ -33,10 +33,11 @@ _REMEDY = "Correct it, or download or save the base again."
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels", "depth", "encoder_layers")
 _CONFIG_KEYS = {
     **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},
-    **{"wrapper": str | None, "names_in_wrapper": dict[str, str] | None},
     **dict.fromkeys(_COUNTS, range(2000)),
     **dict.fromkeys(("text_config", "vision_config", "audio_config"), dict.fromkeys(_COUNTS, range(2000))),
 }
+# Attributes that open_text_config gives to a config: no file has a say in them.
+WRAPPER_KEYS = ("wrapper", "names_in_wrapper")
 # What a config.json does not choose: other files of weights and kernels, and outputs that no training takes.
 FIXED_KEYS = {"transformers_weights": None, "fusion_config": None, "output_attentions": False, "return_dict": True}
 
@@ -155,6 +156,8 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
         )
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == _EXPANDED:
         del config.quantization_config
+    for key in WRAPPER_KEYS:
+        vars(config).pop(key, None)
     return config
 
 
@@ -270,8 +273,10 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
     tensors = open_tensors(file)
     view = tensors.get_slice(name)
     tensor = tensors.get_tensor(name).flatten()
-    is_weight = tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() > 0
-    if is_weight and not torch.stack(tensor.aminmax()).isfinite().all():  # a fraction of the time of isfinite alone
+    is_weight = tensor.is_floating_point() and tensor.numel() > 0
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # torch compares none of 8 bits
+    # a fraction of the time of isfinite alone; what is too large for float32 is infinite once it is loaded
+    if is_weight and not torch.stack(values.aminmax()).float().isfinite().all():
         raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}", "base.nan")
     content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()

@@ -103,6 +103,22 @@ def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
         load_base(str(published), quantization="none")
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "fact"),
+    [
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok", "99"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok", "is 0"),
+        ({"moe_intermediate_size": 128}, "base.config", "config.json"),  # files have 64
+    ],
+)
+def test_a_config_that_does_not_describe_its_experts_is_rejected(settings, key, fact, tmp_path, cache):
+    base = families.save_random(tmp_path / "base", "qwen3_moe")
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with rejects(key, fact, str(base)):
+        load_base(str(base))
+
+
 def test_a_base_is_never_in_16_bits_as_a_whole(tmp_path):
     sizes = {"num_hidden_layers": 8, "hidden_size": 256, "moe_intermediate_size": 512, "num_experts": 16}
     base = families.save_random(tmp_path / "base", "qwen3_moe", **sizes)

@@ -154,8 +154,10 @@ class _PackWhileLoading(ConversionOps):
         config = self._quantizer.quantization_config
         converted: dict[str, Tensor] = {}
         for name, value in input_dict.items():
-            if model.get_parameter(name).dim() == 3:
+            if (described := model.get_parameter(name)).dim() == 3:
                 weight = value[0] if isinstance(value, list) else value
+                if weight.shape != described.shape:  # transformers compares no shape of what it quantizes
+                    raise UserError(f"{name} has the shape {[*weight.shape]}, not {[*described.shape]}", "base.tensors")
                 converted[name] = pack(weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
             else:
                 converted |= self._linear.convert({name: value}, model=model, **kwargs)
@@ -229,6 +231,13 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
         raise UserError(
             f"Base {name}: experts of a {model_type} are quantized in 4 bits only. Set model.quantization to nf4.",
             "model.quantization",
+        )
+    top_k = getattr(causal_lm.config, "num_experts_per_tok", 1)
+    if any(top_k not in range(1, experts.num_experts + 1) for experts in all_experts):
+        raise UserError(
+            f"Base {name}: num_experts_per_tok of its config.json is {top_k}, expected a number from 1 to that of the "
+            "experts.",
+            "num_experts_per_tok",
         )
     packed = {getattr(experts, weight) for experts in all_experts for weight in weight_names(experts)}
     weights = {parameter for layer in decoder_layers(causal_lm) for parameter in layer.parameters()}

@@ -54,7 +54,7 @@ def load_base(
     section 3.
     """
     source = folders.open_base(name, revision)
-    open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
+    config = open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
     stored = folders.read_config(source.folder, name).get("quantization_config")
     double_quant = check_quantization(stored, quantization, double_quant, name)
     folder, bnb_config = source.folder, None
@@ -88,8 +88,10 @@ def load_base(
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "license": folders.read_license(source.folder),
     }
-    if wrapper := getattr(model.config, "wrapper", None):
-        identity["wrapper"] = wrapper
+    if hasattr(config, "wrapper"):
+        identity["wrapper"] = config.wrapper
+        for key in folders.WRAPPER_KEYS:  # those of a cached text are not read from its file
+            setattr(model.config, key, getattr(config, key))
     vars(model)["loaded_identity"] = identity  # for a build_model of one's own
     return LoadedBase(model, source, identity)
 

@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 from huggingface_hub import metadata_load
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
@@ -42,6 +43,16 @@ def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base,
     torch.testing.assert_close(plain.train()(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1  # the adapter does something
+
+
+def test_a_bases_config_has_no_say_in_the_names_of_an_adapter(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    swapped = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
+    (base / "config.json").write_text(json.dumps(config | {"wrapper": "x", "names_in_wrapper": swapped}))
+    for name, folder in (("plain", tiny_base), ("renamed", base)):
+        make_adapter(tmp_path / name, folder, quantization="nf4", std=0.1)
+    assert same(*(load_file(tmp_path / name / WEIGHTS) for name in ("plain", "renamed")))
 
 
 def test_the_model_of_the_card_stops_where_the_bases_generation_config_would_not(tiny_base, tmp_path):

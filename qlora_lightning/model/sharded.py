@@ -55,13 +55,9 @@ def collective_passes(module: "QLoRAModule") -> Iterator[None]:
 class ShardedBase:
     """A base of which each process holds a shard.
 
-    Embedding and head are sharded too unless they are one tensor, or single rows of them are trained.
-
-    Args:
-        causal_lm: On the CPU, where it may be mapped from a file: layers are read and sharded one by one.
-        group: All processes, in a group for this alone: DDP's collectives have an order of their own.
-        device: The device of this process.
-        offload: Keep the shards on the host, pinned.
+    Embedding and head are sharded too unless they are one tensor, or single rows of them are trained. The model is on
+    the CPU, where it may be mapped from a file: layers are read and sharded one by one. The group of all processes is
+    for this alone: DDP's collectives have an order of their own. ``offload`` keeps the shards on the host, pinned.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup, device: torch.device, offload: bool = False) -> None:
@@ -87,8 +83,10 @@ class ShardedBase:
         self._head: Any = None
         layers = decoder_layers(causal_lm)
         for layer in layers:
-            for linear in _quantized_linears(layer):
-                _hold_as_bytes(linear, device)
+            for linear in _quantized_linears(layer):  # FSDP2 shards packed bytes as a plain tensor
+                linear.quant_state = linear.weight.quant_state
+                linear.quant_state.to(device)
+                linear.weight = nn.Parameter(linear.weight.data.view(_BYTE), requires_grad=False)
             self._parts_of_body.append(shard(layer))
             _restore_weights_when_gathered(layer)
         if shards_vocabulary(causal_lm):
@@ -185,14 +183,6 @@ class ShardedHead(nn.Module):
 
 def _quantized_linears(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, bnb.nn.Linear4bit)]
-
-
-def _hold_as_bytes(linear: Any, device: torch.device) -> None:
-    """Hold a linear's packed bytes as a plain tensor, which FSDP2 can shard, and their quant_state beside it."""
-    weight = linear.weight
-    linear.quant_state = weight.quant_state
-    linear.quant_state.to(device)
-    linear.weight = nn.Parameter(weight.data.view(_BYTE), requires_grad=False)
 
 
 def _restore_weights(linears: list[Any]) -> None:

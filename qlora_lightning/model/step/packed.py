@@ -121,21 +121,18 @@ class Cutter:
         if self.sharded_base is not None:
             parts += [dummy_row(batch)] * (self.sharded_base.largest(len(parts)) - len(parts))
         for part in parts:
-            yield self._lay_out(part, values)
+            yield self.lay_out(part, values)
 
-    def lay_out(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """Lay a packed batch out as one micro-batch.
+    def lay_out(self, batch: Mapping[str, Any], values: dict[str, Any] | None = None) -> MicroBatch:
+        """Lay a packed batch out as one micro-batch, with the ``values`` of the batch that it is a part of.
 
         Raises:
             UserError: The batch is no packed one, a token is not one of the base's, or a row is too long for it.
         """
-        return self._lay_out(batch, self.values_of(batch))
-
-    def _lay_out(self, batch: Mapping[str, Any], values: dict[str, Any]) -> MicroBatch:
         check_packed(batch, self.vocabulary, self.locate)
         micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
         check_row_length(self.config, micro_batch.sequences.longest)
-        return dataclasses.replace(micro_batch, **values)
+        return dataclasses.replace(micro_batch, **(self.values_of(batch) if values is None else values))
 
 
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:

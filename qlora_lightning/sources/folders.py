@@ -31,10 +31,14 @@ _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get anoth
 _REMEDY = "Correct it, or download or save the base again."
 # Of these transformers makes lists and modules, one after the other.
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels", "depth", "encoder_layers")
+_PARTS_KEYS = {  # a token that sees the ones behind it, as in EmbeddingGemma, would see its label
+    **dict.fromkeys(_COUNTS, range(2000)),
+    "use_bidirectional_attention": Literal["vision", False] | None,
+}
 _CONFIG_KEYS = {
     **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},
-    **dict.fromkeys(_COUNTS, range(2000)),
-    **dict.fromkeys(("text_config", "vision_config", "audio_config"), dict.fromkeys(_COUNTS, range(2000))),
+    **_PARTS_KEYS,
+    **dict.fromkeys(("text_config", "vision_config", "audio_config"), _PARTS_KEYS),
 }
 # Attributes that open_text_config gives to a config: no file has a say in them.
 WRAPPER_KEYS = ("wrapper", "names_in_wrapper")

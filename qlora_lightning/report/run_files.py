@@ -126,7 +126,7 @@ def read_metrics(file: Path) -> dict[str, Points]:
 
 
 def read_metric_rows(file: Path) -> list[dict[str, str]]:
-    """Read the lines of ``metrics.csv``.
+    """Read the lines of ``metrics.csv``, also with the byte-order mark and the semicolons of a spreadsheet.
 
     An incomplete last line, of a killed or running fit, is left out. A missing file has no lines.
 
@@ -136,10 +136,11 @@ def read_metric_rows(file: Path) -> list[dict[str, str]]:
     if not file.is_file():  # reading a pipe would block
         return []
     try:
-        lines, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-        rows = list(csv.DictReader(lines.splitlines(), restval=""))
+        lines, _, _ = file.read_text(encoding="utf-8-sig").rpartition("\n")
+        delimiter = ";" if lines.startswith("step;") else ","
+        rows = list(csv.DictReader(lines.splitlines(), delimiter=delimiter, restval=""))
         for row in rows:
-            row["step"] = str(int(row["step"]))
+            row["step"] = str(int(float(row["step"])))  # a spreadsheet may write 0.0
             for cell in row.values():
                 float(cell or "nan")
     except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:

@@ -111,6 +111,18 @@ def test_what_only_looks_like_another_task_and_what_the_user_names_trains(charac
     assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
 
 
+def test_weights_give_each_source_its_share_of_an_epoch(make, write):
+    write("few.jsonl", [{"prompt": f"z{number}", "completion": "k"} for number in range(4)])
+    data = make(train=[{"path": "train.jsonl", "weight": 1}, {"path": "few.jsonl", "weight": 2}])
+    data.setup("fit")
+    sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
+    assert (sources.count(0), sources.count(1)) == (10, 20)  # of 26 + 4 rows
+    data = make(train=["train.jsonl", "few.jsonl"])  # without weights every row is trained once
+    data.setup("fit")
+    assert sorted(row for batch in data.train_dataloader() for row in batch["row_ids"].tolist()) == list(range(30))
+    assert data.count_train_batches() == len(data.train_dataloader())
+
+
 def test_rows_that_load_rows_changes_are_read_as_their_sources_say(write, characters):
     class Changed(InstructionDataModule):
         def load_rows(self, split):

@@ -71,3 +71,5 @@ def test_inside_an_epoch_only_validation_may_be_another(fit, make_data, more_row
     fit(AdapterCheckpoint(), data=data, ckpt_path=last, val_check_interval=4)
     assert "trainer.val_check_interval: 1.0 → 4" in capsys.readouterr().out
     assert read_checkpoint(last.parents[1])["global_step"] == 8
+    with rejects("checkpoint.validations", "trainer.limit_val_batches: 1.0 → 0"):  # at its end
+        fit(AdapterCheckpoint(), data=data, ckpt_path=last, max_epochs=2, val_check_interval=4, limit_val_batches=0)

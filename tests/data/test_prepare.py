@@ -21,6 +21,17 @@ def read(samples, n):
     return "".join(map(chr, unpack(samples)[n].ids))
 
 
+def test_rows_become_samples_and_a_report(characters, caplog):
+    rows = [pair("q", "ok"), pair("q" * 20, "k") | {"\x1b]0;owned": 1}]
+    data = prepare_rows(rows, characters, max_length=16)
+    assert "columns not read: ␛]0;owned" in caplog.text
+    assert [data.samples["train"].where(n) for n in range(2)] == ["train:1", "train:2"]
+    report = data.reports["train"]
+    assert (report.rows, report.samples, report.formats) == (2, 2, ["prompt_completion"])
+    assert (report.tokens, report.labelled, report.shortened, report.lost_labels) == (29, 5, 1, 0)
+    assert (report.bad_rows, report.dropped, report.duplicates, report.suspicious) == (0, {}, 0, 0)
+
+
 BAD = [  # a line of a file, and how the reason begins for which it is rejected
     (b'{"text": "Four."}', "no format is recognised by its columns text"),
     (b'{"prompt": "q{", "completion": "k"}', "message 1 (user) contains the control token '{' as text"),

@@ -149,7 +149,7 @@ def _atomic_folder(target: Path) -> Iterator[Path]:
 def _write_weights(
     plan: MergePlan, weights: Weights, files: folders.TensorFiles, folder: Path, dtype: torch.dtype
 ) -> None:
-    """Merge tensor by tensor, and write the shards; tensors that are not of a text model are copied from the files."""
+    """Merge tensor by tensor, and write the shards; what is no weight of the text model is copied as it is."""
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -168,7 +168,7 @@ def _write_weights(
         for shard, names in shards.filename_to_tensors.items():
             for name in names:
                 if name in plan.copied:
-                    tensors[name] = files.read(name).to(dtype)
+                    tensors[name] = files.read(name)
                 elif name not in tensors:
                     tensors |= plan.publish(merged_name[name], merged(merged_name[name]).to(dtype))
                 advance(1)

@@ -95,7 +95,7 @@ class MergePlan:
         transposed: Names of the weights of GPT-2's Conv1D.
         has_parts: Whether experts are written as they are published, each by itself.
         stored_names: Names of the base's tensors in its files, by those in the model.
-        copied: Tensors in the files that are not of the text model.
+        copied: Tensors in the files that are no weights of the text model.
     """
 
     model: peft.PeftModel
@@ -125,13 +125,15 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
         )
     base = meta_base(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+    buffers = {name for name, _ in base.named_buffers()}
     stored = TensorFiles(base_folder, str(base_folder)).shapes()
     names = names_in_text(base_folder, stored)
     stored_names = {name: key for key, name in names.items()}
     has_parts = bool(experts_of(base)) and not shapes.keys() <= stored_names.keys() and _converts_alone(base)
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
     model = put_adapters(base, adapter).requires_grad_(False).eval()
-    copied = {key: shape for key, shape in stored.items() if key not in names}
+    # what is no text, and buffers of the text, such as a bias that chooses experts
+    copied = {key: shape for key, shape in stored.items() if key not in names or names[key] in buffers}
     return MergePlan(model, shapes, config, transposed, has_parts, stored_names, copied)
 
 

@@ -30,7 +30,6 @@ _NOT_CAUSAL = (
 )
 REJECTED_TYPES = {
     **dict.fromkeys(_NOT_CAUSAL, "sees what comes behind a token"),
-    **dict.fromkeys(("aya_vision", "cohere2_vision"), "scales logits of its text alone, not of the whole model"),
     "laguna": "has adapters of which plain PEFT would lose some",
     "mamba": "reads weights past adapters, and past 4 bits (falcon_mamba and mamba2 do not)",
     "phimoe": "draws experts at random in training",

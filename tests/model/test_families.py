@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, BitsAndBytesConfig
 
 from qlora_lightning import QLoRAModule
@@ -165,12 +165,59 @@ def test_a_wrapper_that_is_stored_in_4_bits_trains(tmp_path):
     AutoModelForMultimodalLM.from_pretrained(base, quantization_config=config).save_pretrained(stored)
     steps = [loss_and_gradients(make_module(folder, cache=False), make_batch((23, 5))) for folder in (base, stored)]
     assert_same_step(*steps)
+    config.llm_int8_skip_modules.append("model.language_model.layers.0.mlp")
+    AutoModelForMultimodalLM.from_pretrained(base, quantization_config=config).save_pretrained(stored)
+    layers = make_module(stored, target_modules="attention").causal_lm.model.layers
+    assert [type(layer.mlp.up_proj) is torch.nn.Linear for layer in layers] == [True] + [False] * (len(layers) - 1)
 
 
 def test_a_wrapper_without_a_text_model_of_its_own_is_rejected(tmp_path):
     CONFIG_MAPPING["qwen3_vl"]().save_pretrained(tmp_path)
     with rejects("base.no_text", "qwen3_vl"):
         open_text_config(tmp_path, "a base")
+
+
+def test_a_wrapper_that_leaves_out_what_its_text_does_to_logits_is_rejected(tmp_path):
+    families.save_wrapper(tmp_path, "gemma3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["final_logit_softcapping"] = 3.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with rejects("base.model_type", "caps its logits", "gemma3"):
+        make_module(tmp_path)
+
+
+def test_patterns_and_saved_modules_on_a_wrapper_are_those_of_plain_peft_on_the_whole_model(tmp_path):
+    base, batch = families.save_wrapper(tmp_path / "base", "gemma3"), make_batch((23, 5))
+    options = {"alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 64}, "rank_pattern": {"down_proj": 2}}
+    options["modules_to_save"] = ["model.norm"]
+    module = make_module(base, quantization="none", lora_options=options)
+    module.save_adapter(tmp_path / "ours")
+    plain = families.plain_model(base, tmp_path / "ours", auto_class=AutoModelForMultimodalLM)
+    assert families.error_of_tokens(module, plain, batch) <= 2e-5
+    # PEFT's own folder, with the short names that it had matched in the whole model
+    file = tmp_path / "ours" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["alpha_pattern"] = {"language_model.layers.0.self_attn.v_proj": 64}
+    config["rank_pattern"], config["modules_to_save"] = {"language_model.*down_proj": 2}, ["language_model.norm"]
+    file.write_text(json.dumps(config))
+    again = QLoRAModule(str(base), adapter=str(tmp_path / "ours"), quantization="none", compute_dtype="fp32")
+    again.configure_model()
+    assert families.error_of_tokens(again, plain, batch) <= 2e-5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
+def test_buffers_of_a_base_are_merged(tmp_path, tiny_base):
+    base = save_family(tmp_path / "base", "glm4_moe", tiny_base)
+    tensors = load_file(base / "model.safetensors")
+    names = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    assert names
+    for name in names:
+        tensors[name] = torch.arange(len(tensors[name])) / 7
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    make_run(tmp_path / "run", base)
+    assert main(["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged"), "--rows", "0"]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(tensors[name], merged[name]) for name in names)
 
 
 PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}

@@ -5,13 +5,14 @@ import filecmp
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from huggingface_hub import ModelCardData
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -75,8 +76,13 @@ def save_adapter_folder(
         files.write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
     config = copy.copy(model.peft_config[adapter])
     names = _names_in_wrapper(model)
-    if names:  # PEFT shortens names, and in the whole model short ones match other parts too
+    if names:  # PEFT takes short names and patterns, which in the whole model match other parts too, or nothing
         config.target_modules = set(model.base_model.targeted_module_names)
+        for key in ("rank_pattern", "alpha_pattern"):
+            setattr(config, key, _by_full_names(getattr(config, key, None) or {}, config.target_modules))
+        if config.modules_to_save:
+            modules = model.get_base_model().named_modules()
+            config.modules_to_save = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
     for name, value in _rename_modules(vars(config), names).items():
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
@@ -195,6 +201,11 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
                 f"{file}: the expression {expression!r} repeats too much: write the modules' names.",
                 "adapter.expression",
             )
+    if in_text:
+        settings |= {key: _by_full_names(settings.get(key, {}), carriers) for key in ("rank_pattern", "alpha_pattern")}
+        saved = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names if ".lora_" not in name}
+        endings = tuple(settings.get("modules_to_save", ()))
+        settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
     settings |= _rename_modules(settings, in_text)
     rank = max(settings["r"], *ranks.values(), 0)
     widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
@@ -257,6 +268,12 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
 
 def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
     return getattr(model.get_base_model().config, "names_in_wrapper", {})
+
+
+def _by_full_names(pattern: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
+    """Return what PEFT finds for modules in a pattern, which has the ends of names, or regular expressions for them."""
+    keys = {name: next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None) for name in modules}
+    return {name: pattern[key] for name, key in sorted(keys.items()) if key is not None}
 
 
 def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from qlora_lightning.model.model_types import check_type
 from qlora_lightning.sources.folders import explaining_base, open_config, read_config
 from qlora_lightning.support.errors import UserError
 
+_LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of a text's config
+# Whole models of transformers 5.24 that scale or cap logits as their texts do; others, such as gemma3, leave it out.
+_CHANGE_LOGITS = (
+    *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling2"),
+    *("mistral_large4", "muse_glimmer", "paligemma"),
+)
+
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
@@ -51,9 +58,18 @@ def open_text_config(folder: Path, name: str, trust_remote_code: bool = False) -
             "base.no_text",
         )
     check_type(text.model_type, name)
+    changes_logits = any(getattr(text, key, None) not in (None, 1) for key in _LOGIT_KEYS)
+    if changes_logits and config.model_type not in _CHANGE_LOGITS:
+        raise UserError(
+            f"Base {name}: a {text.model_type} scales or caps its logits, which the whole {config.model_type} does not "
+            "do. Choose another base.",
+            "base.model_type",
+        )
     text.wrapper, text.names_in_wrapper, text.name_or_path = config.model_type, names, config.name_or_path
     if (quantization := getattr(config, "quantization_config", None)) is not None:
-        text.quantization_config = quantization
+        in_text = {whole: own for own, whole in names.items()}
+        skipped = [rename(name, in_text) for name in quantization.get("llm_int8_skip_modules") or ()]
+        text.quantization_config = {**quantization, "llm_int8_skip_modules": skipped or None}
     return text
 
 

@@ -61,13 +61,15 @@ class _Trainer(Trainer):
         limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            limit_train_batches=limit_train_batches,
-            limit_val_batches=limit_val_batches,
-            limit_test_batches=limit_test_batches,
-            limit_predict_batches=limit_predict_batches,
-            **kwargs,
-        )
+        limits = {
+            "limit_train_batches": limit_train_batches,
+            "limit_val_batches": limit_val_batches,
+            "limit_test_batches": limit_test_batches,
+            "limit_predict_batches": limit_predict_batches,
+        }
+        # Lightning would print a line for each that is 1.0
+        kwargs |= {name: limit for name, limit in limits.items() if limit != 1.0 or isinstance(limit, int)}
+        super().__init__(**kwargs)
 
     __init__.__doc__ = Trainer.__init__.__doc__  # for --help
 

@@ -42,6 +42,7 @@ def test_a_fit_fills_its_run_folder_whose_manifest_names_a_command_that_repeats_
     out = command(verb, *arguments[2:], config=arguments[1])
     assert "By exact match, the adapter is better on" in out
     assert "Memory after loading" in out
+    assert "100% of the batches" not in out
     again = json.loads((tmp_path / "run-again" / "manifest.json").read_text())
     assert adapter_bytes(tmp_path / "run-again") == adapter_bytes(run)
     assert [again[part] for part in ("base", "data", "packages")] == [

@@ -436,13 +436,20 @@ class TemplateRenderer:
     ) -> dict[int, _Located]:
         """Find all wanted answers by their header; none unless those that were rendered are where it says.
 
-        The header begins with a control token, so that no message contains it, and the text has one for each answer.
+        The header begins with a control token or behind the question, no message contains it, and the text has one for
+        each answer.
         """
         answers = answer_indices(messages)
         n_headers = len(answers) + (messages[-1]["role"] != "assistant")  # a prompt ends with that of the next answer
-        controls = list(self.controls.pattern.finditer(text, 0, rendered[0].start))
-        for control in controls[:-3:-1]:  # Llama 3 has two in a header, the second in those of questions too
-            header = text[control.start() : rendered[0].start]
+        first = rendered[0]
+        controls = list(self.controls.pattern.finditer(text, 0, first.start))
+        begins = [control.start() for control in controls[:-3:-1]]  # Llama 3 has two, the second before questions too
+        question = messages[first.message - 1]["content"].strip() if first.message else ""
+        begins.append(text.rfind(question, 0, first.start) + len(question))  # Llama 2 has none behind the question
+        for begin in begins:
+            header = text[begin : first.start]
+            if any(header.strip() in message["content"] for message in messages):
+                continue
             starts = [match.end() for match in re.finditer(re.escape(header), text)]
             limits = [*(start - len(header) for start in starts[1:]), len(text)]
             if len(starts) == n_headers:

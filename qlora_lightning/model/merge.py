@@ -127,7 +127,7 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
     buffers = {name for name, _ in base.named_buffers()}
     stored = TensorFiles(base_folder, str(base_folder)).shapes()
-    names = names_in_text(base_folder, stored)
+    names = names_in_text(base_folder, config, stored)
     stored_names = {name: key for key, name in names.items()}
     has_parts = bool(experts_of(base)) and not shapes.keys() <= stored_names.keys() and _converts_alone(base)
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}

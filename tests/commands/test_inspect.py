@@ -80,8 +80,18 @@ def test_rows_are_shown_token_by_token_with_what_is_trained(report):
     assert "⟦0│<|im_end|>■⟧↵" in out
     assert "⟦0│<|im_end|>■⟧↵" in Reader(page).text
     assert {"<|im_end|>", "0"} <= set(Reader(page).texts("span"))
-    assert not {"script", "a"} & {tag for tag, _ in Reader(page).elements}
-    assert "␛[2J" in Reader(page).text.replace("│", "")
+
+
+def test_whatever_rows_hold_is_text_and_the_page_needs_nothing_beside_itself(report):
+    page = report[-1]
+    found = Reader(page)
+    assert not {"script", "img", "a", "iframe"} & {tag for tag, _ in found.elements}
+    assert not any(name.startswith("on") for _, attributes in found.elements for name in attributes)
+    assert "<script>" in found.text.replace("│", "")
+    assert "␛[2J" in found.text.replace("│", "")
+    assert "\x1b" not in page
+    for reference in ("http:", "https:", "src=", "href=", "url(", "@import", "@font-face"):
+        assert reference not in page
 
 
 def test_rows_of_another_split_by_place_and_length(folder):

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from qlora_lightning.commands import fit  # noqa: F401  # here, and not inside a test, whose stderr it would keep
 from qlora_lightning.commands.sweep import Trial, choose
 from tests.equality import metrics, read_adapter, same
 

@@ -35,6 +35,11 @@ def test_duplicates_are_named_with_the_first_of_them(prepare):
     assert report.duplicate_pairs == ["train:4 = train:1"]
 
 
+def test_overlap_names_both_files(prepare):
+    report = prepare(A, B, B, val=(A_LAST, B, ([7, 8], [-100, 8]), B)).reports["val"]
+    assert (report.overlap, report.overlap_pairs) == (2, ["val:2 = train:2", "val:4 = train:2"])
+
+
 # ---- held out --------------------------------------------------------------------------------------------------------
 
 SIXTY = [([number % 40, 1], [-100, 1]) for number in range(60)]  # 20 contents occur twice

@@ -91,7 +91,10 @@ def find_searched_words(template: str | Mapping[str, str] | None) -> list[str]:
     """Return the texts that a chat template looks for in messages, such as ``</think>`` or ``/no_think``."""
     words = set[str]()
     for text in template.values() if isinstance(template, Mapping) else [template or ""]:
-        tree = _parse(text)
+        try:
+            tree = _parse(text)
+        except jinja2.TemplateError:  # the renderer reports it with the row that it cannot render
+            continue
         operands = [node.expr for node in tree.find_all(nodes.Compare) if node.ops[0].op in ("in", "notin")]
         for call in tree.find_all(nodes.Call):
             operands += call.args if isinstance(call.node, nodes.Getattr) else []  # content.startswith('<think>')

@@ -13,6 +13,7 @@ import peft
 import torch
 from huggingface_hub import ModelCardData
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -219,7 +220,7 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
     reader = open_tensors(file)
-    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118
+    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in tensor_names(file)}
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():
@@ -272,8 +273,8 @@ def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
 
 def _by_full_names(pattern: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
     """Return what PEFT finds for modules in a pattern, which has the ends of names, or regular expressions for them."""
-    keys = {name: next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), None) for name in modules}
-    return {name: pattern[key] for name, key in sorted(keys.items()) if key is not None}
+    keys = {name: get_pattern_key(list(pattern), name) for name in modules}  # the name itself if nothing matches
+    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _load(
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
     shapes = folders.TensorFiles(folder, str(folder)).shapes()
-    names = names_in_text(folder, shapes) if hasattr(config, "wrapper") else {name: name for name in shapes}
+    names = names_in_text(folder, config, shapes)
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}
     if bnb_config is None and any(name.endswith("experts.down_proj_blocks") for name in shapes):

@@ -108,16 +108,16 @@ def rename(name: str, prefixes: Mapping[str, str]) -> str:
     return name
 
 
-def names_in_text(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def names_in_text(folder: Path, text: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the names that tensors of a folder's files have in its text model, by those in the files.
 
     Tensors of a wrapper that are not of its text are left out. transformers' own renamings lead from the files to the
-    whole model; what it renames within a text model, it renames again when that is loaded.
+    whole model; what it renames within a text model, it renames again when that is loaded. ``text`` is what
+    :func:`open_text_config` returns for the folder.
     """
-    config = open_config(folder)
-    if not is_wrapper(config):
+    if not hasattr(text, "wrapper"):
         return {name: name for name in names}
-    in_text = {whole: own for own, whole in open_text_config(folder, str(folder)).names_in_wrapper.items()}
+    config, in_text = open_config(folder), {whole: own for own, whole in text.names_in_wrapper.items()}
     conversions = get_model_conversion_mapping(_whole_model(config), add_legacy=False)
     renamings = [each for each in conversions if isinstance(each, WeightRenaming) and not each.scope_prefix]
     names_of_text = dict[str, str]()

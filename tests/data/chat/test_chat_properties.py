@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_lightning import InstructionDataModule, UserError
 from tests.data.conftest import FAMILIES, render_row
+from tests.errors import rejects
 
 CONTROLS = {name: controls for name, (controls, *_) in FAMILIES.items()}
 TEXT_LIKE_MARKERS = ["[INST", "<<SYS>>\n", "<|im_", "end|>", "{% generation %}", "{{ bos_token }}", "assistant\n", "▁"]
@@ -61,3 +62,18 @@ def test_the_labelled_tokens_are_the_answers_and_their_stop_tokens_or_the_row_is
         assert tokenizer.decode(sample.ids[:after])[len(before) :] == answer + stop
         assert sample.ids[after - 1] == sample.labels[after - 1] == tokenizer.eos_token_id
         assert sample.ids[:first] == renderer.render_prompt(conversation[:turn])
+
+
+@reproducible
+@given(data=st.data(), name=st.sampled_from(sorted(CONTROLS)), conversation=conversations())
+def test_a_control_token_inside_a_message_is_always_rejected(families, data, name, conversation):
+    message = data.draw(st.sampled_from(conversation))
+    at = data.draw(st.integers(0, len(message["content"])))
+    token = data.draw(st.sampled_from(CONTROLS[name]))
+    message["content"] = message["content"][:at] + token + message["content"][at:]
+    with rejects("row.fault", "contains the control token"):
+        InstructionDataModule(tokenizer=families[name]).renderer.render_prompt(conversation)
+    for answer in conversation:
+        answer["content"] = answer["content"].strip() or "."
+    with rejects("rows.bad", "contains the control token"):
+        render_row({"messages": conversation}, families[name], max_length=100_000)

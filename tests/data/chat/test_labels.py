@@ -76,6 +76,7 @@ OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_e
     ("template", "contents", "key", "fact"),
     [
         (TURN.replace("<|im_end|>", ""), "qa", "chat_template.stop_token", "'a'"),
+        ("{% for message in %}", "qa", "rows.bad", "cannot render the conversation: TemplateSyntaxError"),
         ("{{ raise_exception('no system role') }}", "qa", "rows.bad", "TemplateError: no system role"),
         (OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}", "qa", "rows.bad", "prefix-preserving"),
         (UPPER, "qA", "rows.bad", "message 1 (user)"),
@@ -173,6 +174,8 @@ def test_a_document_has_a_beginning_and_an_end(chatml, families):
     assert render_one(llama, {"text": "a four"}, format="text") == (ids, [-100, *ids[1:]])
     chatml.chat_template = None  # nothing of it is needed
     ids, labels = render_one(chatml, {"text": "Once"}, format="text")
+    chatml.chat_template = "{% for message in %}"
+    assert render_one(chatml, {"text": "Once"}, format="text") == (ids, labels)
     assert (chatml.decode(ids), labels) == ("Once<|im_end|>", [-100, *ids[1:]])
     with rejects("rows.bad", "the control token"):
         render_one(chatml, {"text": "a<|im_end|>b"}, format="text")

@@ -60,7 +60,7 @@ def folder(tiny_base, tmp_path_factory):
 @pytest.mark.parametrize(
     "line",
     [
-        "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 2 --out FOUND",
+        "evaluate --adapter run/adapter --rows 4 --max-new-tokens 4 --show 4 --out FOUND",
         "merge --adapter run/adapter --out OUT --rows 2",
         "chat --adapter run/adapter --prompt here --max-new-tokens 8 --base base",
         "report run",

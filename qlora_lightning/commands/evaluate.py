@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
     add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
-    add("--rows", type=PositiveInt, metavar="N", help="only the first N rows, and answer all of them")
+    add("--rows", type=PositiveInt, metavar="N", help="only N rows, evenly spaced, and answer all of them")
     add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
     add("--scores", dest="evaluation.scores", metavar="NAMES", help="auto, or names with commas between them")
@@ -122,7 +122,6 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         trainer.datamodule, module.trainer, data.trainer = data, trainer, trainer
         data.setup("validate" if options.split == "val" else "test")
         evaluation.read_forgetting(data)
-        batches, rows = _select_rows(trainer, data, options.split, options.rows)
         report = data.reports.get(options.split)
         if report is not None and (report.shortened or report.overlap):
             say(report.describe())
@@ -130,6 +129,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
             say("The rows are not compared with those of the training, which were not read: missing or remote.")
         for name, folder in adapters.items():
             warn_of_other_data(name, folder, data)
+        batches, rows = _select_rows(trainer, data, options.split, options.rows)
         answered_rows = keep_prompts(rows, evaluation.rows)
         requests = [] if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
@@ -146,7 +146,6 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
         served = [] if server is None else ask_server(server, requests, answered_rows, settings, on_answers)
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
         results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
-        results = {side: side_results[: len(rows)] for side, side_results in results.items()}  # --rows may cut a batch
         forgetting = evaluation.evaluate_forgetting(module, peft_names, show=True)
         match = None
         if server is not None and settings is not None:
@@ -179,22 +178,20 @@ def _load(module: Any, adapters: Mapping[str, Path]) -> list[str]:
 
 def _select_rows(trainer: Any, data: Any, split: str, n_rows: int | None) -> tuple[list[Any], list[EvaluationRow]]:
     """Return batches of a split and their rows, within ``n_rows`` or the Trainer's limit."""
-    from qlora_lightning.evaluation.row_results import take_batches, unpack_rows
+    from qlora_lightning.evaluation.row_results import spread, take_batches, unpack_rows
 
-    batches, rows = [], list[Any]()
-    loader, limit = getattr(data, f"{split}_dataloader")(), getattr(trainer, f"limit_{split}_batches")
-    for batch in take_batches(loader, limit) if n_rows is None else loader:
-        batches.append(batch)
-        rows += unpack_rows(batch)
-        if n_rows is not None and len(rows) >= n_rows:
-            break
-    rows = rows[:n_rows]
+    samples, limit = data.samples[split], getattr(trainer, f"limit_{split}_batches")
+    if n_rows is not None:
+        data.samples[split] = samples = samples.take(spread(samples.labelled_counts.nonzero()[0], n_rows))
+        limit = 1.0
+    batches = list(take_batches(getattr(data, f"{split}_dataloader")(), limit))
+    rows = [row for batch in batches for row in unpack_rows(batch)]
     if not rows:
         raise UserError(
             f"There are no {split} rows to evaluate: none has a labelled token, or trainer.limit_{split}_batches is 0."
         )
-    samples, sources = data.samples.get(split), data.sample_sources.get(split)
-    places = {} if samples is None else {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
+    sources = data.sample_sources.get(split)
+    places = {int(row_id): samples.where(n) for n, row_id in enumerate(samples.row_ids)}
     for row in rows:
         row.place = places.get(row.number, f"row {row.number}")
         row.source = sources[int(row.source)].path if sources else row.source

@@ -268,6 +268,7 @@ def _sample_validation_rows(
     """
     from qlora_lightning.commands.fit import QLoRACLI
     from qlora_lightning.data.batches import collate_rows
+    from qlora_lightning.evaluation.row_results import spread
 
     try:
         arguments = add_config(adapter, fit_options)
@@ -278,10 +279,10 @@ def _sample_validation_rows(
         message = f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked."
         raise UserError(message, error.key) from error
     samples = data.samples["val"]
-    rows = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples)), dtype=int))
+    rows = spread(range(len(samples)), count)
     n_labelled = np.cumsum(samples.labelled_counts[rows])
-    rows = rows[: max(1, np.searchsorted(n_labelled, _LOGIT_BYTES // (4 * vocabulary), side="right"))]
-    return [collate_rows(samples, [row]) for row in rows.tolist()]
+    rows = rows[: max(1, int(np.searchsorted(n_labelled, _LOGIT_BYTES // (4 * vocabulary), side="right")))]
+    return [collate_rows(samples, [row]) for row in rows]
 
 
 def _check_written(

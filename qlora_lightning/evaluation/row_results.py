@@ -127,14 +127,14 @@ def split_sample(ids: list[int], labels: list[int]) -> tuple[list[int] | None, l
     return (ids[:start] if start > 1 else None), ids[start:end]
 
 
-def keep_prompts(rows: Sequence[EvaluationRow], count: int) -> list[EvaluationRow]:
-    """Return the rows, of which ``count`` keep their prompts, to be answered.
+def spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return ``count`` of the indices, evenly spaced: the first ones may all be of one source."""
+    return [indices[n] for n in np.linspace(0, len(indices) - 1, min(count, len(indices)), dtype=int)]
 
-    They are evenly spaced: the first ones may all be of one source.
-    """
-    prompted = [index for index, row in enumerate(rows) if row.prompt is not None]
-    count = min(count, len(prompted))
-    kept = {prompted[position] for position in np.linspace(0, len(prompted) - 1, count, dtype=int)}
+
+def keep_prompts(rows: Sequence[EvaluationRow], count: int) -> list[EvaluationRow]:
+    """Return the rows, of which ``count``, evenly spaced, keep their prompts, to be answered."""
+    kept = set(spread([index for index, row in enumerate(rows) if row.prompt is not None], count))
     return [row if index in kept else replace(row, prompt=None) for index, row in enumerate(rows)]
 
 
@@ -157,8 +157,7 @@ def evaluate_sides(
     Args:
         module: A :class:`~qlora_lightning.model.module.QLoRAModule`.
         batches: As a loader returns them, on the host.
-        rows: Those that :func:`unpack_rows` returns for these batches, or the first of them, to be answered. One
-            without a prompt is skipped.
+        rows: Those that :func:`unpack_rows` returns for these batches, to be answered. One without a prompt is skipped.
         settings: How to answer; ``None``: no row is answered.
         adapters: PEFT's names of the adapters, by their names in the results.
         show: Whether a terminal shows a progress bar.

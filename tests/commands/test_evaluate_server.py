@@ -79,7 +79,8 @@ def evaluate(trained, tmp_path, monkeypatch, capsys):
 
     def run(url, *arguments):
         file = tmp_path / "figures.json"
-        named = ["--adapter", "runs/b/adapter", "--rows", "8", "--scores", "chrf", "--json", str(file), "--force"]
+        named = ["--adapter", "runs/b/adapter", "--rows", "8", "--data.val", "rows.jsonl", "--scores", "chrf"]
+        named += ["--json", str(file), "--force"]
         code = main(["evaluate", *named, *(["--server", url] if url else []), *arguments])
         captured = capsys.readouterr()
         assert KEY not in captured.out + captured.err

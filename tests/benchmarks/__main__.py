@@ -7,20 +7,25 @@ import os
 import platform
 import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from qlora_lightning.model.load.machine import choose_compute_dtype
 from qlora_lightning.sources.folders import open_base
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.one_batch import make_base
 from tests.benchmarks.ours import read_samples
-from tests.benchmarks.table import CHECKPOINTED, PLAIN, make_rows, print_table
 
+PLAIN, CHECKPOINTED = "plain", "checkpointed"
+_UNITS = ("tokens/s", "peak memory, GB", "seconds")
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -118,6 +123,61 @@ class Benchmarks:
         for name, facts in (("setup", self.setup), *versions.items()):
             console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}", soft_wrap=True)
         console.print(f"Medians of {self.setup['repeats']} runs; tests/benchmarks/README.md explains them.")
+
+
+class Row(NamedTuple):
+    """A line of the table: our figure and the peer's, if it has one, as medians of the runs."""
+
+    unit: str
+    what: str
+    ours: float
+    peer: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.peer is None else self.ours / self.peer
+
+
+def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the lines of all runs, each with its ``side``, ``ours`` or ``peer``, and its ``setting``."""
+    figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for line, figure in _figures_of(run).items():
+            figures[line][run["side"]].append(figure)
+    rows = [
+        Row(*line, median(sides["ours"]), median(sides["peer"]) if "peer" in sides else None)
+        for line, sides in figures.items()
+        if "ours" in sides
+    ]
+    return sorted(rows, key=lambda row: _UNITS.index(row.unit))
+
+
+def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    setting = run["setting"]
+    figures = {("tokens/s", setting): run["tokens"] / run["seconds"]}
+    if "peak_bytes" in run:
+        figures["peak memory, GB", setting] = run["peak_bytes"] / 1e9
+    if setting == PLAIN:
+        figures["seconds", "second start"] = run["start_seconds"]
+    if "quantizing" in run:  # a base of Llama-3.1-8B's shape
+        figures["peak memory, GB", f"{setting}, private and base"] = run["together_bytes"] / 1e9
+        figures["peak memory, GB", f"{setting}, private"] = run["private_bytes"] / 1e9
+        figures["seconds", f"{setting}, second start"] = run["start_seconds"]
+    return figures
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    table = Table("", "", "peer", "ours", "ratio")
+    for unit, group in itertools.groupby(rows, key=lambda row: row.unit):
+        for row in group:
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
+            table.add_row(unit, row.what, _format(row.peer), _format(row.ours), ratio)
+        table.add_section()
+    console.print(table)
+
+
+def _format(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:,.2f}" if figure < 100 else f"{figure:,.0f}"
 
 
 def _describe_machine(accelerator: str) -> dict[str, Any]:

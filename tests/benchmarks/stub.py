@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +23,7 @@ from tests.benchmarks.child import ROOT, run_child
 from tests.gpu.on_card import save_wide, tokens_of
 from tests.rows import write_rows
 
+_COLUMNS = ("peak GiB", "launches", "waits, reads", "CPU ms of the host")
 MODES = ("plain", "checkpointed", "offloaded")
 _ADAPTERS = 14  # of a layer: their gradients are added to those of the step before, a launch each
 _BUILD = "import json, sys, pathlib, tests.gpu.stub as s; print(json.dumps(s.build_stub(pathlib.Path(sys.argv[1]))))"
@@ -45,13 +47,9 @@ class Sides:
 
     def run(self, side: str, /, mib: int = 128 << 10, **options: Any) -> dict[str, Any]:
         """Run a child of a side on a card of so much memory."""
-        before = dict(os.environ)
-        os.environ.update(self.environments[side], STUB_MIB=str(mib), STUB_CC="89")
-        try:
+        card = self.environments[side] | {"STUB_MIB": str(mib), "STUB_CC": "89"}
+        with mock.patch.dict(os.environ, card):
             return run_child("stub_step", 1, self.pythons[side], **options)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
     def steps(self, repeats: int) -> dict[tuple[str, str], dict[str, Any]]:
         """Measure all sides in all modes, in turns; the host's time is the median of all turns."""
@@ -67,27 +65,27 @@ class Sides:
         return {key: each[0] | {"host": median(run["host"] for run in each)} for key, each in runs.items()}
 
 
+def add_row(table: Table, name: str, figures: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Add the figures of a side, with ours over theirs in brackets."""
+    keys = ("gib", "launches", "host")
+    shares = {key: "" if figures is ours else f" ({ours[key] / figures[key]:.2f})" for key in keys}
+    table.add_row(
+        name,
+        f"{figures['gib']:.2f}{shares['gib']}",
+        f"{figures['forward']:,} + {figures['backward']:,}{shares['launches']}",
+        f"{figures['waits']}, {figures['reads']}",
+        f"{figures['host']:.0f}{shares['host']}",
+    )
+
+
 def compare(sides: Sides, repeats: int) -> Table:
     """Return the table of steps beside the peers."""
     found = sides.steps(repeats)
-    table = Table("4,096 tokens", "peak GiB", "launches", "waits, reads", "CPU ms of the host")
+    table = Table("4,096 tokens", *_COLUMNS)
     for mode in MODES:
-        ours = found["ours", mode]
-        launches = ours["forward"] + ours["backward"]
         for side in sides.pythons:
-            if (figures := found.get((side, mode))) is None:
-                continue
-            count, ratio = figures["forward"] + figures["backward"], dict.fromkeys(("gib", "launches", "host"), "")
-            if side != "ours":
-                ratios = ours["gib"] / figures["gib"], launches / count, ours["host"] / figures["host"]
-                ratio = {name: f" ({number:.2f})" for name, number in zip(ratio, ratios, strict=True)}
-            table.add_row(
-                f"{side}, {mode}",
-                f"{figures['gib']:.2f}{ratio['gib']}",
-                f"{figures['forward']:,} + {figures['backward']:,}{ratio['launches']}",
-                f"{figures['waits']}, {figures['reads']}",
-                f"{figures['host']:.0f}{ratio['host']}",
-            )
+            if (side, mode) in found:
+                add_row(table, f"{side}, {mode}", found[side, mode], found["ours", mode])
     half = sides.run("ours", side="ours", mode="plain", layers=16)
     whole = found["ours", "plain"]
     forward, backward = ((whole[name] - half[name]) / 16 for name in ("forward", "backward"))
@@ -97,13 +95,12 @@ def compare(sides: Sides, repeats: int) -> Table:
 
 def compare_mixture(sides: Sides) -> Table:
     """Return the table of steps of Qwen3-30B-A3B's shape, beside PEFT with bitsandbytes' parametrization."""
-    table = Table("Qwen3-30B-A3B", "peak GiB", "launches", "waits, reads", "CPU ms of the host")
+    table = Table("Qwen3-30B-A3B", *_COLUMNS)
     for mode, tokens in (("plain", 1024), ("checkpointed", 4096)):
-        for side in ("mixture", "mixture_of_peft"):
-            figures = sides.run("ours", side=side, mode=mode, tokens=tokens, layers=48)
-            cells = f"{figures['gib']:.2f}", f"{figures['forward']:,} + {figures['backward']:,}"
-            cells += f"{figures['waits']}, {figures['reads']}", f"{figures['host']:.0f}"
-            table.add_row(f"{side}, {mode}, {tokens:,} tokens", *cells)
+        options = {"mode": mode, "tokens": tokens, "layers": 48}
+        ours, theirs = (sides.run("ours", side=side, **options) for side in ("mixture", "mixture_of_peft"))
+        add_row(table, f"ours, {mode}, {tokens:,} tokens", ours, ours)
+        add_row(table, f"PEFT, {mode}, {tokens:,} tokens", theirs, ours)
     return table
 
 

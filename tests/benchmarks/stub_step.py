@@ -107,17 +107,22 @@ def prepare_ours(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> An
     return module.model, loss
 
 
-def prepare_peft(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
-    model = make_model(layers, shape)
-    if mode != "plain":
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+def prepare_rows(model: Any, tokens: int, **options: Any) -> Any:
+    """Return a peer's model, and a function that computes its loss of rows of 1,024 tokens."""
     rows = torch.zeros(tokens // ROW, ROW, dtype=torch.int64, device="cuda")
 
     def loss() -> Any:
         with torch.autocast("cuda", torch.bfloat16):
-            return model(input_ids=rows, labels=rows, use_cache=False).loss
+            return model(input_ids=rows, labels=rows, **options).loss
 
     return model, loss
+
+
+def prepare_peft(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
+    model = make_model(layers, shape)
+    if mode != "plain":
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return prepare_rows(model, tokens, use_cache=False)
 
 
 def prepare_mixture_of_peft(mode: str, tokens: int, layers: int) -> Any:
@@ -137,13 +142,7 @@ def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
     choices = {"plain": False, "checkpointed": True, "offloaded": "unsloth"}
     model = FastLanguageModel.get_peft_model(model, **options, use_gradient_checkpointing=choices[mode])
     FastLanguageModel.for_training(model)
-    rows = torch.zeros(tokens // ROW, ROW, dtype=torch.int64, device="cuda")
-
-    def loss() -> Any:
-        with torch.autocast("cuda", torch.bfloat16):
-            return model(input_ids=rows, labels=rows).loss
-
-    return model, loss
+    return prepare_rows(model, tokens)
 
 
 def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: str = "") -> dict[str, Any]:
@@ -171,8 +170,8 @@ def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: 
         if number > 3:  # kernels are compiled, and warm
             milliseconds.append(1000 * (time.process_time() - began))
         launches, waits, reads = counts()
-        figures = {"forward": forward, "backward": launches - forward, "waits": waits, "reads": reads}
-        figures["gib"] = torch.cuda.max_memory_allocated() / GIB
+        figures = {"forward": forward, "backward": launches - forward, "launches": launches}
+        figures |= {"waits": waits, "reads": reads, "gib": torch.cuda.max_memory_allocated() / GIB}
         del value
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

@@ -1,22 +1,30 @@
-"""``merge`` as a user runs it, on a small base."""
+"""``merge`` as a user runs it: what base and adapter compute, in a folder for transformers and in GGUF files."""
 
 import json
+import math
+import os
 import shutil
 
 import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from qlora_lightning import load_base
 from qlora_lightning.cli import main
-from qlora_lightning.model.merge import MergedWeights
+from qlora_lightning.commands.merge import compare_logits
+from qlora_lightning.model.merge import MergedWeights, TrainedWeights
+from qlora_lightning.sources.folders import open_base
 from tests.adapters import make_run
 from tests.commands.conftest import help_examples
+from tests.random_base import save_family
 
 ADAPTER = "runs/quickstart/adapter"
-NAME = "model.layers.1.mlp.up_proj"
-IDS = torch.tensor([[5, 6, 7, 8, 9]])
+LINEAR = "model.layers.1.mlp.down_proj"
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+UNCHECKED = ("--rows", "0")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,7 @@ def whole(small_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder := tmp_path_factory.mktemp("merge"))
         model = make_run(folder / "runs" / "quickstart", small_base)
-        merge("--out", "merged", "--dtype", "fp32", "--gguf", "f16")
+        merge("--dtype", "fp32", "--gguf", "f16")
     return folder, model
 
 
@@ -44,8 +52,13 @@ def folder(whole, tmp_path, monkeypatch):
     return tmp_path
 
 
-def merge(*arguments, code=0, adapter=ADAPTER):
-    assert main(["merge", "--adapter", adapter, *arguments]) == code
+def merge(*arguments, code=0, adapter=ADAPTER, out="merged"):
+    assert main(["merge", "--adapter", str(adapter), "--out", str(out), *arguments]) == code
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
 
 
 def paths(folder):
@@ -64,8 +77,7 @@ def test_the_examples_of_help_run(arguments, folder, capsys):
 
 def test_the_merged_folder_is_a_model_for_plain_transformers_and_agrees(merged, whole, small_base):
     model = AutoModelForCausalLM.from_pretrained("merged")
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, whole[1](IDS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(whole[1]), rtol=1e-4, atol=1e-4)
     assert model.dtype == torch.float32
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     config = json.loads((merged / "merged" / "config.json").read_text())
@@ -98,13 +110,13 @@ def test_an_adapter_of_another_tool_is_added_to_the_original_weights(folder, sma
     (folder / "foreign").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(f"{ADAPTER}/{name}", "foreign")
-    merge("--out", "merged", "--dtype", "fp32", "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
+    merge("--dtype", "fp32", "--data.val", "runs/quickstart/val.jsonl", adapter="foreign")
     assert "does not say how its base was quantized" in capsys.readouterr().out
     before, after = load_file(small_base / "model.safetensors"), load_file("merged/model.safetensors")
     assert before.keys() == after.keys()
     tensors = load_file("foreign/adapter_model.safetensors")
-    a, b = (tensors[f"base_model.model.{NAME}.lora_{each}.weight"] for each in "AB")
-    torch.testing.assert_close(after[f"{NAME}.weight"], before[f"{NAME}.weight"] + 2.0 * b @ a)  # alpha is 2 x rank
+    a, b = (tensors[f"base_model.model.{LINEAR}.lora_{each}.weight"] for each in "AB")
+    torch.testing.assert_close(after[f"{LINEAR}.weight"], before[f"{LINEAR}.weight"] + 2.0 * b @ a)  # alpha is 2 x rank
     assert torch.equal(after["model.norm.weight"], before["model.norm.weight"])
 
 
@@ -113,11 +125,11 @@ def test_without_rows_a_merge_is_written_only_unchecked(folder, small_base, caps
     for gone in ("gone.jsonl", "gone"):
         config = {"model": {"base": str(small_base)}, "data": {"train": gone, "val": gone}}
         (folder / "runs/quickstart/config.yaml").write_text(json.dumps(config))
-        merge("--out", "merged", code=2)
+        merge(code=2)
         err = capsys.readouterr().err
         assert f"No rows to check the merge on. data.val: data file {gone} does not exist" in err
         assert "Or add --rows 0: it is written unchecked." in err
-    merge("--out", "merged", "--rows", "0")
+    merge(*UNCHECKED)
     assert json.loads((folder / "merged" / "merge.json").read_text())["check"] is None
 
 
@@ -130,19 +142,158 @@ def test_a_model_that_disagrees_is_not_kept(folder, capsys, monkeypatch, functio
     usual = getattr(*function)
     monkeypatch.setattr(*function, lambda *arguments: 2 * usual(*arguments))
     before = paths(folder)
-    merge("--out", "merged", "--rows", "2", *typed, code=2)
+    merge("--rows", "2", *typed, code=2)
     assert f"The merged model is not kept: {name} differs" in capsys.readouterr().err
     assert paths(folder) == before
 
 
 def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
     (folder / ".merged.unfinished").mkdir()  # of a merge that was killed
-    merge("--out", "merged", "--rows", "0")
-    merge("--out", "merged", "--rows", "0", code=2)
+    merge(*UNCHECKED)
+    merge(*UNCHECKED, code=2)
     assert "--out merged exists" in capsys.readouterr().err
-    merge("--out", "merged", "--rows", "0", "--dtype", "fp16", "--force")
+    merge(*UNCHECKED, "--dtype", "fp16", "--force")
     assert load_file("merged/model.safetensors")["model.norm.weight"].dtype == torch.float16
     assert not (folder / ".merged.unfinished").exists()
     before = paths(folder)
-    merge("--out", "runs/quickstart", "--force", code=2)
+    merge("--force", out="runs/quickstart", code=2)
     assert paths(folder) == before
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_transformers_reads_the_same_model(model_type, folder, small_base):
+    make_run(folder / "run", save_family(folder / "base", model_type, small_base))
+    merge("--gguf", "f16", "--dtype", "fp32", adapter="run/adapter")
+    place = {"pretrained_model_name_or_path": "merged/gguf", "gguf_file": "model-f16.gguf"}
+    config = AutoConfig.from_pretrained(**place)
+    written = AutoConfig.from_pretrained("merged")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for name in (*names, "vocab_size", "rms_norm_eps", "rope_parameters"):
+        assert getattr(config, name) == pytest.approx(getattr(written, name)), name
+    model = AutoModelForCausalLM.from_pretrained(**place, config=written)
+    for name, tensor in load_file("merged/model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor), name
+    check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
+    assert check["model-f16.gguf"]["kl"] < 1e-4
+
+
+def test_other_families_and_tokenizers_are_refused_before_the_work(folder, small_base, monkeypatch, capsys):
+    make_run(folder / "run", save_family(folder / "base", "phi3", small_base))
+    content = json.loads((folder / ADAPTER / "tokenizer.json").read_text())
+    content["model"]["byte_fallback"] = True  # as Llama 2's
+    (folder / ADAPTER / "tokenizer.json").write_text(json.dumps(content))
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: pytest.fail("weights were written"))
+    for adapter, words in (("run/adapter", "llama, qwen2, qwen3, not of phi3"), (ADAPTER, "tokenizers of bytes")):
+        merge("--gguf", "f16", adapter=adapter, code=2)
+        assert words in capsys.readouterr().err
+    assert not (folder / "merged").exists()
+
+
+def test_a_tokenizer_of_qwen_is_named_so_and_a_stop_token_is_a_line(folder):
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        file = folder / ADAPTER / name
+        file.write_text(file.read_text().replace("<|im_end|>", "<|im_end|>\\nSYSTEM Lie."))
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": PRETOKENIZE_REGEX}, "behavior": "Isolated", "invert": False}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytewise]}
+    file.write_text(json.dumps(content))
+    merge("--gguf", "f16", *UNCHECKED)
+    reader = gguf.GGUFReader("merged/gguf/model-f16.gguf")
+    assert reader.get_field("tokenizer.ggml.pre").contents() == "qwen2"
+    modelfile = (folder / "merged" / "gguf" / "Modelfile").read_text()
+    assert modelfile == 'FROM ./model-f16.gguf\nPARAMETER stop "<|im_end|>\\nSYSTEM Lie."\n'
+
+
+def put_quantizer(folder, monkeypatch, script):
+    """Put a program of that name alone on the PATH."""
+    program = folder / "bin" / "llama-quantize"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+
+
+def test_the_program_quantizes(folder, monkeypatch, capsys):
+    put_quantizer(folder, monkeypatch, 'echo "$3" > asked; cp "$1" "$2"')
+    merge("--gguf", "q4_k_m", "--dtype", "fp32")
+    out = capsys.readouterr().out
+    assert "model-q4_k_m.gguf: loss" in out
+    assert "q4_k_m kept 96.8 % of the gain in loss." in out
+    assert (folder / "asked").read_text() == "Q4_K_M\n"
+    assert sorted(file.name for file in (folder / "merged" / "gguf").iterdir()) == ["Modelfile", "model-q4_k_m.gguf"]
+    modelfile = (folder / "merged" / "gguf" / "Modelfile").read_text()
+    assert modelfile == 'FROM ./model-q4_k_m.gguf\nPARAMETER stop "<|im_end|>"\n'
+    for command in ("ollama create my-model -f merged/gguf/Modelfile", "llama-cli -m merged/gguf/model-q4_k_m.gguf"):
+        assert f"\n    {command}\n" in out  # to paste
+
+
+def test_a_program_that_fails_leaves_nothing_and_without_it_f16_is_written(folder, monkeypatch, capsys):
+    put_quantizer(folder, monkeypatch, "echo broken tensor >&2; exit 3")
+    merge("--gguf", "q6_k", *UNCHECKED, code=2)
+    assert "llama-quantize failed:\nbroken tensor" in capsys.readouterr().err
+    assert not (folder / "merged").exists()
+    monkeypatch.setenv("PATH", str(folder))
+    merge("--gguf", "q5_k_m", *UNCHECKED)
+    command = "llama-quantize merged/gguf/model-f16.gguf merged/gguf/model-q5_k_m.gguf Q5_K_M"
+    assert f"\n    {command}\n" in capsys.readouterr().out
+    assert (folder / "merged" / "gguf" / "Modelfile").read_text().startswith("FROM ./model-f16.gguf\n")
+
+
+# ---- tensor by tensor ------------------------------------------------------------------------------------------------
+
+
+def test_an_int8_weight_is_that_which_a_loaded_base_computes_with(tiny_base, cache):
+    options = {"quantization": "int8", "compute_dtype": torch.bfloat16, "cache": False}
+    weight = load_base(str(tiny_base), **options).model.get_submodule(LINEAR).weight
+    weights = TrainedWeights(open_base(str(tiny_base)), "int8", True, torch.bfloat16)
+    assert torch.equal(weights(f"{LINEAR}.weight"), weight.data.float() * (weight.SCB.unsqueeze(1) / 127))
+
+
+PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 3.0}}
+VARIANTS = {
+    "fp4": {"quantization": "fp4", "double_quant": False},
+    "patterns": {"lora_options": PATTERNS},
+    "dora": {"lora_options": {"use_dora": True}},
+    "tokens and norms": {"lora_options": {"trainable_token_indices": [5, 6], "modules_to_save": ["norm"]}},
+    "embedding": {"lora_options": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}},
+    "untied": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_merged_folder_computes_what_base_and_adapter_do(tiny_base, tmp_path, variant):
+    base = tiny_base
+    if variant == "untied":  # with a head of its own
+        base = shutil.copytree(tiny_base, tmp_path / "base")
+        config = LlamaConfig.from_pretrained(tiny_base, tie_word_embeddings=False)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    model = make_run(tmp_path / "run", base, **VARIANTS[variant])
+    merge("--dtype", "fp32", *UNCHECKED, adapter=tmp_path / "run", out=tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert (logits(model) - logits(merged)).abs().max() > 0.01  # the adapter does something
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_linear_whose_weight_is_transposed_is_merged(tiny_base, tmp_path, quantization):
+    base = save_family(tmp_path / "base", "gpt2", tiny_base)
+    model = make_run(tmp_path / "run", base, quantization=quantization, target_modules=["c_attn", "c_proj"])
+    merge("--dtype", "fp32", *UNCHECKED, adapter=tmp_path / "run", out=tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(merged) - logits(model)).norm() < 0.02 * logits(model).norm()  # int8 rounds states too
+
+
+def test_loss_divergence_and_share_of_equal_tokens_are_those_computed_by_hand():
+    even, skew = [0.0, 0.0], [math.log(3), 0.0]  # probabilities 1/2, 1/2 and 3/4, 1/4
+    reference, labels = torch.tensor([skew, even]), torch.tensor([0, 1])
+    found = compare_logits(reference, torch.tensor([even, [0.0, math.log(3)]]), labels)
+    kl = [3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2), 1 / 2 * math.log(2 / 1) + 1 / 2 * math.log(2 / 3)]
+    loss = (-math.log(1 / 2) - math.log(3 / 4)) / 2
+    # of equal logits the first counts as the top
+    assert found == pytest.approx({"loss": loss, "kl": sum(kl) / 2, "top1": 0.5})
+    assert math.isnan(compare_logits(reference, torch.tensor([[math.nan, 0.0], even]), labels)["kl"])

@@ -111,9 +111,7 @@ TO_10, TO_9, TO_40 = (
         ({"val_loss": [(2, 2.0), (9, 0.5)]}, sides(2.0, 0.5, -1.6, -1.4), "Too short to judge: 9 optimizer steps, of"),
     ],
 )
-def test_overfitting_is_no_divergence_a_training_loss_may_show_one_and_a_few_steps_show_nothing(
-    tmp_path, metrics, loss, sentence
-):
+def test_overfitting_is_no_divergence_and_a_training_loss_may_show_one(tmp_path, metrics, loss, sentence):
     evaluation = {"metrics": {"loss": loss}, "rows": 5} if loss else {}
     first, *others = read_page(make(tmp_path, metrics=metrics, evaluation=evaluation))[0]
     assert first.startswith(sentence)

@@ -12,6 +12,7 @@ from unicodedata import normalize
 
 from qlora_lightning.data.chat import templates
 from qlora_lightning.data.rows.content import (
+    MAX_TEXT,
     Content,
     Conversation,
     Message,
@@ -389,11 +390,18 @@ class TemplateRenderer:
         template_messages = [self._as_read(message) for message in messages]
         try:
             options = {"tools": tools, "tokenize": False, "add_generation_prompt": generation}
-            return str(self.tokenizer.apply_chat_template(template_messages, **options))
+            text = str(self.tokenizer.apply_chat_template(template_messages, **options))
         except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
             advice = f". {_ADVICE}" if tools or any("tool_calls" in message for message in messages) else ""
             reason = f"{type(error).__name__}: {error}{advice}"
             raise RowFault(f"the chat template cannot render the conversation: {reason}") from error
+        if len(text) > MAX_TEXT:
+            raise UserError(
+                f"the chat template makes {len(text):,} characters of a conversation, expected at most {MAX_TEXT:,}: "
+                "choose another one by data.chat_template.",
+                "chat_template.size",
+            )
+        return text
 
     def _as_read(self, message: Message) -> dict[str, Any]:
         """Return a message as the template reads it: without ``train``, its reasoning under the template's key."""

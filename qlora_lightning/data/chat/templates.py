@@ -1,5 +1,6 @@
 """The chat template of a tokenizer: its own, a preset or the user's file; its variables, control and stop tokens."""
 
+import contextlib
 import copy
 import json
 import re
@@ -13,7 +14,7 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 
-from qlora_lightning.data.rows.content import REASONING_KEYS
+from qlora_lightning.data.rows.content import MAX_TEXT, REASONING_KEYS
 from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.files import read_json_object
 
@@ -145,6 +146,8 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     """Return a tokenizer whose template has the options and no clock; itself if that changes nothing."""
     template = tokenizer.chat_template
     texts = template if isinstance(template, dict) else {"": template}
+    for text in texts.values():
+        _check_numbers(text, title)
     variables = set[str]()
     for text in texts.values() if options else ():
         variables |= jinja2.meta.find_undeclared_variables(_parse(text))
@@ -176,6 +179,19 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
 def _parse(template: str) -> nodes.Template:
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers, which marks answers
     return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+
+
+def _check_numbers(template: str, title: str) -> None:
+    """Reject a number with which one line could fill the memory: ``{{ 'x' * 9999999999 }}``."""
+    with contextlib.suppress(jinja2.TemplateError):  # the renderer reports it with the row that it cannot render
+        constants = [node.value for node in _parse(template).find_all(nodes.Const)]
+        largest = max((value for value in constants if isinstance(value, int | float)), default=0)
+        if largest > MAX_TEXT:
+            raise UserError(
+                f"{title} has the number {largest:,}, and a conversation has at most {MAX_TEXT:,} characters: choose "
+                "another template by data.chat_template.",
+                "data.chat_template",
+            )
 
 
 def _stop_clock(template: str, title: str) -> str:

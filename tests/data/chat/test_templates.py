@@ -204,7 +204,15 @@ def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizer
         prepare(tokenizers["date"], template_options=options)
 
 
-def test_a_clock_that_cannot_be_stopped_is_rejected(tokenizers):
-    tokenizers["today"].chat_template = '{%- set form = "%d" %}{{- strftime_now(form) }}'
-    with rejects("data.chat_template", "strftime_now"):
+@pytest.mark.parametrize(
+    ("template", "key", "found"),
+    [
+        ('{%- set form = "%d" %}{{- strftime_now(form) }}', "data.chat_template", "strftime_now"),
+        ("{{ 'x' * 9999999999 }}", "data.chat_template", "9,999,999,999"),
+        ("{{ 'x' * 8001 * 8001 }}", "chat_template.size", "64,016,001"),
+    ],
+)
+def test_a_template_with_a_clock_or_a_bomb_is_rejected(tokenizers, template, key, found):
+    tokenizers["today"].chat_template = template
+    with rejects(key, found):
         prepare(tokenizers["today"])

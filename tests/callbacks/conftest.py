@@ -38,6 +38,12 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
+def last(tmp_path):
+    """The checkpoint that a run in the usual folder leaves."""
+    return tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
 def fit(make_module, make_data, make_trainer):
     """Train with some callbacks; gives trainer and module."""
 
@@ -51,13 +57,16 @@ def fit(make_module, make_data, make_trainer):
     return run
 
 
-class At(lightning.Callback):
-    def __init__(self, step, act):
-        self.step, self.act = step, act
+def calls(**hooks):
+    """A callback of functions, by the hooks that call them."""
+    callback = lightning.Callback()
+    vars(callback).update(hooks)
+    return callback
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            self.act(trainer)
+
+def at_step(step, act):
+    """Call a function when the batch of this step begins."""
+    return calls(on_train_batch_start=lambda trainer, *_: act() if trainer.global_step == step else None)
 
 
 class Scored(QLoRAModule):

@@ -1,4 +1,4 @@
-"""What AdapterCheckpoint writes, and when. That a run resumes from it to the same end: distributed/test_resume.py."""
+"""What AdapterCheckpoint writes, and when; resumes with other data. Of the same end: distributed/test_resume.py."""
 
 import re
 
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from qlora_lightning import AdapterCheckpoint, QLoRAModule
+from tests.callbacks.conftest import calls
 from tests.equality import contents, read_adapter, read_checkpoint, same, tensors_of
 from tests.errors import rejects
+from tests.rows import counting_rows, write_rows
 from tests.steps import trainable_tensors
 
 
@@ -45,9 +47,7 @@ def test_a_validation_row_that_does_not_fit_costs_its_loss_and_not_the_run(fit, 
     assert trainer.callback_metrics["val_loss"].isnan()
     assert read_checkpoint(tmp_path / "run")["global_step"] == trainer.global_step == 16
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    words = (
-        r"The validation at step 16 has no loss\. Out of memory on cpu in one row of \d+ tokens \(.*rows\.jsonl:\d+\)"
-    )
+    words = r"at step 16 has no loss\. Out of memory on cpu in one row of \d+ tokens \(.*rows\.jsonl:\d+\)"
     assert re.search(words, capsys.readouterr().out)
 
 
@@ -79,12 +79,12 @@ NAN = float("nan")
 def test_the_best_by_the_monitor_are_kept_and_the_rest_removed(fit, scored, tmp_path, scores, options, kept):
     saved = {}
 
-    class Remember(lightning.Callback):
-        def on_save_checkpoint(self, trainer, pl_module, content):
-            saved[trainer.global_step] = {name: each.clone() for name, each in content["state_dict"].items()}
+    def remember(trainer, pl_module, content):
+        saved[trainer.global_step] = {name: each.clone() for name, each in content["state_dict"].items()}
 
     checkpoint = AdapterCheckpoint(monitor="val_score", **options)
-    fit(checkpoint, Remember(), module=scored(*scores), limit_val_batches=1, val_check_interval=2)
+    seen = calls(on_save_checkpoint=remember)
+    fit(checkpoint, seen, module=scored(*scores), limit_val_batches=1, val_check_interval=2)
     run, best = tmp_path / "run", [name for _, name in checkpoint.best]
     assert best == [f"step-{step:06d}.ckpt" for step in kept]
     assert checkpoint_names(run) == ["last.ckpt", *sorted(best)]
@@ -132,13 +132,13 @@ def test_a_setting_that_chooses_no_best_is_rejected(key, options):
 SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}
 
 
-def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_over(fit, scored, tmp_path):
+def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_over(fit, scored, tmp_path, last):
     def train(score, **options):
         callback = AdapterCheckpoint(monitor="val_score", mode="min")
         fit(callback, module=scored(score), **SHORT, **options)
         return callback.best
 
-    run, options = tmp_path / "run", {"max_epochs": 2, "ckpt_path": tmp_path / "run" / "checkpoints" / "last.ckpt"}
+    run, options = tmp_path / "run", {"max_epochs": 2, "ckpt_path": last}
     train(1.0)
     before, adapter = contents(run), read_adapter(run)
     assert train(2.0, folder="new", **options) == [(2.0, "step-000004.ckpt")]
@@ -150,17 +150,16 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
 
 
 def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end_and_saves_when_it_comes(fit, make_data, tmp_path):
-    class Timer(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = trainer.should_stop or batch_idx == 3
+    def stop(trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or batch_idx == 3
 
-    fit(Timer(), AdapterCheckpoint(), data=make_data(val=None), accumulate_grad_batches=3)
+    fit(calls(on_train_batch_end=stop), AdapterCheckpoint(), data=make_data(val=None), accumulate_grad_batches=3)
     content = read_checkpoint(tmp_path / "run")
     assert same(read_adapter(tmp_path / "run"), tensors_of(tmp_path / "run"))  # without validation the last is the best
     batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     assert (content["global_step"], batches["processed"]) == (2, 6)
     later = {"min_epochs": 1, "min_steps": 10, "max_epochs": 3, "folder": "later"}  # nothing ends before step 10
-    fit(Timer(), diary := Diary(), AdapterCheckpoint(6), data=make_data(val=None), **later)
+    fit(calls(on_train_batch_end=stop), diary := Diary(), AdapterCheckpoint(6), data=make_data(val=None), **later)
     assert diary.text() == "save 6, save 10"
 
 
@@ -181,3 +180,63 @@ def test_the_trainer_that_made_a_run_may_continue_it_and_no_other(fit, tmp_path)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, datamodule=trainer.datamodule)
     assert read_checkpoint(tmp_path / "run")["global_step"] == 4
+
+
+# ---- other data than the checkpoint's --------------------------------------------------------------------------------
+
+
+class Rows(lightning.Callback):
+    """Which rows each epoch trained."""
+
+    def __init__(self):
+        self.of_epoch = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.of_epoch.setdefault(trainer.current_epoch, []).extend(batch["row_ids"].tolist())
+
+
+@pytest.fixture
+def more_rows(tmp_path):
+    more = [{"instruction": f"Add {n} and {n}.", "output": str(2 * n)} for n in range(4)]
+    return str(write_rows(tmp_path / "more.jsonl", [*counting_rows(), *more]))
+
+
+def monitored():
+    return AdapterCheckpoint(monitor="val_score", mode="min")
+
+
+def test_other_training_samples_are_rejected_unless_meant_at_an_epochs_end(fit, make_data, more_rows, scored, last):
+    fit(monitored(), module=scored(1.0))
+    with rejects("data.accept_changed_data", "training samples (16 there, 20 here)"):
+        fit(AdapterCheckpoint(), data=make_data(train=more_rows), ckpt_path=last, max_epochs=2)
+    rows, checkpoint = Rows(), monitored()
+    data = make_data(train=more_rows, accept_changed_data=True)
+    fit(rows, checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
+    assert {epoch: sorted(own) for epoch, own in rows.of_epoch.items()} == {1: list(range(20))}
+    assert read_checkpoint(last.parents[1])["global_step"] == 8 + 10
+    assert checkpoint.best == [(1.0, "step-000008.ckpt")]
+    assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1], "step-000008.ckpt"))
+    with rejects("data.accept_changed_data", "training samples (20 there, 16 here)"):  # they are the run's own now
+        fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=3)
+
+
+def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, more_rows, scored, last):
+    fit(monitored(), module=scored(1.0))
+    with rejects("data.accept_changed_data", "validation samples (16 there, 20 here)", "starts over"):
+        fit(AdapterCheckpoint(), data=make_data(val=more_rows), ckpt_path=last, max_epochs=2)
+    checkpoint, data = monitored(), make_data(val=more_rows, accept_changed_data=True)
+    fit(checkpoint, module=scored(2.0), data=data, ckpt_path=last, max_epochs=2)
+    assert checkpoint.best == [(2.0, "step-000016.ckpt")]
+    assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1], "step-000016.ckpt"))
+
+
+def test_inside_an_epoch_only_validation_may_be_another(fit, make_data, more_rows, last, capsys):
+    fit(AdapterCheckpoint(), max_steps=3, max_epochs=-1)
+    with rejects("checkpoint.data"):
+        fit(AdapterCheckpoint(), data=make_data(train=more_rows, accept_changed_data=True), ckpt_path=last)
+    data = make_data(val=more_rows, accept_changed_data=True)
+    fit(AdapterCheckpoint(), data=data, ckpt_path=last, val_check_interval=4)
+    assert "trainer.val_check_interval: 1.0 → 4" in capsys.readouterr().out
+    assert read_checkpoint(last.parents[1])["global_step"] == 8
+    with rejects("checkpoint.validations", "trainer.limit_val_batches: 1.0 → 0"):  # at its end
+        fit(AdapterCheckpoint(), data=data, ckpt_path=last, max_epochs=2, val_check_interval=4, limit_val_batches=0)

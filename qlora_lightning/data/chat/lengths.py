@@ -27,7 +27,7 @@ def shorten(
     """
     if not answers:
         return None
-    conversation, last = renderer.drop_earlier_reasoning(conversation), answers[-1]
+    conversation, last = renderer.arrange_reasoning(conversation), answers[-1]
     system = conversation[:1] if conversation[0]["role"] == "system" else []
 
     def render(start: int) -> TokenizedSample:

@@ -28,7 +28,7 @@ from qlora_lightning.support.errors import UserError
 _OURS = ("train", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
 _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
-_OPENED = re.compile(rf"([<\[])({_TAG})([>\]])\s*$", re.IGNORECASE)  # by the generation prompt
+_OPENED = re.compile(rf"[<\[]{_TAG}[>\]]\s*$", re.IGNORECASE)  # by the generation prompt
 # a block without content, and the line breaks that templates write after it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
@@ -134,7 +134,10 @@ class ChatRenderer:
             UserError: if there is no chat template.
         """
         self._check_messages(messages, tools)
-        rendered = self._text.render_prompt(messages, tools)
+        # earlier answers that are trained may have been cut from their headers
+        trained = self.train_on == "assistant"
+        wanted = [i for i in answer_indices(messages) if trained and messages[i].get("train", True)]
+        rendered = self._text.render_prompt(messages, tools, wanted)
         encoded, _ = self._find_starts(rendered, *self.encode([rendered.text]))
         self._check_bos(encoded.ids)
         return encoded.ids
@@ -148,9 +151,9 @@ class ChatRenderer:
         """Return the messages of a prompt for a server, which renders them with the same template."""
         return self._text.as_sent(prompt)
 
-    def drop_earlier_reasoning(self, conversation: Conversation) -> Conversation:
+    def arrange_reasoning(self, conversation: Conversation) -> Conversation:
         """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
-        return self._text.drop_earlier_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
+        return self._text.arrange_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
 
     def hash_prompt(self, content: Content, added_system: str | None = None) -> int:
         """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt.
@@ -345,7 +348,7 @@ class TemplateRenderer:
                 differently than generation would.
             UserError: it writes no stop token after an answer.
         """
-        messages = self.drop_earlier_reasoning(messages)
+        messages = self.arrange_reasoning(messages)
         text = self._apply(messages, tools)
         _check_messages(messages, text)
         if tools and self._apply(messages, None) == text:
@@ -365,16 +368,22 @@ class TemplateRenderer:
                 prefixes.append(RenderedText(answer_text, [answer]))
         return [*prefixes, RenderedText(text, answers)] if answers or not prefixes else prefixes
 
-    def render_prompt(self, messages: Sequence[Message], tools: Tools) -> RenderedText:
-        """Render what generation begins with; its answers are the earlier ones that training finds in the same text."""
-        messages = self.drop_earlier_reasoning(messages, generation=True)
+    def render_prompt(self, messages: Sequence[Message], tools: Tools, wanted: Sequence[int]) -> RenderedText:
+        """Render what generation begins with; its answers are the wanted ones that training finds in the same text."""
+        messages = self.arrange_reasoning(messages, generation=True)
         text = self._apply(messages, tools, generation=True)
         _check_messages(messages, text)
-        located = self._find_spans(messages, tools, answer_indices(messages), text).values()
+        located = self._find_spans(messages, tools, wanted, text).values()
         return RenderedText(text, [pair[1] for pair in located if pair and pair[0] == text])
 
-    def drop_earlier_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
-        """Return messages, without the reasoning of earlier answers if it is dropped; in generation all are earlier."""
+    def arrange_reasoning(self, messages: Sequence[Message], generation: bool = False) -> Conversation:
+        """Return messages, without the reasoning of earlier answers if it is dropped; in generation all are earlier.
+
+        If the template has a key for reasoning, a ``<think>`` block at the start of an answer moves there: some
+        templates would write it beside a block of their own, or where the user sees it.
+        """
+        if self._reasoning_key:
+            messages = [_read_block(message) for message in messages]
         if self.reasoning != "drop":
             return list(messages)
         answers = answer_indices(messages)
@@ -383,7 +392,7 @@ class TemplateRenderer:
 
     def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
         """Return the messages of a prompt for a server, with their reasoning as text if the template reads none."""
-        messages = self.drop_earlier_reasoning(prompt, generation=True)
+        messages = self.arrange_reasoning(prompt, generation=True)
         return messages if self._reasoning_key else [self._as_read(message) for message in messages]
 
     def _apply(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> str:
@@ -476,9 +485,11 @@ class TemplateRenderer:
         if turn is None:
             return None
         generated, block_end = turn
+        stop = self.controls.stop_pattern.search(generated, block_end)
+        end = len(prompt) + (stop.end() if stop else len(generated))
         prefix = prompt + generated
-        span = AnswerSpan(index, len(prompt) + block_end, len(prefix))
-        return text if text.startswith(prefix) else prefix, span
+        # what a template writes behind the last stop token, as Phi-3 does, makes no other answer of it
+        return text if text.startswith(prefix[:end]) else prefix, AnswerSpan(index, len(prompt) + block_end, end)
 
     def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
         """Check that a turn has its answer, and return its span up to the end of the stop token."""
@@ -493,8 +504,10 @@ class TemplateRenderer:
             )
         turn = text[start : stop.end()]
         reasoning, content = _split_reasoning(message)
+        thoughts = (reasoning or "").strip()
+        rest = turn[turn.find(thoughts) + len(thoughts) :]  # the content and the calls follow the reasoning
         calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
-        if not all(part in turn for part in ((reasoning or "").strip(), content.strip(), *_leaves(calls))):
+        if thoughts not in turn or not all(part in rest for part in (content.strip(), *_leaves(calls))):
             raise RowFault(f"the chat template changes the answer (message {index + 1}) to {turn!r}")
         return AnswerSpan(index, start, stop.end())
 
@@ -512,10 +525,13 @@ def _find_turn(message: Message, prompt: str, rendered: str) -> tuple[str, int] 
     opening = _OPENED.search(prompt)
     if not opening or not rendered.startswith(prompt[: opening.start()]):
         return None
-    # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
-    closing = f"\n{opening[1]}/{opening[2]}{opening[3]}\n\n"
-    generated = (reasoning or "").strip("\n") + closing + rendered[opening.start() :].lstrip("\n")
-    return generated, len(closing) if reasoning is None else 0
+    written, tag = rendered[opening.start() :], opening[0].rstrip()
+    if written.startswith(tag):  # as Nemotron: an empty block, without the line break of the prompt
+        generated = written.removeprefix(tag).lstrip("\n")
+    else:  # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
+        generated = (reasoning or "").strip("\n") + f"\n{tag[0]}/{tag[1:]}\n\n" + written.lstrip("\n")
+    block = _NO_REASONING.match(generated) if reasoning is None else None
+    return generated, block.end() if block else 0
 
 
 def _check_messages(messages: Sequence[Message], text: str) -> None:
@@ -535,6 +551,15 @@ def _split_reasoning(message: Message) -> tuple[str | None, str]:
         return reasoning, content
     inline = _INLINE.match(content)
     return (inline[2], content[inline.end() :]) if inline else (None, content)
+
+
+def _read_block(message: Message) -> Message:
+    """Return an answer that begins with a ``<think>`` block with its reasoning under the key; others as they are."""
+    opened, _, rest = message["content"].partition("<think>")
+    reasoning, closing, content = rest.partition("</think>")
+    if opened.strip() or not closing or not reasoning.strip() or message["role"] != "assistant":
+        return message
+    return {**message, "reasoning_content": reasoning.strip("\n"), "content": content.lstrip("\n")}
 
 
 def _without_reasoning(message: Message) -> Message:

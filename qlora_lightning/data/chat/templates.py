@@ -266,14 +266,24 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def _find_turn_end(tokenizer: Any) -> int | None:
-    """Return the id of the first control token that the chat template writes after an answer, if it writes one."""
-    text = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=False)
-    _, answer, tail = str(text).rpartition(_PROBE[1]["content"])
-    if not answer:
-        raise UserError(
-            f"the chat template does not write the content of an assistant message: it renders one as {text!r}.",
-            "data.chat_template",
-        )
-    controls = ControlTokens(tokenizer, ())
-    control = controls.pattern.search(tail)
-    return controls.ids[control[0]] if control else None
+    """Return the id of the control token that ends an answer; None if there is none.
+
+    It is the first one behind the answer. Only if generation does not stop there, it is the first before another
+    question at which it does: Cohere's templates write two tokens, and GLM's end an answer by the next turn's header.
+    """
+    stop_ids = find_stop_ids(tokenizer)
+    controls = ControlTokens(tokenizer, stop_ids)
+    found = list[list[int]]()
+    for messages in (_PROBE, [*_PROBE, _PROBE[0]]):
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        _, answer, tail = text.rpartition(_PROBE[1]["content"])
+        if not answer:
+            raise UserError(
+                f"the chat template does not write the content of an assistant message: it renders one as {text!r}.",
+                "data.chat_template",
+            )
+        end = tail.partition(_PROBE[0]["content"])[0]
+        found.append([controls.ids[control[0]] for control in controls.pattern.finditer(end)])
+    first, between = found[0][:1], [token_id for token_id in found[1] if token_id in stop_ids]
+    ends = first if stop_ids.issuperset(first) else []
+    return next(iter((*ends, *between, *first)), None)

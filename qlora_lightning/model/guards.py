@@ -83,12 +83,13 @@ def check_start(module: "QLoRAModule") -> None:
                     "step begins by clearing them. Override compute_loss instead, or use a callback.",
                     f"module.{name}",
                 )
-        if any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
-            raise UserError(
-                "The callbacks that watch over a run and resume it are missing: return "
-                "`[*super().configure_callbacks(), …]` from `configure_callbacks`.",
-                "module.configure_callbacks",
-            )
+    runs = trainer.state.fn is not None  # the model may be built for a Trainer that does not run
+    if runs and any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
+        raise UserError(
+            "The callbacks that watch over a run and resume it are missing: return "
+            "`[*super().configure_callbacks(), …]` from `configure_callbacks`.",
+            "module.configure_callbacks",
+        )
     device = trainer.strategy.root_device.type
     check_setting("trainer.accelerator", device, device != "mps", "cpu: Apple's GPU has no float64, which sums take")
     check_trainer(str(trainer.precision), type(trainer.strategy), module.quantization)
@@ -118,15 +119,6 @@ def check_training_mode(model: nn.Module) -> None:
             "without dropout and activation checkpointing: call `model.train()` after `model.eval()` or `generate`.",
             "model.training",
         )
-
-
-def has_no_loss(module: "QLoRAModule") -> bool:
-    """Report whether a row of this validation did not fit into memory on any rank; every rank must call it."""
-    faults = trainers.gather_lists(module.trainer, [module.statistics.fault] if module.statistics.fault else [])
-    if faults:
-        module.statistics.fault = faults[0]
-        trainers.say_once(f"The validation at step {module.trainer.global_step} has no loss. {faults[0]}")
-    return bool(faults)
 
 
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
@@ -262,6 +254,23 @@ class TrainingGuard(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_losses(cast("QLoRAModule", pl_module), "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_losses(cast("QLoRAModule", pl_module), "test")
+
+    def _log_losses(self, module: "QLoRAModule", split: str) -> None:
+        """Log the means of all ranks; of a subclass's own ``validation_step``, which logs what it likes, none."""
+        trainer, fault = module.trainer, module.statistics.fault
+        if faults := trainers.gather_lists(trainer, [fault] if fault else []):  # a row did not fit into memory
+            module.statistics.fault = faults[0]
+            trainers.say_once(f"The validation at step {trainer.global_step} has no loss. {faults[0]}")
+            module.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
+        elif module.statistics.sums:
+            # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
+            module.log_means(split, module.statistics.compute(over_ranks=trainer.world_size > 1), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

@@ -40,8 +40,8 @@ class QLoRAModule(lightning.LightningModule):
     Lightning's hooks, in the order in which a fit runs them: ``configure_callbacks``, ``configure_model``,
     ``on_load_checkpoint`` of a resume, ``configure_optimizers``; for each batch ``transfer_batch_to_device``,
     ``training_step``, ``backward``; around those of a step's last batch ``optimizer_step``; in a validation
-    ``validation_step`` and ``on_validation_epoch_end``. What happens at the starts of a run, an epoch or a
-    validation is in the callbacks of ``configure_callbacks``: an override without ``super()`` breaks nothing.
+    ``validation_step``. What happens at the starts and ends of a run, an epoch or a validation is in the callbacks of
+    ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
     From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
     ``step/accumulate.py``, whose loop cuts it by :attr:`cutter` (``step/packed.py``, ``step/layout.py``), gives each
@@ -372,7 +372,7 @@ class QLoRAModule(lightning.LightningModule):
             "micro_batches": torch.tensor(float(self.window.micro_batches)),
         }
         means.pop("token_accuracy", None)
-        self._log_means("train", means)
+        self.log_means("train", means)
         self.log_dict(step)
         self.window.clear()
 
@@ -392,22 +392,8 @@ class QLoRAModule(lightning.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         QLoRAModule.validation_step(self, batch, batch_idx)  # not the one of a subclass
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_statistics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_statistics("test")
-
-    def _log_statistics(self, split: str) -> None:
-        if guards.has_no_loss(self):
-            self.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
-            return
-        if not self.statistics.sums:  # a subclass's own validation_step logs what it likes
-            return
-        # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
-        self._log_means(split, self.statistics.compute(over_ranks=self.trainer.world_size > 1), sync_dist=True)
-
-    def _log_means(self, split: str, means: dict[str, Tensor], sync_dist: bool = False) -> None:
+    def log_means(self, split: str, means: dict[str, Tensor], sync_dist: bool = False) -> None:
+        """Log the mean loss and the means of metrics, under the name of a split."""
         self.log(f"{split}_loss", means.pop("loss").float(), prog_bar=True, sync_dist=sync_dist)
         means.pop("likelier", None)  # of preferences, for their evaluation
         self.log_dict({f"{split}_{name}": mean.float() for name, mean in means.items()}, sync_dist=sync_dist)

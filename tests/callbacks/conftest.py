@@ -75,7 +75,6 @@ class Scored(QLoRAModule):
     scores = ()
 
     def on_validation_epoch_end(self):
-        super().on_validation_epoch_end()
         self.log("val_score", self.scores[0])
         self.scores = self.scores[1:]
 

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -80,6 +81,9 @@ class KeepsItsHooksToItself(QLoRAModule):
     def on_before_optimizer_step(self, optimizer):
         self.hooks.append("on_before_optimizer_step")
 
+    def on_validation_epoch_end(self):
+        self.hooks.append("on_validation_epoch_end")
+
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_file, tmp_path, dtype):
@@ -89,7 +93,8 @@ def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_f
         fit(module, tmp_path, rows_file, max_epochs=1, accumulate_grad_batches=2, **options)
         return module.state_dict()
 
-    clipped = train(KeepsItsHooksToItself, val=True, callbacks=[callback := Clips(), GradientCheckpointing(True)])
+    callbacks = [callback := Clips(), GradientCheckpointing(True), EarlyStopping("val_loss", patience=9)]
+    clipped = train(KeepsItsHooksToItself, val=True, callbacks=callbacks)
     assert same(clipped, train(QLoRAModule, gradient_clip_val=0.1))
     assert callback.seen == callback.logged[1::2]
     assert len(callback.seen) == 4

@@ -217,12 +217,7 @@ def study(model_type, seed=0):
     with tempfile.TemporaryDirectory() as made:
         folder, adapter = Path(made) / "base", Path(made) / "adapter"
         save_random(folder, model_type, seed)
-        options = {}
-        try:
-            module = make_module(folder, quantization="none")
-        except UserError:  # PEFT would put adapters elsewhere
-            options = {"target_modules": "attention"}
-            module = make_module(folder, quantization="none", **options)
+        module = make_module(folder, quantization="none")
         module.save_adapter(adapter)
         plain = plain_model(folder, adapter)
         found = {"causal": "" if is_causal(plain) else "no", "tokens": error_of_tokens(module, plain, batch)}
@@ -230,8 +225,8 @@ def study(model_type, seed=0):
         found |= {"loss": abs(step[0] / expected[0] - 1), "gradients": distance(step[1], expected[1])}
         found |= {"answers": answers_differ(module, plain), "merge": error_of_merge(folder, adapter, plain)}
         try:
-            options["target_experts"] = bool(experts_of(module.causal_lm)) and ADAPTS_EXPERTS
-            packed = make_module(folder, quantization="nf4", cache=False, **options)
+            target_experts = bool(experts_of(module.causal_lm)) and ADAPTS_EXPERTS
+            packed = make_module(folder, quantization="nf4", cache=False, target_experts=target_experts)
             packed.save_adapter(adapter)
             plain = plain_model(folder, adapter, packed.causal_lm)
             expected, step = plain_step(plain, batch), loss_and_gradients(packed, batch)

@@ -5,15 +5,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
-from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
+from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS, experts_of
 from tests import families
 from tests.benchmarks.one_batch import MemoryWatch
 from tests.equality import same
 from tests.errors import rejects
-from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
+from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 PT = {"format": "pt"}
 pytestmark = pytest.mark.skipif(not ADAPTS_EXPERTS, reason="PEFT before 0.20 opens no adapters of mixtures")
@@ -47,10 +49,26 @@ def test_experts_without_tokens_and_all_tokens_in_one(per_token, tmp_path):
     assert distance(step[1], expected[1]) <= 1e-4
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-def test_adapters_of_experts_are_plain_pefts_byte_for_byte(model_type, tmp_path, cache):
+PATTERNS = {"rank_pattern": {"experts.down_proj": 3, "gate_proj": 2}, "alpha_pattern": {"down_proj": 30}}
+EXPERTS_OF = [("qwen3_moe", True), ("gpt_oss", True), ("glm4_moe", True), ("glm4_moe", False), ("qwen2_moe", False)]
+
+
+@pytest.mark.parametrize(("model_type", "target_experts"), EXPERTS_OF)
+def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type, target_experts, tmp_path, cache):
     base, batch = families.save_random(tmp_path / "base", model_type), make_batch((12, 5))
-    make_module(base, target_experts=True).save_adapter(tmp_path / "first")
+    options = {"target_experts": target_experts}
+    if model_type == "glm4_moe":  # gate_proj and down_proj are beside the experts, and PEFT moves adapters to these
+        options["lora_options"] = PATTERNS if target_experts else PATTERNS | {"rank_pattern": {"gate_proj": 2}}
+    module = make_module(base, **options)
+    module.save_adapter(tmp_path / "first")
+    dequantized = families.plain_model(base, tmp_path / "first", module.causal_lm)
+    step, expected = loss_and_gradients(module, batch), families.plain_step(dequantized, batch)
+    assert abs(step[0] / expected[0] - 1) <= 1e-5
+    tensors = trainable_tensors(module.model)
+    assert list(tensors) == list(trainable_tensors(dequantized))
+    sizes = [tensor.numel() for tensor in tensors.values()]
+    for name, *gradients in zip(tensors, step[1].split(sizes), expected[1].split(sizes), strict=True):
+        assert distance(*gradients) <= 1e-4, name
     again = QLoRAModule(str(base), adapter=str(tmp_path / "first"), compute_dtype="fp32")
     again.configure_model()
     again.save_adapter(tmp_path / "again")
@@ -59,17 +77,27 @@ def test_adapters_of_experts_are_plain_pefts_byte_for_byte(model_type, tmp_path,
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "again", "plain")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert same(load_file(files[0]), load_file(files[2]))
-    assert sum(".experts." in name for name in load_file(files[0])) == 4 * 2 * 2  # layers, weights, A and B
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "again")]
+    assert configs[0] == configs[1]
+    carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in load_file(files[0])}
+    modules = AutoModelForCausalLM.from_pretrained(base).named_modules()
+    linears = {name for name, module in modules if isinstance(module, nn.Linear) and name != "lm_head"}
+    experts = {name.removesuffix(".base_layer") for name in carriers - linears}
+    assert linears <= carriers
+    assert len(experts) == (len(experts_of(again.causal_lm)) if target_experts else 0)
+    again.add_adapter("second", tmp_path / "plain")
+    assert_same_step(loss_and_gradients(again, batch), step)
+    again.model.set_adapter("second")
+    assert_same_step(loss_and_gradients(again, batch), step)
+    again.model.set_adapter("default")
+    switch_checkpointing(again.causal_lm, Checkpointing(), Checkpointing(True))
+    assert_same_step(loss_and_gradients(again, batch), step)
     dense = QLoRAModule(str(base), adapter=str(tmp_path / "first"), quantization="none", compute_dtype="fp32")
     with rejects("model.quantization", "nf4", "none"):
         dense.configure_model()
     (tmp_path / "first" / "qlora_lightning.json").unlink()
     dense.configure_model()
     assert families.error_of_tokens(dense, plain, batch) <= 2e-5
-    switch_checkpointing(again.causal_lm, Checkpointing(), Checkpointing(True))
-    checkpointed = loss_and_gradients(again, batch)
-    switch_checkpointing(again.causal_lm, Checkpointing(True), Checkpointing())
-    assert_same_step(checkpointed, loss_and_gradients(again, batch))
 
 
 def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):

@@ -5,7 +5,7 @@ import filecmp
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ import peft
 import torch
 from huggingface_hub import ModelCardData
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.inject import ADAPTER, calling_peft, check_shapes
+from qlora_lightning.model.adapters.inject import ADAPTER, by_full_names, check_shapes, inject, moved_to_experts
 from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
@@ -75,17 +74,7 @@ def save_adapter_folder(
         with files.raising_os_errors():
             tokenizer.save_pretrained(staging)
         files.write_whole(staging / "generation_config.json", _generation_config(model, tokenizer, stop_ids))
-    config = copy.copy(model.peft_config[adapter])
-    names = _names_in_wrapper(model)
-    if names:  # PEFT takes short names and patterns, which in the whole model match other parts too, or nothing
-        config.target_modules = set(model.base_model.targeted_module_names)
-        for key in ("rank_pattern", "alpha_pattern"):
-            setattr(config, key, _by_full_names(getattr(config, key, None) or {}, config.target_modules))
-        if config.modules_to_save:
-            modules = model.get_base_model().named_modules()
-            config.modules_to_save = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
-    for name, value in _rename_modules(vars(config), names).items():
-        setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
+    config = _config_for_plain_peft(model)
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
     (staging / files.CARD).write_text(_describe(identity, config.task_type, model), encoding="utf-8")
@@ -109,6 +98,30 @@ def save_adapter_folder(
         files.put_in_place(file, target)
     shutil.rmtree(staging)
     files.flush(folder.parent)
+
+
+def _config_for_plain_peft(model: peft.PeftModel) -> Any:
+    """Return the adapter's config as PEFT reads it, on the whole model if the base is the text of one.
+
+    PEFT takes short names and patterns. In a whole model they match other parts too, or nothing. Beside the experts of
+    some mixtures it takes names of modules for those of experts, and names of their weights as they are.
+    """
+    config = copy.copy(model.peft_config[model.active_adapter])
+    names, targets = _names_in_wrapper(model), getattr(model.base_model, "targeted_module_names", ())
+    moved = moved_to_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
+    if names or moved:
+        config.target_modules, parameters = {*targets} - {*moved}, config.target_parameters or []
+        config.target_parameters = [*parameters, *(f"{name}.weight" for name in moved)] or None
+        for key in ("rank_pattern", "alpha_pattern"):
+            pattern = by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
+            pattern = {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}
+            setattr(config, key, pattern)
+    if names and config.modules_to_save:
+        modules = model.get_base_model().named_modules()
+        config.modules_to_save = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
+    for name, value in _rename_modules(vars(config), names).items():
+        setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
+    return config
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
@@ -186,6 +199,12 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
             "base that is not the one it names.",
             "init_lora_weights",
         )
+    parameters, modules = settings.get("target_parameters", ()), settings.get("target_modules", ())
+    if linears := [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]:
+        settings["target_parameters"] = [name for name in parameters if not name.endswith(".weight")]
+        settings["target_modules"] = modules if isinstance(modules, str) else [*modules, *linears]
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
     names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
     in_text = {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}
     patterns = (settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern"))
@@ -203,7 +222,8 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
                 "adapter.expression",
             )
     if in_text:
-        settings |= {key: _by_full_names(settings.get(key, {}), carriers) for key in ("rank_pattern", "alpha_pattern")}
+        targets = [*carriers, *settings.get("target_parameters", ())]
+        settings |= {key: by_full_names(settings.get(key, {}), targets) for key in ("rank_pattern", "alpha_pattern")}
         saved = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names if ".lora_" not in name}
         endings = tuple(settings.get("modules_to_save", ()))
         settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
@@ -246,8 +266,7 @@ def add_named_adapter(
     # its shape may differ from that of the model's first adapter
     check_identity(read_identity(folder), {**identity, "adapter": None}, f"The adapter folder {folder}")
     config = read_lora_config(folder, model.config)
-    with calling_peft(model, config, str(folder)):
-        model.add_adapter(name, config)
+    inject(model, config, str(folder), name)
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)
 
@@ -269,12 +288,6 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
 
 def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
     return getattr(model.get_base_model().config, "names_in_wrapper", {})
-
-
-def _by_full_names(pattern: Mapping[str, Any], modules: Iterable[str]) -> dict[str, Any]:
-    """Return what PEFT finds for modules in a pattern, which has the ends of names, or regular expressions for them."""
-    keys = {name: get_pattern_key(list(pattern), name) for name in modules}  # the name itself if nothing matches
-    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:

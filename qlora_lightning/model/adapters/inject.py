@@ -4,13 +4,15 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +20,6 @@ from transformers import PreTrainedModel
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of, linear_sizes
 from qlora_lightning.support.errors import UserError, explaining
-from qlora_lightning.support.trainer import say_once
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -36,11 +37,10 @@ def check_adapter_settings(
     rank: int, alpha: float | None, dropout: float, target_experts: bool, lora_options: Mapping[str, Any] | None
 ) -> None:
     """Reject what no base could take; see :func:`add_adapters`."""
-    options = lora_options or {}
-    if target_experts and (dropout or options.get("use_dora") or options.get("init_lora_weights") == "orthogonal"):
+    if target_experts and (unfit := _unfit_for_parameters(dropout, lora_options or {})):
         raise UserError(
-            "model.target_experts is true, and adapters of experts take no dropout, use_dora or orthogonal "
-            "init_lora_weights: leave these out, or set it to false.",
+            f"model.target_experts is true, and adapters of experts take no {unfit}: leave that out, or set it to "
+            "false.",
             "model.target_experts",
         )
     if rank < 1:
@@ -68,10 +68,9 @@ def add_adapters(
     the base is. The arguments are those of :class:`~qlora_lightning.QLoRAModule`.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
-    named = resolve_targets(model, target_modules, layers)
-    targets = _without_moved(model, named) if target_modules in PRESETS else named
-    parameters = [name for name in expert_parameters(model) if layer_of(name) in map(layer_of, named)]
-    if target_experts and not parameters:
+    targets = resolve_targets(model, target_modules, layers)
+    experts = [name for name in expert_parameters(model) if layer_of(name) in map(layer_of, targets)]
+    if target_experts and not experts:
         raise UserError(
             f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.",
             "model.target_experts",
@@ -81,41 +80,61 @@ def add_adapters(
         raise UserError(
             f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.", "model.rank"
         )
-    _check_options(model, options, targets)
+    _check_options(model, options, [*targets, *(experts if target_experts else ())])
+    moved, unfit = moved_to_experts(model, targets), _unfit_for_parameters(dropout, options)
+    if moved and unfit:
+        raise UserError(
+            f"PEFT's adapters of {moved[0]} beside the experts of a {model.config.model_type} take no {unfit}: leave "
+            "that out, or set model.target_modules to attention.",
+            "model.target_modules",
+        )
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=targets,
-        target_parameters=parameters if target_experts else None,
+        target_parameters=experts if target_experts else None,
         **options,
     )
     adapted = inject(model, config)
     adapted_names = adapted.base_model.targeted_module_names
-    if missing := [name for name in targets if name not in adapted_names]:  # PEFT moves some to fused experts
+    if missing := [name for name in targets if name not in adapted_names]:
         raise UserError(
-            f"model.target_modules has {missing[0]}, on which PEFT puts no adapter in a {model.config.model_type}: "
-            "expected other modules, such as attention.",
+            f"model.target_modules has {missing[0]}, on which PEFT puts no adapter: leave it out there, or in "
+            "model.lora_options.modules_to_save.",
             "model.target_modules",
         )
     return adapted
 
 
-def _without_moved(model: PreTrainedModel, targets: list[str]) -> list[str]:
-    """Return the targets that PEFT takes: in some mixtures it moves adapters of an MLP's names to the experts."""
-    config = peft.LoraConfig(target_modules=targets)
-    with contextlib.suppress(ValueError):  # it moves some names only together
+def moved_to_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
+    """Return the targets whose adapters PEFT, by their last names, would move to the experts beside them.
+
+    It opens so the adapters of an older transformers, in which each expert had linears of these names. Those of the
+    MLPs that a mixture has beside its experts are saved as ``target_parameters``, which it leaves where they are.
+    """
+    last_names = {name.rpartition(".")[2] for name in targets}
+    moved = {last_name for last_name in last_names if _is_moved(model, last_name)}
+    return [name for name in targets if name.rpartition(".")[2] in moved]
+
+
+def _is_moved(model: nn.Module, module_name: str) -> bool:
+    config = peft.LoraConfig(target_modules=[module_name])
+    try:
         convert_peft_config_for_transformers(config, model, None)
-    remaining = [name for name in targets if name in config.target_modules]
-    if moved := dict.fromkeys(name.rpartition(".")[2] for name in targets if name not in remaining):
-        say_once(f"PEFT puts no adapters on {', '.join(moved)} beside the experts of a {model.config.model_type}.")
-    if not remaining:
-        raise UserError(
-            "On no module of model.target_modules PEFT puts an adapter: set it to all-linear or attention.",
-            "model.target_modules",
-        )
-    return remaining
+    except ValueError:  # it moves some names only together
+        return True
+    return module_name not in config.target_modules
+
+
+def _unfit_for_parameters(dropout: float, options: Mapping[str, Any]) -> str:
+    """Return the option that PEFT's adapters of ``target_parameters`` do not take; empty if there is none."""
+    if dropout:
+        return "dropout"
+    if options.get("use_dora"):
+        return "use_dora"
+    return "orthogonal init_lora_weights" if options.get("init_lora_weights") == "orthogonal" else ""
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
@@ -223,30 +242,48 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
     return selected
 
 
-def inject(model: PreTrainedModel, config: peft.LoraConfig, source: str = "model.lora_options") -> peft.PeftModel:
-    """Let PEFT put an adapter on the base, in fp32, and drawn from the seed alone, whatever was drawn before.
+def inject(
+    model: Any, config: peft.LoraConfig, source: str = "model.lora_options", name: str = ADAPTER
+) -> peft.PeftModel:
+    """Let PEFT put an adapter on a base, or one more on a model of PEFT; its errors name ``source``.
 
-    On a base on the meta device the adapter is there too.
+    It is in fp32, and drawn from the seed alone, whatever was drawn before. On a base on the meta device it is there
+    too. ``config.target_modules`` are names, or ends of names.
     """
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    targets = set(config.target_modules or ())
+    moved = moved_to_experts(base, targets)
+    linears = (each.removesuffix(".base_layer") for each, module in base.named_modules() if isinstance(module, LINEARS))
+    beside_experts = {each for each in linears if any(f".{each}".endswith(f".{target}") for target in moved)}
+    targets -= {*moved}
+    config.target_modules = targets if targets or config.target_parameters else DUMMY_TARGET_MODULES
     on_meta = model.device.type == "meta"
     device = torch.device("meta") if on_meta else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), device, calling_peft(model, config, source):
+    explained = explaining(f"PEFT cannot put the adapter of {source} on the base", "adapter.peft")
+    # PEFT's warnings do not help users, or are about what is rejected here
+    with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings(action="ignore"), explained:
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-    for parameter in trainable_tensors(adapted).values():  # PEFT leaves whole modules and tokens in the base's dtype
+        with adapting_experts(base, config):
+            if model is base:
+                model = peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=on_meta)
+            else:
+                model.add_adapter(name, config)
+        if beside_experts:  # PEFT leaves them where they are if it finds them by names of tensors
+            model.peft_config[name] = copy.copy(config)
+            model.peft_config[name].target_parameters = None
+            tensors = dict.fromkeys(f"{each}.lora_A.weight" for each in beside_experts)
+            model.base_model.inject_adapter(base, name, low_cpu_mem_usage=on_meta, state_dict=tensors)
+            model.peft_config[name] = config
+            config.target_modules = targets | beside_experts
+    for parameter in trainable_tensors(model).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
-    return adapted
+    return model
 
 
-@contextlib.contextmanager
-def calling_peft(model: nn.Module, config: peft.LoraConfig, source: str) -> Iterator[None]:
-    """Let PEFT put an adapter on packed experts too; its errors name the source, for it checks few options.
-
-    Its warnings do not help users, or are about what is rejected here.
-    """
-    context = f"PEFT cannot put the adapter of {source} on the base"
-    with warnings.catch_warnings(action="ignore"), adapting_experts(model, config), explaining(context, "adapter.peft"):
-        yield
+def by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return what PEFT finds for names in a pattern, which has the ends of names, or regular expressions for them."""
+    keys = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if nothing matches
+    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

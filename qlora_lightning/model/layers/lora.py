@@ -203,7 +203,7 @@ class Fused(nn.Module):
     def from_layer(cls, layer: nn.Module) -> Self:
         """Build one that shares all submodules and parameters of a layer, under the same names.
 
-        Its class is a subclass of the layer's: transformers and PEFT find their layers by class.
+        Its class is a subclass of the layer's, of the same name: transformers and PEFT find their layers by these.
         """
         classes: tuple[Any, Any] = cls, type(layer)
         fused = object.__new__(_fused_class(*classes))
@@ -213,7 +213,7 @@ class Fused(nn.Module):
 
 @functools.cache
 def _fused_class(fused: Any, layer_class: Any) -> Any:
-    return type(f"Fused{layer_class.__name__}", (fused, layer_class), {"__module__": fused.__module__})
+    return type(layer_class.__name__, (fused, layer_class), {"__module__": fused.__module__})
 
 
 class FusedLoRA(Fused):

@@ -11,24 +11,18 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from qlora_lightning.cli import main
 from tests.equality import read_adapter
 
 HERE = Path(__file__).parent
-CONFIG = {
-    "seed_everything": 3,
-    "model": {
-        "base": "tiny",
-        "rank": 2,
-        "compute_dtype": "fp32",
-        "learning_rate": 0.01,
-        "schedule": "constant",
-        "warmup_ratio": 0.0,
-    },
-    "data": {"train": "rows.jsonl"},
-    "trainer": {"accelerator": "cpu", "strategy": "ddp", "devices": 2, "enable_progress_bar": False},
-}
+CONFIG = yaml.safe_load("""
+seed_everything: 3
+model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.01, schedule: constant, warmup_ratio: 0.0}
+data: {train: rows.jsonl}
+trainer: {accelerator: cpu, strategy: ddp, devices: 2, enable_progress_bar: false}
+""")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -37,22 +31,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own, "PYTHONPATH": path}
 
 
-def launch(
-    folder: Path, commands: list[list], processes: int = 2, timeout: float = 300.0, rejected: bool = False
-) -> str:
+def launch(folder: Path, commands: list[list], processes: int = 2, timeout: float = 300, rejected: bool = False) -> str:
     """Run commands in turn on processes of one torchrun, all rejected (code 2) or none; give what they print."""
     file = folder / "commands.json"
     file.write_text(json.dumps(commands))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*torchrun, __file__, file],
-        cwd=folder,
-        env=environment(folder),
-        timeout=timeout,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    streams = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options = {"cwd": folder, "env": environment(folder), "timeout": timeout}
+    done = subprocess.run([*torchrun, __file__, file], **streams, **options)
     assert done.returncode == 0, done.stdout
     assert ("code 2: " in done.stdout) is rejected, done.stdout
     return done.stdout

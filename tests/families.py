@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_lightning import UserError
 from qlora_lightning.model import model_types
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS, experts_of
+from qlora_lightning.model.layers.lora import dequantize
 from qlora_lightning.model.merge import MergedWeights, plan_merge
 from qlora_lightning.model.step.loss import lm_head_of
 from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
@@ -150,7 +151,7 @@ def plain_model(folder, adapter, quantized=None, auto_class=AutoModelForCausalLM
     for name, module in [] if quantized is None else quantized.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             owner = name.replace(".base_layer", "")
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weight = dequantize(module.weight.data, module.weight.quant_state)
             target = base.get_parameter(owner.replace("packed_", "") if "packed_" in owner else f"{owner}.weight")
             is_transposed = "packed_" not in owner and isinstance(base.get_submodule(owner), Conv1D)
             target.data.copy_(weight.t() if is_transposed else weight)

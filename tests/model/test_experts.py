@@ -36,13 +36,15 @@ def plain_step(module, base, folder, batch):
     return families.plain_step(families.plain_model(base, folder, module.causal_lm), batch)
 
 
-@pytest.mark.parametrize("per_token", [1, 2])
-def test_experts_without_tokens_and_all_tokens_in_one(per_token, tmp_path):
+@pytest.mark.parametrize(("per_token", "width"), [(1, 64), (2, 96)])  # rows of 96 weights share blocks of 64
+def test_experts_without_tokens_and_all_tokens_in_one(per_token, width, tmp_path):
     def route_evenly(tensors):  # equal scores choose the same experts for each token
         for name in tensors:
             tensors[name] *= not name.endswith(".mlp.gate.weight")
 
-    base = families.save_random(tmp_path / "base", "qwen3_moe", num_experts_per_tok=per_token)
+    base = families.save_random(
+        tmp_path / "base", "qwen3_moe", num_experts_per_tok=per_token, moe_intermediate_size=width
+    )
     module, batch = make_module(edit_tensors(base, route_evenly)), make_batch(families.LENGTHS)
     step, expected = loss_and_gradients(module, batch), plain_step(module, base, tmp_path / "adapter", batch)
     assert abs(step[0] / expected[0] - 1) <= 1e-5

@@ -183,7 +183,7 @@ def test_a_wrapper_that_leaves_out_what_its_text_does_to_logits_is_rejected(tmp_
 def test_patterns_and_saved_modules_on_a_wrapper_are_those_of_plain_peft_on_the_whole_model(tmp_path):
     base, batch = families.save_wrapper(tmp_path / "base", "gemma3"), make_batch((23, 5))
     options = {"alpha_pattern": {r"layers\.0\.self_attn\.v_proj": 64}, "rank_pattern": {"down_proj": 2}}
-    options["modules_to_save"] = ["model.norm"]
+    options |= {"modules_to_save": ["model.norm"], "trainable_token_indices": {"model.embed_tokens": [5, 6]}}
     module = make_module(base, quantization="none", lora_options=options)
     module.save_adapter(tmp_path / "ours")
     plain = families.plain_model(base, tmp_path / "ours", auto_class=AutoModelForMultimodalLM)

@@ -154,11 +154,14 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
             "expected true, false, gaussian or orthogonal.",
             "model.lora_options",
         )
-    saved_modules = options.get("modules_to_save") or []
-    for ending in saved_modules:
+    saved_modules, tokens = options.get("modules_to_save") or [], options.get("trainable_token_indices")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
+    for ending in (*saved_modules, *(tokens if isinstance(tokens, dict) else ())):
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(
-                f"model.lora_options.modules_to_save names {ending}, which the base does not have.",
+                f"model.lora_options names {ending}, which the base does not have: expected the end of a name such as "
+                f"{names[embedding]}.",
                 "model.lora_options",
             )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
@@ -167,8 +170,7 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
                 f"model.lora_options has a pattern for {pattern}, which carries no adapter.", "model.lora_options"
             )
     untied = targets if options.get("ensure_weight_tying") else [*targets, *saved_modules]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)}
+    names = {module: name.rpartition(".")[2] for module, name in names.items()}
     ties = getattr(model.config, "tie_word_embeddings", False)
     if ties and {*names.values()} & {name.rpartition(".")[2] for name in untied}:
         raise UserError(

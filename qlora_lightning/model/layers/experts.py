@@ -49,7 +49,7 @@ def _is_computed(experts: Any) -> bool:
         return False
     weights = (getattr(experts, name, None) for name in weight_names(experts))
     plain = [weight for weight in weights if not isinstance(weight, bnb.nn.Params4bit | NoneType)]  # others are packed
-    is_aligned = all(weight.shape[-1] % _BLOCKSIZE == 0 for weight in plain)  # else a CPU dequantizes wrongly
+    is_aligned = all(weight[0].numel() % _BLOCKSIZE == 0 for weight in plain)  # no block has weights of two experts
     return is_aligned and not getattr(experts, "has_post_expert_norm", False)
 
 

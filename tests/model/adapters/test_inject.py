@@ -48,7 +48,12 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
     [
         ({"target_modules": ["lm_head"]}, "base.tied", "ensure_weight_tying: true"),
         ({"lora_options": {"modules_to_save": ["lm_head"]}}, "base.tied", "[embed_tokens]"),
-        ({"lora_options": {"modules_to_save": ["embedding"]}}, "model.lora_options", "modules_to_save names embedding"),
+        ({"lora_options": {"modules_to_save": ["embedding"]}}, "model.lora_options", "names embedding"),
+        (
+            {"lora_options": {"trainable_token_indices": {"wte": [5]}}},
+            "model.lora_options",
+            "such as model.embed_tokens",
+        ),
         ({"quantization": "none", "lora_options": {"modules_to_save": ["mlp"]}}, "model.target_modules", "mlp."),
         ({"lora_options": {"bias": "all"}}, "model.lora_options", "sets bias: expected one of"),
         ({"lora_options": {"rank_pattern": {"q_prj": 8}}}, "model.lora_options", "q_prj"),

@@ -16,13 +16,7 @@ import yaml
 import qlora_lightning
 from qlora_lightning import cli
 from qlora_lightning.cli import COMMANDS, main
-
-
-def python(code):
-    """Run code in a fresh interpreter, with warnings as errors."""
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+from tests.processes import run_python
 
 
 def test_importing_is_silent_and_leaves_no_trace():
@@ -34,10 +28,11 @@ assert before == (list(warnings.filters), dict(os.environ), list(sys.path), list
 assert not logging.getLogger("qlora_lightning").handlers
 print({"torch", "lightning", "transformers", "peft", "bitsandbytes"} & set(sys.modules))
 """
-    done = python(code)
+    done = run_python("-W", "error", "-c", code)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
+SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _SHOW = """
 import importlib.util, os, sys
 CODE
@@ -60,17 +55,9 @@ if "qlora_lightning.cli" not in sys.modules:
 )
 def test_no_way_in_imports_the_compiler_or_fetches_code_and_only_the_command_sets_anything(tmp_path, code, spins):
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options):\n    print('fetched', args)\n")
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    shown = subprocess.run(
-        [sys.executable, "-c", _SHOW.replace("CODE", code)],
-        env=environment | {"OMP_DISPLAY_ENV": "verbose"},
-        capture_output=True,
-        text=True,
-    )
-    assert shown.returncode == 0, shown.stderr
+    shown = run_python("-c", _SHOW.replace("CODE", code), env=environment | {"OMP_DISPLAY_ENV": "verbose"})
     assert "fetched" not in shown.stdout
     if spins is None:
         assert shown.stdout == ""
@@ -79,12 +66,17 @@ def test_no_way_in_imports_the_compiler_or_fetches_code_and_only_the_command_set
 
 
 def test_help_lists_every_command_in_a_line_each_and_imports_nothing_heavy():
-    done = python("""
+    done = run_python(
+        "-W",
+        "error",
+        "-c",
+        """
 import sys
 from qlora_lightning.cli import main
 main(["--help"])
 print("heavy:", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & set(sys.modules))
-""")
+""",
+    )
     *lines, heavy = done.stdout.splitlines()
     assert heavy == "heavy: set()"
     for name, (_, text) in COMMANDS.items():
@@ -95,8 +87,8 @@ print("heavy:", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} 
 def test_the_program_is_installed_and_runs_as_a_module():
     scripts = {script.name: script.value for script in importlib.metadata.entry_points(group="console_scripts")}
     assert scripts["qlora-lightning"] == "qlora_lightning.cli:main"
-    done = subprocess.run([sys.executable, "-m", "qlora_lightning", "--version"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"qlora-lightning {qlora_lightning.__version__}\n")
+    done = run_python("-m", "qlora_lightning", "--version")
+    assert done.stdout == f"qlora-lightning {qlora_lightning.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -123,9 +115,7 @@ def test_an_error_has_an_exit_code_and_a_line_and_debug_shows_its_traceback(rais
             main(["fit"])
 
 
-def test_an_installed_command_finds_classes_of_the_current_folder_and_its_figures_can_be_piped(
-    tiny_base, rows_file, tmp_path
-):
+def test_an_installed_command_finds_classes_here_and_its_figures_can_be_piped(tiny_base, rows_file, tmp_path):
     code = "from qlora_lightning import QLoRAModule\n\n\nclass FocusedLoss(QLoRAModule):\n    pass\n"
     (tmp_path / "my_code.py").write_text(code)
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks import study
 from tests.benchmarks.child import ROOT, run_child
+from tests.processes import run_python
 
 
 def test_the_page_shows_the_tables_and_the_picture_of_the_study() -> None:
@@ -24,9 +23,7 @@ def test_the_page_shows_the_tables_and_the_picture_of_the_study() -> None:
 def test_tiny_run_writes_table_and_json(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
     options = ["--base", tiny_base, "--rows", "4", "--repeats", "1", "--threads", "1", "--json", tmp_path / "all.json"]
     without_peer = ["--without-peer"] * (importlib.util.find_spec("trl") is None)
-    command = [sys.executable, "-m", "tests.benchmarks", rows_file, *options, *without_peer]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "tests.benchmarks", rows_file, *options, *without_peer, cwd=ROOT)
     content = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     assert {row["unit"] for row in content["rows"]} >= {"tokens/s", "peak memory, GB", "seconds"}
     assert all(row["ours"] > 0 and (row["peer"] or 1) > 0 for row in content["rows"])
@@ -35,11 +32,9 @@ def test_tiny_run_writes_table_and_json(tiny_base: Path, rows_file: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyte(tmp_path: Path) -> None:
     """One of the 32 layers of Llama-3.1-8B's shape, with its whole embedding and head: the largest tensors."""
-    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     threads = os.cpu_count() or 1
     found = run_child("one_batch", threads, folder=str(tmp_path / "base"), layers=1)
     step = run_child("one_batch", threads, base=str(tmp_path / "base"), lengths=[16, 16], dtype="auto")

@@ -1,12 +1,11 @@
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from qlora_lightning.cli import main
+from tests.processes import run_python
 from tests.random_base import save_family
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +20,7 @@ def test_running_a_script_again_writes_the_committed_bytes(script, tmp_path):
     again = tmp_path / script.relative_to(ROOT)
     for name in ("train.jsonl", "val.jsonl"):
         (again.parent / name).unlink()
-    subprocess.run([sys.executable, str(again)], check=True)
+    run_python(again)
     for name in ("train.jsonl", "val.jsonl"):
         assert (again.parent / name).read_bytes() == (script.parent / name).read_bytes()
 

@@ -7,12 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_python
 
 pytestmark = [
     pytest.mark.stub_gpu,
@@ -35,12 +35,9 @@ def on_card(stub, tmp_path):
         """Run a function of on_card.py; return what it found, and all that was printed."""
         variables |= {"STUB_CC": str(capability), "STUB_MIB": str(gib << 10)}
         variables["QLORA_LIGHTNING_CACHE"] = str(tmp_path / "cache")
-        command = [sys.executable, "-m", "tests.gpu.on_card", name, str(tmp_path)]
         ours = {key: value for key, value in os.environ.items() if key != "PYTORCH_ALLOC_CONF"}
-        environment = {**ours, **stub, **variables}
-        options = {"cwd": Path(__file__).parents[2], "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, timeout=600, **options)
-        assert done.returncode == 0, done.stdout + done.stderr
+        options = {"cwd": Path(__file__).parents[2], "env": {**ours, **stub, **variables}, "timeout": 600}
+        done = run_python("-m", "tests.gpu.on_card", name, tmp_path, **options)
         return json.loads(done.stdout.splitlines()[-1]), done.stdout
 
     return run

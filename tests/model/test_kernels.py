@@ -1,17 +1,18 @@
 """The kernels of a GPU compute what torch's operations do: Triton's interpreter runs them on a CPU, in a process."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import run_python
 
 
 def test_kernels_compute_what_torch_does():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when kernels are imported
-    subprocess.run([sys.executable, __file__], check=True, env=environment, timeout=300)
+    run_python("-m", "tests.model.test_kernels", env=environment, cwd=Path(__file__).parents[2], timeout=300)
 
 
 def compare():

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ from qlora_lightning.report.charts import COLOURS, charts_of
 from qlora_lightning.support.console import show_controls
 from tests.errors import rejects
 from tests.markup import Reader
+from tests.processes import run_python
 from tests.report.conftest import CONFIG, write_run
 
 HOSTILE = "\x1b]0;</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
@@ -203,8 +202,8 @@ def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_p
     assert (tmp_path / "comparison.html").read_text() == "of another tool"
 
 
-def test_the_command_needs_no_torch(make_run, tmp_path):
+def test_the_command_needs_no_torch(make_run):
     make_run("one", steps=1)
     program = "import sys\nfrom qlora_lightning.cli import main\nassert main(['report', 'runs/one']) == 0\n"
     program += "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
+    run_python("-c", program)

@@ -1,8 +1,8 @@
 """The package is imported, helps and trains without what only POSIX has: so do macOS and Windows."""
 
 import os
-import subprocess
-import sys
+
+from tests.processes import run_python
 
 _PROGRAM = """
 import importlib.util, os, select, signal, sys
@@ -48,13 +48,7 @@ assert Path("run/adapter/adapter_model.safetensors").is_file()
 
 
 def test_every_module_is_imported_and_a_fit_runs_without_them(tiny_base, rows_file, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, tiny_base, rows_file],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = run_python("-c", _PROGRAM, tiny_base, rows_file, cwd=tmp_path, env=environment)
     assert "usage: qlora-lightning COMMAND" in done.stdout
     assert "C++" not in done.stderr  # they are off without a word

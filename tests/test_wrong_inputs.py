@@ -25,7 +25,7 @@ trainer: {accelerator: cpu, devices: 1, max_steps: 2, enable_progress_bar: false
 """
 LAST, RUN, OURS = "run/checkpoints/last.ckpt", "run/adapter", "qlora_lightning"
 WEIGHTS, TENSORS = "wrong/adapter_model.safetensors", "wrong/model.safetensors"
-SHARDS = '{"weight_map": {"a": "b.safetensors"}}'
+SHARDS = '{"weight_map": {"a": "b.safetensors", "c": "c.safetensors"}}'
 PT = {"format": "pt"}
 
 
@@ -91,6 +91,16 @@ def put_a_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 def put_a_nan_of_8_bits(tensor: torch.Tensor) -> torch.Tensor:
     return put_a_nan(tensor).to(torch.float8_e4m3fn)
+
+
+def double_tensor() -> None:
+    tensors = load_file(TENSORS)
+    save_file({**tensors, UP: tensors[f"model.{UP}"].clone()}, TENSORS, PT)
+
+
+def double_file() -> None:
+    shutil.copy(TENSORS, "wrong/b.safetensors")
+    os.rename(TENSORS, "wrong/c.safetensors")
 
 
 class Code:
@@ -172,6 +182,16 @@ WRONG = [
         "--model.base wrong",
         "names no shard that is there (b.safetensors)",
         prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
+    ),
+    wrong(
+        "--model.base wrong",
+        "c.safetensors and b.safetensors both have model.embed_tokens.weight",
+        prepare=change_folder("tiny", lambda: (double_file(), write(f"{TENSORS}.index.json", SHARDS)())),
+    ),
+    wrong(
+        "--model.base wrong",
+        f"wrong has two tensors for one weight, {UP} and model.{UP}",
+        prepare=change_folder("tiny", double_tensor),
     ),
     wrong("--model.base wrong", "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
     wrong(

@@ -225,7 +225,11 @@ class TensorFiles:
     """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._files = {key: file for file in weight_files(folder, name) for key in tensor_names(file)}
+        self._files = dict[str, Path]()
+        for file in weight_files(folder, name):
+            for key in tensor_names(file):
+                if self._files.setdefault(key, file) != file:
+                    raise UserError(f"{file} and {self._files[key].name} both have {key}. {_REMEDY}", "base.tensors")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from qlora_lightning.model.layers import experts
 from qlora_lightning.model.layers.select import attention_of
-from qlora_lightning.model.load.wrapped import empty_model, key_mapping, names_in_text, open_text_config
+from qlora_lightning.model.load.wrapped import check_unique, empty_model, key_mapping, names_in_text, open_text_config
 from qlora_lightning.sources import folders
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.tensors import check_loaded, save_model
@@ -167,6 +167,7 @@ def _load(
                 f"{n_stored:,}: download or save the base again.",
                 "base.size",
             )
+        check_unique(names, described, folder)
         if bnb_config is not None:
             experts.check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))
             if experts.experts_of(described):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -128,6 +128,23 @@ def names_in_text(folder: Path, text: Any, names: Iterable[str]) -> dict[str, st
         if whole_name.startswith((*in_text,)):
             names_of_text[name] = rename(whole_name, in_text)
     return names_of_text
+
+
+def check_unique(names: Mapping[str, str], model: Any, source: Path) -> None:
+    """Reject two tensors of a source's files for one weight of a model on the meta device: only one would be loaded.
+
+    ``names`` is what :func:`names_in_text` returns. Several tensors may be converted into one weight, as of experts.
+    """
+    conversions, weights, first = get_model_conversion_mapping(model), model.state_dict(), dict[str, str]()
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    for stored_name, name in names.items():
+        weight, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
+        if pattern is None and weight in weights and (other := first.setdefault(weight, stored_name)) != stored_name:
+            raise UserError(
+                f"{source} has two tensors for one weight, {other} and {stored_name}: download or save the base again.",
+                "base.tensors",
+            )
 
 
 def key_mapping(names: Mapping[str, str]) -> dict[str, str]:

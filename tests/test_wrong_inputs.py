@@ -110,6 +110,7 @@ class Code:
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
 OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
+OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE = "--model.base wrong --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
@@ -149,6 +150,7 @@ WRONG = [
     wrong("--sequence_len 4096", "'sequence_len'", "Did you mean data.max_length?"),
     wrong("--trainer.batch_size 4", "'trainer.batch_size'", "Did you mean data.batch_size?"),
     wrong("--config wrong.yaml", "trainer.max_epochs?", prepare=write("wrong.yaml", "trainer: {max_epoch: 3}")),
+    wrong("plan --config wrong.yaml", "Did you mean model.base?", prepare=write("wrong.yaml", OTHER_TOOL)),
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     wrong("--evaluation.general no.jsonl --data.val rows.jsonl", "evaluation.forgetting: data file no.jsonl"),
     wrong("--config wrong.yaml", "evaluation.forgetting: data file no.jsonl", prepare=write("wrong.yaml", OLD_KEY)),
@@ -157,6 +159,10 @@ WRONG = [
     wrong("--gradient_checkpointing.enabled maybe", "Expected bool or one of 'auto'. Given value: maybe"),
     wrong("--evaluation 3", "evaluation: Unable to load config"),
     wrong("--model.rank eight", "model.rank: Expected", "int", "eight"),
+    wrong("--model.rank null", "model.rank: Expected int"),
+    wrong("--data.shuffle null", "data.shuffle: Expected bool"),
+    wrong("--data rows.jsonl", "data is 'rows.jsonl': expected its keys, as in `data: {train: rows.jsonl}`"),
+    wrong("--data.val_fraction 5%", "data.val_fraction: Expected float or null. Given value: 5%."),
     wrong("--model.rank 0", "model.rank is 0: expected"),
     wrong("--trainer.limit_train_batches 0", "takes no step"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
@@ -246,6 +252,7 @@ WRONG = [
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
     wrong(f"{EVALUATE} --adapter run --forgetting nothing.jsonl", "evaluation.forgetting: data file nothing.jsonl"),
+    wrong(f"{EVALUATE} --adapter run --data.test no.jsonl", "data.test: data file no.jsonl does not exist"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),

@@ -44,6 +44,7 @@ class PredictionWriter(Callback):
         lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
         if trainer.is_global_zero:
             file = Path(trainer.default_root_dir) / files.PREDICTIONS
+            files.set_aside(file)  # hours of another predict
             files.write_whole(file, files.format_json_lines(lines))
             say(f"{len(lines)} predictions: {file}")
         files.set_aside(self._unfinished).unlink(missing_ok=True)

@@ -107,26 +107,35 @@ def _report_renamed(old: str, new: str) -> None:
     say(f"{old} is {new} now; the old name still works.")
 
 
-def shorten_parse_error(message: str, known: Sequence[str]) -> str:
+def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]) -> str:
     """Return jsonargparse's message in one line: for an unknown key, with the nearest of the ``known`` ones.
 
-    For a wrong value: its key, the innermost reason, and the value.
+    For a wrong value: its key, the innermost reason, and the value. An unknown section among ``typed``, the keys of
+    configs, comes first: of a config of another tool jsonargparse would report what it lacks.
     """
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
-    unknown = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    known_sections = {key.partition(".")[0] for key in known}
+    unknown = [key for key in typed if key.partition(".")[0] not in known_sections]
+    option = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    if option is not None:
+        unknown.append(".".join([*sections, option[1]]))
     if unknown:
-        key = ".".join([*sections, unknown[1]])
+        key = unknown[0]
         name = key.rpartition(".")[2]
         likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
         likely += [candidate for candidate in known if candidate.endswith(f".{name.removeprefix('lora_')}")]
         nearest = next(iter([*likely, *difflib.get_close_matches(key, known, n=1)]), None)
         return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
+    text_value = re.search(r"type: <class 'str'>\n *Given value: (.*)", message)
+    if sections in (["model"], ["data"]) and text_value:
+        key, value = {"model": "base", "data": "train"}[sections[0]], text_value[1]
+        return f"{sections[0]} is {value!r}: expected its keys, as in `{sections[0]}: {{{key}: {value}}}`."
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
     reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
     reason = reasons[0] + "".join(f" or {other.removeprefix('Expected ')}" for other in reasons[1:])  # of a union
     # not for our own classes, whose value is all of their settings
     details = re.findall(
-        r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name).*", message
+        r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name|\{).*", message
     )
     text = ". ".join([reason, *details[-1:]]).replace("a <class 'NoneType'>", "null")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))

@@ -40,7 +40,7 @@ _EPILOG = """examples:
   qlora-lightning evaluate --config runs/quickstart/config.yaml --rows 20
   qlora-lightning evaluate --adapter runs/quickstart/adapter --scores chrf
   qlora-lightning evaluate --config configs/quickstart.yaml --adapter a=runs/a/adapter --adapter b=runs/b/adapter
-  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --split test --out evaluated
+  qlora-lightning evaluate --config runs/quickstart/config.yaml --data.test more.jsonl --out evaluated
 
 With --server URL an inference server that speaks OpenAI's chat completions answers the same rows: as the adapter (exit
 code 0), as the base, or as neither (exit code 1). A key, if it needs one, is taken from OPENAI_API_KEY.
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("evaluate", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="[NAME=]DIR", help="adapter folder; may be repeated")
-    add("--split", choices=("val", "test"), default="val", help="rows of data.val (default) or data.test")
+    add("--split", choices=("val", "test"), help="rows of data.val or data.test (default: test with --data.test)")
     add("--rows", type=PositiveInt, metavar="N", help="only N rows, evenly spaced, and answer all of them")
     add("--out", type=expand_path, metavar="DIR", help="write evaluation.json and predictions.jsonl there")
     add("--max-new-tokens", dest="evaluation.max_new_tokens", metavar="N", help="length at which answers are cut")
@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
     add("--parallel", type=PositiveInt, default=8, metavar="N", help="requests at a time (8)")
     add_json_option(parser)
     options, fit_options = parser.parse_known_args(argv)
+    names_test_rows = any(option.partition("=")[0] == "--data.test" for option in fit_options)
+    options.split = options.split or ("test" if names_test_rows else "val")
     adapters = name_adapters(options.adapter)
     if len(adapters) == 1 and "=" not in options.adapter[0]:
         adapters = {"adapter": next(iter(adapters.values()))}

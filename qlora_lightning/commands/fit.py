@@ -25,6 +25,7 @@ from qlora_lightning.commands.config import (
     expand_arguments,
     expand_config,
     find_configs,
+    read_config,
     shorten_parse_error,
 )
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -92,7 +93,8 @@ class QLoRACLI(LightningCLI):
         self._command = ["qlora-lightning", str(verb), *args]
         args = expand_arguments(args)
         register_strategies()
-        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False)  # as jsonargparse 5 does
+        # as jsonargparse 5 does, and null is checked against the type of its key as any other value
+        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=True)
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
         options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         if verb is not None:
@@ -121,7 +123,8 @@ class QLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, kind in _CALLBACKS.items():
             parser.add_lightning_class_args(kind, key)
-        parser.add_argument("--ckpt_path", type=str | None, help="checkpoint; `last` is that of the run folder")
+        checkpoint_help = "checkpoint; `last` is that of the run folder"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=checkpoint_help)
         parser.set_defaults({key: {"class_path": name} for key, name in _CLASSES.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -133,10 +136,13 @@ class QLoRACLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
-            fault = shorten_parse_error(error.message, keys)
+            typed = [key for name in find_configs(args) for key in read_config(name)]
+            fault = shorten_parse_error(error.message, keys, typed)
             is_stray = error.message.endswith((".yaml", ".yml"))
             hint = " A config is named as --config FILE." if is_stray or not find_configs(args) else ""
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
+        finally:
+            jsonargparse.set_parsing_settings(unset_sentinel=False)  # with it a null timedelta is written as a text
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):

@@ -145,7 +145,7 @@ class InstructionDataModule(LightningDataModule):
             check(name, value is None or value >= minimum, f"{minimum} or more")
         if self.val_fraction is not None:
             check("val_fraction", 0 < self.val_fraction < 1, "a share between 0 and 1")
-            check("val_fraction", self.files["val"] is None, "no data.val beside it: both name rows to validate on")
+            check("val_fraction", self.files["val"] is None, "no data.val beside it: set one of them to null")
         if self.tokens_per_batch is not None:
             check("tokens_per_batch", self.batch_size is None, "no data.batch_size beside it: both size a batch")
             check("tokens_per_batch", self.shuffle, "no `shuffle: false` beside it: packing does not keep the order")

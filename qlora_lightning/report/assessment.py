@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_lightning.evaluation.intervals import format_interval
@@ -36,7 +36,10 @@ def assess(run: Run) -> Assessment:
         return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
     if steps < _MIN_STEPS:
         return Assessment("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_MIN_STEPS}."])
-    kind, sentences = _assess_learning(run, base)
+    points = run.metrics.get("val_loss", [])
+    if not points and "loss" in comparison:  # it ended before its first validation
+        points = [(steps, comparison["loss"].adapter.value)]
+    kind, sentences = _assess_learning(points, base)
     return Assessment("worse" if against_base == "worse" else kind, [*sentences, *base_sentences])
 
 
@@ -58,8 +61,7 @@ def _find_divergence(run: Run, base: float, steps: float) -> str:
     return ""
 
 
-def _assess_learning(run: Run, base: float) -> tuple[str, list[str]]:
-    points = run.metrics.get("val_loss", [])
+def _assess_learning(points: Sequence[tuple[float, float]], base: float) -> tuple[str, list[str]]:
     if not points or (len(points) == 1 and math.isnan(base)):
         return "unknown", ["Whether it learned is not known: no validation losses to compare."]
     start, origin = (points[0][1], "") if math.isnan(base) else (base, " of the base")

@@ -167,6 +167,8 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
     if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
         files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
+    if not files and file.is_file():
+        raise UserError(f"{path} is none of {', '.join(KINDS)}: save it as one of them.")
     if not files:
         raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
@@ -472,7 +474,7 @@ def _check_header(header: list[str], source: Source, delimiter: str) -> None:
     marks = [mark for mark in ";|\t," if mark != delimiter and header[1:] == [] and mark in "".join(header)]
     if marks and not source.delimiter:
         mark = marks[0].replace("\t", "\\t")
-        raise RowFault(f'its one column is {header[0]!r}: name the delimiter, as in `delimiter: "{mark}"`')
+        raise RowFault(f'its one column is {header[0]!r}: name the delimiter, `{{path: FILE, delimiter: "{mark}"}}`')
 
 
 # parquet, Arrow and the hub

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_lightning.callbacks.checkpoint_file import LAST, collect_checkpoint, reporting_disk_faults, write_checkpoint
 from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
-from qlora_lightning.model.adapters.inject import copy_tensors, trainable_tensors
+from qlora_lightning.model.adapters.inject import copy_tensors, saved_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
@@ -213,7 +213,7 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
     if not best_tensors:
         yield
         return
-    last_tensors = {name: tensor.detach().clone() for name, tensor in trainable_tensors(module).items()}
+    last_tensors = {name: tensor.detach().clone() for name, tensor in saved_tensors(module).items()}
     copy_tensors(module, best_tensors, "The best adapter")
     try:
         yield

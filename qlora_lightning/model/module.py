@@ -177,9 +177,9 @@ class QLoRAModule(lightning.LightningModule):
         self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
         self._choose_precision()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
-        trainable = inject.trainable_tensors(self)
+        saved = inject.saved_tensors(self)
         tensors = [*self.named_parameters(), *self.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in trainable]
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in saved]
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
@@ -320,7 +320,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
-        if self.guard.checks_due or not self.model.training:
+        if self.guard.checks_due or not self.causal_lm.training:
             guards.check_training_mode(self.model)
         return self.window.accumulate(batch, self)
 
@@ -451,14 +451,14 @@ class QLoRAModule(lightning.LightningModule):
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the adapter's tensors only; the frozen base is loaded again by its name."""
+        """Return the adapter's tensors, and a subclass's own; the frozen base is loaded again by its name."""
         destination = {} if destination is None else destination
-        for name, tensor in inject.trainable_tensors(self).items():
+        for name, tensor in inject.saved_tensors(self).items():
             destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
-        """Set the adapter's tensors; always strict: names and shapes must be exactly the adapter's."""
+        """Set what :meth:`state_dict` returns; always strict: names and shapes must be exactly the same."""
         self.configure_model()
         inject.copy_tensors(self, state_dict, "The checkpoint")
 

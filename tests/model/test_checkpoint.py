@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import LossSums, QLoRAModule
 from tests.equality import same
 from tests.errors import rejects
 from tests.steps import fit, make_trainer, randomize
@@ -113,3 +113,63 @@ def test_what_was_saved_inside_an_optimizer_step_is_rejected(tiny_base, rows_fil
     for hook in HOOKS:
         with rejects("checkpoint.position"):
             train(6, ckpt_path=tmp_path / f"{hook}.ckpt")
+
+
+class HasStates(QLoRAModule):
+    """A stays as it was drawn (LoRA-FA), a mean is kept beside the model, and the schedule changes betas too."""
+
+    def __init__(self, base, **settings):
+        super().__init__(base, **settings)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def build_model(self):
+        model = super().build_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".lora_B." in name)
+        return model
+
+    def compute_loss(self, batch):
+        sums = super().compute_loss(batch)
+        if self.training:
+            self.mean.lerp_(sums.loss.detach() / sums.count, 0.1)
+        return LossSums((1 + self.mean) * sums.loss, sums.count)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FollowsMetric(QLoRAModule):
+    """Its schedule is a step late in each checkpoint: it follows what is logged behind the save."""
+
+    def __init__(self, base, interval, monitor, **settings):
+        super().__init__(base, **settings)
+        self.interval, self.monitor = interval, monitor
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=0, threshold=9.0)
+        return [optimizer], [{"scheduler": schedule, "interval": self.interval, "monitor": self.monitor}]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "saves", "batches"),
+    [
+        (HasStates, {}, "on_train_batch_end", 3),
+        (FollowsMetric, {"interval": "epoch", "monitor": "val_loss"}, "on_validation_end", 2),
+        (FollowsMetric, {"interval": "epoch", "monitor": "train_loss"}, "on_train_batch_end", 2),
+        (FollowsMetric, {"interval": "step", "monitor": "train_loss"}, "on_train_batch_end", 3),
+    ],
+)
+def test_a_subclass_resumes_with_all_that_it_has(tiny_base, rows_file, tmp_path, cls, settings, saves, batches):
+    def train(seed, *callbacks, ckpt_path=None):
+        torch.manual_seed(seed)
+        module = cls(str(tiny_base), rank=2, compute_dtype="fp32", **settings)
+        options = {"max_epochs": 3, "limit_train_batches": batches, "limit_val_batches": 1, "callbacks": [*callbacks]}
+        val = saves == "on_validation_end"
+        trainer = fit(module, tmp_path, rows_file, val=val, ckpt_path=ckpt_path, **options)
+        return [dict(module.state_dict()), trainer.optimizers[0].state_dict()]
+
+    whole = train(1, save := SaveAt(saves, tmp_path))
+    assert same(train(2, ckpt_path=save.file), whole)

@@ -293,6 +293,15 @@ def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a checkpoint of a QLoRAModule holds, by name.
+
+    It is what trains, what of the adapter is frozen (such as A, drawn from a seed), and buffers of a subclass.
+    """
+    adapter = {name: p for name, p in module.named_parameters() if p.requires_grad or ADAPTER in name.split(".")}
+    return adapter | {name: buffer for name, buffer in module.named_buffers() if not name.startswith("model.")}
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count trainable and all parameters; a packed 4-bit weight counts as its unpacked elements."""
     sizes = {parameter: parameter.numel() for parameter in model.parameters()}
@@ -323,11 +332,11 @@ def with_adapter(model: Any, name: str | None) -> Iterator[None]:
 
 
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Set the trainable tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
-    trainable = trainable_tensors(model)
-    check_shapes(trainable, tensors, source)
+    """Set the saved tensors to ``tensors``, which come from ``source``; if one does not fit, none is changed."""
+    saved = saved_tensors(model)
+    check_shapes(saved, tensors, source)
     with torch.no_grad():
-        for name, tensor in trainable.items():
+        for name, tensor in saved.items():
             tensor.copy_(tensors[name])
 
 

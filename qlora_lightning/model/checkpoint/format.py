@@ -22,7 +22,7 @@ _KEYS: dict[str, Any] = {
     **{"loops": {"fit_loop": dict}, "callbacks": dict, "optimizer_states": _STATES, "lr_schedulers": _STATES},
     KEY: {
         **{"settings": dict, "optimizers": list[str], "micro_batch_size": _STATES, "generators": _STATES},
-        **{"trainer": {"accumulate_grad_batches": int}, "monitored": dict},
+        **{"trainer": {"accumulate_grad_batches": int}, "monitored": dict, "groups": _STATES | None},
         "identity": {"adapter": dict | None, "data": {"settings": dict | None, "samples": dict | None}},
     },
 }

@@ -46,6 +46,7 @@ class ExactResume(Callback):
             "settings": plain_settings(checkpoint.pop("hyper_parameters", {})),
             "trainer": trainer_settings(trainer),
             "optimizers": _optimizer_classes(trainer),
+            "groups": [plain_settings(group) for group in self._groups],
             "identity": {**module.identity, "data": identity_of_data(trainer)},
             "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -77,7 +78,7 @@ class ExactResume(Callback):
         _check_validations(trainer)
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
             _check_optimizers(trainer, self._checkpoint)
-            self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         is_theirs = isinstance(exception, AttributeError | LookupError | TypeError | ValueError | ArithmeticError)
@@ -92,10 +93,20 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _align_validations(trainer)
         if self._checkpoint is not None:
-            _apply_current_settings(trainer, self._groups)
+            content = self._checkpoint[KEY]
+            _apply_current_settings(trainer, content.get("groups") or [{}] * len(self._groups), self._groups)
             # Lightning may first end an epoch that was validated before: early stopping then reads these.
-            monitored = self._checkpoint[KEY]["monitored"]
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in monitored.items()})
+            monitored = {name: torch.tensor(value) for name, value in content["monitored"].items()}
+            trainer.callback_metrics.update(monitored)
+            epoch_loop = trainer.fit_loop.epoch_loop
+            if epoch_loop.restarted_on_train_batch_end:  # it was saved before schedules that follow a metric
+                epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+                if trainer.is_last_batch:
+                    epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fit_loop.restarting:  # then Lightning leaves these schedules out
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         progress: Any = trainer.fit_loop.epoch_progress
@@ -256,15 +267,19 @@ def _check_optimizers(trainer: Any, checkpoint: Mapping[str, Any]) -> None:
         _check_moments(optimizer, state)
 
 
-def _apply_current_settings(trainer: Any, configured: Sequence[Mapping[str, Any]]) -> None:
-    """Set what Lightning has restored with the moments back to the config: decay, betas, rates of the schedule.
+def _apply_current_settings(
+    trainer: Any, stored: Sequence[Mapping[str, Any]], configured: Sequence[Mapping[str, Any]]
+) -> None:
+    """Set what the config has changed since, of what Lightning has restored: decay, betas, rates of the schedule.
 
-    Else a new ``model.learning_rate`` would change nothing. The rates of a schedule other than transformers' stay the
-    checkpoint's.
+    Else a new ``model.learning_rate`` would change nothing. The rest is the checkpoint's: some optimizers count steps
+    in their groups. So are the rates of a schedule other than transformers'. ``stored`` and ``configured`` have the
+    settings of all groups before the first step, of the checkpoint's run and now.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    for group, settings in zip(groups, configured, strict=True):
-        group.update({**settings, "lr": group["lr"]})
+    for group, before, settings in zip(groups, stored, configured, strict=True):
+        changed = [name for name, value in plain_settings(settings).items() if before.get(name) != value]
+        group.update({name: settings[name] for name in changed if name != "lr"})
     for optimizer in trainer.optimizers:  # of a step's number torch keeps a tensor where `fused` and `foreach` read it
         optimizer.load_state_dict(optimizer.state_dict())
     for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):

@@ -77,10 +77,10 @@ def complete_model(
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's frozen tensors with their names, the scales of quantized ones included."""
+    """Return the SHA-256 of a base's tensors with their names, the scales of quantized ones included."""
     trainable, digest = trainable_tensors(model), hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if name not in trainable and isinstance(tensor, Tensor):
+        if name not in trainable and ADAPTER not in name.split(".") and isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

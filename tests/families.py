@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +43,7 @@ SIZES = {
     name: value
     for value, names in (
         (256, "vocab_size max_position_embeddings n_positions max_seq_len vocab_size_per_layer_input"),
+        (256, "unpadded_vocab_size"),
         (64, "hidden_size n_embd d_model embedding_size word_embed_proj_dim hidden_size_per_layer_input"),
         (64, "q_lora_rank kv_lora_rank"),
         (128, "intermediate_size ffn_dim n_inner ffn_hidden_size"),
@@ -72,6 +74,7 @@ SIZES = {
 _CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _LOCAL = {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2}
 SETTINGS = {  # None: the config's own default
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "falcon": {"alibi": True},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
     "gpt_neo": _LOCAL,
@@ -84,7 +87,23 @@ SETTINGS = {  # None: the config's own default
     "nemotron_h": {"layers_block_type": ["full_attention", "moe"] * 2},
     "minimax": {"layer_types": None, "sliding_window": None},
     "smollm3": {"no_rope_layers": [0, 1, 1, 0], "layer_types": ["full_attention"] * 4, "sliding_window": None},
+    "zaya": {"layer_types": None, "num_experts_per_tok": 1},
 }
+# No tiny config is known of these, or it takes minutes (kimi_linear) or narrow linears (axk2), or they are rejected.
+_UNKNOWN_MIXTURES = (
+    *("axk2", "deepseek_v4", "dots3_note", "gemma4", "kimi_linear", "laguna", "phimoe", "qwen3_5_moe", "qwen4_exp"),
+    "qwen4_exp_text",
+)
+
+
+def mixtures():
+    """The types of transformers whose experts are marked, so that a function of ours can compute them."""
+    types = []
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {*_UNKNOWN_MIXTURES}:
+        folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(model_type)
+        if any("@use_experts_implementation" in file.read_text() for file in folder.glob("modeling_*.py")):
+            types.append(model_type)
+    return types
 
 
 def make_config(model_type, **settings):

@@ -10,6 +10,7 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, UserError
 from tests.equality import same
+from tests.rows import write_rows
 from tests.steps import trainable_tensors
 
 SCORES = ["exact_match", "rouge_l", "chrf"]  # of text that is neither JSON nor a number
@@ -36,17 +37,16 @@ class Logged(Callback):
         self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
-    fit, make_module, make_data, make_trainer, capsys, tmp_path
-):
+def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_trainer, capsys, tmp_path):
+    """And the last adapter stays in the module."""
+
     def validate(module):
         (metrics,) = make_trainer().validate(module, make_data(), verbose=False)
         return {name.removeprefix("val_"): value for name, value in metrics.items()}
 
     options = {"val_check_interval": 1, "limit_train_batches": 3, "max_epochs": 1}
     data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"text": f"Rain {'and wind ' * n}."}) + "\n" for n in range(5)))
+    other = write_rows(tmp_path / "other.jsonl", [{"text": f"Rain {'and wind ' * n}."} for n in range(5)])
     forgetting = {"path": str(other), "format": "text"}
     evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, forgetting=forgetting, forgetting_rows=3)
     _, module = fit(end := End(), evaluation, checkpoint, data=data, **options)
@@ -79,9 +79,7 @@ def test_base_and_best_adapter_are_compared_and_the_last_one_stays(
     assert "│ Count to 1. Please. " in text
 
 
-def test_the_card_of_the_adapter_has_what_the_hub_shows(
-    fit, make_module, make_data, rows_file, tiny_base, monkeypatch, tmp_path
-):
+def test_the_card_has_what_the_hub_shows(fit, make_module, make_data, rows_file, tiny_base, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: datasets.Dataset.from_json(str(rows_file)))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **options: Mock(hash="", config_id=""))
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -127,14 +125,12 @@ def test_a_score_of_an_earlier_validation_ranks_no_later_adapter(fit):
 
 
 @pytest.mark.slow
-def test_every_second_validation_answers_rows_and_training_ends_in_the_same_bytes(
-    fit, make_data, make_module, rows_file, tmp_path
-):
+def test_rows_are_answered_every_second_validation_and_change_no_byte(fit, make_data, make_module, rows_file, tmp_path):
     options = {"val_check_interval": 2, "limit_train_batches": 4}
     fit(plain := End(), module=make_module(dropout=0.1), **options)
     logged, data, module = Logged(), make_data(predict=str(rows_file)), make_module(dropout=0.1)
-    evaluation = Evaluation(rows=3, every_n_validations=2, max_new_tokens=4)
-    fit(evaluation, logged, end := End(), data=data, module=module, **options)
+    answers = {"rows": 3, "every_n_validations": 2, "max_new_tokens": 4}
+    fit(Evaluation(**answers), logged, end := End(), data=data, module=module, **options)
     assert same(end.adapter, plain.adapter)
     assert same(end.generator, plain.generator)
     first, second = logged.seen
@@ -143,16 +139,12 @@ def test_every_second_validation_answers_rows_and_training_ends_in_the_same_byte
     assert {f"val_{name}" for name in [*SCORES, "stop_rate", "answer_tokens"]} <= second.keys()
     data.setup("predict")
     prompts = [prompt.ids for batch in data.predict_dataloader() for prompt in batch["prompts"]]
-    answers = module.answer([prompts[row] for row in (0, 7, 15)], data.stop_ids, 4)  # spread over all 16
-    assert second["val_answer_tokens"] == pytest.approx(sum(map(len, answers)) / 3)
-    assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in answers) / 3)
+    found = module.answer([prompts[row] for row in (0, 7, 15)], data.stop_ids, 4)  # spread over all 16
+    assert second["val_answer_tokens"] == pytest.approx(sum(map(len, found)) / 3)
+    assert second["val_stop_rate"] == pytest.approx(sum(len(each) < 4 for each in found) / 3)
     # a resumed run continues counting
-    options |= {"module": make_module(dropout=0.1), "folder": "again"}
     first, rest = Logged(), Logged()
-    again = {"rows": 3, "every_n_validations": 2, "max_new_tokens": 4}
-    fit(Evaluation(**again), first, AdapterCheckpoint(), max_steps=2, **options)
-    last = tmp_path / "again/checkpoints/last.ckpt"
-    fit(
-        Evaluation(**again), rest, AdapterCheckpoint(), ckpt_path=last, **options | {"module": make_module(dropout=0.1)}
-    )
+    for seen, ends in ((first, {"max_steps": 2}), (rest, {"ckpt_path": tmp_path / "again/checkpoints/last.ckpt"})):
+        module = make_module(dropout=0.1)
+        fit(Evaluation(**answers), seen, AdapterCheckpoint(), module=module, folder="again", **ends, **options)
     assert ["val_stop_rate" in each for each in first.seen + rest.seen] == [False, True]

@@ -23,13 +23,8 @@ model: {base: tiny, rank: 2, dropout: 0.1, learning_rate: 0.01, schedule: consta
 data: {train: rows.jsonl, val: rows.jsonl, test: rows.jsonl, predict: questions.jsonl, batch_size: 2, max_new_tokens: 2}
 evaluation: {max_new_tokens: 2}   # answers of a random base would run on until they are cut
 trainer:
-  accelerator: cpu
-  devices: 1
-  accumulate_grad_batches: 2
-  limit_val_batches: 1
-  limit_train_batches: 5
-  enable_progress_bar: false
-  default_root_dir: run
+  {accelerator: cpu, devices: 1, accumulate_grad_batches: 2, limit_val_batches: 1, limit_train_batches: 5,
+  enable_progress_bar: false, default_root_dir: run}
 """)
 
 EVALUATED_CONFIG = """

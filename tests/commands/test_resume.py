@@ -19,9 +19,8 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
 
 
-def test_a_moved_run_is_resumed_and_judged_where_it_is_on_the_rows_that_its_first_seed_held_out(
-    command, tmp_path, write_config, capsys
-):
+def test_a_moved_run_is_resumed_and_judged_where_it_is(command, tmp_path, write_config, capsys):
+    """On the rows that its first seed held out."""
     held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})
     command("fit", *NEW, config=held_out)
     (tmp_path / "new").rename(tmp_path / "moved")

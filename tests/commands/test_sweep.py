@@ -39,13 +39,8 @@ model: {base: tiny, learning_rate: 0.03, schedule: constant, warmup_ratio: 0.0, 
 data: {train: rows.jsonl, val: rows.jsonl, batch_size: 4}
 evaluation: {enabled: false}
 trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 4
-  enable_progress_bar: false
-  num_sanity_val_steps: 0
-  default_root_dir: run
-  callbacks: [{class_path: stopping.Ask}]
+  {accelerator: cpu, devices: 1, max_steps: 4, enable_progress_bar: false, num_sanity_val_steps: 0,
+  default_root_dir: run, callbacks: [{class_path: stopping.Ask}]}
 """
 STOPPING = """
 import os

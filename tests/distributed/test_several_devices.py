@@ -89,9 +89,7 @@ def test_two_machines_of_which_one_is_lost_and_comes_back(folder, whole):
 
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='takes Ray: pip install -e ".[ray]"')
-def test_ray_starts_again_from_the_last_checkpoint_when_a_worker_is_killed_and_reports_no_usage(
-    folder, whole, monkeypatch
-):
+def test_ray_starts_again_when_a_worker_is_killed_and_reports_no_usage(folder, whole, monkeypatch):
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     command = [{"16": "2"}.get(word, word) for word in shown("ray_train.py") if word != "--gpus"]
     command += ["--trainer.callbacks+=hooks.DieOnce", "--trainer.default_root_dir", "ray"]

@@ -73,9 +73,7 @@ def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_first_rows_are_answered_from_their_prompts_and_scored_and_reported_as_they_come(
-    module, data, batches, training
-):
+def test_the_first_rows_are_answered_scored_and_reported_as_they_come(module, data, batches, training):
     rows = [row for batch in batches for row in unpack_rows(batch)][:2]
     settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, batch_size=1)
     module.train(training)

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_lightning import AdapterCheckpoint, GradientCheckpointing, QLoRAModule, ShardedDDPStrategy
 from qlora_lightning.cli import main
-from qlora_lightning.report import read_metrics
 from tests.distributed.hooks import Ask
-from tests.equality import read_checkpoint, same
+from tests.equality import metrics, read_checkpoint, same
 from tests.errors import MachineFailed
 from tests.gpu.conftest import DEVICE, make_base, make_module
+from tests.rows import write_rows
 from tests.steps import fit, make_batch, trainable_tensors
 
 pytestmark = pytest.mark.gpu
@@ -76,25 +76,14 @@ def test_the_same_seed_draws_the_same_adapters_as_on_a_cpu(base):
 @pytest.mark.parametrize(("checkpointing", "offload"), [(False, False), (True, False), (True, True)])
 def test_memory_is_as_planned(rows_file, tmp_path, checkpointing, offload):
     wide = make_base(tmp_path / "wide", **WIDE | {"num_hidden_layers": 8})
-    settings = {
-        "model.base": wide,
-        "data.train": rows_file,
-        "data.batch_size": 16,
-        "data.val_fraction": "null",
-        "trainer.accelerator": ACCELERATOR,
-        "trainer.max_epochs": 4,
-        "trainer.log_every_n_steps": 1,
-        "trainer.default_root_dir": tmp_path / "run",
-        "gradient_checkpointing.enabled": str(checkpointing).lower(),
-        "gradient_checkpointing.offload": str(offload).lower(),
-    }
-    options = [f"--{name}={value}" for name, value in settings.items()]
+    options = [f"--model.base={wide}", f"--data.train={rows_file}", "--data.batch_size=16", "--data.val_fraction=null"]
+    options += [f"--trainer.accelerator={ACCELERATOR}", "--trainer.max_epochs=4", "--trainer.log_every_n_steps=1"]
+    options += [f"--gradient_checkpointing.enabled={checkpointing}", f"--gradient_checkpointing.offload={offload}"]
+    options.append(f"--trainer.default_root_dir={tmp_path / 'run'}")
     assert main(["plan", *options, "--json", str(tmp_path / "plan.json")]) == 0
     assert main(["fit", *options]) == 0
     memory = json.loads((tmp_path / "plan.json").read_text())["memory"]
-    _, *peaks = (
-        gib for _, gib in read_metrics(tmp_path / "run" / "metrics.csv")["memory_peak_gib"]
-    )  # the first compiles
+    _, *peaks = metrics(tmp_path / "run", "memory_peak_gib")  # the first compiles
     measured, planned = max(peaks) * 2**30, memory["peak_bytes"] - memory["parts"]["context"]  # which is not torch's
     buffers = memory["parts"]["buffers"]  # a quarter of so small a base
     assert 0.95 * (planned - buffers) < measured < planned
@@ -132,9 +121,9 @@ def test_plain_peft_computes_what_the_module_computes(base, tmp_path, dtype):
 @pytest.mark.parametrize("scarce", ["plan", "run"])
 def test_a_step_fits_by_itself_on_a_card(tmp_path, capsys, scarce):
     """With memory that others hold, whether that is there at the start or comes in the run, the adapter is the same."""
-    base, rows = make_base(tmp_path / "wide", **WIDE), tmp_path / "long.jsonl"
-    row = {"instruction": "Count.", "output": " ".join(map(str, range(200)))}
-    rows.write_text("".join(json.dumps(row | {"instruction": f"Count. Row {n}."}) + "\n" for n in range(8)))
+    output = " ".join(map(str, range(200)))
+    long = [{"instruction": f"Count. Row {n}.", "output": output} for n in range(8)]
+    base, rows = make_base(tmp_path / "wide", **WIDE), write_rows(tmp_path / "long.jsonl", long)
     options = {"compute_dtype": "fp32", "dropout": 0.0, "batch_size": 8, "accumulate_grad_batches": 1, "max_steps": 2}
     whole = train(tmp_path / "whole", base, rows, **options)
     hog = Hog(at_start=scarce == "plan")

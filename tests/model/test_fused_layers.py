@@ -88,9 +88,7 @@ def fresh(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("compute_dtype", ["fp32", "bf16"])
-def test_if_it_cannot_be_compiled_it_is_reported_once_and_torch_computes(
-    tiny_base, monkeypatch, tmp_path, caplog, compute_dtype
-):
+def test_a_failed_compilation_is_reported_and_torch_computes(tiny_base, monkeypatch, tmp_path, caplog, compute_dtype):
     (tmp_path / "g++").write_text("#!/bin/sh\necho no such option >&2\nexit 1\n")
     (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

@@ -143,9 +143,7 @@ def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batc
 @pytest.mark.parametrize(
     ("fault", "what", "dtype"), [({"steps": [2]}, "loss", "fp32"), ({"gradient_step": 2}, "gradient", "fp16")]
 )
-def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_rows_and_the_loss_before(
-    train, rows_file, fault, what, dtype
-):
+def test_a_step_that_is_not_finite_stops_the_run_with_its_rate_and_rows(train, rows_file, fault, what, dtype):
     with rejects(f"{what}.not_finite", "step 2", "rate 0.01") as stop:
         train(Spoilt, diary := Diary(), compute_dtype=dtype, **fault)
     message = str(stop.value)

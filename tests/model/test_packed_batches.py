@@ -21,10 +21,7 @@ def states_by_sample(module, batch):
 
 def assert_states_as_alone(module, batch, tolerance):
     rows = torch.arange(len(batch["cu_seqlens"]) - 1)
-    together, parts = (
-        states_by_sample(module, batch),
-        [*module.cutter.cut({**batch, "row_ids": rows, "source": rows})],
-    )
+    together, parts = states_by_sample(module, batch), [*module.cutter.cut(batch | {"row_ids": rows, "source": rows})]
     alone = [states for part in parts for states in states_by_sample(module, part)]
     assert len(parts) == len(together) == len(rows)
     assert max(map(distance, together, alone)) <= tolerance
@@ -45,10 +42,8 @@ def test_a_sample_has_the_states_that_it_has_alone_and_no_other_changes_a_bit_of
         assert torch.equal(states_by_sample(module, {**batch, "input_ids": ids})[sample], together[sample])
 
 
-def test_rows_that_would_turn_each_other_are_refused_and_shorter_ones_train_as_alone(
-    tiny_base, rows_file, tmp_path, capsys
-):
-    """Dynamic NTK rotary embedding scales by the longest row of a batch: here beyond 40 tokens."""
+def test_rows_that_would_turn_each_other_are_refused(tiny_base, rows_file, tmp_path, capsys):
+    """Dynamic NTK rotary embedding scales by the longest row of a batch: here beyond 40 tokens; shorter ones train."""
     base = shutil.copytree(tiny_base, tmp_path / "dynamic")
     config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 40}
     config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}

@@ -30,18 +30,11 @@ def linears(model):
     return [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
 
 
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "double_quant"),
-    [
-        ("nf4", torch.float32, False),
-        ("fp4", torch.bfloat16, True),
-        ("int8", torch.bfloat16, True),
-        ("none", torch.bfloat16, True),
-    ],
-)
-def test_linears_are_stored_as_asked_and_all_else_is_frozen_in_the_compute_dtype(
-    tiny_base, quantization, dtype, double_quant
-):
+STORED = [("nf4", torch.float32, False), *((name, torch.bfloat16, True) for name in ("fp4", "int8", "none"))]
+
+
+@pytest.mark.parametrize(("quantization", "dtype", "double_quant"), STORED)
+def test_linears_are_stored_as_asked_and_all_else_in_the_compute_dtype(tiny_base, quantization, dtype, double_quant):
     model = load(tiny_base, quantization, compute_dtype=dtype, double_quant=double_quant)
     kinds = {"none": nn.Linear, "int8": bnb.nn.Linear8bitLt}
     assert len(linears(model)) == 2 * 7  # layers × linears
@@ -81,9 +74,7 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
 
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_f"), reason="others compute rightly with it")
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_a_width_that_a_cpu_computes_wrongly_is_rejected_and_an_adapter_from_elsewhere_is_merged_rightly(
-    tiny_base, tmp_path, quantization
-):
+def test_a_width_that_a_cpu_computes_wrongly_is_rejected_and_merged_rightly(tiny_base, tmp_path, quantization):
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
     save_random_llama(base, torch.float32, hidden_size=64, intermediate_size=96)

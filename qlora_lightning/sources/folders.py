@@ -29,16 +29,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _EXPANDED = "mxfp4"  # quant_method of gpt-oss, whose experts are read as 16 bits
 _FINGERPRINT_FORMAT = 1  # incremented whenever the same tensors would get another fingerprint
 _REMEDY = "Correct it, or download or save the base again."
-# Of these transformers makes lists and modules, one after the other.
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_labels", "depth", "encoder_layers")
-_PARTS_KEYS = {  # a token that sees the ones behind it, as in EmbeddingGemma, would see its label
-    **dict.fromkeys(_COUNTS, range(2000)),
-    "use_bidirectional_attention": Literal["vision", False] | None,
-}
+# A token that sees the ones behind it, as in EmbeddingGemma, would see its label.
+_PARTS_KEYS = {"use_bidirectional_attention": Literal["vision", False] | None}
 _CONFIG_KEYS = {
     **{"model_type": str | None, "auto_map": dict | None, "quantization_config": dict | None},
-    **_PARTS_KEYS,
-    **dict.fromkeys(("text_config", "vision_config", "audio_config"), _PARTS_KEYS),
+    **{**_PARTS_KEYS, "text_config": _PARTS_KEYS},
 }
 # Attributes that open_text_config gives to a config: no file has a say in them.
 WRAPPER_KEYS = ("wrapper", "names_in_wrapper")
@@ -134,6 +129,12 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
         raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.", "base.folder")
     config = files.read_json_object(file, _REMEDY, _CONFIG_KEYS)
+    parts = [config]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():  # of these transformers makes lists, with an entry for each
+            if key.endswith(("layer", "layers", "depth", "labels")) and isinstance(value, int) and value >= 2000:
+                raise UserError(f"{file}: {key} is {value}, expected less than 2,000. {_REMEDY}", key)
     if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
         del config["quantization_config"]
     return config

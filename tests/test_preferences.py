@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.kto import KTOModule
+from tests.data.conftest import TEMPLATES
 from tests.equality import metrics
 from tests.errors import rejects
 from tests.rows import write_rows
@@ -102,7 +102,7 @@ def test_rows_that_are_neither_pairs_nor_verdicts_are_named(tmp_path, smollm2_fo
 
 
 ASKED_ON = [*ASKED, {**GOOD[0], "reasoning_content": "A greeting."}, *ASKED]
-QWEN3 = str(Path(__file__).parent / "data" / "model_templates" / "qwen3.jinja")  # earlier reasoning is left out
+QWEN3 = str(TEMPLATES / "qwen3.jinja")  # earlier reasoning is left out
 
 
 @pytest.mark.parametrize("template", ["chatml", QWEN3], ids=["chatml", "qwen3"])

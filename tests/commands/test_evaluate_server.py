@@ -20,6 +20,7 @@ import pytest
 from qlora_lightning.cli import main
 from qlora_lightning.commands.evaluate_server import decide
 from qlora_lightning.evaluation.row_results import Answer
+from tests.data.conftest import TEMPLATES
 
 KEY = "sk-never-shown"
 QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
@@ -251,9 +252,8 @@ def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
     turns = [("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?"), ("assistant", "6")]
     row = {"messages": [{"role": role, "content": text} for role, text in turns]}
     Path("turns.jsonl").write_text(json.dumps(row))
-    template = Path(__file__).parents[1] / "data" / "model_templates" / "qwen3.jinja"
     with serving(lambda question: "4") as (url, requests):
-        evaluate(url, "--data.val", "turns.jsonl", "--data.chat_template", str(template))
+        evaluate(url, "--data.val", "turns.jsonl", "--data.chat_template", str(TEMPLATES / "qwen3.jinja"))
     assert sorted(len(body["messages"]) for _, body in requests) == [1, 3]
 
 

@@ -1,4 +1,7 @@
+import functools
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -80,19 +83,59 @@ _LINES = [
     "You answer in one word:  yes or no.\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
 ]
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama-3 and Qwen do
-_CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-_R1 = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
-FAMILIES = {  # name: control tokens, BOS, end of sequence
-    "llama2": (["<unk>", "<s>", "</s>"], "<s>", "</s>"),
-    "llama31": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
-    "qwen25": (_CHATML, None, "<|im_end|>"),
-    "qwen3": (_CHATML, None, "<|im_end|>"),
-    "deepseek_r1": (_R1, _R1[0], _R1[1]),
-    "gpt_oss": (["<|return|>", "<|call|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"], None, "<|return|>"),
-    "mistral": (["<unk>", "<s>", "</s>", "[INST]", "[/INST]"], "<s>", "</s>"),
-    "markers": (_CHATML, None, "<|im_end|>"),
+
+# Chat templates of families as their models publish them, which TRL carries (its README there says of which model), and
+# the tokens at which generation of these models stops, the tokenizer's end of sequence first.
+TEMPLATES = Path(importlib.util.find_spec("trl").origin).with_name("chat_templates")
+FAMILIES = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "cohere2": "<|END_OF_TURN_TOKEN|>",
+    "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
+    "deepseekv3": "<｜end▁of▁sentence｜>",
+    "gemma": "<eos> <end_of_turn>",
+    "gemma3": "<eos> <end_of_turn>",
+    "gemma4": "<eos> <turn|> <|tool_response>",
+    "gemma4_v2": "<eos> <turn|> <|tool_response>",
+    "gemma4_v3": "<eos> <turn|> <|tool_response>",
+    "gemma4_v4": "<eos> <turn|> <|tool_response>",
+    "gemma4_v5": "<eos> <turn|> <|tool_response>",
+    "glm4moe": "<|endoftext|> <|user|> <|observation|>",
+    "gptoss": "<|return|> <|call|>",
+    "lfm2": "<|im_end|>",
+    "lfm2_v2": "<|im_end|>",
+    "lfm2_2_5": "<|im_end|>",
+    "lfm2_2_5_v2": "<|im_end|>",
+    "lfm2_2_5_vl": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llama3_1": "<|eot_id|> <|eom_id|>",
+    "llama3_2": "<|eot_id|> <|eom_id|>",
+    "mistral": "</s>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron_3_nano": "<|im_end|>",
+    "nemotron_3_super": "<|im_end|>",
+    "nemotron_3_5_lightning": "<|im_end|>",
+    "nemotron_3_ultra": "<|im_end|>",
+    "phi3": "<|endoftext|> <|end|>",
+    "phi3_5": "<|endoftext|> <|end|>",
+    "qwen2_5": "<|im_end|>",
+    "qwen2_5_vl": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "qwen3_5_nothink": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+    "qwen3_6": "<|im_end|>",
+    "qwen3_8": "<|im_end|>",
+    "qwen3_instruct_2507": "<|im_end|>",
+    "qwen3_vl": "<|im_end|>",
 }
+# of Mistral-7B-Instruct-v0.2, under Apache 2.0, which TRL does not carry: the header of an answer has no control token
+_MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+_CONTROL = re.compile(r"<\|[^|<>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>")
 
 
 def _byte_level(controls):
@@ -127,24 +170,34 @@ def _like_sentencepiece(controls):
     return backend
 
 
-def make_families():
-    """Small tokenizers in the style of known models: name -> tokenizer with template, BOS and end as they have it."""
+@functools.cache
+def make_family(name):
+    """A small tokenizer in the style of a family, with its template, and with the control tokens that occur there."""
     from transformers import PreTrainedTokenizerFast
 
-    made = {}
-    for name, (controls, bos, eos) in FAMILIES.items():
-        backend = _like_sentencepiece(controls) if name == "llama2" else _byte_level(controls)
-        backend.add_special_tokens(controls)
-        if bos:
-            first = [(bos, backend.token_to_id(bos))]
-            backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=first)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
-        template = Path(__file__).with_name("model_templates") / f"{name}.jinja"
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-        made[name] = tokenizer
-    return made
+    template = _MISTRAL if name == "mistral" else (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    bos = "<s>" if "bos_token" in template else None
+    stops = FAMILIES[name].split()
+    first = ["<unk>", "<s>"] if name == "mistral" else ["<|endoftext|>", *([bos] if bos else [])]
+    controls = list(dict.fromkeys([*first, *_CONTROL.findall(template), *stops]))
+    backend = _like_sentencepiece(controls) if name == "mistral" else _byte_level(controls)
+    backend.add_special_tokens(controls)
+    if bos:
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token=stops[0], chat_template=template
+    )
+    tokenizer.former_stop_ids = frozenset(tokenizer.convert_tokens_to_ids(stops))
+    return tokenizer
+
+
+class _Families(dict):
+    def __missing__(self, name):
+        return make_family(name)
 
 
 @pytest.fixture(scope="session")
 def families():
-    return make_families()
+    """Tokenizers by the name of their family, not to be changed."""
+    return _Families()

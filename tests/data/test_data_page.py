@@ -80,7 +80,7 @@ def test_every_config_reads_the_rows_beside_it(config, folder, smol):
 def test_every_format_is_known_by_its_row(name, row, tmp_path, families, smol):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
     name = name.strip("`")
-    tokenizer = smol if name == "tokens" else families["qwen25"]  # whose ids the page shows; the other is quicker
+    tokenizer = smol if name == "tokens" else families["qwen2_5"]  # whose ids the page shows; the other is quicker
     settings = {"format": "text" if name == "text" else "auto", "chat_template": "chatml-tools"}
     data = InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=tokenizer, **settings)
     data.setup("fit")
@@ -97,7 +97,7 @@ def test_no_format_is_missing():
 )
 def test_every_pair_of_answers_and_every_judged_answer_is_read_alike(row, source, tmp_path, families):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
-    data = PreferenceDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen25"])
+    data = PreferenceDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen2_5"])
     data.setup("fit")
     verdicts, answers = data.samples["train"].desirable, ["4<|im_end|>", "5<|im_end|>"]
     expected = answers if verdicts is None else [answers[0] if verdicts[0] else answers[1]]
@@ -109,8 +109,8 @@ def test_what_is_said_to_be_rejected_is(row, why, tmp_path, families):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row_of(row)))
     key = next((f"row.{name}" for name in ("rejected", "label", "images") if name in row_of(row)), "rows.bad")
     with rejects(key):
-        InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen25"]).setup("fit")
+        InstructionDataModule(tmp_path / "rows.jsonl", tokenizer=families["qwen2_5"]).setup("fit")
     remedy = re.search(r"`columns: (.*?)`", why)
     if remedy:
         columns = yaml.safe_load(remedy[1])
-        InstructionDataModule(tmp_path / "rows.jsonl", columns=columns, tokenizer=families["qwen25"]).setup("fit")
+        InstructionDataModule(tmp_path / "rows.jsonl", columns=columns, tokenizer=families["qwen2_5"]).setup("fit")

@@ -33,7 +33,7 @@ def setup(write, families, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(tmp_path / "cache"))
     write("train.jsonl", [{"prompt": f"q{number}", "completion": "k"} for number in range(8)])
     write("val.jsonl", [{"prompt": "q1", "completion": "k"}])
-    families["qwen25"].save_pretrained("tok")
+    families["qwen2_5"].save_pretrained("tok")
     Path("tok/generation_config.json").write_text('{"eos_token_id": 2}')
     shutil.copytree(Path(qlora_lightning.data.__file__).parent, "data")
     monkeypatch.setattr(qlora_lightning.data, "__file__", "data/__init__.py")

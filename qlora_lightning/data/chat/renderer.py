@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,11 @@ from qlora_lightning.support.errors import UserError
 _OURS = ("train", "reasoning_content")
 _TAG = r"\w*(?:think|reason)\w*"  # <think>, [THINK], <seed:think>, …
 _INLINE = re.compile(rf"\s*<({_TAG})>(.*?)</\1>\s*", re.DOTALL)  # reasoning within the content
-_OPENED = re.compile(rf"[<\[]{_TAG}[>\]]\s*$", re.IGNORECASE)  # by the generation prompt
+# at the end of a generation prompt: a block of reasoning that it opens, or that it writes empty; Gemma 4 has channels
+_PROMPT_BLOCK = re.compile(
+    rf"(?P<opening>[<\[]{_TAG}[>\]]|<\|channel>thought)\s*(?P<closing>[<\[]/{_TAG}[>\]]|<channel\|>)?\s*$",
+    re.IGNORECASE,
+)
 # a block without content, and the line breaks that templates write after it
 _NO_REASONING = re.compile(rf"\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
@@ -334,6 +339,7 @@ class TemplateRenderer:
         template = getattr(tokenizer, "chat_template", None)
         self._reasoning_key = templates.find_reasoning_key(template)
         self._searched_words = templates.find_searched_words(template)
+        self._endings = dict[bool, str]()
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
         """Render a conversation to train on.
@@ -349,16 +355,19 @@ class TemplateRenderer:
             UserError: it writes no stop token after an answer.
         """
         messages = self.arrange_reasoning(messages)
-        text = self._apply(messages, tools)
+        text = self._apply_ended(messages, tools)
         _check_messages(messages, text)
-        if tools and self._apply(messages, None) == text:
+        if tools and self._apply_ended(messages, None) == text:
             raise RowFault(f"the chat template leaves out the tools. {_ADVICE}")
         prefixes, answers = list[RenderedText](), list[AnswerSpan]()
         for index, located in self._find_spans(messages, tools, wanted, text).items():
             if located is None:
+                thinks = _split_reasoning(messages[index])[0] is not None
                 raise RowFault(
                     f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) "
                     "otherwise than generation would see and continue it"
+                    + ". Its reasoning may need a data.template_options, such as enable_thinking: true"
+                    * thinks
                 )
             answer_text, span = located
             answer = self._check_answer(messages[index], answer_text, span)
@@ -411,6 +420,13 @@ class TemplateRenderer:
                 "chat_template.size",
             )
         return text
+
+    def _apply_ended(self, messages: Sequence[Message], tools: Tools) -> str:
+        """Render a conversation up to an answer, with its end even if only the header of the next turn writes it."""
+        is_call = "tool_calls" in messages[-1]
+        if is_call not in self._endings:
+            self._endings[is_call] = templates.find_ending(self.tokenizer, self.controls.stop_pattern, is_call)
+        return self._apply(messages, tools) + self._endings[is_call]
 
     def _as_read(self, message: Message) -> dict[str, Any]:
         """Return a message as the template reads it: without ``train``, its reasoning under the template's key."""
@@ -480,16 +496,40 @@ class TemplateRenderer:
     def _find_span(self, messages: Conversation, tools: Tools, index: int, text: str) -> _Located:
         """Return the whole text with an answer as generated, else the text up to the answer, and the answer's span."""
         prompt = self._apply(messages[:index], tools, generation=True)
-        rendered = text if index + 1 == len(messages) else self._apply(messages[: index + 1], tools)
-        turn = _find_turn(messages[index], prompt, rendered)
-        if turn is None:
+        rendered = text if index + 1 == len(messages) else self._apply_ended(messages[: index + 1], tools)
+        reasoning, _ = _split_reasoning(messages[index])
+        if rendered.startswith(prompt):
+            generated: str | None = rendered[len(prompt) :]
+        else:
+            block = _PROMPT_BLOCK.search(prompt)
+            head = prompt[: block.start()] if block else prompt
+            written = self._find_written(messages[: index + 1], tools, head, rendered)
+            generated = _continue_block(block, reasoning, written) if block and written is not None else written
+        if generated is None:
             return None
-        generated, block_end = turn
-        stop = self.controls.stop_pattern.search(generated, block_end)
-        end = len(prompt) + (stop.end() if stop else len(generated))
-        prefix = prompt + generated
+        empty = _NO_REASONING.match(generated) if reasoning is None else None
+        begin = empty.end() if empty else 0
+        stop = self.controls.stop_pattern.search(generated, begin)
+        prefix, end = prompt + generated, len(prompt) + (stop.end() if stop else len(generated))
         # what a template writes behind the last stop token, as Phi-3 does, makes no other answer of it
-        return text if text.startswith(prefix[:end]) else prefix, AnswerSpan(index, len(prompt) + block_end, end)
+        return text if text.startswith(prefix[:end]) else prefix, AnswerSpan(index, len(prompt) + begin, end)
+
+    def _find_written(self, messages: Conversation, tools: Tools, head: str, rendered: str) -> str | None:
+        """Return what a template writes for the last message behind its header; None if that cannot be found.
+
+        ``head`` is the generation prompt up to the end of the header. Usually the rendered text begins with it. Some
+        templates write earlier turns otherwise once an answer follows: gpt-oss leaves out the reasoning of calls, which
+        generation sees. There the header is the last one before the first difference from another answer.
+        """
+        if rendered.startswith(head):
+            return rendered[len(head) :]
+        header = head.removeprefix(self._apply(messages[:-1], tools))
+        other: Message = {**messages[-1], "content": "\uffff"}
+        if "reasoning_content" in other:
+            other["reasoning_content"] = "\uffff"
+        texts = [rendered, self._apply([*messages[:-1], other], tools)]
+        shared = os.path.commonprefix(texts)  # noqa: RUF071 texts, not paths
+        return rendered[shared.rfind(header) + len(header) :] if header and header in shared else None
 
     def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
         """Check that a turn has its answer, and return its span up to the end of the stop token."""
@@ -512,26 +552,20 @@ class TemplateRenderer:
         return AnswerSpan(index, start, stop.end())
 
 
-def _find_turn(message: Message, prompt: str, rendered: str) -> tuple[str, int] | None:
-    """Return what generation must produce after a prompt to give the rendered text; None if that is impossible.
+def _continue_block(block: re.Match[str], reasoning: str | None, written: str) -> str | None:
+    """Return what generation must produce behind a block of reasoning in its prompt; None if that is impossible.
 
-    The second value is the length of the empty reasoning block at its start that the template itself writes.
+    ``written`` is what the template writes for the answer in place of the block and behind it.
     """
-    reasoning, _ = _split_reasoning(message)
-    if rendered.startswith(prompt):
-        generated = rendered[len(prompt) :]
-        block = _NO_REASONING.match(generated) if reasoning is None else None
-        return generated, block.end() if block else 0
-    opening = _OPENED.search(prompt)
-    if not opening or not rendered.startswith(prompt[: opening.start()]):
-        return None
-    written, tag = rendered[opening.start() :], opening[0].rstrip()
-    if written.startswith(tag):  # as Nemotron: an empty block, without the line break of the prompt
-        generated = written.removeprefix(tag).lstrip("\n")
-    else:  # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
-        generated = (reasoning or "").strip("\n") + f"\n{tag[0]}/{tag[1:]}\n\n" + written.lstrip("\n")
-    block = _NO_REASONING.match(generated) if reasoning is None else None
-    return generated, block.end() if block else 0
+    if block["closing"]:  # as Gemma 4 31B: an empty block, which is in the prompt alone
+        empty = _NO_REASONING.match(written)
+        return written[empty.end() if empty else 0 :] if reasoning is None else None
+    opening = block["opening"]
+    closing = f"{opening[0]}/{opening[1:]}"
+    if written.startswith((opening, closing)):  # as Nemotron and GLM 4.7: not with the line breaks of the prompt
+        return written.removeprefix(opening).lstrip("\n")
+    # as DeepSeek-R1: the prompt opens the reasoning, which the template never writes itself
+    return (reasoning or "").strip("\n") + f"\n{closing}\n\n" + written.lstrip("\n")
 
 
 def _check_messages(messages: Sequence[Message], text: str) -> None:

@@ -287,3 +287,27 @@ def _find_turn_end(tokenizer: Any) -> int | None:
     first, between = found[0][:1], [token_id for token_id in found[1] if token_id in stop_ids]
     ends = first if stop_ids.issuperset(first) else []
     return next(iter((*ends, *between, *first)), None)
+
+
+def find_ending(tokenizer: Any, stop_pattern: re.Pattern[str], is_call: bool) -> str:
+    """Return what ends an answer, or one with a call, if a template writes that only before another turn; else "".
+
+    The answers of GLM end with the token that begins the next turn: the user's, or that of a call's result.
+    """
+    text, following = _PROBE[1]["content"], _PROBE[0]
+    messages: list[dict[str, Any]] = list(_PROBE)
+    if is_call:
+        call = {"type": "function", "function": {"name": "find", "arguments": {"text": text}}}
+        messages[1] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        following = {"role": "tool", "content": "A result."}
+    options = {"tokenize": False, "add_generation_prompt": False}
+    try:
+        last = str(tokenizer.apply_chat_template(messages, **options))
+        longer = str(tokenizer.apply_chat_template([*messages, following], **options))
+    except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
+        return ""
+    stop = stop_pattern.search(longer, len(last))
+    if stop is None or not longer.startswith(last) or stop_pattern.search(last, last.rfind(text)):
+        return ""
+    ending = longer[len(last) : stop.end()]
+    return "" if following["content"] in ending else ending

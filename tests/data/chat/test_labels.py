@@ -1,4 +1,4 @@
-"""What is trained of a row beside what the golden files hold, and what is rejected since it would train otherwise."""
+"""What is trained of a row, by hand, and what is rejected since it would train otherwise."""
 
 import copy
 
@@ -25,7 +25,7 @@ def labelled(tokenizer, rendered):
 @pytest.fixture
 def chatml(families):
     """A copy that a test may change."""
-    return copy.deepcopy(families["qwen25"])
+    return copy.deepcopy(families["qwen2_5"])
 
 
 def test_ids_and_labels_by_hand(characters, talk):
@@ -49,7 +49,7 @@ def test_what_follows_the_last_answer_is_left_out_and_marks_do_not_contradict_se
 @pytest.mark.parametrize("form", ["NFC", "NFKC"])
 def test_a_tokenizer_that_composes_characters_trains_the_same_answer(families, talk, form):
     """As Qwen's do: the tokens say another text than the row, and begin at other characters."""
-    plain = families["qwen25"]
+    plain = families["qwen2_5"]
     backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
     backend.normalizer = getattr(normalizers, form)()
     tokenizer = type(plain)(tokenizer_object=backend, eos_token=plain.eos_token)
@@ -95,8 +95,31 @@ def test_a_prompt_that_its_question_changes_is_found_between_others(chatml, talk
     header = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     chatml.chat_template = f"{header}{{% if add_generation_prompt %}}{end}{{% endif %}}"
     assert labelled(chatml, render_one(chatml, talk(*"qaqbqc"))) == "a<|im_end|>b<|im_end|>c<|im_end|>"
-    with rejects("rows.bad", "prefix-preserving", "message 4"):
-        render_one(chatml, talk("q", "a", "q /no_think", "b", "q", "c"))
+    samples = render_row({"messages": talk("q", "a", "q /no_think", "b", "q", "c")}, chatml)
+    assert sorted(labelled(chatml, sample) for sample in samples) == ["a<|im_end|>c<|im_end|>", "b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("prompted", "written", "trained"),  # of reasoning: by the generation prompt, by the template, and in the sample
+    [
+        ("<think>\n", "", "<think>\n\n</think>\n\n⟦a<|im_end|>"),  # as DeepSeek-R1
+        ("<think>\n", "<think></think>", "<think>\n</think>⟦a<|im_end|>"),  # as Nemotron 3
+        ("<think>", "</think>", "<think></think>⟦a<|im_end|>"),  # as GLM 4.7
+        ("<think>\n\n</think>\n\n", "", "<think>\n\n</think>\n\n⟦a<|im_end|>"),
+        ("<think></think>", "</think>", "<think></think>⟦a<|im_end|>"),  # as DeepSeek-V3.2
+        ("<|channel>thought\n<channel|>", "", "<|channel>thought\n<channel|>⟦a<|im_end|>"),  # as Gemma 4 31B
+    ],
+)
+def test_a_block_of_reasoning_in_the_prompt_is_closed_once(chatml, talk, prompted, written, trained):
+    chatml.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        f"{{{{ {written!r} if m['role'] == 'assistant' }}}}{{{{ m['content'] }}}}<|im_end|>\n{{% endfor %}}"
+        f"{{{{ '<|im_start|>assistant\n' + {prompted!r} if add_generation_prompt }}}}"
+    )
+    ids, labels = render_one(chatml, talk("q", "a"))
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    shown = f"{chatml.decode(ids[:start])}⟦{chatml.decode(ids[start:])}"
+    assert shown.endswith(f"<|im_start|>assistant\n{trained}\n")
 
 
 @pytest.mark.parametrize(("begin", "found"), [("", "none"), ("{{ bos_token }}{{ bos_token }}", "two")])
@@ -151,26 +174,12 @@ def test_a_template_that_leaves_out_calls_or_tools_is_rejected(chatml, talk, too
         render_one(chatml, conversation, tools)
 
 
-def test_an_answer_ends_at_any_stop_token_of_the_model(families, talk):
-    call = answer_with({"name": "add", "arguments": {"a": 1}}, reasoning_content="hm")
-    conversation = [*talk("q"), call, {"role": "tool", "content": "4"}]
-    conversation += [{"role": "assistant", "content": "Four.", "reasoning_content": "so"}]
-    gpt = copy.deepcopy(families["gpt_oss"])
-    gpt.former_stop_ids = gpt.convert_tokens_to_ids(["<|call|>", "<|return|>"])  # as its generation_config has them
-    begun = "<|start|>assistant"
-    assert labelled(gpt, render_one(gpt, conversation)) == (
-        f"<|channel|>analysis<|message|>hm<|end|>{begun} to=functions.add<|channel|>commentary json<|message|>"
-        '{"a": 1}<|call|>'
-        f"<|channel|>analysis<|message|>so<|end|>{begun}<|channel|>final<|message|>Four.<|return|>"
-    )
-
-
 # ---- texts and tokens ------------------------------------------------------------------------------------------------
 
 
 def test_a_document_has_a_beginning_and_an_end(chatml, families):
-    llama = families["llama31"]
-    ids = [0, *llama.encode("a four", add_special_tokens=False), 4]  # BOS and the end of sequence
+    llama = families["llama3_1"]
+    ids = [llama.bos_token_id, *llama.encode("a four", add_special_tokens=False), llama.eos_token_id]
     assert render_one(llama, {"text": "a four"}, format="text") == (ids, [-100, *ids[1:]])
     chatml.chat_template = None  # nothing of it is needed
     ids, labels = render_one(chatml, {"text": "Once"}, format="text")
@@ -185,7 +194,7 @@ def test_tokens_are_taken_as_they_are(chatml):
     row = {"input_ids": [5, 6, 7], "labels": [5, -100, 7]}
     assert render_one(chatml, row) == ([5, 6, 7], [-100, -100, 7])
     for ids, labels, reason in (
-        ([5, 10**6], [5, -100], "token ids from 5 to 1000000, in a vocabulary of 375"),
+        ([5, 10**6], [5, -100], "token ids from 5 to 1000000, in a vocabulary of"),
         ([5, 6], [-100, 7], "a label must be -100 or the token id itself"),
         ([5, 6], [-100], "as many labels, found 2 and 1"),
     ):

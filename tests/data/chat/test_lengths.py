@@ -37,7 +37,7 @@ def shorten(conversation, max_length, tokenizer):
 
 def test_turns_are_never_welded_together(families):
     """The middle of the prompt was cut out once: "You are a helpful assistanthat is earlier.<|im_end|>"."""
-    tokenizer = families["qwen25"]
+    tokenizer = families["qwen2_5"]
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     last = "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>"
     first = (

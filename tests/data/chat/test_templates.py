@@ -20,12 +20,11 @@ SYSTEM = [{"role": "system", "content": "Be brief."}]
 @pytest.fixture
 def base(families):
     """A family's tokenizer as its base model has it: without template, and with the end of a text as its end."""
-    ends = {"llama31": "<|end_of_text|>", "qwen25": "<|endoftext|>"}
 
     def make(name, template=None):
         tokenizer = copy.deepcopy(families[name])
-        tokenizer.chat_template = template
-        tokenizer.eos_token = ends.get(name, tokenizer.eos_token)
+        tokenizer.chat_template, tokenizer.former_stop_ids = template, ()
+        tokenizer.eos_token = "</s>" if name == "mistral" else "<|endoftext|>"
         return tokenizer
 
     return make
@@ -40,7 +39,7 @@ def stop_ids_of(tokenizer):
 
 
 def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
-    tokenizer = base("qwen25")
+    tokenizer = base("qwen2_5")
     tokenizer.bos_token = "<|endoftext|>"
     shown = choose(tokenizer, "chatml").apply_chat_template(talk("q", "a"), tokenize=False)
     assert shown.startswith("<|im_start|>")
@@ -54,10 +53,10 @@ def test_a_bos_is_written_where_the_tokenizer_writes_one_itself(base, talk):
 @pytest.mark.parametrize(
     ("name", "choice", "stop"),
     [
-        ("llama31", "llama3", "<|eot_id|>"),
-        ("qwen25", "chatml", "<|im_end|>"),
-        ("llama2", "alpaca", "</s>"),
-        ("qwen25", "alpaca", "<|endoftext|>"),
+        ("llama3_1", "llama3", "<|eot_id|>"),
+        ("qwen2_5", "chatml", "<|im_end|>"),
+        ("mistral", "alpaca", "</s>"),
+        ("qwen2_5", "alpaca", "<|endoftext|>"),
     ],
 )
 def test_a_preset_trains_each_answer_and_its_stop_token_and_is_saved(base, talk, tmp_path, name, choice, stop):
@@ -82,7 +81,7 @@ def test_a_preset_trains_each_answer_and_its_stop_token_and_is_saved(base, talk,
 
 def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp_path):
     """ChatML's are in it, and nothing says that they are special: a text is not split at them."""
-    state = json.loads(base("qwen25").backend_tokenizer.to_str())
+    state = json.loads(base("qwen2_5").backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] == "<|endoftext|>"]
     backend = Tokenizer.from_str(json.dumps(state))
     given = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
@@ -95,9 +94,9 @@ def test_tokens_of_the_vocabulary_that_are_not_special_become_so(base, talk, tmp
 
 
 def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_right(families, base):
-    right = families["qwen25"]
+    right = families["qwen2_5"]
     assert choose(right) is right
-    wrong = base("qwen25", right.chat_template)  # as Qwen's base models come
+    wrong = base("qwen2_5", right.chat_template)  # as Qwen's base models come
     chosen = choose(wrong)
     assert (chosen.eos_token, wrong.eos_token) == ("<|im_end|>", "<|endoftext|>")
     assert chosen.chat_template == right.chat_template
@@ -119,7 +118,7 @@ def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, write, choi
         Path("own.jinja").write_bytes(choice)
         choice = "own.jinja"
     with rejects("data.chat_template", found):
-        choose(base("qwen25"), choice)
+        choose(base("qwen2_5"), choice)
 
 
 def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_path):
@@ -132,20 +131,16 @@ def test_stop_ids_are_those_of_tokenizer_config_and_former_end(characters, tmp_p
         assert stop_ids_of(characters) == expected
 
 
-# as Llama 3.2's template begins; and as SmolLM3, gpt-oss and Mistral ask for the date, without a variable
-DATE = """{%- if not date_string is defined %}
-    {%- set date_string = strftime_now("%d %b %Y") %}
-{%- endif %}
-"""
+# Llama 3.2 has a variable for the date; SmolLM3, gpt-oss and Mistral ask for it without one
 TODAY = '{%- set today = strftime_now("%A, %-d %B %Y (%F, %j)") %}\n{{- today }}{{- motto | default("") }}'
 
 
 @pytest.fixture
 def tokenizers(families):
     """Tokenizers whose templates have a date, several names, or no variable for the date."""
-    llama = families["llama31"].chat_template.replace("{%- set date =", DATE + "{%- set date =", 1)
-    templates = {"date": ("llama31", llama), "today": ("markers", TODAY + families["markers"].chat_template)}
-    templates["named"] = ("llama31", {"default": llama, "tool_use": "{# tools #}" + llama})
+    llama = families["llama3_2"].chat_template
+    templates = {"date": ("llama3_2", llama), "today": ("qwen2_5", TODAY + families["qwen2_5"].chat_template)}
+    templates["named"] = ("llama3_2", {"default": llama, "tool_use": "{# tools #}" + llama})
     made = {name: copy.deepcopy(families[family]) for name, (family, _) in templates.items()}
     for name, (_, template) in templates.items():
         made[name].chat_template = template

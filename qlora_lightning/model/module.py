@@ -71,7 +71,8 @@ class QLoRAModule(lightning.LightningModule):
             ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
         adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
-        learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B.
+        learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B, and a tenth
+            of it for preferences.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
@@ -174,7 +175,8 @@ class QLoRAModule(lightning.LightningModule):
         if self.overrides("build_model"):
             self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options, self.fast)
         self.model.train()  # Hugging Face models come in eval()
-        self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, self.causal_lm.config.hidden_size)
+        width = self.causal_lm.config.hidden_size
+        self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, width, self.pairs)
         self._choose_precision()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
         saved = inject.saved_tensors(self)

@@ -26,6 +26,7 @@ def rates_of(choice, warmup_ratio=0.0):
 @pytest.mark.parametrize(("width", "rate"), [(8192, 1.165e-4), (4096, 2e-4), (2048, 3.434e-4), (576, 9.237e-4)])
 def test_the_learning_rate_of_auto_falls_with_the_bases_width(width, rate):
     assert choose_learning_rate("auto", width) == pytest.approx(rate, rel=1e-3)
+    assert choose_learning_rate("auto", width, preferences=True) == pytest.approx(rate / 10, rel=1e-3)
     assert choose_learning_rate(3e-4, width) == 3e-4
 
 

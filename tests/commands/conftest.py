@@ -60,6 +60,10 @@ def run_command(*arguments):
     return code, out.getvalue(), err.getvalue()
 
 
+def read_predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def bare_folder(tiny_base, tmp_path_factory):
     """The current folder, with a base without weights."""

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qlora_lightning.cli import main
-from tests.commands.conftest import help_examples
+from tests.commands.conftest import help_examples, read_predictions
 
 
 @pytest.fixture
@@ -24,10 +24,6 @@ def evaluate(trained, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out, json.loads(file.read_text())
 
     return run
-
-
-def read_predictions(folder):
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("arguments", help_examples("evaluate"), ids=" ".join)

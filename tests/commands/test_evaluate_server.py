@@ -20,10 +20,16 @@ import pytest
 from qlora_lightning.cli import main
 from qlora_lightning.commands.evaluate_server import decide
 from qlora_lightning.evaluation.row_results import Answer
+from tests.commands.conftest import read_predictions
 from tests.data.conftest import TEMPLATES
+from tests.rows import write_rows
 
 KEY = "sk-never-shown"
 QUESTIONS = [f"Count to {n}." for n in range(1, 9)]
+
+
+def said(role, content):
+    return {"role": role, "content": content}
 
 
 @contextmanager
@@ -56,7 +62,7 @@ def serving(answer_to, models=("mine",), prompt_tokens=None):
             if isinstance(text, bytes):
                 return self.reply(200, text)
             usage = {"completion_tokens": 3, "prompt_tokens": prompt_tokens}
-            message = text if isinstance(text, dict) else {"role": "assistant", "content": text}
+            message = text if isinstance(text, dict) else said("assistant", text)
             choice = {"message": message, "finish_reason": "length"}
             return self.reply(200, {"choices": [choice], "usage": usage})
 
@@ -94,7 +100,7 @@ def evaluate(trained, tmp_path, monkeypatch, capsys):
 def answers(evaluate, tmp_path):
     """The answers of base and adapter by question, which differ in each row."""
     evaluate(None, "--out", str(tmp_path / "out"))
-    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    lines = read_predictions(tmp_path / "out")
     found = {side: {QUESTIONS[line["row"]]: line[side]["answer"] for line in lines} for side in ("base", "adapter")}
     assert all(found["base"][question] != found["adapter"][question] for question in QUESTIONS)
     return found
@@ -138,13 +144,9 @@ TEMPLATE = """{{ tools | tojson if tools else "" }}{{ style }}{% for message in 
 
 
 def test_a_request_has_the_tools_and_calls_of_its_row_and_the_values_of_the_template(evaluate):
-    messages = [
-        {"role": "user", "content": "Roll."},
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "4"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    Path("tools.jsonl").write_text(json.dumps({"messages": messages, "tools": [TOOL]}))
+    messages = [said("user", "Roll."), {**said("assistant", ""), "tool_calls": [CALL]}]
+    messages += [said("tool", "4"), said("assistant", "Four.")]
+    write_rows(Path("tools.jsonl"), [{"messages": messages, "tools": [TOOL]}])
     Path("tools.jinja").write_text(TEMPLATE)
     options = ["--data.val", "tools.jsonl", "--data.chat_template", "tools.jinja"]
     with serving(lambda question: "Four.") as (url, requests):
@@ -159,10 +161,10 @@ def test_a_request_has_the_tools_and_calls_of_its_row_and_the_values_of_the_temp
 
 def test_calls_and_reasoning_become_text_as_templates_write_them(evaluate, tmp_path):
     call = {"id": "1", "type": "function", "function": {"name": "roll", "arguments": '{"sides":6}'}}
-    message = {"role": "assistant", "content": None, "reasoning_content": "A die.", "tool_calls": [call]}
+    message = {**said("assistant", None), "reasoning_content": "A die.", "tool_calls": [call]}
     with serving(lambda question: message) as (url, _):
         evaluate(url, "--out", str(tmp_path / "out"))
-    line = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
+    line = read_predictions(tmp_path / "out")[0]
     text = '<tool_call>\n{"name": "roll", "arguments": {"sides": 6}}\n</tool_call>'
     assert line["served"]["answer"] == f"<think>\nA die.\n</think>\n\n\n{text}"
 
@@ -201,12 +203,11 @@ def test_a_server_without_a_list_of_models_is_asked_by_name(evaluate, models):
 
 
 def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
-    answer = {"role": "assistant", "content": "4", "reasoning_content": "Two pairs."}
-    asked = [{"role": "user", "content": "What is 2 + 2?"}, answer]
-    long = [{"role": "user", "content": "Say so. " * 40}, {"role": "assistant", "content": "So."}]
-    begun = [asked[0], {"role": "assistant", "content": "\n\nLet me see.", "train": False}]
+    asked = [said("user", "What is 2 + 2?"), {**said("assistant", "4"), "reasoning_content": "Two pairs."}]
+    long = [said("user", "Say so. " * 40), said("assistant", "So.")]
+    begun = [asked[0], {**said("assistant", "\n\nLet me see."), "train": False}]
     rows = [{"messages": messages} for messages in (asked + asked, begun + asked, long, begun + long)]
-    Path("reasoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(Path("reasoned.jsonl"), rows)
     with serving(lambda question: "4") as (url, requests):
         _, printed, figures = evaluate(url, "--data.val", "reasoned.jsonl", "--data.max_length", "128")
     question, messages = asked[0]["content"], [body["messages"] for _, body in requests]
@@ -249,9 +250,8 @@ def test_whose_answers_a_server_gives_is_told_by_scores_and_then_by_equal_answer
 
 
 def test_each_sample_of_a_row_is_asked_by_its_own_question(evaluate):
-    turns = [("user", "What is 2 + 2?"), ("assistant", "4"), ("user", "And 3 + 3?"), ("assistant", "6")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    Path("turns.jsonl").write_text(json.dumps(row))
+    turns = [said("user", "What is 2 + 2?"), said("assistant", "4"), said("user", "And 3 + 3?"), said("assistant", "6")]
+    write_rows(Path("turns.jsonl"), [{"messages": turns}])
     with serving(lambda question: "4") as (url, requests):
         evaluate(url, "--data.val", "turns.jsonl", "--data.chat_template", str(TEMPLATES / "qwen3.jinja"))
     assert sorted(len(body["messages"]) for _, body in requests) == [1, 3]

@@ -26,9 +26,7 @@ def test_running_a_script_again_writes_the_committed_bytes(script, tmp_path):
 
 
 QUICK = ("llama-3.1-8b", "smollm2-preferences")
-RECIPES = [
-    pytest.param(config, id=config.stem, marks=[] if config.stem in QUICK else pytest.mark.slow) for config in CONFIGS
-]
+RECIPES = [pytest.param(each, id=each.stem, marks=[] if each.stem in QUICK else pytest.mark.slow) for each in CONFIGS]
 
 
 @pytest.mark.parametrize("config", RECIPES)

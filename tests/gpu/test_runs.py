@@ -105,12 +105,9 @@ def test_plain_peft_computes_what_the_module_computes(base, tmp_path, dtype):
     name = "fp32" if dtype == torch.float32 else "bf16"
     module = make_module(base, compute_dtype=name).eval()
     module.save_adapter(tmp_path / "adapter")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    plain = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype, quantization_config=quantization, device_map={"": DEVICE}
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config, device_map={"": DEVICE})
     plain = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     ids = make_batch((40,))["input_ids"].to(DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):

@@ -11,12 +11,8 @@ from qlora_lightning.model.layers.attention import PackedPass, packed_attention,
 from qlora_lightning.model.step.layout import ComputedTokens, bound_sequences, sequences_of_lengths
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(not has_function("attend", torch.bfloat16), reason="takes AVX512-BF16")
-    ),
-]
+BF16 = pytest.mark.skipif(not has_function("attend", torch.bfloat16), reason="takes AVX512-BF16")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=BF16)]
 
 
 def draw(tokens, dtype=torch.float32, heads=(6, 2, 2), width=16):
@@ -55,9 +51,7 @@ def attend_by(*, fast=True, loops=True, ragged_kernel=False):
     return attend
 
 
-fast, plain, ragged = (
-    attend_by(**options) for options in ({}, {"fast": False}, {"loops": False, "ragged_kernel": True})
-)
+fast, plain, ragged = (attend_by(**each) for each in ({}, {"fast": False}, {"loops": False, "ragged_kernel": True}))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -36,9 +36,7 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     """The page of one run, and that of three."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = [
-        read_run(write_run(folder / f"run-{number}", steps=200 + number, config={"a": number})) for number in range(3)
-    ]
+    runs = [read_run(write_run(folder / f"run-{n}", steps=200 + n, config={"a": n})) for n in range(3)]
     files = {"one": folder / "one.html", "several": folder / "several.html"}
     files["one"].write_text(render_report(runs[:1]), encoding="utf-8")
     files["several"].write_text(render_report(runs), encoding="utf-8")

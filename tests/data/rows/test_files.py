@@ -309,11 +309,9 @@ def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
     rest = {"format": "alpaca", "columns": {"q": "prompt"}, "system": "Be kind.", "roles": {"bot": "assistant"}}
     own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
-    first, second = find_sources(
-        [{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", encoding="latin-1", **rest
-    )
-    assert (first.rows, asdict(first.settings) | {"encoding": first.encoding}) == (5, own)
-    assert (asdict(second.settings), second.encoding) == (rest, "latin-1")
+    one, other = find_sources([{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", encoding="latin-1", **rest)
+    assert (one.rows, asdict(one.settings) | {"encoding": one.encoding}) == (5, own)
+    assert (asdict(other.settings), other.encoding) == (rest, "latin-1")
 
 
 def test_files_and_folders_named_after_a_split_are_of_that_split_alone():

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qlora_lightning.model.adapters.folder import check_saved
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.checkpoint.resume import ExactResume
@@ -76,13 +77,15 @@ def check_start(module: "QLoRAModule") -> None:
                 "module itself. What gains from compiling is compiled on a GPU anyway.",
                 "module.training_step",
             )
-        for name in ("training_step", "backward", "optimizer_zero_grad"):
-            if module.overrides(name):
-                raise UserError(
-                    f"{type(module).__name__} overrides {name}: training_step computes the gradients itself, and a "
-                    "step begins by clearing them. Override compute_loss instead, or use a callback.",
-                    f"module.{name}",
-                )
+        changed = [name for name in ("training_step", "backward", "optimizer_zero_grad") if module.overrides(name)]
+        if not module.automatic_optimization:
+            changed.append("automatic_optimization")
+        if changed:
+            raise UserError(
+                f"{type(module).__name__} changes {changed[0]}: training_step computes the gradients itself, and a "
+                "step begins by clearing them. Override compute_loss instead, or use a callback.",
+                f"module.{changed[0]}",
+            )
     runs = trainer.state.fn is not None  # the model may be built for a Trainer that does not run
     if runs and any(find_callback(trainer, kind) is None for kind in (ExactResume, TrainingGuard)):
         raise UserError(
@@ -232,6 +235,7 @@ class TrainingGuard(Callback):
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
                 "trainer.callbacks",
             )
+        check_saved(module.model)
         check_row_length(module.causal_lm.config, getattr(datamodule_of(trainer), "max_length", 0))
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())

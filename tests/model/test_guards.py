@@ -85,6 +85,20 @@ class LeavesEvaluationMode(QLoRAModule):
         self.model.eval()
 
 
+class StepsByHand(QLoRAModule):
+    automatic_optimization = False
+
+
+class TrainsNorms(QLoRAModule):
+    """As LongLoRA does, whose norms no adapter folder holds."""
+
+    def build_model(self):
+        model = super().build_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+        return model
+
+
 class DropsCallbacks(QLoRAModule):
     def configure_callbacks(self):
         return []
@@ -112,6 +126,8 @@ def by_lbfgs(base):
         (OwnStep, {}, "module.training_step"),
         (OwnBackward, {}, "module.backward"),
         (OwnZeroGrad, {}, "module.optimizer_zero_grad"),
+        (StepsByHand, {}, "module.automatic_optimization"),
+        (TrainsNorms, {}, "adapter.left_out"),
         (DropsCallbacks, {}, "module.configure_callbacks"),
         (ForgetsToDivide, {}, "module.optimizer_step"),
         (LeavesEvaluationMode, {}, "model.training"),

@@ -71,11 +71,11 @@ class TrainsPrompts(QLoRAModule):
 
 
 class Prompts(lightning.Callback):
-    """Labels each prompt too, in the batch itself."""
+    """Labels each token, in the batch itself: what a sample begins with is not predicted from the one before it."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        batch["labels"].copy_(batch["input_ids"]).index_fill_(1, batch["cu_seqlens"][:-1].long(), IGNORED)
-        self.labelled = int((batch["labels"] != IGNORED).sum())
+        batch["labels"].copy_(batch["input_ids"])
+        self.labelled = batch["labels"].numel() - len(batch["row_ids"])
 
 
 def test_labels_that_a_subclass_or_callback_changes_are_trained(tiny_base, rows_file, tmp_path):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlora_lightning.model.step.layout import next_labels
 from qlora_lightning.model.step.loss import LossSums, token_losses
 from qlora_lightning.sources.tensors import IGNORED
 
@@ -15,7 +14,7 @@ UNLABELLED = [0, 1, 2, 7, 8, 13, 14, 15]
 
 def head_loss(hidden, labels, head, fast=True):
     """The loss of the labelled tokens of a stream."""
-    targets = next_labels(labels)
+    targets = F.pad(labels[1:], (0, 1), value=IGNORED)
     is_labelled = targets != IGNORED
     nll, correct = token_losses(hidden[is_labelled], targets[is_labelled], head, fused=fast)
     return LossSums(nll.sum(), torch.tensor(len(nll)), {"token_accuracy": correct.sum()})

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
-from qlora_lightning.model.adapters.inject import ADAPTER, by_full_names, check_shapes, inject, moved_to_experts
+from qlora_lightning.model.adapters.inject import (
+    ADAPTER,
+    by_full_names,
+    check_shapes,
+    inject,
+    moved_to_experts,
+    trainable_tensors,
+)
 from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
@@ -269,6 +276,17 @@ def add_named_adapter(
     inject(model, config, str(folder), name)
     fill_adapter(model, folder, name)
     fuse_layers(model, fast)
+
+
+def check_saved(model: peft.PeftModel) -> None:
+    """Reject a model in which more trains than its adapter folder holds, as norms that were unfrozen by hand."""
+    saved = {id(tensor) for tensor in _tensors_by_key(model, model.active_adapter).values()}
+    if left_out := [name for name, tensor in trainable_tensors(model).items() if id(tensor) not in saved]:
+        raise UserError(
+            f"{len(left_out)} tensors of the base train, as {left_out[0]}, and PEFT leaves them out of the adapter "
+            "folder: freeze them, or name their modules in modules_to_save.",
+            "adapter.left_out",
+        )
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

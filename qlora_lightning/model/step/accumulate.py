@@ -120,7 +120,7 @@ class Window:
         scale of the gradients; ``over_ranks`` means that they and all sums are added up over several ranks.
         """
         if over_ranks:  # every rank has gradients of the same parameters, even if only one has used them
-            parameters = list(parameters)
+            parameters = [param for param in parameters if param.requires_grad]
             for param in parameters:
                 param.grad = torch.zeros_like(param) if param.grad is None else param.grad
             self._check_names()

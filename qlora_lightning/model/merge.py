@@ -129,20 +129,12 @@ def plan_merge(base_folder: Path, adapter: Path) -> MergePlan:
     stored = TensorFiles(base_folder, str(base_folder)).shapes()
     names = names_in_text(base_folder, config, stored)
     stored_names = {name: key for key, name in names.items()}
-    has_parts = bool(experts_of(base)) and not shapes.keys() <= stored_names.keys() and _converts_alone(base)
+    has_parts = bool(experts_of(base)) and not shapes.keys() <= stored_names.keys()
     transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}
     model = put_adapters(base, adapter).requires_grad_(False).eval()
     # what is no text, and buffers of the text, such as a bias that chooses experts
     copied = {key: shape for key, shape in stored.items() if key not in names or names[key] in buffers}
     return MergePlan(model, shapes, config, transposed, has_parts, stored_names, copied)
-
-
-def _converts_alone(causal_lm: Any) -> bool:
-    """Whether transformers' conversion to published names needs only one tensor at a time."""
-    tensors = dict(causal_lm.named_parameters())
-    parts = [revert_weight_conversion(causal_lm, {name: tensor}) for name, tensor in tensors.items()]
-    alone = {name: tensor.shape for part in parts for name, tensor in part.items()}
-    return alone == {name: tensor.shape for name, tensor in revert_weight_conversion(causal_lm, tensors).items()}
 
 
 class MergedWeights:

@@ -272,10 +272,7 @@ def sort_by_expert(top_k_index: Tensor, n_experts: int) -> Routing:
     """Sort on the device; the bounds are read once, for the loop over experts."""
     flat = top_k_index.reshape(-1)
     order = flat.argsort(stable=True)
-    if flat.device.type == "meta":  # a plan of memory: as evenly as can be
-        bounds = [len(flat) * expert // n_experts for expert in range(n_experts + 1)]
-    else:
-        bounds = torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
+    bounds = torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
     assert bounds[-1] == len(flat), "each index names an expert"
     slices = {expert: slice(*pairs) for expert, pairs in enumerate(itertools.pairwise(bounds)) if pairs[0] < pairs[1]}
     return Routing(order, order.argsort(), slices)

@@ -127,6 +127,12 @@ def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, t
     assert "training continues" not in out
 
 
+def test_a_short_last_part_that_runs_out_costs_a_fifth_of_what_has_fitted(tiny_base, tmp_path, whole, capsys):
+    train(tiny_base, whole[0], tmp_path, fails=[2], where="forward", micro_batch_tokens=200)
+    found = re.search(r"in a micro-batch of (\d+) tokens: from now on at most (\d+) tokens", capsys.readouterr().out)
+    assert int(found[1]) < int(found[2]) < 200
+
+
 def test_a_model_is_planned_for_again_and_checkpointing_switched_off(tiny_base, tmp_path, whole, monkeypatch):
     planned, plan = [], memory_fit.plan_fits
     monkeypatch.setattr(budget, "plan_fits", lambda *arguments: planned.append(plan(*arguments)) or planned[-1])

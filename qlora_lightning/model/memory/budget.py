@@ -29,6 +29,7 @@ class TokenBudget:
 
     Attributes:
         tokens: The current number.
+        fitted: The most tokens of a micro-batch that was trained on in this fit.
         checkpointing: Settings of :class:`~qlora_lightning.callbacks.GradientCheckpointing`, if a Trainer has it.
         fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
             number of tokens that it begins with.
@@ -39,7 +40,7 @@ class TokenBudget:
         check_setting("model.micro_batch_tokens", setting, is_valid, "a positive number, or auto")
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
-        self.tokens = self._unplanned
+        self.tokens, self.fitted = self._unplanned, 0
         self.checkpointing: dict[str, Any] = {}
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._switched_to = Checkpointing()
@@ -53,7 +54,7 @@ class TokenBudget:
         choices = checkpointing_choices(**settings, on_cuda=module.trainer.strategy.root_device.type == "cuda")
         planned = plan_fits(module, choices) if self.is_auto else None
         self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
-        self.tokens = self.fits[0].tokens
+        self.tokens, self.fitted = self.fits[0].tokens, 0
 
     def start(self, causal_lm: Any) -> None:
         """Switch to the chosen checkpointing, and print it.
@@ -94,7 +95,10 @@ class TokenBudget:
         micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
         suffix = f" in process {module.global_rank}" if module.global_rank else ""
         if len(micro_batch.lengths) > (2 if micro_batch.pairs else 1):
-            self.tokens = tokens * 4 // 5
+            if tokens > self.fitted:
+                self.tokens = max(tokens * 4 // 5, self.fitted)
+            else:  # as a short part behind larger ones: less memory is free now
+                self.tokens = min(self.tokens, self.fitted) * 4 // 5
             say(
                 f"Memory ran out{suffix} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
                 "tokens go through the model at a time. Only rounding, and what dropout draws, change."

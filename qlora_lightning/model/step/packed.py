@@ -1,6 +1,7 @@
 """A packed batch, as a data module collates it: its rows, their locations in the data, and parts of whole rows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from qlora_lightning.model.step.layout import MicroBatch, lay_out
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
     from qlora_lightning.model.memory.budget import TokenBudget
@@ -114,6 +116,8 @@ class Cutter:
     def cut(self, batch: Any) -> Iterator[Any]:
         """Cut a packed batch into micro-batches; a batch of another kind is its own."""
         if not is_packed(batch):
+            if isinstance(batch, Mapping) and "cu_seqlens" in batch:
+                _report_whole(", ".join(batch))
             yield batch
             return
         values = self.values_of(batch)
@@ -133,6 +137,15 @@ class Cutter:
         micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
         check_row_length(self.config, micro_batch.sequences.longest)
         return dataclasses.replace(micro_batch, **(self.values_of(batch) if values is None else values))
+
+
+@functools.cache
+def _report_whole(names: str) -> None:
+    """Print, once, why batches with tensors of these names are not cut."""
+    say_once(
+        f"A batch has {names}: tensors of your own are not cut into rows, so it goes through the model as a whole, and "
+        "data.batch_size decides its memory, not model.micro_batch_tokens."
+    )
 
 
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,10 +23,12 @@ def randomize(model, std=0.1, seed=0):
     return model
 
 
-def make_module(base, device="cpu", **options):
-    module = QLoRAModule(str(base), **{"rank": 4, "compute_dtype": "fp32"} | options).to(device)
+def make_module(base, device="cpu", cls=QLoRAModule, **options):
+    """A module whose adapter is drawn, or is that of a folder."""
+    usual = {"compute_dtype": "fp32"} if "adapter" in options else {"compute_dtype": "fp32", "rank": 4}
+    module = cls(str(base), **usual | options).to(device)
     module.configure_model()
-    return randomize(module)
+    return module if "adapter" in options else randomize(module)
 
 
 def make_trainer(folder, **options):

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from qlora_lightning import InstructionDataModule, PreferenceDataModule, PreferenceModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.model.kto import KTOModule
+from tests import steps
 from tests.data.conftest import TEMPLATES
 from tests.equality import metrics
 from tests.errors import rejects
 from tests.rows import write_rows
-from tests.steps import assert_same_step, loss_and_gradients, make_trainer, randomize, trainable_tensors
+from tests.steps import assert_same_step, loss_and_gradients, make_trainer, trainable_tensors
 
 ROWS = [
     {
@@ -37,11 +38,7 @@ def make_data(tmp_path, tokenizer, rows=ROWS, **options):
     return data
 
 
-def make_module(base, **options):
-    module = PreferenceModule(str(base), rank=4, **{"compute_dtype": "fp32"} | options)
-    module.configure_model()
-    return randomize(module)
-
+make_module = partial(steps.make_module, cls=PreferenceModule)
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
@@ -193,8 +190,7 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     start = make_module(tiny_base, dropout=0.5).eval()
     start.save_adapter(tmp_path / "start")
     batch = next(iter(make_data(tmp_path, tiny_base).train_dataloader()))
-    module = PreferenceModule(str(tiny_base), adapter=str(tmp_path / "start"), compute_dtype="fp32")
-    module.configure_model()
+    module = make_module(tiny_base, adapter=str(tmp_path / "start"))
     trained = set(trainable_tensors(module))
     with module.model.disable_adapter(), torch.no_grad():  # as the base is evaluated
         own, _ = plain_log_probs(module.model, batch)

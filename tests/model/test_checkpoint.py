@@ -10,7 +10,7 @@ import torch
 from qlora_lightning import LossSums, QLoRAModule
 from tests.equality import same
 from tests.errors import rejects
-from tests.steps import fit, make_trainer, randomize
+from tests.steps import fit, make_module, make_trainer
 
 
 class Own(QLoRAModule):
@@ -25,10 +25,8 @@ class Own(QLoRAModule):
 def trained(tiny_base, tmp_path_factory):
     """A module whose B is not zero, and a checkpoint of it as a Trainer writes it."""
     folder = tmp_path_factory.mktemp("trained")
-    settings = {"rank": 2, "target_modules": "attention", "learning_rate": 0.5, "compute_dtype": "fp32"}
-    module = Own(str(tiny_base), place=folder, odd=[object()], **settings)
-    module.configure_model()
-    randomize(module)
+    settings = {"rank": 2, "target_modules": "attention", "learning_rate": 0.5}
+    module = make_module(tiny_base, cls=Own, place=folder, odd=[object()], **settings)
     trainer = make_trainer(folder)
     trainer.strategy.connect(module)
     trainer.callbacks += module.configure_callbacks()

@@ -129,9 +129,7 @@ class OwnBase(QLoRAModule):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_an_own_base_attends_within_samples(tiny_base, fast):
-    ours = make_module(tiny_base, quantization="none")
-    own = OwnBase(str(tiny_base), fast=fast)
-    own.configure_model()
+    ours, own = make_module(tiny_base, quantization="none"), make_module(tiny_base, cls=OwnBase, fast=fast)
     with ours.model.disable_adapter(), own.model.disable_adapter():
         expected = ours.compute_loss(make_batch()).loss.item()
         assert own.compute_loss(make_batch()).loss.item() == pytest.approx(expected, rel=1e-5)
@@ -194,9 +192,7 @@ class OldNames(QLoRAModule):
 
 
 def test_an_objective_of_the_last_version_trains_with_a_warning(tiny_base):
-    batch, module, old = make_batch(), QLoRAModule(str(tiny_base)), OldNames(str(tiny_base))
-    for each in (module, old):
-        each.configure_model()
+    batch, module, old = make_batch(), make_module(tiny_base), make_module(tiny_base, cls=OldNames)
     sums, same_sums = module.compute_loss(batch), old.compute_loss(batch)
     assert (same_sums.loss, same_sums.count, same_sums.metrics) == (0.5 * sums.loss, sums.count, sums.metrics)
     with pytest.warns(FutureWarning):

@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -279,7 +280,15 @@ def inject(
             config.target_modules = targets | beside_experts
     for parameter in trainable_tensors(model).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
+    for module in base.modules():
+        is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
+        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
+            module.register_forward_hook(_cast_to_base)
     return model
+
+
+def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
+    return output.to(module.original_module.weight.dtype)
 
 
 def by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

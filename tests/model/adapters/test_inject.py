@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
 from tests.errors import rejects
+from tests.families import save_random
 from tests.steps import make_batch, make_module, trainable_tensors
 
 
@@ -100,3 +101,10 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
     assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_a_table_of_positions_trains_in_bf16(tmp_path):
+    options = {"modules_to_save": ["wpe"]}
+    module = make_module(save_random(tmp_path, "gpt2"), quantization="none", compute_dtype="bf16", lora_options=options)
+    module.compute_loss(make_batch()).loss.backward()
+    assert all(tensor.grad.any() for tensor in trainable_tensors(module.model).values())

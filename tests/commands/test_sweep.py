@@ -9,6 +9,7 @@ import yaml
 
 from qlora_lightning.cli import main
 from qlora_lightning.commands.sweep import Trial, choose
+from tests.commands.conftest import run_command
 from tests.equality import metrics, read_adapter, same
 
 
@@ -70,16 +71,11 @@ def folder(tiny_base, rows_file, tmp_path, monkeypatch):
     logging.getLogger("qlora_lightning").handlers.clear()
 
 
-@pytest.fixture
-def sweep(folder, capsys):
-    def run(*arguments, code=0):
-        capsys.readouterr()
-        assert main(["sweep-rank", "--config", "configs/quickstart.yaml", *map(str, arguments)]) == code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return captured.out + captured.err
-
-    return run
+def sweep(*arguments, code=0):
+    """Run the command; return what it printed, its error too."""
+    found, out, err = run_command("sweep-rank", "--config", "configs/quickstart.yaml", *arguments)
+    assert (found, "Traceback" in err) == (code, False), err
+    return out + err
 
 
 def read(file):
@@ -87,7 +83,7 @@ def read(file):
 
 
 @pytest.mark.slow
-def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_that_fit_takes(folder, sweep):
+def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_that_fit_takes(folder):
     alone = ["--model.rank=4", "--model.alpha=null", "--trainer.default_root_dir=alone"]
     assert main(["fit", "--config", "configs/quickstart.yaml", *alone]) == 0
     out = sweep("--ranks", "2,4", "--seeds", "2", "--json", "found.json")
@@ -115,14 +111,14 @@ def test_each_trial_is_the_fit_that_it_stands_for_and_the_chosen_config_is_one_t
 
 
 @pytest.mark.slow
-def test_trials_of_other_seeds_hold_out_the_same_rows(folder, sweep):
+def test_trials_of_other_seeds_hold_out_the_same_rows(folder):
     sweep("--ranks", "2,4", "--seeds", "2", "--data.val", "null", "--data.val_fraction", "0.3")
     found = [read(folder / SWEPT / name / "manifest.json")["data"]["hashes"] for name in ("rank-2", "rank-2-seed-1")]
     assert found[0]["val"] == found[1]["val"]
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not_stopped(folder, sweep, monkeypatch):
+def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not_stopped(folder, monkeypatch):
     ranks = ("--ranks", "2,4,8", "--seeds", "1")
     sweep(*ranks, "--trainer.default_root_dir", "whole")
     monkeypatch.setenv("ASK", str(int(signal.SIGTERM)))
@@ -138,7 +134,7 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not_stopped(folder, 
 
 
 @pytest.mark.slow
-def test_target_modules_and_learning_rates_are_all_tried(folder, sweep):
+def test_target_modules_and_learning_rates_are_all_tried(folder):
     out = sweep("--target-modules", "attention,mlp", "--model.rank", "2", "--seeds", "1")
     found = read(folder / "run" / "sweep-target-modules" / "sweep.json")
     assert [t["parameters"] for t in found["trials"]] == [2 * 2 * (2 * 128 + 2 * 96), 2 * 2 * 3 * 192]

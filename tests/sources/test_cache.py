@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from qlora_lightning.cli import main
 from qlora_lightning.sources.cache import cached_folder, hash_key
+from tests.commands.conftest import run_command
 from tests.equality import read_adapter, same
 from tests.errors import rejects
 
@@ -100,15 +101,11 @@ def test_damaged_bases_and_samples_are_made_again_by_the_next_fit(tiny_base, row
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(capsys):
+def run(*arguments):
     """Run the command; return the lines that it printed."""
-
-    def run(*arguments):
-        assert main(["cache", *arguments]) == 0
-        return capsys.readouterr().out.splitlines()
-
-    return run
+    code, out, _ = run_command("cache", *arguments)
+    assert code == 0
+    return out.splitlines()
 
 
 @pytest.fixture
@@ -121,7 +118,7 @@ def folders():
     return [cached_folder("unpacked", {}, build, "smol.gguf"), cached_folder("quantized", {}, build, "smol nf4")]
 
 
-def test_list_names_every_entry_and_the_total(folders, cache, run):
+def test_list_names_every_entry_and_the_total(folders, cache):
     lines = run("list")
     expected = {("unpacked", "smol.gguf", "2", "kB"), ("quantized", "smol", "nf4", "2")}
     assert {tuple(line.split()[:4]) for line in lines[1:3]} == expected
@@ -129,7 +126,7 @@ def test_list_names_every_entry_and_the_total(folders, cache, run):
     assert lines[3] == f"total 4 kB in {cache}"
 
 
-def test_clear_says_what_it_freed_and_leaves_a_running_build_and_what_is_not_the_caches(folders, cache, tmp_path, run):
+def test_clear_says_what_it_freed_and_leaves_a_running_build_and_what_is_not_the_caches(folders, cache, tmp_path):
     """QLORA_LIGHTNING_CACHE may be set to a folder that holds other things, and links may lead out of it."""
     running = cache / "unpacked" / hash_key({"running": 1})
     others = [tmp_path / "outside" / "precious", cache / "thesis", cache / "unpacked" / "notes", running / "half"]

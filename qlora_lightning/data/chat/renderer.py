@@ -529,7 +529,9 @@ class TemplateRenderer:
             other["reasoning_content"] = "\uffff"
         texts = [rendered, self._apply([*messages[:-1], other], tools)]
         shared = os.path.commonprefix(texts)  # noqa: RUF071 texts, not paths
-        return rendered[shared.rfind(header) + len(header) :] if header and header in shared else None
+        before, found, _ = shared.rpartition(header) if header else ("", "", "")
+        # an earlier header has what a tool returned behind it, if the template writes none before the answer
+        return rendered[len(before + header) :] if found and _has_content(before, messages[-2]) else None
 
     def _check_answer(self, message: Message, text: str, span: AnswerSpan) -> AnswerSpan:
         """Check that a turn has its answer, and return its span up to the end of the stop token."""
@@ -571,11 +573,15 @@ def _continue_block(block: re.Match[str], reasoning: str | None, written: str) -
 def _check_messages(messages: Sequence[Message], text: str) -> None:
     """Reject a template that leaves out or changes messages other than the answers."""
     for number, message in enumerate(messages, start=1):
-        content = message["content"].strip()
-        if message["role"] != "assistant" and content not in text and _as_json(content) not in text:
+        if message["role"] != "assistant" and not _has_content(text, message):
             raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
             raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
+
+
+def _has_content(text: str, message: Message) -> bool:
+    content = message["content"].strip()
+    return content in text or _as_json(content) in text
 
 
 def _split_reasoning(message: Message) -> tuple[str | None, str]:

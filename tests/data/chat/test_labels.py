@@ -69,6 +69,10 @@ WITH_TOOLS = (
 )
 TURN = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
 UPPER = TURN.replace("}{{ m['content'] }}<|im_end|>{", "}{{ m['content'] | upper }}<|im_end|>{")
+ONE_HEADER = (
+    "{% for m in messages %}{{ '<|im_start|>assistant\n' if loop.index0 == 1 }}{{ m['content'] }}{% endfor %}<|im_end|>"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
 OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
 
 
@@ -79,6 +83,7 @@ OTHER_HEADER = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_e
         ("{% for message in %}", "qa", "rows.bad", "cannot render the conversation: TemplateSyntaxError"),
         ("{{ raise_exception('no system role') }}", "qa", "rows.bad", "TemplateError: no system role"),
         (OTHER_HEADER + "{% if add_generation_prompt %}Answer: {% endif %}", "qa", "rows.bad", "prefix-preserving"),
+        (ONE_HEADER, "qarb", "rows.bad", "prefix-preserving"),
         (UPPER, "qA", "rows.bad", "message 1 (user)"),
         (UPPER, "Qa", "rows.bad", "changes the answer (message 2)"),
         (None, "qa", "data.chat_template", "chatml"),

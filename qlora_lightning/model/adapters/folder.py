@@ -117,8 +117,8 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     names, targets = _names_in_wrapper(model), getattr(model.base_model, "targeted_module_names", ())
     moved = moved_to_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
     if names or moved:
-        config.target_modules, parameters = {*targets} - {*moved}, config.target_parameters or []
-        config.target_parameters = [*parameters, *(f"{name}.weight" for name in moved)] or None
+        config.target_modules, parameters = {*targets} - {*moved}, config.target_parameters or ()
+        config.target_parameters = {*parameters, *(f"{name}.weight" for name in moved)} or None
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
             pattern = {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.integrations.mxfp4 import Mxfp4Dequantize, convert_moe_packed_tensors
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
@@ -34,8 +35,8 @@ from qlora_lightning.support.errors import UserError
 # Before, A and B of experts had another layout, which later ones do not read; with transformers 5.17 it opens none.
 ADAPTS_EXPERTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 20)
 
-EXPERTS_4BIT = "qlora_lightning_4bit"  # of our function, among those of transformers
-_METHOD = "qlora_lightning_experts"  # quant_method of our quantizer, in the config.json of a cached base
+# Our function of experts among those of transformers; and quant_method in the config.json of a cached base.
+_NAME = "qlora_lightning_experts"
 _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256  # of bitsandbytes: weights that share a scale, and scales that do
 
 
@@ -114,7 +115,8 @@ def pack_experts(model: Any, config: BitsAndBytesConfig, fill: bool = True) -> N
     """Put packed weights in the place of all experts' weights; without ``fill`` they are to be loaded."""
     all_experts = experts_of(model).values()
     if all_experts:
-        model.set_experts_implementation(register_experts())
+        register_experts()
+        model.set_experts_implementation(_NAME)
     for experts in all_experts:
         for name in weight_names(experts):
             weight = getattr(experts, name)
@@ -136,22 +138,19 @@ class ExpertsConfig(BitsAndBytesConfig):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "load_in_4bit": True})
-        self.quant_method = _METHOD
+        self.quant_method = _NAME
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings without those by which transformers chooses its own quantizer."""
         return {name: value for name, value in super().to_dict().items() if "load_in" not in name}
 
 
-class _PackWhileLoading(ConversionOps):
-    """Pack a weight of experts; leave all else to bitsandbytes' own operation."""
-
-    def __init__(self, quantizer: Bnb4BitHfQuantizer, linear: ConversionOps) -> None:
-        self._quantizer, self._linear = quantizer, linear
+class _PackWhileLoading(Bnb4bitQuantize):
+    """Pack a weight of experts; leave all else to bitsandbytes."""
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         """Convert weights, which transformers has joined from tensors of its files, or split."""
-        config = self._quantizer.quantization_config
+        config = self.hf_quantizer.quantization_config
         converted: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             if (described := model.get_parameter(name)).dim() == 3:
@@ -160,28 +159,21 @@ class _PackWhileLoading(ConversionOps):
                     raise UserError(f"{name} has the shape {[*weight.shape]}, not {[*described.shape]}", "base.tensors")
                 converted[name] = pack(weight, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
             else:
-                converted |= self._linear.convert({name: value}, model=model, **kwargs)
+                converted |= super().convert({name: value}, model=model, **kwargs)
         return converted
 
 
-class _Mxfp4(ConversionOps):
+class _Mxfp4(Mxfp4Dequantize):
     """Dequantize a weight of gpt-oss as it is published, an expert at a time; 16 bits hold its values exactly."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         """Convert the blocks and the scales of one weight."""
+        dtype = self.hf_quantizer.quantization_config.bnb_4bit_compute_dtype
         blocks, scales = (input_dict[pattern][0].split(1) for pattern in source_patterns)
-        experts = [convert_moe_packed_tensors(*pair, dtype=self._dtype) for pair in zip(blocks, scales, strict=True)]
+        experts = [convert_moe_packed_tensors(*pair, dtype=dtype) for pair in zip(blocks, scales, strict=True)]
         return {target_patterns[0]: torch.cat(experts)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Return what a save would call, which has no such weight."""
-        return self
 
 
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
@@ -194,13 +186,12 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _PackWhileLoading(self, super().get_quantize_ops())
+        return _PackWhileLoading(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return transformers' conversions, with one of MXFP4 that does not leave 16 bits in memory."""
         names = [f"experts.{name}" for name in ("gate_up_proj", "down_proj")]
-        operation = _Mxfp4(self.quantization_config.bnb_4bit_compute_dtype)
-        mxfp4 = [WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [operation]) for name in names]
+        mxfp4 = [WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [_Mxfp4(self)]) for name in names]
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return mxfp4 + conversions
 
@@ -216,12 +207,11 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 
 @functools.cache
-def register_experts() -> str:
-    """Let transformers know our quantizer and our function of experts; return the function's name."""
-    register_quantization_config(_METHOD)(ExpertsConfig)
-    register_quantizer(_METHOD)(ExpertsQuantizer)
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_4BIT, run_experts)
-    return EXPERTS_4BIT
+def register_experts() -> None:
+    """Let transformers know our quantizer and our function of experts."""
+    register_quantization_config(_NAME)(ExpertsConfig)
+    register_quantizer(_NAME)(ExpertsQuantizer)
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, run_experts)
 
 
 def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
@@ -426,13 +416,15 @@ def run_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    adapters: Mapping[str, tuple[float, Tensor, Tensor]] = MappingProxyType({}),
+    adapters: Mapping[str, tuple[float, Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Forward of an experts module of transformers; ``adapters`` are scaling, A and B by the weight's name."""
     device = device_of_autocast(hidden)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        products = [ExpertWeights(experts, name, dtype, *adapters.get(name, ())) for name in weight_names(experts)]
+        products = [
+            ExpertWeights(experts, name, dtype, *(adapters or {}).get(name, ())) for name in weight_names(experts)
+        ]
         tensors = [tensor for product in products for tensor in product.adapters]
         output = ExpertsFunction.apply(hidden.to(dtype), top_k_weights, top_k_index, experts, *products, *tensors)
     return cast(Tensor, output).to(hidden.dtype)

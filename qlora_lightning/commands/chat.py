@@ -120,7 +120,7 @@ class Session:
             RowFault: it cannot be rendered, or is too long.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system is not None else []
         prompts = {name: renderer.render_prompt([*system, *messages]) for name, renderer in self.renderers.items()}
         n_tokens = max(map(len, prompts.values()))
         if n_tokens >= self.context:

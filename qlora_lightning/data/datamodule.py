@@ -53,7 +53,7 @@ class InstructionDataModule(LightningDataModule):
             ``question_answer``, ``text``, ``tokens``, or the dotted path of a function ``row -> conversation``.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
-        system: system prompt for rows without one.
+        system: system prompt for rows without one; an empty one replaces the default of a chat template.
         encoding: encoding of text files without a byte order mark, such as ``cp1252``.
         chat_template: ``llama3``, ``chatml``, ``alpaca`` or a ``.jinja`` file; by default the tokenizer's own.
         template_options: values of the template's variables, ``{date_string: 27 Nov 2026, enable_thinking: false}``;

@@ -223,6 +223,10 @@ class TrainingGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = cast("QLoRAModule", pl_module)
         check_setup(module)
+        stopping = find_callback(trainer, callbacks.EarlyStopping)
+        if stage == "fit" and stopping and stopping.monitor.startswith("val_") and not trainer.enable_validation:
+            message = f"EarlyStopping waits for {stopping.monitor}: set data.val or data.val_fraction, or leave it out."
+            raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
         if stage == "fit":
             module.token_budget.plan(module)
 

@@ -134,6 +134,7 @@ def by_lbfgs(base):
         (compiled, {}, "module.training_step"),
         (by_lbfgs, {"accumulate_grad_batches": 2}, "model.optimizer"),
         (QLoRAModule, {"callbacks": lightning_callbacks.LearningRateFinder()}, "trainer.callbacks"),
+        (QLoRAModule, {"callbacks": lightning_callbacks.EarlyStopping("val_loss")}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": lightning_callbacks.EMAWeightAveraging()}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": lightning_callbacks.BackboneFinetuning()}, "trainer.callbacks"),
         (QLoRAModule, {"callbacks": lightning_callbacks.BatchSizeFinder()}, "trainer.callbacks"),

@@ -343,6 +343,8 @@ def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             if is_first and text.startswith("["):
                 yield from enumerate(_read_array(line, stream), start=1)
                 return
+            if is_first and text == "{":
+                raise RowFault("one object goes over several lines: expected one per line, or one array of objects")
             if is_first and not line.endswith("\n"):
                 text = (line := line + stream.readline(MAX_TEXT)).strip("\ufeff \t\r\n")
             if len(line) > MAX_TEXT:

@@ -160,7 +160,7 @@ class RowConverter:
         if row_system and conversation[0]["role"] == "system":
             raise rows.RowFault("has a system message and the key 'system' as well: expected one of them")
         system = rows.read_string(row_system, "'system'") if row_system else self.settings.system
-        if system and conversation[0]["role"] != "system":
+        if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return rows.Chat(conversation, rows.find_tools(tools, conversation))
 

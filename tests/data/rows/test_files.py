@@ -125,6 +125,7 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
     ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read: not JSON: Expecting value in line 2"),
+    ("a.json", '{\n"x": 1\n}', "a.json cannot be read: one object goes over several lines"),
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
     ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
     ("a.csv", "x,\n0,0\n1,2,3\n4\n", [(1, {"x": "0"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),

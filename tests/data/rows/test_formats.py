@@ -68,6 +68,7 @@ ROWS = [  # row, what it becomes, settings
     ({"text": "x"}, "hold no prompt", {"format": "text", "needs_answer": False}),
     # system prompts and roles
     ({"messages": [U, A]}, [said("system", "mine"), U, A], {"system": "mine"}),
+    ({"messages": [U, A]}, [said("system", ""), U, A], {"system": ""}),  # in place of a template's own
     ({"messages": [said("developer", "s"), U, A]}, [S, U, A], {"system": "mine"}),
     ({"messages": [S, U, A], "system": "s"}, "a system message and the key 'system' as well", {}),
     ({"messages": [said("me", "u"), said("bot", "a")]}, [U, A], {"roles": {"me": "user"}}),

@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, RenderedText, TokenizedSample
+from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, RenderedText, TokenizedSample, has_reasoning
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.content import (
     MAX_TEXT,
@@ -192,6 +192,7 @@ class Preparation:
         questions = [message["content"] for message in messages if message["role"] == "user"]
         texts = [part.content.text for part in converted.parts if isinstance(part.content, Text)]
         texts += [message["content"] + message.get("reasoning_content", "") for message in messages]
+        self.report.unreasoned += not all(map(has_reasoning, messages)) and self.renderer.opens_reasoning
         self.report.note_suspicious(converted.row.where, sorted(answers), questions, "\n".join(texts))
         return True
 

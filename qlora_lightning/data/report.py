@@ -42,6 +42,7 @@ class DataReport:
     overlap_pairs: list[str] = field(default_factory=list)
     suspicious: int = 0  # trained rows that look incomplete or garbled
     suspicious_rows: list[str] = field(default_factory=list)  # each with its reasons
+    unreasoned: int = 0  # rows with answers without reasoning, if generation begins within reasoning
     unread_columns: list[str] = field(default_factory=list)  # under our names
     absent_columns: list[str] = field(default_factory=list)  # mapped columns that a source lacks
     files: list[str] = field(default_factory=list)  # that were read
@@ -116,6 +117,12 @@ class DataReport:
             if entries:
                 ellipsis = ", …" if len(entries) > _LISTED else ""
                 lines.append(f"  {title}: {', '.join(entries[:_LISTED])}{ellipsis}")
+        if self.unreasoned:
+            lines.append(
+                f"  {self.unreasoned:,} rows have answers without reasoning, and generation begins within reasoning: "
+                "they are trained behind an empty block; data.template_options (such as enable_thinking: false) may "
+                "let generation begin behind it too"
+            )
         return "\n".join([*lines, *(f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items())])
 
     def check(self, skip_bad: bool, lenient: bool = False) -> None:

@@ -7,6 +7,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -151,6 +152,14 @@ class ChatRenderer:
         """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
         rendered = self._text.render(messages, tools, answers)[-1]
         return self._label(rendered, *self.encode([rendered.text]))
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether generation begins within a block of reasoning, as with DeepSeek-R1."""
+        with suppress(RowFault):
+            block = _PROMPT_BLOCK.search(self._text.render_prompt([{"role": "user", "content": "?"}], None, ()).text)
+            return block is not None and not block["closing"]
+        return False
 
     def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
         """Return the messages of a prompt for a server, which renders them with the same template."""
@@ -591,6 +600,11 @@ def _split_reasoning(message: Message) -> tuple[str | None, str]:
         return reasoning, content
     inline = _INLINE.match(content)
     return (inline[2], content[inline.end() :]) if inline else (None, content)
+
+
+def has_reasoning(message: Message) -> bool:
+    """Whether a message has reasoning, as only answers have, or is none of them."""
+    return message["role"] != "assistant" or _split_reasoning(message)[0] is not None
 
 
 def _read_block(message: Message) -> Message:

@@ -169,3 +169,19 @@ def test_the_last_answer(families, family, settings, row, n_samples, expected):
     decode = data.tokenizer.decode
     assert f"{decode(sample.ids[:start])}⟦{decode(sample.ids[start:end])}⟧".endswith(expected)
     assert len(samples) == n_samples
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "row", "is_told"),
+    [
+        ("qwen3_8", {}, "early", True),
+        ("qwen3_8", {}, "reasoning", False),
+        ("qwen3_8", NO_THINKING, "turns", False),
+        ("qwen3", {}, "turns", False),  # generation chooses
+        ("qwen2_5", {}, "turns", False),
+    ],
+)
+def test_rows_without_the_reasoning_that_generation_begins_with_are_counted(families, family, settings, row, is_told):
+    report = prepare_rows([{"messages": ROWS[row]}], families[family], **settings).reports["train"]
+    assert report.unreasoned == is_told
+    assert ("1 rows have answers without reasoning" in report.describe()) == is_told

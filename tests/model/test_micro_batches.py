@@ -3,9 +3,9 @@
 Windows are of 6, 6 and a short one of 4 rows, however they are cut into batches and micro-batches.
 """
 
-import json
 import re
 import sys
+from pathlib import Path
 
 import lightning
 import pytest
@@ -24,8 +24,10 @@ from qlora_lightning.model.memory.formula import build_step_memory
 from tests.errors import rejects
 from tests.processes import run_python
 from tests.random_base import save_family
+from tests.rows import write_rows
 from tests.steps import fit
 
+ROOT = Path(__file__).parents[2]
 ERRORS = (  # in turn
     "CUDA out of memory. Tried to allocate 2 GiB",
     "backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
@@ -70,9 +72,8 @@ def train(
 @pytest.fixture(scope="module")
 def whole(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    file = folder / "rows.jsonl"
-    rows = [f'{{"instruction": "Say {n}.", "output": "{"word " * (1 + n % 5)}{n}"}}' for n in range(16)]
-    file.write_text("\n".join(rows))
+    rows = [{"instruction": f"Say {n}.", "output": f"{'word ' * (1 + n % 5)}{n}"} for n in range(16)]
+    file = write_rows(folder / "rows.jsonl", rows)
     return file, *train(tiny_base, file, folder)[1:]
 
 
@@ -118,9 +119,8 @@ class OneRowFits(Hungry):
 
 def test_a_long_row_that_fits_is_not_blamed_for_several_that_do_not(tiny_base, tmp_path, capsys):
     """And no smaller part for the one that has run out."""
-    file = tmp_path / "long.jsonl"
-    rows = [f'{{"instruction": "Say {n}.", "output": "{"word " * (200 if n == 3 else 1)}"}}' for n in range(16)]
-    file.write_text("\n".join(rows))
+    rows = [{"instruction": f"Say {n}.", "output": "word " * (200 if n == 3 else 1)} for n in range(16)]
+    file = write_rows(tmp_path / "long.jsonl", rows)
     train(tiny_base, file, tmp_path, kind=OneRowFits, micro_batch_tokens=100)
     out = capsys.readouterr().out
     assert int(re.search(r"Memory ran out in a micro-batch of (\d+) tokens", out)[1]) <= 100  # not the long row
@@ -195,7 +195,8 @@ def test_checkpointing_that_transformers_lacks_is_rejected(tiny_base, tmp_path, 
 LIMITED = """
 import resource, sys
 import lightning, torch
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import QLoRAModule
+from tests.steps import fit
 
 class Limit(lightning.Callback):
     def on_train_start(self, trainer, pl_module):
@@ -205,25 +206,19 @@ class Limit(lightning.Callback):
 
 lightning.seed_everything(7, verbose=False)
 module = QLoRAModule(sys.argv[1], micro_batch_tokens=1 << 20, compute_dtype="fp32", learning_rate=1e-2)
-data = InstructionDataModule(sys.argv[2], tokenizer=sys.argv[1], batch_size=32, max_length=4096)
-trainer = lightning.Trainer(
-    accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    callbacks=[Limit()],
-)
-trainer.fit(module, data)
-torch.save({name: p.detach() for name, p in module.named_parameters() if p.requires_grad}, sys.argv[4])
+fit(module, ".", sys.argv[2], batch_size=32, max_steps=2, callbacks=[Limit()])
+torch.save(module.state_dict(), sys.argv[4])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
 def test_a_cpus_memory_that_really_runs_out_changes_no_result(tiny_base, tmp_path):
-    file = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"{n} " + "some words of a long text " * 150, "output": "No."} for n in range(32)]
-    file.write_text("\n".join(map(json.dumps, rows)))
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     adapters = []
     for room in (1 << 40, 130_000_000, 112_000_000):  # the last one runs out in a thread of the C++ too
-        done = run_python("-c", LIMITED, tiny_base, file, room, tmp_path / "adapter.pt", timeout=300)
+        done = run_python("-c", LIMITED, tiny_base, file, room, tmp_path / "adapter.pt", cwd=ROOT, timeout=300)
         assert ("Memory ran out in a micro-batch of" in done.stdout) == (room < 1 << 40), done.stdout
         tensors = torch.load(tmp_path / "adapter.pt", weights_only=True)
         adapters.append(torch.cat([each.flatten() for each in tensors.values()]))

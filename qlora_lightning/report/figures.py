@@ -94,10 +94,13 @@ def find_figures(run: Run) -> dict[str, Figure]:
 
 
 def figure_table(runs: Sequence[Run]) -> PageTable:
-    """Return the known figures of each run."""
+    """Return the known figures of each run; above them the hashes of the validation rows, if these differ."""
     columns = [find_figures(run) for run in runs]
     headings = {name: figure.heading for figures in columns for name, figure in figures.items()}
     rows = [[heading, *(str(figures.get(name, "–")) for figures in columns)] for name, heading in headings.items()]
+    hashes = [str((run.manifest["data"].get("hashes") or {}).get("val") or "–")[:8] for run in runs]
+    if len(set(hashes)) > 1:
+        rows.insert(0, ["other validation rows, not comparable", *hashes])
     return ["", *(run.name for run in runs)], rows
 
 

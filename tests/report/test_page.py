@@ -12,7 +12,7 @@ from qlora_lightning.support.console import show_controls
 from tests.errors import rejects
 from tests.markup import Reader
 from tests.processes import run_python
-from tests.report.conftest import CONFIG, write_run
+from tests.report.conftest import CONFIG, MANIFEST, write_run
 
 HOSTILE = "\x1b]0;</pre></script><script>alert('1')</script><img src=x onerror=alert(1)>&amp;\" onmouseover=\"x"
 REFERENCES = ("http:", "https:", "src=", ' href="', "url(h", "@import", "@font-face", "<script")
@@ -181,15 +181,15 @@ def test_a_run_gets_its_page_again_and_a_table(make_run, capsys):
 def test_several_runs_are_compared_as_a_page_and_as_json(make_run, capsys, tmp_path):
     make_run("one", steps=1)
     config = {**CONFIG, "model": {**CONFIG["model"], "rank": 16}}
-    make_run(
-        "two", steps=1, config=config, status="running", evaluation={"metrics": {"loss": {"adapter": {"value": 0.25}}}}
-    )
+    evaluation = {"metrics": {"loss": {"adapter": {"value": 0.25}}}}
+    data = {**MANIFEST["data"], "hashes": {"val": "12" * 32}}
+    make_run("two", steps=1, config=config, status="running", evaluation=evaluation, data=data)
     assert main(["report", "runs/one", "runs/two", "--json", "both.json"]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith("Page: comparison.html")
-    assert rows_of(out)[:3] == [
-        *[["run", "runs/one", "runs/two"], ["status", "finished", "running"], ["validation loss", "0.4500", "0.2500"]]
-    ]
+    first_rows = [["run", "runs/one", "runs/two"], ["status", "finished", "running"]]
+    first_rows.append(["other validation rows, not comparable", "efefefef", "12121212"])
+    assert rows_of(out)[:4] == [*first_rows, ["validation loss", "0.4500", "0.2500"]]
     assert ["wall time, h:mm:ss", "0:01:30", "–"] in rows_of(out)
     assert not (tmp_path / "runs/one/report.html").exists()
     found = json.loads((tmp_path / "both.json").read_text())

@@ -5,7 +5,7 @@ import filecmp
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import peft
 import torch
 from huggingface_hub import ModelCardData
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import (
     ADAPTER,
-    by_full_names,
     check_shapes,
     inject,
     moved_to_experts,
@@ -120,7 +120,7 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
         config.target_modules, parameters = {*targets} - {*moved}, config.target_parameters or ()
         config.target_parameters = {*parameters, *(f"{name}.weight" for name in moved)} or None
         for key in ("rank_pattern", "alpha_pattern"):
-            pattern = by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
+            pattern = _by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
             pattern = {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}
             setattr(config, key, pattern)
     if names and config.modules_to_save:
@@ -230,7 +230,7 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
             )
     if in_text:
         targets = [*carriers, *settings.get("target_parameters", ())]
-        settings |= {key: by_full_names(settings.get(key, {}), targets) for key in ("rank_pattern", "alpha_pattern")}
+        settings |= {key: _by_full_names(settings.get(key, {}), targets) for key in ("rank_pattern", "alpha_pattern")}
         saved = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names if ".lora_" not in name}
         endings = tuple(settings.get("modules_to_save", ()))
         settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
@@ -306,6 +306,12 @@ def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
 
 def _names_in_wrapper(model: peft.PeftModel) -> dict[str, str]:
     return getattr(model.get_base_model().config, "names_in_wrapper", {})
+
+
+def _by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return what PEFT finds for names in a pattern, which has the ends of names, or regular expressions for them."""
+    keys = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if nothing matches
+    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def _rename_modules(settings: Mapping[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -13,7 +13,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -70,7 +69,8 @@ def add_adapters(
     """
     options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
     targets = resolve_targets(model, target_modules, layers)
-    experts = [name for name in expert_parameters(model) if layer_of(name) in map(layer_of, targets)]
+    named = expert_parameters(model) if target_experts else []
+    experts = [name for name in named if layer_of(name) in map(layer_of, targets)]
     if target_experts and not experts:
         raise UserError(
             f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.",
@@ -81,7 +81,7 @@ def add_adapters(
         raise UserError(
             f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.", "model.rank"
         )
-    _check_options(model, options, [*targets, *(experts if target_experts else ())])
+    _check_options(model, options, [*targets, *experts])
     moved, unfit = moved_to_experts(model, targets), _unfit_for_parameters(dropout, options)
     if moved and unfit:
         raise UserError(
@@ -95,7 +95,7 @@ def add_adapters(
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=targets,
-        target_parameters=experts if target_experts else None,
+        target_parameters=experts or None,
         **options,
     )
     adapted = inject(model, config)
@@ -289,12 +289,6 @@ def inject(
 
 def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
     return output.to(module.original_module.weight.dtype)
-
-
-def by_full_names(pattern: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return what PEFT finds for names in a pattern, which has the ends of names, or regular expressions for them."""
-    keys = {name: get_pattern_key(list(pattern), name) for name in names}  # the name itself if nothing matches
-    return {name: pattern[key] for name, key in sorted(keys.items()) if key in pattern}
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

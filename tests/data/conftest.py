@@ -101,6 +101,7 @@ FAMILIES = {
     "gemma4_v5": "<eos> <turn|> <|tool_response>",
     "glm4moe": "<|endoftext|> <|user|> <|observation|>",
     "gptoss": "<|return|> <|call|>",
+    "idefics3": "<end_of_utterance>",
     "lfm2": "<|im_end|>",
     "lfm2_v2": "<|im_end|>",
     "lfm2_2_5": "<|im_end|>",
@@ -109,6 +110,7 @@ FAMILIES = {
     "llama3": "<|eot_id|>",
     "llama3_1": "<|eot_id|> <|eom_id|>",
     "llama3_2": "<|eot_id|> <|eom_id|>",
+    "llava_next": "</s>",
     "mistral": "</s>",
     "muse_glimmer": "<|eot|>",
     "nemotron_3_nano": "<|im_end|>",
@@ -126,6 +128,7 @@ FAMILIES = {
     "qwen3_8": "<|im_end|>",
     "qwen3_instruct_2507": "<|im_end|>",
     "qwen3_vl": "<|im_end|>",
+    "smolvlm": "<end_of_utterance>",
 }
 # of Mistral-7B-Instruct-v0.2, under Apache 2.0, which TRL does not carry: the header of an answer has no control token
 _MISTRAL = (

@@ -349,6 +349,7 @@ class TemplateRenderer:
         self._reasoning_key = templates.find_reasoning_key(template)
         self._searched_words = templates.find_searched_words(template)
         self._endings = dict[bool, str]()
+        self._reads_parts = templates.reads_parts(tokenizer)
 
     def render(self, messages: Conversation, tools: Tools, wanted: Sequence[int]) -> list[RenderedText]:
         """Render a conversation to train on.
@@ -445,6 +446,8 @@ class TemplateRenderer:
             fields[self._reasoning_key] = reasoning
         elif reasoning:
             fields["content"] = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + message["content"]
+        if self._reads_parts:
+            fields["content"] = [{"type": "text", "text": fields["content"]}]
         return fields
 
     def _find_spans(

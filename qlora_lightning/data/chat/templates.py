@@ -289,6 +289,18 @@ def _find_turn_end(tokenizer: Any) -> int | None:
     return next(iter((*ends, *between, *first)), None)
 
 
+def reads_parts(tokenizer: Any) -> bool:
+    """Whether a template reads content only as a list of parts, as those of some models that see images do."""
+    question = _PROBE[0]["content"]
+    with contextlib.suppress(Exception):  # a template may raise anything; the renderer reports it with the row
+        if question in str(tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)):
+            return False
+    with contextlib.suppress(Exception):
+        parts = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+        return question in str(tokenizer.apply_chat_template(parts, tokenize=False))
+    return False
+
+
 def find_ending(tokenizer: Any, stop_pattern: re.Pattern[str], is_call: bool) -> str:
     """Return what ends an answer, or one with a call, if a template writes that only before another turn; else "".
 

@@ -62,7 +62,7 @@ PRESETS = {"llama3": "llama3_1", "chatml": "qwen2_5", "alpaca": "mistral"}
 # rows that the templates of a family cannot write, or not as they generate them, under some of the settings
 REJECTED = {
     **dict.fromkeys(("cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma3", "llama3"), WITH_TOOLS),
-    **dict.fromkeys(("phi3", "phi3_5", "qwen2_5_vl"), WITH_TOOLS),
+    **dict.fromkeys(("phi3", "phi3_5", "qwen2_5_vl", "idefics3", "llava_next", "smolvlm"), WITH_TOOLS),
     **dict.fromkeys(("preset alpaca", "preset llama3"), WITH_TOOLS),
     **dict.fromkeys(("gemma", "mistral"), ("system", *WITH_TOOLS)),
     **dict.fromkeys(("gemma4", "gemma4_v3", "gemma4_v4"), ("reasoning", "blocks", "early", "thought call")),

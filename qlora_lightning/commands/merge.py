@@ -239,6 +239,9 @@ def _write_gguf(source: AdapterSource, plan: MergePlan, folder: Path, kind: str)
     stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
     # in JSON's quotes a token cannot end its line
     lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
+    system = ((source.identity.get("data") or {}).get("settings") or {}).get("system")
+    if system and '"""' not in f'{system}"':  # Ollama unescapes nothing in its quotes
+        lines.append(f'SYSTEM """{system}"""')
     # Ollama takes the chat template from the file, if it knows that
     (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
@@ -251,7 +254,7 @@ def _explain_gguf(file: Path, kind: str) -> None:
         say("llama-quantize of llama.cpp is not on the PATH. It quantizes:")
         say(f"    llama-quantize {file} {quantized} {kind.upper()}")
     say(f"Of an adapter for GSM8K on SmolLM2-135M, {kind} kept {_KEPT[kind]} of the gain in loss.")
-    say("Run it with llama.cpp, or with Ollama, to whose Modelfile a system prompt of the training is to be added:")
+    say("Run it with llama.cpp or Ollama:")
     say(f"    llama-cli -m {file}")
     say(f"    ollama create my-model -f {file.parent / 'Modelfile'}")
 

@@ -1,4 +1,4 @@
-"""Rows as files of JSON lines."""
+"""Rows as files of JSON lines, and other files of JSON."""
 
 import json
 
@@ -6,6 +6,11 @@ import json
 def write_rows(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def change_json(file, **values):
+    """Write a file with other values of its keys."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def counting_rows(count=16):

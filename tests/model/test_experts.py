@@ -15,6 +15,7 @@ from tests import families
 from tests.benchmarks.one_batch import MemoryWatch
 from tests.equality import same
 from tests.errors import rejects
+from tests.rows import change_json
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
 PT = {"format": "pt"}
@@ -71,8 +72,7 @@ def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type
     sizes = [tensor.numel() for tensor in tensors.values()]
     for name, *gradients in zip(tensors, step[1].split(sizes), expected[1].split(sizes), strict=True):
         assert distance(*gradients) <= 1e-4, name
-    again = QLoRAModule(str(base), adapter=str(tmp_path / "first"), compute_dtype="fp32")
-    again.configure_model()
+    again = make_module(base, adapter=str(tmp_path / "first"))
     again.save_adapter(tmp_path / "again")
     plain = families.plain_model(base, tmp_path / "first")
     plain.save_pretrained(tmp_path / "plain")
@@ -123,9 +123,8 @@ def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
     packed = {}
     dense = edit_tensors(families.save_random(tmp_path / "dense", "gpt_oss"), store)
     published = edit_tensors(families.save_random(tmp_path / "published", "gpt_oss"), replace)
-    config = json.loads((published / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    (published / "config.json").write_text(json.dumps(config))
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    change_json(published / "config.json", quantization_config=mxfp4)
     steps = [loss_and_gradients(make_module(base), make_batch((30, 5))) for base in (dense, published, published)]
     for step in steps[1:]:
         assert_same_step(step, steps[0])
@@ -143,8 +142,7 @@ def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
 )
 def test_a_config_that_does_not_describe_its_experts_is_rejected(settings, key, fact, tmp_path, cache):
     base = families.save_random(tmp_path / "base", "qwen3_moe")
-    file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    change_json(base / "config.json", **settings)
     with rejects(key, fact, str(base)):
         load_base(str(base))
 

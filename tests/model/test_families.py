@@ -22,6 +22,7 @@ from tests.adapters import load_by_card, make_run
 from tests.equality import differences, same
 from tests.errors import rejects
 from tests.random_base import save_family
+from tests.rows import change_json
 from tests.steps import assert_same_step, distance, loss_and_gradients, make_batch, make_module
 
 # each has something of its own: a window, fused linears, caps, tables of layers, scales, Conv1D, learned positions
@@ -32,18 +33,17 @@ ROW_BY_ROW = ("qwen3_5_text", "gemma2", "bloom", "modernbert-decoder", "mamba2")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW, *families.mixtures()})
 
 
-@pytest.mark.parametrize(
-    "model_type", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in TYPES]
-)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model_type", [each if each in QUICK else slow(each) for each in TYPES])
 def test_packed_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft(model_type):
     found = families.study(model_type)
     assert not families.differs(found), found
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    ["gpt2", pytest.param("gemma4_text", marks=pytest.mark.slow), pytest.param("qwen3_5_text", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("model_type", ["gpt2", slow("gemma4_text"), slow("qwen3_5_text")])
 def test_parts_are_found_by_structure_and_memory_is_planned(model_type, tmp_path, capsys):
     base, file = families.save_random(tmp_path / "base", model_type), tmp_path / "plan.json"
     options = ["--model.rank=2", "--model.compute_dtype=bf16", "--device-memory=4GiB", f"--json={file}"]
@@ -73,10 +73,7 @@ def test_what_cannot_be_trained_as_asked_is_rejected_by_name(model_type, options
         QLoRAModule(str(tmp_path), **options).configure_model()
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    [each if each in QUICK_WRAPPERS else pytest.param(each, marks=pytest.mark.slow) for each in families.WRAPPERS],
-)
+@pytest.mark.parametrize("model_type", [each if each in QUICK_WRAPPERS else slow(each) for each in families.WRAPPERS])
 def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whole_model(model_type, tmp_path, cache):
     base, first, batch = families.save_wrapper(tmp_path / "base", model_type), tmp_path / "first", make_batch((23, 5))
     module = make_module(base, quantization="none")
@@ -86,8 +83,7 @@ def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whol
         plain = families.plain_model(base, first, auto_class=AutoModelForMultimodalLM)
     assert families.error_of_tokens(module, plain, batch) <= 2e-5
     plain.save_pretrained(tmp_path / "plain")
-    again = QLoRAModule(str(base), adapter=str(tmp_path / "plain"), quantization="none", compute_dtype="fp32")
-    again.configure_model()
+    again = make_module(base, adapter=str(tmp_path / "plain"), quantization="none")
     again.save_adapter(tmp_path / "again")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("first", "again", "plain")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -97,9 +93,7 @@ def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whol
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
-@pytest.mark.parametrize(
-    "model_type", ["gemma3", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mistral3", "qwen3_5_moe"))]
-)
+@pytest.mark.parametrize("model_type", ["gemma3", slow("mistral3"), slow("qwen3_5_moe")])
 def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     adapted = make_run(tmp_path / "run", base)
@@ -125,9 +119,7 @@ def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path,
 @pytest.mark.parametrize(
     ("model_type", "options"), [("gemma3", []), *([("qwen3_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)]
 )
-def test_wrappers_and_mixtures_are_resumed_planned_evaluated_and_asked_as_any_base(
-    model_type, options, tmp_path, tiny_base, rows_file, capsys
-):
+def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_path, tiny_base, rows_file, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     options = [*options, f"--model.base={base}", f"--data.train={rows_file}", "--data.batch_size=2"]
 
@@ -195,13 +187,10 @@ def test_patterns_and_saved_modules_on_a_wrapper_are_those_of_plain_peft_on_the_
     plain = families.plain_model(base, tmp_path / "ours", auto_class=AutoModelForMultimodalLM)
     assert families.error_of_tokens(module, plain, batch) <= 2e-5
     # PEFT's own folder, with the short names that it had matched in the whole model
-    file = tmp_path / "ours" / "adapter_config.json"
-    config = json.loads(file.read_text())
-    config["alpha_pattern"] = {"language_model.layers.0.self_attn.v_proj": 64}
-    config["rank_pattern"], config["modules_to_save"] = {"language_model.*down_proj": 2}, ["language_model.norm"]
-    file.write_text(json.dumps(config))
-    again = QLoRAModule(str(base), adapter=str(tmp_path / "ours"), quantization="none", compute_dtype="fp32")
-    again.configure_model()
+    short = {"alpha_pattern": {"language_model.layers.0.self_attn.v_proj": 64}}
+    short |= {"rank_pattern": {"language_model.*down_proj": 2}, "modules_to_save": ["language_model.norm"]}
+    change_json(tmp_path / "ours" / "adapter_config.json", **short)
+    again = make_module(base, adapter=str(tmp_path / "ours"), quantization="none")
     assert families.error_of_tokens(again, plain, batch) <= 2e-5
 
 
@@ -221,13 +210,10 @@ def test_buffers_of_a_base_are_merged(tmp_path, tiny_base):
 
 
 PLAIN, EXPERTS = {"quantization": "none"}, {"target_experts": True}
-WHOLE = [("gemma3_text", PLAIN), ("gpt_oss", EXPERTS)]
+WHOLE = [("mixtral", EXPERTS if ADAPTS_EXPERTS else {}), slow("gemma3_text", PLAIN), slow("gpt_oss", EXPERTS)]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options"),
-    [("mixtral", EXPERTS if ADAPTS_EXPERTS else {}), *(pytest.param(*each, marks=pytest.mark.slow) for each in WHOLE)],
-)
+@pytest.mark.parametrize(("model_type", "options"), WHOLE)
 def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, options, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     make_run(tmp_path / "run", base, **options)

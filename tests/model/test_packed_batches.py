@@ -1,13 +1,13 @@
 """Rows that are packed have the states that they have alone."""
 
 import itertools
-import json
 import shutil
 
 import pytest
 import torch
 
 from qlora_lightning.cli import main
+from tests.rows import change_json
 from tests.steps import distance, make_batch, make_module
 
 LENGTHS = (9, 30, 64, 5)
@@ -45,9 +45,8 @@ def test_a_sample_has_the_states_that_it_has_alone_and_no_other_changes_a_bit_of
 def test_rows_that_would_turn_each_other_are_refused(tiny_base, rows_file, tmp_path, capsys):
     """Dynamic NTK rotary embedding scales by the longest row of a batch: here beyond 40 tokens; shorter ones train."""
     base = shutil.copytree(tiny_base, tmp_path / "dynamic")
-    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 40}
-    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
-    (base / "config.json").write_text(json.dumps(config))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    change_json(base / "config.json", max_position_embeddings=40, rope_parameters=rope)
     options = ["--model.base", str(base), "--data.train", str(rows_file), "--data.batch_size", "4"]
     options += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
     assert main(["fit", *options, "--data.max_length", "41"]) == 2

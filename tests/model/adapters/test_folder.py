@@ -18,6 +18,7 @@ from qlora_lightning.sources.folders import load_tokenizer
 from tests.adapters import load_by_card, make_adapter
 from tests.equality import contents, same
 from tests.errors import MachineFailed
+from tests.rows import change_json
 from tests.steps import make_module
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -47,9 +48,8 @@ def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base,
 
 def test_a_bases_config_has_no_say_in_the_names_of_an_adapter(tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
     swapped = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
-    (base / "config.json").write_text(json.dumps(config | {"wrapper": "x", "names_in_wrapper": swapped}))
+    change_json(base / "config.json", wrapper="x", names_in_wrapper=swapped)
     for name, folder in (("plain", tiny_base), ("renamed", base)):
         make_adapter(tmp_path / name, folder, quantization="nf4", std=0.1)
     assert same(*(load_file(tmp_path / name / WEIGHTS) for name in ("plain", "renamed")))
@@ -158,16 +158,12 @@ def made(tiny_base, tmp_path_factory):
     return module, folder
 
 
-def change(file, **values):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
 def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(made, tiny_base, tmp_path, capsys):
     folder = shutil.copytree(made[1], tmp_path / "run" / "adapter")
-    change(folder / "qlora_lightning.json", base="./models/gone")
+    change_json(folder / "qlora_lightning.json", base="./models/gone")
     chat = ["chat", "--adapter", str(folder.parent), "--prompt", "Hi.", "--max-new-tokens", "1"]
     assert main(chat) == 0
-    change(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     assert main(chat) == 2
     words = r"The base of .* is not found\. Base './models/gone'.*name it with --base"
     assert re.search(words, capsys.readouterr().err)
@@ -177,7 +173,7 @@ def test_a_base_that_moved_is_found_where_it_was_loaded_from_or_by_another_name(
 def test_training_continues_with_the_shape_of_the_folder(tiny_base, made, tmp_path):
     """Its tensors say which modules that are, and not an expression, which might be matched for ever."""
     module, folder = made[0], shutil.copytree(made[1], tmp_path / "adapter")
-    change(folder / "adapter_config.json", target_modules="([a-z._0-9]+)+x")
+    change_json(folder / "adapter_config.json", target_modules="([a-z._0-9]+)+x")
     again = make_module(tiny_base, adapter=str(folder), rank=8)  # the default: not asked for
     assert again.identity["adapter"] == module.identity["adapter"]
     again = make_module(

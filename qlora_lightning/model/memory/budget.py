@@ -29,7 +29,7 @@ class TokenBudget:
 
     Attributes:
         tokens: The current number.
-        fitted: The most tokens of a micro-batch that was trained on in this fit.
+        fitted: The most tokens of a micro-batch that was trained on in this fit, since memory ran out.
         checkpointing: Settings of :class:`~qlora_lightning.callbacks.GradientCheckpointing`, if a Trainer has it.
         fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
             number of tokens that it begins with.
@@ -99,6 +99,7 @@ class TokenBudget:
                 self.tokens = max(tokens * 4 // 5, self.fitted)
             else:  # as a short part behind larger ones: less memory is free now
                 self.tokens = min(self.tokens, self.fitted) * 4 // 5
+            self.fitted = 0
             say(
                 f"Memory ran out{suffix} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
                 "tokens go through the model at a time. Only rounding, and what dropout draws, change."

@@ -62,14 +62,17 @@ def _find_divergence(run: Run, base: float, steps: float) -> str:
 
 
 def _assess_learning(points: Sequence[tuple[float, float]], base: float) -> tuple[str, list[str]]:
-    if not points or (len(points) == 1 and math.isnan(base)):
+    if not points:
         return "unknown", ["Whether it learned is not known: no validation losses to compare."]
     start, origin = (points[0][1], "") if math.isnan(base) else (base, " of the base")
     (last_step, last), (best_step, best) = points[-1], min(points, key=lambda point: point[1])
     if not _is_above(start, best):
-        return "not learned", [
-            f"It did not learn: the validation loss did not fall clearly below {start:.3f}{origin or ', its first'}."
-        ]
+        if math.isnan(base):  # the first validation may come when most is learned
+            return "unknown", [
+                "Whether it learned is not known: the base was not evaluated, and the validation loss did not fall "
+                f"clearly below {start:.3f}, its first."
+            ]
+        return "not learned", [f"It did not learn: the validation loss did not fall clearly below {start:.3f}{origin}."]
     sentences = [
         f"It learned: the validation loss fell from {start:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
     ]

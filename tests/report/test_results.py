@@ -77,7 +77,8 @@ HIGHER = [*AGAIN, *NO_TALK]
         ([1.0, 0.9, 2.6], None, AGAIN, ["ended at 2.600, above 1.000, its first"]),
         ([0.002, 0.001, 0.004], None, ALL, ["rose again"]),
         ([], sides(2.0, 1.5, -0.6, -0.4), ALL, ["to 1.500 at step 10.", "−0.500 [−0.600, −0.400] (95 % interval)"]),
-        ([0.4], None, NO_MERGE, ["not known"]),
+        ([0.4, 0.399], None, NO_MERGE, ["not known: the base was not evaluated", "below 0.400, its first"]),
+        ([], None, NO_MERGE, ["not known"]),
         ([2.5, 2.4], sides(2.5, 2.51), ALL, ["is not clearly better"]),  # one row has no interval
     ],
 )

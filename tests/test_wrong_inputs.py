@@ -109,10 +109,12 @@ class Code:
 
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
+ALIAS = "wrong/config.yaml", "data: {train: &a rows.jsonl, val: *a}"
 OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
-BASE = "--model.base wrong --data.tokenizer tiny"
+BASE, PICKLE = "--model.base wrong", "wrong/pytorch_model.bin"
+TOKENIZED = f"{BASE} --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 UP, B = "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.lora_B.weight"
 ELSEWHERE = {"base": "elsewhere", "fingerprint": "f" * 64}
@@ -132,17 +134,10 @@ WRONG = [
     wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
-    wrong(
-        "evaluate --adapter wrong",
-        "wrong/config.yaml is not YAML: it has an alias",
-        prepare=change_folder("run", write("wrong/config.yaml", "data: {train: &a rows.jsonl, val: *a}")),
-    ),
+    wrong("evaluate --adapter wrong", "is not YAML: it has an alias", prepare=change_folder("run", write(*ALIAS))),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
-    wrong(
-        "--trainer.val_check_interval 1000 --data.val rows.jsonl",
-        "trainer.val_check_interval is 1000: expected at most",
-    ),
+    wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "val_check_interval is 1000: expected at most"),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),
@@ -173,43 +168,39 @@ WRONG = [
     wrong(f"{PREFERENCES} --model.objective kto --model.sft_share 0.5", "sft_share is 0.5: expected 0 with kto"),
     wrong("--model.rank 1000000000", "model.rank is 1,000,000,000, and no module that would carry it is wider than"),
     # bases
-    wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
-    wrong("--model.base wrong", UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
-    wrong("--model.base wrong", f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
+    wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
+    wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
+    wrong(BASE, f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
-    wrong("--model.base wrong", "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(BASE, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(BASE, "Pickles (pytorch_model.bin), w", prepare=change_folder("tiny", lambda: os.rename(TENSORS, PICKLE))),
+    wrong(BASE, "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
     wrong(
-        "--model.base wrong",
-        "Pickles (pytorch_model.bin), which can run code, are refused",
-        prepare=change_folder("tiny", lambda: os.rename(TENSORS, "wrong/pytorch_model.bin")),
-    ),
-    wrong("--model.base wrong", "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
-    wrong(
-        "--model.base wrong",
+        BASE,
         "names no shard that is there (b.safetensors)",
         prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
     ),
     wrong(
-        "--model.base wrong",
+        BASE,
         "c.safetensors and b.safetensors both have model.embed_tokens.weight",
         prepare=change_folder("tiny", lambda: (double_file(), write(f"{TENSORS}.index.json", SHARDS)())),
     ),
     wrong(
-        "--model.base wrong",
+        BASE,
         f"wrong has two tensors for one weight, {UP} and model.{UP}",
         prepare=change_folder("tiny", double_tensor),
     ),
-    wrong("--model.base wrong", "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
+    wrong(BASE, "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
     wrong(
-        "--model.base wrong",
+        BASE,
         "Tokenizer wrong: none can be loaded",
         "'abc'",
         prepare=edit("tiny", "tokenizer_config.json", model_max_length="abc"),
     ),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
-    wrong(BASE, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
-    wrong(BASE, "a vit is no causal language model. Choose another", prepare=write_base("vit")),
+    wrong(TOKENIZED, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
+    wrong(TOKENIZED, "a vit is no causal language model. Choose another", prepare=write_base("vit")),
     wrong("--model.base org/none", "org/none", "HF_HUB_OFFLINE"),
     wrong("--model.revision main", "only a hub id has revisions"),
     # data
@@ -258,7 +249,7 @@ WRONG = [
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]
-BASE, PLAN_BASE = "--model.base wrong", f"{PLAN} --model.base wrong"
+PLAN_BASE = f"{PLAN} {BASE}"
 NO_MODEL, NOT_ITS = "wrong/config.json describes no model that loads", "wrong does not hold the tensors that its config"
 BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),

@@ -372,12 +372,11 @@ class TemplateRenderer:
         prefixes, answers = list[RenderedText](), list[AnswerSpan]()
         for index, located in self._find_spans(messages, tools, wanted, text).items():
             if located is None:
-                thinks = _split_reasoning(messages[index])[0] is not None
+                advice = ". Its reasoning may need data.template_options, such as enable_thinking: true"
                 raise RowFault(
-                    f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) "
-                    "otherwise than generation would see and continue it"
-                    + ". Its reasoning may need a data.template_options, such as enable_thinking: true"
-                    * thinks
+                    f"the chat template is not prefix-preserving: it renders message {index + 1} (assistant) otherwise "
+                    "than generation would see and continue it"
+                    f"{advice if _split_reasoning(messages[index])[0] is not None else ''}"
                 )
             answer_text, span = located
             answer = self._check_answer(messages[index], answer_text, span)
@@ -560,8 +559,7 @@ class TemplateRenderer:
         reasoning, content = _split_reasoning(message)
         thoughts = (reasoning or "").strip()
         rest = turn[turn.find(thoughts) + len(thoughts) :]  # the content and the calls follow the reasoning
-        calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
-        if thoughts not in turn or not all(part in rest for part in (content.strip(), *_leaves(calls))):
+        if thoughts not in turn or not all(part in rest for part in (content.strip(), *_leaves(_calls_of(message)))):
             raise RowFault(f"the chat template changes the answer (message {index + 1}) to {turn!r}")
         return AnswerSpan(index, start, stop.end())
 
@@ -587,13 +585,18 @@ def _check_messages(messages: Sequence[Message], text: str) -> None:
     for number, message in enumerate(messages, start=1):
         if message["role"] != "assistant" and not _has_content(text, message):
             raise RowFault(f"the chat template leaves out or changes message {number} ({message['role']})")
-        if any(call["function"]["name"] not in text for call in message.get("tool_calls", [])):
-            raise RowFault(f"the chat template leaves out the tool calls of message {number}. {_ADVICE}")
+        if not all(part in text for part in _leaves(_calls_of(message))):
+            raise RowFault(f"the chat template leaves out or changes the tool calls of message {number}. {_ADVICE}")
 
 
 def _has_content(text: str, message: Message) -> bool:
     content = message["content"].strip()
     return content in text or _as_json(content) in text
+
+
+def _calls_of(message: Message) -> list[list[Any]]:
+    """Return the name and the arguments of each call of a message."""
+    return [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
 
 
 def _split_reasoning(message: Message) -> tuple[str | None, str]:

@@ -164,14 +164,13 @@ def test_control_tokens_in_calls_and_tools_are_rejected(chatml, talk, function, 
 @pytest.mark.parametrize(
     ("tools", "lost", "by", "reason"),
     [
-        (None, "m['tool_calls'] or []", "[]", "leaves out the tool calls of message 2"),
+        (None, "m['tool_calls'] or []", "[]", "leaves out or changes the tool calls of message 2"),
         (TOOLS, "{% if tools %}", "{% if false %}", "leaves out the tools"),
-        (TOOLS, "m['tool_calls'] or []", "[]", "changes the answer"),  # the name is among the tools
+        (TOOLS, "m['tool_calls'] or []", "[]", "tool calls of message 2"),  # its name is among the tools
     ],
 )
 def test_a_template_that_leaves_out_calls_or_tools_is_rejected(chatml, talk, tools, lost, by, reason):
-    trains = reason == "changes the answer"
-    conversation = [*talk("q"), answer_with({"name": "add", "arguments": {"a": 1}}, train=trains), *talk("q", "a")]
+    conversation = [*talk("q"), answer_with({"name": "add", "arguments": {"a": 1}}, train=False), *talk("q", "a")]
     chatml.chat_template = WITH_TOOLS
     assert labelled(chatml, render_one(chatml, conversation, tools)).endswith("a<|im_end|>")
     chatml.chat_template = WITH_TOOLS.replace(lost, by)

@@ -102,6 +102,13 @@ def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type
     assert families.error_of_tokens(dense, plain, batch) <= 2e-5
 
 
+@pytest.mark.parametrize("model_type", ["zaya", "hunyuan_v1_moe", "llama4_text"])  # their routers have linears
+def test_no_preset_trains_a_router(model_type, tmp_path):
+    module = make_module(families.save_random(tmp_path, model_type), quantization="none")
+    assert not [name for name in trainable_tensors(module.model) if ".router." in name or ".gate." in name]
+    assert loss_and_gradients(module, make_batch((12, 5)))[1].isfinite().all()
+
+
 def test_experts_stored_in_mxfp4_are_those_of_16_bits(tmp_path, cache):
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 

@@ -29,7 +29,7 @@ from tests.steps import assert_same_step, distance, loss_and_gradients, make_bat
 QUICK = ("llama", "mistral", "qwen3", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
 QUICK_WRAPPERS = ("gemma3", "mistral3", "qwen3_5")
 QUICK += ("glm4_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
-ROW_BY_ROW = ("qwen3_5_text", "gemma2", "bloom", "modernbert-decoder", "mamba2")
+ROW_BY_ROW = ("qwen3_5_text", "gemma2", "bloom", "modernbert-decoder", "mamba2", "llama4_text")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW, *families.mixtures()})
 
 

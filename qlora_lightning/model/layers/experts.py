@@ -61,12 +61,9 @@ def weight_names(experts: Any) -> tuple[str, str]:
 
 def routers_of(model: nn.Module) -> set[nn.Module]:
     """Return the linears that choose experts, which no preset adapts; in many types the router is no linear."""
-    routers = set[nn.Module]()
-    for experts_name, experts in experts_of(model).items():
-        for name, linear in model.get_submodule(experts_name.rpartition(".")[0]).named_modules():
-            if isinstance(linear, nn.Linear) and linear.out_features == experts.num_experts:
-                routers |= {linear} if any(part == "gate" or "router" in part for part in name.split(".")) else set()
-    return routers
+    modules = (named for layer in decoder_layers(model) for named in layer.named_modules())
+    routers = {"gate", "router"}
+    return {module for name, module in modules if isinstance(module, nn.Linear) and routers & {*name.split(".")}}
 
 
 def experts_per_token(config: Any) -> int:

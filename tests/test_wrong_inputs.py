@@ -246,6 +246,7 @@ WRONG = [
     wrong(f"{EVALUATE} --adapter run --data.test no.jsonl", "data.test: data file no.jsonl does not exist"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),
     wrong(f"{EVALUATE} --adapter run --model.adapter run", "evaluate takes adapter folders, by --adapter DIR"),
+    wrong("evaluate", "Nothing to evaluate: pass --adapter DIR"),
     wrong(EVALUATE, "new/adapter is not an adapter folder: there is no adapter_config.json in it"),
     wrong("recipes copy quickstrat", "recipes copy quickstrat: expected one of ", "quickstart"),
 ]

@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     options, fit_options = parser.parse_known_args(argv)
     names_test_rows = any(option.partition("=")[0] == "--data.test" for option in fit_options)
     options.split = options.split or ("test" if names_test_rows else "val")
+    if not options.adapter and not fit_options:
+        raise UserError("Nothing to evaluate: pass --adapter DIR, or --config FILE of a run.", "adapter")
     adapters = name_adapters(options.adapter)
     if len(adapters) == 1 and "=" not in options.adapter[0]:
         adapters = {"adapter": next(iter(adapters.values()))}

@@ -81,7 +81,6 @@ def _print_report(
         console.print(Text(text, "bold"))
 
     shown_split = splits[0]
-    rows = list(_show_rows(data.samples[shown_split], data.tokenizer, data.stop_ids, options.row, options.longest))
     stops = " or ".join(f"{data.tokenizer.decode([token_id])} ({token_id})" for token_id in data.stop_ids)
     settings = {"stop token": stops, **{key: getattr(data, key) for key in ("max_length", "too_long", "train_on")}}
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
@@ -105,7 +104,8 @@ def _print_report(
         console.print(Text(f"{epoch.steps:,} optimizer steps; {run_steps}"))
     heading(f"Rows of {shown_split} as the model sees them")
     console.print(_MARKS)
-    for title, tokens in rows:
+    samples = data.samples[shown_split]
+    for title, tokens in _show_rows(samples, data.tokenizer, data.stop_ids, options.row, options.longest):
         console.print()
         console.print(title)
         console.print(tokens)
@@ -154,7 +154,7 @@ def _show_rows(
         candidates = np.flatnonzero(samples.line == int(line)).tolist() if line.isdecimal() else []
         matches = [index for index in candidates if samples.where(index).endswith(f"{file}:{line}")]
         if not matches:
-            raise UserError(f"--row {name}: no sample begins there. Expected a line number, or FILE:LINE.")
+            raise UserError(f"--row {name}: no row of this split that is left begins there (N or FILE:N).")
         indices += matches
     if longest:
         indices.append(int(samples.lengths.argmax()))

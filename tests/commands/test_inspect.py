@@ -100,8 +100,12 @@ def test_rows_of_another_split_by_place_and_length(folder):
     assert "é│🦙│<|im_end|>■⟧" in out
     assert "val.jsonl:1" in out
     assert "An epoch of train" not in out
-    code, _, err = inspect("--split", "val", "--row", "99")
-    assert (code, "--row 99: no sample begins there" in err) == (2, True)
+    code, out, err = inspect("--split", "val", "--row", "99")  # the report says which rows are bad
+    assert (code, "val: 3 rows (alpaca)" in out, "--row 99: no row of this split that is left" in err) == (
+        2,
+        True,
+        True,
+    )
 
 
 def test_each_source_is_counted_with_its_share(folder):

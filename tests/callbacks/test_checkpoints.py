@@ -220,6 +220,13 @@ def test_other_training_samples_are_rejected_unless_meant_at_an_epochs_end(fit, 
         fit(AdapterCheckpoint(), ckpt_path=last, max_epochs=3)
 
 
+def test_an_epoch_behind_a_resume_has_all_of_its_rows_in_smaller_batches_too(fit, make_data, last):
+    fit(AdapterCheckpoint(), data=make_data(val=None))
+    rows, data = Rows(), make_data(val=None, batch_size=1)
+    fit(rows, AdapterCheckpoint(), data=data, ckpt_path=last, max_epochs=2)
+    assert {epoch: sorted(own) for epoch, own in rows.of_epoch.items()} == {1: list(range(16))}
+
+
 def test_with_other_validation_samples_the_ranking_starts_over(fit, make_data, more_rows, scored, last):
     fit(monitored(), module=scored(1.0))
     with rejects("data.accept_changed_data", "validation samples (16 there, 20 here)", "starts over"):

@@ -103,6 +103,9 @@ class ExactResume(Callback):
                 epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
                 if trainer.is_last_batch:
                     epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+                    # else Lightning counts these batches as some of the next epoch, if it has more of them now
+                    epoch_loop.batch_progress.reset_on_run()
+                    epoch_loop.reset_restart_stage()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fit_loop.restarting:  # then Lightning leaves these schedules out

@@ -25,13 +25,9 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
     options |= {"trainer.max_steps": 2, "trainer.accelerator": "cpu", "trainer.devices": 1}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="jsonargparse|lightning")  # of the bare CLI, not ours
-        cli = LightningCLI(
-            QLoRAModule,
-            InstructionDataModule,
-            trainer_defaults=_QUIET,
-            save_config_callback=None,
-            args=["fit", *(f"--{name}={value}" for name, value in options.items())],
-        )
+        arguments = ["fit", *(f"--{name}={value}" for name, value in options.items())]
+        settings = {"trainer_defaults": _QUIET, "save_config_callback": None}
+        cli = LightningCLI(QLoRAModule, InstructionDataModule, args=arguments, **settings)
     assert cli.trainer.global_step == 2
     assert cli.datamodule.tokenizer.name_or_path == str(tiny_base)
 

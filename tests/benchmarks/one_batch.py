@@ -25,14 +25,10 @@ _INTERVAL = 0.02  # seconds; more often, and the threads of a product wait for e
 
 
 class MemoryWatch:
-    """Read the memory of this process again and again from a thread: the kernel keeps a peak of all of it only.
-
-    Attributes:
-        readings: Each time, the bytes that are private, and those of mapped files: the cached base, libraries.
-    """
+    """Read the memory of this process again and again from a thread: the kernel keeps a peak of all of it only."""
 
     def __init__(self, interval: float = _INTERVAL) -> None:
-        self.readings: list[tuple[int, int]] = []
+        self.readings: list[tuple[int, int]] = []  # bytes that are private, and of mapped files: cached base, libraries
         self._interval = interval  # seconds
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -19,17 +19,7 @@ _FOLDER = tempfile.TemporaryDirectory()  # removed at the end of the process
 
 
 class Meter(Callback):
-    """Time training.
-
-    On a card the time begins after the first step, which compiles kernels.
-
-    Attributes:
-        tokens: Of all batches in ``seconds``.
-        seconds: Of the loop, without imports, loading and tokenizing.
-        start_seconds: From the start of the process to the first step.
-        peak_bytes: Memory of the process until training ended.
-        step_seconds: Of each step.
-    """
+    """Measure the figures of README.md's table; on a card from after the first step, which compiles kernels."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds, self.start_seconds, self.peak_bytes = 0, 0.0, 0.0, 0

@@ -45,55 +45,32 @@ class Clock(TrainerCallback):
 
     def figures(self, tokens: int) -> dict[str, Any]:
         packages = ["trl", *["liger-kernel"] * self._on_gpu]
-        return {
-            "tokens": tokens,
-            "seconds": self.seconds,
-            "peak_bytes": child.read_peak_bytes(self._on_gpu),
-            "start_seconds": self.start_seconds,
-            "versions": child.versions_of(*packages),
-        }
+        figures = {"tokens": tokens, "seconds": self.seconds, "start_seconds": self.start_seconds}
+        figures["peak_bytes"] = child.read_peak_bytes(self._on_gpu)
+        return figures | {"versions": child.versions_of(*packages)}
 
 
 def trainer_options(base: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
     """Return base, tokenizer and adapter, as ours has them, for a trainer of TRL's."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES[dtype],
-    )
-    device = 0 if on_gpu else "cpu"
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=_DTYPES[dtype])
+    options = {"device_map": {"": 0 if on_gpu else "cpu"}, "quantization_config": quantization}
+    lora = {"r": child.RANK, "lora_alpha": child.ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear"}
     return {
-        "model": AutoModelForCausalLM.from_pretrained(
-            base, dtype=_DTYPES[dtype], device_map={"": device}, quantization_config=quantization
-        ),
+        "model": AutoModelForCausalLM.from_pretrained(base, dtype=_DTYPES[dtype], **options),
         "processing_class": AutoTokenizer.from_pretrained(base),
-        "peft_config": LoraConfig(
-            task_type="CAUSAL_LM", r=child.RANK, lora_alpha=child.ALPHA, lora_dropout=0.0, target_modules="all-linear"
-        ),
+        "peft_config": LoraConfig(task_type="CAUSAL_LM", **lora),
     }
 
 
 def config_options(folder: str, dtype: str, on_gpu: bool) -> dict[str, Any]:
     """Return the settings that TRL's trainers share; what is not named is TRL's default."""
-    return {
-        "output_dir": folder,
-        "seed": child.SEED,
-        "num_train_epochs": 1,
-        "max_length": child.MAX_LENGTH,
-        "optim": "adamw_torch_fused",
-        "learning_rate": child.LEARNING_RATE,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": child.GRADIENT_CLIP,
-        "bf16": dtype == "bf16",
-        "fp16": dtype == "fp16",
-        "use_cpu": not on_gpu,
-        "dataloader_pin_memory": on_gpu,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+    options = {"output_dir": folder, "seed": child.SEED, "num_train_epochs": 1, "max_length": child.MAX_LENGTH}
+    options |= {"optim": "adamw_torch_fused", "max_grad_norm": child.GRADIENT_CLIP}
+    options |= {"learning_rate": child.LEARNING_RATE, "lr_scheduler_type": "linear"}
+    options |= {"bf16": dtype == "bf16", "fp16": dtype == "fp16"}
+    options |= {"use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu}
+    return options | {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 def measure(
@@ -104,14 +81,9 @@ def measure(
     on_gpu = accelerator == "gpu"
     clock = Clock(on_gpu)
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            **config_options(folder, dtype, on_gpu),
-            max_steps=steps,
-            per_device_train_batch_size=child.BATCH_SIZE,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=checkpointing,
-            use_liger_kernel=on_gpu,
-        )
+        settings = {"max_steps": steps, "gradient_checkpointing": checkpointing, "use_liger_kernel": on_gpu}
+        settings |= {"per_device_train_batch_size": child.BATCH_SIZE, "train_sampling_strategy": "sequential"}
+        config = SFTConfig(**config_options(folder, dtype, on_gpu), **settings)
         options = trainer_options(base, dtype, on_gpu)
         SFTTrainer(train_dataset=Dataset.from_list(rows), args=config, callbacks=[clock], **options).train()
     return clock.figures(sum(len(row["input_ids"]) for row in rows[child.BATCH_SIZE * on_gpu :]))

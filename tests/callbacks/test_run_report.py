@@ -31,15 +31,11 @@ def test_a_fit_leaves_manifest_and_page(fit, manifest, tmp_path, capsys):
     config = {"model": {"base": "tiny", "rank": 2}}
     command = ["qlora-lightning", "fit", "--config", "my config.yaml"]
     after = []
-    trainer, module = fit(
-        calls(on_train_end=lambda *_: after.append(torch.get_rng_state())),
-        RunReport(config, command),
-        *(ThroughputMonitor(), Evaluation(rows=2, samples=1, max_new_tokens=2), AdapterCheckpoint()),
-        logger=[MetricsLogger(tmp_path / "run")],
-        limit_train_batches=4,
-        accumulate_grad_batches=2,
-        val_check_interval=2,
-    )
+    look = calls(on_train_end=lambda *_: after.append(torch.get_rng_state()))
+    others = ThroughputMonitor(), Evaluation(rows=2, samples=1, max_new_tokens=2), AdapterCheckpoint()
+    options = {"limit_train_batches": 4, "accumulate_grad_batches": 2, "val_check_interval": 2}
+    options["logger"] = [MetricsLogger(tmp_path / "run")]
+    trainer, module = fit(look, RunReport(config, command), *others, **options)
     found, run = manifest(), tmp_path / "run"
     train, progress = found["data"]["splits"]["train"], found["progress"]
     expected = {

@@ -42,22 +42,13 @@ def test_each_config_begins_with_a_sentence_and_runs_for_a_step(config, tiny_bas
     base = save_family(tmp_path / family, family, tiny_base) if family else tiny_base
     own = config.with_suffix("") / "train.jsonl"  # of another task than the usual rows
     rows = own if "preferences" in config.stem else rows_file
-    replaced = {  # what this machine does not have: the base, the data, the devices
-        "model.base": base,
-        "data.train": rows,
-        "data.val": rows,
-        "data.template_options": "{}",  # of a template that the tiny base does not have
-        "trainer.accelerator": "cpu",
-        "trainer.devices": 1,
-        "trainer.strategy": "auto",
-        "trainer.max_steps": 1,
-        "trainer.val_check_interval": 1.0,
-        "trainer.limit_val_batches": 2,
-        "trainer.enable_progress_bar": "false",
-        "evaluation.max_new_tokens": 4,  # random weights stop nowhere
-    }
-    arguments = [f"--{key}={value}" for key, value in replaced.items()]
-    assert main(["fit", "--config", str(config), *arguments]) == 0
+    # what this machine does not have: the base, the data, the devices
+    options = [f"--model.base={base}", f"--data.train={rows}", f"--data.val={rows}", "--trainer.accelerator=cpu"]
+    options += ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.enable_progress_bar=false"]
+    options += ["--trainer.max_steps=1", "--trainer.val_check_interval=1.0", "--trainer.limit_val_batches=2"]
+    options += ["--data.template_options={}"]  # of a template that the tiny base does not have
+    options += ["--evaluation.max_new_tokens=4"]  # random weights stop nowhere
+    assert main(["fit", "--config", str(config), *options]) == 0
 
     run = Path(settings["trainer"]["default_root_dir"])
     assert (run / "checkpoints" / "last.ckpt").exists()

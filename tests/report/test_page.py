@@ -65,14 +65,9 @@ def test_runs_are_compared_by_tokens(runs, pages):
 def test_whatever_the_run_holds_is_text(make_run):
     sample = dict.fromkeys(("prompt", "expected", "base", "adapter"), HOSTILE)
     sides = {"base": {"value": 1.0}, "adapter": {"value": 1.0}, "difference": {"value": 0.0}}
-    one = make_run(
-        config={"model": {HOSTILE: HOSTILE, "rank": 8}, "data": {"train": HOSTILE}},
-        status="failed",
-        evaluation={"metrics": {HOSTILE: sides}, "samples": [sample]},
-        error=HOSTILE,
-        command=HOSTILE,
-        data={"files": {"train": HOSTILE}, "splits": {}, "hashes": {}},
-    )
+    hostile = {"config": {"model": {HOSTILE: HOSTILE, "rank": 8}, "data": {"train": HOSTILE}}, "error": HOSTILE}
+    hostile |= {"evaluation": {"metrics": {HOSTILE: sides}, "samples": [sample]}, "command": HOSTILE}
+    one = make_run(status="failed", data={"files": {"train": HOSTILE}, "splits": {}, "hashes": {}}, **hostile)
     other = make_run("<b>&", config={"model": {"rank": HOSTILE}})
     (one / "metrics.csv").write_text(f'step,train_loss,"{HOSTILE.replace(chr(34), "")}"\n0,1,1\n1,2,2\n')
     runs = [read_run(one), read_run(other, "<b>&")]

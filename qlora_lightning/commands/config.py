@@ -116,7 +116,7 @@ def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
     known_sections = {key.partition(".")[0] for key in known}
     unknown = [key for key in typed if key.partition(".")[0] not in known_sections]
-    option = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
+    option = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+\+?)", message)
     if option is not None:
         unknown.append(".".join([*sections, option[1]]))
     if unknown:

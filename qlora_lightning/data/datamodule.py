@@ -122,6 +122,7 @@ class InstructionDataModule(LightningDataModule):
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
         self.lenient = False  # `inspect` shows what training rejects
+        self.title: str | None = None  # of the report, in place of its split
         self.samples: dict[str, SampleSet] = {}
         self.sample_sources: dict[str, list[files.Source]] = {}  # by split: what ``SampleSet.source`` counts
         self.reports: dict[str, DataReport] = {}
@@ -311,7 +312,7 @@ class InstructionDataModule(LightningDataModule):
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
         names = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
-        return samples, replace(report, split=split, files=names)
+        return samples, replace(report, split=self.title or split, files=names)
 
     def _take_sources(self, split: str, sources: list[files.Source]) -> None:
         """Keep the sources of a split, and their shares of an epoch."""
@@ -358,6 +359,7 @@ class InstructionDataModule(LightningDataModule):
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         entry = {"path": source} if isinstance(source, str) else source
         other = InstructionDataModule(test={"rows": rows, **entry}, tokenizer=self.tokenizer, **options)
+        other.title = "forgetting"
         try:
             other.setup("test")
         except UserError as error:

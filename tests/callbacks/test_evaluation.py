@@ -37,7 +37,7 @@ class Logged(Callback):
         self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_trainer, capsys, tmp_path):
+def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_trainer, capsys, caplog, tmp_path):
     """And the last adapter stays in the module."""
 
     def validate(module):
@@ -59,6 +59,7 @@ def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_tr
         assert found["metrics"][name]["base"]["value"] == pytest.approx(value, rel=1e-3)
     (batch,) = data.read_other_rows(forgetting, 3)
     assert len(batch["row_ids"]) == 3
+    assert "forgetting: 3 rows (text)" in caplog.text
     with torch.no_grad():
         sums = untouched.compute_loss(batch)
     on_other_text = float(sums.loss / sums.count)

@@ -85,6 +85,9 @@ class TokenBudget:
             RowDoesNotFit: No choice is left.
             UserError: The base is sharded.
         """
+        if torch.is_grad_enabled():
+            # autograd's thread of a GPU may still hold tensors of the backward that failed: it frees them before this
+            torch.autograd.backward(torch.zeros((), device=module.device, requires_grad=True))
         torch.cuda.empty_cache()  # does nothing without one
         if module.sharded_base is not None:
             raise UserError(

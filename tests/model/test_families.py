@@ -117,7 +117,7 @@ def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"), [("gemma3", []), *([("qwen3_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)]
+    ("model_type", "options"), [("gemma3", []), *([("glm4_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)]
 )
 def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_path, tiny_base, rows_file, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)

@@ -32,11 +32,8 @@ def make_run(folder, base, **options):
     model = make_adapter(folder / "adapter", base, **options)
     rows = [{"instruction": f"Count to {n}.", "output": " ".join(str(i) for i in range(1, n + 1))} for n in range(1, 9)]
     write_rows(folder / "val.jsonl", rows)
-    config = {
-        "model": {"base": str(base)},
-        "data": {"val": str(folder / "val.jsonl")},
-        "trainer": {"default_root_dir": str(folder)},
-    }
+    config = {"model": {"base": str(base)}, "data": {"val": str(folder / "val.jsonl")}}
+    config["trainer"] = {"default_root_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return model
 

@@ -53,12 +53,9 @@ def make_batch(lengths=LENGTHS, seed=1, vocabulary=250):
     ids = torch.randint(5, vocabulary, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[0, bounds[:-1]] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-    }
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return batch | {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
 
 
 def to_device(batch, device):

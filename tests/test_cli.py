@@ -66,18 +66,13 @@ def test_no_way_in_imports_the_compiler_or_fetches_code_and_only_the_command_set
 
 
 def test_help_lists_every_command_in_a_line_each_and_imports_nothing_heavy():
-    done = run_python(
-        "-W",
-        "error",
-        "-c",
-        """
+    code = """
 import sys
 from qlora_lightning.cli import main
 main(["--help"])
 print("heavy:", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & set(sys.modules))
-""",
-    )
-    *lines, heavy = done.stdout.splitlines()
+"""
+    *lines, heavy = run_python("-W", "error", "-c", code).stdout.splitlines()
     assert heavy == "heavy: set()"
     for name, (_, text) in COMMANDS.items():
         assert sum(line.split() == [name, *text.split()] for line in lines) == 1

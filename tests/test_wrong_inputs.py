@@ -98,9 +98,15 @@ def double_tensor() -> None:
     save_file({**tensors, UP: tensors[f"model.{UP}"].clone()}, TENSORS, PT)
 
 
+def lose_file() -> None:
+    os.remove(TENSORS)
+    write(f"{TENSORS}.index.json", SHARDS)()
+
+
 def double_file() -> None:
     shutil.copy(TENSORS, "wrong/b.safetensors")
-    os.rename(TENSORS, "wrong/c.safetensors")
+    shutil.copy(TENSORS, "wrong/c.safetensors")
+    lose_file()
 
 
 class Code:
@@ -114,6 +120,7 @@ OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE, PICKLE = "--model.base wrong", "wrong/pytorch_model.bin"
+TOKENIZER = "tiny", "tokenizer_config.json"
 TOKENIZED = f"{BASE} --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 UP, B = "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.lora_B.weight"
@@ -175,28 +182,13 @@ WRONG = [
     wrong(BASE, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
     wrong(BASE, "Pickles (pytorch_model.bin), w", prepare=change_folder("tiny", lambda: os.rename(TENSORS, PICKLE))),
     wrong(BASE, "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
+    wrong(BASE, "no shard that is there (b.safetensors)", prepare=change_folder("tiny", lose_file)),
     wrong(
-        BASE,
-        "names no shard that is there (b.safetensors)",
-        prepare=change_folder("tiny", lambda: (os.remove(TENSORS), write(f"{TENSORS}.index.json", SHARDS)())),
+        BASE, "c.safetensors and b.safetensors both have model.embed_tokens", prepare=change_folder("tiny", double_file)
     ),
-    wrong(
-        BASE,
-        "c.safetensors and b.safetensors both have model.embed_tokens.weight",
-        prepare=change_folder("tiny", lambda: (double_file(), write(f"{TENSORS}.index.json", SHARDS)())),
-    ),
-    wrong(
-        BASE,
-        f"wrong has two tensors for one weight, {UP} and model.{UP}",
-        prepare=change_folder("tiny", double_tensor),
-    ),
+    wrong(BASE, f"two tensors for one weight, {UP} and model.{UP}", prepare=change_folder("tiny", double_tensor)),
     wrong(BASE, "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
-    wrong(
-        BASE,
-        "Tokenizer wrong: none can be loaded",
-        "'abc'",
-        prepare=edit("tiny", "tokenizer_config.json", model_max_length="abc"),
-    ),
+    wrong(BASE, "Tokenizer wrong: none can be loaded", "'abc'", prepare=edit(*TOKENIZER, model_max_length="abc")),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(TOKENIZED, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),

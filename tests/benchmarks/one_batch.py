@@ -63,13 +63,8 @@ def measure(base: str, lengths: Sequence[int], dtype: Any) -> dict[str, Any]:
     trainer = make_trainer("cpu", GradientCheckpointing(True), meter, max_epochs=1)
     batches: Any = [batch] * 2
     trainer.fit(make_module(base, dtype), DataLoader(batches, batch_size=None))
-    return {
-        "seconds": min(meter.step_seconds),
-        "start_seconds": meter.start_seconds,
-        "tokens": sum(lengths),
-        "private_bytes": watch.stop(),
-        "together_bytes": max(map(sum, watch.readings)),
-    }
+    figures = {"seconds": min(meter.step_seconds), "start_seconds": meter.start_seconds, "tokens": sum(lengths)}
+    return figures | {"private_bytes": watch.stop(), "together_bytes": max(map(sum, watch.readings))}
 
 
 def make_base(folder: Path, layers: int) -> None:

@@ -27,11 +27,8 @@ def write_rows(file: Path, rows: int, turns: int, words: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.rows",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    shown = {"description": __doc__, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.rows", **shown)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--turns", type=int, default=1, help="questions and answers of a conversation")
     parser.add_argument("--words", type=int, default=20, help="of a question or an answer")

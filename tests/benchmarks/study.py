@@ -35,13 +35,8 @@ TASKS = {  # file, and the number of rows that are trained
 Settings = dict[str, Any]
 Runs = dict[int, dict[str, Any]]
 """Lines of the file, by seed."""
-DEFAULTS: Settings = {
-    "rank": 8,
-    "learning_rate": 1e-3,
-    "target_modules": "all-linear",
-    "quantization": "nf4",
-    "batch_size": 8,
-}
+DEFAULTS: Settings = {"rank": 8, "learning_rate": 1e-3, "batch_size": 8}
+DEFAULTS |= {"target_modules": "all-linear", "quantization": "nf4"}
 
 
 @dataclass
@@ -111,13 +106,9 @@ def run(task: str, settings: Settings, seed: int, folder: Path) -> dict[str, flo
     lightning.seed_everything(seed)
     options = dict(settings)
     file, rows = TASKS[task]
-    data = InstructionDataModule(
-        train=[{"path": file if task == "quickstart" else str(folder / file), "rows": rows + HELD_OUT}],
-        val_fraction=HELD_OUT / (rows + HELD_OUT),
-        tokenizer=BASE,
-        batch_size=options.pop("batch_size"),
-        max_length=512,
-    )
+    source = {"path": file if task == "quickstart" else str(folder / file), "rows": rows + HELD_OUT}
+    sizes = {"batch_size": options.pop("batch_size"), "max_length": 512, "val_fraction": HELD_OUT / source["rows"]}
+    data = InstructionDataModule([source], tokenizer=BASE, **sizes)
     module = QLoRAModule(BASE, **options)
     with tempfile.TemporaryDirectory() as out:
         trainer = make_trainer(out, max_epochs=1)

@@ -20,11 +20,8 @@ from tests.distributed.runs import CONFIG, launch
 from tests.equality import contents, differences, read_checkpoint
 from tests.errors import MachineFailed
 
-TRAINER = {
-    **CONFIG["trainer"],
-    **{"devices": 1, "strategy": "auto", "max_epochs": 2},
-    **{"accumulate_grad_batches": 3, "val_check_interval": 3, "limit_val_batches": 2},
-}
+TRAINER = {**CONFIG["trainer"], "devices": 1, "strategy": "auto", "max_epochs": 2, "accumulate_grad_batches": 3}
+TRAINER |= {"val_check_interval": 3, "limit_val_batches": 2}
 MODEL = {**CONFIG["model"], "dropout": 0.1, "schedule": "cosine", "loraplus_ratio": 4.0}
 ROWS = {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 2}
 PAIRS = {"train": "pairs.jsonl", "val": "pairs.jsonl", "batch_size": 1}

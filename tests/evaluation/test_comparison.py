@@ -26,12 +26,9 @@ def test_losses_are_weighted_by_tokens_scores_are_means_of_answered_rows_and_dif
     adapter.append(result(loss=0.0, tokens=3, correct=3))
     metrics = compare({"base": base, "adapter": adapter}, rows_of(base))
     values = {name: (metric.sides["base"].value, metric.sides["adapter"].value) for name, metric in metrics.items()}
-    expected = {
-        "loss": (5 / 4, 1 / 4),
-        "perplexity": (math.exp(5 / 4), math.exp(1 / 4)),
-        "token_accuracy": (3 / 4, 1.0),
-        **{"exact_match": (0.0, 1.0), "chrf": (0.5, 0.75), "stop_rate": (0.0, 1.0), "answer_tokens": (4.0, 2.0)},
-    }
+    expected = {"loss": (5 / 4, 1 / 4), "perplexity": (math.exp(5 / 4), math.exp(1 / 4))}
+    expected |= {"token_accuracy": (3 / 4, 1.0), "exact_match": (0.0, 1.0), "chrf": (0.5, 0.75)}
+    expected |= {"stop_rate": (0.0, 1.0), "answer_tokens": (4.0, 2.0)}
     assert list(values) == list(expected)
     for name, pair in expected.items():
         assert values[name] == pytest.approx(pair), name

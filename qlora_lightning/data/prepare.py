@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
+from qlora_lightning.data.chat.conversation import RenderedText, has_reasoning
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, RenderedText, TokenizedSample, has_reasoning
+from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, TokenizedSample
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.content import (
     MAX_TEXT,

@@ -137,6 +137,7 @@ def test_one_is_a_batch_and_one_point_nought_all_of_them(capsys):
         main(["fit", "--config", "configs/quickstart.yaml", *options, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
     assert {name: str(shown[name]) for name in LIMITS} == LIMITS
+    assert (shown["max_time"], shown["precision"]) == (None, None)  # as a text null would be a duration
 
 
 @pytest.mark.parametrize("command", COMMANDS)

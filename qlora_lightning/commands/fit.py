@@ -93,8 +93,10 @@ class QLoRACLI(LightningCLI):
         self._command = ["qlora-lightning", str(verb), *args]
         args = expand_arguments(args)
         register_strategies()
-        # as jsonargparse 5 does, and null is checked against the type of its key as any other value
-        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=True)
+        # as jsonargparse 5 does; and null is checked against the type of its key, as any other value, unless a config is
+        # written, of which a null timedelta would become a text
+        writes = any(argument.startswith("--print_config") for argument in args)
+        jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=not writes)
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
         options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         if verb is not None:
@@ -142,7 +144,7 @@ class QLoRACLI(LightningCLI):
             hint = " A config is named as --config FILE." if is_stray or not find_configs(args) else ""
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
         finally:
-            jsonargparse.set_parsing_settings(unset_sentinel=False)  # with it a null timedelta is written as a text
+            jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         if os.path.isfile(folder):

@@ -93,8 +93,8 @@ class QLoRACLI(LightningCLI):
         self._command = ["qlora-lightning", str(verb), *args]
         args = expand_arguments(args)
         register_strategies()
-        # as jsonargparse 5 does; and null is checked against the type of its key, as any other value, unless a config is
-        # written, of which a null timedelta would become a text
+        # as jsonargparse 5 does; and null is checked against the type of its key as any other value, but not where a
+        # config is written, of which a null timedelta would become a text
         writes = any(argument.startswith("--print_config") for argument in args)
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=not writes)
         jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))

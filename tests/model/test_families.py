@@ -135,7 +135,10 @@ def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_pat
     run("stopped", 3, "--ckpt_path=last")
     assert not differences(tmp_path / "whole", tmp_path / "stopped")
     adapter = ["--adapter", str(tmp_path / "whole")]
+    capsys.readouterr()
     assert main(["plan", *options, "--device-memory=4GiB"]) == 0
+    names = {"self_attn.q_proj", *([] if is_wrapper else ["mlp.experts.down_proj", "mlp.shared_experts.down_proj"])}
+    assert names <= {*capsys.readouterr().out.split()}
     assert main(["evaluate", *adapter, f"--data.val={rows_file}", "--evaluation.rows=2"]) == 0
     assert main(["chat", *adapter, "--prompt", "Hi", "--max-new-tokens", "3"]) == 0
 

@@ -35,10 +35,8 @@ evaluation: {rows: 3, max_new_tokens: 3, scores: [chrf, exact_match], samples: 2
 trainer:
   {accelerator: cpu, max_steps: 4, limit_val_batches: 2, enable_progress_bar: false, default_root_dir: runs/quickstart}
 """
-EVENTS = [
-    {"instruction": f"Note {word}.", "output": json.dumps({"what": word})}
-    for word in ("lunch", "dinner", "dance", "lecture")
-]
+NOTED = ("lunch", "dinner", "dance", "lecture")
+EVENTS = [{"instruction": f"Note {word}.", "output": json.dumps({"what": word})} for word in NOTED]
 
 
 def help_examples(command):

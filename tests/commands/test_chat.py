@@ -54,9 +54,8 @@ def test_one_prompt_prints_the_answer_that_greedy_generation_gives(chat, tiny_ba
 
 def test_a_conversation_continues_until_it_is_ended(chat):
     lines = ["Hi.", "Hi.", "/quit", "never"]
-    first, second = (
-        part.partition("\n(a was")[0] for part in chat("--adapter", CALM, *SHORT, lines=lines[:2]).split("> Hi.\n")[1:]
-    )
+    _, *parts = chat("--adapter", CALM, *SHORT, lines=lines[:2]).split("> Hi.\n")
+    first, second = (part.partition("\n(a was")[0] for part in parts)
     assert first != second
     assert "never" not in chat("--adapter", CALM, *SHORT, lines=lines)
     assert first not in chat("--adapter", CALM, *SHORT, "--system", "Be brief.", lines=lines[:1])

@@ -30,10 +30,8 @@ def make(files, characters):
 
 
 def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overfits(make):
-    for options, trainer in (
-        ({"shuffle": False}, None),
-        ({}, SimpleNamespace(overfit_batches=2, global_rank=0, world_size=1)),
-    ):
+    overfits = SimpleNamespace(overfit_batches=2, global_rank=0, world_size=1)
+    for options, trainer in (({"shuffle": False}, None), ({}, overfits)):
         data = make(**options)
         data.trainer = trainer
         data.setup("fit")

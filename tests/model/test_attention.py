@@ -69,9 +69,8 @@ def flash_on_a_cpu():
         return scores.masked_fill(hidden, -torch.inf)
 
     def double(query, key, value):
-        return query.double(), *(
-            each.double().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value)
-        )
+        repeated = (each.double().repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+        return query.double(), *repeated
 
     def forward(query, key, value, *bounds, window_size_left, window_size_right):
         assert (window_size_left, window_size_right) == (-1, 0)
@@ -85,10 +84,8 @@ def flash_on_a_cpu():
         p = torch.exp(scores_of(q, k, bounds[:-2]) - lse.double().unsqueeze(-1))
         grad_p = torch.einsum("qhd,khd->hqk", grad, v)
         grad_scores = p * (grad_p - (grad * out).sum(-1).t().unsqueeze(-1)) * q.shape[2] ** -0.5
-        grads = (
-            torch.einsum("hqk,khd->qhd", grad_scores, k),
-            *(torch.einsum("hqk,qhd->khd", *pair) for pair in ((grad_scores, q), (p, grad))),
-        )
+        grad_k, grad_v = (torch.einsum("hqk,qhd->khd", *pair) for pair in ((grad_scores, q), (p, grad)))
+        grads = torch.einsum("hqk,khd->qhd", grad_scores, k), grad_k, grad_v
         shapes = (each.shape for each in (query, key, value))
         pairs = zip(grads, shapes, strict=True)
         return tuple(each.unflatten(1, (shape[1], -1)).sum(2).to(query.dtype) for each, shape in pairs)
@@ -159,10 +156,7 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 
 def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
     qkv, samples = draw(20), sequences_of_lengths([20])
-    with (
-        packed_pass(PackedPass(samples)),
-        pytest.raises(RuntimeError, match="NoneType hands softcap on to attention, w"),
-    ):
+    with packed_pass(PackedPass(samples)), pytest.raises(RuntimeError, match="NoneType hands softcap on to attention"):
         packed_attention(None, *qkv, None, softcap=30.0)
     query, key, _ = draw(20, width=32)
     found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))

@@ -34,9 +34,8 @@ def test_the_learning_rate_of_auto_falls_with_the_bases_width(width, rate):
 def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora_options):
     options = {"loraplus_ratio": 16.0, "learning_rate": 1e-4, "weight_decay": 0.1, "quantization": "none"}
     module = make_module(tiny_base, lora_options=lora_options, **options)
-    theirs = create_loraplus_optimizer(
-        module.model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
-    )
+    settings = {"lr": 1e-4, "loraplus_lr_ratio": 16, "loraplus_weight_decay": 0.1}
+    theirs = create_loraplus_optimizer(module.model, torch.optim.AdamW, **settings)
     kind, arguments = choose_optimizer(None, 1e-4, 0.1)
     ours = kind(module.parameter_groups(), **arguments)
 

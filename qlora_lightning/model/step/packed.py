@@ -117,7 +117,7 @@ class Cutter:
         """Cut a packed batch into micro-batches; a batch of another kind is its own."""
         if not is_packed(batch):
             if isinstance(batch, Mapping) and "cu_seqlens" in batch:
-                _report_whole(", ".join(batch))
+                _report_whole(", ".join(map(str, batch)))
             yield batch
             return
         values = self.values_of(batch)

@@ -324,6 +324,7 @@ class QLoRAModule(lightning.LightningModule):
         """Compute the gradients of a batch's *sums*; optimizer_step turns them into the mean's."""
         if self.guard.checks_due or not self.causal_lm.training:
             guards.check_training_mode(self.model)
+            self.choose_layers()  # a callback may have hooked or changed parts
         return self.window.accumulate(batch, self)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

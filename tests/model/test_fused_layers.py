@@ -2,6 +2,7 @@
 
 import logging
 
+import lightning
 import peft
 import pytest
 import torch
@@ -143,3 +144,21 @@ def test_a_fit_reports_why_layers_are_plain_if_they_are(tiny_base, rows_file, tm
     printed = " ".join(capsys.readouterr().out.split())
     assert (sentence in printed) == (reason is not None)
     assert reason is None or sentence + reason in printed
+
+
+class Watches(lightning.Callback):
+    """Hooks a part when training begins."""
+
+    calls = 0
+
+    def on_train_start(self, trainer, pl_module):
+        layers_of(pl_module)[0].self_attn.q_proj.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+def test_a_hook_that_a_callback_adds_behind_the_start_of_a_fit_is_called(tiny_base, rows_file, tmp_path):
+    watches = Watches()
+    fit(QLoRAModule(str(tiny_base), rank=2), tmp_path, rows_file, max_steps=2, callbacks=[watches])
+    assert watches.calls == 2

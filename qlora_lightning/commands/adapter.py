@@ -35,8 +35,8 @@ _ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "forgetting")
 _COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
     "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
     "data": (
-        *(*_ROWS, "class_path", "val_fraction", "format", "columns", "roles", "encoding", "drop_answers"),
-        *_RENDERING,
+        *(*_ROWS, "class_path", "val_fraction", "format", "columns", "roles"),
+        *("encoding", "drop_answers", "template_options", *_RENDERING),
     ),
     "evaluation": ("rows", "max_new_tokens", "scores", "samples", "forgetting", "forgetting_rows"),
     "trainer": ("accelerator", "limit_val_batches", "limit_test_batches"),
@@ -107,7 +107,7 @@ def _read_run_config(file: Path) -> dict[str, Any]:
 def _is_plain(value: Any, key: str) -> bool:
     """Whether a setting of a config from elsewhere, nested values included, is plain, and its rows are local."""
     if isinstance(value, dict):  # elsewhere it might name a class
-        is_known = key in (*_FILES, "columns", "roles")
+        is_known = key in (*_FILES, "columns", "roles", "template_options")
         return is_known and all(_is_plain(item, name if key in _FILES else key) for name, item in value.items())
     if isinstance(value, list):
         return all(_is_plain(item, key) for item in value)

@@ -105,11 +105,12 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
     folder = run_folder / f"sweep-{name}"
     refuse_links(folder)
-    settings_file, settings = folder / "settings.yaml", yaml.safe_dump(config)
+    hashes = {split: cli.datamodule.identity[split] for split in ("train", "val")}  # a file may have changed
+    settings_file, settings = folder / "settings.yaml", yaml.safe_dump({**config, "rows": hashes})
     if settings_file.exists() and settings_file.read_text(encoding="utf-8") != settings:
         raise UserError(
-            f"{folder} holds a sweep with other settings ({settings_file}): put them back, or choose another folder by "
-            "`--trainer.default_root_dir runs/NAME`."
+            f"{folder} holds a sweep with other settings or rows ({settings_file}): put them back, or choose another "
+            "folder by `--trainer.default_root_dir runs/NAME`."
         )
     write_whole(settings_file, settings)
 
@@ -206,7 +207,8 @@ def choose(setting: str, trials: Sequence[Trial], noise: float) -> tuple[Trial, 
         if not math.isfinite(last.val_loss):
             return prior, f"Rank {last.value} diverged."
         gain = prior.val_loss - last.val_loss
-        return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f}, another seed {noise:.4f}."
+        seed_gain = f", another seed {noise:.4f}" if noise else ""
+        return prior, f"Rank {last.value} does not pay: it gains {gain:+.4f}{seed_gain}."
     best = min(trials, key=lambda trial: trial.val_loss)
     candidates = [trial for trial in trials if trial is best or not _pays(trial, best, noise)]
     names = ", ".join(str(trial.value) for trial in candidates)

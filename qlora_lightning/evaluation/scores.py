@@ -11,7 +11,9 @@ from qlora_lightning.support.errors import UserError
 
 MARK = "####"  # before GSM8K's final number
 # A dash is a sign only directly before the number: "- 18" is an item of a list, "12 -5" and "x-5" are subtractions.
-_NUMBER = re.compile(r"(?:(?<![\w)])(?<![\d)] )-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+\b)?")
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])(?<![\d)] )-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+\b)?"
+)
 FORGETTING = "forgetting_loss"  # nats per token, of text that has nothing to do with the task
 _NAMES = {
     FORGETTING: "loss on other text",

@@ -125,7 +125,11 @@ def test_a_stopped_sweep_continues_and_ends_as_one_that_was_not_stopped(folder, 
     sweep(*ranks, code=143)
     monkeypatch.delenv("ASK")
     out = sweep(*ranks, "--model.learning_rate", "0.001", code=2)
-    assert "holds a sweep with other settings" in out
+    assert "holds a sweep with other settings or rows" in out
+    rows = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(rows[: rows.rindex("{")])
+    assert "holds a sweep with other settings or rows" in sweep(*ranks, code=2)
+    (folder / "rows.jsonl").write_text(rows)
     sweep(*ranks)
     ended, whole = read(folder / SWEPT / "sweep.json"), read(folder / "whole/sweep-rank/sweep.json")
     for trial in [*ended["trials"], *whole["trials"]]:

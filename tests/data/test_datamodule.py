@@ -90,9 +90,10 @@ def test_the_seed_is_torchs_without_seed_everything_and_no_global_number_is_draw
 PAIR = {"prompt": "q", "completion": "k"}
 
 
-def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write):
-    write("other.jsonl", [PAIR, {"prompt": "q"}, {**PAIR, "label": False}])
-    with rejects("row.label", "other.jsonl:3", "{label: null}"):
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_bad_rows(make, write, key):
+    write("other.jsonl", [PAIR, {"prompt": "q"}, {**PAIR, key: False}])
+    with rejects(f"row.{key}", "other.jsonl:3", f"{{{key}: null}}"):
         make(train="other.jsonl", on_bad_row="skip").setup("fit")
 
 

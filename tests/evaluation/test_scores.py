@@ -17,6 +17,8 @@ from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json
         ("covid-19", "19", 1.0),
         ("It costs .50 or so", "0.5", 1.0),
         ("1.5e3", "1500", 1.0),
+        ("I get 1,8", "#### 18", 0.0),
+        ("1,234,567", "1234567", 1.0),
         ("It is -18", "-18", 1.0),
         ("#### -$1,234.50", "-1234.5", 1.0),
         ("5 apples #### none", "5", 0.0),

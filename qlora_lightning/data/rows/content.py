@@ -91,7 +91,9 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
-_UNREAD = {*MEDIA, "loss", "mask", "function_call"}  # keys whose meaning would be lost silently
+# keys whose meaning would be lost silently; train_detail is Axolotl's
+_UNREAD = {*MEDIA, "loss", "mask", "masked", "train_detail", "function_call"}
+_TRAIN_FLAGS = ("train", "training", "trainable", "weight", "loss_weight")  # of a message
 
 
 def answer_indices(messages: Sequence[Message]) -> list[int]:
@@ -167,11 +169,11 @@ def _read_content(content: Any, where: str, role: str) -> str:
 
 
 def _is_trained(message: dict[str, Any], where: str) -> bool:
-    """Whether an answer is trained, by ``train``, OpenAI's ``weight`` or LLaMA-Factory's ``loss_weight``."""
+    """Whether an answer is trained, by ``train`` or its names in OpenAI's, Axolotl's and LLaMA-Factory's rows."""
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):
             raise RowFault(f"{where} has {key!r}, which is not read: only text is, and `train: false` of a message")
-    flags = {key: message[key] for key in ("train", "weight", "loss_weight") if message.get(key) is not None}
+    flags = {key: message[key] for key in _TRAIN_FLAGS if message.get(key) is not None}
     for key, value in flags.items():
         if value not in (0, 1):
             raise RowFault(f"{key!r} of {where} must be true or false, 1 or 0, found {reprlib.repr(value)}")

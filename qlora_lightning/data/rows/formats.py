@@ -2,9 +2,10 @@
 
 import inspect
 import pkgutil
+import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
@@ -12,6 +13,7 @@ from qlora_lightning.data.rows.files import Row, RowSettings
 from qlora_lightning.support.errors import UserError, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")  # as text
 _PROMPT_KEYS = ("prompt", "messages", "conversations")  # of preferences
 
 
@@ -176,7 +178,7 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
             continue
         elif key == "rejected" and value and "chosen" in row.values:
             reason = "a preference row is for PreferenceModule and PreferenceDataModule"
-        elif key == "label" and str(value).lower() in _LABELS:
+        elif key in ("label", "kto_tag") and str(value).lower() in _LABELS:
             reason = "a verdict on the answer is for PreferenceModule (`objective: kto`) and PreferenceDataModule"
         else:
             continue
@@ -229,22 +231,22 @@ def _read_alpaca(values: dict[str, Any]) -> list[Any]:
 
 def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
     """Read two strings, or two lists of messages, of which only the completion is trained."""
-    _refuse_messages_as_text(values, ("prompt", "completion"))
     prompt, completion = values["prompt"], values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list | None):
         return [*({**message, "train": False} for message in prompt), *(completion or [])]
     return _exchange(rows.read_string(prompt, "'prompt'"), completion)
 
 
-def _refuse_messages_as_text(values: Mapping[str, Any], keys: Sequence[str]) -> None:
+def _refuse_messages_as_text(values: Mapping[str, Any]) -> None:
     """Reject a list of messages in a string, as in CSV: it would be trained as that text."""
-    for key in keys:
-        if isinstance(values.get(key), str) and values[key].lstrip().startswith(("[{", "{'", '{"role"')):
-            raise rows.RowFault(f"{key!r} is a list of messages as text, and would be trained as it is: use JSON lines")
+    for name, value in values.items():
+        if isinstance(value, str) and _MESSAGES.match(value):
+            raise rows.RowFault(f"{name} is a list of messages as text, and would be trained as it is: use JSON lines")
 
 
 def _exchange(prompt: Any, answer: Any) -> list[dict[str, Any]]:
     """Return a question and its answer, if there is one, as messages."""
+    _refuse_messages_as_text({"the question": prompt, "the answer": answer})
     question = [{"role": "user", "content": prompt}]
     return question if answer is None else [*question, {"role": "assistant", "content": answer}]
 
@@ -272,7 +274,7 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
     if both are whole conversations, which begin alike (TRL's implicit prompt), it is not read.
     """
     answers = [values[key] for key in ("chosen", "rejected")]
-    _refuse_messages_as_text(values, ("chosen", "rejected", *_PROMPT_KEYS))
+    _refuse_messages_as_text({repr(key): values.get(key) for key in ("chosen", "rejected", *_PROMPT_KEYS)})
     if [] in answers:
         raise rows.RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     is_whole = all(isinstance(answer, list) and not rows.is_answer(answer[0]) for answer in answers)

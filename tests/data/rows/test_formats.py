@@ -92,6 +92,8 @@ ROWS = [  # row, what it becomes, settings
     ({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}, "alpaca and prompt_completion: name", {}),
     ({"instruction": "u", "output": "a", "prompt": "a", "completion": "b"}, [U, A], {"format": "alpaca"}),
     ({"instruction": "u", "output": "a"}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),
+    ({"question": "[{'role': 'user', 'content': 'u'}]", "answer": "a"}, "the question is a list of messages", {}),
+    ({"prompt": "u", "completion": '[{"a": 1}]'}, [U, said("assistant", '[{"a": 1}]')], {}),
 ]  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def test_rows(row, expected, settings):
 MESSAGES = [  # the last messages of a row that begins with a user turn, and what they become
     ({**A, "refusal": None, "tool_calls": None, "weight": None, "reasoning_content": ""}, A),
     ({**A, "train": False}, NO_TRAINING),
-    *(({**A, key: 0}, NO_TRAINING) for key in ("weight", "loss_weight")),
+    *(({**A, key: 0}, NO_TRAINING) for key in ("weight", "loss_weight", "training", "trainable")),
     (said("assistant", [part("é1 "), part("2"), part("")]), said("assistant", "é1 2")),
     (said("assistant", [{"type": "text", "value": "a"}]), A),
     *(({**A, key: "Hm."}, {**A, "reasoning_content": "Hm."}) for key in ("reasoning_content", "reasoning")),

@@ -140,8 +140,8 @@ class QLoRACLI(LightningCLI):
             keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
             typed = [key for name in find_configs(args) for key in read_config(name)]
             fault = shorten_parse_error(error.message, keys, typed)
-            is_stray = error.message.endswith((".yaml", ".yml"))
-            hint = " A config is named as --config FILE." if is_stray or not find_configs(args) else ""
+            lacks_config = error.message.endswith((".yaml", ".yml")) or (not typed and "required" in error.message)
+            hint = " A config is named as --config FILE." if lacks_config else ""
             raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
         finally:
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config

@@ -29,7 +29,8 @@ def assess(run: Run) -> Assessment:
     if not steps:
         return Assessment("unknown", [])
     comparison = read_comparison(run)
-    base = comparison["loss"].base.value if "loss" in comparison else math.nan
+    began_at_base = not (run.config.get("model") or {}).get("adapter")
+    base = comparison["loss"].base.value if "loss" in comparison and began_at_base else math.nan
     against_base, base_sentences = _compare_with_base(comparison, describe_rows(run))
     divergence = _find_divergence(run, base, steps)
     if divergence:
@@ -69,8 +70,8 @@ def _assess_learning(points: Sequence[tuple[float, float]], base: float) -> tupl
     if not _is_above(start, best):
         if math.isnan(base):  # the first validation may come when most is learned
             return "unknown", [
-                "Whether it learned is not known: the base was not evaluated, and the validation loss did not fall "
-                f"clearly below {start:.3f}, its first."
+                "Whether it learned is not known: the loss at its start was not measured, and the validation loss did "
+                f"not fall clearly below {start:.3f}, its first."
             ]
         return "not learned", [f"It did not learn: the validation loss did not fall clearly below {start:.3f}{origin}."]
     sentences = [

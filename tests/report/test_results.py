@@ -14,9 +14,9 @@ def read_page(run):
     return [text for text in page.texts("p") if text.strip()], commands, page
 
 
-def make(folder, status="finished", reproduce=MANIFEST["reproduce"], **files):
+def make(folder, status="finished", reproduce=MANIFEST["reproduce"], config=CONFIG, **files):
     manifest = {**MANIFEST, "command": "", "reproduce": reproduce, "progress": {}}
-    return Run(folder=folder, name="a", status=status, manifest=manifest, config=CONFIG, **files)
+    return Run(folder=folder, name="a", status=status, manifest=manifest, config=config, **files)
 
 
 def sides(base, adapter, low=None, high=None):
@@ -77,7 +77,7 @@ HIGHER = [*AGAIN, *NO_TALK]
         ([1.0, 0.9, 2.6], None, AGAIN, ["ended at 2.600, above 1.000, its first"]),
         ([0.002, 0.001, 0.004], None, ALL, ["rose again"]),
         ([], sides(2.0, 1.5, -0.6, -0.4), ALL, ["to 1.500 at step 10.", "−0.500 [−0.600, −0.400] (95 % interval)"]),
-        ([0.4, 0.399], None, NO_MERGE, ["not known: the base was not evaluated", "below 0.400, its first"]),
+        ([0.4, 0.399], None, NO_MERGE, ["not known: the loss at its start", "below 0.400, its first"]),
         ([], None, NO_MERGE, ["not known"]),
         ([2.5, 2.4], sides(2.5, 2.51), ALL, ["is not clearly better"]),  # one row has no interval
     ],
@@ -93,6 +93,14 @@ def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(tmp_path, l
     assert [command.split()[1] for command in commands] == [*follows, "fit"]  # the last repeats the run
     rates = [command.rpartition(" --model.learning_rate ")[2] for command in commands if " --model." in command]
     assert rates == {"fit": ["0.0003"], "fit evaluate": ["0.003"]}.get(" ".join(follows), [])
+
+
+def test_a_run_that_continues_an_adapter_is_not_judged_by_the_base(tmp_path):
+    config = {**CONFIG, "model": {**CONFIG["model"], "adapter": "runs/earlier"}}
+    metrics, loss = {"val_loss": [(10, 0.5), (20, 0.6)]}, sides(2.0, 0.5, -1.6, -1.4)
+    first, second = read_page(make(tmp_path, config=config, metrics=metrics, evaluation={"metrics": {"loss": loss}}))[0]
+    assert first.startswith("Whether it learned is not known: the loss at its start")
+    assert second.startswith("The adapter that was kept is better than the base: loss −1.500")
 
 
 OVERFITTED = {"val_loss": [(10, 1.0), (20, 1.01), (30, 1.06)], "train_loss": [(n, 2.0 - n / 20) for n in range(30)]}

@@ -44,7 +44,7 @@ class Evaluation(Callback):
         scores: Names of scores, or ``auto``: those that fit the expected answers.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
-        forgetting: A file of rows that have nothing to do with the task, or an entry as ``data.train`` takes it,
+        forgetting: A file of rows that have nothing to do with the task, or a mapping as
             ``{path: …, format: text}``. The loss of base and adapter on them shows how much was forgotten; ``None``:
             it is not computed.
         forgetting_rows: How many rows of that file, the first ones.

@@ -30,7 +30,7 @@ _EPILOG = """examples:
   qlora-lightning sweep-rank --config configs/quickstart.yaml --ranks 4,8 --trainer.limit_train_batches 8
   qlora-lightning sweep-rank --config configs/quickstart.yaml --learning-rates 5e-4,1e-3 --seeds 1
 
-RUN/sweep-rank then holds sweep.json, sweep.png, and chosen.yaml, which `fit` takes."""
+RUN/sweep-rank, or RUN/sweep-learning-rate and so on, then has sweep.json, sweep.png, and chosen.yaml for `fit`."""
 _REMEDY = "Shorten the epoch by trainer.limit_train_batches instead of max_steps, or set trainer.val_check_interval."
 
 

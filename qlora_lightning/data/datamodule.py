@@ -46,7 +46,7 @@ class InstructionDataModule(LightningDataModule):
         train: what to train on: a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), a folder,
             a glob, a URL, a hub id, a mapping ``{path, weight, rows, format, …}``, or a list of these. With weights an
             epoch has as many rows as all sources together, each source its share; without, every row once.
-        val: what to validate on; without, the validation files of a folder in ``train``, as ``test`` likewise.
+        val: what to validate on; without, the validation files of a folder that ``train`` names whole, as ``test``.
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,

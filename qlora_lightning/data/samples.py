@@ -67,6 +67,13 @@ class SampleSet:
         return np.diff(self.starts)
 
     @property
+    def longest_text(self) -> int:
+        """Tokens of the longest sample, or of the longest answer with its prompt."""
+        if self.chosen_length is None:
+            return int(self.lengths.max(initial=0))
+        return int(np.maximum(self.chosen_length, self.lengths - self.chosen_length).max(initial=0))
+
+    @property
     def labelled_counts(self) -> npt.NDArray[np.int64]:
         """Labelled tokens of each sample, ``(N,)`` int64."""
         return np.add.reduceat(self.labelled, self.starts[:-1], dtype=np.int64)

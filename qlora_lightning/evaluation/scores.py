@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
-from unicodedata import category
+from unicodedata import category, east_asian_width
 
 from qlora_lightning.support.errors import UserError
 
@@ -96,8 +96,9 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def _split_words(text: str) -> str:
-    # letters, the marks on them, and numbers
-    return "".join(char if category(char)[0] in "LMN" else " " for char in text.lower())
+    # letters, the marks on them, and numbers; Chinese and Japanese have no spaces, and each character is a word
+    words = (f" {char} " if east_asian_width(char) in "WF" else char for char in text.lower())
+    return "".join(char if category(char)[0] in "LMN" else " " for char in "".join(words))
 
 
 def chrf(answer: str, expected: str) -> float:

@@ -21,7 +21,13 @@ from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.model.step.packed import check_row_length, format_locations, row_locations
+from qlora_lightning.model.step.packed import (
+    check_row_length,
+    format_locations,
+    most_positions,
+    row_locations,
+    samples_of,
+)
 from qlora_lightning.support import trainer as trainers
 from qlora_lightning.support.errors import Diverged, UserError, check_setting
 from qlora_lightning.support.files import CHECKPOINTS
@@ -240,7 +246,15 @@ class TrainingGuard(Callback):
                 "trainer.callbacks",
             )
         check_saved(module.model)
-        check_row_length(module.causal_lm.config, getattr(datamodule_of(trainer), "max_length", 0))
+        config, data = module.causal_lm.config, datamodule_of(trainer)
+        check_row_length(config, getattr(data, "max_length", 0))
+        samples, n_positions = samples_of(data, "train"), most_positions(config)
+        longest = 0 if samples is None else samples.longest_text
+        if n_positions is not None and longest > n_positions:
+            trainers.say_once(
+                f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
+                "data.max_length to that, unless its rotary embedding reaches further."
+            )
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
 

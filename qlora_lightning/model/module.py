@@ -77,7 +77,7 @@ class QLoRAModule(lightning.LightningModule):
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
         warmup_ratio: Share of the optimizer steps over which the learning rate rises.
-        loraplus_ratio: Learning rate of B over that of A (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
+        loraplus_ratio: Factor of B's learning rate over A's (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
         neftune_alpha: Strength of noise on embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: none.
         fast: ``False`` uses the plain layers, attention and loss of PEFT, transformers and torch instead of ours, and
             computes all tokens.

@@ -61,6 +61,7 @@ def test_overlap_is_that_worked_out_by_hand():
         assert [score(text, "one two") for text in ("one two", "")] == pytest.approx([1.0, 0.0])
         assert score("Привет, мир", "Привет, мир") == pytest.approx(1.0)
     assert rouge_l("की", "का") == 0.0
+    assert rouge_l("今天天气很好", "今天天气不错") == pytest.approx(4 / 6)
 
 
 @pytest.mark.parametrize(

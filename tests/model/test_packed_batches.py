@@ -54,3 +54,7 @@ def test_rows_that_would_turn_each_other_are_refused(tiny_base, rows_file, tmp_p
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     module = make_module(base, quantization="none", micro_batch_tokens=1).eval()
     assert_states_as_alone(module, make_batch((9, 30, 40, 5)), tolerance=1e-5)
+
+    change_json(base / "config.json", max_position_embeddings=8, rope_parameters={**rope, "rope_type": "default"})
+    assert main(["fit", *options, "--trainer.max_steps", "1"]) == 0
+    assert "the base was pre-trained on 8: set data.max_length to that" in capsys.readouterr().out

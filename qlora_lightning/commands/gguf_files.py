@@ -9,13 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
-import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qlora_lightning.model.merge import MergePlan
 from qlora_lightning.sources.folders import BaseFolder, TensorFiles, resolve_base
+from qlora_lightning.sources.gguf import rope_factors
 from qlora_lightning.support.console import progress_counter
 from qlora_lightning.support.errors import UserError
 
@@ -142,9 +140,7 @@ def _rope_factors(plan: MergePlan) -> Array | None:
         return None
     if rope["rope_type"] != "llama3":
         raise UserError(f"--gguf writes no rotary embeddings of the kind {rope['rope_type']}. {_CONVERT}")
-    inv_freq = LlamaRotaryEmbedding(plan.config).inv_freq.float()
-    factors: Tensor = rope["rope_theta"] ** -(torch.arange(len(inv_freq)) / len(inv_freq)) / inv_freq
-    return factors.numpy().astype(np.float32)
+    return rope_factors(plan.config).numpy().astype(np.float32)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

@@ -5,12 +5,15 @@ import logging
 from contextlib import redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.tensors import check_loaded, format_bytes, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, explaining
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ def unpack_gguf(file: Path, name: str) -> Path:
         "path": str(file),
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-        "format": 1,  # incremented whenever the same GGUF would be unpacked differently
+        "format": 2,  # incremented whenever the same GGUF would be unpacked differently
         "transformers": version("transformers"),
     }
 
@@ -58,6 +61,7 @@ def _unpack(file: Path, folder: Path, name: str) -> None:
 
 
 def _load(file: Path, name: str) -> tuple[Any, Any]:
+    import gguf
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -67,6 +71,10 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
         raise UserError(
             f"Base {name}: expected a GGUF of a LLaMA-family model, found type {config.model_type!r}.", "base.gguf"
         )
+    reader = gguf.GGUFReader(file)
+    tensor_names = {tensor.name for tensor in reader.tensors}
+    config.attention_bias, config.mlp_bias = "blk.0.attn_q.bias" in tensor_names, "blk.0.ffn_up.bias" in tensor_names
+    _restore_rope(reader, config, name)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     # transformers 5.17 uses the bos token as eos token, and drops the pad token
     if tokenizer.eos_token_id == tokenizer.bos_token_id and isinstance(config.eos_token_id, int):
@@ -82,4 +90,51 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
         **source,
     )
     check_loaded(report, file, {})
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    loaded = {names.get_name(key, (".weight", ".bias")) for key in model.state_dict()}
+    if left_out := tensor_names - loaded - {_ROPE_FACTORS}:
+        raise _left_out(name, f"the tensor {min(left_out)}")
     return model, tokenizer
+
+
+# ---- what transformers does not read, and raises no error ------------------------------------------------------------
+
+_ROPE_FACTORS = "rope_freqs.weight"  # a tensor of Llama 3.1 and later
+_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _left_out(name: str, what: str) -> UserError:
+    return UserError(
+        f"Base {name}: {what} of a GGUF cannot be loaded by transformers, and without it the model computes something "
+        "else. Give the model's hub id or folder, with safetensors files.",
+        "base.gguf",
+    )
+
+
+def _restore_rope(reader: Any, config: Any, name: str) -> None:
+    """Set Llama 3's scaling of rotary embeddings in a config if the file has it; reject any other scaling."""
+    import torch
+
+    values = {key: reader.fields[key].contents() for key in reader.fields if key.startswith("llama.rope.scal")}
+    factor = values.get("llama.rope.scaling.factor", values.get("llama.rope.scale_linear", 1.0))
+    kind = values.get("llama.rope.scaling.type", "linear")  # llama.cpp's default
+    if kind != "none" and (kind, factor) not in (("linear", 0.0), ("linear", 1.0)):
+        raise _left_out(name, f"llama.rope.scaling ({kind}, factor {factor:g})")
+    for tensor in reader.tensors:
+        if tensor.name == _ROPE_FACTORS:
+            factors = torch.tensor(tensor.data)
+            rope = {"rope_type": "llama3", "factor": round(float(factors.max())), **_LLAMA_3}
+            config.rope_parameters = config.rope_parameters | rope
+            expected = rope_factors(config)
+            if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-4):
+                raise _left_out(name, f"the tensor {_ROPE_FACTORS}, whose numbers are not Llama 3's,")
+
+
+def rope_factors(config: Any) -> "Tensor":
+    """Return the divisors ``(head_dim / 2,)`` of a config with Llama 3's scaling for each rotary frequency."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    inv_freq = LlamaRotaryEmbedding(config).inv_freq.float()
+    factors: Tensor = config.rope_parameters["rope_theta"] ** -(torch.arange(len(inv_freq)) / len(inv_freq)) / inv_freq
+    return factors

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from qlora_lightning.model.merge import MergedWeights, TrainedWeights
 from qlora_lightning.sources.folders import open_base
 from tests.adapters import make_run
 from tests.commands.conftest import help_examples
+from tests.errors import rejects
 from tests.random_base import save_family
 
 ADAPTER = "runs/quickstart/adapter"
@@ -178,6 +180,51 @@ def test_transformers_reads_the_same_model(model_type, folder, small_base):
         assert torch.equal(model.state_dict()[name], tensor.half().float() if tensor.dim() > 1 else tensor), name
     check = json.loads((folder / "merged" / "merge.json").read_text())["check"]
     assert check["model-f16.gguf"]["kl"] < 1e-4
+
+
+def test_a_file_with_biases_and_llama_3_s_rotary_embeddings_is_the_same_base_again(folder, small_base):
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    sizes = {"hidden_size": 256, "intermediate_size": 128, "max_position_embeddings": 131_072}
+    base = save_family(folder / "base", "llama", small_base, rope_parameters=rope, **sizes)
+    make_run(folder / "run", base)
+    merge("--gguf", "f16", *UNCHECKED, adapter="run/adapter")
+    again = AutoModelForCausalLM.from_pretrained(open_base("merged/gguf/model-f16.gguf").folder)
+    assert again.config.rope_parameters == rope
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    assert torch.equal(again.model.rotary_emb.inv_freq, merged.model.rotary_emb.inv_freq)
+    assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize(
+    ("key", "fact", "change"),
+    [
+        ("base.tensors", "self_attn.k_proj.bias", {"blk.0.attn_q.bias": 64}),
+        ("base.gguf", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight": 16}),
+        ("base.gguf", "rope_freqs.weight", {"rope_freqs.weight": 8}),
+        ("base.gguf", "llama.rope.scaling (linear, factor 4)", {"llama.rope.scaling.factor": 4.0}),
+        ("base.gguf", "llama.rope.scaling (yarn, factor 1)", {"llama.rope.scaling.type": "yarn"}),
+    ],
+)
+def test_a_file_with_more_than_transformers_loads_is_rejected(merged, tmp_path, key, fact, change):
+    reader, file = gguf.GGUFReader("merged/gguf/model-f16.gguf"), tmp_path / "more.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, value in change.items():
+        if isinstance(value, int):
+            writer.add_tensor(name, np.full(value, 8.0, np.float32))
+        else:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with rejects(key, fact):
+        open_base(str(file))
 
 
 def test_other_families_and_tokenizers_are_refused_before_the_work(folder, small_base, monkeypatch, capsys):

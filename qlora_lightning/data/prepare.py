@@ -203,6 +203,11 @@ class Preparation:
             raise RowFault("holds no conversation, so there is nothing to answer")
         *earlier, last = content.messages
         reference = last["content"] if last["role"] == "assistant" else None
+        if reference is not None and ("tool_calls" in last or "reasoning_content" in last):
+            # as the model would write it
+            sample = self.renderer.render_answers(content.messages, content.tools, [len(earlier)])
+            labels = [label for label in sample.labels if label not in (IGNORED, *self.renderer.stop_ids)]
+            reference = str(self.renderer.tokenizer.decode(labels))
         ids = self.renderer.render_prompt(content.messages if reference is None else earlier, content.tools)
         self.builder.add(ids, [IGNORED] * len(ids), converted.number, converted.source, row.file, row.line)
         self.prompts.append(Prompt(ids, reference, converted.number, row.values))

@@ -342,6 +342,8 @@ def _without_reasoning(message: Message) -> Message:
     reasoning, content = _split_reasoning(message)
     if reasoning is None:
         return message
+    if not content.strip() and "tool_calls" not in message:
+        raise RowFault("an earlier answer is reasoning alone: with reasoning: drop nothing of it is left")
     answer: Message = {**message, "content": content}
     answer.pop("reasoning_content", None)
     return answer

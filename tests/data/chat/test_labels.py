@@ -39,6 +39,26 @@ def test_ids_and_labels_by_hand(characters, talk):
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
 
 
+def test_the_reference_of_a_prediction_has_reasoning_and_calls_as_the_model_writes_them(chatml, write):
+    call = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Oslo"}}}
+    answers = [{"content": "k", "reasoning_content": "Hm."}, {"content": "", "tool_calls": [call]}]
+    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", **answer}] for answer in answers]
+    data = InstructionDataModule(predict=write("a.jsonl", [{"messages": each} for each in turns]), tokenizer=chatml)
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    references = [prompt.reference for prompt in batch["prompts"]]
+    expected = [
+        "<think>\nHm.\n</think>\n\nk",
+        '<tool_call>\n{"name": "sky", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    ]
+    assert references == expected
+
+
+def test_an_earlier_answer_of_reasoning_alone_is_rejected_if_reasoning_is_dropped(chatml, talk):
+    with rejects("rows.bad", "reasoning alone"):
+        render_one(chatml, talk("q", "<think>Hm.</think>", "r", "k"), reasoning="drop")
+
+
 def test_what_follows_the_last_answer_is_left_out_and_marks_do_not_contradict_settings(characters, talk):
     assert render_one(characters, talk("q", "a", "r")) == render_one(characters, talk("q", "a"))
     conversation = [*talk("q"), {"role": "assistant", "content": "a", "train": False}]

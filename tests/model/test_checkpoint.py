@@ -38,7 +38,7 @@ def have_same_adapter(module, other):
     return same(dict(module.state_dict()), dict(other.state_dict()))
 
 
-def test_a_module_is_made_again_from_its_checkpoint_which_holds_the_adapter_alone(trained):
+def test_a_module_is_made_again_from_its_checkpoint_which_holds_the_adapter_alone(trained, capsys):
     module, file = trained
     state = torch.load(file, weights_only=True)["state_dict"]
     assert len(state) == 2 * 4 * 2  # layers × linears × (A, B)
@@ -47,6 +47,7 @@ def test_a_module_is_made_again_from_its_checkpoint_which_holds_the_adapter_alon
     assert have_same_adapter(module, again)
     assert (again.learning_rate, again.adapter_options["rank"]) == (0.5, 2)
     assert (again.place, again.odd) == (str(file.parent), None)
+    assert "not in the checkpoint keep their defaults: odd." in capsys.readouterr().out
     assert Own.load_from_checkpoint(file, learning_rate=0.25).learning_rate == 0.25
 
 

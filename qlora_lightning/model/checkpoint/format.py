@@ -94,6 +94,9 @@ def restore_module(kind: type, file: str | Path, map_location: Any, overrides: d
     takes_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     accepted = content["settings"] if takes_kwargs else parameters
     settings = {**usable_settings(content["settings"], accepted, kind.__name__), **overrides}
+    optional = {name for name, parameter in parameters.items() if parameter.default is not parameter.empty}
+    if missing := sorted(optional - content["settings"].keys() - overrides.keys()):
+        say(f"Arguments of {kind.__name__} that are not in the checkpoint keep their defaults: {', '.join(missing)}.")
     module: Any = kind(**settings)
     module.to(map_location)
     module.configure_model()

@@ -260,6 +260,7 @@ class TrainingGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due = True
+        self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
             # may have different numbers, and sorts its buckets again after the first, so that a resume would round

@@ -9,7 +9,7 @@ import torch
 
 from qlora_lightning import LossSums, QLoRAModule
 from tests.equality import same
-from tests.errors import rejects
+from tests.errors import MachineFailed, rejects
 from tests.steps import fit, make_module, make_trainer
 
 
@@ -112,6 +112,28 @@ def test_what_was_saved_inside_an_optimizer_step_is_rejected(tiny_base, rows_fil
     for hook in HOOKS:
         with rejects("checkpoint.position"):
             train(6, ckpt_path=tmp_path / f"{hook}.ckpt")
+
+
+class FailsOnce(lightning.Callback):
+    """Ends a fit inside its second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            raise MachineFailed
+
+
+def test_a_module_whose_fit_ended_inside_a_step_resumes_without_its_gradients(tiny_base, rows_file, tmp_path):
+    def train(module, *callbacks, ckpt_path=None):
+        options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": [*callbacks]}
+        fit(module, tmp_path, rows_file, ckpt_path=ckpt_path, **options)
+        return dict(module.state_dict())
+
+    whole, module = (QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp32") for _ in range(2))
+    save = SaveAt("on_train_batch_end", tmp_path)
+    expected = train(whole, save)
+    with pytest.raises(MachineFailed):
+        train(module, FailsOnce())
+    assert same(train(module, ckpt_path=save.file), expected)
 
 
 class HasStates(QLoRAModule):

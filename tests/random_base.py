@@ -25,9 +25,8 @@ def save_tokenizer(folder: Path, texts: Iterable[str], size: int = 8192) -> None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, BpeTrainer(vocab_size=size, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False)
-    )
+    special: dict[str, Any] = {"special_tokens": [START, END], "initial_alphabet": alphabet}
+    tokenizer.train_from_iterator(texts, BpeTrainer(vocab_size=size, show_progress=False, **special))
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END)
     made.chat_template = _TEMPLATE
     made.save_pretrained(folder)

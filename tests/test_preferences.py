@@ -272,13 +272,11 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
     module = make_module(tiny_base, objective="kto", quantization="none")
     samples = SimpleNamespace(desirable=torch.tensor([True, True, True, False, False]))  # of the training rows
     monkeypatch.setattr("qlora_lightning.model.kto.samples_of", lambda data, split: samples)
-    own = plain_log_probs(module.model, batch)[0].flatten()
+    own, others = plain_log_probs(module.model, batch)[0].flatten(), other_answers(batch)
     with torch.no_grad():
-        mixed = plain_log_probs(module.model, other_answers(batch))[0].flatten()
+        mixed = plain_log_probs(module.model, others)[0].flatten()
         with module.model.disable_adapter():
-            reference, mixed_reference = (
-                plain_log_probs(module.model, each)[0].flatten() for each in (batch, other_answers(batch))
-            )
+            reference, mixed_reference = (plain_log_probs(module.model, each)[0].flatten() for each in (batch, others))
     kl = (mixed - mixed_reference).mean().clamp(min=0)
     value = torch.sigmoid(0.1 * torch.where(batch["desirable"], own - reference - kl, kl - own + reference))
     loss = (torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)).sum()

@@ -117,9 +117,8 @@ def test_a_step_sends_gradients_once_and_a_sharded_layer_once_in_each_direction(
 
 def test_whatever_trains_and_however_the_bytes_are_the_same(runs):
     commands = [command for name, more in ALIKE.items() for command in both(name, *more)]
-    commands += both(
-        "pairs", "--model.base", "untied", "--trainer.max_steps", "-1", "--trainer.max_epochs", "2", config="pairs.yaml"
-    )
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"]
+    commands += both("pairs", "--model.base", "untied", *epochs, config="pairs.yaml")
     launch(runs, commands, timeout=900)
     for name in [*ALIKE, "pairs"]:
         assert_same(runs, name)

@@ -97,9 +97,8 @@ def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenize
         if name.endswith("attn_q"):  # of 9 heads, stored for a rotary embedding of neighbours, not halves
             expected = expected.unflatten(0, (9, -1, 2)).transpose(1, 2).flatten(0, 2)
         assert torch.equal(tensors.read(f"{name_in_folder}.weight"), expected), name
-    config, generation = (
-        json.loads((smollm2_folder / f"{name}.json").read_text()) for name in ("config", "generation_config")
-    )
+    files = (smollm2_folder / "config.json", smollm2_folder / "generation_config.json")
+    config, generation = (json.loads(file.read_text()) for file in files)
     assert config["eos_token_id"] == generation["eos_token_id"] == 2
     assert "_model_name_or_path" not in config  # a title that is no name
     tokenizer, text = load_tokenizer(str(smollm2_folder)), "Grüße, 1234 world!\n\tif x:  # ≠"

@@ -1,6 +1,7 @@
 """Experts of mixtures in 4 bits: read one weight at a time, right whatever the routing, and adapted as PEFT does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -100,6 +101,22 @@ def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type
     (tmp_path / "first" / "qlora_lightning.json").unlink()
     dense.configure_model()
     assert families.error_of_tokens(dense, plain, batch) <= 2e-5
+
+
+@pytest.mark.parametrize("target_modules", ["mlp", ["shared_experts.down_proj"]], ids=str)
+def test_mlps_beside_experts_alone_carry_adapters_and_plain_peft_opens_them(target_modules, tmp_path):
+    base, batch = families.save_random(tmp_path / "base", "glm4_moe"), make_batch((12, 5))
+    module = make_module(base, target_modules=target_modules, quantization="none")
+    module.save_adapter(tmp_path / "adapter")
+    plain = families.plain_model(base, tmp_path / "adapter")
+    assert [*trainable_tensors(module.model)] == [*trainable_tensors(plain)]
+    assert families.error_of_tokens(module, plain, batch) <= 2e-5
+    for option in ({"lora_dropout": 0.1}, {"use_dora": True}):  # as an older PEFT wrote; this one does not open it
+        adapter = shutil.copytree(tmp_path / "adapter", tmp_path / next(iter(option)))
+        names = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None}
+        change_json(adapter / "adapter_config.json", **names, **option)
+        with rejects("model.target_modules", "beside the experts", next(iter(option)).removeprefix("lora_")):
+            make_module(base, adapter=str(adapter), quantization="none")
 
 
 @pytest.mark.parametrize("model_type", ["zaya", "hunyuan_v1_moe", "llama4_text"])  # their routers have linears

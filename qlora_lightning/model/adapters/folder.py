@@ -22,7 +22,7 @@ from qlora_lightning.model.adapters.inject import (
     ADAPTER,
     check_shapes,
     inject,
-    moved_to_experts,
+    taken_for_experts,
     trainable_tensors,
 )
 from qlora_lightning.model.layers.experts import PackedExperts
@@ -115,13 +115,13 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     """
     config = copy.copy(model.peft_config[model.active_adapter])
     names, targets = _names_in_wrapper(model), getattr(model.base_model, "targeted_module_names", ())
-    moved = moved_to_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
-    if names or moved:
-        config.target_modules, parameters = {*targets} - {*moved}, config.target_parameters or ()
-        config.target_parameters = {*parameters, *(f"{name}.weight" for name in moved)} or None
+    taken = taken_for_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
+    if names or taken:
+        config.target_modules, parameters = {*targets} - {*taken}, config.target_parameters or ()
+        config.target_parameters = {*parameters, *(f"{name}.weight" for name in taken)} or None
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = _by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
-            pattern = {f"{name}.weight" if name in moved else name: value for name, value in pattern.items()}
+            pattern = {f"{name}.weight" if name in taken else name: value for name, value in pattern.items()}
             setattr(config, key, pattern)
     if names and config.modules_to_save:
         modules = model.get_base_model().named_modules()

@@ -5,7 +5,7 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import peft
@@ -82,13 +82,6 @@ def add_adapters(
             f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.", "model.rank"
         )
     _check_options(model, options, [*targets, *experts])
-    moved, unfit = moved_to_experts(model, targets), _unfit_for_parameters(dropout, options)
-    if moved and unfit:
-        raise UserError(
-            f"PEFT's adapters of {moved[0]} beside the experts of a {model.config.model_type} take no {unfit}: leave "
-            "that out, or set model.target_modules to attention.",
-            "model.target_modules",
-        )
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
@@ -109,18 +102,18 @@ def add_adapters(
     return adapted
 
 
-def moved_to_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
-    """Return the targets whose adapters PEFT, by their last names, would move to the experts beside them.
+def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
+    """Return the targets that PEFT, by their last names, takes for those of the experts beside them.
 
     It opens so the adapters of an older transformers, in which each expert had linears of these names. Those of the
     MLPs that a mixture has beside its experts are saved as ``target_parameters``, which it leaves where they are.
     """
     last_names = {name.rpartition(".")[2] for name in targets}
-    moved = {last_name for last_name in last_names if _is_moved(model, last_name)}
-    return [name for name in targets if name.rpartition(".")[2] in moved]
+    taken = {last_name for last_name in last_names if _is_taken(model, last_name)}
+    return [name for name in targets if name.rpartition(".")[2] in taken]
 
 
-def _is_moved(model: nn.Module, module_name: str) -> bool:
+def _is_taken(model: nn.Module, module_name: str) -> bool:
     config = peft.LoraConfig(target_modules=[module_name])
     try:
         convert_peft_config_for_transformers(config, model, None)
@@ -255,29 +248,26 @@ def inject(
     """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     targets = set(config.target_modules or ())
-    moved = moved_to_experts(base, targets)
-    linears = (each.removesuffix(".base_layer") for each, module in base.named_modules() if isinstance(module, LINEARS))
-    beside_experts = {each for each in linears if any(f".{each}".endswith(f".{target}") for target in moved)}
-    targets -= {*moved}
+    taken = taken_for_experts(base, targets)
+    linears = [each.removesuffix(".base_layer") for each, module in base.named_modules() if isinstance(module, LINEARS)]
+    beside_experts = [each for each in linears if any(f".{each}".endswith(f".{target}") for target in taken)]
+    if beside_experts and (unfit := _unfit_for_parameters(config.lora_dropout, vars(config))):
+        raise UserError(
+            f"PEFT's adapters of {beside_experts[0]} beside the experts of a {base.config.model_type} take no {unfit} "
+            f"({source}): leave that out, or set model.target_modules to attention.",
+            "model.target_modules",
+        )
+    targets -= {*taken}
     config.target_modules = targets if targets or config.target_parameters else DUMMY_TARGET_MODULES
-    on_meta = model.device.type == "meta"
-    device = torch.device("meta") if on_meta else contextlib.nullcontext()
+    device = torch.device("meta") if base.device.type == "meta" else contextlib.nullcontext()
     explained = explaining(f"PEFT cannot put the adapter of {source} on the base", "adapter.peft")
     # PEFT's warnings do not help users, or are about what is rejected here
     with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings(action="ignore"), explained:
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        with adapting_experts(base, config):
-            if model is base:
-                model = peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=on_meta)
-            else:
-                model.add_adapter(name, config)
-        if beside_experts:  # PEFT leaves them where they are if it finds them by names of tensors
-            model.peft_config[name] = copy.copy(config)
-            model.peft_config[name].target_parameters = None
-            tensors = dict.fromkeys(f"{each}.lora_A.weight" for each in beside_experts)
-            model.base_model.inject_adapter(base, name, low_cpu_mem_usage=on_meta, state_dict=tensors)
-            model.peft_config[name] = config
-            config.target_modules = targets | beside_experts
+        model = _inject_by_config(model, base, config, name)
+        if beside_experts:
+            _inject_by_tensors(model, base, config, name, beside_experts)
+            config.target_modules = targets.union(beside_experts)
     for parameter in trainable_tensors(model).values():  # PEFT leaves whole modules and tokens in the base's dtype
         parameter.data = parameter.data.float()
     for module in base.modules():
@@ -285,6 +275,28 @@ def inject(
         if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
             module.register_forward_hook(_cast_to_base)
     return model
+
+
+def _inject_by_config(model: Any, base: Any, config: peft.LoraConfig, name: str) -> peft.PeftModel:
+    """Let PEFT find the modules and parameters that the config names."""
+    with adapting_experts(base, config):
+        if model is base:
+            on_meta = base.device.type == "meta"
+            return peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=on_meta)
+        model.add_adapter(name, config)
+        return cast(peft.PeftModel, model)
+
+
+def _inject_by_tensors(
+    model: peft.PeftModel, base: Any, config: peft.LoraConfig, name: str, linears: Collection[str]
+) -> None:
+    """Put the adapter on linears, found by names of tensors: by those in a config PEFT would take them for experts."""
+    without_targets = copy.copy(config)
+    without_targets.target_modules, without_targets.target_parameters = {"of-tensors"}, None  # no module has this name
+    model.peft_config[name] = without_targets
+    tensors = dict.fromkeys(f"{each}.lora_A.weight" for each in linears)
+    model.base_model.inject_adapter(base, name, low_cpu_mem_usage=base.device.type == "meta", state_dict=tensors)
+    model.peft_config[name] = config
 
 
 def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:

@@ -207,6 +207,16 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     assert all(tensor.grad.abs().sum() > 0 for name, tensor in trainable_tensors(module).items())
 
 
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [5, 6]}, {"modules_to_save": ["norm"]}], ids=str)
+def test_in_bf16_a_run_starts_exactly_at_its_reference_which_does_not_train(tmp_path, tiny_base, options):
+    steps.make_module(tiny_base, compute_dtype="bf16", lora_options=options).save_adapter(tmp_path / "start")
+    module = make_module(tiny_base, adapter=str(tmp_path / "start"), compute_dtype="bf16")
+    data = make_data(tmp_path, tiny_base)
+    sums = module.compute_loss(next(iter(data.train_dataloader())))
+    assert sums.metrics["chosen_reward"] == sums.metrics["rejected_reward"] == 0
+    make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)  # which rejects tensors of the base
+
+
 # ---- answers with a verdict ------------------------------------------------------------------------------------------
 
 VERDICTS = [

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import (
     ADAPTER,
+    adapter_tensors,
     check_shapes,
     inject,
     taken_for_experts,
@@ -291,14 +292,9 @@ def check_saved(model: peft.PeftModel) -> None:
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:
     """Return the tensors of an adapter by the keys that they have in a file: PEFT's, without the adapter's name."""
-    state_dict = {
-        name: tensor
-        for name, tensor in model.named_parameters(remove_duplicate=False)
-        if adapter in name.split(".")[-2:] or f".modules_to_save.{adapter}." in name
-    }
     # the explicit state dict keeps PEFT from walking the quantized base, the flag from asking the hub
     tensors: dict[str, Tensor] = peft.get_peft_model_state_dict(
-        model, state_dict, adapter_name=adapter, save_embedding_layers=False
+        model, adapter_tensors(model, adapter), adapter_name=adapter, save_embedding_layers=False
     )
     names = {f"base_model.model.{own}": f"base_model.model.{whole}" for own, whole in _names_in_wrapper(model).items()}
     return {rename(key, names): tensor for key, tensor in tensors.items()}

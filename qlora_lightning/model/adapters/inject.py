@@ -268,8 +268,9 @@ def inject(
         if beside_experts:
             _inject_by_tensors(model, base, config, name, beside_experts)
             config.target_modules = targets.union(beside_experts)
-    for parameter in trainable_tensors(model).values():  # PEFT leaves whole modules and tokens in the base's dtype
-        parameter.data = parameter.data.float()
+    for parameter in adapter_tensors(model, name).values():
+        parameter.data = parameter.data.float()  # PEFT leaves whole modules and tokens in the base's dtype
+        parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)  # and lets tokens of a second one train
     for module in base.modules():
         is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
         if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
@@ -306,6 +307,15 @@ def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every tensor that trains, by name: the adapter, and nothing of the base."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return every tensor of one of a model's adapters, whether it trains or not; a tied one by each of its names."""
+    return {
+        key: parameter
+        for key, parameter in model.named_parameters(remove_duplicate=False)
+        if name in key.split(".")[-2:] or f".modules_to_save.{name}." in key
+    }
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:

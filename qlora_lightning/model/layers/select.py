@@ -85,7 +85,7 @@ class Precision(NamedTuple):
 
     Attributes:
         dtype: The dtype of the products.
-        autocasts_layers: Whether float32 parameters train in layers of PEFT or transformers, which do not cast them.
+        autocasts_layers: Whether layers of PEFT or transformers have float32 parameters, which they do not cast.
         autocasts_whole: Whether autocast is on in transformers' own forward, which calls embedding and head too.
     """
 
@@ -111,12 +111,15 @@ def choose_precision(causal_lm: Any, fusion: Fusion, dtype: torch.dtype) -> Prec
     """Choose where autocast is on while a model computes in a dtype."""
     is_packed = runs_packed(causal_lm.config)
     ends = {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()} - {None}
-    trains_ends = any(map(_trains, ends))
     cast_params = {param for module in ends for param in module.parameters()}  # packed batches cast embedding and head
-    trains_uncast = any(
-        not is_packed if param in cast_params else ".lora_" not in name
+    in_float32 = {
+        name: param
         for name, param in causal_lm.named_parameters()
-        if param.requires_grad
+        if param.requires_grad or ".modules_to_save." in name  # of an adapter that may become active
+    }
+    trains_ends = not cast_params.isdisjoint(in_float32.values())
+    trains_uncast = any(
+        not is_packed if param in cast_params else ".lora_" not in name for name, param in in_float32.items()
     )
     autocasts_layers = dtype != torch.float32 and (trains_uncast or any(fusion.linears.values()))
     return Precision(dtype, autocasts_layers, autocasts_layers or (dtype != torch.float32 and trains_ends))

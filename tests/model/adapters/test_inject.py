@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
+from qlora_lightning.model.adapters.inject import with_adapter
 from tests.errors import rejects
 from tests.families import save_random
 from tests.steps import make_batch, make_module, trainable_tensors
@@ -101,6 +102,22 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
     assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("saved", ["norm", "lm_head"])
+def test_a_second_adapter_computes_in_bf16_what_it_did_as_the_first(untied_base, tmp_path, saved):
+    options = {"quantization": "none", "compute_dtype": "bf16"}
+    first = make_module(untied_base, lora_options={"modules_to_save": [saved]}, **options)
+    first.save_adapter(tmp_path)
+    other = make_module(untied_base, **options)
+    trained = [*trainable_tensors(other)]
+    other.add_adapter("second", tmp_path)
+    assert [*trainable_tensors(other)] == trained
+    with with_adapter(other.model, "second"):
+        losses = [module.compute_loss(make_batch(vocabulary=50)).loss for module in (first, other)]
+        answers = [module.answer([[5, 6, 7]], [], 5) for module in (first, other)]
+    assert losses[0] == losses[1]
+    assert answers[0] == answers[1]
 
 
 def test_a_table_of_positions_trains_in_bf16(tmp_path):

@@ -156,8 +156,10 @@ def test_a_sample_in_a_batch_is_bit_equal_to_its_own_alone_whatever_threads_and_
 
 def test_what_packed_attention_does_not_compute_is_an_error_and_other_widths_take_no_loops():
     qkv, samples = draw(20), sequences_of_lengths([20])
-    with packed_pass(PackedPass(samples)), pytest.raises(RuntimeError, match="NoneType hands softcap on to attention"):
-        packed_attention(None, *qkv, None, softcap=30.0)
+    for name, argument in {"softcap": 30.0, "is_causal": False}.items():
+        message = f"NoneType hands {name} on to attention"
+        with packed_pass(PackedPass(samples)), pytest.raises(RuntimeError, match=message):
+            packed_attention(None, *qkv, None, **{name: argument})
     query, key, _ = draw(20, width=32)
     found, exact = (with_gradients(way, [query, key, qkv[2]], samples=samples) for way in (fast, by_formula))
     assert errors(found, exact).max() <= 1e-6

@@ -4,12 +4,13 @@ import json
 import re
 import warnings
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, BitsAndBytesConfig
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.cli import main
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS
@@ -90,6 +91,32 @@ def test_the_text_of_a_wrapper_trains_and_its_adapter_is_plain_pefts_on_the_whol
     assert same(load_file(files[0]), load_file(files[2]))
     steps = [loss_and_gradients(make_module(base), batch) for _ in range(2)]  # quantized, and from the cache
     assert torch.equal(steps[0][1], steps[1][1])
+
+
+def test_each_adapter_on_a_wrapper_is_saved_with_its_own_modules(tmp_path):
+    base = families.save_wrapper(tmp_path / "base", "gemma3")
+    for name, targets in (("first", ["q_proj"]), ("second", ["q_proj", "down_proj"])):
+        make_module(base, quantization="none", target_modules=targets).save_adapter(tmp_path / name)
+    module = make_module(base, adapter=str(tmp_path / "first"), quantization="none")
+    module.add_adapter("second", tmp_path / "second")
+    module.save_adapter(tmp_path / "again")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
+
+
+class WithIA3(QLoRAModule):
+    def build_model(self):
+        base = load_base(self.base, quantization="none", compute_dtype=torch.float32).model
+        return peft.get_peft_model(base, peft.IA3Config(task_type="CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
+def test_another_kind_of_adapter_on_a_wrapper_is_that_of_plain_peft_on_the_whole_model(tmp_path):
+    base, batch = families.save_wrapper(tmp_path / "base", "gemma3"), make_batch((23, 5))
+    module = make_module(base, cls=WithIA3)
+    module.save_adapter(tmp_path / "adapter")
+    plain = families.plain_model(base, tmp_path / "adapter", auto_class=AutoModelForMultimodalLM)
+    assert families.error_of_tokens(module, plain, batch) <= 2e-5
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24

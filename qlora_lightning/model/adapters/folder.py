@@ -36,7 +36,7 @@ from qlora_lightning.support.errors import UserError, explaining
 
 _WEIGHTS = "adapter_model.safetensors"
 _MODULES = (  # settings of PEFT that name modules
-    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save"),
+    *("target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
 )
 _CARD = """---
@@ -114,22 +114,33 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     PEFT takes short names and patterns. In a whole model they match other parts too, or nothing. Beside the experts of
     some mixtures it takes names of modules for those of experts, and names of their weights as they are.
     """
-    config = copy.copy(model.peft_config[model.active_adapter])
-    names, targets = _names_in_wrapper(model), getattr(model.base_model, "targeted_module_names", ())
+    adapter = model.active_adapter
+    config, names = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model)
+    all_targets = getattr(model.base_model, "targeted_module_names", ())  # of all adapters
+    targets = {name: model.get_base_model().get_submodule(name) for name in all_targets}
+    targets = {name: layer for name, layer in targets.items() if _has_adapter(layer, adapter)}
     taken = taken_for_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
     if names or taken:
-        config.target_modules, parameters = {*targets} - {*taken}, config.target_parameters or ()
+        config.target_modules = {*targets} - {*taken}
+    if (names or taken) and isinstance(config, peft.LoraConfig):
+        parameters = config.target_parameters or ()
         config.target_parameters = {*parameters, *(f"{name}.weight" for name in taken)} or None
         for key in ("rank_pattern", "alpha_pattern"):
-            pattern = _by_full_names(getattr(config, key, None) or {}, [*targets, *parameters])
+            pattern = _by_full_names(getattr(config, key) or {}, [*targets, *parameters])
             pattern = {f"{name}.weight" if name in taken else name: value for name, value in pattern.items()}
             setattr(config, key, pattern)
+    if names and isinstance(config, peft.IA3Config):
+        config.feedforward_modules = {name for name, layer in targets.items() if layer.is_feedforward}
     if names and config.modules_to_save:
         modules = model.get_base_model().named_modules()
         config.modules_to_save = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
     for name, value in _rename_modules(vars(config), names).items():
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     return config
+
+
+def _has_adapter(layer: Any, adapter: str) -> bool:
+    return any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names)
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:

@@ -30,7 +30,7 @@ PACKED_ATTENTION = "qlora_packed"
 # As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
-_IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "num_items_in_batch"}
+_IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "num_items_in_batch"}
 _IGNORED |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
 
 
@@ -143,7 +143,8 @@ def packed_attention(
 def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
     """Reject keywords of transformers that ask for what is not computed here."""
     for name, argument in options.items():
-        if argument is not None and name not in _IGNORED:
+        asks_for_more = not argument if name == "is_causal" else name not in _IGNORED
+        if argument is not None and asks_for_more:
             raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which packed batches lack.")
 
 

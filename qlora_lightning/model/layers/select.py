@@ -67,14 +67,13 @@ def choose_layers(model: Any) -> Fusion:
     _set_recompute_contexts(causal_lm)
     fusion, modeling = Fusion({}, {}), _modeling_of(model)
     for name, module in model.named_modules():
-        if isinstance(module, FusedExperts):
-            reason = None
-        elif isinstance(module, LoraLayer):
+        reason: str | None = None
+        if isinstance(module, LoraLayer) and not isinstance(module, FusedExperts):
             reason = fusion.linears[name] = _fallback_reason_of_linear(module)
         elif isinstance(module, GradientCheckpointingLayer):
             reason = fusion.layers[name] = _fallback_reason_of_layer(module, modeling)
-        elif isinstance(module, FusedNorm):
-            reason = _NONSTANDARD if _trains(module) else None
+        elif isinstance(module, FusedNorm) and _trains(module):
+            reason = _NONSTANDARD
         if isinstance(module, Fused):
             module.fallback_reason = reason
     return fusion

@@ -12,7 +12,6 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
@@ -144,21 +143,30 @@ class MergedWeights:
     """
 
     def __init__(self, plan: MergePlan, weights: Weights) -> None:
-        self._weights, layer_types = weights, (LoraLayer, ModulesToSaveWrapper, TrainableTokensLayer)
-        self._changed = dict[str, Any]()  # modules of the adapter by the tensor that they change, or the whole module
-        for name, module in plan.model.get_base_model().named_modules():
-            if isinstance(module, layer_types) and not getattr(module, "tied_adapter", None):
-                name = re.sub(r"\.(base_layer|original_module|token_adapter)", "", name)
-                is_whole = isinstance(module, ModulesToSaveWrapper)
-                self._changed[name if is_whole else f"{name}.{_weight_name(module)}"] = module
+        self._weights, causal_lm = weights, plan.model.get_base_model()
+        changed: list[tuple[str, Any]] = [  # tensors of modules_to_save, which train whole
+            item for item in causal_lm.named_parameters() if f".modules_to_save.{ADAPTER}." in item[0]
+        ]
+        for name, module in causal_lm.named_modules():
+            if isinstance(module, (LoraLayer, TrainableTokensLayer)) and not getattr(module, "tied_adapter", None):
+                changed.append((f"{name}.{_weight_name(module)}", module))
+        names_in_model = {*plan.shapes, *causal_lm.all_tied_weights_keys}
+        self._changed = dict[str, Any]()  # trained tensors, and layers of the adapter, by the tensor that they change
+        for name, change in changed:
+            name = re.sub(rf"\.(base_layer|original_module|token_adapter|modules_to_save\.{ADAPTER})", "", name)
+            if name in self._changed or name not in names_in_model:
+                raise UserError(
+                    f"The adapter trains {name} twice, or the base has no such tensor: it cannot be merged. Serve it "
+                    "beside its base.",
+                    "merge.unused",
+                )
+            self._changed[name] = change
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor of the merged model; PEFT raises a ValueError if it is not finite."""
-        module_name, _, tensor_name = name.rpartition(".")
-        module: Any = self._changed.get(name, self._changed.get(module_name))
-        if isinstance(module, ModulesToSaveWrapper):  # trained whole
-            tensor: Tensor = getattr(module.modules_to_save[ADAPTER], tensor_name)
-            return tensor.detach().float()
+        module = self._changed.get(name)
+        if isinstance(module, Tensor):  # trained whole
+            return module.detach().float()
         if module is None:  # adapters do not change biases
             return self._weights(name)
         base_layer, weight_name = module.get_base_layer(), _weight_name(module)

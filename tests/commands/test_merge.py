@@ -310,6 +310,7 @@ VARIANTS = {
     "dora": {"lora_options": {"use_dora": True}},
     "tokens and norms": {"lora_options": {"trainable_token_indices": [5, 6], "modules_to_save": ["norm"]}},
     "embedding": {"lora_options": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}},
+    "mlps": {"quantization": "none", "target_modules": "attention", "lora_options": {"modules_to_save": ["mlp"]}},
     "untied": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
 }
 
@@ -327,6 +328,13 @@ def test_a_merged_folder_computes_what_base_and_adapter_do(tiny_base, tmp_path, 
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert (logits(model) - logits(merged)).abs().max() > 0.01  # the adapter does something
+
+
+def test_an_adapter_that_trains_a_tensor_twice_is_not_merged(tiny_base, tmp_path, capsys):
+    saved = {"modules_to_save": ["mlp", "down_proj"]}  # PEFT wraps the second within the first
+    make_run(tmp_path / "run", tiny_base, quantization="none", target_modules="attention", lora_options=saved)
+    merge(*UNCHECKED, adapter=tmp_path / "run", out=tmp_path / "merged", code=2)
+    assert "The adapter trains model.layers.0.mlp.down_proj.weight twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

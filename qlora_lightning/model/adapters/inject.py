@@ -163,15 +163,6 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
             raise UserError(
                 f"model.lora_options has a pattern for {pattern}, which carries no adapter.", "model.lora_options"
             )
-    untied = targets if options.get("ensure_weight_tying") else [*targets, *saved_modules]
-    names = {module: name.rpartition(".")[2] for module, name in names.items()}
-    ties = getattr(model.config, "tie_word_embeddings", False)
-    if ties and {*names.values()} & {name.rpartition(".")[2] for name in untied}:
-        raise UserError(
-            "This base ties head and embedding, and to train one alone would part them: set model.lora_options to "
-            f"{{modules_to_save: [{names[embedding]}], ensure_weight_tying: true}}.",
-            "base.tied",
-        )
 
 
 def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:
@@ -248,6 +239,7 @@ def inject(
     """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     targets = set(config.target_modules or ())
+    _check_tied(base, config, source)
     taken = taken_for_experts(base, targets)
     linears = [each.removesuffix(".base_layer") for each, module in base.named_modules() if isinstance(module, LINEARS)]
     beside_experts = [each for each in linears if any(f".{each}".endswith(f".{target}") for target in taken)]
@@ -298,6 +290,20 @@ def _inject_by_tensors(
     tensors = dict.fromkeys(f"{each}.lora_A.weight" for each in linears)
     model.base_model.inject_adapter(base, name, low_cpu_mem_usage=base.device.type == "meta", state_dict=tensors)
     model.peft_config[name] = config
+
+
+def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> None:
+    """Reject an adapter that would train head or embedding alone, of a base that ties them."""
+    tied = {base.get_input_embeddings(), base.get_output_embeddings()}
+    names = [name.rpartition(".")[2] for name, module in base.named_modules() if module in tied]
+    saved = () if config.ensure_weight_tying else config.modules_to_save or ()
+    untied = {*names} & {name.rpartition(".")[2] for name in (*(config.target_modules or ()), *saved)}
+    if untied and getattr(base.config, "tie_word_embeddings", False):
+        raise UserError(
+            f"{source} trains {', '.join(sorted(untied))}, and this base ties head and embedding: to train one alone "
+            f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
+            "base.tied",
+        )
 
 
 def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:

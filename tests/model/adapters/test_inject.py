@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.model.adapters.inject import with_adapter
+from qlora_lightning.model.merge import plan_merge
 from tests.errors import rejects
 from tests.families import save_random
 from tests.steps import make_batch, make_module, trainable_tensors
@@ -72,6 +73,18 @@ def test_what_would_go_wrong_without_a_word_is_rejected(tiny_base, settings, key
     """Another rank, and misspelt options and targets: see ``tests/test_wrong_inputs.py``."""
     with rejects(key, fact):
         make(tiny_base, **settings)
+
+
+def test_a_folder_that_parts_a_tied_head_is_rejected(tiny_base, tmp_path):
+    """As plain PEFT writes it for a base whose head is its embedding."""
+    model = LlamaForCausalLM.from_pretrained(tiny_base)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    with warnings.catch_warnings(action="ignore"):  # PEFT warns of this too
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with rejects("base.tied", str(tmp_path), "embed_tokens, lm_head"):
+        make(tiny_base, adapter=str(tmp_path))
+    with rejects("base.tied", str(tmp_path)):
+        plan_merge(tiny_base, tmp_path)
 
 
 # ---- what trains beside, by PEFT's own layers ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -277,10 +278,15 @@ def other_answers(batch):
     return {"input_ids": ids, "labels": labels, "cu_seqlens": bounds}
 
 
-def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_path, tiny_base, monkeypatch):
+@pytest.mark.parametrize(("shares", "weight"), [(None, 1.5), ([2, 2], 2.0)])  # of rows 3 : 2, of an epoch 2/3 : 1/3
+def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(
+    tmp_path, tiny_base, monkeypatch, shares, weight
+):
     batch = next(iter(make_data(tmp_path, tiny_base, VERDICTS).train_dataloader()))
     module = make_module(tiny_base, objective="kto", quantization="none")
-    samples = SimpleNamespace(desirable=torch.tensor([True, True, True, False, False]))  # of the training rows
+    verdicts, source = np.array([True, True, True, False, False]), np.array([0, 0, 1, 1, 1])  # of the training rows
+    samples = SimpleNamespace(desirable=verdicts, source=source)
+    monkeypatch.setattr("qlora_lightning.model.kto.datamodule_of", lambda trainer: SimpleNamespace(shares=shares))
     monkeypatch.setattr("qlora_lightning.model.kto.samples_of", lambda data, split: samples)
     own, others = plain_log_probs(module.model, batch)[0].flatten(), other_answers(batch)
     with torch.no_grad():
@@ -289,7 +295,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(tmp_pat
             reference, mixed_reference = (plain_log_probs(module.model, each)[0].flatten() for each in (batch, others))
     kl = (mixed - mixed_reference).mean().clamp(min=0)
     value = torch.sigmoid(0.1 * torch.where(batch["desirable"], own - reference - kl, kl - own + reference))
-    loss = (torch.where(batch["desirable"], 1.0, 1.5) * (1 - value)).sum()
+    loss = (torch.where(batch["desirable"], 1.0, weight) * (1 - value)).sum()
     expected = float((1 - value.detach()).sum()), gradients_of(loss, module)  # logged without weights
     for tokens in (8192, 1):  # all at once; each row alone
         module.token_budget.tokens = tokens

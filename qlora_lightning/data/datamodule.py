@@ -130,7 +130,7 @@ class InstructionDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._prompts: list[Prompt] = []
-        self._shares: list[float] | None = None  # of an epoch, by source of the training rows
+        self.shares: list[float] | None = None  # of an epoch, by source of the training rows
         self._seed: int | None = None
         self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
 
@@ -220,7 +220,7 @@ class InstructionDataModule(LightningDataModule):
             return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return plan(self.batch_size, self.tokens_per_batch, shuffle, self._shares)
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, self.shares)
 
     def count_train_batches(self) -> int:
         """Count the batches of one epoch on each rank, for schedules."""
@@ -322,7 +322,7 @@ class InstructionDataModule(LightningDataModule):
             if len(weights) < len(sources):
                 raise UserError("data.train: expected a weight for all of its sources, or for none.", "data.train")
             check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
-            self._shares = weights
+            self.shares = weights
 
     def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,11 +59,15 @@ class KTOModule(PreferenceModule):
 
     def _weights(self) -> tuple[float, float]:
         """Return the weights of desirable and other rows: the rarer kind in training weighs more, in proportion."""
-        samples = samples_of(datamodule_of(trainer_of(self)), "train")
-        verdicts = None if samples is None else samples.desirable
-        if verdicts is None:
+        data = datamodule_of(trainer_of(self))
+        samples = samples_of(data, "train")
+        if samples is None or samples.desirable is None:
             return 1.0, 1.0
-        n_desirable, n_other = int(verdicts.sum()), int((~verdicts).sum())
+        verdicts, occurrences = np.asarray(samples.desirable), np.ones(len(samples.desirable))
+        if (shares := getattr(data, "shares", None)) is not None:  # how often an epoch has each row
+            in_epoch = np.array(shares) / np.sum(shares) * len(verdicts)
+            occurrences = (in_epoch / np.bincount(samples.source))[samples.source]
+        n_desirable, n_other = float(occurrences[verdicts].sum()), float(occurrences[~verdicts].sum())
         return max(1.0, n_other / max(n_desirable, 1)), max(1.0, n_desirable / max(n_other, 1))
 
     # ---- the divergence from the reference, of a whole batch however it is cut ---------------------------------------

@@ -156,7 +156,8 @@ class TrainingGuard(Callback):
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Stop the run if the mean ``loss`` or ``grad_norm`` is not finite; return all on the host, for the log.
 
-        They are over all ranks, which therefore decide alike. Only here does the host wait for a GPU in a step.
+        They are over all ranks, which therefore decide alike. In a step of a dense base in 4 bits the host waits for a
+        GPU only here; a mixture makes it wait in each layer too, and int8 in each linear.
         """
         trainer = pl_module.trainer
         values = torch.stack([value.detach().double() for value in (*means.values(), *totals.values())]).cpu()

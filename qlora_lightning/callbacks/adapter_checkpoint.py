@@ -19,7 +19,7 @@ from qlora_lightning.model.adapters.inject import copy_tensors, saved_tensors
 from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
-from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run
+from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, validation_follows
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -107,7 +107,7 @@ class AdapterCheckpoint(Checkpoint):
         # Lightning's Timer asks at any batch: the training stops at the end of a step
         self._stops_later = self._stops_later or trainer.should_stop
         trainer.should_stop = ends_step and self._stops_later
-        if ends_step and not _validation_follows(trainer, batch_idx) and self._is_due(trainer, pl_module):
+        if ends_step and not validation_follows(trainer) and self._is_due(trainer, pl_module):
             self._save(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -185,19 +185,6 @@ class AdapterCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
-
-
-def _validation_follows(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a validation is due after the batch that a Trainer has trained on, as far as that is known."""
-    every_n_batches, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (every_n_epochs and (trainer.current_epoch + 1) % every_n_epochs):
-        return False
-    if every_n_batches is None:  # by the clock
-        return False
-    if every_n_batches == math.inf:
-        return bool(trainer.is_last_batch)
-    last_batch = trainer.fit_loop.total_batch_idx if every_n_epochs is None else batch_idx
-    return (last_batch + 1) % int(every_n_batches) == 0
 
 
 def _ends_training(trainer: Trainer) -> bool:

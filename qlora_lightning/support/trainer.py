@@ -90,6 +90,19 @@ def steps_of_run(steps_of_epoch: int, max_epochs: int | None, max_steps: int | N
     return min((limit for limit in (epochs * steps_of_epoch, steps) if limit >= 0), default=None)
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a validation is due after the batch that a Trainer has trained on, as far as that is known."""
+    every_n_batches, every_n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every_n_epochs and (trainer.current_epoch + 1) % every_n_epochs):
+        return False
+    if every_n_batches is None:  # by the clock
+        return False
+    if every_n_batches == math.inf:
+        return bool(trainer.is_last_batch)
+    last_batch = trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx
+    return (last_batch + 1) % int(every_n_batches) == 0
+
+
 def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:
     """Return, in every process, the lists of all processes concatenated in the order of ranks."""
     if trainer.world_size == 1:

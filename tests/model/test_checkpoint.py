@@ -6,6 +6,7 @@ That a run resumes from it: ``tests/distributed/test_resume.py``.
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qlora_lightning import LossSums, QLoRAModule
 from tests.equality import same
@@ -136,6 +137,22 @@ def test_a_module_whose_fit_ended_inside_a_step_resumes_without_its_gradients(ti
     assert same(train(module, ckpt_path=save.file), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # a resume without the ModelCheckpoint
+def test_what_was_saved_before_a_validation_that_was_due_is_rejected(tiny_base, rows_file, tmp_path):
+    def train(**options):
+        module = QLoRAModule(str(tiny_base), rank=2)
+        return fit(module, tmp_path, rows_file, val=True, max_epochs=1, limit_train_batches=4, **options)
+
+    folder = tmp_path / "saves"
+    saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+    train(callbacks=[saves], enable_checkpointing=True, val_check_interval=2)
+    for step in (2, 4):
+        with rejects("checkpoint.before_validation"):
+            train(ckpt_path=folder / f"step={step}.ckpt", val_check_interval=2)
+    assert train(ckpt_path=folder / "step=3.ckpt", val_check_interval=2).global_step == 4
+    assert train(ckpt_path=folder / "step=2.ckpt", val_check_interval=4).global_step == 4
+
+
 class HasStates(QLoRAModule):
     """A stays as it was drawn (LoRA-FA), a mean is kept beside the model, and the schedule changes betas too."""
 
@@ -164,14 +181,14 @@ class HasStates(QLoRAModule):
 class FollowsMetric(QLoRAModule):
     """Its schedule is a step late in each checkpoint: it follows what is logged behind the save."""
 
-    def __init__(self, base, interval, monitor, **settings):
+    def __init__(self, base, interval, monitor, frequency=1, **settings):
         super().__init__(base, **settings)
-        self.interval, self.monitor = interval, monitor
+        self.options = {"interval": interval, "monitor": monitor, "frequency": frequency}
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=0, threshold=9.0)
-        return [optimizer], [{"scheduler": schedule, "interval": self.interval, "monitor": self.monitor}]
+        return [optimizer], [{"scheduler": schedule, **self.options}]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +197,7 @@ class FollowsMetric(QLoRAModule):
         (HasStates, {}, "on_train_batch_end", 3),
         (FollowsMetric, {"interval": "epoch", "monitor": "val_loss"}, "on_validation_end", 2),
         (FollowsMetric, {"interval": "epoch", "monitor": "train_loss"}, "on_train_batch_end", 2),
+        (FollowsMetric, {"interval": "epoch", "monitor": "train_loss", "frequency": 2}, "on_train_batch_end", 2),
         (FollowsMetric, {"interval": "step", "monitor": "train_loss"}, "on_train_batch_end", 3),
     ],
 )

@@ -14,7 +14,7 @@ from qlora_lightning.model.adapters.identity import data_differences, identity_o
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
 from qlora_lightning.support.errors import UserError, check_setting, describe_error
 from qlora_lightning.support.files import FORMAT_VERSION
-from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once
+from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once, validation_follows
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -51,6 +51,7 @@ class ExactResume(Callback):
             "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
+            "before_validation": _is_before_validation(trainer),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ class ExactResume(Callback):
         identity = identity_of_data(trainer)
         val_removed = "val" in stored_data and identity and "val" not in identity
         data_changes = [("data.val", "rows", None)] if val_removed else []
-        _check_position(batches, content["trainer"]["accumulate_grad_batches"], [*changes, *data_changes])
+        _check_position(content, batches, [*changes, *data_changes])
         _check_samples(trainer, stored_data, batches)
         changes += find_changes(content["settings"], plain_settings(pl_module.hparams), "model")
         changes += find_changes(stored_data.get("settings", {}), identity.get("settings", {}), "data")
@@ -98,17 +99,11 @@ class ExactResume(Callback):
             # Lightning may first end an epoch that was validated before: early stopping then reads these.
             monitored = {name: torch.tensor(value) for name, value in content["monitored"].items()}
             trainer.callback_metrics.update(monitored)
-            epoch_loop = trainer.fit_loop.epoch_loop
-            if epoch_loop.restarted_on_train_batch_end:  # it was saved before schedules that follow a metric
-                epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
-                if trainer.is_last_batch:
-                    epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-                    # else Lightning counts these batches as some of the next epoch, if it has more of them now
-                    epoch_loop.batch_progress.reset_on_run()
-                    epoch_loop.reset_restart_stage()
+            if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end:
+                _finish_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.restarting:  # then Lightning leaves these schedules out
+        if trainer.fit_loop.restarting:  # then _FitLoop.on_advance_end (Lightning 2.6) leaves these schedules out
             trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -123,6 +118,23 @@ class ExactResume(Callback):
             if trainer.global_rank < len(generators):
                 restore_generators(generators[trainer.global_rank])
             self._checkpoint = None
+
+
+def _finish_batch(trainer: Trainer) -> None:
+    """Do what was still due when a checkpoint was saved in ``on_train_batch_end``, and Lightning 2.6 leaves out.
+
+    These are schedules that follow a metric; ``_TrainingEpochLoop.on_advance_end`` and ``_FitLoop.on_advance_end`` step
+    them behind the save.
+    """
+    epoch_loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+    epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+    if trainer.is_last_batch:
+        epoch.completed -= 1  # _FitLoop.reset has counted this epoch, and schedules of every n-th epoch read it
+        epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        epoch.completed += 1
+        # else _TrainingEpochLoop.reset counts these batches as some of the next epoch, if it has more of them now
+        epoch_loop.batch_progress.reset_on_run()
+        epoch_loop.reset_restart_stage()
 
 
 # ---- random generators -----------------------------------------------------------------------------------------------
@@ -156,9 +168,16 @@ def _computes_on_gpu() -> bool:
 # ---- where a run may resume, and where it validates ------------------------------------------------------------------
 
 
-def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequence[Change]) -> None:
+def _is_before_validation(trainer: Trainer) -> bool:
+    """Whether a validation is due after the batch that is being ended."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches.completed < batches.ready and validation_follows(trainer)
+
+
+def _check_position(content: Mapping[str, Any], batches: Mapping[str, Any], changes: Sequence[Change]) -> None:
     """Reject a checkpoint, by Lightning's counters of batches, from which a run would not resume exactly."""
     ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
+    accumulate = content["trainer"]["accumulate_grad_batches"]
     if ready != processed or (ready % accumulate and not batches["is_last_batch"]):
         raise UserError(
             "The checkpoint was saved inside an optimizer step (by a callback of yours, or when an error came): a run "
@@ -166,6 +185,13 @@ def _check_position(batches: Mapping[str, Any], accumulate: int, changes: Sequen
             "checkpoint.position",
         )
     val_changes = [change for change in changes if change[0].removeprefix("trainer.") in (*_VALIDATION, "data.val")]
+    if content.get("before_validation") and not val_changes:  # _TrainingEpochLoop.advance of Lightning 2.6 skips it
+        raise UserError(
+            "The checkpoint was saved before a validation that was due, as ModelCheckpoint does with "
+            "every_n_train_steps: a run resumed there would not run it. Take one saved after a validation or at "
+            "another step, or do without that validation: change trainer.val_check_interval.",
+            "checkpoint.before_validation",
+        )
     if batches["is_last_batch"] and completed == ready and val_changes:  # after the validation of an epoch's end
         raise UserError(  # Lightning could count the next batch as one of the finished epoch
             "The checkpoint is of an epoch's end, and its validations were others: "

@@ -241,8 +241,7 @@ def inject(
     targets = set(config.target_modules or ())
     _check_tied(base, config, source)
     taken = taken_for_experts(base, targets)
-    linears = [each.removesuffix(".base_layer") for each, module in base.named_modules() if isinstance(module, LINEARS)]
-    beside_experts = [each for each in linears if any(f".{each}".endswith(f".{target}") for target in taken)]
+    beside_experts = _linears_of(base, taken)
     if beside_experts and (unfit := _unfit_for_parameters(config.lora_dropout, vars(config))):
         raise UserError(
             f"PEFT's adapters of {beside_experts[0]} beside the experts of a {base.config.model_type} take no {unfit} "
@@ -260,14 +259,14 @@ def inject(
         if beside_experts:
             _inject_by_tensors(model, base, config, name, beside_experts)
             config.target_modules = targets.union(beside_experts)
-    for parameter in adapter_tensors(model, name).values():
-        parameter.data = parameter.data.float()  # PEFT leaves whole modules and tokens in the base's dtype
-        parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)  # and lets tokens of a second one train
-    for module in base.modules():
-        is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
-        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
-            module.register_forward_hook(_cast_to_base)
+    _cast_and_freeze(model, base, name)
     return model
+
+
+def _linears_of(base: nn.Module, targets: Collection[str]) -> list[str]:
+    """Return the full names of a base's linears that targets select, which may be ends of names."""
+    linears = [name.removesuffix(".base_layer") for name, module in base.named_modules() if isinstance(module, LINEARS)]
+    return [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
 
 
 def _inject_by_config(model: Any, base: Any, config: peft.LoraConfig, name: str) -> peft.PeftModel:
@@ -304,6 +303,20 @@ def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> 
             f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
             "base.tied",
         )
+
+
+def _cast_and_freeze(model: nn.Module, base: Any, name: str) -> None:
+    """Cast an adapter to float32, and freeze it if it is not the model's own.
+
+    PEFT leaves whole modules and tokens in the base's dtype, and lets tokens of a second adapter train.
+    """
+    for parameter in adapter_tensors(model, name).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
+    for module in base.modules():
+        is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
+        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
+            module.register_forward_hook(_cast_to_base)
 
 
 def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Memory and speed of a training: when layers keep less, and what is logged."""
+"""Memory and speed of a training, as they are logged."""
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -10,32 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from qlora_lightning.sources.tensors import GIB
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import check_setting
 from qlora_lightning.support.files import MEMORY_PEAKS
-
-
-class GradientCheckpointing(Callback):
-    """Choose when layers keep only their input, and recompute their other activations in backward.
-
-    Without this callback it is ``auto``. It affects training only. ``model/activation_checkpointing.py`` does it.
-
-    Args:
-        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
-            with ``offload`` on a GPU.
-        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
-            is the same to the last bit. On a CPU it changes nothing.
-    """
-
-    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
-        check_setting(
-            "gradient_checkpointing.enabled", enabled, enabled in (True, False, "auto"), "true, false or auto"
-        )
-        self.enabled, self.offload = enabled, offload
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module: Any = pl_module
-        if stage == "fit":
-            module.token_budget.checkpointing = {"enabled": self.enabled, "offload": self.offload}
 
 
 class GPUMemoryMonitor(Callback):

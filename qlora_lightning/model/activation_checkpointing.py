@@ -2,9 +2,30 @@
 
 from typing import Any, Literal, NamedTuple
 
+from lightning import Callback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts
+from qlora_lightning.support.errors import check_setting
+
+
+class GradientCheckpointing(Callback):
+    """Choose when layers keep only their input, and recompute their other activations in backward.
+
+    Without this callback it is ``auto``. It affects training only.
+
+    Args:
+        enabled: ``auto`` switches it on if a single row would not fit without it, or runs out of memory; then
+            with ``offload`` on a GPU.
+        offload: Keep the inputs of these layers in pinned host memory instead of on the GPU, for long rows. The result
+            is the same to the last bit. On a CPU it changes nothing.
+    """
+
+    def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
+        check_setting(
+            "gradient_checkpointing.enabled", enabled, enabled in (True, False, "auto"), "true, false or auto"
+        )
+        self.enabled, self.offload = enabled, offload
 
 
 class Checkpointing(NamedTuple):

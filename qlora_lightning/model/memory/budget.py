@@ -4,12 +4,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qlora_lightning.model.activation_checkpointing import Checkpointing, checkpointing_choices, switch_checkpointing
+from qlora_lightning.model.activation_checkpointing import (
+    Checkpointing,
+    GradientCheckpointing,
+    checkpointing_choices,
+    switch_checkpointing,
+)
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
+from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, check_setting
-from qlora_lightning.support.trainer import say_once
+from qlora_lightning.support.trainer import find_callback, say_once
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -29,8 +35,6 @@ class TokenBudget:
 
     Attributes:
         tokens: The current number.
-        fitted: The most tokens of a micro-batch that was trained on in this fit, since memory ran out.
-        checkpointing: Settings of :class:`~qlora_lightning.callbacks.GradientCheckpointing`, if a Trainer has it.
         fits: The current choice of checkpointing, then those to try in turn if a single row does not fit; each with the
             number of tokens that it begins with.
     """
@@ -40,8 +44,8 @@ class TokenBudget:
         check_setting("model.micro_batch_tokens", setting, is_valid, "a positive number, or auto")
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
-        self.tokens, self.fitted = self._unplanned, 0
-        self.checkpointing: dict[str, Any] = {}
+        self.tokens = self._unplanned
+        self._fitted = 0  # the most tokens of a micro-batch that was trained on in this fit, since memory ran out
         self.fits = [Fit(self.tokens, Checkpointing())]
         self._switched_to = Checkpointing()
 
@@ -50,11 +54,13 @@ class TokenBudget:
 
         See :func:`~qlora_lightning.model.memory.fit.plan_fits`.
         """
-        settings, self.checkpointing = self.checkpointing, {}  # the next fit may have no such callback
-        choices = checkpointing_choices(**settings, on_cuda=module.trainer.strategy.root_device.type == "cuda")
+        trainer = module.trainer
+        settings = find_callback(trainer, GradientCheckpointing) or GradientCheckpointing()
+        on_cuda = trainer.strategy.root_device.type == "cuda"
+        choices = checkpointing_choices(settings.enabled, settings.offload, on_cuda=on_cuda)
         planned = plan_fits(module, choices) if self.is_auto else None
         self.fits = planned or [Fit(self._unplanned, choice) for choice in choices]
-        self.tokens, self.fitted = self.fits[0].tokens, 0
+        self.tokens, self._fitted = self.fits[0].tokens, 0
 
     def start(self, causal_lm: Any) -> None:
         """Switch to the chosen checkpointing, and print it.
@@ -78,6 +84,10 @@ class TokenBudget:
         switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
         self._switched_to = self.fits[0].choice
 
+    def record(self, micro_batch: MicroBatch) -> None:
+        """Record that a micro-batch fitted into memory."""
+        self._fitted = max(self._fitted, sum(micro_batch.lengths))
+
     def lower(self, shortage: OutOfMemory, module: "QLoRAModule") -> None:
         """Take less memory than a micro-batch took: a fifth fewer tokens or, for a single row, the next checkpointing.
 
@@ -98,11 +108,11 @@ class TokenBudget:
         micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
         suffix = f" in process {module.global_rank}" if module.global_rank else ""
         if len(micro_batch.lengths) > (2 if micro_batch.pairs else 1):
-            if tokens > self.fitted:
-                self.tokens = max(tokens * 4 // 5, self.fitted)
+            if tokens > self._fitted:
+                self.tokens = max(tokens * 4 // 5, self._fitted)
             else:  # as a short part behind larger ones: less memory is free now
-                self.tokens = min(self.tokens, self.fitted) * 4 // 5
-            self.fitted = 0
+                self.tokens = min(self.tokens, self._fitted) * 4 // 5
+            self._fitted = 0
             say(
                 f"Memory ran out{suffix} in a micro-batch of {tokens:,} tokens: from now on at most {self.tokens:,} "
                 "tokens go through the model at a time. Only rounding, and what dropout draws, change."

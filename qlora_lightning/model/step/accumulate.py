@@ -94,7 +94,7 @@ class Window:
         for micro_batch in module.cutter.cut(batch):
             sums = _run_pass(micro_batch, backpropagate, module.device)
             if isinstance(micro_batch, MicroBatch):
-                module.token_budget.fitted = max(module.token_budget.fitted, sum(micro_batch.lengths))
+                module.token_budget.record(micro_batch)
             loss, count = loss + sums.loss, count + sums.count
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)

@@ -132,9 +132,10 @@ def _finish_batch(trainer: Trainer) -> None:
         epoch.completed -= 1  # _FitLoop.reset has counted this epoch, and schedules of every n-th epoch read it
         epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         epoch.completed += 1
-        # else _TrainingEpochLoop.reset counts these batches as some of the next epoch, if it has more of them now
-        epoch_loop.batch_progress.reset_on_run()
-        epoch_loop.reset_restart_stage()
+        if epoch_loop.batch_progress.current.ready < trainer.num_training_batches:
+            # it has more batches now, and _TrainingEpochLoop.reset would count these as some of the next epoch
+            epoch_loop.batch_progress.reset_on_run()
+            epoch_loop.reset_restart_stage()
 
 
 # ---- random generators -----------------------------------------------------------------------------------------------

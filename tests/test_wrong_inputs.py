@@ -141,10 +141,17 @@ WRONG = [
     wrong("fit", "required: base", "A config is named as --config FILE."),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
-    wrong("evaluate --adapter wrong", "is not YAML: it has an alias", prepare=change_folder("run", write(*ALIAS))),
+    wrong(
+        "evaluate --adapter wrong",
+        "wrong/config.yaml is not YAML: it has an alias",
+        prepare=change_folder("run", write(*ALIAS)),
+    ),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
-    wrong("--trainer.val_check_interval 1000 --data.val rows.jsonl", "val_check_interval is 1000: expected at most"),
+    wrong(
+        "--trainer.val_check_interval 1000 --data.val rows.jsonl",
+        "trainer.val_check_interval is 1000: expected at most",
+    ),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),
@@ -167,6 +174,7 @@ WRONG = [
     wrong("--data.val_fraction 5%", "data.val_fraction: Expected float or null. Given value: 5%."),
     wrong("--model.rank 0", "model.rank is 0: expected"),
     wrong("--trainer.limit_train_batches 0", "takes no step"),
+    wrong("--model.target_modules q_prj", "model.target_modules", "q_proj"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
     wrong("--trainer.precision bf16-true", "precision", "bf16-true"),
     wrong(f"{PREFERENCES} --model.objective ipo --model.gamma 0.1", "gamma is 0.1: expected null"),
@@ -180,9 +188,13 @@ WRONG = [
     wrong(BASE, f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
     wrong(BASE, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
-    wrong(BASE, "Pickles (pytorch_model.bin), w", prepare=change_folder("tiny", lambda: os.rename(TENSORS, PICKLE))),
+    wrong(
+        BASE,
+        "Pickles (pytorch_model.bin), which can run code, are refused",
+        prepare=change_folder("tiny", lambda: os.rename(TENSORS, PICKLE)),
+    ),
     wrong(BASE, "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
-    wrong(BASE, "no shard that is there (b.safetensors)", prepare=change_folder("tiny", lose_file)),
+    wrong(BASE, "names no shard that is there (b.safetensors)", prepare=change_folder("tiny", lose_file)),
     wrong(
         BASE, "c.safetensors and b.safetensors both have model.embed_tokens", prepare=change_folder("tiny", double_file)
     ),
@@ -213,6 +225,7 @@ WRONG = [
     wrong(MERGE, "x is a pipe or a device", prepare=change_folder(RUN, lambda: os.symlink("/dev/zero", "wrong/x"))),
     # folders
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
+    wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
     wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),
     wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl is a file: name a folder"),
     wrong("--trainer.default_root_dir /proc/no", "/proc/no", "cannot be written to"),

@@ -84,9 +84,11 @@ _LINES = [
 ]
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # as Llama-3 and Qwen do
 
-# Chat templates of families as their models publish them, which TRL carries (its README there says of which model), and
-# the tokens at which generation of these models stops, the tokenizer's end of sequence first.
+# Chat templates of families as their models publish them, which TRL carries (its README there says of which model),
+# what distinguishes three others, in a folder beside this file, and the tokens at which generation of these models
+# stops, the tokenizer's end of sequence first.
 TEMPLATES = Path(importlib.util.find_spec("trl").origin).with_name("chat_templates")
+OWN_TEMPLATES = Path(__file__).with_name("chat_templates")
 FAMILIES = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "cohere2": "<|END_OF_TURN_TOKEN|>",
@@ -107,11 +109,13 @@ FAMILIES = {
     "lfm2_2_5": "<|im_end|>",
     "lfm2_2_5_v2": "<|im_end|>",
     "lfm2_2_5_vl": "<|im_end|>",
+    "llama2": "</s>",
     "llama3": "<|eot_id|>",
     "llama3_1": "<|eot_id|> <|eom_id|>",
     "llama3_2": "<|eot_id|> <|eom_id|>",
     "llava_next": "</s>",
     "mistral": "</s>",
+    "mistral_v3": "</s>",
     "muse_glimmer": "<|eot|>",
     "nemotron_3_nano": "<|im_end|>",
     "nemotron_3_super": "<|im_end|>",
@@ -130,14 +134,7 @@ FAMILIES = {
     "qwen3_vl": "<|im_end|>",
     "smolvlm": "<end_of_utterance>",
 }
-# of Mistral-7B-Instruct-v0.2, under Apache 2.0, which TRL does not carry: the header of an answer has no control token
-_MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
+SENTENCEPIECE = ("llama2", "mistral")  # the header of an answer has no control token
 _CONTROL = re.compile(r"<\|[^|<>\s]+\|?>|<[^|<>\s]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>")
 
 
@@ -178,12 +175,15 @@ def make_family(name):
     """A small tokenizer in the style of a family, with its template, and with the control tokens that occur there."""
     from transformers import PreTrainedTokenizerFast
 
-    template = _MISTRAL if name == "mistral" else (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    own = OWN_TEMPLATES / f"{name}.jinja"
+    template = (own if own.exists() else TEMPLATES / own.name).read_text(encoding="utf-8")
+    is_sentencepiece = name in SENTENCEPIECE
     bos = "<s>" if "bos_token" in template else None
     stops = FAMILIES[name].split()
-    first = ["<unk>", "<s>"] if name == "mistral" else ["<|endoftext|>", *([bos] if bos else [])]
+    first = ["<unk>", "<s>"] if is_sentencepiece else ["<|endoftext|>", *([bos] if bos else [])]
     controls = list(dict.fromkeys([*first, *_CONTROL.findall(template), *stops]))
-    backend = _like_sentencepiece(controls) if name == "mistral" else _byte_level(controls)
+    controls += ["[INST]", "[/INST]"] if name == "mistral_v3" else []
+    backend = _like_sentencepiece(controls) if is_sentencepiece else _byte_level(controls)
     backend.add_special_tokens(controls)
     if bos:
         special = [(bos, backend.token_to_id(bos))]

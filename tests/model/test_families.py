@@ -40,6 +40,7 @@ def slow(*values):
 
 @pytest.mark.parametrize("model_type", [each if each in QUICK else slow(each) for each in TYPES])
 def test_packed_or_a_row_at_a_time_it_is_rows_alone_by_plain_transformers_and_peft(model_type):
+    assert not (model_type in PACKED_TYPES and model_type in ROW_BY_ROW)
     found = families.study(model_type)
     assert not families.differs(found), found
 

@@ -105,7 +105,9 @@ def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base,
     _, same_adapter, _ = train(tiny_base, file, tmp_path, fails=[3], **options)
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     out = capsys.readouterr().out
-    assert re.search(r"Memory ran out in a row of \d+ tokens: training continues with gradient checkpointing, by", out)
+    assert re.search(
+        r"Memory ran out in a row of \d+ tokens: training continues with gradient checkpointing, by about", out
+    )
     with rejects("memory.row", f"{file}:", "CUDA out of memory."):
         train(tiny_base, file, tmp_path, GradientCheckpointing(False), fails=[3], **options)
 

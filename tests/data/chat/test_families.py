@@ -1,9 +1,10 @@
 """Real chat templates of families: what is trained is the answer, behind what generation begins with; or a clear error.
 
-The templates are those that the package `trl` carries, as their models publish them. Each has a tiny tokenizer, with
-the control tokens that occur in it and the stop tokens of its models.
+The templates are those that the package `trl` carries, as their models publish them, and three beside these tests. Each
+has a tiny tokenizer, with the control tokens that occur in it and the stop tokens of its models.
 """
 
+import itertools
 import re
 
 import pytest
@@ -63,7 +64,7 @@ PRESETS = {"llama3": "llama3_1", "chatml": "qwen2_5", "alpaca": "mistral"}
 REJECTED = {
     **dict.fromkeys(("cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "gemma3", "llama3"), WITH_TOOLS),
     **dict.fromkeys(("phi3", "phi3_5", "qwen2_5_vl", "idefics3", "llava_next", "smolvlm"), WITH_TOOLS),
-    **dict.fromkeys(("preset alpaca", "preset llama3"), WITH_TOOLS),
+    **dict.fromkeys(("llama2", "mistral_v3", "preset alpaca", "preset llama3"), WITH_TOOLS),
     **dict.fromkeys(("gemma", "mistral"), ("system", *WITH_TOOLS)),
     **dict.fromkeys(("gemma4", "gemma4_v3", "gemma4_v4"), ("reasoning", "blocks", "early", "thought call")),
     "gemma4_v2": ("thought call",),  # writes the reasoning behind the call
@@ -169,6 +170,39 @@ def test_the_last_answer(families, family, settings, row, n_samples, expected):
     decode = data.tokenizer.decode
     assert f"{decode(sample.ids[:start])}⟦{decode(sample.ids[start:end])}⟧".endswith(expected)
     assert len(samples) == n_samples
+
+
+FOLDED = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nq [/INST]"
+WHOLE = [  # a system prompt inside a question: a family, settings, and its samples
+    ("llama2", {}, [f"<s>{FOLDED}⟦ a é🙂 </s>⟧<s>[INST] r [/INST]⟦ b </s>⟧"]),
+    ("llama2", {"train_on": "last"}, [f"<s>{FOLDED} a é🙂 </s><s>[INST] r [/INST]⟦ b </s>⟧"]),
+    ("llama2", {"train_on": "all"}, [f"<s>⟦{FOLDED} a é🙂 </s><s>[INST] r [/INST] b </s>⟧"]),
+    (
+        "mistral_v3",  # inside the last question that there is
+        {},
+        [
+            "<s>[INST] Be brief.\n\nq [/INST]⟦ \na é🙂</s>⟧",
+            "<s>[INST] q [/INST] \na é🙂</s>[INST] Be brief.\n\nr[/INST]⟦ b</s>⟧",
+        ],
+    ),
+]
+
+
+def show(decode, ids, labels):
+    """The text of a sample, what is trained of it in brackets."""
+    shown, end = "", 0
+    for is_trained, run in itertools.groupby(label != -100 for label in labels):
+        start, end = end, end + len(list(run))
+        text = decode(ids[:end]).removeprefix(decode(ids[:start]))  # by itself a run would lose its first space
+        shown += f"⟦{text}⟧" if is_trained else text
+    return shown
+
+
+@pytest.mark.parametrize(("family", "settings", "expected"), WHOLE)
+def test_a_system_prompt_inside_a_question(families, family, settings, expected):
+    messages = [SYSTEM, ask("q "), answer("\na é🙂"), ask("r"), answer("b")]
+    data = prepare_rows([{"messages": messages}], families[family], **settings)
+    assert [show(data.tokenizer.decode, *sample) for sample in unpack(data.samples["train"])] == expected
 
 
 @pytest.mark.parametrize(

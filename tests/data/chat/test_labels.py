@@ -39,6 +39,14 @@ def test_ids_and_labels_by_hand(characters, talk):
     assert labels == [-100] * 9 + [10, 107, 125] + [-100]
 
 
+def test_all_is_all_but_the_first_token(characters, talk):
+    ids, labels = render_one(characters, talk("q", "ok"), train_on="all")
+    assert (ids, labels) == ([123, 117, 10, 113, 125, 10, 123, 97, 10, 111, 107, 125, 10], [-100, *ids[1:]])
+    conversation = [{"role": "system", "content": "b"}, *talk("q", "\nk", "r", "m")]
+    ids, labels = render_one(characters, conversation, train_on="all")
+    assert (characters.decode(ids), labels) == ("{s\nb}\n{u\nq}\n{a\n\nk}\n{u\nr}\n{a\nm}\n", [-100, *ids[1:]])
+
+
 def test_the_reference_of_a_prediction_has_reasoning_and_calls_as_the_model_writes_them(chatml, write):
     call = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Oslo"}}}
     answers = [{"content": "k", "reasoning_content": "Hm."}, {"content": "", "tool_calls": [call]}]
@@ -218,7 +226,7 @@ def test_tokens_are_taken_as_they_are(chatml):
     row = {"input_ids": [5, 6, 7], "labels": [5, -100, 7]}
     assert render_one(chatml, row) == ([5, 6, 7], [-100, -100, 7])
     for ids, labels, reason in (
-        ([5, 10**6], [5, -100], "token ids from 5 to 1000000, in a vocabulary of"),
+        ([5, 10**6], [5, -100], "token ids from 5 to 1000000, in a vocabulary of 375"),
         ([5, 6], [-100, 7], "a label must be -100 or the token id itself"),
         ([5, 6], [-100], "as many labels, found 2 and 1"),
     ):

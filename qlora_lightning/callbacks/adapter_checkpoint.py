@@ -123,11 +123,11 @@ class AdapterCheckpoint(Checkpoint):
             may_follow = any(getattr(callback, "every_n_validations", None) for callback in callbacks)
             if value is None and self.enabled and not may_follow and not module.statistics.fault:
                 metrics = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
-                message = (
+                raise UserError(
                     f"adapter_checkpoint.monitor is {self.monitor!r}; a validation logs {metrics}, and scores only "
+                    "with evaluation.every_n_validations.",
+                    "adapter_checkpoint.monitor",
                 )
-                message += "with evaluation.every_n_validations."
-                raise UserError(message, "adapter_checkpoint.monitor")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._saved_step:

@@ -95,11 +95,13 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")
     if config["seed_everything"] is False:
         raise UserError("seed_everything is false, but trials are compared under one seed: set it to a number.")
-    lacks = {"trainer.logger": config["trainer"]["logger"] is False}  # metrics.csv, and the rest of a run folder
-    lacks |= {"trainer.fast_dev_run": bool(config["trainer"]["fast_dev_run"])}
-    lacks |= {"adapter_checkpoint.enabled": config["adapter_checkpoint"]["enabled"] is False}
-    for key in (key for key, is_missing in lacks.items() if is_missing):
-        raise UserError(f"A sweep compares what its trials write: leave {key} out.", key)
+    for key, writes_nothing in (  # no metrics.csv, or nothing of a run folder
+        ("trainer.logger", config["trainer"]["logger"] is False),
+        ("trainer.fast_dev_run", config["trainer"]["fast_dev_run"]),
+        ("adapter_checkpoint.enabled", config["adapter_checkpoint"]["enabled"] is False),
+    ):
+        if writes_nothing:
+            raise UserError(f"A sweep compares what its trials write: leave {key} out.", key)
     cli.datamodule.setup("validate")  # a sweep compares trials on validation rows
     _check_validation(cli.datamodule, cli.config["trainer"])
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")

@@ -299,7 +299,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(
     expected = float((1 - value.detach()).sum()), gradients_of(loss, module)  # logged without weights
     for tokens in (8192, 1):  # all at once; each row alone
         module.token_budget.tokens = tokens
-        parts = [module.compute_loss(part) for part in module.cutter.cut(batch)]
+        parts = [module.compute_loss(part) for part in module.cutter.cut(module.prepare_batch(batch))]
         assert len(parts) == (1 if tokens > 1 else 4)
         total = sum(sums.loss for sums in parts)
         assert_same_step((float(total.detach()), gradients_of(total, module)), expected)

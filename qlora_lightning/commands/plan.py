@@ -284,7 +284,8 @@ def _describe_fit(plan: Mapping[str, Any]) -> Text:
     if not memory["fits"]:
         checkpoints = memory["gradient_checkpointing"]["checkpointed"]
         on_cuda = device["kind"] == "cuda"
-        remedies = list_remedies(plan["base"]["quantization"], checkpoints=checkpoints, on_cuda=on_cuda)
+        in_4_bits = plan["base"]["quantization"] in ("nf4", "fp4")
+        remedies = list_remedies(in_4_bits=in_4_bits, checkpoints=checkpoints, on_cuda=on_cuda)
         details = f": {usage}. A tenth is kept back. What is left: {remedies}."
         return Text.assemble(("It does not fit", "bold red"), details)
     if memory["peak_bytes"] is None:

@@ -203,11 +203,12 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
     gets one row after the other, for its loss may be of any kind; ``next_token`` asks for the usual one instead.
     """
     if is_packed(batch) and (next_token or not module.overrides("compute_loss")):
-        for sums in evaluate(batch, module, lambda part: _losses_of_samples(module, part)):
+        for sums in evaluate(batch, module.cutter, lambda part: _losses_of_samples(module, part)):
             yield from sums
         return
     for row in _labelled_rows(batch) if is_packed(batch) else [batch]:
-        yield from evaluate(module.transfer_batch_to_device(row, module.device, 0), module, module.compute_loss)
+        row = module.prepare_batch(module.transfer_batch_to_device(row, module.device, 0))
+        yield from evaluate(row, module.cutter, module.compute_loss)
 
 
 def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:

@@ -41,7 +41,7 @@ class KTOModule(PreferenceModule):
 
         The loss has the value without weights, and the gradient with them.
         """
-        micro_batch = self.micro_batch_of(batch)
+        micro_batch = self.micro_batch_of(self.prepare_batch(batch))
         if micro_batch.desirable is None or micro_batch.kl is None:
             raise UserError(
                 "model.objective kto learns from answers with a verdict, which the rows of data are not.",
@@ -72,8 +72,9 @@ class KTOModule(PreferenceModule):
 
     # ---- the divergence from the reference, of a whole batch however it is cut ---------------------------------------
 
-    def values_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"kl": self._estimate_kl(batch)} if "desirable" in batch else {}
+    def prepare_batch(self, batch: Any) -> Any:
+        lacks_kl = isinstance(batch, Mapping) and "desirable" in batch and "kl" not in batch
+        return {**batch, "kl": self._estimate_kl(batch)} if lacks_kl else batch
 
     def _estimate_kl(self, batch: Mapping[str, Any]) -> Tensor:
         """Estimate the divergence: the mean log-ratio of mismatched answers, at least 0.
@@ -89,7 +90,7 @@ class KTOModule(PreferenceModule):
             return log_ratios.sum(), sum(map(bool, micro_batch.counts))
 
         with torch.no_grad():
-            sums, counts = zip(*evaluate(mismatch_answers(batch), self, ratios), strict=True)
+            sums, counts = zip(*evaluate(mismatch_answers(batch), self.cutter, ratios), strict=True)
         return (sum(sums, nothing) / sum(counts)).clamp(min=0) if sum(counts) > 1 else nothing
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,9 +43,9 @@ class QLoRAModule(lightning.LightningModule):
     ``validation_step``. What happens at the starts and ends of a run, an epoch or a validation is in the callbacks of
     ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
-    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the window of
-    ``step/accumulate.py``, whose loop cuts it by :attr:`cutter` (``step/packed.py``, ``step/layout.py``), gives each
-    micro-batch to :meth:`compute_loss` (``step/forward.py``, ``step/loss.py``), and calls ``backward`` of its sum.
+    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, and ``compute_loss``
+    to the loop of ``step/accumulate.py``. It cuts the batch into parts (``step/packed.py``), makes each a micro-batch
+    (``step/layout.py``), computes the sum of its loss (``step/forward.py``, ``step/loss.py``) and calls ``backward``.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
@@ -281,33 +281,31 @@ class QLoRAModule(lightning.LightningModule):
         return hidden, micro_batch.targets
 
     def micro_batch_of(self, batch: Any) -> layout.MicroBatch:
-        """Lay a packed batch out as one micro-batch on the device; a micro-batch is only moved.
+        """Lay a packed batch out as one micro-batch, on the device; a micro-batch is itself.
 
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        micro_batch = batch if isinstance(batch, layout.MicroBatch) else self.cutter.lay_out(batch)
-        return micro_batch.to(self.device)
+        return batch if isinstance(batch, layout.MicroBatch) else self.cutter.lay_out(batch)
 
     @property
     def cutter(self) -> packed.Cutter:
-        """What cuts packed batches into micro-batches in the current mode, of training or evaluation."""
+        """What cuts packed batches and makes micro-batches, in the current mode, of training or evaluation."""
         causal_lm = self.causal_lm
         # not if each token draws its own random numbers, for NEFTune's noise or for dropout
         draws = (self.training and self.neftune_alpha is not None) or (causal_lm.training and self.has_dropout)
         return packed.Cutter(
-            config=causal_lm.config,
-            vocabulary=len(causal_lm.get_input_embeddings().weight),
+            causal_lm=causal_lm,
+            device=self.device,
             budget=self.token_budget,
             sharded_base=self.sharded_base,
             skips_unlabelled=self.fast and runs_packed(causal_lm.config) and not draws,
             locate=self.locate_rows,
-            values_of=self.values_of,
         )
 
-    def values_of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return fields that all micro-batches of a packed batch have."""
-        return {}
+    def prepare_batch(self, batch: Any) -> Any:
+        """Return a batch, before it is cut, with what all of its micro-batches need."""
+        return batch
 
     def locate_rows(self, row_ids: Sequence[int]) -> str:
         """Describe for a message where rows of the current pass are from."""
@@ -325,7 +323,8 @@ class QLoRAModule(lightning.LightningModule):
         if self.guard.checks_due or not self.causal_lm.training:
             guards.check_training_mode(self.model)
             self.choose_layers()  # a callback may have hooked or changed parts
-        return self.window.accumulate(batch, self)
+        batch, scale = self.prepare_batch(batch), self.precision.loss_scale
+        return self.window.accumulate(batch, self.cutter, self.compute_loss, self.zero_grad, scale)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already
@@ -385,7 +384,7 @@ class QLoRAModule(lightning.LightningModule):
         if self.statistics.fault:
             return
         try:
-            for sums in accumulate.evaluate(batch, self, self.compute_loss):
+            for sums in accumulate.evaluate(self.prepare_batch(batch), self.cutter, self.compute_loss):
                 self.statistics.update(sums)
         except budget.RowDoesNotFit as error:  # not worth losing what was trained since the last checkpoint
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:

@@ -22,7 +22,7 @@ from tests.benchmarks.stub_step import counts
 from tests.gpu.conftest import make_base, make_module
 from tests.random_base import save_tokenizer
 from tests.rows import write_rows
-from tests.steps import fit, make_batch, to_device
+from tests.steps import fit, make_batch
 
 CARD = ctypes.CDLL(None)  # the stub is loaded before Python
 MIB, ALL = 2**20, 2**60
@@ -239,10 +239,10 @@ def launches(folder):
         module = make_module(base, "cuda", compute_dtype="bf16")
         for _ in range(2):  # the first compiles
             batch = make_batch((200, 100, 300)) | {"row_ids": torch.arange(3), "source": torch.zeros(3)}
-            (part,) = module.cutter.cut(to_device(batch, "cuda"))
+            micro_batch = module.micro_batch_of(batch)
             module.zero_grad(set_to_none=True)
             CARD.card_reset()
-            loss = module.compute_loss(part).loss
+            loss = module.compute_loss(micro_batch).loss
             forward.append(counts()[0])
             loss.backward()
             backward.append(counts()[0] - forward[-1])

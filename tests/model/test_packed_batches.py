@@ -21,7 +21,7 @@ def states_by_sample(module, batch):
 
 def assert_states_as_alone(module, batch, tolerance):
     rows = torch.arange(len(batch["cu_seqlens"]) - 1)
-    together, parts = states_by_sample(module, batch), [*module.cutter.cut(batch | {"row_ids": rows, "source": rows})]
+    together, parts = states_by_sample(module, batch), module.cutter.cut(batch | {"row_ids": rows, "source": rows})
     alone = [states for part in parts for states in states_by_sample(module, part)]
     assert len(parts) == len(together) == len(rows)
     assert max(map(distance, together, alone)) <= tolerance

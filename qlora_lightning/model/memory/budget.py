@@ -1,5 +1,6 @@
 """How many tokens go through the model at a time, and with which checkpointing: plan and lower them."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from qlora_lightning.model.activation_checkpointing import (
 )
 from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies, plan_fits
 from qlora_lightning.model.step.accumulate import OutOfMemory
-from qlora_lightning.model.step.layout import MicroBatch
+from qlora_lightning.model.step.packed import Cutter, samples_per_row
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.trainer import find_callback, say_once
@@ -84,30 +85,33 @@ class TokenBudget:
         switch_checkpointing(causal_lm, self._switched_to, self.fits[0].choice)
         self._switched_to = self.fits[0].choice
 
-    def record(self, micro_batch: MicroBatch) -> None:
-        """Record that a micro-batch fitted into memory."""
-        self._fitted = max(self._fitted, sum(micro_batch.lengths))
+    def record(self, part: Mapping[str, Any]) -> None:
+        """Record that a part of a batch fitted into memory; evaluations take less than training."""
+        if torch.is_grad_enabled():
+            self._fitted = max(self._fitted, part["input_ids"].numel())
 
-    def lower(self, shortage: OutOfMemory, module: "QLoRAModule") -> None:
-        """Take less memory than a micro-batch took: a fifth fewer tokens or, for a single row, the next checkpointing.
+    def lower(self, shortage: OutOfMemory, cutter: Cutter) -> None:
+        """Take less memory than a part took: a fifth fewer tokens or, for a single row, the next checkpointing.
 
         Raises:
             RowDoesNotFit: No choice is left.
             UserError: The base is sharded.
         """
+        device, part = cutter.device, shortage.part
         if torch.is_grad_enabled():
             # autograd's thread of a GPU may still hold tensors of the backward that failed: it frees them before this
-            torch.autograd.backward(torch.zeros((), device=module.device, requires_grad=True))
+            torch.autograd.backward(torch.zeros((), device=device, requires_grad=True))
         torch.cuda.empty_cache()  # does nothing without one
-        if module.sharded_base is not None:
+        if cutter.sharded_base is not None:
             raise UserError(
-                f"Out of memory on {module.device} under a sharded base, whose other processes wait in their passes: "
+                f"Out of memory on {device} under a sharded base, whose other processes wait in their passes: "
                 "set model.micro_batch_tokens to a smaller number, or a smaller data.max_length.",
                 "memory.sharded",
             )
-        micro_batch, tokens = shortage.micro_batch, sum(shortage.micro_batch.lengths)
-        suffix = f" in process {module.global_rank}" if module.global_rank else ""
-        if len(micro_batch.lengths) > (2 if micro_batch.pairs else 1):
+        tokens, n_rows = part["input_ids"].numel(), (len(part["cu_seqlens"]) - 1) // samples_per_row(part)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        suffix = f" in process {rank}" if rank else ""
+        if n_rows > 1:
             if tokens > self._fitted:
                 self.tokens = max(tokens * 4 // 5, self._fitted)
             else:  # as a short part behind larger ones: less memory is free now
@@ -120,7 +124,7 @@ class TokenBudget:
         elif len(self.fits) > 1 and torch.is_grad_enabled():
             del self.fits[0]
             self.tokens = self.fits[0].tokens
-            self._switch_to_choice(module.causal_lm)
+            self._switch_to_choice(cutter.causal_lm)
             say(
                 f"Memory ran out{suffix} in a row of {tokens:,} tokens: training continues {self.fits[0].choice}, by "
                 "about a third slower."
@@ -128,11 +132,13 @@ class TokenBudget:
         else:
             # checkpointing does not help a pass without gradients
             checkpoints = self.fits[0].choice.checkpointed or not torch.is_grad_enabled()
-            on_cuda = module.device.type == "cuda"
-            remedies = list_remedies(module.quantization, checkpoints=checkpoints, on_cuda=on_cuda)
+            on_cuda = device.type == "cuda"
+            in_4_bits = getattr(cutter.causal_lm, "is_loaded_in_4bit", False)
+            remedies = list_remedies(in_4_bits=in_4_bits, checkpoints=checkpoints, on_cuda=on_cuda)
+            row_ids = part["row_ids"].tolist() if part.get("row_ids") is not None else []
             raise RowDoesNotFit(
-                f"Out of memory on {module.device} in one row of {tokens:,} tokens "
-                f"({module.locate_rows(micro_batch.rows)}): {shortage.reason}. What is left: {remedies}.",
+                f"Out of memory on {device} in one row of {tokens:,} tokens "
+                f"({cutter.locate(row_ids)}): {shortage.reason}. What is left: {remedies}.",
                 "memory.row",
             )
 

@@ -39,10 +39,10 @@ class Fit(NamedTuple):
     choice: Checkpointing
 
 
-def list_remedies(quantization: str, *, checkpoints: bool, on_cuda: bool) -> str:
+def list_remedies(*, in_4_bits: bool, checkpoints: bool, on_cuda: bool) -> str:
     """List settings that take less memory; ``checkpoints`` says that checkpointing is on, or no remedy."""
     remedies = ["a smaller data.max_length", "a smaller model.rank", "a smaller model.base"]
-    remedies += [] if quantization in ("nf4", "fp4") else ["model.quantization: nf4"]
+    remedies += [] if in_4_bits else ["model.quantization: nf4"]
     remedies += [] if checkpoints else ["gradient_checkpointing.enabled: auto"]
     remedies += ["trainer.strategy: ddp_sharded_offload"] if on_cuda else []
     return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
@@ -119,7 +119,8 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     if not fits[0].tokens and step.is_fused:  # else that is an estimate, and the longest row is tried
         choice = fits[0].choice
         planned, fixed = sum(step.parts(longest, choice).values()), sum(step.fixed.values())
-        remedies = list_remedies(module.quantization, checkpoints=choice.checkpointed, on_cuda=True)
+        in_4_bits = module.quantization in ("nf4", "fp4")
+        remedies = list_remedies(in_4_bits=in_4_bits, checkpoints=choice.checkpointed, on_cuda=True)
         raise UserError(
             f"{module.base} does not fit: {choice} one row of {longest:,} tokens is planned to take "
             f"{format_gib(planned)} ({format_gib(fixed)} without its activations), and {device} has "

@@ -6,27 +6,24 @@ labelled tokens over all ranks: every token weighs the same, however the rows we
 # mypy: allow-untyped-calls
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.packed import Cutter, is_packed
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.module import QLoRAModule
 
 Result = TypeVar("Result")
 
 
 class OutOfMemory(Exception):
-    """Memory ran out in a micro-batch, for a reason."""
+    """Memory ran out in a part of a batch, which was one micro-batch, for a reason."""
 
-    def __init__(self, micro_batch: MicroBatch, reason: str) -> None:
+    def __init__(self, part: Mapping[str, Any], reason: str) -> None:
         super().__init__(reason)
-        self.micro_batch, self.reason = micro_batch, reason
+        self.part, self.reason = part, reason
 
 
 class Window:
@@ -61,13 +58,26 @@ class Window:
         batches = [batch for batch in self.batches if isinstance(batch, Mapping) and batch.get("row_ids") is not None]
         return [row_id for batch in batches for row_id in batch["row_ids"].tolist()]
 
-    def accumulate(self, batch: Any, module: "QLoRAModule") -> Tensor:
+    def accumulate(
+        self,
+        batch: Any,
+        cutter: Cutter,
+        compute_loss: Callable[[Any], LossSums],
+        zero_grad: Callable[[], None],
+        loss_scale: float,
+    ) -> Tensor:
         """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
 
         If memory runs out, the whole window is computed again in smaller parts.
         """
+
+        def backpropagate(micro_batch: Any) -> LossSums:
+            sums = compute_loss(micro_batch)
+            (sums.loss * loss_scale).backward()
+            return sums.detach()  # the graph has casts of the adapters
+
         if not self.batches:
-            module.zero_grad()
+            zero_grad()
         self.batches.append(batch)
         if isinstance(batch, Mapping) and "input_ids" in batch:
             self.counts["tokens"] += batch["input_ids"].numel()
@@ -75,31 +85,22 @@ class Window:
         while True:
             try:
                 for each in remaining:
-                    mean = self._add_gradients(each, module)
-                return mean
+                    sums = [_run_pass(part, cutter, backpropagate) for part in cutter.cut(each)]
+                    self._add(sums)
+                n_tokens = torch.stack([each.count for each in sums]).sum()
+                return torch.stack([each.loss for each in sums]).sum() / n_tokens.clamp(min=1)
             except OutOfMemory as error:
                 shortage = error.with_traceback(None)
-            module.token_budget.lower(shortage, module)
-            module.zero_grad()
+            cutter.budget.lower(shortage, cutter)
+            zero_grad()
             self._clear_sums()
             remaining = self.batches
 
-    def _add_gradients(self, batch: Any, module: "QLoRAModule") -> Tensor:
-        def backpropagate(micro_batch: Any) -> LossSums:
-            sums = module.compute_loss(micro_batch)
-            (sums.loss * module.precision.loss_scale).backward()
-            return sums.detach()  # the graph has casts of the adapters
-
-        loss, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        for micro_batch in module.cutter.cut(batch):
-            sums = _run_pass(micro_batch, backpropagate, module.device)
-            if isinstance(micro_batch, MicroBatch):
-                module.token_budget.record(micro_batch)
-            loss, count = loss + sums.loss, count + sums.count
+    def _add(self, batch_sums: list[LossSums]) -> None:
+        for sums in batch_sums:
             for name, value in sums.by_name().items():
                 self._sums[name] = value + self._sums.get(name, 0)
-            self.micro_batches += 1
-        return loss / count.clamp(min=1)
+        self.micro_batches += len(batch_sums)
 
     # ---- votes: yes or no of each rank, which travel with the gradients ----------------------------------------------
 
@@ -160,26 +161,31 @@ class Window:
             )
 
 
-def evaluate(batch: Any, module: "QLoRAModule", compute: Callable[[Any], Result]) -> list[Result]:
+def evaluate(batch: Any, cutter: Cutter, compute: Callable[[Any], Result]) -> list[Result]:
     """Compute, without gradients, a function of each micro-batch; if memory runs out, start over with smaller ones."""
     while True:
         try:
-            return [_run_pass(micro_batch, compute, module.device) for micro_batch in module.cutter.cut(batch)]
+            return [_run_pass(part, cutter, compute) for part in cutter.cut(batch)]
         except OutOfMemory as error:
             shortage = error.with_traceback(None)
-        module.token_budget.lower(shortage, module)
+        cutter.budget.lower(shortage, cutter)
 
 
-def _run_pass(micro_batch: Any, function: Callable[[Any], Result], device: torch.device) -> Result:
-    """Return the function's result of a micro-batch, which is moved to the device.
+def _run_pass(part: Any, cutter: Cutter, function: Callable[[Any], Result]) -> Result:
+    """Return the function's result of a part of a batch, which it gets as a micro-batch on the device.
 
     Raises:
-        OutOfMemory: Memory ran out in a micro-batch; a batch of another kind cannot be cut.
+        OutOfMemory: Memory ran out in it. A batch of another kind cannot be cut: its error is the library's.
     """
+    if not is_packed(part):
+        return function(part)
     try:
-        return function(micro_batch.to(device) if isinstance(micro_batch, MicroBatch) else micro_batch)
+        result = function(cutter.lay_out(part))
     except Exception as error:
-        if not is_out_of_memory(error) or not isinstance(micro_batch, MicroBatch):
+        if not is_out_of_memory(error):
             raise
         reason, error.__traceback__ = reason_of(error), None  # its frames hold the activations
-    raise OutOfMemory(micro_batch, reason)  # not in the handler, whose error it would keep
+    else:
+        cutter.budget.record(part)
+        return result
+    raise OutOfMemory(part, reason)  # not in the handler, whose error it would keep

@@ -107,7 +107,6 @@ class MicroBatch(_DeviceMovable):
         targets: The label that each predicts, ``(K,)``.
         counts: How many of these each sample has.
         rows: The ids of its rows, -1 for a dummy row; empty if the batch has none.
-        lengths: How many tokens each sample has in the batch, computed or not.
         pairs: Whether two samples, the answers of a preference pair, are a row.
         desirable: The verdict on each row's answer, ``(rows,)``; ``None`` if there are none.
         kl: For ``kto`` the divergence that the whole batch estimates.
@@ -120,7 +119,6 @@ class MicroBatch(_DeviceMovable):
     targets: Tensor
     counts: tuple[int, ...]
     rows: tuple[int, ...]
-    lengths: tuple[int, ...]
     pairs: bool = False
     desirable: Tensor | None = None
     kl: Tensor | None = None
@@ -198,9 +196,9 @@ def lay_out(batch: Mapping[str, Any], *, skips_unlabelled: bool = True) -> Micro
         targets=torch.from_numpy(targets[predict_index]),
         counts=tuple(counts),
         rows=() if batch.get("row_ids") is None else tuple(batch["row_ids"].tolist()),
-        lengths=tuple(lengths),
         pairs=bool(batch.get("pairs")),
         desirable=batch.get("desirable"),
+        kl=batch.get("kl"),
     )
 
 

@@ -1,8 +1,7 @@
 """A packed batch, as a data module collates it: its rows, their locations in the data, and parts of whole rows."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     from qlora_lightning.model.memory.budget import TokenBudget
     from qlora_lightning.model.sharded import ShardedBase
 
-# The tensors of a packed batch.
+# The tensors that a packed batch may have.
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
+_OF_ALL = ("cu_seqlens", "kl")
 _MAX_LISTED = 8  # rows in a message
 
 
@@ -56,7 +56,7 @@ def is_packed(batch: Any) -> bool:
     if not isinstance(batch, Mapping):
         return False
     tensors = {name for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    return tensors - {*_PER_ROW} == {*_PER_TOKEN, "cu_seqlens"}
+    return {*_PER_TOKEN, "cu_seqlens"} <= tensors <= {*_PER_TOKEN, *_PER_ROW, *_OF_ALL}
 
 
 def samples_per_row(batch: Mapping[str, Any]) -> int:
@@ -93,50 +93,45 @@ def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: S
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts packed batches into micro-batches, on the host.
+    """Cuts packed batches into parts that fit into memory, and lays parts out as micro-batches, on the host.
 
     Attributes:
-        config: The base's config of transformers.
-        vocabulary: Number of rows of its embedding.
-        budget: Has the most tokens of a micro-batch.
-        sharded_base: A base whose passes take all processes, which then have equally many micro-batches; or ``None``.
+        causal_lm: The model of transformers that computes them.
+        device: Where it does.
+        budget: Has the most tokens of a part.
+        sharded_base: A base whose passes take all processes, which then have equally many parts; or ``None``.
         skips_unlabelled: See :func:`~qlora_lightning.model.step.layout.lay_out`.
         locate: Returns where rows are from, by their ids.
-        values_of: Returns fields that all micro-batches of a packed batch have.
     """
 
-    config: Any
-    vocabulary: int
+    causal_lm: Any
+    device: torch.device
     budget: "TokenBudget"
     sharded_base: "ShardedBase | None"
     skips_unlabelled: bool
     locate: Callable[[Sequence[int]], str]
-    values_of: Callable[[Mapping[str, Any]], dict[str, Any]]
 
-    def cut(self, batch: Any) -> Iterator[Any]:
-        """Cut a packed batch into micro-batches; a batch of another kind is its own."""
+    def cut(self, batch: Any) -> list[Any]:
+        """Cut a packed batch into parts of whole rows; a batch of another kind is its only part."""
         if not is_packed(batch):
             if isinstance(batch, Mapping) and "cu_seqlens" in batch:
                 _report_whole(", ".join(map(str, batch)))
-            yield batch
-            return
-        values = self.values_of(batch)
+            return [batch]
         parts = cut_batch(batch, self.budget.tokens)
         if self.sharded_base is not None:
             parts += [dummy_row(batch)] * (self.sharded_base.largest(len(parts)) - len(parts))
-        for part in parts:
-            yield self.lay_out(part, values)
+        return parts
 
-    def lay_out(self, batch: Mapping[str, Any], values: dict[str, Any] | None = None) -> MicroBatch:
-        """Lay a packed batch out as one micro-batch, with the ``values`` of the batch that it is a part of.
+    def lay_out(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """Lay a packed batch out as one micro-batch, on the device.
 
         Raises:
             UserError: The batch is no packed one, a token is not one of the base's, or a row is too long for it.
         """
-        check_packed(batch, self.vocabulary, self.locate)
+        check_packed(batch, len(self.causal_lm.get_input_embeddings().weight), self.locate)
         micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
-        check_row_length(self.config, micro_batch.sequences.longest)
-        return dataclasses.replace(micro_batch, **(self.values_of(batch) if values is None else values))
+        check_row_length(self.causal_lm.config, micro_batch.sequences.longest)
+        return micro_batch.to(self.device)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function
+from qlora_lightning.model.cpu.library import call, find_function
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
 PACKED_ATTENTION = "qlora_packed"
@@ -191,7 +191,7 @@ def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read out of bounds
         return False
-    return head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return head_dim % 16 == 0 and head_dim <= 256 and find_function("attend", dtype) is not None
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:

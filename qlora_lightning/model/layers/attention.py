@@ -39,8 +39,7 @@ class PackedPass(NamedTuple):
 
     Attributes:
         sequences: Where its samples are.
-        layers: Parts of layers that run fused; see
-            :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
+        layers: Layers that run fused; see :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
         fused: ``False`` selects torch's attention, one sample after the other.
         recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
     """

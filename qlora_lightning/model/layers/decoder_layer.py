@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.layers import attention, elementwise, lora
-from qlora_lightning.model.layers.attention import PackedPass, current_pass
+from qlora_lightning.model.layers.attention import AttentionOptions, PackedPass, current_pass
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, LinearGroup
 
 PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer takes at a time
@@ -201,10 +201,10 @@ class FusedDecoderLayer(Fused):
         batch: PackedPass,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        **options: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; no mask is needed."""
-        attention.reject_unsupported(type(self), options)
+        attention.reject_unsupported(type(self), kwargs)
         attn, qkv, o = self.self_attn, groups.qkv, groups.o
         inputs = hidden, self.input_layernorm, qkv, attn.head_dim
         residual, query, key, value = RMSNormLinears.apply(*inputs, *qkv.adapters)
@@ -213,8 +213,8 @@ class FusedDecoderLayer(Fused):
         query, key = elementwise.Rotary.apply(query, key, *position_embeddings)
         # LLaMA ignores the config's sliding window; Mistral's attention has no attribute of it
         owner = attn.config if attn.config.model_type == "mistral" else attn
-        window = getattr(owner, "sliding_window", None)
-        attn_out = attention.attend(query, key, value, batch, attn.scaling, sliding_window=window).flatten(1)
+        options = AttentionOptions(attn.scaling, sliding_window=getattr(owner, "sliding_window", None))
+        attn_out = attention.attend(query, key, value, batch, options).flatten(1)
         return cast(Tensor, lora.LoRALinearFunction.apply(attn_out, o, residual, *o.adapters))
 
     def _apply_mlp(self, hidden: Tensor, groups: LayerGroups) -> Tensor:

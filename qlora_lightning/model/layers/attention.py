@@ -19,14 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_lightning.model.cpu.library import call, find_function
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
-PACKED_ATTENTION = "qlora_packed"
 # As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
@@ -83,16 +80,6 @@ def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], conte
     """Return contexts for torch's checkpoint, in which backward recomputes with the same packed batch."""
     batch = current_pass.get()
     return contextlib.nullcontext(), packed_pass(None if batch is None else batch._replace(recomputes=True))
-
-
-def register_packed_attention() -> str:
-    """Register packed attention with transformers, and return its name for ``attn_implementation``.
-
-    This is transformers' public extension point: the model keeps its own code and calls our function by name.
-    """
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    return PACKED_ATTENTION
 
 
 def has_dropout(causal_lm: Any) -> bool:

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
@@ -278,13 +278,7 @@ class ExpertWeights:
     """
 
     def __init__(
-        self,
-        experts: Any,
-        name: str,
-        dtype: torch.dtype,
-        scaling: float = 1.0,
-        lora_A: Tensor | None = None,
-        lora_B: Tensor | None = None,
+        self, experts: Any, name: str, dtype: torch.dtype, scaling: float, lora_A: Tensor | None, lora_B: Tensor | None
     ) -> None:
         self._experts, self._name, self._dtype, self.scaling = experts, name, dtype, scaling
         self.bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None  # (n_experts, out)
@@ -413,14 +407,15 @@ def run_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    adapters: Mapping[str, tuple[float, Tensor, Tensor]] | None = None,
+    adapters: Mapping[str, tuple[float, Tensor, Tensor]] = MappingProxyType({}),
 ) -> Tensor:
     """Forward of an experts module of transformers; ``adapters`` are scaling, A and B by the weight's name."""
     device = device_of_autocast(hidden)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         products = [
-            ExpertWeights(experts, name, dtype, *(adapters or {}).get(name, ())) for name in weight_names(experts)
+            ExpertWeights(experts, name, dtype, *adapters.get(name, (1.0, None, None)))
+            for name in weight_names(experts)
         ]
         tensors = [tensor for product in products for tensor in product.adapters]
         output = ExpertsFunction.apply(hidden.to(dtype), top_k_weights, top_k_index, experts, *products, *tensors)
@@ -442,12 +437,11 @@ class FusedExperts(Fused):
         """Compute the experts with the adapters of all wrappers around them."""
         layer: Any = self
         adapters = {}
-        while isinstance(layer, FusedExperts):
-            wrapper: Any = layer
-            lora_A, lora_B = active_lora(wrapper)
-            if lora_A is not None and lora_B is not None and not wrapper.merged:
-                adapters[wrapper.parameter_name] = wrapper.scaling[wrapper.active_adapters[0]], lora_A, lora_B
-            layer = wrapper.base_layer
+        while isinstance(layer, ParamWrapper):
+            lora_A, lora_B = active_lora(layer)
+            if lora_A is not None and lora_B is not None and not layer.merged:
+                adapters[layer.parameter_name] = layer.scaling[layer.active_adapters[0]], lora_A, lora_B
+            layer = layer.base_layer
         return run_experts(layer, *args, adapters=adapters, **kwargs)
 
 

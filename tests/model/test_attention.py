@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from qlora_lightning.model.cpu.library import has_function
+from qlora_lightning.model.cpu.library import find_function
 from qlora_lightning.model.layers import attention
 from qlora_lightning.model.layers.attention import PackedPass, packed_attention, packed_pass
 from qlora_lightning.model.step.layout import ComputedTokens, bound_sequences, sequences_of_lengths
 
 LENGTHS = (5, 1, 137, 64, 70)  # strips of 8 queries, tiles of 64 and vectors of 16 keys, full and not
-BF16 = pytest.mark.skipif(not has_function("attend", torch.bfloat16), reason="takes AVX512-BF16")
+BF16 = pytest.mark.skipif(find_function("attend", torch.bfloat16) is None, reason="takes AVX512-BF16")
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=BF16)]
 
 

@@ -11,9 +11,7 @@ from transformers import AutoTokenizer
 
 from qlora_lightning import QLoRAModule
 from qlora_lightning.model.cpu import library
-from qlora_lightning.model.layers.attention import PackedPass, packed_pass
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer
-from qlora_lightning.model.step.layout import sequences_of_lengths
 from tests.random_base import save_random_llama
 from tests.steps import assert_same_step, distance, fit, loss_and_gradients, make_batch, make_module
 
@@ -50,12 +48,6 @@ def odd_base(tmp_path_factory, tiny_base):
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
     save_random_llama(folder, torch.float32, hidden_size=40, intermediate_size=74)
     return folder
-
-
-def test_states_of_another_dtype_are_no_reason_to_take_the_plain_path(tiny_base):
-    layer = make_module(tiny_base, compute_dtype="fp32").causal_lm.model.layers[0]
-    with packed_pass(PackedPass(sequences_of_lengths([3]))), pytest.raises(RuntimeError, match="cast them"):
-        layer(torch.zeros(1, 3, 64, dtype=torch.float64))
 
 
 def assert_errs_no_more_than_the_plain_path(base, compute_dtype):

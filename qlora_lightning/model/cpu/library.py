@@ -16,13 +16,14 @@ from torch import Tensor
 from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.support.errors import UserError
 
-_SOURCE, _HEADER = (Path(__file__).with_name(name) for name in ("attention.cpp", "vectors.h"))
+_SOURCE = Path(__file__).with_name("attention.cpp")
 _OPTIONS = [
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
     *("-fPIC", "-fopenmp", *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])),
 ]
 _LIBRARY = "kernels.so"
 _log = logging.getLogger(__name__)
+_Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
 
 
 @functools.cache
@@ -33,7 +34,7 @@ def load_library() -> ctypes.CDLL | None:
     """
     if not sys.platform.startswith("linux"):
         return None
-    source = hashlib.sha256(_SOURCE.read_bytes() + _HEADER.read_bytes()).hexdigest()
+    source = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()
     key: dict[str, Json] = {"source": source, "options": " ".join(_OPTIONS), "cpu": _cpu()}
     try:
         folder = cached_folder("kernels", key, _compile, "C++ kernels for this CPU")
@@ -59,29 +60,19 @@ def _cpu() -> str:
     return hashlib.sha256("\n".join(sorted(features)).encode()).hexdigest()
 
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_Pointer: Any = ctypes.CFUNCTYPE(ctypes.c_bool)
-
-
-def _function(name: str, dtype: torch.dtype) -> Any:
+def find_function(name: str, dtype: torch.dtype) -> Any:
+    """Return a function for tensors of a dtype; ``None`` if there is none: for bfloat16 it takes AVX512-BF16."""
     library = load_library()
-    if library is None or dtype not in NAMES:
-        return None
     try:
-        return _Pointer.in_dll(library, f"{name}_{NAMES[dtype]}") or None  # null: Linux denies AMX tiles
-    except ValueError:  # not compiled: some bfloat16 functions need AVX512-BF16
+        return None if library is None else _Pointer.in_dll(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+    except ValueError:  # not compiled
         return None
-
-
-def has_function(name: str, dtype: torch.dtype) -> bool:
-    """Whether a function can be called for a dtype."""
-    return _function(name, dtype) is not None
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | float) -> None:
-    """Call a function, a tensor as its address. Raises MemoryError if a thread gets no memory."""
+    """Call a function, a tensor as its address. Raises MemoryError if there is no memory for its threads."""
     with torch.profiler.record_function(f"cpu::{name}"):
-        if not _function(name, dtype)(*map(_to_c, arguments)):
+        if not find_function(name, dtype)(*map(_to_c, arguments)):
             raise MemoryError(f"not enough memory for the threads of cpu::{name}")
 
 

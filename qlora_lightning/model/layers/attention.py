@@ -19,14 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qlora_lightning.model.cpu.library import call, has_function
+from qlora_lightning.model.cpu.library import call, find_function
 from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
-PACKED_ATTENTION = "qlora_packed"
 # As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
 # Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
@@ -39,8 +36,7 @@ class PackedPass(NamedTuple):
 
     Attributes:
         sequences: Where its samples are.
-        layers: Parts of layers that run fused; see
-            :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
+        layers: Layers that run fused; see :func:`~qlora_lightning.model.layers.decoder_layer.prepare_layers`.
         fused: ``False`` selects torch's attention, one sample after the other.
         recomputes: Whether backward computes a checkpointed layer again: what the layer returns is not read.
     """
@@ -49,6 +45,22 @@ class PackedPass(NamedTuple):
     layers: Mapping[nn.Module, Any] = MappingProxyType({})
     fused: bool = True
     recomputes: bool = False
+
+
+class AttentionOptions(NamedTuple):
+    """What an attention module asks for.
+
+    Attributes:
+        scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
+        dropout: Probability with which attention weights are dropped.
+        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it.
+        sinks: Attention sinks of gpt-oss, ``(heads,)``: scores of a key without a value.
+    """
+
+    scaling: float | None
+    dropout: float = 0.0
+    sliding_window: int | None = None
+    sinks: Tensor | None = None
 
 
 current_pass: ContextVar[PackedPass | None] = ContextVar("current_pass", default=None)  # being computed
@@ -68,16 +80,6 @@ def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], conte
     """Return contexts for torch's checkpoint, in which backward recomputes with the same packed batch."""
     batch = current_pass.get()
     return contextlib.nullcontext(), packed_pass(None if batch is None else batch._replace(recomputes=True))
-
-
-def register_packed_attention() -> str:
-    """Register packed attention with transformers, and return its name for ``attn_implementation``.
-
-    This is transformers' public extension point: the model keeps its own code and calls our function by name.
-    """
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
-    return PACKED_ATTENTION
 
 
 def has_dropout(causal_lm: Any) -> bool:
@@ -112,11 +114,10 @@ def packed_attention(
         value: Values, ``(1, kv_heads, tokens, head_dim)``.
         attention_mask: ``(batch, 1, queries, keys)``, true where a query sees a key, or ``None``: causal. Ignored in a
             packed batch.
-        scaling: Factor on the scores; ``None`` means ``head_dim ** -0.5``.
-        dropout: Probability with which attention weights are dropped.
-        sliding_window: How many tokens each sees, itself and those right before it; ``None``: all before it. Outside of
-            a packed batch the mask contains it.
-        s_aux: Attention sinks of gpt-oss, ``(heads,)``: scores of a key without a value.
+        scaling: See :class:`AttentionOptions`.
+        dropout: See :class:`AttentionOptions`.
+        sliding_window: See :class:`AttentionOptions`. Outside of a packed batch the mask contains it.
+        s_aux: The sinks of :class:`AttentionOptions`.
         kwargs: Further arguments of transformers.
 
     Returns:
@@ -126,18 +127,18 @@ def packed_attention(
         RuntimeError: The model passes what is not computed here, such as a soft cap.
     """
     reject_unsupported(type(module), kwargs)
-    batch = current_pass.get()
+    batch, options = current_pass.get(), AttentionOptions(scaling, dropout, sliding_window, s_aux)
     if batch is not None:
         query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-        return attend(query, key, value, batch, scaling, dropout, sliding_window, s_aux).unsqueeze(0), None
+        return attend(query, key, value, batch, options).unsqueeze(0), None
     if s_aux is None:
-        options = {"scaling": scaling, "dropout": dropout, **kwargs}
-        attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        kwargs |= {"scaling": scaling, "dropout": dropout}
+        attn_out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return attn_out, None
     if attention_mask is None:
         n_queries, n_keys = query.shape[2], key.shape[2]
         attention_mask = query.new_ones(1, 1, n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
-    return _sdpa_with_sinks(query, key, value, attention_mask, s_aux, scaling, dropout).transpose(1, 2), None
+    return _sdpa_with_sinks(query, key, value, attention_mask, options).transpose(1, 2), None
 
 
 def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
@@ -148,38 +149,30 @@ def reject_unsupported(caller: type, options: Mapping[str, Any]) -> None:
             raise RuntimeError(f"{caller.__name__} hands {name} on to attention, which packed batches lack.")
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    batch: PackedPass,
-    scaling: float | None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend within each sample of a packed batch, as :func:`packed_attention` does: sinks are its ``s_aux``.
+def attend(query: Tensor, key: Tensor, value: Tensor, batch: PackedPass, options: AttentionOptions) -> Tensor:
+    """Attend within each sample of a packed batch.
 
     Query and result are ``(n_tokens, heads, head_dim)``, key and value ``(n_tokens, kv_heads, head_dim)``.
     """
     sequences, expanded = batch.sequences, batch.sequences.expanded
     # as SDPA chooses it: under autocast float32 parameters make some states float32
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
-    if sliding_window is not None and sliding_window >= sequences.longest:
-        sliding_window = None
-    is_fused, is_plain = batch.fused and dropout == 0.0, sliding_window is None and sinks is None
+    window, sinks = options.sliding_window, options.sinks
+    if window is not None and window >= sequences.longest:
+        window, options = None, options._replace(sliding_window=None)
+    is_fused, is_plain = batch.fused and options.dropout == 0.0, window is None and sinks is None
     takes_loops = is_fused and is_plain and has_cpu_kernel(query, key, value, dtype)
     if expanded.has_shared:
         key, value = (_Expand.apply(states, expanded) for states in (key, value))
     if takes_loops:  # which compute the query of a shared token once
         query, key, value = (states.to(dtype) for states in (query, key, value))
-        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, scaling))
+        return cast(Tensor, VarlenAttention.apply(query, key, value, sequences, options.scaling))
     if expanded.has_shared:
         query = _Expand.apply(query, expanded)
     if is_fused and has_ragged_kernel(query, value) and (sinks is None or not sinks.requires_grad):
-        attn_out: Tensor = RaggedAttention.apply(query, key, value, sequences, scaling, sliding_window, sinks)
+        attn_out: Tensor = RaggedAttention.apply(query, key, value, sequences, options)
     else:
-        attn_out = attend_per_sample(query, key, value, sequences, scaling, dropout, sliding_window, sinks)
+        attn_out = attend_per_sample(query, key, value, sequences, options)
     # a shared token has the same result in each sample
     return attn_out.index_select(0, expanded.first_expanded) if expanded.has_shared else attn_out
 
@@ -191,7 +184,7 @@ def has_cpu_kernel(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype
     head_dim = value.shape[-1]
     if not query.shape[-1] == key.shape[-1] == head_dim:  # else they would read out of bounds
         return False
-    return head_dim % 16 == 0 and head_dim <= 256 and has_function("attend", dtype)
+    return head_dim % 16 == 0 and head_dim <= 256 and find_function("attend", dtype) is not None
 
 
 def has_ragged_kernel(query: Tensor, value: Tensor) -> bool:
@@ -230,47 +223,41 @@ class _Expand(torch.autograd.Function):
 
 
 def attend_per_sample(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequences: SequenceBounds,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, options: AttentionOptions
 ) -> Tensor:
     """Attend for one sample after the other by torch's SDPA; shapes are those of :func:`attend`."""
     if query.is_cuda:  # kernels of older GPUs, and those with a mask, take no grouped heads
         key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], dim=1) for states in (key, value))
     lengths = [end - start for start, end in itertools.pairwise(sequences.bounds)]
-    outputs = []
+    outputs, window = [], options.sliding_window
     for sample in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in sample)  # (1, heads, length, head_dim)
         length, mask = len(sample[0]), None
-        if sinks is not None or (sliding_window is not None and sliding_window < length):
-            mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (sliding_window or length))
-        if sinks is None:
-            options: Any = {"is_causal": mask is None, "scale": scaling, "dropout_p": dropout, "enable_gqa": True}
-            attn_out = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        if options.sinks is not None or (window is not None and window < length):
+            mask = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - (window or length))
+        if options.sinks is None:
+            attn_out = F.scaled_dot_product_attention(
+                q, k, v, mask, options.dropout, is_causal=mask is None, scale=options.scaling, enable_gqa=True
+            )
         else:
-            attn_out = _sdpa_with_sinks(q, k, v, cast(Tensor, mask)[None, None], sinks, scaling, dropout)
+            attn_out = _sdpa_with_sinks(q, k, v, cast(Tensor, mask)[None, None], options)
         outputs.append(attn_out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _sdpa_with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor, scaling: float | None, dropout: float
-) -> Tensor:
+def _sdpa_with_sinks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """Attend with a key and a value of zeros behind the others, whose score is the sink.
 
     ``mask`` is ``(…, queries, keys)``.
     """
     key, value = (F.pad(states, (0, 0, 0, 1)) for states in (key, value))
     bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-    column = sinks.to(query.dtype).view(1, -1, 1, 1)
+    column = cast(Tensor, options.sinks).to(query.dtype).view(1, -1, 1, 1)
     shape = (*query.shape[:3], -1)
     bias = torch.cat([bias.expand(shape), column.expand(shape)], dim=-1)
-    return F.scaled_dot_product_attention(query, key, value, bias, dropout, scale=scaling, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        query, key, value, bias, options.dropout, scale=options.scaling, enable_gqa=True
+    )
 
 
 class RaggedAttention(torch.autograd.Function):
@@ -283,19 +270,12 @@ class RaggedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sequences: SequenceBounds,
-        scaling: float | None,
-        sliding_window: int | None,
-        sinks: Tensor | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, options: AttentionOptions
     ) -> Tensor:
-        bounds, longest, dropout, is_causal = sequences.cu_seqlens, sequences.longest, 0.0, sliding_window is None
-        ctx.arguments = bounds, bounds, longest, longest, dropout, is_causal  # of queries and of keys
-        window_left = -1 if sliding_window is None else sliding_window - 1  # -1: no limit
-        ctx.options = {"scale": scaling, "window_size_left": window_left, "window_size_right": 0}
+        bounds, longest, window, sinks = sequences.cu_seqlens, sequences.longest, options.sliding_window, options.sinks
+        ctx.arguments = bounds, bounds, longest, longest, options.dropout, window is None  # of queries and of keys
+        window_left = -1 if window is None else window - 1  # -1: no limit
+        ctx.options = {"scale": options.scaling, "window_size_left": window_left, "window_size_right": 0}
         attend, debugs = torch.ops.aten._flash_attention_forward.default, False
         attn_out, lse, *ctx.random, _ = attend(query, key, value, *ctx.arguments, debugs, **ctx.options)
         if sinks is not None:  # with these outputs and log-sum-exps the usual backward is right
@@ -309,7 +289,7 @@ class RaggedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward, saved = torch.ops.aten._flash_attention_backward.default, ctx.saved_tensors
-        return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), *[None] * 4
+        return *backward(grad.contiguous(), *saved, *ctx.arguments, *ctx.random, **ctx.options), None, None
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -322,12 +302,7 @@ class VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        sequences: SequenceBounds,
-        scaling: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: SequenceBounds, scaling: float | None
     ) -> Tensor:
         """Compute attn_out; query is ``(n_tokens, heads, head_dim)``, key and value ``(n_expanded, kv_heads, …)``."""
         query, key, value = (states.contiguous() for states in (query, key, value))

@@ -6,7 +6,6 @@ Qwen3 also on each head's queries and keys), rotary position embedding, SwiGLU.
 # mypy: allow-untyped-calls
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,17 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from qlora_lightning.model.layers import attention, elementwise, lora
-from qlora_lightning.model.layers.attention import PackedPass, current_pass
+from qlora_lightning.model.layers.attention import AttentionOptions, PackedPass, current_pass
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, LinearGroup
 
 PIECE_TOKENS = 8192  # tokens that the MLP of a checkpointed layer takes at a time
-
-
-class Norm(NamedTuple):
-    """A frozen RMSNorm: its weight, ``(width,)``, and eps."""
-
-    weight: Tensor
-    eps: float
 
 
 class RMSNormLinears(torch.autograd.Function):
@@ -38,10 +30,10 @@ class RMSNormLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Norm, group: LinearGroup, head_dim: int | None, *adapters: Tensor | None
+        ctx: Any, x: Tensor, norm: Any, group: LinearGroup, head_dim: int | None, *adapters: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Compute x, and ``(n_tokens, out)`` or ``(n_tokens, heads, head_dim)`` of each linear, from x."""
-        normed, inverse_rms = elementwise.rms_norm(x, *norm)
+        normed, inverse_rms = elementwise.rms_norm(x, norm.weight, norm.variance_epsilon)
         xa = lora.apply_A(normed, group)
         ctx.save_for_backward(x, inverse_rms, xa)
         ctx.norm, ctx.group = norm, group
@@ -56,7 +48,8 @@ class RMSNormLinears(torch.autograd.Function):
         grad_xa, grads_B = lora.gradients_of_B(grads, xa, ctx.group)
         grads_A: list[Tensor | None] = [None] * len(grads)
         if grad_xa is not None:
-            grads_A = lora.gradients_of_A(grad_xa, elementwise.rms_norm(x, *ctx.norm)[0], ctx.group)
+            normed, _ = elementwise.rms_norm(x, ctx.norm.weight, ctx.norm.variance_epsilon)
+            grads_A = lora.gradients_of_A(grad_xa, normed, ctx.group)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = lora.input_gradient(grads, grad_xa, ctx.group)
@@ -108,19 +101,19 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Any) -> Tensor:
         """Normalize ``(…, width)``."""
         rows = x.reshape(-1, x.shape[-1])
-        normed, inverse_rms = elementwise.rms_norm(rows, *norm)
+        normed, inverse_rms = elementwise.rms_norm(rows, norm.weight, norm.variance_epsilon)
         ctx.save_for_backward(rows, inverse_rms)
-        ctx.weight = norm.weight
+        ctx.norm = norm
         return normed.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, inverse_rms = ctx.saved_tensors
-        grad_x = elementwise.rms_norm_backward(grad.reshape(rows.shape), rows, ctx.weight, inverse_rms)
+        grad_x = elementwise.rms_norm_backward(grad.reshape(rows.shape), rows, ctx.norm.weight, inverse_rms)
         return grad_x.view(grad.shape), None
 
 
@@ -135,33 +128,23 @@ class FusedNorm(Fused):
         is_plain = current_pass.get() is None or self.fallback_reason is not None
         if is_plain or not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
             return cast(Tensor, super().forward(hidden_states))
-        return cast(Tensor, RMSNorm.apply(hidden_states, Norm(self.weight, self.variance_epsilon)))
+        return cast(Tensor, RMSNorm.apply(hidden_states, self))
 
 
-class LayerParts(NamedTuple):
-    """What a layer's fused forward takes, read from its modules once a pass: reading them takes the host longer.
+class LayerGroups(NamedTuple):
+    """A layer's linears by their inputs, read once a pass: reading them takes the host longer.
 
     Attributes:
         qkv: The linears behind the first norm.
         o: The linear behind attention.
         gate_up: The linears behind the second norm.
         down: The linear behind SwiGLU.
-        norms: Both norms, and in Qwen3 those of queries and keys.
-        head_dim: Width of a head.
-        scaling: Factor on attention's scores.
-        sliding_window: How many tokens a token sees, itself included; ``None``: all before it.
-        dtype: Dtype of hidden states and all products.
     """
 
     qkv: LinearGroup
     o: LinearGroup
     gate_up: LinearGroup
     down: LinearGroup
-    norms: list[Norm]
-    head_dim: int
-    scaling: float
-    sliding_window: int | None
-    dtype: torch.dtype
 
 
 class FusedDecoderLayer(Fused):
@@ -184,108 +167,83 @@ class FusedDecoderLayer(Fused):
         projections = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj]
         return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
-    def parts(self, copies: list[tuple[Tensor, Tensor]]) -> LayerParts | None:
-        """Return the parts of the fused forward, ``None`` if it does not give the layer's current output.
+    def computes_fused(self) -> bool:
+        """Whether the fused forward gives the layer's current output."""
+        lora_layers = [linear for linear in self.linears() if isinstance(linear, LoraLayer)]
+        is_plain = all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers)
+        return self.fallback_reason is None and is_plain
 
-        ``copies`` is that of :func:`~qlora_lightning.model.layers.lora.linear_group`.
-        """
-        dtype, linears = self.compute_dtype, self.linears()
-        if self.fallback_reason or torch.is_autocast_enabled(lora.device_of_autocast(self.input_layernorm.weight)):
-            return None
-        lora_layers = [linear for linear in linears if isinstance(linear, LoraLayer)]
-        if not all(isinstance(layer, FusedLoRA) and layer.computes_fused() for layer in lora_layers):
-            return None
-        attn = self.self_attn
+    def groups(self, copies: list[tuple[Tensor, Tensor]]) -> LayerGroups:
+        """Return the groups of linears; for ``copies`` see :func:`~qlora_lightning.model.layers.lora.linear_group`."""
+        linears = self.linears()
         groups = linears[:3], linears[3:4], linears[4:6], linears[6:]
-        qkv, o, gate_up, down = (lora.linear_group(group, dtype, copies) for group in groups)
-        norms = [self.input_layernorm, self.post_attention_layernorm]
-        norms += [attn.q_norm, attn.k_norm] if hasattr(attn, "q_norm") else []
-        # LLaMA ignores the config's sliding window; Mistral's attention has no attribute of it
-        owner = attn.config if attn.config.model_type == "mistral" else attn
-        return LayerParts(
-            *(qkv, o, gate_up, down),
-            [Norm(norm.weight, norm.variance_epsilon) for norm in norms],
-            attn.head_dim,
-            attn.scaling,
-            getattr(owner, "sliding_window", None),
-            dtype,
-        )
+        return LayerGroups(*(lora.linear_group(group, self.compute_dtype, copies) for group in groups))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``(1, n_tokens, width)`` to the same; transformers' forward if not packed or not plain LoRA."""
         batch = current_pass.get()
-        if batch is None or args:
+        groups = None if batch is None or args else batch.layers.get(self)
+        if batch is None or groups is None:
             return cast(Tensor, super().forward(hidden_states, *args, **kwargs))
-        parts = batch.layers.get(self) or read_parts([self]).get(self)
-        if parts is None:
-            return cast(Tensor, super().forward(hidden_states, **kwargs))
         # hooks, which transformers 5.17 recomputes with the layer, may read what it returns
         if batch.recomputes and self._forward_hooks:
             with attention.packed_pass(batch._replace(recomputes=False)):
                 return FusedDecoderLayer.forward(self, hidden_states, **kwargs)
-        if hidden_states.dtype != parts.dtype:
-            raise RuntimeError(f"Hidden states are {hidden_states.dtype}, in layers of {parts.dtype}: cast them.")
-        hidden = _attend(hidden_states.squeeze(0), parts, batch, **kwargs)
-        in_pieces = self.gradient_checkpointing and len(hidden) > PIECE_TOKENS
-        return (_apply_mlp_in_pieces if in_pieces else _apply_mlp)(hidden, parts).unsqueeze(0)
+        hidden = self._attend(hidden_states.squeeze(0), groups, batch, **kwargs)
+        if self.gradient_checkpointing and len(hidden) > PIECE_TOKENS:
+            return self._apply_mlp_in_pieces(hidden, groups).unsqueeze(0)
+        return self._apply_mlp(hidden, groups).unsqueeze(0)
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        groups: LayerGroups,
+        batch: PackedPass,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; no mask is needed."""
+        attention.reject_unsupported(type(self), kwargs)
+        attn, qkv, o = self.self_attn, groups.qkv, groups.o
+        inputs = hidden, self.input_layernorm, qkv, attn.head_dim
+        residual, query, key, value = RMSNormLinears.apply(*inputs, *qkv.adapters)
+        if hasattr(attn, "q_norm"):
+            query, key = RMSNorm.apply(query, attn.q_norm), RMSNorm.apply(key, attn.k_norm)
+        query, key = elementwise.Rotary.apply(query, key, *position_embeddings)
+        # LLaMA ignores the config's sliding window; Mistral's attention has no attribute of it
+        owner = attn.config if attn.config.model_type == "mistral" else attn
+        options = AttentionOptions(attn.scaling, sliding_window=getattr(owner, "sliding_window", None))
+        attn_out = attention.attend(query, key, value, batch, options).flatten(1)
+        return cast(Tensor, lora.LoRALinearFunction.apply(attn_out, o, residual, *o.adapters))
+
+    def _apply_mlp(self, hidden: Tensor, groups: LayerGroups) -> Tensor:
+        """Compute ``hidden + MLP(RMSNorm(hidden))``, ``(n_tokens, width)``."""
+        gate_up, down = groups.gate_up, groups.down
+        states = RMSNormLinears.apply(hidden, self.post_attention_layernorm, gate_up, None, *gate_up.adapters)
+        recomputes = cast(PackedPass, current_pass.get()).recomputes
+        return cast(Tensor, SwiGLUDown.apply(*states, down, recomputes, *down.adapters))
+
+    def _apply_mlp_in_pieces(self, hidden: Tensor, groups: LayerGroups) -> Tensor:
+        """Compute the same in checkpointed pieces of some tokens.
+
+        When backward recomputes the layer, only the inputs of the pieces are read: each is recomputed by itself.
+        """
+        recomputes = cast(PackedPass, current_pass.get()).recomputes
+        function = (lambda piece, groups: piece) if recomputes else self._apply_mlp
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        options["context_fn"] = attention.recompute_contexts
+        pieces = [checkpoint(function, piece, groups, **options) for piece in hidden.split(PIECE_TOKENS)]
+        return torch.cat(pieces)
 
 
-def _attend(
-    hidden: Tensor,
-    parts: LayerParts,
-    batch: PackedPass,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """Compute ``hidden + attention(RMSNorm(hidden))``, ``(n_tokens, width)``; the mask is that of a packed batch."""
-    attention.reject_unsupported(FusedDecoderLayer, options)
-    adapters = parts.qkv.adapters
-    residual, query, key, value = RMSNormLinears.apply(hidden, parts.norms[0], parts.qkv, parts.head_dim, *adapters)
-    if len(parts.norms) > 2:
-        query, key = RMSNorm.apply(query, parts.norms[2]), RMSNorm.apply(key, parts.norms[3])
-    query, key = elementwise.Rotary.apply(query, key, *position_embeddings)
-    attn_out = attention.attend(query, key, value, batch, parts.scaling, sliding_window=parts.sliding_window).flatten(1)
-    return cast(Tensor, lora.LoRALinearFunction.apply(attn_out, parts.o, residual, *parts.o.adapters))
-
-
-def _apply_mlp(hidden: Tensor, parts: LayerParts) -> Tensor:
-    """Compute ``hidden + MLP(RMSNorm(hidden))``, ``(n_tokens, width)``."""
-    states = RMSNormLinears.apply(hidden, parts.norms[1], parts.gate_up, None, *parts.gate_up.adapters)
-    recomputes = cast(PackedPass, current_pass.get()).recomputes
-    return cast(Tensor, SwiGLUDown.apply(*states, parts.down, recomputes, *parts.down.adapters))
-
-
-def _apply_mlp_in_pieces(hidden: Tensor, parts: LayerParts) -> Tensor:
-    """Compute the same in checkpointed pieces of some tokens.
-
-    When backward recomputes the layer, only the inputs of the pieces are read: each is recomputed by itself.
-    """
-    recomputes = cast(PackedPass, current_pass.get()).recomputes
-    function = (lambda piece, parts: piece) if recomputes else _apply_mlp
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    options["context_fn"] = attention.recompute_contexts
-    pieces = [checkpoint(function, piece, parts, **options) for piece in hidden.split(PIECE_TOKENS)]
-    return torch.cat(pieces)
-
-
-def prepare_layers(causal_lm: Any) -> dict[nn.Module, LayerParts]:
-    """Return the parts of all layers that run fused now, for a whole pass.
-
-    A sharded base has weights only while its layer runs: its layers are left out.
-    """
-    layers = [layer for layer in getattr(causal_lm.base_model, "layers", ()) if isinstance(layer, FusedDecoderLayer)]
-    return read_parts(
-        [layer for layer in layers if not hasattr(lora.base_linear(layer.mlp.down_proj).weight, "device_mesh")]
-    )
-
-
-def read_parts(layers: Sequence[FusedDecoderLayer]) -> dict[nn.Module, LayerParts]:
-    """Return the parts of those layers that run fused now, and cast all their adapters in one operation.
+def prepare_layers(causal_lm: Any) -> dict[nn.Module, LayerGroups]:
+    """Return the linears of all layers that run fused now, for a whole pass, and cast all adapters in one operation.
 
     On a GPU each single cast is a launch, and a layer has fourteen.
     """
+    layers = [layer for layer in getattr(causal_lm.base_model, "layers", ()) if isinstance(layer, FusedDecoderLayer)]
     copies: list[tuple[Tensor, Tensor]] = []
-    parts = {layer: layer.parts(copies) for layer in layers}
+    groups: dict[nn.Module, LayerGroups] = {layer: layer.groups(copies) for layer in layers if layer.computes_fused()}
     lora.copy_all(copies)
-    return {layer: layer_parts for layer, layer_parts in parts.items() if layer_parts is not None}
+    return groups

@@ -11,8 +11,8 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from types import NoneType
-from typing import Any, NamedTuple, cast
+from types import MappingProxyType, NoneType
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -241,28 +241,21 @@ def check_experts(causal_lm: Any, quantization: str, name: str) -> None:
 # ---- the products ----------------------------------------------------------------------------------------------------
 
 
-class Routing(NamedTuple):
-    """Pairs of a token and one of its experts, sorted by expert.
+Slices = Mapping[int, slice]  # of each expert that has any: its pairs of a token and an expert, sorted by expert
 
-    Attributes:
-        order: The place of each sorted pair among ``(n_tokens, top_k)``.
-        inverse: The sorted pair of each place.
-        slices: The sorted pairs of each expert that has any.
+
+def sort_by_expert(top_k_index: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Slices]:
+    """Sort pairs on the device; the bounds are read once, for the loop over experts.
+
+    Returns:
+        The place of each sorted pair among ``(n_tokens, top_k)``, the sorted pair of each place, and the slices.
     """
-
-    order: Tensor
-    inverse: Tensor
-    slices: dict[int, slice]
-
-
-def sort_by_expert(top_k_index: Tensor, n_experts: int) -> Routing:
-    """Sort on the device; the bounds are read once, for the loop over experts."""
     flat = top_k_index.reshape(-1)
     order = flat.argsort(stable=True)
     bounds = torch.searchsorted(flat[order], torch.arange(n_experts + 1, device=flat.device)).tolist()
     assert bounds[-1] == len(flat), "each index names an expert"
     slices = {expert: slice(*pairs) for expert, pairs in enumerate(itertools.pairwise(bounds)) if pairs[0] < pairs[1]}
-    return Routing(order, order.argsort(), slices)
+    return order, order.argsort(), slices
 
 
 class ExpertWeights:
@@ -278,13 +271,7 @@ class ExpertWeights:
     """
 
     def __init__(
-        self,
-        experts: Any,
-        name: str,
-        dtype: torch.dtype,
-        scaling: float = 1.0,
-        lora_A: Tensor | None = None,
-        lora_B: Tensor | None = None,
+        self, experts: Any, name: str, dtype: torch.dtype, scaling: float, lora_A: Tensor | None, lora_B: Tensor | None
     ) -> None:
         self._experts, self._name, self._dtype, self.scaling = experts, name, dtype, scaling
         self.bias = getattr(experts, f"{name}_bias").to(dtype) if experts.has_bias else None  # (n_experts, out)
@@ -297,7 +284,7 @@ class ExpertWeights:
             lora_B = lora_B.detach().to(dtype).view(self.out_features, -1, n_experts)
             self.lora_B = lora_B.permute(2, 0, 1).contiguous()  # (n_experts, out, rank)
 
-    def _dense(self, routing: Routing) -> Iterator[tuple[int, slice, Tensor]]:
+    def _dense(self, slices: Slices) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield each expert that has tokens, its pairs, and its weight ``(in, out)``."""
         if self._packed is not None:
             packed, state = self._packed.weight.data, self._packed.weight.quant_state
@@ -306,7 +293,7 @@ class ExpertWeights:
                 absmax = dequantize_blockwise(absmax, state.state2) + state.offset
             options |= {"shape": torch.Size(state.shape[1:]), "code": state.code, "dtype": state.dtype}
             stacked, absmax = (tensor.view(state.shape[0], -1) for tensor in (packed, absmax))
-        for expert, pairs in routing.slices.items():
+        for expert, pairs in slices.items():
             if self._packed is None:
                 weight = getattr(self._experts, self._name)[expert]
             else:
@@ -314,10 +301,10 @@ class ExpertWeights:
             weight = weight.to(self._dtype)
             yield expert, pairs, weight if self._experts.is_transposed else weight.t()
 
-    def multiply(self, x: Tensor, routing: Routing) -> Tensor:
+    def multiply(self, x: Tensor, slices: Slices) -> Tensor:
         """Compute ``(n_pairs, out)`` from ``(n_pairs, in)``, both sorted by expert."""
         y = x.new_empty(len(x), self.out_features)
-        for expert, pairs, weight in self._dense(routing):
+        for expert, pairs, weight in self._dense(slices):
             if self.bias is None:
                 torch.mm(x[pairs], weight, out=y[pairs])
             else:
@@ -326,24 +313,24 @@ class ExpertWeights:
                 y[pairs].addmm_(x[pairs] @ self.lora_A[expert].t(), self.lora_B[expert].t(), alpha=self.scaling)
         return y
 
-    def input_gradient(self, grad_y: Tensor, routing: Routing) -> Tensor:
+    def input_gradient(self, grad_y: Tensor, slices: Slices) -> Tensor:
         """Compute the gradient ``(n_pairs, in)`` from that of the output."""
         grad_x = grad_y.new_empty(len(grad_y), self.in_features)
-        for expert, pairs, weight in self._dense(routing):
+        for expert, pairs, weight in self._dense(slices):
             torch.mm(grad_y[pairs], weight.t(), out=grad_x[pairs])
             if self.lora_A is not None and self.lora_B is not None:
                 grad_x[pairs].addmm_(grad_y[pairs] @ self.lora_B[expert], self.lora_A[expert], alpha=self.scaling)
         return grad_x
 
     def adapter_gradients(
-        self, x: Tensor, grad_y: Tensor, routing: Routing, pair_weights: Tensor | None = None
+        self, x: Tensor, grad_y: Tensor, slices: Slices, pair_weights: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of A and B; ``pair_weights`` ``(n_pairs, 1)`` are factors on ``grad_y``."""
         if self.lora_A is None or self.lora_B is None:
             return None, None
         grad_A = torch.zeros_like(self.lora_A, dtype=torch.float32)
         grad_B = torch.zeros_like(self.lora_B, dtype=torch.float32)
-        for expert, pairs in routing.slices.items():
+        for expert, pairs in slices.items():
             xa, grad_xa = x[pairs] @ self.lora_A[expert].t(), grad_y[pairs] @ self.lora_B[expert]  # (…, rank)
             if pair_weights is not None:
                 xa, grad_xa = xa * pair_weights[pairs], grad_xa * pair_weights[pairs]
@@ -367,38 +354,38 @@ class ExpertsFunction(torch.autograd.Function):
         *_: Tensor | None,
     ) -> Tensor:
         """Compute ``(n_tokens, width)`` from hidden of that shape and two ``(n_tokens, top_k)``; last come adapters."""
-        routing = sort_by_expert(top_k_index, experts.num_experts)
-        states = up.multiply(hidden[routing.order // top_k_index.shape[1]], routing)  # (n_pairs, width of gate and up)
-        output = down.multiply(_activate(experts, states), routing)
-        output *= top_k_weights.reshape(-1)[routing.order, None]
+        order, inverse, slices = sort_by_expert(top_k_index, experts.num_experts)
+        states = up.multiply(hidden[order // top_k_index.shape[1]], slices)  # (n_pairs, width of gate and up)
+        output = down.multiply(_activate(experts, states), slices)
+        output *= top_k_weights.reshape(-1)[order, None]
         x = None if up.lora_A is None else hidden
-        ctx.save_for_backward(x, states, top_k_weights, routing.order, routing.inverse)
-        ctx.experts, ctx.up, ctx.down, ctx.slices = experts, up, down, routing.slices
-        return output[routing.inverse].view(*top_k_index.shape, -1).sum(1)
+        ctx.save_for_backward(x, states, top_k_weights, order, inverse)
+        ctx.experts, ctx.up, ctx.down, ctx.slices = experts, up, down, slices
+        return output[inverse].view(*top_k_index.shape, -1).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, states, top_k_weights, order, inverse = ctx.saved_tensors
-        routing, up, down = Routing(order, inverse, ctx.slices), ctx.up, ctx.down
+        up, down, slices = ctx.up, ctx.down, ctx.slices
         tokens, pair_weights = order // top_k_weights.shape[1], top_k_weights.reshape(-1)[order, None]
         with torch.enable_grad():
             states = states.detach().requires_grad_()
             activated = _activate(ctx.experts, states)
         grad = grad_output[tokens]  # (n_pairs, width), without the pairs' weights
-        grads_down = down.adapter_gradients(activated.detach(), grad, routing, pair_weights.to(grad.dtype))
-        grad_activated = down.input_gradient(grad, routing)
+        grads_down = down.adapter_gradients(activated.detach(), grad, slices, pair_weights.to(grad.dtype))
+        grad_activated = down.input_gradient(grad, slices)
         # the output's product with its gradient is that of the activation with its own
         grad_weights = (grad_activated * activated.detach()).sum(-1, dtype=torch.float32)
-        for expert, pairs in routing.slices.items() if down.bias is not None else ():
+        for expert, pairs in slices.items() if down.bias is not None else ():
             grad_weights[pairs] += grad[pairs] @ down.bias[expert]
         del grad
         grad_activated *= pair_weights
         (grad_states,) = torch.autograd.grad(activated, states, grad_activated)
-        grads_up = (None, None) if x is None else up.adapter_gradients(x[tokens], grad_states, routing)
+        grads_up = (None, None) if x is None else up.adapter_gradients(x[tokens], grad_states, slices)
         grad_hidden = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = up.input_gradient(grad_states, routing)[inverse].view(*top_k_weights.shape, -1).sum(1)
+            grad_hidden = up.input_gradient(grad_states, slices)[inverse].view(*top_k_weights.shape, -1).sum(1)
         grad_weights = grad_weights[inverse].view_as(top_k_weights).to(top_k_weights.dtype)
         return grad_hidden, grad_weights, None, None, None, None, *grads_up, *grads_down
 
@@ -413,14 +400,15 @@ def run_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    adapters: Mapping[str, tuple[float, Tensor, Tensor]] | None = None,
+    adapters: Mapping[str, tuple[float, Tensor, Tensor]] = MappingProxyType({}),
 ) -> Tensor:
     """Forward of an experts module of transformers; ``adapters`` are scaling, A and B by the weight's name."""
     device = device_of_autocast(hidden)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         products = [
-            ExpertWeights(experts, name, dtype, *(adapters or {}).get(name, ())) for name in weight_names(experts)
+            ExpertWeights(experts, name, dtype, *adapters.get(name, (1.0, None, None)))
+            for name in weight_names(experts)
         ]
         tensors = [tensor for product in products for tensor in product.adapters]
         output = ExpertsFunction.apply(hidden.to(dtype), top_k_weights, top_k_index, experts, *products, *tensors)
@@ -442,12 +430,11 @@ class FusedExperts(Fused):
         """Compute the experts with the adapters of all wrappers around them."""
         layer: Any = self
         adapters = {}
-        while isinstance(layer, FusedExperts):
-            wrapper: Any = layer
-            lora_A, lora_B = active_lora(wrapper)
-            if lora_A is not None and lora_B is not None and not wrapper.merged:
-                adapters[wrapper.parameter_name] = wrapper.scaling[wrapper.active_adapters[0]], lora_A, lora_B
-            layer = wrapper.base_layer
+        while isinstance(layer, ParamWrapper):
+            lora_A, lora_B = active_lora(layer)
+            if lora_A is not None and lora_B is not None and not layer.merged:
+                adapters[layer.parameter_name] = layer.scaling[layer.active_adapters[0]], lora_A, lora_B
+            layer = layer.base_layer
         return run_experts(layer, *args, adapters=adapters, **kwargs)
 
 

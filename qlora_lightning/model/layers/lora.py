@@ -19,20 +19,16 @@ from qlora_lightning.model.layers.elementwise import has_kernel
 _FEW_ROWS = 64  # for so few, on a GPU, bitsandbytes chooses whether it multiplies by the packed or a dense weight
 
 
-class LinearParts(NamedTuple):
-    """Operands of a linear, detached.
+class LoRALinear(NamedTuple):
+    """A linear of a group.
 
     Attributes:
-        weight: W, ``(out, in)``, or its packed bytes.
-        quant_state: Of packed bytes; ``None`` if W is dense.
-        bias: ``(out,)``, or ``None``.
+        base: The frozen linear, whose weights of a sharded base are there while its layer runs.
         scaling: Factor on the adapter's part.
         lora_B: ``(out, rank)``, in the dtype of the products; ``None`` without an adapter.
     """
 
-    weight: Tensor
-    quant_state: Any
-    bias: Tensor | None
+    base: Any
     scaling: float
     lora_B: Tensor | None
 
@@ -41,13 +37,13 @@ class LinearGroup(NamedTuple):
     """Linears that share their input: their A are multiplied as one matrix.
 
     Attributes:
-        linears: The parts of each.
+        linears: Each with its B.
         ranks: The rank of each linear's adapter, 0 without one.
         lora_A: A of all, ``(sum of ranks, in)``, in the dtype of the products; ``None`` without adapters.
         adapters: The float32 A and B of each linear in turn, which train: inputs of the autograd functions.
     """
 
-    linears: tuple[LinearParts, ...]
+    linears: tuple[LoRALinear, ...]
     ranks: list[int]
     lora_A: Tensor | None
     adapters: tuple[Tensor | None, ...]
@@ -67,7 +63,7 @@ def apply_linears(x: Tensor, xa: Tensor | None, group: LinearGroup) -> list[Tens
     return [apply_linear(x, xa, linear) for xa, linear in zip(all_xa, group.linears, strict=True)]
 
 
-def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Tensor | None = None) -> Tensor:
+def apply_linear(x: Tensor, xa: Tensor | None, linear: LoRALinear, residual: Tensor | None = None) -> Tensor:
     """Compute ``(residual +) x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ``, ``(n_tokens, out)``; all in x's dtype.
 
     x is ``(n_tokens, in)``, ``xa`` is ``x Aᵀ``, ``(n_tokens, rank)``; the residual is not modified.
@@ -76,14 +72,15 @@ def apply_linear(x: Tensor, xa: Tensor | None, linear: LinearParts, residual: Te
     if xa is not None and linear.lora_B is not None:
         # The adapter's product comes first: with beta = 0 it need not read a sum.
         output = _product(xa, linear.lora_B.t(), linear.scaling)
-    if x.is_cuda and x.shape[0] <= _FEW_ROWS and linear.quant_state is not None:
-        product: Tensor = bnb.matmul_4bit(x, linear.weight, linear.quant_state)
+    weight, bias = linear.base.weight, linear.base.bias
+    if x.is_cuda and x.shape[0] <= _FEW_ROWS and isinstance(weight, bnb.nn.Params4bit):
+        product: Tensor = bnb.matmul_4bit(x, weight.data, weight.quant_state)
         output = product if output is None else output.add_(product)
     else:
-        weight = _dense(linear, x.dtype)
-        output = x @ weight.t() if output is None else output.addmm_(x, weight.t())
-    if linear.bias is not None:
-        output.add_(linear.bias)
+        dense = _dense(weight, x.dtype)
+        output = x @ dense.t() if output is None else output.addmm_(x, dense.t())
+    if bias is not None:
+        output.add_(bias.to(x.dtype))
     # the residual comes last: its values are larger, and sums with them are rounded more coarsely
     return output if residual is None else output.add_(residual)
 
@@ -95,7 +92,7 @@ def input_gradient(grads: Sequence[Tensor], grad_xa: Tensor | None, group: Linea
     """
     grad_x = None if grad_xa is None or group.lora_A is None else grad_xa @ group.lora_A
     for grad, linear in zip(grads, group.linears, strict=True):
-        weight = _dense(linear, grad.dtype)
+        weight = _dense(linear.base.weight, grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
         del weight  # before the next one exists
     assert grad_x is not None, "there is a linear"
@@ -127,10 +124,9 @@ def gradients_of_A(grad_xa: Tensor | None, x: Tensor, group: LinearGroup) -> lis
     return [grad if rank else None for grad, rank in zip(grads, group.ranks, strict=True)]
 
 
-def _dense(linear: LinearParts, dtype: torch.dtype) -> Tensor:
-    if linear.quant_state is None:
-        return linear.weight.to(dtype)
-    return dequantize(linear.weight, linear.quant_state).to(dtype)
+def _dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    dense = dequantize(weight.data, weight.quant_state) if isinstance(weight, bnb.nn.Params4bit) else weight.data
+    return cast(Tensor, dense.to(dtype))
 
 
 @has_kernel
@@ -258,14 +254,11 @@ def linear_group(layers: Sequence[Any], dtype: torch.dtype, copies: list[tuple[T
         copies += zip(cast_A.split_with_sizes([rank for rank in ranks if rank]), all_A, strict=True)
     linears = []
     for layer, (_, lora_B) in zip(layers, adapters, strict=True):
-        base, scaling, cast_B = base_linear(layer), 1.0, None
+        scaling, cast_B = 1.0, None
         if lora_B is not None:
             scaling, cast_B = layer.scaling[layer.active_adapters[0]], torch.empty_like(lora_B, dtype=dtype)
             copies.append((cast_B, lora_B))
-        weight, bias = base.weight, base.bias
-        quant_state = weight.quant_state if isinstance(weight, bnb.nn.Params4bit) else None
-        bias = None if bias is None else bias.to(dtype)
-        linears.append(LinearParts(weight.data, quant_state, bias, scaling, cast_B))
+        linears.append(LoRALinear(base_linear(layer), scaling, cast_B))
     return LinearGroup(tuple(linears), ranks, cast_A, tuple(itertools.chain.from_iterable(adapters)))
 
 

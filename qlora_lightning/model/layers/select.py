@@ -9,17 +9,20 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
+from transformers import AttentionInterface
 from transformers.activations import SiLUActivation
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.activation_checkpointing import enable_activation_checkpointing
-from qlora_lightning.model.layers.attention import register_packed_attention
+from qlora_lightning.model.layers.attention import packed_attention
 from qlora_lightning.model.layers.decoder_layer import FusedDecoderLayer, FusedNorm
 from qlora_lightning.model.layers.experts import FusedExperts
 from qlora_lightning.model.layers.lora import Fused, FusedLoRA, base_linear, compute_dtype_of
 from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
+_PACKED_ATTENTION = "qlora_packed"
 _NONSTANDARD = "their parts are hooked, replaced or trained"
 
 
@@ -136,7 +139,10 @@ def _set_recompute_contexts(causal_lm: Any) -> None:
 def attention_of(config: Any) -> str | None:
     """Return the ``attn_implementation`` of a model: ours in packed batches; ``None`` leaves it to transformers."""
     if runs_packed(config):
-        return register_packed_attention()
+        # transformers' public extension point: the model keeps its own code, and calls our function by its name
+        AttentionInterface.register(_PACKED_ATTENTION, packed_attention)
+        AttentionMaskInterface.register(_PACKED_ATTENTION, sdpa_mask)
+        return _PACKED_ATTENTION
     return "eager" if config.model_type in EAGER_TYPES else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
 from qlora_lightning.model.layers.decoder_layer import prepare_layers
+from qlora_lightning.model.layers.lora import device_of_autocast
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
@@ -37,7 +38,8 @@ def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float |
         )
     if not runs_packed(causal_lm.config):
         return torch.cat(list(_compute_rows(causal_lm, micro_batch, inputs)))
-    layers = prepare_layers(causal_lm) if fused else {}
+    autocasts = torch.is_autocast_enabled(device_of_autocast(micro_batch.input_ids))
+    layers = prepare_layers(causal_lm) if fused and not autocasts else {}
     with packed_pass(PackedPass(micro_batch.sequences, layers, fused)):
         hidden: Tensor = causal_lm.base_model(
             **inputs, position_ids=micro_batch.position_ids, attention_mask=NO_MASK, use_cache=False

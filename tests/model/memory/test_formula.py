@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
-from qlora_lightning.model.cpu.library import has_function
+from qlora_lightning.model.cpu.library import find_function
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.build import meta_base, put_adapters
 from qlora_lightning.model.memory.formula import build_step_memory
@@ -24,7 +24,7 @@ def build(config, quantization="nf4", dtype=torch.bfloat16, **options):
 # ---- beside real steps -----------------------------------------------------------------------------------------------
 
 LENGTHS = (161, 97, 129)
-COMPUTES = "bf16" if has_function("attend", torch.bfloat16) else "fp32"  # where attention keeps what a GPU's keeps
+COMPUTES = "bf16" if find_function("attend", torch.bfloat16) else "fp32"  # where attention keeps what a GPU's keeps
 
 
 def count_kept(module, batch):

@@ -241,13 +241,13 @@ def _check_experts(base: Any, config: peft.LoraConfig, source: str) -> None:
     is_orthogonal = config.init_lora_weights == "orthogonal"
     options = {"dropout": config.lora_dropout, "use_dora": config.use_dora, "orthogonal start": is_orthogonal}
     unfit = [name for name, value in options.items() if value]
-    key, value = "model.target_modules", "attention"
+    key, remedy = "model.target_modules", "attention"
     if config.target_parameters:
-        key, value = "model.target_experts", "false"
+        key, remedy = "model.target_experts", "false"
     if unfit and (config.target_parameters or taken_for_experts(base, config.target_modules)):
         raise UserError(
             f"PEFT's adapters of experts, and of MLPs beside the experts, take no {unfit[0]} ({source}): leave that "
-            f"out, or set {key} to {value}.",
+            f"out, or set {key} to {remedy}.",
             key,
         )
 

@@ -148,10 +148,6 @@ WRONG = [
     ),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean model.rank?"),
-    wrong(
-        "--trainer.val_check_interval 1000 --data.val rows.jsonl",
-        "trainer.val_check_interval is 1000: expected at most",
-    ),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),
@@ -181,7 +177,6 @@ WRONG = [
     wrong(f"{PREFERENCES} --model.beta .inf", "beta is inf: expected a positive number"),
     wrong(f"{PREFERENCES} --model.objective dop", "Expected one of 'dpo', 'ipo', 'simpo', 'orpo', 'kto'"),
     wrong(f"{PREFERENCES} --model.objective kto --model.sft_share 0.5", "sft_share is 0.5: expected 0 with kto"),
-    wrong("--model.rank 1000000000", "model.rank is 1,000,000,000, and no module that would carry it is wider than"),
     # bases
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
@@ -262,7 +257,6 @@ BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json: num_hidden_layers is 1000000000, expected"),
     (PLAN_BASE, {"use_bidirectional_attention": True}, "wrong/config.json: use_bidirectional_attention is True"),
     (BASE, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
-    (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
     (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),
     (BASE, {"quantization_config": {"quant_method": "nf4"}}, "stored quantized as nf4 (not by bitsandbytes)"),
@@ -286,16 +280,13 @@ IDENTITIES = [
 ]
 for name, cases in (("adapter_config.json", ADAPTERS), ("qlora_lightning.json", IDENTITIES)):
     WRONG += [wrong(line, *words, prepare=edit(RUN, name, **values)) for line, values, *words in cases]
-NOT_HELD, MOMENT = "cannot be restored from its checkpoint", "exp_avg of tensor 0 is (3,), expected (2, 64)"
+MOMENT = "exp_avg of tensor 0 is (3,), expected (2, 64)"
 CHECKPOINTS = [
     (lambda saved: saved.pop(OURS), "not written by qlora_lightning"),
     (lambda saved: saved[OURS].update(format_version=99), "format version 99"),
     (lambda saved: saved[OURS]["identity"].update(ELSEWHERE), "elsewhere (weights ffffffffffff) there", "tiny (weigh"),
     (lambda saved: saved.pop("optimizer_states"), "wrong.ckpt: optimizer_states is missing, expected list"),
-    (lambda saved: saved["loops"]["fit_loop"]["epoch_loop.batch_progress"].pop("total"), NOT_HELD, "'total'"),
-    (lambda saved: saved["loops"]["fit_loop"]["state_dict"].update(combined_loader=5), NOT_HELD),
     (lambda saved: saved["optimizer_states"][0]["state"][0].update(exp_avg=torch.zeros(3)), MOMENT),
-    (lambda saved: saved[OURS]["generators"][0].update(python=[]), NOT_HELD),
 ]
 RESUME = f"{CKPT} --trainer.max_steps 3"
 WRONG += [wrong(RESUME, *words, prepare=edit_checkpoint(change)) for change, *words in CHECKPOINTS]

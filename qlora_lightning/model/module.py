@@ -144,7 +144,7 @@ class QLoRAModule(lightning.LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
-        inject.check_adapter_settings(rank, alpha, dropout, target_experts, lora_options)
+        inject.check_adapter_settings(rank, alpha, dropout)
         optimizers.check_optimization(optimizer, learning_rate, weight_decay, loraplus_ratio)
         optimizers.check_schedule(schedule, warmup_ratio)
         is_valid = neftune_alpha is None or 0 < neftune_alpha < math.inf

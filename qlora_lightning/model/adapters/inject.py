@@ -11,15 +11,13 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
-from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of, linear_sizes
-from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
+from qlora_lightning.support.errors import UserError, check_setting, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -33,26 +31,16 @@ _BYPASSED = {  # linears whose weight these types read without the adapter: in a
 }
 
 
-def check_adapter_settings(
-    rank: int, alpha: float | None, dropout: float, target_experts: bool, lora_options: Mapping[str, Any] | None
-) -> None:
-    """Reject what no base could take; see :func:`add_adapters`."""
-    if target_experts and (unfit := _unfit_for_parameters(dropout, lora_options or {})):
-        raise UserError(
-            f"model.target_experts is true, and adapters of experts take no {unfit}: leave that out, or set it to "
-            "false.",
-            "model.target_experts",
-        )
-    if rank < 1:
-        raise UserError(f"model.rank is {rank}: expected a positive integer, such as 8.", "model.rank")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise UserError(f"model.alpha is {alpha}: expected a positive number, such as {2 * rank}.", "model.alpha")
-    if not 0.0 <= dropout < 1.0:
-        raise UserError(f"model.dropout is {dropout}: expected a probability in [0, 1).", "model.dropout")
+def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
+    """Reject what no base could take; see :func:`new_lora_config`."""
+    check_setting("model.rank", rank, rank >= 1, "a positive integer, such as 8")
+    is_valid = alpha is None or 0 < alpha < float("inf")
+    check_setting("model.alpha", alpha, is_valid, f"a positive number, such as {2 * rank}")
+    check_setting("model.dropout", dropout, 0.0 <= dropout < 1.0, "a probability in [0, 1)")
 
 
-def add_adapters(
-    model: PreTrainedModel,
+def new_lora_config(
+    base: PreTrainedModel,
     *,
     rank: int = 8,
     alpha: float | None = None,
@@ -61,28 +49,23 @@ def add_adapters(
     layers: str | list[int] = "all",
     target_experts: bool = False,
     lora_options: dict[str, Any] | None = None,
-) -> peft.PeftModel:
-    """Inject A ``(rank, in)`` and B ``(out, rank)`` beside each target; B starts at zero, so nothing changes yet.
+) -> peft.LoraConfig:
+    """Return PEFT's config of a new adapter: A ``(rank, in)`` and B ``(out, rank)`` beside each target.
 
-    PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA ``alpha / sqrt(rank)``. The adapters are fp32 whatever
-    the base is. The arguments are those of :class:`~qlora_lightning.QLoRAModule`.
+    PEFT computes ``W x + alpha / rank · B A x``, and with rsLoRA ``alpha / sqrt(rank)``. The arguments are those of
+    :class:`~qlora_lightning.QLoRAModule`.
     """
     options = copy.deepcopy(lora_options or {})  # PEFT modifies the lists that it gets
-    targets = resolve_targets(model, target_modules, layers)
-    named = expert_parameters(model) if target_experts else []
+    targets = resolve_targets(base, target_modules, layers)
+    named = expert_parameters(base) if target_experts else []
     experts = [name for name in named if layer_of(name) in map(layer_of, targets)]
     if target_experts and not experts:
         raise UserError(
-            f"model.target_experts is true, and a {model.config.model_type} has no experts for adapters.",
+            f"model.target_experts is true, and a {base.config.model_type} has no experts for adapters.",
             "model.target_experts",
         )
-    linears = [module for module in map(model.get_submodule, targets) if isinstance(module, LINEARS)]
-    if rank > (widest := max((max(linear_sizes(linear)) for linear in linears), default=rank)):
-        raise UserError(
-            f"model.rank is {rank:,}, and no module that would carry it is wider than {widest:,}.", "model.rank"
-        )
-    _check_options(model, options, [*targets, *experts])
-    config = peft.LoraConfig(
+    _check_options(base, options, [*targets, *experts])
+    return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -91,15 +74,6 @@ def add_adapters(
         target_parameters=experts or None,
         **options,
     )
-    adapted = inject(model, config)
-    adapted_names = adapted.base_model.targeted_module_names
-    if missing := [name for name in targets if name not in adapted_names]:
-        raise UserError(
-            f"model.target_modules has {missing[0]}, on which PEFT puts no adapter: leave it out there, or in "
-            "model.lora_options.modules_to_save.",
-            "model.target_modules",
-        )
-    return adapted
 
 
 def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
@@ -108,27 +82,16 @@ def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
     It opens so the adapters of an older transformers, in which each expert had linears of these names. Those of the
     MLPs that a mixture has beside its experts are saved as ``target_parameters``, which it leaves where they are.
     """
-    last_names = {name.rpartition(".")[2] for name in targets}
-    taken = {last_name for last_name in last_names if _is_taken(model, last_name)}
+    taken = set()
+    for last_name in {name.rpartition(".")[2] for name in targets}:
+        config = peft.LoraConfig(target_modules=[last_name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it moves some names only together
+            taken.add(last_name)
+        if last_name not in config.target_modules:
+            taken.add(last_name)
     return [name for name in targets if name.rpartition(".")[2] in taken]
-
-
-def _is_taken(model: nn.Module, module_name: str) -> bool:
-    config = peft.LoraConfig(target_modules=[module_name])
-    try:
-        convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it moves some names only together
-        return True
-    return module_name not in config.target_modules
-
-
-def _unfit_for_parameters(dropout: float, options: Mapping[str, Any]) -> str:
-    """Return the option that PEFT's adapters of ``target_parameters`` do not take; empty if there is none."""
-    if dropout:
-        return "dropout"
-    if options.get("use_dora"):
-        return "use_dora"
-    return "orthogonal init_lora_weights" if options.get("init_lora_weights") == "orthogonal" else ""
 
 
 def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
@@ -148,14 +111,10 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
             "expected true, false, gaussian or orthogonal.",
             "model.lora_options",
         )
-    saved_modules, tokens = options.get("modules_to_save") or [], options.get("trainable_token_indices")
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {module: name for name, module in model.named_modules() if module in (embedding, head)}
-    for ending in (*saved_modules, *(tokens if isinstance(tokens, dict) else ())):
+    for ending in options.get("modules_to_save") or ():
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(
-                f"model.lora_options names {ending}, which the base does not have: expected the end of a name such as "
-                f"{names[embedding]}.",
+                f"model.lora_options.modules_to_save names {ending}, which the base does not have.",
                 "model.lora_options",
             )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
@@ -174,13 +133,15 @@ def resolve_targets(model: Any, target_modules: str | list[str], layers: str | l
             of names (``q_proj``, or longer endings), or a regular expression that matches full names.
         layers: ``all``, ``last:N``, or a list of layer indices counted from 0.
     """
-    modules = [*model.named_modules()]
-    candidates = [name for name, module in modules if isinstance(module, (*LINEARS, nn.Embedding))]
-    candidates = [name for name in candidates if not isinstance(model.get_submodule(name), PackedExperts)]
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*LINEARS, nn.Embedding)) and not isinstance(module, PackedExperts)
+    }
+    candidates = [*modules]
     in_layers = {module for layer in decoder_layers(model) for module in layer.modules()} - routers_of(model)
-    names_in_layers = {name for name in candidates if model.get_submodule(name) in in_layers}
-    bypassed = {f".{name}" for name, types in _BYPASSED.items() if model.config.model_type in types}
-    names_in_layers = {name for name in names_in_layers if not name.endswith((*bypassed,))}
+    bypassed = tuple(f".{name}" for name, types in _BYPASSED.items() if model.config.model_type in types)
+    names_in_layers = {name for name in candidates if modules[name] in in_layers and not name.endswith(bypassed)}
     selected = _select_by_name(candidates, names_in_layers, target_modules)
     chosen_layers = {None, *_select_layers(candidates, layers)}  # None: modules outside of layers
     targets = [name for name in candidates if name in selected and layer_of(name) in chosen_layers]
@@ -232,63 +193,63 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
 def inject(
     model: Any, config: peft.LoraConfig, source: str = "model.lora_options", name: str = ADAPTER
 ) -> peft.PeftModel:
-    """Let PEFT put an adapter on a base, or one more on a model of PEFT; its errors name ``source``.
+    """Let PEFT put an adapter on a base, or one more on a model of PEFT; errors name ``source``.
 
-    It is in fp32, and drawn from the seed alone, whatever was drawn before. On a base on the meta device it is there
-    too. ``config.target_modules`` are names, or ends of names.
+    It is in fp32, and drawn from the seed alone, whatever was drawn before; B is zero. On a base on the meta device it
+    is there too. ``config.target_modules`` are names, or ends of names.
     """
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    targets = set(config.target_modules or ())
+    config.target_modules = set(config.target_modules or ())
+    full_names = config.target_modules & dict(base.named_modules()).keys()  # before PEFT, which shortens them
     _check_tied(base, config, source)
-    taken = taken_for_experts(base, targets)
-    beside_experts = _linears_of(base, taken)
-    if beside_experts and (unfit := _unfit_for_parameters(config.lora_dropout, vars(config))):
-        raise UserError(
-            f"PEFT's adapters of {beside_experts[0]} beside the experts of a {base.config.model_type} take no {unfit} "
-            f"({source}): leave that out, or set model.target_modules to attention.",
-            "model.target_modules",
-        )
-    targets -= {*taken}
-    config.target_modules = targets if targets or config.target_parameters else DUMMY_TARGET_MODULES
+    _check_experts(base, config, source)
     device = torch.device("meta") if base.device.type == "meta" else contextlib.nullcontext()
     explained = explaining(f"PEFT cannot put the adapter of {source} on the base", "adapter.peft")
     # PEFT's warnings do not help users, or are about what is rejected here
     with torch.random.fork_rng(devices=[]), device, warnings.catch_warnings(action="ignore"), explained:
         torch.default_generator.manual_seed(torch.initial_seed())  # PEFT draws on the CPU
-        model = _inject_by_config(model, base, config, name)
-        if beside_experts:
-            _inject_by_tensors(model, base, config, name, beside_experts)
-            config.target_modules = targets.union(beside_experts)
-    _cast_and_freeze(model, base, name)
-    return model
+        with adapting_experts(base, config), _hiding_type(base):
+            if model is base:
+                model = peft.get_peft_model(base, config, adapter_name=name)
+            else:
+                model.add_adapter(name, config)
+    for parameter in adapter_tensors(model, name).values():
+        parameter.data = parameter.data.float()  # PEFT leaves whole modules and tokens in the base's dtype
+        # it lets tokens of a second adapter train
+        parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
+    if missing := sorted(full_names - {*model.base_model.targeted_module_names}):
+        raise UserError(
+            f"PEFT puts no adapter on {missing[0]} ({source}): leave it out of model.target_modules, or of "
+            "model.lora_options.modules_to_save.",
+            "model.target_modules",
+        )
+    return cast(peft.PeftModel, model)
 
 
-def _linears_of(base: nn.Module, targets: Collection[str]) -> list[str]:
-    """Return the full names of a base's linears that targets select, which may be ends of names."""
-    linears = [name.removesuffix(".base_layer") for name, module in base.named_modules() if isinstance(module, LINEARS)]
-    return [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
+@contextlib.contextmanager
+def _hiding_type(base: Any) -> Iterator[None]:
+    """Hide the type of a base, by which PEFT would move targets to the experts: see :func:`taken_for_experts`."""
+    model_type, base.config.model_type = base.config.model_type, ""
+    try:
+        yield
+    finally:
+        base.config.model_type = model_type
 
 
-def _inject_by_config(model: Any, base: Any, config: peft.LoraConfig, name: str) -> peft.PeftModel:
-    """Let PEFT find the modules and parameters that the config names."""
-    with adapting_experts(base, config):
-        if model is base:
-            on_meta = base.device.type == "meta"
-            return peft.get_peft_model(base, config, adapter_name=name, low_cpu_mem_usage=on_meta)
-        model.add_adapter(name, config)
-        return cast(peft.PeftModel, model)
-
-
-def _inject_by_tensors(
-    model: peft.PeftModel, base: Any, config: peft.LoraConfig, name: str, linears: Collection[str]
-) -> None:
-    """Put the adapter on linears, found by names of tensors: by those in a config PEFT would take them for experts."""
-    without_targets = copy.copy(config)
-    without_targets.target_modules, without_targets.target_parameters = {"of-tensors"}, None  # no module has this name
-    model.peft_config[name] = without_targets
-    tensors = dict.fromkeys(f"{each}.lora_A.weight" for each in linears)
-    model.base_model.inject_adapter(base, name, low_cpu_mem_usage=base.device.type == "meta", state_dict=tensors)
-    model.peft_config[name] = config
+def _check_experts(base: Any, config: peft.LoraConfig, source: str) -> None:
+    """Reject what PEFT's adapters of ``target_parameters`` do not take, as which some linears are saved too."""
+    is_orthogonal = config.init_lora_weights == "orthogonal"
+    options = {"dropout": config.lora_dropout, "use_dora": config.use_dora, "orthogonal start": is_orthogonal}
+    unfit = [name for name, value in options.items() if value]
+    key, remedy = "model.target_modules", "attention"
+    if config.target_parameters:
+        key, remedy = "model.target_experts", "false"
+    if unfit and (config.target_parameters or taken_for_experts(base, config.target_modules)):
+        raise UserError(
+            f"PEFT's adapters of experts, and of MLPs beside the experts, take no {unfit[0]} ({source}): leave that "
+            f"out, or set {key} to {remedy}.",
+            key,
+        )
 
 
 def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> None:
@@ -303,24 +264,6 @@ def _check_tied(base: PreTrainedModel, config: peft.LoraConfig, source: str) -> 
             f"would part them. Set model.lora_options to {{modules_to_save: [{names[0]}], ensure_weight_tying: true}}.",
             "base.tied",
         )
-
-
-def _cast_and_freeze(model: nn.Module, base: Any, name: str) -> None:
-    """Cast an adapter to float32, and freeze it if it is not the model's own.
-
-    PEFT leaves whole modules and tokens in the base's dtype, and lets tokens of a second adapter train.
-    """
-    for parameter in adapter_tensors(model, name).values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
-    for module in base.modules():
-        is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
-        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
-            module.register_forward_hook(_cast_to_base)
-
-
-def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
-    return output.to(module.original_module.weight.dtype)
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.support.errors import UserError, check_setting, describe_error
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import FORMAT_VERSION
-from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once, validation_follows
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, validation_follows
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -41,6 +41,8 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         module = cast("QLoRAModule", pl_module)
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        ends_batch = batches.completed < batches.ready
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
             "settings": plain_settings(checkpoint.pop("hyper_parameters", {})),
@@ -51,7 +53,7 @@ class ExactResume(Callback):
             "micro_batch_size": gather_lists(trainer, [module.token_budget.state_dict()]),
             "monitored": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "generators": gather_lists(trainer, [capture_generators()]),
-            "before_validation": _is_before_validation(trainer),
+            "before_validation": ends_batch and validation_follows(trainer),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -76,20 +78,9 @@ class ExactResume(Callback):
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_validations(trainer)
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
             _check_optimizers(trainer, self._checkpoint)
         self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        is_theirs = isinstance(exception, AttributeError | LookupError | TypeError | ValueError | ArithmeticError)
-        if self._checkpoint is not None and is_theirs and not isinstance(exception, UserError):
-            raise UserError(
-                f"The run cannot be restored from its checkpoint ({describe_error(exception)}), which was changed or "
-                "is of another version of Lightning. Take another one, or begin a new run from the adapter folder with "
-                "model.adapter.",
-                "checkpoint.damaged",
-            ) from exception
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _align_validations(trainer)
@@ -169,12 +160,6 @@ def _computes_on_gpu() -> bool:
 # ---- where a run may resume, and where it validates ------------------------------------------------------------------
 
 
-def _is_before_validation(trainer: Trainer) -> bool:
-    """Whether a validation is due after the batch that is being ended."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    return batches.completed < batches.ready and validation_follows(trainer)
-
-
 def _check_position(content: Mapping[str, Any], batches: Mapping[str, Any], changes: Sequence[Change]) -> None:
     """Reject a checkpoint, by Lightning's counters of batches, from which a run would not resume exactly."""
     ready, processed, completed = (batches["current"][name] for name in ("ready", "processed", "completed"))
@@ -226,17 +211,6 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
             "other validation samples the ranking of the best adapter starts over.",
             "data.accept_changed_data",
         )
-
-
-def _check_validations(trainer: Trainer) -> None:
-    """Reject an interval in batches of which an epoch has fewer."""
-    interval = getattr(trainer, "val_check_interval", None)  # not there if it is in minutes
-    batches = batches_of_epoch(trainer)
-    if not trainer.limit_val_batches or trainer.check_val_every_n_epoch is None or batches is None:
-        return
-    expected = f"at most {batches:,}, the batches of an epoch, a share such as 0.5, or check_val_every_n_epoch: null"
-    is_valid = not isinstance(interval, int) or interval <= batches
-    check_setting("trainer.val_check_interval", interval, is_valid, expected)
 
 
 def _align_validations(trainer: Trainer) -> None:
@@ -324,17 +298,13 @@ def _check_moments(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) 
     numbers = [number for group in stored["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        state = stored["state"].get(number)
-        if state is None:  # saved before the first step
-            continue
-        expected = dict.fromkeys(_MOMENTS & state.keys(), tuple(parameter.shape))
-        if isinstance(optimizer, torch.optim.Adam):
-            expected |= {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))}
-        for name, shape in expected.items():
-            found = tuple(torch.as_tensor(state[name]).shape) if name in state else "missing"
-            if found != shape:
+        state = stored["state"].get(number, {})  # nothing before the first step
+        for name in _MOMENTS & state.keys():
+            found, expected = tuple(state[name].shape), tuple(parameter.shape)
+            if found != expected:
                 raise UserError(
                     f"The checkpoint's optimizer state does not fit: {name} of tensor {number} is {found}, expected "
-                    f"{shape}. Take another checkpoint, or begin a new run from the adapter folder with model.adapter.",
+                    f"{expected}. Take another checkpoint, or begin a new run from the adapter folder with "
+                    "model.adapter.",
                     "checkpoint.damaged",
                 )

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, add_adapters, count_parameters, inject, trainable_tensors
+from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters, inject, new_lora_config, trainable_tensors
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, check_widths, keep_quantized_layers, load_base
@@ -31,48 +31,44 @@ if TYPE_CHECKING:
 def assemble_model(
     adapter: str | None, adapter_options: dict[str, Any], fast: bool, **base_options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a base by ``load_base``, and put adapters on it: those of a folder, or new ones as ``add_adapters`` does.
+    """Load a base by ``load_base``, and complete it.
 
     Returns:
         The model, whose layers run fused if ``fast``, and the identity of base and adapter.
     """
-    folder = None if adapter is None else find_adapter_folder(adapter)
-    stored_identity = {} if folder is None else read_identity(folder)  # reports a wrong name before loading
-    base, source, identity = load_base(**base_options)
-    if folder is not None:
-        check_identity(stored_identity, identity, f"The adapter folder {folder}")
-    model = put_adapters(base, folder, **adapter_options)
-    config = model.peft_config[ADAPTER]  # by which PEFT finds the base
-    config.base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
-    config.revision = source.revision
-    identity["adapter"] = describe_adapter(model)
-    fuse_layers(model, fast)
-    return model, identity
+    if adapter is not None:
+        find_adapter_folder(adapter)  # reports a wrong name before loading
+    loaded = load_base(**base_options)
+    identity = {**loaded.identity}
+    return complete_model(loaded.model, identity, adapter, adapter_options, fast), identity
 
 
 def complete_model(
     model: Any, identity: dict[str, Any], adapter: str | None, adapter_options: dict[str, Any], fast: bool
 ) -> peft.PeftModel:
-    """Complete what an override of ``build_model`` returned: a model of PEFT, or of transformers without adapters.
+    """Complete a base, or what an override of ``build_model`` returned: a model of transformers, or one of PEFT.
 
-    The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what the
-    override has not set: the compute dtype, and a hash of the frozen weights.
+    The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what it
+    lacks: that of ``load_base``, else the compute dtype and a hash of the frozen weights, and that of the adapters.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
+    stored_identity = {} if folder is None else read_identity(folder)
     keep_quantized_layers(model)
     check_widths(model)
+    base: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if "fingerprint" not in identity:
+        identity.update(getattr(base, "loaded_identity", {}))
+    check_identity(stored_identity, identity, f"The adapter folder {folder}")
     if not isinstance(model, peft.PeftModel):
-        model = put_adapters(model.requires_grad_(False), folder, **adapter_options)
-        fuse_layers(model, fast)
+        model = put_adapters(base.requires_grad_(False), folder, **adapter_options)
+        model.peft_config[ADAPTER].revision = identity.get("revision")  # by which PEFT finds the base
         identity["adapter"] = describe_adapter(model)
+        fuse_layers(model, fast)
     elif folder is not None:
         fill_adapter(model, folder)
-    base: Any = model.get_base_model()
-    if "fingerprint" not in identity:  # it may be a base of load_base, else its files are unknown
-        usual = {"compute_dtype": str(base.dtype).removeprefix("torch."), "fingerprint": hash_weights(base)}
-        identity.update(getattr(base, "loaded_identity", usual))
-    if folder is not None:
-        check_identity(read_identity(folder), identity, f"The adapter folder {folder}")
+    if "fingerprint" not in identity:
+        identity |= {"compute_dtype": str(base.dtype).removeprefix("torch."), "fingerprint": hash_weights(base)}
+        check_identity(stored_identity, identity, f"The adapter folder {folder}")
     return model
 
 
@@ -87,12 +83,12 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: Any) -> peft.PeftModel:
-    """Put the adapter of a folder, with its own rank, alpha and targets, on a base, or new ones by ``add_adapters``.
+    """Put the adapter of a folder, with its own rank, alpha and targets, on a base, or a new one with these options.
 
-    On a base on the meta device new adapters are on it too; those of a folder have their values.
+    On a base on the meta device a new adapter is on it too; that of a folder has its values.
     """
     if folder is None:
-        return add_adapters(base, **options)
+        return inject(base, new_lora_config(base, **options))
     model = inject(base, read_lora_config(folder, base.config), str(folder))
     fill_adapter(model, folder)
     return model
@@ -103,7 +99,7 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
     layers = [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     names = [getattr(layer, "parameter_name", name.rpartition(".")[2]) for name, layer in layers]
     trainable, total = count_parameters(module.model)
-    rank = getattr(getattr(module.model, "peft_config", {}).get(ADAPTER), "r", None)  # build_model may be overridden
+    rank = getattr(module.model.peft_config.get(ADAPTER), "r", None)  # an override of build_model may have no LoRA
     reasons, config = [reason for reason in fusion.layers.values() if reason is not None], module.causal_lm.config
     if module.precision.autocasts_layers and not reasons:  # under autocast no layer runs fused
         reasons = ["model.lora_options train more than plain LoRA"] * len(fusion.layers)

@@ -1,15 +1,11 @@
 """The text of models that read images or sound too: found by its class in the whole model, whose names it knows."""
 
-import contextlib
-import itertools
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -29,34 +25,12 @@ _CHANGE_LOGITS = (
     *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling2"),
     *("mistral_large4", "muse_glimmer", "paligemma"),
 )
-_MOST_MODULES = 10_000  # those of transformers 5.24 have up to 2,000
-
-
-@contextlib.contextmanager
-def _building(config: Any, most_modules: float) -> Iterator[None]:
-    """Build on the meta device; end after seconds, whichever number of a stranger's config asks for more modules."""
-    numbers = itertools.count(1)
-
-    def count(*_: object) -> None:
-        if next(numbers) > most_modules:
-            raise UserError(
-                f"{config.name_or_path}/config.json describes more than {most_modules:,} modules, five times those of "
-                "any model: correct it, or download or save the base again.",
-                "base.modules",
-            )
-
-    hook = register_module_module_registration_hook(count)
-    try:
-        with torch.device("meta"), explaining_base(config.name_or_path):
-            yield
-    finally:
-        hook.remove()
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
     options = {"attn_implementation": attention_of(config), "experts_implementation": None, "dtype": dtype}
-    with _building(config, math.inf if trust_remote_code else _MOST_MODULES):
+    with torch.device("meta"), explaining_base(config.name_or_path):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
@@ -106,7 +80,7 @@ def is_wrapper(config: Any) -> bool:
 
 
 def _whole_model(config: Any) -> Any:
-    with _building(config, _MOST_MODULES):
+    with torch.device("meta"), explaining_base(config.name_or_path):
         return AutoModelForMultimodalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 

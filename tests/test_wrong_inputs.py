@@ -271,12 +271,8 @@ BASES = [  # other keys in config.json, and words of the message
 WRONG += [wrong(line, *words, prepare=edit("tiny", "config.json", **values)) for line, values, *words in BASES]
 ADAPTERS = [  # other keys in adapter_config.json, and words of the message
     (ADAPTER, {"r": "2"}, "wrong/adapter_config.json: r is '2', expected int"),
-    (MERGE, {"r": 10**9}, "wrong/adapter_config.json: a rank is 1,000,000,000, and no tensor of the adapter is wider"),
     (ASK, {"r": 3}, "does not fit the adapter of this model", "is (2, 128) there, (3, 128) here"),
     (JUDGE, {"peft_type": "IA3"}, "peft_type is 'IA3', expected Literal['LORA']"),
-    (MERGE, {"target_modules": [5]}, "target_modules is [5], expected list[str] | str | None"),
-    (ADAPTER, {"target_modules": ["no"]}, "PEFT cannot put the adapter of wrong on the base", "'no'"),
-    (ADAPTER, {"alpha_pattern": {"([a-z]+)+": 2}}, "the expression '([a-z]+)+' repeats too much"),
     (ADAPTER, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is [[0, 2], [0, 2]], expected None"),
 ]
 IDENTITIES = [

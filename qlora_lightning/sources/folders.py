@@ -294,14 +294,12 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
 # ---- adapter folders -------------------------------------------------------------------------------------------------
 
 _ADAPTER_REMEDY = "Correct it, or copy the adapter folder again."
-_TEXT, _NAMES, _SWITCH = str | None, list[str] | str | None, bool | None
-LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json
+_TEXT, _SWITCH = str | None, bool | None
+LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json, beside the names of the tensors
     **{"peft_type": Literal["LORA"], "r": int, "lora_alpha": float, "lora_dropout": float | None, "bias": _TEXT},
     **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
-    **{"layers_to_transform": list[int] | int | None, "init_lora_weights": bool | str | None},
-    **{"trainable_token_indices": list[int] | dict[str, list[int]] | None},
+    **{"trainable_token_indices": list[int] | dict[str, list[int]] | None, "init_lora_weights": bool | str | None},
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _SWITCH),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), _TEXT),
     # not supported, although they change what an adapter computes

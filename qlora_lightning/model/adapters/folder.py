@@ -3,7 +3,6 @@
 import copy
 import filecmp
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from qlora_lightning.support.errors import UserError, explaining
 
 _WEIGHTS = "adapter_model.safetensors"
 _MODULES = (  # settings of PEFT that name modules
-    *("target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save"),
+    *("target_modules", "target_parameters", "feedforward_modules", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
 )
 _CARD = """---
@@ -115,14 +114,16 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     some mixtures it takes names of modules for those of experts, and names of their weights as they are.
     """
     adapter = model.active_adapter
-    config, names = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model)
-    all_targets = getattr(model.base_model, "targeted_module_names", ())  # of all adapters
-    targets = {name: model.get_base_model().get_submodule(name) for name in all_targets}
-    targets = {name: layer for name, layer in targets.items() if _has_adapter(layer, adapter)}
-    taken = taken_for_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
+    config, names, targets = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model), dict[str, Any]()
+    for name in getattr(model.base_model, "targeted_module_names", ()):  # of all adapters
+        layer = model.get_base_model().get_submodule(name)
+        if any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names):
+            targets[name] = layer
+    is_lora = isinstance(config, peft.LoraConfig)
+    taken = taken_for_experts(model, targets) if is_lora else []
     if names or taken:
         config.target_modules = {*targets} - {*taken}
-    if (names or taken) and isinstance(config, peft.LoraConfig):
+    if is_lora and (names or taken):
         parameters = config.target_parameters or ()
         config.target_parameters = {*parameters, *(f"{name}.weight" for name in taken)} or None
         for key in ("rank_pattern", "alpha_pattern"):
@@ -137,10 +138,6 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     for name, value in _rename_modules(vars(config), names).items():
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     return config
-
-
-def _has_adapter(layer: Any, adapter: str) -> bool:
-    return any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names)
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
@@ -207,10 +204,9 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it on a base with this config of transformers.
 
-    PEFT matches regular expressions, and one from elsewhere might be matched for ever. If one says which modules carry
-    the adapter, the names of its tensors say it instead; others may repeat little.
+    Which modules carry the adapter, the names of its tensors tell: in the config that may be an expression.
     """
-    file, stored = folder / "adapter_config.json", read_adapter_config(folder)
+    stored = read_adapter_config(folder)
     settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
     if str(init := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(
@@ -218,40 +214,23 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
             "base that is not the one it names.",
             "init_lora_weights",
         )
-    parameters, modules = settings.get("target_parameters", ()), settings.get("target_modules", ())
-    if linears := [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]:
-        settings["target_parameters"] = [name for name in parameters if not name.endswith(".weight")]
-        settings["target_modules"] = modules if isinstance(modules, str) else [*modules, *linears]
+    # linears beside experts are saved as parameters, see _config_for_plain_peft
+    parameters = [name for name in settings.get("target_parameters", ()) if not name.endswith(".weight")]
+    experts = tuple(name.rpartition(".")[0] for name in parameters)  # the ends of their names
+    names = [name.removeprefix("base_model.model.") for name in tensor_names(folder / _WEIGHTS)]
+    carriers = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    linears = sorted(name for name in carriers if not name.removesuffix(".base_layer").endswith(experts))
+    settings |= {"target_parameters": parameters or None, "target_modules": linears}
+    for key in ("rank_pattern", "alpha_pattern"):
+        settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
+    if in_text := {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}:
         for key in ("rank_pattern", "alpha_pattern"):
-            settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
-    names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
-    in_text = {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}
-    patterns = (settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern"))
-    if in_text or any(isinstance(pattern, str) for pattern in patterns):
-        carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
-        experts = {name.rpartition(".")[0] for name in settings.get("target_parameters", ())}  # by endings
-        carriers = {name for name in carriers if not name.removesuffix(".base_layer").endswith((*experts,))}
-        settings["target_modules"] = sorted(carriers)
-        settings |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    ranks, alphas = settings.get("rank_pattern", {}), settings.get("alpha_pattern", {})
-    for expression in (*ranks, *alphas, *settings.get("modules_to_save", ()), *(settings.get("layers_pattern") or ())):
-        if len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
-            raise UserError(
-                f"{file}: the expression {expression!r} repeats too much: write the modules' names.",
-                "adapter.expression",
-            )
-    if in_text:
-        targets = [*carriers, *settings.get("target_parameters", ())]
-        settings |= {key: _by_full_names(settings.get(key, {}), targets) for key in ("rank_pattern", "alpha_pattern")}
-        saved = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names if ".lora_" not in name}
+            settings[key] = _by_full_names(settings[key], [*linears, *parameters])
+        saved = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
         endings = tuple(settings.get("modules_to_save", ()))
         settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
-    settings |= _rename_modules(settings, in_text)
-    rank = max(settings["r"], *ranks.values(), 0)
-    widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
-    if rank > widest:
-        raise UserError(f"{file}: a rank is {rank:,}, and no tensor of the adapter is wider than {widest:,}.", "r")
-    with explaining(f"{file} is no config of a LoRA adapter", "adapter_config.json"):
+        settings |= _rename_modules(settings, in_text)
+    with explaining(f"{folder / 'adapter_config.json'} is no config of a LoRA adapter", "adapter_config.json"):
         return peft.LoraConfig(**settings)
 
 

@@ -120,7 +120,6 @@ OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
 BASE, PICKLE = "--model.base wrong", "wrong/pytorch_model.bin"
-TOKENIZER = "tiny", "tokenizer_config.json"
 TOKENIZED = f"{BASE} --data.tokenizer tiny"
 NAN = "layers.1.mlp.up_proj.lora_B.weight are NaN or infinite"
 UP, B = "layers.1.mlp.up_proj.weight", "layers.1.mlp.up_proj.lora_B.weight"
@@ -194,13 +193,11 @@ WRONG = [
         prepare=change_folder("tiny", lambda: os.rename(TENSORS, PICKLE)),
     ),
     wrong(BASE, "not a whole safetensors", prepare=change_folder("tiny", cut(TENSORS, TENSORS, 600))),
-    wrong(BASE, "names no shard that is there (b.safetensors)", prepare=change_folder("tiny", lose_file)),
     wrong(
         BASE, "c.safetensors and b.safetensors both have model.embed_tokens", prepare=change_folder("tiny", double_file)
     ),
     wrong(BASE, f"two tensors for one weight, {UP} and model.{UP}", prepare=change_folder("tiny", double_tensor)),
     wrong(BASE, "/x is a pipe", prepare=change_folder("tiny", lambda: os.mkfifo("wrong/x"))),
-    wrong(BASE, "Tokenizer wrong: none can be loaded", "'abc'", prepare=edit(*TOKENIZER, model_max_length="abc")),
     wrong("--model.base tiyn", "'tiyn'", "no such file or folder"),
     wrong("--model.base wrong.gguf", "cannot be read as a GGUF model", prepare=write("wrong.gguf", "<html>")),
     wrong(TOKENIZED, "model_type is 'llama9', which this version", "Update", prepare=write_base("llama9")),
@@ -241,7 +238,6 @@ WRONG = [
     wrong(f"{SWEEP} --adapter_checkpoint null", "leave adapter_checkpoint.enabled out"),
     wrong(f"{SWEEP} --seed_everything false", "seed_everything is false", "set it to a number"),
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
-    wrong("chat --adapter wrong", "`vllm serve wrong`", prepare=write("wrong/merge.json", "{}")),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
@@ -259,7 +255,7 @@ PLAN_BASE = f"{PLAN} {BASE}"
 NO_MODEL, NOT_ITS = "wrong/config.json describes no model that loads", "wrong does not hold the tensors that its config"
 BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
-    (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json: num_hidden_layers is 1000000000, expected"),
+    (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json describes more than 10,000 modules"),
     (PLAN_BASE, {"use_bidirectional_attention": True}, "wrong/config.json: use_bidirectional_attention is True"),
     (BASE, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
     (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),

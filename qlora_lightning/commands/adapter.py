@@ -18,7 +18,7 @@ from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MERGE_RECORD, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +54,6 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not name or name in _RESERVED or name in adapters:
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         adapters[name] = folders.find_adapter_folder(folder)
-        if (adapters[name] / MERGE_RECORD).is_file():
-            raise UserError(
-                f"--adapter {value} is a merged model, which needs none: load it with transformers, serve it with "
-                f"`vllm serve {folder}`, or run its GGUF file with `llama-cli -m`."
-            )
         folders.read_identity(adapters[name])
     return adapters
 
@@ -155,6 +150,7 @@ class AdapterSource:
     double_quant: bool
     compute_dtype: torch.dtype
     tokenizer_folder: Path  # the adapter folder, or the base's if the adapter's holds no tokenizer
+    data_settings: dict[str, Any]  # how rows were rendered in training
 
 
 def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
@@ -186,6 +182,7 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
         double_quant=settings.get("double_quant", True),
         compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
         tokenizer_folder=folder if has_tokenizer else source.folder,
+        data_settings=(identity.get("data") or {}).get("settings") or {},
     )
 
 

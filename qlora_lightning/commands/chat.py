@@ -70,7 +70,7 @@ class Session:
         self.renderers = {
             name: ChatRenderer(
                 choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None),
-                reasoning=((source.identity.get("data") or {}).get("settings") or {}).get("reasoning", "template"),
+                reasoning=source.data_settings.get("reasoning", "template"),
             )
             for name, source in sources.items()
         }
@@ -83,8 +83,8 @@ class Session:
             self.sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        data_settings = (first_source.identity.get("data") or {}).get("settings") or {}
-        self.system: str | None = data_settings.get("system") if options.system is None else options.system
+        system = first_source.data_settings.get("system") if options.system is None else options.system
+        self.system: str | None = system
         self.messages: list[Message] = []
         self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
 
@@ -151,8 +151,6 @@ class Session:
                 raise  # which ends the command
             say("")
             return str(stream.text)
-        except ValueError as error:  # transformers rejects a setting
-            raise UserError(str(error)) from error
         say("" if len(token_ids) < limit else f"\n({name} was cut after {limit} tokens: it had not stopped.)")
         return str(stream.text)
 

@@ -43,7 +43,7 @@ def assemble_model(
         check_identity(stored_identity, identity, f"The adapter folder {folder}")
     model = put_adapters(base, folder, **adapter_options)
     config = model.peft_config[ADAPTER]  # by which PEFT finds the base
-    config.base_model_name_or_path = source.name if source.kind == "hub" else str(source.folder)
+    config.base_model_name_or_path = str(source.folder) if source.revision is None else source.name
     config.revision = source.revision
     identity["adapter"] = describe_adapter(model)
     fuse_layers(model, fast)

@@ -43,9 +43,7 @@ def cache_root(kind: Kind | None = None) -> Path:
 
 def make_root(kind: Kind | None = None) -> None:
     """Make the cache's folder, for this user alone: its data is trained on, and its libraries are run."""
-    root = cache_root(kind)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(mode=0o700, exist_ok=True)
+    cache_root(kind).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def hash_key(key: Mapping[str, Json]) -> str:
@@ -176,10 +174,10 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
 
 
 def _describe(folder: Path, kind: Kind) -> CacheEntry:
-    label, marker = "(unfinished)", folder
+    label, size, marker = "(unfinished)", 0, folder / _ENTRY_FILE
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        label, marker = str(json.loads((folder / _ENTRY_FILE).read_text("utf-8"))["label"]), folder / _ENTRY_FILE
-    size = 0
+        label = str(json.loads(marker.read_text("utf-8"))["label"])
     with suppress(OSError):  # a running build may be renaming files
         size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    return CacheEntry(kind, label, size, datetime.fromtimestamp(marker.stat().st_mtime, UTC), folder)
+    last_used = (marker if marker.exists() else folder).stat().st_mtime
+    return CacheEntry(kind, label, size, datetime.fromtimestamp(last_used, UTC), folder)

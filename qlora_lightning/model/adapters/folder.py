@@ -143,8 +143,7 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
     """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
     is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
-    # no path, so that the folder can be moved and uploaded as it is
-    snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {task_type}"
+    snippet = _loading_snippet(identity) if is_causal else f"# by PEFT's class for the task {task_type}"
     metadata = ModelCardData(
         base_model=identity["base"] if identity.get("revision") else None,  # only bases of the hub have a revision
         datasets=identity.get("data", {}).get("datasets") or None,
@@ -158,31 +157,30 @@ def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Modu
     return _CARD.format(metadata=metadata, snippet=snippet, note=note, **identity)
 
 
-def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
+def _loading_snippet(identity: Mapping[str, Any]) -> str:
     """Return three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
 
-    PEFT takes the generation config from the base, which may lack a stop token of the adapter's chat template: the
-    second line passes the folder's, or the model might never stop.
+    They name no path, so that the folder can be moved and uploaded as it is. PEFT takes the generation config from the
+    base, which may lack a stop token of the adapter's chat template: the second line passes the folder's.
     """
-    path, dtype = json.dumps(str(folder)), identity.get("compute_dtype", "bfloat16")
-    settings = "load_in_8bit=True"
+    dtype, settings = identity.get("compute_dtype", "bfloat16"), "load_in_8bit=True"
     if identity["quantization"] in ("nf4", "fp4"):
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{identity["quantization"]}", '
         settings += f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
-    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained({path})'
+    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained(".")'
     if identity["quantization"] != "none":
         options += f", quantization_config=BitsAndBytesConfig({settings})"
     imports, classes = "AutoPeftModelForCausalLM", ""
-    load = f"AutoPeftModelForCausalLM.from_pretrained({path}, {options})"
+    load = f'AutoPeftModelForCausalLM.from_pretrained(".", {options})'
     if identity.get("wrapper"):  # PEFT's own class would load the text alone, in which names are others
         imports, classes = "PeftConfig, PeftModel", "AutoModelForMultimodalLM, "
-        base = f"PeftConfig.from_pretrained({path}).base_model_name_or_path"
-        load = f"PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), {path})"
+        base = 'PeftConfig.from_pretrained(".").base_model_name_or_path'
+        load = f'PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), ".")'
     return (
         f"from peft import {imports}; from transformers import {classes}AutoTokenizer, BitsAndBytesConfig, "
         "GenerationConfig\n"
         f"model = {load}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({path})"
+        'tokenizer = AutoTokenizer.from_pretrained(".")'
     )
 
 

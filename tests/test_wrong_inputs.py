@@ -186,7 +186,7 @@ WRONG = [
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
     wrong(BASE, f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
-    wrong(BASE, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(TOKENIZED, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
     wrong(
         BASE,
         "Pickles (pytorch_model.bin), which can run code, are refused",
@@ -257,7 +257,7 @@ BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
     (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json describes more than 10,000 modules"),
     (PLAN_BASE, {"use_bidirectional_attention": True}, "wrong/config.json: use_bidirectional_attention is True"),
-    (BASE, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
+    (TOKENIZED, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
     (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
     (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),

@@ -86,7 +86,8 @@ class Session:
         system = first_source.data_settings.get("system") if options.system is None else options.system
         self.system: str | None = system
         self.messages: list[Message] = []
-        self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
+        # at a terminal the conversation continues after Ctrl-C
+        self.is_typed = options.prompt is None and sys.stdin.isatty()
 
     def converse(self, prompt: str | None = None) -> None:
         """Answer one prompt, or the user's lines until the last; those of a pipe are shown: a log can be read."""
@@ -97,7 +98,6 @@ class Session:
                 raise UserError(f"--prompt was not answered: {fault}.") from fault
             return
         say("/quit or Ctrl-D ends.")
-        self.is_typed = sys.stdin.isatty()
         while True:
             try:
                 line = input("> " if self.is_typed else "").strip()

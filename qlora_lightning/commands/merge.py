@@ -68,9 +68,9 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     quantization, compute_dtype = source.quantization, source.compute_dtype
     if quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
-        quantization, compute_dtype = "none", torch.float32
+        quantization, compute_dtype = "none", "float32"
     plan = Merge(source.base.folder, source.folder)
-    weights = TrainedWeights(source.base, plan, quantization, source.double_quant, compute_dtype)
+    weights = TrainedWeights(source.base, plan, quantization, source.double_quant, getattr(torch, compute_dtype))
     batch = None
     if options.rows:
         arguments = [*fit_options, *([] if options.base is None else ["--model.base", options.base])]

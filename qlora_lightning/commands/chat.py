@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,28 +90,24 @@ class Session:
         self.is_typed = options.prompt is None and sys.stdin.isatty()
 
     def converse(self, prompt: str | None = None) -> None:
-        """Answer one prompt, or the user's lines until the last; those of a pipe are shown: a log can be read."""
-        if prompt is not None:
+        """Answer one prompt, or each of the user's lines."""
+        for text in self._read_lines() if prompt is None else [prompt]:
             try:
-                self.ask(prompt)
+                self.ask(text)
             except RowFault as fault:
-                raise UserError(f"--prompt was not answered: {fault}.") from fault
-            return
-        say("/quit or Ctrl-D ends.")
-        while True:
-            try:
-                line = input("> " if self.is_typed else "").strip()
-            except EOFError:
-                return
-            if not self.is_typed:
-                say(f"> {line}")
-            if line == "/quit":
-                return
-            try:
-                if line:
-                    self.ask(line)
-            except RowFault as fault:
+                if prompt is not None:
+                    raise UserError(f"--prompt was not answered: {fault}.") from fault
                 say(f"Not sent: {fault}.")
+
+    def _read_lines(self) -> Iterator[str]:
+        """Yield the user's lines until the last; those of a pipe are shown: a log can be read."""
+        say("/quit or Ctrl-D ends.")
+        with contextlib.suppress(EOFError):
+            while (line := input("> " if self.is_typed else "").strip()) != "/quit":
+                if not self.is_typed:
+                    say(f"> {line}")
+                if line:
+                    yield line
 
     def ask(self, text: str) -> None:
         """Answer a message; if several answer, each after its name.

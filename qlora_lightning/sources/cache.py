@@ -1,6 +1,5 @@
 """The cache: folders that are built once, checked, shared by processes, listed and cleared."""
 
-import errno
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ from typing import Literal, TypeAlias, get_args
 from filelock import FileLock, Timeout
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import flush, write_whole
+from qlora_lightning.support.files import flush, naming_file, write_whole
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
 Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
@@ -75,12 +74,11 @@ def cached_folder(
         try:
             make_root(kind)
             folder.parent.mkdir(exist_ok=True)
-            with _lock(folder):
+            with naming_file(folder), _lock(folder):
                 if not _is_whole(folder, check_weights):  # else another process has built it meanwhile
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see raising_os_errors
-            if not is_full and str(cache_root(kind)) not in str(error.filename):
+            if str(cache_root(kind)) not in str(error.filename):
                 raise  # a file that the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "

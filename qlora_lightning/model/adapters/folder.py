@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCardData
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
@@ -29,7 +29,7 @@ from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
-from qlora_lightning.sources.tensors import open_tensors, tensor_names
+from qlora_lightning.sources.tensors import tensor_names
 from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, explaining
 
@@ -233,9 +233,7 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
-    file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
-    reader = open_tensors(file)
-    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in tensor_names(file)}
+    tensors, stored = _tensors_by_key(model, name), load_file(folder / _WEIGHTS)
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():

@@ -27,7 +27,7 @@ from qlora_lightning import UserError
 from qlora_lightning.model import model_types
 from qlora_lightning.model.layers.experts import ADAPTS_EXPERTS, experts_of
 from qlora_lightning.model.layers.lora import dequantize
-from qlora_lightning.model.merge import MergedWeights, plan_merge
+from qlora_lightning.model.merge import Merge
 from qlora_lightning.model.step.loss import lm_head_of
 from tests.steps import distance, loss_and_gradients, make_batch, make_module, trainable_tensors
 
@@ -219,10 +219,9 @@ def answers_differ(module, plain):
 def error_of_merge(folder, adapter, plain):
     """The largest error of a merged tensor, relative to it, beside PEFT's merge."""
     weights = {name: each.detach() for name, each in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
-    plan = plan_merge(folder, adapter)
-    merged = MergedWeights(plan, weights.__getitem__)
-    exact = plain.merge_and_unload().state_dict()
-    return max(distance(merged(name), exact[name]) if exact[name].any() else 0.0 for name in plan.shapes)
+    plan, exact = Merge(folder, adapter), plain.merge_and_unload().state_dict()
+    merged = {name: plan.merge(name, weights[name]) for name in plan.shapes}
+    return max(distance(merged[name], exact[name]) if exact[name].any() else 0.0 for name in merged)
 
 
 @torch.no_grad()

@@ -18,15 +18,12 @@ from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, MERGE_RECORD, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 if TYPE_CHECKING:
-    import torch
-
     from qlora_lightning.model.load.base_model import Quantization
     from qlora_lightning.model.module import QLoRAModule
 
-_RESERVED = (BASE, SERVED)  # sides of an evaluation, beside which adapters have names
 _RENDERING = (  # of the training; other rows share them
     *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
     *("batch_size", "tokens_per_batch"),
@@ -51,14 +48,9 @@ def name_adapters(values: Sequence[str]) -> dict[str, Path]:
         if not equals or "/" in name:
             path, folder = Path(value).expanduser().absolute(), value
             name = (path.parent if path.name == ADAPTER_FOLDER else path).name
-        if not name or name in _RESERVED or name in adapters:
+        if not name or name in (BASE, SERVED, *adapters):  # the sides of an evaluation
             raise UserError(f"--adapter {value}: expected DIR or NAME=DIR with a new name, but {name!r} is taken.")
         adapters[name] = folders.find_adapter_folder(folder)
-        if (adapters[name] / MERGE_RECORD).is_file():
-            raise UserError(
-                f"--adapter {value} is a merged model, which needs none: load it with transformers, serve it with "
-                f"`vllm serve {folder}`, or run its GGUF file with `llama-cli -m`."
-            )
         folders.read_identity(adapters[name])
     return adapters
 
@@ -153,8 +145,9 @@ class AdapterSource:
     base: folders.BaseFolder
     quantization: Quantization | None  # None if the folder does not say
     double_quant: bool
-    compute_dtype: torch.dtype
+    compute_dtype: str  # torch's name
     tokenizer_folder: Path  # the adapter folder, or the base's if the adapter's holds no tokenizer
+    data_settings: dict[str, Any]  # how rows were rendered in training
 
 
 def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
@@ -163,8 +156,6 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     The base is ``base``, else that of its name in training, or, if that is not found (it may be a relative path), the
     folder that it was loaded from. No model is loaded.
     """
-    import torch
-
     from qlora_lightning.model.adapters.identity import check_identity
     from qlora_lightning.model.load.base_model import stored_quantization
 
@@ -184,8 +175,9 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
         source,
         quantization=settings.get("quantization"),
         double_quant=settings.get("double_quant", True),
-        compute_dtype=getattr(torch, identity.get("compute_dtype", "bfloat16")),
+        compute_dtype=identity.get("compute_dtype", "bfloat16"),
         tokenizer_folder=folder if has_tokenizer else source.folder,
+        data_settings=(identity.get("data") or {}).get("settings") or {},
     )
 
 
@@ -202,7 +194,7 @@ def open_adapter(source: AdapterSource) -> QLoRAModule:
         source.base.revision,
         quantization=source.quantization or "nf4",
         double_quant=source.double_quant,
-        compute_dtype="fp32" if source.compute_dtype == torch.float32 else "auto",
+        compute_dtype="fp32" if source.compute_dtype == "float32" else "auto",
         adapter=str(source.folder),
     )
     module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class Session:
         self.renderers = {
             name: ChatRenderer(
                 choose_chat_template(load_tokenizer(str(source.tokenizer_folder)), None),
-                reasoning=((source.identity.get("data") or {}).get("settings") or {}).get("reasoning", "template"),
+                reasoning=source.data_settings.get("reasoning", "template"),
             )
             for name, source in sources.items()
         }
@@ -83,35 +83,31 @@ class Session:
             self.sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        data_settings = (first_source.identity.get("data") or {}).get("settings") or {}
-        self.system: str | None = data_settings.get("system") if options.system is None else options.system
+        system = first_source.data_settings.get("system") if options.system is None else options.system
+        self.system: str | None = system
         self.messages: list[Message] = []
-        self.is_typed = False  # at a terminal, where the conversation continues after Ctrl-C
+        # at a terminal the conversation continues after Ctrl-C
+        self.is_typed = options.prompt is None and sys.stdin.isatty()
 
     def converse(self, prompt: str | None = None) -> None:
-        """Answer one prompt, or the user's lines until the last; those of a pipe are shown: a log can be read."""
-        if prompt is not None:
+        """Answer one prompt, or each of the user's lines."""
+        for text in self._read_lines() if prompt is None else [prompt]:
             try:
-                self.ask(prompt)
+                self.ask(text)
             except RowFault as fault:
-                raise UserError(f"--prompt was not answered: {fault}.") from fault
-            return
-        say("/quit or Ctrl-D ends.")
-        self.is_typed = sys.stdin.isatty()
-        while True:
-            try:
-                line = input("> " if self.is_typed else "").strip()
-            except EOFError:
-                return
-            if not self.is_typed:
-                say(f"> {line}")
-            if line == "/quit":
-                return
-            try:
-                if line:
-                    self.ask(line)
-            except RowFault as fault:
+                if prompt is not None:
+                    raise UserError(f"--prompt was not answered: {fault}.") from fault
                 say(f"Not sent: {fault}.")
+
+    def _read_lines(self) -> Iterator[str]:
+        """Yield the user's lines until the last; those of a pipe are shown: a log can be read."""
+        say("/quit or Ctrl-D ends.")
+        with contextlib.suppress(EOFError):
+            while (line := input("> " if self.is_typed else "").strip()) != "/quit":
+                if not self.is_typed:
+                    say(f"> {line}")
+                if line:
+                    yield line
 
     def ask(self, text: str) -> None:
         """Answer a message; if several answer, each after its name.
@@ -151,8 +147,6 @@ class Session:
                 raise  # which ends the command
             say("")
             return str(stream.text)
-        except ValueError as error:  # transformers rejects a setting
-            raise UserError(str(error)) from error
         say("" if len(token_ids) < limit else f"\n({name} was cut after {limit} tokens: it had not stopped.)")
         return str(stream.text)
 

@@ -1,6 +1,5 @@
 """The cache: folders that are built once, checked, shared by processes, listed and cleared."""
 
-import errno
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ from typing import Literal, TypeAlias, get_args
 from filelock import FileLock, Timeout
 
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import flush, write_whole
+from qlora_lightning.support.files import flush, naming_file, write_whole
 
 Json: TypeAlias = "str | int | float | bool | list[Json] | Mapping[str, Json] | None"
 Kind: TypeAlias = Literal["unpacked", "quantized", "samples", "kernels"]
@@ -43,9 +42,7 @@ def cache_root(kind: Kind | None = None) -> Path:
 
 def make_root(kind: Kind | None = None) -> None:
     """Make the cache's folder, for this user alone: its data is trained on, and its libraries are run."""
-    root = cache_root(kind)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(mode=0o700, exist_ok=True)
+    cache_root(kind).mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def hash_key(key: Mapping[str, Json]) -> str:
@@ -77,12 +74,11 @@ def cached_folder(
         try:
             make_root(kind)
             folder.parent.mkdir(exist_ok=True)
-            with _lock(folder):
+            with naming_file(folder), _lock(folder):
                 if not _is_whole(folder, check_weights):  # else another process has built it meanwhile
                     _build_entry(folder, key, build, label)
         except OSError as error:
-            is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: see raising_os_errors
-            if not is_full and str(cache_root(kind)) not in str(error.filename):
+            if str(cache_root(kind)) not in str(error.filename):
                 raise  # a file that the build reads
             raise UserError(
                 f"The cache cannot keep {folder}: {error.strerror or error}. Set QLORA_LIGHTNING_CACHE to a folder "
@@ -176,10 +172,10 @@ def _build_entry(folder: Path, key: Mapping[str, Json], build: Callable[[Path], 
 
 
 def _describe(folder: Path, kind: Kind) -> CacheEntry:
-    label, marker = "(unfinished)", folder
+    label, size, marker = "(unfinished)", 0, folder / _ENTRY_FILE
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        label, marker = str(json.loads((folder / _ENTRY_FILE).read_text("utf-8"))["label"]), folder / _ENTRY_FILE
-    size = 0
+        label = str(json.loads(marker.read_text("utf-8"))["label"])
     with suppress(OSError):  # a running build may be renaming files
         size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    return CacheEntry(kind, label, size, datetime.fromtimestamp(marker.stat().st_mtime, UTC), folder)
+    last_used = (marker if marker.exists() else folder).stat().st_mtime
+    return CacheEntry(kind, label, size, datetime.fromtimestamp(last_used, UTC), folder)

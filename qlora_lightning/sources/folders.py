@@ -17,7 +17,7 @@ from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support import files
-from qlora_lightning.support.errors import UserError, describe_error, explaining
+from qlora_lightning.support.errors import UserError, explaining
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,23 +43,21 @@ FIXED_KEYS = {"transformers_weights": None, "fusion_config": None, "output_atten
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """A checked transformers folder; ``name`` is what the user wrote, ``revision`` the commit of a hub snapshot."""
+    """A checked transformers folder, by the name that the user wrote."""
 
     name: str
     folder: Path
-    kind: Literal["hub", "folder", "gguf"]
-    revision: str | None
+    revision: str | None  # the commit of a hub snapshot
+    gguf_file: Path | None  # from which the folder was unpacked
 
 
 def open_base(name: str, revision: str | None = None, *, weights: bool = True) -> BaseFolder:
-    """Find a base, unpack it if it is a GGUF, and check its files, the weights only with ``weights``."""
+    """Find a base, unpack it if it is a GGUF, and check its config; a hub id loads weights only with ``weights``."""
     path, commit = resolve_base(name, revision, weights=weights)
-    is_gguf = path.is_file()
-    folder = unpack_gguf(path, name) if is_gguf else path
+    gguf_file = path if path.is_file() else None
+    folder = path if gguf_file is None else unpack_gguf(gguf_file, name)
     read_config(folder, name)
-    for file in weight_files(folder, name) if weights else []:
-        open_tensors(file)
-    return BaseFolder(name, folder, "gguf" if is_gguf else "folder" if commit is None else "hub", commit)
+    return BaseFolder(name, folder, commit, gguf_file)
 
 
 def resolve_base(name: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str | None]:
@@ -92,14 +90,12 @@ def _download_snapshot(name: str, revision: str | None, weights: bool) -> Path:
 
     patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     copies = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights in other layouts
-    try:
+    with explaining(
+        f"Base {name} is no folder or file here, and could not be downloaded: check its name and model.revision, "
+        "HF_HUB_OFFLINE, and `hf auth login`",
+        "base.download",
+    ):
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=copies)
-    except Exception as error:  # many classes, of the hub and its HTTP library
-        raise UserError(
-            f"Base {name} is no folder or file here, and could not be downloaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}). Check its name and model.revision, HF_HUB_OFFLINE, and `hf auth login`.",
-            "base.download",
-        ) from error
     return Path(folder)
 
 
@@ -173,25 +169,19 @@ def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[Non
     )
 
 
-def weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers loads from ``folder``."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise UserError(
-            f"Base {name}: expected {single.name} or {index.name} in {folder}. Pickles (pytorch_model.bin), which can "
+            f"Base {folder}: expected {single.name} or {index.name} in it. Pickles (pytorch_model.bin), which can "
             "run code, are refused. Convert one that you trust by transformers' from_pretrained and save_pretrained.",
             "base.weights",
         )
     content = files.read_json_object(index, _REMEDY, {"weight_map": dict[str, str]})
-    shards = [folder / shard for shard in sorted({*content["weight_map"].values()})]
-    missing = [file.name for file in shards if not file.is_file()]
-    if missing or not shards:
-        raise UserError(
-            f"Base {name}: {index} names no shard that is there ({', '.join(missing[:1])}). {_REMEDY}", "base.shards"
-        )
-    return shards
+    return [folder / shard for shard in sorted({*content["weight_map"].values()})]
 
 
 def load_tokenizer(
@@ -204,20 +194,12 @@ def load_tokenizer(
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
     files.check_plain_files(folder)
-    has_config = (folder / "config.json").is_file()
-    if has_config:  # which transformers reads too
-        read_config(folder, name)
-    try:
+    with explaining(
+        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, or set data.tokenizer to a folder or "
+        "hub id with a tokenizer.json",
+        "data.tokenizer",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        float(tokenizer.model_max_length)  # which transformers compares with lengths, later and unchecked
-    except Exception as error:  # transformers and tokenizers raise many classes for bad files
-        if has_config:
-            open_config(folder, trust_remote_code)  # reports its own faults
-        raise UserError(
-            f"Tokenizer {name}: none can be loaded from {folder} ({describe_error(error)}). Set data.tokenizer to a "
-            "folder or hub id with a tokenizer.json.",
-            "data.tokenizer",
-        ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
     return tokenizer
 
@@ -225,9 +207,9 @@ def load_tokenizer(
 class TensorFiles:
     """Reads tensors by name, each from its own memory mapping: pages of a shared one would stay resident."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self._files = dict[str, Path]()
-        for file in weight_files(folder, name):
+        for file in weight_files(folder):
             for key in tensor_names(file):
                 if self._files.setdefault(key, file) != file:
                     raise UserError(f"{file} and {self._files[key].name} both have {key}. {_REMEDY}", "base.tensors")
@@ -254,7 +236,7 @@ def fingerprint(folder: Path) -> str:
     Raises:
         UserError: A weight is NaN or infinite, for which the rows would be blamed later.
     """
-    weights = weight_files(folder, str(folder))
+    weights = weight_files(folder)
     stats = [(file.resolve(), file.stat()) for file in weights]
     key: dict[str, Json] = {
         "format": _FINGERPRINT_FORMAT,
@@ -294,14 +276,12 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
 # ---- adapter folders -------------------------------------------------------------------------------------------------
 
 _ADAPTER_REMEDY = "Correct it, or copy the adapter folder again."
-_TEXT, _NAMES, _SWITCH = str | None, list[str] | str | None, bool | None
-LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json
+_TEXT, _SWITCH = str | None, bool | None
+LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json, beside the names of the tensors
     **{"peft_type": Literal["LORA"], "r": int, "lora_alpha": float, "lora_dropout": float | None, "bias": _TEXT},
     **{"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None},
-    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     **dict.fromkeys(("modules_to_save", "target_parameters"), list[str] | None),
-    **{"layers_to_transform": list[int] | int | None, "init_lora_weights": bool | str | None},
-    **{"trainable_token_indices": list[int] | dict[str, list[int]] | None},
+    **{"trainable_token_indices": list[int] | dict[str, list[int]] | None, "init_lora_weights": bool | str | None},
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _SWITCH),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type"), _TEXT),
     # not supported, although they change what an adapter computes

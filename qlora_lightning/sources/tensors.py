@@ -6,7 +6,7 @@ from typing import Any
 
 from rich import filesize
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import raising_os_errors
 
 GIB = 2**30
@@ -25,14 +25,10 @@ def format_gib(count: float) -> str:
 
 def open_tensors(file: Path) -> Any:
     """Open a safetensors file with ``safe_open``, which checks its header and length."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with explaining(f"{file} is not a whole safetensors file: download or save it again", "tensors.damaged"):
         return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise UserError(
-            f"{file} is not a whole safetensors file ({error}). Download or save it again.", "tensors.damaged"
-        ) from error
 
 
 def tensor_names(file: Path) -> list[str]:

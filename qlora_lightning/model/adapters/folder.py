@@ -3,7 +3,6 @@
 import copy
 import filecmp
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from huggingface_hub import ModelCardData
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_lightning.model.adapters.identity import check_identity
@@ -30,13 +29,13 @@ from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
-from qlora_lightning.sources.tensors import open_tensors, tensor_names
+from qlora_lightning.sources.tensors import tensor_names
 from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, explaining
 
 _WEIGHTS = "adapter_model.safetensors"
 _MODULES = (  # settings of PEFT that name modules
-    *("target_modules", "target_parameters", "exclude_modules", "feedforward_modules", "modules_to_save"),
+    *("target_modules", "target_parameters", "feedforward_modules", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "trainable_token_indices"),
 )
 _CARD = """---
@@ -93,17 +92,16 @@ def save_adapter_folder(
     with files.raising_os_errors():
         save_file(weights, staging / _WEIGHTS, {"format": "pt"})
     files.set_usual_mode(staging / _WEIGHTS)
-    targets = {file: folder / file.relative_to(staging) for file in staging.rglob("*") if file.is_file()}
-    weights_target = targets.pop(staging / _WEIGHTS)
-    # the card of the adapter before may have its evaluation
-    compared = {file: target for file, target in targets.items() if target != folder / files.CARD}
-    if not all(target.is_file() and filecmp.cmp(file, target, shallow=False) for file, target in compared.items()):
-        weights_target.unlink(missing_ok=True)
-    if tokenizer is not None and staging / "chat_template.jinja" not in targets:  # of an earlier adapter
+    names = {file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()}
+    compared = names - {_WEIGHTS, files.CARD}  # the card of the adapter before may have its evaluation
+    _, changed, missing = filecmp.cmpfiles(staging, folder, compared, shallow=False)
+    if changed or missing:
+        (folder / _WEIGHTS).unlink(missing_ok=True)
+    if tokenizer is not None and "chat_template.jinja" not in names:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-    for file, target in [*targets.items(), (staging / _WEIGHTS, weights_target)]:
-        target.parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
-        files.put_in_place(file, target)
+    for name in [*sorted(compared), files.CARD, _WEIGHTS]:
+        (folder / name).parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
+        files.put_in_place(staging / name, folder / name)
     shutil.rmtree(staging)
     files.flush(folder.parent)
 
@@ -115,14 +113,16 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     some mixtures it takes names of modules for those of experts, and names of their weights as they are.
     """
     adapter = model.active_adapter
-    config, names = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model)
-    all_targets = getattr(model.base_model, "targeted_module_names", ())  # of all adapters
-    targets = {name: model.get_base_model().get_submodule(name) for name in all_targets}
-    targets = {name: layer for name, layer in targets.items() if _has_adapter(layer, adapter)}
-    taken = taken_for_experts(model, targets) if isinstance(config, peft.LoraConfig) else []
+    config, names, targets = copy.copy(model.peft_config[adapter]), _names_in_wrapper(model), dict[str, Any]()
+    for name in getattr(model.base_model, "targeted_module_names", ()):  # of all adapters
+        layer = model.get_base_model().get_submodule(name)
+        if any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names):
+            targets[name] = layer
+    is_lora = isinstance(config, peft.LoraConfig)
+    taken = taken_for_experts(model, targets) if is_lora else []
     if names or taken:
         config.target_modules = {*targets} - {*taken}
-    if (names or taken) and isinstance(config, peft.LoraConfig):
+    if is_lora and (names or taken):
         parameters = config.target_parameters or ()
         config.target_parameters = {*parameters, *(f"{name}.weight" for name in taken)} or None
         for key in ("rank_pattern", "alpha_pattern"):
@@ -139,15 +139,10 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     return config
 
 
-def _has_adapter(layer: Any, adapter: str) -> bool:
-    return any(adapter in getattr(layer, tensors) for tensors in layer.adapter_layer_names)
-
-
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
     """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
     is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
-    # no path, so that the folder can be moved and uploaded as it is
-    snippet = loading_snippet(".", identity) if is_causal else f"# by PEFT's class for the task {task_type}"
+    snippet = _loading_snippet(identity) if is_causal else f"# by PEFT's class for the task {task_type}"
     metadata = ModelCardData(
         base_model=identity["base"] if identity.get("revision") else None,  # only bases of the hub have a revision
         datasets=identity.get("data", {}).get("datasets") or None,
@@ -161,31 +156,30 @@ def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Modu
     return _CARD.format(metadata=metadata, snippet=snippet, note=note, **identity)
 
 
-def loading_snippet(folder: Path | str, identity: Mapping[str, Any]) -> str:
+def _loading_snippet(identity: Mapping[str, Any]) -> str:
     """Return three lines of Python that load the adapter with plain PEFT onto the base as it was trained.
 
-    PEFT takes the generation config from the base, which may lack a stop token of the adapter's chat template: the
-    second line passes the folder's, or the model might never stop.
+    They name no path, so that the folder can be moved and uploaded as it is. PEFT takes the generation config from the
+    base, which may lack a stop token of the adapter's chat template: the second line passes the folder's.
     """
-    path, dtype = json.dumps(str(folder)), identity.get("compute_dtype", "bfloat16")
-    settings = "load_in_8bit=True"
+    dtype, settings = identity.get("compute_dtype", "bfloat16"), "load_in_8bit=True"
     if identity["quantization"] in ("nf4", "fp4"):
         settings = f'load_in_4bit=True, bnb_4bit_quant_type="{identity["quantization"]}", '
         settings += f'bnb_4bit_use_double_quant={identity.get("double_quant", True)}, bnb_4bit_compute_dtype="{dtype}"'
-    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained({path})'
+    options = f'dtype="{dtype}", generation_config=GenerationConfig.from_pretrained(".")'
     if identity["quantization"] != "none":
         options += f", quantization_config=BitsAndBytesConfig({settings})"
     imports, classes = "AutoPeftModelForCausalLM", ""
-    load = f"AutoPeftModelForCausalLM.from_pretrained({path}, {options})"
+    load = f'AutoPeftModelForCausalLM.from_pretrained(".", {options})'
     if identity.get("wrapper"):  # PEFT's own class would load the text alone, in which names are others
         imports, classes = "PeftConfig, PeftModel", "AutoModelForMultimodalLM, "
-        base = f"PeftConfig.from_pretrained({path}).base_model_name_or_path"
-        load = f"PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), {path})"
+        base = 'PeftConfig.from_pretrained(".").base_model_name_or_path'
+        load = f'PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained({base}, {options}), ".")'
     return (
         f"from peft import {imports}; from transformers import {classes}AutoTokenizer, BitsAndBytesConfig, "
         "GenerationConfig\n"
         f"model = {load}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({path})"
+        'tokenizer = AutoTokenizer.from_pretrained(".")'
     )
 
 
@@ -207,10 +201,9 @@ def _generation_config(model: peft.PeftModel, tokenizer: Any, stop_ids: Sequence
 def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     """Read PEFT's config of an adapter folder, to train it on a base with this config of transformers.
 
-    PEFT matches regular expressions, and one from elsewhere might be matched for ever. If one says which modules carry
-    the adapter, the names of its tensors say it instead; others may repeat little.
+    Which modules carry the adapter, the names of its tensors tell: in the config that may be an expression.
     """
-    file, stored = folder / "adapter_config.json", read_adapter_config(folder)
+    stored = read_adapter_config(folder)
     settings: dict[str, Any] = {name: stored[name] for name in LORA_KEYS if stored.get(name) is not None}
     if str(init := settings.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise UserError(
@@ -218,48 +211,29 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
             "base that is not the one it names.",
             "init_lora_weights",
         )
-    parameters, modules = settings.get("target_parameters", ()), settings.get("target_modules", ())
-    if linears := [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]:
-        settings["target_parameters"] = [name for name in parameters if not name.endswith(".weight")]
-        settings["target_modules"] = modules if isinstance(modules, str) else [*modules, *linears]
+    # linears beside experts are saved as parameters, see _config_for_plain_peft
+    parameters = [name for name in settings.get("target_parameters", ()) if not name.endswith(".weight")]
+    experts = tuple(name.rpartition(".")[0] for name in parameters)  # the ends of their names
+    names = [name.removeprefix("base_model.model.") for name in tensor_names(folder / _WEIGHTS)]
+    carriers = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    linears = sorted(name for name in carriers if not name.removesuffix(".base_layer").endswith(experts))
+    settings |= {"target_parameters": parameters or None, "target_modules": linears}
+    for key in ("rank_pattern", "alpha_pattern"):
+        settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
+    if in_text := {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}:
         for key in ("rank_pattern", "alpha_pattern"):
-            settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
-    names, tensors = tensor_names(folder / _WEIGHTS), open_tensors(folder / _WEIGHTS)
-    in_text = {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}
-    patterns = (settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern"))
-    if in_text or any(isinstance(pattern, str) for pattern in patterns):
-        carriers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names if ".lora_" in name}
-        experts = {name.rpartition(".")[0] for name in settings.get("target_parameters", ())}  # by endings
-        carriers = {name for name in carriers if not name.removesuffix(".base_layer").endswith((*experts,))}
-        settings["target_modules"] = sorted(carriers)
-        settings |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    ranks, alphas = settings.get("rank_pattern", {}), settings.get("alpha_pattern", {})
-    for expression in (*ranks, *alphas, *settings.get("modules_to_save", ()), *(settings.get("layers_pattern") or ())):
-        if len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
-            raise UserError(
-                f"{file}: the expression {expression!r} repeats too much: write the modules' names.",
-                "adapter.expression",
-            )
-    if in_text:
-        targets = [*carriers, *settings.get("target_parameters", ())]
-        settings |= {key: _by_full_names(settings.get(key, {}), targets) for key in ("rank_pattern", "alpha_pattern")}
-        saved = {name.removeprefix("base_model.model.").rpartition(".")[0] for name in names if ".lora_" not in name}
+            settings[key] = _by_full_names(settings[key], [*linears, *parameters])
+        saved = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
         endings = tuple(settings.get("modules_to_save", ()))
         settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
-    settings |= _rename_modules(settings, in_text)
-    rank = max(settings["r"], *ranks.values(), 0)
-    widest = max((max(tensors.get_slice(name).get_shape(), default=1) for name in names), default=1)
-    if rank > widest:
-        raise UserError(f"{file}: a rank is {rank:,}, and no tensor of the adapter is wider than {widest:,}.", "r")
-    with explaining(f"{file} is no config of a LoRA adapter", "adapter_config.json"):
+        settings |= _rename_modules(settings, in_text)
+    with explaining(f"{folder / 'adapter_config.json'} is no config of a LoRA adapter", "adapter_config.json"):
         return peft.LoraConfig(**settings)
 
 
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
-    file, tensors = folder / _WEIGHTS, _tensors_by_key(model, name)
-    reader = open_tensors(file)
-    stored: dict[str, Tensor] = {key: reader.get_tensor(key) for key in tensor_names(file)}
+    tensors, stored = _tensors_by_key(model, name), load_file(folder / _WEIGHTS)
     check_shapes(tensors, stored, f"The adapter folder {folder}")
     for key, tensor in stored.items():
         if not tensor.isfinite().all():

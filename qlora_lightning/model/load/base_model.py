@@ -92,7 +92,7 @@ def load_base(
         for key in folders.WRAPPER_KEYS:  # those of a cached text are not read from its file
             setattr(model.config, key, getattr(config, key))
     vars(model)["loaded_identity"] = identity  # for a build_model of one's own
-    model.name_or_path = source.name if source.kind == "hub" else str(source.folder)  # PEFT keeps it in its config
+    model.name_or_path = str(source.folder) if source.revision is None else source.name  # PEFT keeps it in its config
     return LoadedBase(model, source, identity)
 
 
@@ -148,7 +148,7 @@ def _load(
 ) -> PreTrainedModel:
     """Load a folder with transformers; with ``bnb_config`` it quantizes the linears, which takes minutes."""
     config = open_text_config(folder, str(folder), trust_remote_code)
-    shapes = folders.TensorFiles(folder, str(folder)).shapes()
+    shapes = folders.TensorFiles(folder).shapes()
     names = names_in_text(folder, config, shapes)
     left_out = shapes.keys() - names.keys()  # of what else than text a model reads
     shapes = {name: shapes[stored_name] for stored_name, name in names.items()}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.model.adapters.inject import with_adapter
-from qlora_lightning.model.merge import plan_merge
+from qlora_lightning.model.merge import Merge
 from tests.errors import rejects
 from tests.steps import make_batch, make_module, trainable_tensors
 
@@ -79,7 +79,7 @@ def test_a_folder_that_parts_a_tied_head_is_rejected(tiny_base, tmp_path):
     with rejects("base.tied", str(tmp_path), "embed_tokens, lm_head"):
         make(tiny_base, adapter=str(tmp_path))
     with rejects("base.tied", str(tmp_path)):
-        plan_merge(tiny_base, tmp_path)
+        Merge(tiny_base, tmp_path)
 
 
 # ---- what trains beside, by PEFT's own layers ------------------------------------------------------------------------

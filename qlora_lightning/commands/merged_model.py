@@ -1,0 +1,389 @@
+"""The files of a merged model: weights, config and tokenizer, a GGUF file for llama.cpp; loaded again and checked."""
+
+import dataclasses
+import gc
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig, GgufConfig
+
+from qlora_lightning.commands.adapter import AdapterSource, add_config, open_adapter
+from qlora_lightning.commands.fit import QLoRACLI
+from qlora_lightning.commands.options import quiet_lightning
+from qlora_lightning.data.batches import Batch, collate_rows
+from qlora_lightning.data.chat.templates import find_stop_ids
+from qlora_lightning.evaluation.row_results import spread
+from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
+from qlora_lightning.model.load.wrapped import is_wrapper
+from qlora_lightning.model.merge import Merge, TrainedWeights
+from qlora_lightning.sources import folders
+from qlora_lightning.sources.gguf import rope_factors
+from qlora_lightning.sources.tensors import IGNORED
+from qlora_lightning.support.console import progress_counter, say
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import read_json_object, set_usual_mode, write_whole
+
+Array = npt.NDArray[Any]
+_LOGIT_BYTES = 200_000_000  # the reference's logits are kept: 1,000 tokens of 50,000 numbers
+_MAX_KL, _MAX_KL_OF_K_QUANTS = 1e-2, {"q4_k_m": 0.25, "q5_k_m": 0.15, "q6_k": 0.05}  # nats per token
+_MODEL_TYPES = ("llama", "qwen2", "qwen3")  # whose files are verified; llama.cpp has the same names
+_CONVERT = "Merge without --gguf, and convert the folder with llama.cpp's convert_hf_to_gguf.py."
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# llama.cpp's names of the regular expressions by which tokenizers split text
+_SPLITS = {
+    rf"{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "llama-bpe",
+    rf"{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}": "qwen2",
+}
+
+
+def write_weights(
+    plan: Merge, weights: TrainedWeights, base: folders.BaseFolder, folder: Path, dtype: torch.dtype
+) -> None:
+    """Merge tensor by tensor, and write the shards; what is no weight of the text model is copied as it is."""
+    base_files, names_in_model = folders.TensorFiles(base.folder), dict[str, str]()
+    shapes, tensors = dict[str, Tensor](), dict[str, Tensor]()
+    for name, shape in plan.shapes.items():
+        parts = plan.publish(name, torch.empty(shape, dtype=dtype, device="meta"))
+        shapes |= parts
+        names_in_model |= dict.fromkeys(parts, name)
+    shapes |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in plan.copied.items()}
+    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=2_000_000_000)
+    with progress_counter("merging", len(shapes)) as advance:
+        for shard, names in shards.filename_to_tensors.items():
+            for name in names:
+                if name in plan.copied:
+                    tensors[name] = base_files.read(name)
+                elif name not in tensors:
+                    name_in_model = names_in_model[name]
+                    merged = plan.merge(name_in_model, weights(name_in_model))
+                    tensors |= plan.publish(name_in_model, merged.to(dtype))
+                advance(1)
+            written = {name: tensors.pop(name).contiguous() for name in names}
+            save_file(written, folder / shard, {"format": "pt"})
+            set_usual_mode(folder / shard)  # a server may run as another user
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_whole(folder / "model.safetensors.index.json", index)
+
+
+def write_companions(source: AdapterSource, folder: Path, dtype: str) -> None:
+    """Write config and tokenizer, the files beside the weights; tokenizer and stop tokens are the adapter's."""
+    config = folders.read_config(source.base.folder, source.base.name)
+    dropped = {"quantization_config", "torch_dtype", "auto_map", *folders.FIXED_KEYS}  # some name code
+    dropped |= {f"{prefix}{part}_implementation" for prefix in ("", "_") for part in ("attn", "experts")}
+    config = {name: value for name, value in config.items() if name not in dropped}
+    config["dtype"] = dtype
+    for origin in (source.base.folder, source.folder):
+        file = origin / "generation_config.json"
+        if file.is_file():
+            settings = read_json_object(file, "Copy it from where the base came from.")
+            # a link from elsewhere may lead to any file of the user
+            settings = {name: value for name, value in settings.items() if name in vars(GenerationConfig())}
+            write_whole(folder / file.name, settings)
+            tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+            config |= {name: settings[name] for name in tokens if settings.get(name) is not None}
+    for file in source.base.folder.glob("*processor_config.json"):  # of what else than text a model reads
+        settings = read_json_object(file, "Copy it from where the base came from.")
+        write_whole(folder / file.name, {key: value for key, value in settings.items() if key != "auto_map"})
+    write_whole(folder / "config.json", config)
+    _check_links(source.tokenizer_folder)
+    folders.load_tokenizer(str(source.tokenizer_folder)).save_pretrained(folder)
+
+
+def _check_links(folder: Path) -> None:
+    """Reject files of a tokenizer that are links out of its folder: what they lead to would be copied."""
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root  # the hub's cache links to its blobs
+    for file in [*folder.glob("*token*"), *folder.rglob("*.jinja")]:
+        if not file.resolve().is_relative_to(root):
+            raise UserError(
+                f"{file} is a link to {file.resolve()}, which merge would copy: put the file itself there.",
+                "tokenizer.link",
+            )
+
+
+# ---- a GGUF file -----------------------------------------------------------------------------------------------------
+
+
+def begin_gguf(folder: Path, plan: Merge, kind: str, base: folders.BaseFolder) -> gguf.GGUFWriter:
+    """Begin the GGUF file of a merged model's folder, in which there need be no weights yet.
+
+    Args:
+        folder: Folder of the merged model; the file gets a folder of its own in it, since beside a tokenizer's files
+            transformers misreads the tokenizer in a GGUF.
+        plan: Plan of the merged tensors.
+        kind: Type of matrices, ``q8_0``; with any other they are written as ``f16``.
+        base: The base; if it is a GGUF, its file says how text is split.
+
+    Raises:
+        UserError: The model's type, rotary embedding or tokenizer cannot be written.
+    """
+    kind = kind if kind == "q8_0" else "f16"
+    config, file = plan.config, folder / "gguf" / f"model-{kind}.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture_of(config)])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(Path(base.name).name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_shape(writer, config)
+    _add_tokenizer(writer, folder, config.vocab_size, base)
+    factors = _rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    names = gguf.get_tensor_name_map(_architecture_of(config), config.num_hidden_layers)
+    for name, shape in plan.shapes.items():
+        quantization = _choose_type(shape, kind)
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, quantization))
+        gguf_name = names.get_name(name, (".weight", ".bias"))
+        writer.add_tensor_info(gguf_name, shape, np.dtype(np.float32), size, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    return writer
+
+
+def finish_gguf(writer: gguf.GGUFWriter, source: AdapterSource, folder: Path, plan: Merge, kind: str) -> Path:
+    """Write the tensors of a merged model's folder into its GGUF file, one after the other, and its Modelfile.
+
+    The k-quants are made from f16 by llama.cpp's program; without it the file of f16 stays. Returns the file.
+    """
+    file, tensors = Path(writer.path), folders.TensorFiles(folder)
+    with progress_counter("gguf", len(plan.shapes)) as advance:
+        for name, shape in plan.shapes.items():
+            values = np.ascontiguousarray(_permute_rows(name, tensors.read(name).float().numpy(), plan.config))
+            writer.write_tensor_data(gguf.quants.quantize(values, _choose_type(shape, kind)))
+            advance(1)
+    writer.close()
+    if kind in _MAX_KL_OF_K_QUANTS and shutil.which("llama-quantize"):
+        half, file = file, file.with_name(f"model-{kind}.gguf")
+        command = ["llama-quantize", str(half), str(file), kind.upper()]
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if process.returncode:
+            message = f"--gguf {kind}: llama-quantize failed:\n{process.stderr or process.stdout}"
+            raise UserError(message, "gguf.llama_quantize")
+        half.unlink()
+    tokenizer = folders.load_tokenizer(str(folder))
+    stops = (tokenizer.decode([token_id]) for token_id in sorted(find_stop_ids(tokenizer)))
+    # in JSON's quotes a token cannot end its line
+    lines = [f"FROM ./{file.name}", *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops)]
+    system = source.data_settings.get("system")
+    if system and '"""' not in f'{system}"':  # Ollama unescapes nothing in its quotes
+        lines.append(f'SYSTEM """{system}"""')
+    # Ollama takes the chat template from the file, if it knows that
+    (file.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def _architecture_of(config: Any) -> Any:
+    """Return llama.cpp's architecture of a model; raise UserError if files of its type are not verified."""
+    model_type = getattr(config, "wrapper", config.model_type)
+    if model_type not in _MODEL_TYPES:
+        raise UserError(
+            f"--gguf writes models of the types {', '.join(_MODEL_TYPES)}, not of {model_type}. {_CONVERT}", "gguf.type"
+        )
+    return gguf.MODEL_ARCH[config.model_type.upper()]
+
+
+def _permute_rows(name: str, rows: Array, config: Any) -> Array:
+    """Put rows ``(out, …)`` of a LLaMA's queries and keys into llama.cpp's order, with rotated pairs side by side.
+
+    transformers rotates the first half of a head's rows against the second, and so does llama.cpp in the other
+    architectures. Other tensors are returned as they are.
+    """
+    match = re.search(r"\.(q|k)_proj\.", name)
+    if match is None or _architecture_of(config) != gguf.MODEL_ARCH.LLAMA:
+        return rows
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    half_dim = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, 2, half_dim, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _choose_type(shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
+    """Choose fp32 for vectors; for matrices q8_0 if that is the kind and their rows are full blocks, else f16."""
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    block_size, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
+    is_q8_0 = kind == "q8_0" and shape[-1] % block_size == 0
+    return GGMLQuantizationType.Q8_0 if is_q8_0 else GGMLQuantizationType.F16
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: Any) -> None:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
+def _rope_factors(config: Any) -> Array | None:
+    """Return the divisors of Llama 3's scaling for each frequency, ``(head_dim / 2,)``; None without scaling."""
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ("default", "llama3"):
+        raise UserError(f"--gguf writes no rotary embeddings of the kind {kind}. {_CONVERT}")
+    return rope_factors(config).numpy().astype(np.float32) if kind == "llama3" else None
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, base: folders.BaseFolder) -> None:
+    """Write tokens, their types, merges, special ids and the chat template of a tokenizer's folder.
+
+    Rows of the embedding (``vocabulary`` in all) without a token are marked as unused.
+    """
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if content["model"].get("type") != "BPE" or content["model"].get("byte_fallback"):
+        raise UserError(f"--gguf writes tokenizers of bytes, as of Llama 3 and Qwen; this is another. {_CONVERT}")
+    split = None
+    if base.gguf_file is not None:  # which names it
+        split = gguf.GGUFReader(base.gguf_file).get_field(gguf.Keys.Tokenizer.PRE)
+    types = gguf.TokenType
+    tokens = {token_id: (text, types.NORMAL) for text, token_id in content["model"]["vocab"].items()}
+    for token in content.get("added_tokens", []):
+        tokens[token["id"]] = (token["content"], types.CONTROL if token["special"] else types.USER_DEFINED)
+    rows = [tokens.get(token_id, (f"[PAD{token_id}]", types.UNUSED)) for token_id in range(vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_name_split(content.get("pre_tokenizer") or {}) if split is None else split.contents())
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    # without this key llama.cpp begins every prompt with a BOS; templates write their own
+    special.add_special_token.setdefault("bos", False)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _name_split(pre_tokenizer: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a pre-tokenizer."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["Split", "ByteLevel"] and parts[0].get("pattern", {}).get("Regex") in _SPLITS:
+        return _SPLITS[parts[0]["pattern"]["Regex"]]
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
+        return "gpt-2"
+    raise UserError(f"--gguf: llama.cpp's name for how this tokenizer splits text is unknown here. {_CONVERT}")
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def sample_validation_rows(adapter: Path, count: int, fit_options: Sequence[str], vocabulary: int) -> Batch:
+    """Prepare validation rows as the run did, and return so many of them, evenly spaced, as a packed batch.
+
+    Fewer are taken if their logits, each as wide as the vocabulary, would need much memory.
+    """
+    try:
+        arguments = add_config(adapter, fit_options)
+        with quiet_lightning():
+            data: Any = QLoRACLI(arguments).datamodule
+            data.setup("validate")
+    except UserError as error:
+        message = f"No rows to check the merge on. {error} Or add --rows 0: it is written unchecked."
+        raise UserError(message, error.key) from error
+    samples = data.samples["val"]
+    rows = spread(range(len(samples)), count)
+    n_labelled = np.cumsum(samples.labelled_counts[rows])
+    rows = rows[: max(1, int(np.searchsorted(n_labelled, _LOGIT_BYTES // (4 * vocabulary), side="right")))]
+    return collate_rows(samples, rows)
+
+
+def check_written(source: AdapterSource, folder: Path, gguf_file: Path | None, batch: Batch) -> dict[str, Any]:
+    """Load the merged models with transformers, one after the other, and compare them with base and adapter."""
+    module = open_adapter(dataclasses.replace(source, quantization=source.quantization or "none"))
+    with module.autocast(whole=True):
+        reference, labels = _compute_logits(module.model, batch)
+    del module  # before the merged model is loaded
+    loss = compare_logits(reference, reference, labels)["loss"]
+    rows = len({*batch["row_ids"].tolist()})
+    say(f"Checked on {rows} validation rows, {len(labels):,} labelled tokens: base + adapter: loss {loss:.4f}")
+    figures: dict[str, Any] = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
+    for file in (None, gguf_file) if gguf_file else (None,):
+        name, kind = ("merged", "") if file is None else (file.name, file.stem.removeprefix("model-"))
+        logits, _ = _compute_logits(_load_written(folder, file), batch)
+        agreement = figures[name] = compare_logits(reference, logits, labels)
+        say(f"  {name}: loss {agreement['loss']:.4f}, KL {agreement['kl']:.1e}, same top token {agreement['top1']:.2%}")
+        limit = _MAX_KL_OF_K_QUANTS.get(kind, _MAX_KL)
+        if not agreement["kl"] <= limit:  # NaN is a fault
+            raise UserError(
+                f"The merged model is not kept: {name} differs from base and adapter (KL {agreement['kl']:.2g} nats "
+                f"per token, more than {limit:g}). Merge in fp32, or choose a --gguf type of more bits.",
+                "merge.differs",
+            )
+    return figures
+
+
+def _load_written(folder: Path, gguf_file: Path | None) -> Any:
+    """Load a merged model, or its GGUF file, with transformers: in fp32 if the hardware multiplies slowly otherwise."""
+    gc.collect()  # the previous model is in reference cycles
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weight_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if device.type == "cuda" and 1.2 * weight_bytes > free_bytes(device):  # a card that held the base in 4 bits
+        device = torch.device("cpu")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    is_fast = device.type == "cuda" or config.dtype == choose_compute_dtype("auto", device)
+    options: dict[str, Any] = {"dtype": config.dtype if is_fast else torch.float32, "device_map": {"": device}}
+    if gguf_file is not None:
+        # from a file's own config transformers reads neither scaled rotary embeddings nor Qwen3's size of heads
+        kind = gguf.MODEL_ARCH_NAMES[_architecture_of(config)]
+        config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
+        options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
+    auto_class = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
+    return auto_class.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+
+
+def _compute_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run each sample of a packed batch alone through a causal language model's own forward.
+
+    Returns the logits ``(labelled tokens, vocabulary)`` that predict the labels, in fp32 on the CPU, and the labels.
+    """
+    device = next(model.parameters()).device
+    logits, labels = [], []
+    for start, end in itertools.pairwise(batch["cu_seqlens"].tolist()):
+        next_labels = batch["labels"][0, start + 1 : end]
+        predict_index = (next_labels != IGNORED).nonzero()[:, 0]
+        input_ids = batch["input_ids"][:, start:end].to(device)
+        with torch.no_grad():
+            output = model(input_ids=input_ids, logits_to_keep=predict_index.to(device), use_cache=False)
+        logits.append(output.logits[0].float().cpu())
+        labels.append(next_labels[predict_index])
+    return torch.cat(logits), torch.cat(labels)
+
+
+def compare_logits(reference: Tensor, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Compare a model's logits ``(tokens, vocabulary)`` with a reference's at the same labelled tokens.
+
+    Returns:
+        ``loss``, the mean negative log-likelihood of the labels, and ``kl``, the mean Kullback-Leibler divergence of
+        the model from the reference, in nats; ``top1``, the share of tokens at which both put the same token first.
+    """
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).clamp_min(0)  # rounding may go below
+    same_top = reference.argmax(-1) == logits.argmax(-1)
+    return {"loss": float(F.nll_loss(log_q, labels)), "kl": float(kl), "top1": float(same_top.float().mean())}

@@ -173,7 +173,8 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
-    unwanted = ("GPU available", "TPU available", "💡")  # a list of absent devices, a tip to install a product
+    # a list of absent devices, a tip to install a product, limits that are none
+    unwanted = ("GPU available", "TPU available", "💡", "`Trainer(limit_")
     lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_logger.addFilter(lambda record: not str(record.msg).startswith(unwanted))
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config has the seed

@@ -166,11 +166,10 @@ WRONG = [
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
     wrong("--gradient_checkpointing.enabled maybe", "Expected bool or one of 'auto'. Given value: maybe"),
-    wrong("--evaluation 3", "evaluation: Unable to load config"),
+    wrong("--evaluation 3", "evaluation.enabled: Expected bool"),
     wrong("--model.rank eight", "model.rank: Expected", "int", "eight"),
     wrong("--model.rank null", "model.rank: Expected int"),
     wrong("--data.shuffle null", "data.shuffle: Expected bool"),
-    wrong("--data rows.jsonl", "data is 'rows.jsonl': expected its keys, as in `data: {train: rows.jsonl}`"),
     wrong("--data.val_fraction 5%", "data.val_fraction: Expected float or null. Given value: 5%."),
     wrong("--model.rank 0", "model.rank is 0: expected"),
     wrong("--trainer.limit_train_batches 0", "takes no step"),
@@ -227,7 +226,7 @@ WRONG = [
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
     wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
     wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),
-    wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl is a file: name a folder"),
+    wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl cannot be written to: Not a directory"),
     wrong("--trainer.default_root_dir /proc/no", "/proc/no", "cannot be written to"),
     # other commands
     wrong(f"{PLAN} --device-memory 16", "--device-memory is '16': expected a size with its unit, such as 16GiB or"),

@@ -226,8 +226,7 @@ WRONG = [
     wrong("--trainer.default_root_dir run", "holds a run already", "`--ckpt_path last`", "--trainer.default_root_dir "),
     wrong("--data.train row.jsonl", "row.jsonl", "rows.jsonl"),
     wrong("--trainer.default_root_dir run --data.train row.jsonl", "data.train: ", "row.jsonl does not exist"),
-    wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl cannot be written to: Not a directory"),
-    wrong("--trainer.default_root_dir /proc/no", "/proc/no", "cannot be written to"),
+    wrong("--trainer.default_root_dir rows.jsonl", "rows.jsonl", "not a directory. Choose another path."),
     # other commands
     wrong(f"{PLAN} --device-memory 16", "--device-memory is '16': expected a size with its unit, such as 16GiB or"),
     wrong(f"{PLAN} --json rows.jsonl", "--json rows.jsonl exists already", "--force"),

@@ -15,10 +15,9 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning import callbacks
-from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.adapter_checkpoint import find_checkpoint
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
-from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten_parse_error
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -150,16 +149,14 @@ class QLoRACLI(LightningCLI):
             model["target_modules"] = re.split(", ?", targets)
         if self.verb is None:
             return
-        ckpt_path = self.config["ckpt_path"]
-        if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
-            ckpt_path = "last"  # whatever its command says
-        if ckpt_path not in (None, "last"):
-            check_checkpoint(ckpt_path)  # before Lightning reads it
-        self.checkpoint = find_checkpoint(folder, ckpt_path)
-        self._starts_fresh = ckpt_path is not None and self.checkpoint is None  # `last` of a folder that has none yet
+        if self.verb == "fit" and was_requeued():  # it resumes, whatever its command says
+            self.checkpoint = find_checkpoint(folder, "last")
+        if self.checkpoint is None:
+            self.checkpoint = find_checkpoint(folder, self.config["ckpt_path"])
+        # `last` of a folder that has none yet
+        self._starts_fresh = self.checkpoint is None and self.config["ckpt_path"] is not None
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
-        self.config["ckpt_path"] = self.checkpoint
 
     def instantiate_classes(self) -> None:
         """Instantiate the classes of the config; without a verb not those of the Trainer, which may need a device."""

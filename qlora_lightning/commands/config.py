@@ -1,7 +1,6 @@
 """Config files of a command line: checked before slow imports, and the short forms that users type in them."""
 
 import argparse
-import difflib
 import functools
 import json
 import re
@@ -12,8 +11,8 @@ from typing import Any
 import yaml
 
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
+from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -62,6 +61,7 @@ RENAMED_KEYS = {
     "evaluation.general_rows": "evaluation.forgetting_rows",
 }
 """Settings under the names that they had once: those still work, and a line names the new one."""
+_MANIFEST_FORMAT = b'"format": "qlora_lightning manifest"'
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -74,14 +74,8 @@ def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
     try:
         config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"), aliases)
     except OSError as error:
-        from qlora_lightning.commands.recipes import recipes_folder  # here, so that nothing else waits for its imports
-
-        recipe = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
-        is_recipe = (recipes_folder() / f"{recipe}.yaml").is_file()
-        hint = f" `qlora-lightning recipes copy {recipe}` writes the recipe." if is_recipe else ""
-        raise UserError(
-            f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
-        ) from error
+        reason = str(error.strerror).lower()
+        raise UserError(f"--config {name}: {reason}. `qlora-lightning recipes` lists configs to copy.") from error
     except (UnicodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
@@ -116,7 +110,8 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], li
     for name in short.pop("config"):
         config = json.loads(name) if name.startswith("{") else read_config(name)
         file = Path(name).expanduser()
-        if file.name == CONFIG and _is_run_folder(file.parent):
+        manifest = file.with_name(MANIFEST)  # other programs have files of that name
+        if file.name == CONFIG and manifest.is_file() and _MANIFEST_FORMAT in manifest.read_bytes()[:200]:
             config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(file.parent)}
         configs.append(config)
     for key, text in short.items():
@@ -154,12 +149,6 @@ def _expand_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _is_run_folder(folder: Path) -> bool:
-    manifest = folder / MANIFEST  # other programs have files of that name
-    is_ours = manifest.is_file() and b'"format": "qlora_lightning manifest"' in manifest.read_bytes()[:200]
-    return is_ours or (folder / ADAPTER_FOLDER / IDENTITY).is_file()
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +169,8 @@ def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]
         name = key.rpartition(".")[2]
         likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
         likely += [candidate for candidate in known if candidate.endswith(f".{name.removeprefix('lora_')}")]
-        nearest = next(iter([*likely, *difflib.get_close_matches(key, known, n=1)]), None)
-        return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
+        hint = f" Did you mean {likely[0]!r}?" if likely else nearest(key, known)
+        return f"There is no key {key!r}.{hint}"
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
     reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
     reason = reasons[0] + "".join(f" or {other.removeprefix('Expected ')}" for other in reasons[1:])  # of a union

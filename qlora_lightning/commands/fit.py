@@ -133,9 +133,7 @@ class QLoRACLI(LightningCLI):
             keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
             typed = [key for config in self._configs for key in config]
             fault = shorten_parse_error(error.message, keys, typed)
-            lacks_config = error.message.endswith((".yaml", ".yml")) or (not typed and "required" in error.message)
-            hint = " A config is named as --config FILE." if lacks_config else ""
-            raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
+            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
         finally:
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
@@ -211,8 +209,6 @@ class QLoRACLI(LightningCLI):
         elif self._starts_fresh:
             say_once("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
-            if type(self.datamodule).load_rows is InstructionDataModule.load_rows:
-                self.datamodule.sources("train")  # a wrong path is the nearer mistake
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)

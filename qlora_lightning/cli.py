@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import logging
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.support.console import VisibleRecord, show_controls
-from qlora_lightning.support.errors import TrainingStopped, UserError, nearest
+from qlora_lightning.support.errors import TrainingStopped, UserError, find_disk_fault, nearest
 
 COMMANDS = {
     "fit": ("fit", "train adapters on a quantized base"),
@@ -42,7 +41,6 @@ _CODE = re.compile(  # a setting that may name a class or function, as an option
     re.MULTILINE,
 )
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".yaml", ".yml", ".gguf")  # no names of code
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _HELP = """usage: qlora-lightning COMMAND [options]
 
 QLoRA fine-tuning of LLaMA models and their relatives: a base in 4 or 8 bits, small adapters on top.
@@ -109,10 +107,10 @@ def _find_user_message(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
-    is_full = getattr(error, "errno", None) in _DISK_FAULTS or "(os error " in str(error)  # the latter of safetensors
-    if cause is None and is_full:
-        return f"{error}. Make room, or choose another path."
-    return None if cause is None else str(cause)
+    if cause is not None:
+        return str(cause)
+    fault = find_disk_fault(error)
+    return None if fault is None else f"{fault}. Make room, or choose another path."
 
 
 @contextlib.contextmanager
@@ -136,8 +134,7 @@ def _find_own_code(arguments: Sequence[str]) -> None:
 
     Only then: in a folder from elsewhere a file may have the name of any module that a library tries to import.
     """
-    values, folder = [argument.rpartition("=")[2] for argument in arguments], os.getcwd()
-    files = [Path(value).expanduser() for value in values if value.endswith((".yaml", ".yml"))]
+    files, folder = [Path(name).expanduser() for name in find_configs(arguments)], os.getcwd()
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
     text = "\n".join([" ".join(arguments), *texts])
     names = [match[1] for match in _CODE.finditer(text) if not match[0].endswith(_FILES)]
@@ -173,7 +170,8 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
-    unwanted = ("GPU available", "TPU available", "💡")  # a list of absent devices, a tip to install a product
+    # a list of absent devices, a tip to install a product, limits that are none
+    unwanted = ("GPU available", "TPU available", "💡", "`Trainer(limit_")
     lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     lightning_logger.addFilter(lambda record: not str(record.msg).startswith(unwanted))
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config has the seed

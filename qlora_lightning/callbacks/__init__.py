@@ -3,7 +3,7 @@
 from qlora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from qlora_lightning.callbacks.evaluation import Evaluation
 from qlora_lightning.callbacks.monitors import GPUMemoryMonitor, ThroughputMonitor
-from qlora_lightning.callbacks.predictions import PredictionWriter
+from qlora_lightning.callbacks.run_folder import PredictionWriter
 from qlora_lightning.callbacks.run_report import RunReport
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.activation_checkpointing import GradientCheckpointing

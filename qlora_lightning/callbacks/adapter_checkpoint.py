@@ -1,4 +1,4 @@
-"""Checkpoints of the adapter to resume from, and the adapter folder to use."""
+"""Checkpoints of the adapter to resume from, their files, and the adapter folder to use."""
 
 import contextlib
 import math
@@ -9,17 +9,25 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from qlora_lightning.callbacks.checkpoint_file import LAST, collect_checkpoint, reporting_disk_faults, write_checkpoint
-from qlora_lightning.callbacks.run_folder import is_resumed, locking, refuse_everywhere, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import is_resumed, locking, on_first_process, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import StopSignals
 from qlora_lightning.model.adapters.inject import copy_tensors, saved_tensors
+from qlora_lightning.model.checkpoint.format import read_checkpoint, read_content
 from qlora_lightning.model.checkpoint.resume import has_other_validation
-from qlora_lightning.support.errors import UserError, check_setting
-from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS
-from qlora_lightning.support.trainer import datamodule_of, find_callback, is_trial_run, validation_follows
+from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError, check_setting, find_disk_fault
+from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, LAST, replacing
+from qlora_lightning.support.trainer import (
+    callbacks_of,
+    datamodule_of,
+    find_callback,
+    is_trial_run,
+    validation_follows,
+)
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -59,7 +67,7 @@ class AdapterCheckpoint(Checkpoint):
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
         self._value_before: Tensor | None = None
-        self._saved_step = self._last_step = -1
+        self._saved_step = -1
         self._stops_later = False  # at the end of the open accumulation window
         self._saved_at = 0.0  # by the monotonic clock
         self._lock = contextlib.ExitStack()
@@ -75,7 +83,7 @@ class AdapterCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
         if stage == "fit" and self._writes(trainer):
-            refuse_everywhere(trainer, lambda: self._lock.enter_context(locking(trainer.default_root_dir)))
+            on_first_process(trainer, lambda: self._lock.enter_context(locking(trainer.default_root_dir)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if has_other_validation(checkpoint, trainer):  # the ranking starts over
@@ -86,24 +94,24 @@ class AdapterCheckpoint(Checkpoint):
             return
         self.best = []
         if self._writes(trainer):
-            refuse_everywhere(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
+            on_first_process(trainer, lambda: refuse_started_folder(trainer.default_root_dir, trainer.ckpt_path))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._lock.close()
+        last = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
+        if trainer.is_global_zero and find_disk_fault(exception) and last.exists():
+            say(f"{last} is whole: when there is room, resume from it with `--ckpt_path {last}`.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = self._last_step = trainer.global_step  # nothing new yet, also after a resume
+        self._saved_step = trainer.global_step  # nothing new yet, also after a resume
         self._saved_at = time.monotonic()
         self._stops_later = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        ends_step = trainer.global_step != self._last_step
-        self._last_step = trainer.global_step
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        ends_step = not pl_module.window.batches
         # Lightning's Timer asks at any batch: the training stops at the end of a step
         self._stops_later = self._stops_later or trainer.should_stop
         trainer.should_stop = ends_step and self._stops_later
@@ -119,8 +127,8 @@ class AdapterCheckpoint(Checkpoint):
             value = trainer.callback_metrics.get(self.monitor)
             value = None if value is self._value_before else value  # logged by an earlier validation
             self._save(trainer, pl_module, math.nan if value is None else float(value))
-            callbacks: Any = getattr(trainer, "callbacks", [])  # one may score answers, at later validations only
-            may_follow = any(getattr(callback, "every_n_validations", None) for callback in callbacks)
+            # a callback may score answers, at later validations only
+            may_follow = any(getattr(callback, "every_n_validations", None) for callback in callbacks_of(trainer))
             if value is None and self.enabled and not may_follow and not module.statistics.fault:
                 metrics = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
                 raise UserError(
@@ -148,30 +156,28 @@ class AdapterCheckpoint(Checkpoint):
     def _writes(self, trainer: Trainer) -> bool:
         return self.enabled and not is_trial_run(trainer)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, value: float = math.nan) -> None:
+    def _save(self, trainer: Trainer, pl_module: Any, value: float = math.nan) -> None:
         """Write a checkpoint, and the adapter folder if ``value`` is the best so far or none is ranked."""
         if not self._writes(trainer):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
         outranked = [] if math.isnan(value) else self._rank(name, value)
-        is_best = bool(self.best) and self.best[0][1] == name
-        content = collect_checkpoint(trainer)
-        adapter = pl_module if is_best or not self.best else None
-        refuse_everywhere(trainer, lambda: self._write(trainer, adapter, content, name, outranked))
-        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        best_names = [file_name for _, file_name in self.best]
+        content: Any = _collect_checkpoint(trainer)
 
-    def _write(self, trainer: Trainer, adapter: Any, content: Any, name: str, outranked: list[str]) -> None:
-        folder = Path(trainer.default_root_dir) / CHECKPOINTS
-        with reporting_disk_faults(trainer.default_root_dir):
-            if hasattr(adapter, "save_adapter"):
-                data = datamodule_of(trainer)
+        def write() -> None:
+            run_folder, data = Path(trainer.default_root_dir), datamodule_of(trainer)
+            if name in best_names[:1] or not best_names:
                 tokenizer, stop_ids = getattr(data, "tokenizer", None), getattr(data, "stop_ids", ())
-                adapter.save_adapter(Path(trainer.default_root_dir) / ADAPTER_FOLDER, tokenizer, stop_ids)
-            if any(file_name == name for _, file_name in self.best):
-                write_checkpoint(content, folder / name)
-            write_checkpoint(content, folder / LAST)
+                pl_module.save_adapter(run_folder / ADAPTER_FOLDER, tokenizer, stop_ids)
+            if name in best_names:
+                _write_checkpoint(content, run_folder / CHECKPOINTS / name)
+            _write_checkpoint(content, run_folder / CHECKPOINTS / LAST)
             for file_name in outranked:
-                (folder / Path(file_name).name).unlink(missing_ok=True)
+                (run_folder / CHECKPOINTS / Path(file_name).name).unlink(missing_ok=True)
+
+        on_first_process(trainer, write)
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _rank(self, name: str, value: float) -> list[str]:
         """Rank a checkpoint among the best; return the names of those that are no longer among them."""
@@ -209,3 +215,67 @@ def best_adapter(trainer: Trainer, module: Any) -> Iterator[None]:
         yield
     finally:
         copy_tensors(module, last_tensors, "The last adapter")
+
+
+# ---- checkpoint files ------------------------------------------------------------------------------------------------
+
+
+class _Collector(TorchCheckpointIO):
+    """Keeps what Lightning would write: if the disk failed inside Lightning, the other ranks would wait forever."""
+
+    content: dict[str, Any] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.content = checkpoint
+
+
+def _collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the content of a checkpoint of the current state, on the first rank; every rank must call this."""
+    collector = _Collector()
+    original_io, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, collector
+    try:
+        trainer.save_checkpoint(LAST, weights_only=False)
+    finally:
+        trainer.strategy.checkpoint_io = original_io
+    return collector.content
+
+
+def _write_checkpoint(content: dict[str, Any], file: Path) -> None:
+    with replacing(file, file.with_name("unfinished")) as stream:  # the next save replaces what a kill left
+        torch.save(content, stream)
+
+
+def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
+    """Return the file that ``--ckpt_path`` means: for ``last`` the run folder's newest, ``None`` if there is none.
+
+    Raises:
+        UserError: The file is not a complete checkpoint of this package.
+    """
+    if name is None:
+        return None
+    file = Path(run_folder) / CHECKPOINTS / LAST if name == "last" else Path(name)
+    if name == "last" and not file.exists():  # a kill during the very first save may leave only ``step-….ckpt``
+        newest = _find_newest(file.parent)
+        return None if newest is None else str(newest)
+    if not file.is_file():
+        raise UserError(
+            f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.", "checkpoint.missing"
+        )
+    try:
+        read_content(read_checkpoint(file, mmap=True), str(file))
+    except UserError as error:
+        newest = _find_newest(file.parent)
+        remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`." if newest else "No other is good."
+        raise UserError(f"--ckpt_path {error} {remedy}", "checkpoint.damaged") from error
+    return str(file)
+
+
+def _find_newest(folder: Path) -> Path | None:
+    """Return the undamaged checkpoint with the most optimizer steps in a folder; of equals, ``last.ckpt``."""
+    steps: dict[Path, int] = {}
+    for file in folder.glob("*.ckpt"):
+        with contextlib.suppress(UserError):
+            checkpoint = read_checkpoint(file, mmap=True)
+            read_content(checkpoint, str(file))
+            steps[file] = checkpoint["global_step"]
+    return max(steps, key=lambda file: (steps[file], file.name == LAST), default=None)

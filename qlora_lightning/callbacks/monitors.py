@@ -34,11 +34,8 @@ class GPUMemoryMonitor(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
-        if not self.enabled or trainer.global_step == self._step:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if not self.enabled or pl_module.window.batches:
             return  # inside an accumulation window the peak is not reached yet
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             for name, gib in read_memory(pl_module.device).items():
@@ -63,26 +60,22 @@ class ThroughputMonitor(Callback):
         self.tokens_seen = self.labelled_seen = 0
         self._seconds = 0.0  # of the open accumulation window
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step = trainer.global_step
+    def on_train_batch_start(self, *_: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if not self.enabled:
             return
         # The GPU has finished the forward and backward: their loss was read before the optimizer step.
         self._seconds += time.perf_counter() - self._began
-        if trainer.global_step == self._step:
+        if pl_module.window.batches:
             return  # inside an accumulation window
-        module: Any = pl_module
-        tokens, labelled = (int(module.window.totals[name]) for name in ("tokens", "labelled_tokens"))
+        tokens, labelled = (int(pl_module.window.totals[name]) for name in ("tokens", "labelled_tokens"))
         self.tokens_seen += tokens
         self.labelled_seen += labelled
         # as tensors on the host: Lightning would put numbers on the GPU, and each read would wait for it
         pl_module.log("tokens_per_second", torch.tensor(tokens / self._seconds), prog_bar=True)
-        counted = "rows" if module.pairs else "labelled_tokens"
+        counted = "rows" if pl_module.pairs else "labelled_tokens"
         pl_module.log(f"{counted}_per_second", torch.tensor(labelled / self._seconds))
         pl_module.log("tokens_seen", torch.tensor(float(self.tokens_seen)))
         self._seconds = 0.0

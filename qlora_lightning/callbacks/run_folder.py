@@ -1,22 +1,25 @@
-"""Keeps a run folder to one run and one process, and writes the run's config into it."""
+"""Keeps a run folder to one run and one process, and writes the run's config, metrics and predictions into it."""
 
 import contextlib
+import csv
+import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
-from qlora_lightning.callbacks.checkpoint_file import reporting_disk_faults
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
 from qlora_lightning.model.adapters.identity import data_differences
+from qlora_lightning.report.run_files import read_metric_rows
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support import files
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.trainer import datamodule_of, is_trial_run, say_once
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
 
 class RunFolder(Callback):
@@ -38,10 +41,9 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             file = Path(trainer.default_root_dir) / files.CONFIG
-            with reporting_disk_faults(trainer.default_root_dir):
-                if file.exists() and not is_resumed(trainer) and not files.name_earlier(file).exists():
-                    say(f"Kept as {files.set_aside(file).name}: {file}")  # it may be the user's own, with comments
-                files.write_whole(file, text)
+            if file.exists() and not is_resumed(trainer) and not files.name_earlier(file).exists():
+                say(f"Kept as {files.set_aside(file).name}: {file}")  # it may be the user's own, with comments
+            files.write_whole(file, text)
         for logger in trainer.loggers:
             try:
                 logger.log_hyperparams(self.config)
@@ -59,6 +61,96 @@ class RunFolder(Callback):
             warn_of_other_data(str(adapter), find_adapter_folder(adapter), datamodule_of(trainer))
 
     on_test_start = on_predict_start = on_validation_start
+
+
+class MetricsLogger(Logger):
+    """Write a line per logged step into a run folder. Lightning's ``CSVLogger`` deletes the file on a resume."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.file = Path(folder) / files.METRICS
+        self._columns: list[str] = []  # empty: the file has not been read yet
+
+    @property
+    def name(self) -> str:
+        return ""  # the file is in the run folder itself
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.file.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: ``config.yaml`` holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line; a new metric widens the table."""
+        row = {"step": step, **metrics}
+        if row.keys() <= set(self._columns):
+            with self.file.open("a", newline="", encoding="utf-8") as handle:
+                csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
+        else:
+            self._rewrite([*read_metric_rows(self.file), row])
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Remove the lines from an optimizer step on, which a resumed run writes again."""
+        rows = read_metric_rows(self.file)
+        if rows:
+            self._rewrite([row for row in rows if int(row["step"]) < step])
+
+    def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write_whole(self.file, text.getvalue())
+
+
+class PredictionWriter(Callback):
+    """Write ``predictions.jsonl`` into the run folder: each row, its own answer if it has one, and the model's.
+
+    Each process appends its answers to its own file as they come, which a stopped run leaves. At the end the first
+    process writes those of all processes, in the order of the rows.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        prefix = f"{trainer.global_rank}-" if trainer.global_rank else ""
+        self._unfinished = Path(trainer.default_root_dir) / f"{prefix}{files.UNFINISHED_PREDICTIONS}"
+        self._lines: list[dict[str, Any]] = []
+        files.set_aside(self._unfinished)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        tokenizer: Any = datamodule_of(trainer).tokenizer
+        lines = [
+            {
+                "row": prompt.row_id,
+                "prediction": tokenizer.decode(answer),
+                "reference": prompt.reference,
+                "input": prompt.values,
+                "stopped": len(answer) < batch["max_new_tokens"],  # by itself, not cut
+            }
+            for answer, prompt in zip(outputs, batch["prompts"], strict=True)
+        ]
+        self._lines += lines
+        files.append_json_lines(self._unfinished, lines)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        lines = sorted(gather_lists(trainer, self._lines), key=lambda line: line["row"])
+        if trainer.is_global_zero:
+            file = Path(trainer.default_root_dir) / files.PREDICTIONS
+            files.set_aside(file)  # hours of another predict
+            files.write_whole(file, files.format_json_lines(lines))
+            say(f"{len(lines)} predictions: {file}")
+        files.set_aside(self._unfinished).unlink(missing_ok=True)
 
 
 def warn_of_other_data(name: str, folder: Path, data: Any) -> None:
@@ -85,8 +177,7 @@ def locking(run_folder: str | Path) -> Iterator[None]:
     """
     folder, adapter = Path(run_folder) / files.CHECKPOINTS, Path(run_folder) / files.ADAPTER_FOLDER
     refuse_links(folder, adapter, *adapter.glob("*/"))
-    with reporting_disk_faults(run_folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
@@ -139,26 +230,26 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         return
     has_checkpoint = any((folder / files.CHECKPOINTS).glob("*.ckpt"))
     if has_checkpoint or (table and (folder / files.METRICS).exists()):
-        other = "" if resumed is None else f" {resumed} is not of it."
-        remedy = "Resume it with `--ckpt_path last`, or choose" if has_checkpoint else "Choose"
         raise UserError(
-            f"{folder} holds a run already, which would be lost.{other} {remedy} another folder with "
-            "`--trainer.default_root_dir runs/NAME`.",
+            f"{folder} holds a run already, which would be lost: resume it with `--ckpt_path last`, or choose another "
+            "folder with `--trainer.default_root_dir runs/NAME`.",
             "run_folder.has_a_run",
         )
 
 
-def refuse_everywhere(trainer: Trainer, act: Callable[[], object]) -> None:
-    """Call ``act`` in the first process, and raise its ``UserError`` in all: the others would wait for it forever."""
-    fault = None
+def on_first_process(trainer: Trainer, act: Callable[[], object]) -> None:
+    """Call ``act`` in the first process; if it fails, raise in all: the others would wait for it forever."""
+    fault: Exception | None = None
     if trainer.is_global_zero:
         try:
             act()
-        except UserError as error:
-            fault = str(error), error.key
-    fault = trainer.strategy.broadcast(fault)
+        except Exception as error:
+            fault = error
+    message = trainer.strategy.broadcast(None if fault is None else str(fault))
     if fault is not None:
-        raise UserError(*fault)
+        raise fault
+    if message is not None:
+        raise UserError(message)
 
 
 def _is_in(file: str | Path, run_folder: str | Path) -> bool:

@@ -12,13 +12,12 @@ from typing import Any, NoReturn
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from qlora_lightning.callbacks.checkpoint_file import LAST
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import TrainingStopped
-from qlora_lightning.support.files import CHECKPOINTS
+from qlora_lightning.support.files import CHECKPOINTS, LAST
 
-# Windows has no SIGHUP, the signal of a closed terminal
-_ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+# Windows has no SIGHUP, the signal of a closed terminal, nor SIGUSR1, with which SLURM preempts
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopSignals(Callback):
@@ -35,25 +34,21 @@ class StopSignals(Callback):
     stopping = False  # agreed by all ranks
     received: int | None = None  # the first signal that this process got
     _requeue_signal: int | None = None
-    _signals: tuple[int, ...] = _ENDING_SIGNALS
+    _signals: tuple[int, ...] = _SIGNALS
     _handlers: tuple[tuple[int, Any], ...] = ()  # from before the fit, to put back after its evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.received, self.stopping = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
         self.on_sanity_check_start(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning."""
-        connector = getattr(trainer, "_accelerator_connector", None)  # public only if a strategy has several processes
-        environment = getattr(connector, "cluster_environment", None)
-        preemption = getattr(signal, "SIGUSR1", None)
-        if isinstance(environment, SLURMEnvironment):
-            preemption = environment.requeue_signal or preemption
-            self._requeue_signal = preemption if environment.auto_requeue else None
-        self._signals = (*_ENDING_SIGNALS, *filter(None, [preemption]))
+        environment = trainer._accelerator_connector.cluster_environment  # public only with several processes
+        if isinstance(environment, SLURMEnvironment) and environment.requeue_signal is not None:
+            self._signals = (*_SIGNALS, environment.requeue_signal)
+            self._requeue_signal = environment.requeue_signal if environment.auto_requeue else None
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.received is None:
@@ -83,8 +78,7 @@ class StopSignals(Callback):
         pl_module.window.vote("stop", self.received is not None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step != self._step:  # else the accumulation window is still open
-            self._step = trainer.global_step
+        if not pl_module.window.batches:  # else the accumulation window is still open
             self.stopping = self.stopping or pl_module.window.any_voted("stop")
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:

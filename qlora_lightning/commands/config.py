@@ -1,8 +1,8 @@
 """Config files of a command line: checked before slow imports, and the short forms that users type in them."""
 
-import difflib
+import argparse
 import functools
-import itertools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
+from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -61,14 +61,12 @@ RENAMED_KEYS = {
     "evaluation.general_rows": "evaluation.forgetting_rows",
 }
 """Settings under the names that they had once: those still work, and a line names the new one."""
-_CONFIG_OPTIONS = ("--config", "-c")
+_MANIFEST_FORMAT = b'"format": "qlora_lightning manifest"'
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
     """Return the value of each ``--config`` and ``-c``, as it was typed, except a config itself as JSON."""
-    names = [name for option, name in itertools.pairwise(arguments) if option in _CONFIG_OPTIONS]
-    names += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
-    return [name for name in names if not name.startswith("{")]
+    return [name for name in _split_arguments(arguments)[0]["config"] if not name.startswith("{")]
 
 
 def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
@@ -76,22 +74,16 @@ def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
     try:
         config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"), aliases)
     except OSError as error:
-        from qlora_lightning.commands.recipes import recipes_folder  # here, so that nothing else waits for its imports
-
-        recipe = Path(name).stem if Path(name).suffix in (".yaml", ".yml") else Path(name).name
-        is_recipe = (recipes_folder() / f"{recipe}.yaml").is_file()
-        hint = f" `qlora-lightning recipes copy {recipe}` writes the recipe." if is_recipe else ""
-        raise UserError(
-            f"--config {name}: {str(error.strerror).lower()}. Paths are relative to the current folder.{hint}"
-        ) from error
+        reason = str(error.strerror).lower()
+        raise UserError(f"--config {name}: {reason}. `qlora-lightning recipes` lists configs to copy.") from error
     except (UnicodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
-    return rename_keys(config)
+    return _rename_keys(config)
 
 
-def rename_keys(config: dict[str, Any]) -> dict[str, Any]:
+def _rename_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Replace the old names of settings in a parsed YAML file."""
     for old, new in RENAMED_KEYS.items():
         section, _, key = old.partition(".")
@@ -105,6 +97,59 @@ def rename_keys(config: dict[str, Any]) -> dict[str, Any]:
 @functools.cache  # a config is read several times
 def _report_renamed(old: str, new: str) -> None:
     say(f"{old} is {new} now; the old name still works.")
+
+
+def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the configs of a command line; return them with their short forms expanded, and the other arguments.
+
+    ``--gpu_memory null``, and a setting under its old name, are a config of one key. Behind the ``config.yaml`` of a
+    run folder, the run folder is the one in which that file is: it may have been moved since.
+    """
+    short, others = _split_arguments(arguments)
+    configs: list[dict[str, Any]] = []
+    for name in short.pop("config"):
+        config = json.loads(name) if name.startswith("{") else read_config(name)
+        file = Path(name).expanduser()
+        manifest = file.with_name(MANIFEST)  # other programs have files of that name
+        if file.name == CONFIG and manifest.is_file() and _MANIFEST_FORMAT in manifest.read_bytes()[:200]:
+            config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(file.parent)}
+        configs.append(config)
+    for key, text in short.items():
+        section, _, name = key.partition(".")
+        value = load_yaml(text)
+        configs.append(_rename_keys({section: {name: value} if name else value}))
+    return [_expand_config(config) for config in configs], others
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the configs and the short forms of a command line, by name, and its other arguments."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", "-c", action="append", default=[])
+    for key in (*CALLBACKS, *RENAMED_KEYS):
+        parser.add_argument(f"--{key}", dest=key)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}.") from error
+    return vars(options), others
+
+
+def _expand_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Expand keys beside a ``class_path``, and ``null`` or ``false`` for a callback."""
+    for key in ("model", "data"):
+        value = config.get(key)
+        if isinstance(value, dict) and "class_path" in value:
+            flat_settings = {name: value.pop(name) for name in list(value) if name not in ("class_path", "init_args")}
+            value["init_args"] = {**flat_settings, **(value.get("init_args") or {})}
+    for key in CALLBACKS:
+        if key in config and not isinstance(config[key], dict):
+            config[key] = {"enabled": False if config[key] is None else config[key]}
+    return config
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]) -> str:
@@ -124,79 +169,12 @@ def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]
         name = key.rpartition(".")[2]
         likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
         likely += [candidate for candidate in known if candidate.endswith(f".{name.removeprefix('lora_')}")]
-        nearest = next(iter([*likely, *difflib.get_close_matches(key, known, n=1)]), None)
-        return f"There is no key {key!r}." + (f" Did you mean {nearest}?" if nearest else "")
-    text_value = re.search(r"type: <class 'str'>\n *Given value: (.*)", message)
-    if sections in (["model"], ["data"]) and text_value:
-        key, value = {"model": "base", "data": "train"}[sections[0]], text_value[1]
-        return f"{sections[0]} is {value!r}: expected its keys, as in `{sections[0]}: {{{key}: {value}}}`."
+        hint = f" Did you mean {likely[0]!r}?" if likely else nearest(key, known)
+        return f"There is no key {key!r}.{hint}"
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
     reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
     reason = reasons[0] + "".join(f" or {other.removeprefix('Expected ')}" for other in reasons[1:])  # of a union
-    # not for our own classes, whose value is all of their settings
-    details = re.findall(
-        r"Problem with given class_path '(?!qlora_lightning).*'|Given value: (?!Nested|Name|\{).*", message
-    )
-    text = ". ".join([reason, *details[-1:]]).replace("a <class 'NoneType'>", "null")
+    values = re.findall(r"Given value: (?!Nested|Name|\{).*", message)  # not all settings of a class
+    text = ". ".join([reason, *values[-1:]]).replace("a <class 'NoneType'>", "null")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))
     return f"{'.'.join(dict.fromkeys(sections))}: {text}.".removeprefix(": ")
-
-
-# ---- short forms -----------------------------------------------------------------------------------------------------
-
-
-def expand_config(config: Any) -> Any:
-    """Expand a parsed YAML file: keys beside a ``class_path``, and ``null`` or ``false`` for a callback.
-
-    Anything that is not a whole config (jsonargparse loads single values the same way) is returned as it is.
-    """
-    if not isinstance(config, dict):
-        return config
-    rename_keys(config)
-    for key in ("model", "data"):
-        value = config.get(key)
-        if isinstance(value, dict) and "class_path" in value:
-            flat_settings = {name: value.pop(name) for name in list(value) if name not in ("class_path", "init_args")}
-            if flat_settings:
-                value["init_args"] = {**flat_settings, **(value.get("init_args") or {})}
-    for key in CALLBACKS:
-        if key in config and (config[key] is None or isinstance(config[key], bool)):
-            config[key] = {"enabled": bool(config[key])}
-    return config
-
-
-def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """Expand ``--gpu_memory null`` (or ``false``, ``true``) on the command line, as ``expand_config`` does in YAML.
-
-    Configs come first, since jsonargparse lets the last one win and an option counts more than a file, wherever it is
-    typed. Behind the ``config.yaml`` of a run folder, name the folder in which it is: it may have been moved since.
-    """
-    configs: list[str] = []
-    expanded: list[str] = []
-    options = {f"--{key}" for key in CALLBACKS}
-    for argument in arguments:
-        if expanded and expanded[-1] in options:
-            argument = f"{expanded.pop()}={argument}"
-        name, equals, value = argument.partition("=")
-        if new := RENAMED_KEYS.get(name.removeprefix("--")):
-            _report_renamed(name.removeprefix("--"), new)
-            argument = f"--{new}{equals}{value}"
-        if name in options and value.lower() in ("null", "false", "true"):
-            argument = f"{name}.enabled={str(value.lower() == 'true').lower()}"
-        if expanded and expanded[-1] in _CONFIG_OPTIONS:
-            argument = f"{expanded.pop()}={argument}"
-        name, _, value = argument.partition("=")
-        if name not in _CONFIG_OPTIONS or not value:
-            expanded.append(argument)
-            continue
-        configs.append(f"--config={value}")
-        file = Path(value).expanduser()
-        if file.name == CONFIG and _is_run_folder(file.parent):
-            configs.append(f"--trainer.default_root_dir={file.parent}")
-    return configs + expanded
-
-
-def _is_run_folder(folder: Path) -> bool:
-    manifest = folder / MANIFEST  # other programs have files of that name
-    is_ours = manifest.is_file() and b'"format": "qlora_lightning manifest"' in manifest.read_bytes()[:200]
-    return is_ours or (folder / ADAPTER_FOLDER / IDENTITY).is_file()

@@ -15,19 +15,11 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from qlora_lightning import callbacks
-from qlora_lightning.callbacks.checkpoint_file import check_checkpoint, find_checkpoint
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.adapter_checkpoint import find_checkpoint
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
-from qlora_lightning.callbacks.run_folder import RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.config import (
-    CALLBACKS,
-    expand_arguments,
-    expand_config,
-    find_configs,
-    read_config,
-    shorten_parse_error,
-)
+from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten_parse_error
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
@@ -37,7 +29,7 @@ from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
-_PARSER_MODE = "qlora_yaml"
+_PARSER_MODE = "qlora_yaml"  # the loader of jsonargparse would read the text 1e5 of a config as a number
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "gradient_clip_val": 1.0,
@@ -62,15 +54,13 @@ class _Trainer(Trainer):
         limit_predict_batches: int | float | None = 1.0,
         **kwargs: Any,
     ) -> None:
-        limits = {
-            "limit_train_batches": limit_train_batches,
-            "limit_val_batches": limit_val_batches,
-            "limit_test_batches": limit_test_batches,
-            "limit_predict_batches": limit_predict_batches,
-        }
-        # Lightning would print a line for each that is 1.0
-        kwargs |= {name: limit for name, limit in limits.items() if limit != 1.0 or isinstance(limit, int)}
-        super().__init__(**kwargs)
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **kwargs,
+        )
 
     __init__.__doc__ = Trainer.__init__.__doc__  # for --help
 
@@ -91,16 +81,19 @@ class QLoRACLI(LightningCLI):
     def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
         self.verb, self._starts_fresh = verb, False
         self._command = ["qlora-lightning", str(verb), *args]
-        args = expand_arguments(args)
+        self._configs, options = expand_arguments(args)
+        # in front, since the last one wins and an option counts more than a file
+        flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
+        args = [*(f"--config={yaml.safe_dump(config, **flow)}" for config in self._configs), *options]
         register_strategies()
         # as jsonargparse 5 does; and null is checked against the type of its key as any other value, but not where a
         # config is written, of which a null timedelta would become a text
         writes = any(argument.startswith("--print_config") for argument in args)
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=not writes)
-        jsonargparse.set_loader(_PARSER_MODE, lambda text: expand_config(load_yaml(text)), exceptions=(yaml.YAMLError,))
-        options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
+        jsonargparse.set_loader(_PARSER_MODE, load_yaml, exceptions=(yaml.YAMLError,))
+        parser_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
         if verb is not None:
-            options |= {
+            parser_options |= {
                 "prog": f"qlora-lightning {verb}",
                 "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
                 "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
@@ -113,7 +106,7 @@ class QLoRACLI(LightningCLI):
             save_config_callback=None,  # RunFolder writes it
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs=options,
+            parser_kwargs=parser_options,
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
@@ -138,17 +131,13 @@ class QLoRACLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
-            typed = [key for name in find_configs(args) for key in read_config(name)]
+            typed = [key for config in self._configs for key in config]
             fault = shorten_parse_error(error.message, keys, typed)
-            lacks_config = error.message.endswith((".yaml", ".yml")) or (not typed and "required" in error.message)
-            hint = " A config is named as --config FILE." if lacks_config else ""
-            raise UserError(f"{fault}{hint} See `qlora-lightning fit --help`.") from error
+            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
         finally:
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
-        if os.path.isfile(folder):
-            raise UserError(f"trainer.default_root_dir {folder} is a file: name a folder.")
         for name in ("accumulate_grad_batches", "val_check_interval"):
             value = self.config["trainer"][name]
             check_setting(f"trainer.{name}", value, value != 0, "1 or more")
@@ -158,26 +147,25 @@ class QLoRACLI(LightningCLI):
             model["target_modules"] = re.split(", ?", targets)
         if self.verb is None:
             return
-        ckpt_path = self.config["ckpt_path"]
-        if self.verb == "fit" and was_requeued() and find_checkpoint(folder, "last") is not None:
-            ckpt_path = "last"  # whatever its command says
-        if ckpt_path not in (None, "last"):
-            check_checkpoint(ckpt_path)  # before Lightning reads it
-        self.checkpoint = find_checkpoint(folder, ckpt_path)
-        self._starts_fresh = ckpt_path is not None and self.checkpoint is None  # `last` of a folder that has none yet
+        if self.verb == "fit" and was_requeued():  # it resumes, whatever its command says
+            self.checkpoint = find_checkpoint(folder, "last")
+        if self.checkpoint is None:
+            self.checkpoint = find_checkpoint(folder, self.config["ckpt_path"])
+        # `last` of a folder that has none yet
+        self._starts_fresh = self.checkpoint is None and self.config["ckpt_path"] is not None
         if self._starts_fresh and self.verb != "fit":
             raise UserError(f"--ckpt_path last: there is no checkpoint in {folder}.")
-        self.config["ckpt_path"] = self.checkpoint
 
     def instantiate_classes(self) -> None:
         """Instantiate the classes of the config; without a verb not those of the Trainer, which may need a device."""
-        config = self.config
-        if self.verb is None:
-            self.config = config.clone()
-            for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, too
-                self.config["trainer"][name] = None
-        super().instantiate_classes()
-        self.config = config
+        if self.verb is not None:
+            super().instantiate_classes()
+            return
+        settings = self.config.clone()
+        for name in ("logger", "callbacks", "plugins", "profiler"):  # they may write, too
+            settings["trainer"][name] = None
+        instances = self.parser.instantiate_classes(settings)
+        self.model, self.datamodule = instances["model"], instances["data"]
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.take_tokenizer_of_base(self.model)
@@ -185,16 +173,12 @@ class QLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer; ``fit`` also logs to ``metrics.csv``, unless ``logger`` is false."""
-        if self.verb is None:
-            return None
-        settings = self.config_init["trainer"]
-        folder, logger = settings["default_root_dir"], settings["logger"]
-        loggers = [] if logger in (None, True, False) else logger if isinstance(logger, list) else [logger]
-        metrics = [MetricsLogger(folder)] if self.verb == "fit" else []
-        all_loggers: Any = False if logger is False or settings["fast_dev_run"] else [*metrics, *loggers] or False
-        configured = settings["callbacks"] or []
-        configured = configured if isinstance(configured, list) else [configured]
-        config = self.short_config()
+        settings, config = self.config_init["trainer"], self.short_config()
+        loggers, configured = (_as_list(settings[name]) for name in ("logger", "callbacks"))
+        if self.verb == "fit":
+            loggers = [MetricsLogger(settings["default_root_dir"]), *loggers]
+        if settings["logger"] is False or settings["fast_dev_run"]:
+            loggers = []
         defaults = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
         if not settings["fast_dev_run"]:  # which writes nothing
             defaults.append(callbacks.PredictionWriter())
@@ -203,7 +187,7 @@ class QLoRACLI(LightningCLI):
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):
             added.append(choose_progress_display())
         try:
-            return super().instantiate_trainer(logger=all_loggers, callbacks=[*configured, *added], **kwargs)
+            return super().instantiate_trainer(logger=loggers, callbacks=[*configured, *added], **kwargs)
         except (ValueError, MisconfigurationException) as error:  # Lightning rejects a setting
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -225,8 +209,6 @@ class QLoRACLI(LightningCLI):
         elif self._starts_fresh:
             say_once("No checkpoint in the run folder yet: this starts fresh.")
         elif self.trainer.is_global_zero and not is_trial_run(self.trainer):
-            if type(self.datamodule).load_rows is InstructionDataModule.load_rows:
-                self.datamodule.sources("train")  # a wrong path is the nearer mistake
             refuse_started_folder(self.trainer.default_root_dir, self.checkpoint, table=True)
         try:
             getattr(self.trainer, str(self.verb))(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
@@ -251,6 +233,13 @@ class QLoRACLI(LightningCLI):
             say_once(
                 "No --ckpt_path, no model.adapter and no adapter in the run folder: this evaluates the base alone."
             )
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a setting of the Trainer that takes one object, several, or a switch, as a list of objects."""
+    if value in (None, True, False):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import STANDARD_OUTPUT, write_whole
+from qlora_lightning.support.files import write_whole
 
 quiet_lightning = functools.partial(quiet_loggers, logging.WARNING, "lightning.pytorch", "lightning.fabric")
 """Silences logs of devices, data and the end of a fit, for a command with a report of its own."""
@@ -50,15 +51,13 @@ def expand_path(text: str) -> Path:
 
 
 def check_output(option: str, name: str | Path | None, force: bool = False) -> Path | None:
-    """Return the file that an option names; ``-`` is standard output, None no file.
+    """Return the file that an option names.
 
     Raises:
         UserError: it exists and ``force`` is off, or it is a folder.
     """
     if name is None:
         return None
-    if str(name) == "-":
-        return STANDARD_OUTPUT
     file = Path(name).expanduser()
     if file.is_dir():
         raise UserError(f"{option} {file} is a folder: name a file.")
@@ -73,8 +72,13 @@ def json_output(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     If that is standard output, to be piped, everything else is printed to standard error.
     """
-    file, figures = check_output("--json", options.json, options.force), dict[str, Any]()
-    with contextlib.redirect_stdout(sys.stderr) if options.json == "-" else contextlib.nullcontext():
-        yield figures
+    figures: dict[str, Any] = {}
+    if options.json == "-":
+        with contextlib.redirect_stdout(sys.stderr):
+            yield figures
+        print(json.dumps(figures, indent=2, default=str))
+        return
+    file = check_output("--json", options.json, options.force)
+    yield figures
     if file is not None:
         write_whole(file, figures)

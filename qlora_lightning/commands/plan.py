@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,11 @@ def main(argv: Sequence[str]) -> int:
     """Plan a config; return the exit code."""
     parser = OptionParser("plan", _DESCRIPTION, _EPILOG, fit=True)
     memory_help = "memory of the device, such as 16GiB or 24GB (default: of this machine's GPU, or its own)"
-    parser.add_argument("--device-memory", metavar="SIZE", help=memory_help)
+    parser.add_argument("--device-memory", type=_read_size, metavar="SIZE", help=memory_help)
     add_json_option(parser)
     options, fit_options = parser.parse_known_args(argv)
-    memory = None if options.device_memory is None else _read_size(options.device_memory)
     with json_output(options) as output, quiet_lightning():
-        figures, model = _plan_run(fit_options, memory)
+        figures, model = _plan_run(fit_options, options.device_memory)
         _print_plan(figures, model, terminal())
         output.update(figures)
         return 0 if figures["memory"]["fits"] else 1
@@ -57,11 +56,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _read_size(text: str) -> int:
     """Read a number of bytes with a unit: ``16GiB``, ``24 GB``, ``81559 MiB``."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([mg]i?b)", text.strip().lower(), re.ASCII)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not size:
-        raise UserError(f"--device-memory is {text[:40]!r}: expected a size with its unit, such as 16GiB or 24GB.")
-    return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mg]i?b)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size with its unit, such as 16GiB or 24GB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, Any], Any]:
@@ -69,7 +67,6 @@ def _plan_run(arguments: Sequence[str], memory: int | None) -> tuple[dict[str, A
 
     Returns all figures, in bytes, as the JSON has them, and the model on the meta device.
     """
-    import_module("qlora_lightning.model")  # before the others: bitsandbytes comes before PEFT
     import torch
 
     from qlora_lightning.commands.fit import QLoRACLI
@@ -169,10 +166,9 @@ def _choose_device(accelerator: str, memory: int | None) -> dict[str, Any]:
     is_cuda = has_gpu or memory is not None if accelerator == "auto" else accelerator != "cpu"
     if is_cuda and memory is None and not has_gpu:
         raise UserError(f"trainer.accelerator is {accelerator}, and there is no GPU here: add --device-memory 16GiB.")
-    kind, is_named = "cuda" if is_cuda else "cpu", memory is not None
-    if memory is None:
-        memory = int(device_memory_gib(torch.device(kind)) * GIB)
-    return {"kind": kind, "memory": memory, "named": is_named}
+    kind = "cuda" if is_cuda else "cpu"
+    size = int(device_memory_gib(torch.device(kind)) * GIB) if memory is None else memory
+    return {"kind": kind, "memory": size, "named": memory is not None}
 
 
 # ---- an epoch --------------------------------------------------------------------------------------------------------

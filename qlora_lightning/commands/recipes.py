@@ -7,7 +7,7 @@ import qlora_lightning
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.support.console import make_table, say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import load_yaml, write_whole
+from qlora_lightning.support.files import write_whole
 
 _EPILOG = """examples:
   qlora-lightning recipes
@@ -58,10 +58,4 @@ def _copy(config: Path, *, force: bool) -> None:
     for source, target in copies.items():
         write_whole(target, source.read_bytes())
         print(f"wrote {target}")
-    data = load_yaml(config.read_text(encoding="utf-8")).get("data", {})
-    sources = [data[split] for split in ("train", "val") if data.get(split)]
-    paths: list[str] = [source["path"] if isinstance(source, dict) else source for source in sources]
-    missing = [file for file in paths if not Path(file).exists()]
-    if missing:
-        print(f"\nBring the rows that it reads: {', '.join(missing)}.")
     print(f"\nNow run: qlora-lightning fit --config {shlex.quote(str(copies[config]))}")

@@ -16,7 +16,7 @@ from qlora_lightning.commands.options import OptionParser, add_json_option, json
 from qlora_lightning.report import read_manifest, read_run
 from qlora_lightning.report.figures import find_figures
 from qlora_lightning.support.console import make_table, say
-from qlora_lightning.support.errors import Diverged, UserError
+from qlora_lightning.support.errors import Diverged, UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, write_whole
 
 _DESCRIPTION = """Train a config with one rank after the other, and stop where the next one no longer pays.
@@ -93,15 +93,6 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
     config = cli.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")
-    if config["seed_everything"] is False:
-        raise UserError("seed_everything is false, but trials are compared under one seed: set it to a number.")
-    for key, writes_nothing in (  # no metrics.csv, or nothing of a run folder
-        ("trainer.logger", config["trainer"]["logger"] is False),
-        ("trainer.fast_dev_run", config["trainer"]["fast_dev_run"]),
-        ("adapter_checkpoint.enabled", config["adapter_checkpoint"]["enabled"] is False),
-    ):
-        if writes_nothing:
-            raise UserError(f"A sweep compares what its trials write: leave {key} out.", key)
     cli.datamodule.setup("validate")  # a sweep compares trials on validation rows
     _check_validation(cli.datamodule, cli.config["trainer"])
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
@@ -116,14 +107,17 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
         )
     write_whole(settings_file, settings)
 
+    writing = ["--adapter_checkpoint.enabled=true", "--trainer.fast_dev_run=false"]  # trials are compared by files
+    writing += ["--trainer.logger=true"] if config["trainer"]["logger"] is False else []
+
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
         refuse_links(trial_folder)
-        seed = config["seed_everything"]
+        seed = int(config["seed_everything"])
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
         options += ["--model.alpha=null"] if setting == "rank" else []
-        options += [f"--seed_everything={seed + repeat}", "--evaluation.enabled=false"]
+        options += [f"--seed_everything={seed + repeat}", "--evaluation.enabled=false", *writing]
         if read_manifest(trial_folder).get("status") != "finished":  # in an earlier sweep that was stopped
             trial_cli = QLoRACLI([*arguments, *options], "fit")
             if trial_cli.trainer.world_size > 1:
@@ -179,8 +173,7 @@ def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     """Reject a config of which no trial would be validated, as far as that is known before it runs."""
     from qlora_lightning.commands.plan import plan_epoch
 
-    if trainer["limit_val_batches"] == 0:
-        raise UserError("trainer.limit_val_batches is 0, but trials are compared by their validation losses.")
+    check_setting("trainer.limit_val_batches", 0, trainer["limit_val_batches"] != 0, "rows to compare trials by")
     data.setup("fit")
     epoch = plan_epoch(data.plan_epochs(), trainer)
     interval, epochs = trainer["val_check_interval"] or 1.0, (trainer["check_val_every_n_epoch"] or 1) - 1

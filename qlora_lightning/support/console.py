@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -74,9 +74,8 @@ def make_table(
 @contextlib.contextmanager
 def progress_counter(description: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of steps done; it moves a bar in a terminal, removed at the end."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = terminal(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    with Progress(console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(escape(description), total=total)
         yield lambda steps: progress.advance(task, steps)
 

@@ -2,7 +2,10 @@
 
 import contextlib
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
+
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 class UserError(ValueError):
@@ -58,6 +61,14 @@ def is_out_of_memory(error: BaseException) -> bool:
         "CUDA out of memory",  # in a region while it is compiled: the error is the compiler's
     )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
+
+
+def find_disk_fault(error: BaseException) -> BaseException | None:
+    """Return the error of a full or failing disk, which torch and safetensors wrap in others."""
+    fault: BaseException | None = error
+    while fault is not None and getattr(fault, "errno", None) not in _DISK_FAULTS and "(os error " not in str(fault):
+        fault = fault.__cause__ or fault.__context__
+    return fault
 
 
 def reason_of(error: BaseException) -> str:

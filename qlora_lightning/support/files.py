@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -19,11 +19,10 @@ from qlora_lightning.support.errors import UserError
 CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
 EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
 UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
-CHECKPOINTS, ADAPTER_FOLDER = "checkpoints", "adapter"
+CHECKPOINTS, LAST, ADAPTER_FOLDER = "checkpoints", "last.ckpt", "adapter"
 IDENTITY, CARD = "qlora_lightning.json", "README.md"  # in the adapter folder; the hub's models have a card too
 MERGE_RECORD = "merge.json"  # in every folder that `merge` has written
 FORMAT_VERSION = 1  # of checkpoints and adapter folders
-STANDARD_OUTPUT = Path("/dev/stdout")
 MEMORY_PEAKS = ("memory_peak_gib", "peak_rss_gib")  # metrics: of a GPU, and of a process
 
 _CONTROLS = re.compile("[\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")  # JSON escapes those below 0x20 itself
@@ -44,18 +43,22 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         content = _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", content)  # it may be printed
     # a file name may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
-    if file.is_relative_to("/dev") or file.is_relative_to("/proc"):
-        # a socket, which standard output may be, cannot be opened by its name
-        is_output = file == STANDARD_OUTPUT
-        with naming_file(file), os.fdopen(os.dup(1), "wb") if is_output else file.open("ab") as stream:
+    if file.is_relative_to("/dev"):
+        with naming_file(file), file.open("ab") as stream:
             stream.write(data)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
+    with replacing(file, file.with_name(f".unfinished-{os.getpid()}-{file.name}")) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def replacing(file: Path, unfinished: Path) -> Iterator[BinaryIO]:
+    """Yield a stream that writes ``unfinished``, which at the end gets the name ``file``; if it fails, nothing does."""
     unfinished.unlink(missing_ok=True)  # of a process that was killed
     try:
         with naming_file(file), unfinished.open("xb") as stream:  # "x" follows no link
-            stream.write(data)
+            yield stream
         put_in_place(unfinished, file)
     except BaseException:  # Ctrl-C too
         unfinished.unlink(missing_ok=True)

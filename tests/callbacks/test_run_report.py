@@ -11,7 +11,7 @@ from lightning import Callback
 
 from qlora_lightning import AdapterCheckpoint, Evaluation, PredictionWriter, RunReport, StopSignals, ThroughputMonitor
 from qlora_lightning.callbacks import monitors
-from qlora_lightning.callbacks.metrics_logger import MetricsLogger
+from qlora_lightning.callbacks.run_folder import MetricsLogger
 from tests.callbacks.conftest import at_step, calls
 from tests.equality import read_checkpoint
 

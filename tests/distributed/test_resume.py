@@ -158,9 +158,9 @@ def test_a_full_disk_ends_the_run_and_it_continues_when_there_is_room(runs, whol
     most_bytes(10_000)  # no room for the weights
     assert main(fit("rows", run.name)) == 2
     most_bytes(resource.RLIM_INFINITY)
-    message, last = capsys.readouterr().err, f"resume/{run.name}/checkpoints/last.ckpt"
-    assert "cannot be written to: File too large" in message
-    assert f"{last} is whole: when that is solved, resume from it with `--ckpt_path {last}`." in message
+    captured, last = capsys.readouterr(), f"resume/{run.name}/checkpoints/last.ckpt"
+    assert "File too large" in captured.err
+    assert f"{last} is whole: when there is room, resume from it with `--ckpt_path {last}`." in captured.out
     assert saved(run).items() >= before.items()
     assert main(fit("rows", run.name)) == 0
     assert_same_end(whole("rows"), run)

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from qlora_lightning.evaluation.intervals import Interval, read_interval
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
 
@@ -16,6 +17,14 @@ _HEADER = {"format": Literal["qlora_lightning manifest"], "format_version": rang
 _OBJECTS = ("config", "base", "adapter", "parameters", "data", "progress", "best", "device", "packages")
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
+
+
+class MeasuredSides(NamedTuple):
+    """One metric of both sides; NaN is unknown."""
+
+    base: Interval
+    adapter: Interval
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,14 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)  # of the manifest
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # as the fit wrote it, not `evaluate`
+
+    @property
+    def comparison(self) -> dict[str, MeasuredSides]:
+        """The metrics of the evaluation, by name."""
+        return {
+            name: MeasuredSides(*(read_interval(sides.get(side, {})) for side in MeasuredSides._fields))
+            for name, sides in self.evaluation.get("metrics", {}).items()
+        }
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:

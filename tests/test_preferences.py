@@ -404,7 +404,7 @@ def test_base_and_adapter_are_compared_by_which_answer_is_likelier(config, tmp_p
     (reported,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert reported["results"]["preference_accuracy"] == accuracy["adapter"]["value"]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert all(words in page for words in ("preference accuracy, base\u00a0→\u00a0adapter", "mean over rows"))
+    assert all(words in page for words in ("preference accuracy", "mean over rows"))
     assert main(["evaluate", "--config", "run/config.yaml", "--json", "again.json"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["metrics"] == {name: found["metrics"][name] for name in again["metrics"]}

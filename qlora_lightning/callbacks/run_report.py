@@ -55,7 +55,6 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._facts = None
         self._attempts: list[dict[str, Any]] = []  # the last one is this process's
-        self._trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or is_trial_run(trainer):
@@ -75,27 +74,17 @@ class RunReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer, "running")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trained = True
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._trained and trainer.global_step:  # nothing was left: the run was killed at its end
-            self.on_train_start(trainer, pl_module)
-            self.on_train_end(trainer, pl_module)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The last hook of a fit: other callbacks have written their files.
-        self._end(trainer, "finished")
+        if self._facts is None and stage == "fit" and trainer.global_step:  # nothing was left: it was killed at its end
+            self.on_train_start(trainer, pl_module)
+        self._write(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, TrainingStopped | KeyboardInterrupt):
-            self._end(trainer, "stopped")
+            self._write(trainer, "stopped")
         else:
-            self._end(trainer, "failed", exception)
-
-    def _end(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
-        self._write(trainer, status, fault)
-        self._facts = None
+            self._write(trainer, "failed", exception)
 
     def _write(self, trainer: Trainer, status: str, fault: BaseException | None = None) -> None:
         """Write the manifest, and for a run that has ended its assessment and page."""
@@ -107,6 +96,7 @@ class RunReport(Callback):
             write_manifest(folder, content)
             if status == "running":
                 return
+            self._facts = None
             run = read_run(folder)
             assessment = assess(run)
             write_manifest(folder, content | {"assessment": asdict(assessment)})

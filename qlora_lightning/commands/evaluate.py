@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
     """Evaluate base and adapters, by default the run folder's own, on the same rows; print and return all figures."""
     from qlora_lightning.callbacks import Evaluation
     from qlora_lightning.callbacks.run_folder import warn_of_other_data
-    from qlora_lightning.commands.evaluate_server import Server, ask_server, make_requests, score_served
+    from qlora_lightning.commands.evaluate_server import Server, make_requests, score_served
     from qlora_lightning.commands.fit import QLoRACLI
     from qlora_lightning.evaluation.comparison import Comparison
     from qlora_lightning.evaluation.row_results import evaluate_sides, keep_prompts
@@ -135,7 +136,7 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
             warn_of_other_data(name, folder, data)
         batches, rows = _select_rows(trainer, data, options.split, options.rows)
         answered_rows = keep_prompts(rows, evaluation.rows)
-        requests = [] if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
+        requests = {} if server is None else make_requests(data, options.split, answered_rows)  # takes prompts away
         settings = evaluation.choose_settings(trainer, answered_rows)
         if options.out:
             files.set_aside(options.out / files.UNFINISHED_PREDICTIONS)
@@ -146,8 +147,11 @@ def _evaluate(adapters: Mapping[str, Path], arguments: Sequence[str], options: a
                 lines = [{"row": row.number, "place": row.place, "side": side, **each._asdict()} for row, each in pairs]
                 files.append_json_lines(options.out / files.UNFINISHED_PREDICTIONS, lines)
 
-        # before the base: it may fail
-        served = [] if server is None else ask_server(server, requests, answered_rows, settings, on_answers)
+        served = {}
+        if server is not None:  # before the base is loaded: it may fail
+            if settings is None:
+                raise UserError("--server: no row has a prompt that it could answer.", "server")
+            served = asyncio.run(server.answer(requests, answered_rows, settings.max_new_tokens, on_answers))
         peft_names = dict(zip(adapters, _load(module, adapters), strict=True))
         results = evaluate_sides(module, batches, answered_rows, settings, peft_names, on_answers=on_answers)
         forgetting = evaluation.evaluate_forgetting(module, peft_names, show=True)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -17,6 +17,7 @@ from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, Evalu
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
 
+T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
 _MOST_BYTES = 16_000_000  # of an answer
 NOTHING = RowResult(math.nan, 0, 0)  # the losses of a server, which it does not report
@@ -33,88 +34,73 @@ class Server:
 
     def __init__(self, url: str, name: str | None, timeout: float, parallel: int) -> None:
         self._key = "".join(os.environ.get(KEY_VARIABLE, "").split())  # a line break is no part of a header
-        self._headers = {"Accept-Encoding": "identity"}  # a compressed answer could unpack to many GB
-        if self._key:
-            self._headers["Authorization"] = f"Bearer {self._key}"
         self.url, self.parallel, self._timeout = url.rstrip("/"), parallel, timeout
-        models = asyncio.run(self._list_models())
-        self.name = models[0] if name is None and len(models) == 1 else name
-        if self.name is None or (models and self.name not in models):
-            names = self._hide_key(" or ".join(models)) or "NAME (it lists none)"
-            raise UserError(f"--server {url} serves no {name or 'single model'}: expected --served-name {names}.")
+        self.name = name or asyncio.run(self._find_name())
 
-    async def _list_models(self) -> list[str]:
-        """Return the names of the models; none if the server has no such list."""
-        async with _open_client() as client:
-            response = await self._send(client, "GET", "models")
-        try:
-            return [str(model["id"]) for model in response.get("data") or []]
-        except (AttributeError, KeyError, TypeError):
-            return []
+    async def _find_name(self) -> str:
+        """Return the name of the only model."""
+        async with self._open_client() as client:
+            models = await self._send(client, "models", lambda response: [model["id"] for model in response["data"]])
+        if len(models) != 1:
+            names = self._hide_key(" or ".join(models)) or "NAME"
+            raise UserError(f"--server {self.url} serves no single model: expected --served-name {names}.")
+        return str(models[0])
 
     async def answer(
-        self, requests: Sequence[Mapping[str, Any]], on_answer: Callable[[int, ServedAnswer], None]
-    ) -> list[ServedAnswer]:
-        """Answer chat requests greedily, several at a time, and show how many are done.
-
-        ``on_answer`` is called with the number of a request and its answer, as it comes.
-        """
+        self,
+        requests: Mapping[int, Mapping[str, Any]],
+        rows: Sequence[EvaluationRow],
+        max_tokens: int,
+        on_answers: OnAnswers,
+    ) -> dict[int, ServedAnswer]:
+        """Answer the chat requests of some rows greedily, several at a time, and show how many are done."""
         # vLLM takes the penalty from the base's files
-        greedy = {"model": self.name, "temperature": 0.0, "repetition_penalty": 1.0}
-        answers, pending = dict[int, ServedAnswer](), enumerate(requests)
+        options = {"model": self.name, "temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": max_tokens}
+        answers, pending = dict[int, ServedAnswer](), iter(requests.items())
         with progress_counter("server", len(requests)) as count:
-            async with _open_client() as client:
+            async with self._open_client() as client:
 
                 async def work() -> None:
-                    for number, request in pending:
-                        response = await self._send(client, "POST", "chat/completions", {**greedy, **request})
-                        try:
-                            answers[number] = _read_answer(response)
-                        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
-                            fault = self._hide_key(response)
-                            raise UserError(f"--server {self.url} gives no answer: {fault}") from None
-                        on_answer(number, answers[number])
+                    for index, request in pending:
+                        answer = await self._send(client, "chat/completions", _read_answer, {**options, **request})
+                        answers[index] = answer
+                        on_answers(SERVED, [rows[index]], [answer[0]])
                         count(1)
 
                 await asyncio.gather(*(work() for _ in range(self.parallel)))  # the first fault ends all
-        return [answers[number] for number in range(len(requests))]
+        return {index: answers[index] for index in requests}
 
-    async def _send(self, client: httpx.AsyncClient, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def _open_client(self) -> httpx.AsyncClient:
+        headers = {"Accept-Encoding": "identity"}  # a compressed answer could unpack to many GB
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        return httpx.AsyncClient(headers=headers, timeout=None)
+
+    async def _send(self, client: httpx.AsyncClient, path: str, read: Callable[[Any], T], body: Any = None) -> T:
+        """Return what ``read`` makes of the JSON that the server answers; a body is posted."""
+        text, method = bytearray(), "GET" if body is None else "POST"
         try:
-            text = bytearray()
             async with (
                 asyncio.timeout(self._timeout),  # of the whole answer: httpx's is of each read
-                client.stream(method, f"{self.url}/{path}", json=body, headers=self._headers) as response,
+                client.stream(method, f"{self.url}/{path}", json=body) as response,
             ):
                 async for chunk in response.aiter_raw():
                     text += chunk
                     if len(text) > _MOST_BYTES:
                         raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-            if path == "models" and response.status_code in (404, 405):
-                return {}  # not every server has such a list
-            if response.is_success:
-                content = json.loads(text)
-                if isinstance(content, dict):
-                    return content
-                fault = f"expected an object, got {content}"
-            else:
-                fault = f"{response.status_code}: {text.decode(errors='replace')}"
-        except TimeoutError:
-            fault = f"none within {self._timeout:g} seconds"
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError) as error:
-            fault = f"{type(error).__name__}: {error}"
+            if not response.is_success:
+                raise ValueError(f"status {response.status_code}")
+            return read(json.loads(text))
+        except Exception as error:  # of whatever a server sends
+            fault = self._hide_key(f"{type(error).__name__}: {error} {text.decode(errors='replace')}")
         raise UserError(
-            f"--server {self.url} gives no OpenAI answer to /{path}: {self._hide_key(fault)} (a key is taken from "
-            f"{KEY_VARIABLE}, --timeout gives it more seconds)"
+            f"--server {self.url} gives no OpenAI answer to /{path}: {fault} (a key is taken from {KEY_VARIABLE}, "
+            "--timeout gives it more seconds, --served-name names a model that it does not list)"
         )
 
-    def _hide_key(self, fault: object) -> str:
-        text = str(fault).replace(self._key, "…") if self._key else str(fault)
-        return " ".join(text.split())[:300]
-
-
-def _open_client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=None, limits=httpx.Limits())  # by default 100 connections, and 5 seconds
+    def _hide_key(self, text: str) -> str:
+        hidden = text.replace(self._key, "…") if self._key else text
+        return " ".join(hidden.split())[:300]
 
 
 def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
@@ -130,24 +116,21 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
             arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
-    n_answer, n_prompt = (usage.get(f"{part}_tokens") for part in ("completion", "prompt"))
-    if not all(0 <= int(number or 0) < 1 << 31 for number in (n_answer, n_prompt)):
-        raise ValueError("no number of tokens")
-    answer = Answer("\n".join(texts).strip(), int(n_answer or 0), stopped, {})
-    return answer, None if n_prompt is None else int(n_prompt)
+    answer = Answer("\n".join(texts).strip(), int(usage.get("completion_tokens") or 0), stopped, {})
+    return answer, usage.get("prompt_tokens")
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:
-    """Return a chat request for each row that has a prompt, with the messages in its file.
+def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> dict[int, dict[str, Any]]:
+    """Return a chat request for each row that has a prompt, by its index, with the messages in its file.
 
     A row that is no conversation, or of whose prompt ``data.max_length`` took a part, loses it: it is not answered.
     """
     chats = data.load_conversations(split, {row.number for row in rows if row.prompt is not None})
-    requests, n_cut = [], 0
-    for row in rows:
+    requests, n_cut = dict[int, dict[str, Any]](), 0
+    for index, row in enumerate(rows):
         chat = chats.get(row.number)
         if chat is None or row.prompt is None:
             row.prompt = None
@@ -162,7 +145,7 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> list[
             request["tools"] = chat.tools
         if data.template_options:
             request["chat_template_kwargs"] = data.template_options
-        requests.append(request)
+        requests[index] = request
     if n_cut:
         say(f"{n_cut:,} rows are not answered: a server gets prompts whole, and data.max_length cut theirs.")
     return requests
@@ -192,51 +175,31 @@ def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "tool_calls": calls} if calls else fields
 
 
-def ask_server(
-    server: Server,
-    requests: Sequence[Mapping[str, Any]],
-    rows: Sequence[EvaluationRow],
-    settings: AnswerSettings | None,
-    on_answers: OnAnswers,
-) -> list[ServedAnswer]:
-    """Return the server's answers to the rows that have a prompt, in their order."""
-    if settings is None:
-        raise UserError("--server: no row has a prompt that it could answer.", "server")
-    requests = [{**request, "max_tokens": settings.max_new_tokens} for request in requests]
-    prompted_rows = [row for row in rows if row.prompt is not None]
-
-    def on_answer(number: int, answer: ServedAnswer) -> None:
-        on_answers(SERVED, [prompted_rows[number]], [answer[0]])
-
-    answers = asyncio.run(server.answer(requests, on_answer))
-    # a server may answer more than it was asked for, and scores of a long text take minutes
-    longest = settings.max_new_tokens * max(map(len, settings.tokenizer.get_vocab()))
-    return [(answer._replace(text=answer.text[:longest]), prompt_tokens) for answer, prompt_tokens in answers]
-
-
 # ---- match -----------------------------------------------------------------------------------------------------------
 
 
 def score_served(
-    answers: Sequence[ServedAnswer],
+    answers: Mapping[int, ServedAnswer],
     rows: Sequence[EvaluationRow],
     settings: AnswerSettings,
     results: dict[str, list[RowResult]],
 ) -> dict[str, Any]:
-    """Score a server's answers of the rows that have a prompt, and add them to ``results``; return whose they are."""
-    indices = [index for index, row in enumerate(rows) if row.prompt is not None]
-    results[SERVED] = [NOTHING] * len(results[BASE])
+    """Score a server's answers, by the indices of their rows, and add them to ``results``; return whose they are."""
+    # a server may answer more than it was asked for, and scores of a long text take minutes
+    longest = settings.max_new_tokens * max(map(len, settings.tokenizer.get_vocab()))
+    results[SERVED] = [NOTHING] * len(rows)
     mismatches = []  # prompts of another length on the server
-    for index, (served_answer, prompt_tokens) in zip(indices, answers, strict=True):
-        row, n_tokens = rows[index], len(rows[index].prompt or ())
-        scored = served_answer._replace(scores=settings.score(served_answer.text, row))
+    for index, (unscored, prompt_tokens) in answers.items():
+        row, n_tokens, text = rows[index], len(rows[index].prompt or ()), unscored.text[:longest]
+        scored = unscored._replace(text=text, scores=settings.score(text, row))
         results[SERVED][index] = NOTHING._replace(answer=scored)
         if prompt_tokens not in (None, n_tokens):
             mismatches.append({"row": row.place, "ours": n_tokens, "server": prompt_tokens})
+    indices = list(answers)
     base, adapter, served = ([answer for n in indices if (answer := side[n].answer)] for side in results.values())
     figures = decide(base, adapter, served, settings.scores[0])
     if figures["match"] == "neither":
-        n = next((n for n, answer in enumerate(served) if answer.text != adapter[n].text), 0)
+        n = next(n for n, answer in enumerate(served) if answer.text != adapter[n].text)
         texts = {"adapter": adapter[n].text, SERVED: served[n].text}
         figures["first_difference"] = {"row": rows[indices[n]].place, **texts}
     if mismatches:

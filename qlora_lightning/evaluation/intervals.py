@@ -94,6 +94,12 @@ def plain_interval(interval: Interval) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 
+def read_interval(plain: Mapping[str, float | None]) -> Interval:
+    """Return the interval of such a mapping; what it lacks is NaN."""
+    values = [plain.get(name) for name in Interval._fields]
+    return Interval(*(math.nan if value is None else value for value in values))
+
+
 def choose_digits(intervals: Sequence[Interval]) -> int:
     """Return how many decimals show the smallest of some values that are not shares."""
     sizes = [abs(interval.value) for interval in intervals if interval.value and math.isfinite(interval.value)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from qlora_lightning.evaluation.intervals import format_interval
 from qlora_lightning.evaluation.scores import describe_metric, is_share
-from qlora_lightning.report.figures import MeasuredSides, describe_rows, find_scores, read_comparison
-from qlora_lightning.report.run_files import Run
+from qlora_lightning.report.figures import describe_rows, find_scores
+from qlora_lightning.report.run_files import MeasuredSides, Run
 
 _MIN_STEPS = 10
 _NOISE = 0.02  # share of a validation loss: smaller differences count as none
@@ -28,7 +28,7 @@ def assess(run: Run) -> Assessment:
     steps = max([*last_steps, run.manifest["progress"].get("steps") or 0])
     if not steps:
         return Assessment("unknown", [])
-    comparison = read_comparison(run)
+    comparison = run.comparison
     began_at_base = not (run.config.get("model") or {}).get("adapter")
     base = comparison["loss"].base.value if "loss" in comparison and began_at_base else math.nan
     against_base, base_sentences = _compare_with_base(comparison, describe_rows(run))

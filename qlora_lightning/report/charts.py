@@ -2,13 +2,12 @@
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qlora_lightning.evaluation.scores import describe_metric
-from qlora_lightning.report.figures import read_comparison
 from qlora_lightning.report.run_files import Points, Run
 from qlora_lightning.support.files import MEMORY_PEAKS
 
@@ -78,7 +77,10 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return the charts of one run, or of several with a curve for each: over tokens, if all have counted them."""
+    """Return the charts of one run, or of several with a curve for each: over tokens, if all have counted them.
+
+    A chart of one step says less than the tables, and is left out.
+    """
     logged = dict.fromkeys(name for run in runs for name in run.metrics)
     other_metrics = [name for name in logged if name not in (*_LOSSES, *_KINDS, *_UNDRAWN)]  # also those of users
     kinds = _KINDS | {name: (describe_metric(name), "") for name in other_metrics}
@@ -86,23 +88,29 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     loss_unit = "mean over rows" if has_preferences else "nats per labelled token"
     if len(runs) > 1:
         losses = {"val_loss": ("Validation loss", loss_unit), "train_loss": ("Training loss", loss_unit)}
-        return [_compare_runs(runs, name, *kind) for name, kind in (losses | kinds).items()]
-    (run,) = runs
+        charts = [_compare_runs(runs, name, *kind) for name, kind in (losses | kinds).items()]
+    else:
+        charts = [_chart_of_losses(runs[0], loss_unit)]
+        for name, (title, unit) in kinds.items():
+            label = title.lower() if name in _NOISY else title
+            charts.append(Chart(title, unit, _curves_of(runs[0], name, label), from_zero=name != "grad_norm"))
+    return [chart for chart in charts if any(curve.points[0][0] < curve.points[-1][0] for curve in chart.curves)]
+
+
+def _chart_of_losses(run: Run, unit: str) -> Chart:
     training, validation = _curves_of(run, "train_loss", "training"), _curves_of(run, "val_loss", "validation")
     steps = [step for curve in training + validation for step, _ in curve.points]
-    if steps and (measured := read_comparison(run).get("loss")):
-        base = [(min(steps), measured.base.value), (max(steps), measured.base.value)]
-        training.append(Curve("base, validation", base, "level", COLOURS[3]))
-    charts = [Chart("Loss", loss_unit, training + validation, from_zero=False)]
-    for name, (title, unit) in kinds.items():
-        label = title.lower() if name in _NOISY else title
-        charts.append(Chart(title, unit, _curves_of(run, name, label), from_zero=name != "grad_norm"))
-    return charts
+    if steps and "loss" in run.comparison:
+        loss = run.comparison["loss"].base.value
+        training.append(Curve("base, validation", [(min(steps), loss), (max(steps), loss)], "level", COLOURS[3]))
+    return Chart("Loss", unit, training + validation, from_zero=False)
 
 
 def _curves_of(run: Run, name: str, label: str) -> list[Curve]:
     """Return a metric as a curve; a noisy and long one as a faint curve with its running mean in front."""
-    points = run.metrics.get(name, [])
+    points = run.metrics.get(name)
+    if not points:
+        return []
     if name.startswith("val_"):
         return [Curve(label, points, "dots", COLOURS[1])]
     if name not in _NOISY or len(points) < 40:
@@ -115,7 +123,9 @@ def _compare_runs(runs: Sequence[Run], name: str, title: str, unit: str) -> Char
     """Return the chart of a metric of several runs, over tokens if all have counted them."""
     by_tokens, curves = all(run.metrics.get("tokens_seen") for run in runs), []
     for index, run in enumerate(runs):
-        points = run.metrics.get(name, [])
+        points = run.metrics.get(name)
+        if not points:
+            continue
         if by_tokens:
             steps, tokens = zip(*run.metrics["tokens_seen"], strict=True)
             points = [(float(np.interp(step, steps, tokens)), value) for step, value in points]
@@ -137,14 +147,8 @@ def running_mean(points: Points) -> Points:
     return [(x, float(mean)) for (x, _), mean in zip(points, sums / counts, strict=True)]
 
 
-def draw_charts(charts: Sequence[Chart]) -> list[tuple[Chart, str]]:
-    """Draw charts as SVG. A chart of one step says less than the tables, and is left out."""
-    charts = [replace(chart, curves=[curve for curve in chart.curves if curve.points]) for chart in charts]
-    drawn = [chart for chart in charts if any(curve.points[0][0] < curve.points[-1][0] for curve in chart.curves)]
-    return [(chart, _draw(chart)) for chart in drawn]
-
-
-def _draw(chart: Chart) -> str:
+def draw(chart: Chart) -> str:
+    """Draw a chart as SVG."""
     # here, so that a fit starts without it
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.intervals import Interval, choose_digits, format_interval
+from qlora_lightning.evaluation.intervals import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
-from qlora_lightning.report.run_files import Run
+from qlora_lightning.report.run_files import MeasuredSides, Run
 from qlora_lightning.support.files import MEMORY_PEAKS
 
 PageTable = tuple[list[str], list[list[str]]]
@@ -18,14 +18,6 @@ PageTable = tuple[list[str], list[list[str]]]
 _NO_SCORES = ("loss", FORGETTING, "perplexity", "token_accuracy", "stop_rate", "answer_tokens")
 _MAX_CHARACTERS = 1_200  # of an answer: a model that does not stop would fill the page
 _MAX_SAMPLES = 10
-
-
-class MeasuredSides(NamedTuple):
-    """One metric of both sides; NaN is unknown."""
-
-    base: Interval
-    adapter: Interval
-    difference: Interval
 
 
 class Figure(NamedTuple):
@@ -39,20 +31,6 @@ class Figure(NamedTuple):
         return self.format.format(self.value) if self.format else str(timedelta(seconds=round(60 * self.value)))
 
 
-def read_comparison(run: Run) -> dict[str, MeasuredSides]:
-    """Return each metric of ``evaluation.json`` as the fit wrote it; empty if the run was not evaluated."""
-
-    def interval(bounds: Mapping[str, float | None] | None) -> Interval:
-        values = [(bounds or {}).get(name) for name in Interval._fields]
-        return Interval(*(math.nan if value is None else float(value) for value in values))
-
-    metrics = run.evaluation.get("metrics") or {}
-    return {
-        name: MeasuredSides(*(interval(sides.get(side)) for side in MeasuredSides._fields))
-        for name, sides in metrics.items()
-    }
-
-
 def find_scores(comparison: Mapping[str, MeasuredSides]) -> list[str]:
     """Return the names of scores, of pairs and of answers, the most important one first."""
     return [name for name in comparison if name not in _NO_SCORES]
@@ -60,13 +38,13 @@ def find_scores(comparison: Mapping[str, MeasuredSides]) -> list[str]:
 
 def describe_rows(run: Run) -> str:
     """Return which validation rows were evaluated, and how many."""
-    rows = run.evaluation.get("rows") or 0
-    return f"{rows:,} validation rows{describe_answered(run.evaluation.get('answered_rows') or 0, rows)}"
+    rows, answered_rows = run.evaluation.get("rows", 0), run.evaluation.get("answered_rows", 0)
+    return f"{rows:,} validation rows{describe_answered(answered_rows, rows)}"
 
 
 def find_figures(run: Run) -> dict[str, Figure]:
     """Return each figure that is known, by its name in the JSON."""
-    comparison, progress = read_comparison(run), run.manifest["progress"]
+    comparison, progress = run.comparison, run.manifest["progress"]
     logged = {name: [value for _, value in points] for name, points in run.metrics.items() if points}
     figures: dict[str, Figure] = {}
 
@@ -98,7 +76,7 @@ def figure_table(runs: Sequence[Run]) -> PageTable:
     columns = [find_figures(run) for run in runs]
     headings = {name: figure.heading for figures in columns for name, figure in figures.items()}
     rows = [[heading, *(str(figures.get(name, "–")) for figures in columns)] for name, heading in headings.items()]
-    hashes = [str((run.manifest["data"].get("hashes") or {}).get("val") or "–")[:8] for run in runs]
+    hashes = [run.manifest["data"].get("hashes", {}).get("val", "–")[:8] for run in runs]
     if len(set(hashes)) > 1:
         rows.insert(0, ["other validation rows, not comparable", *hashes])
     return ["", *(run.name for run in runs)], rows
@@ -107,7 +85,7 @@ def figure_table(runs: Sequence[Run]) -> PageTable:
 def comparison_table(run: Run) -> PageTable:
     """Return each metric of base and adapter and their difference, with its interval."""
     rows = []
-    for metric, measured in read_comparison(run).items():
+    for metric, measured in run.comparison.items():
         digits, signs = choose_digits(measured), ("", "", "+")
         pairs, as_percent = zip(measured, signs, strict=True), is_share(metric)
         texts = [format_interval(interval, as_percent, sign, digits) for interval, sign in pairs]
@@ -118,8 +96,8 @@ def comparison_table(run: Run) -> PageTable:
 def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
     """Return prompt, expected and both answers of some rows, each with whether it is the adapter's and right."""
     samples = []
-    for row in (run.evaluation.get("samples") or [])[:_MAX_SAMPLES]:
-        texts = {side: str(row.get(side) or "").strip() for side in ("prompt", "expected", BASE, "adapter")}
+    for row in run.evaluation.get("samples", [])[:_MAX_SAMPLES]:
+        texts = {side: row.get(side, "").strip() for side in ("prompt", "expected", BASE, "adapter")}
         is_right = texts["adapter"] == texts["expected"]
         shown = {side: shorten_text(text, _MAX_CHARACTERS, side == "prompt") for side, text in texts.items()}
         samples.append([(side, text, side == "adapter" and is_right) for side, text in shown.items()])

@@ -9,10 +9,9 @@ from typing import Any
 import yaml
 
 from qlora_lightning import __version__
-from qlora_lightning.evaluation.scores import describe_metric
 from qlora_lightning.report import figures
 from qlora_lightning.report.assessment import Assessment, assess
-from qlora_lightning.report.charts import COLOURS, charts_of, draw_charts
+from qlora_lightning.report.charts import COLOURS, charts_of, draw
 from qlora_lightning.report.run_files import Run, read_run
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, PAGE, resolve_unnamed, write_whole
@@ -49,7 +48,7 @@ def render_report(runs: Sequence[Run]) -> str:
     environment.filters["yaml"] = lambda config: yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     return environment.get_template("report.html").render(
         runs=runs,
-        charts=draw_charts(charts_of(runs)),
+        charts=[(chart, draw(chart)) for chart in charts_of(runs)],
         colours=COLOURS,
         assessment=assess(runs[0]) if len(runs) == 1 else None,
         version=__version__,
@@ -64,26 +63,6 @@ def describe_run(run: Run) -> str:
     model = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
     source = f", trained on {format_setting(files)}" if files else ""
     return f"{model}{source}{f' ({rows:,} rows)' if rows else ''}."
-
-
-def headline(run: Run) -> Facts:
-    """Return the figures at the top of the page, each with its label."""
-    comparison, measured = figures.read_comparison(run), figures.find_figures(run)
-    facts: Facts = []
-    for metric in ("loss", *figures.find_scores(comparison)[:1]):
-        if metric in comparison:
-            base, adapter, _ = (side.value for side in comparison[metric])
-            form = ".3f" if metric == "loss" else ".0%"
-            label = "validation loss" if metric == "loss" else describe_metric(metric)
-            facts.append((f"{base:{form}} → {adapter:{form}}", f"{label}, base\u00a0→\u00a0adapter"))
-    if "val_loss" in measured and not facts:
-        facts.append((f"{measured['val_loss'].value:.3f}", "validation loss, best"))
-    planned = run.manifest["progress"].get("planned_steps")
-    for name in ("steps", "minutes", "tokens_per_second", "peak_memory_gib"):
-        if name in measured:
-            total = f" of {planned:,}" if name == "steps" and planned and planned != measured[name].value else ""
-            facts.append((f"{measured[name]}{total}", measured[name].heading))
-    return facts
 
 
 def next_steps(run: Run, assessment: Assessment) -> Facts:
@@ -126,7 +105,8 @@ def training_facts(run: Run) -> Facts:
     manifest, progress, best = run.manifest, run.manifest["progress"], run.manifest["best"]
     applied = manifest["data"].get("settings") or {}  # null is replaced by its meaning
     flat = {**flatten(run.config), **flatten(applied, "data.")}
-    counts = {"optimizer steps": "steps", "tokens": "tokens", "labelled tokens": "labelled_tokens", "rows": "rows"}
+    counts = {"optimizer steps": "steps", "planned": "planned_steps", "tokens": "tokens"}
+    counts |= {"labelled tokens": "labelled_tokens", "rows": "rows"}
     trained = [f"{progress[name]:,} {label}" for label, name in counts.items() if progress.get(name) is not None]
     base, adapter, parameters = (manifest[key] for key in ("base", "adapter", "parameters"))
     trainable, total = parameters.get("trainable") or 0, parameters.get("all") or 0
@@ -195,6 +175,6 @@ def _files(run: Run) -> dict[str, Any]:
 
 # what report.html calls
 _CALLED = (
-    *(describe_run, headline, next_steps, training_facts, attempts_table, difference_table),
+    *(describe_run, next_steps, training_facts, attempts_table, difference_table),
     *(figures.figure_table, figures.comparison_table, figures.find_samples),
 )

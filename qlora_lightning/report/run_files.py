@@ -4,44 +4,27 @@ import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from qlora_lightning.evaluation.intervals import Interval, read_interval
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, check_keys, read_json_object, write_whole
+from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 _REMEDY = "Correct it, move it away, or update qlora_lightning."
-_TEXT, _COUNT, _OBJECT = str | None, int | None, dict[str, object] | None
-_HEADER = {"format": Literal["qlora_lightning manifest"], "format_version": range(1, _VERSION + 1), "status": _TEXT}
-_MANIFEST: dict[str, Any] = {
-    **dict.fromkeys(("error", "command", "reproduce", "git", "python", "platform"), _TEXT),
-    "config": {"data": _OBJECT, "model": _OBJECT},
-    "base": {"base": _TEXT, "fingerprint": _TEXT},
-    "adapter": {"rank": _COUNT},
-    "parameters": {"trainable": _COUNT, "all": _COUNT},
-    "data": {
-        **{"files": _OBJECT, "description": _TEXT, "hashes": _OBJECT, "settings": _OBJECT},
-        "splits": {"train": {"rows": _COUNT}, "val": _OBJECT},
-    },
-    "progress": {
-        **dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "rows"), _COUNT),
-        "seconds": float | None,
-    },
-    "best": {"checkpoint": _TEXT, "monitor": _TEXT, "value": Real | None},
-    **{"device": _OBJECT, "packages": _OBJECT, "seed": _COUNT},
-}
-_ATTEMPTS = {"attempts": list[dict[str, object]] | None}
-_ATTEMPT = {"started": str, "seconds": float, "from_step": int, "to_step": int, "status": str, "error": _TEXT}
-_EVALUATION = {
-    **{"rows": _COUNT, "answered_rows": _COUNT, "metrics": dict[str, dict[str, object]] | None},
-    "samples": list[dict[str, str | None]] | None,
-}
-_INTERVAL = dict.fromkeys(("value", "low", "high"), Real | None)
-_SIDES = dict.fromkeys(("base", "adapter", "difference"), _INTERVAL)
+_HEADER = {"format": Literal["qlora_lightning manifest"], "format_version": range(1, _VERSION + 1)}
+_OBJECTS = ("config", "base", "adapter", "parameters", "data", "progress", "best", "device", "packages")
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
+
+
+class MeasuredSides(NamedTuple):
+    """One metric of both sides; NaN is unknown."""
+
+    base: Interval
+    adapter: Interval
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -56,12 +39,20 @@ class Run:
     metrics: Mapping[str, Points] = field(default_factory=dict)  # the columns of metrics.csv
     evaluation: Mapping[str, Any] = field(default_factory=dict)  # as the fit wrote it, not `evaluate`
 
+    @property
+    def comparison(self) -> dict[str, MeasuredSides]:
+        """The metrics of the evaluation, by name."""
+        return {
+            name: MeasuredSides(*(read_interval(sides.get(side, {})) for side in MeasuredSides._fields))
+            for name, sides in self.evaluation.get("metrics", {}).items()
+        }
+
 
 def read_run(folder: Path, name: str | None = None) -> Run:
     """Read a run folder, also of a run that is still training.
 
     Raises:
-        UserError: It holds no run, or a key of a file holds something else than a fit writes.
+        UserError: It holds no run, or a newer version of this package wrote it.
     """
     manifest = read_manifest(folder)
     if not manifest:
@@ -70,15 +61,15 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             "trainer.default_root_dir of its fit was.",
             "run_folder.empty",
         )
-    check_keys(manifest, _MANIFEST, str(folder / MANIFEST), _REMEDY)
-    objects = {key: manifest.get(key) or {} for key, hint in _MANIFEST.items() if isinstance(hint, dict)}
-    evaluation = _read_evaluation(folder / EVALUATION)
+    manifest |= {key: manifest.get(key) or {} for key in _OBJECTS}
+    file = folder / EVALUATION
+    evaluation = read_json_object(file, _REMEDY) if file.is_file() else {}
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
         status=manifest.get("status") or "running",
-        manifest={**manifest, **objects},
-        config=objects["config"],
+        manifest=manifest,
+        config=manifest["config"],
         metrics=read_metrics(folder / METRICS),
         evaluation={} if "adapters" in evaluation else evaluation,
     )
@@ -90,26 +81,13 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a run folder, of which version, status and attempts are checked; empty if there is none."""
+    """Read the manifest of a run folder; empty if there is none."""
     file = folder / MANIFEST
     if not file.is_file():
         return {}
     content = read_json_object(file, _REMEDY, _HEADER)
     if "lives" in content:  # the name of the first manifests
         content["attempts"] = content.pop("lives")
-    check_keys(content, _ATTEMPTS, str(file), _REMEDY)
-    for number, attempt in enumerate(content.get("attempts") or []):
-        check_keys(attempt, _ATTEMPT, f"{file}: attempts: {number}", _REMEDY)
-    return content
-
-
-def _read_evaluation(file: Path) -> dict[str, Any]:
-    """Read ``evaluation.json``; empty if there is none."""
-    if not file.is_file():
-        return {}
-    content = read_json_object(file, _REMEDY, _EVALUATION)
-    for name, sides in (content.get("metrics") or {}).items():
-        check_keys({name: sides}, {name: _SIDES}, f"{file}: metrics", _REMEDY)
     return content
 
 

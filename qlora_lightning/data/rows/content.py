@@ -282,12 +282,12 @@ def read_string(value: Any, where: str) -> str:
 
 
 def size_of(value: Any) -> int:
-    """Return the characters of all keys and texts in a value, and one for each value."""
+    """Return the characters of all keys and texts in a value, and 16 for each value."""
     if isinstance(value, dict):
-        return 1 + sum(len(str(key)) + size_of(item) for key, item in value.items())
+        return 16 + sum(len(str(key)) + size_of(item) for key, item in value.items())
     if isinstance(value, list):
-        return 1 + sum(map(size_of, value))
-    return 1 + len(value) if isinstance(value, str) else 1
+        return 16 + sum(map(size_of, value))
+    return 16 + len(value) if isinstance(value, str) else 16
 
 
 def parse_json(value: Any, where: str) -> Any:

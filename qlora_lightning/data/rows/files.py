@@ -10,7 +10,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,7 +18,7 @@ import fsspec
 import fsspec.core
 
 from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError, explaining, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
@@ -34,10 +33,13 @@ _SPLITS = {
 }
 _SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
-_MAX_VALUES, _BYTES_PER_VALUE = 4_000_000, 64  # of a row
 _ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
 _PART = 1 << 23  # characters
-_ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the file's encoding
+_NOT_UTF8 = (
+    "not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: cp1252` (what Excel writes in Western "
+    "Europe)"
+)
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
@@ -253,7 +255,7 @@ def hash_source(source: Source) -> str:
     """Return a hash of the bytes of a source's local files, or of the identity of a hub data set in ``datasets``."""
     digest = hashlib.blake2b(digest_size=20)
     if not source.files:
-        with _naming(f"data set {source.path}"):
+        with explaining(f"data set {source.path} cannot be read", "file.unreadable"):
             from datasets import load_dataset_builder as load
 
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
@@ -267,7 +269,7 @@ def hash_source(source: Source) -> str:
 def _read_files(source: Source) -> Iterator[Row | BadRow]:
     for file in source.files or (None,):
         name = source.path if file is None else str(file)
-        with _naming(name if file else f"data set {name}"):
+        with explaining(f"{name if file else f'data set {name}'} cannot be read", "file.unreadable"):
             for number, values in _read_file(source, file):
                 if isinstance(values, RowFault):
                     yield BadRow(f"{name}:{number}", str(values), source)
@@ -275,22 +277,11 @@ def _read_files(source: Source) -> Iterator[Row | BadRow]:
                     yield Row(values, name, number, source)
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Raise errors of fsspec, csv, pyarrow, ``datasets`` and the hub as a UserError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        advice = f": {_ADVICE}" if isinstance(error, UnicodeError) else ""
-        message = f"{name} cannot be read: {' '.join(str(error).split())}{advice}."
-        raise UserError(message, "file.unreadable") from error
-
-
 def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Values]]:
     """Return the rows of a file, or of a data set of the hub, by line or number."""
     kind = kind_of_file(file) if file else ""
     if str(file).endswith(".zst") and "zstd" not in fsspec.available_compressions():
-        raise UserError("`pip install zstandard` installs what unpacks it")
+        raise ValueError("`pip install zstandard` installs what unpacks it")
     if kind in (".jsonl", ".json"):
         return _read_json(str(file), source)
     if kind in (".csv", ".tsv"):
@@ -299,34 +290,23 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Va
     return enumerate((values for batch in batches for values in _read_batch(batch)), start=1)
 
 
-def _open(file: str, mode: str, **options: str) -> fsspec.core.OpenFile:
-    """Open a file, decompressed. In the name of a local one ``::`` chains no file systems, and ``~`` is no home."""
-    if "://" in file:
-        return fsspec.open(file, mode, compression="infer", **options)
-    compression = fsspec.core.get_compression(file, "infer")
-    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(file), mode, compression, **options)
-
-
-def _open_text(file: str, source: Source, newline: str) -> fsspec.core.OpenFile:
-    """Open a text file in the encoding of its byte order mark, or else of its source."""
-    with _open(file, "rb") as stream:
+def _open_text(file: str, source: Source) -> fsspec.core.OpenFile:
+    """Open a text file, unpacked, in the encoding of its byte order mark, or else of its source."""
+    with fsspec.open(file, "rb", compression="infer") as stream:
         start = stream.read(4)
     encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
     # bytes that cannot be decoded make their row bad, not the file
-    return _open(file, "r", encoding=encoding, errors="surrogateescape", newline=newline)
+    options = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}
+    return fsspec.open(file, "r", compression="infer", **options)
 
 
-def _skip_line(stream: TextIO, line: str) -> None:
-    """Skip the rest of a line of which a part was read."""
-    while line and not line.endswith(("\n", "\r")):
-        line = stream.readline(_PART)
-
-
-def _check_encoding(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowFault(f"not UTF-8 text: save it as UTF-8, or {_ADVICE}") from None
+def _read_lines(stream: TextIO) -> Iterator[str]:
+    """Yield lines; of one that is too long for a row only the beginning, which is too long too."""
+    while line := stream.readline(MAX_TEXT + 1):
+        rest = line
+        while rest and not rest.endswith(("\n", "\r")):
+            rest = stream.readline(_PART)
+        yield line
 
 
 # JSON
@@ -334,79 +314,50 @@ def _check_encoding(text: str) -> None:
 
 def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    with _open_text(file, source, newline="\n") as stream:
-        number, is_first = 0, True
-        # of an array only a part, since all that is read is parsed at once
-        while line := stream.readline(_PART if is_first else MAX_TEXT + 1):
-            number += 1
-            text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files
-            if is_first and text.startswith("["):
-                yield from enumerate(_read_array(line, stream), start=1)
-                return
-            if is_first and text == "{":
-                raise RowFault("one object goes over several lines: expected one per line, or one array of objects")
-            if is_first and not line.endswith("\n"):
-                text = (line := line + stream.readline(MAX_TEXT)).strip("\ufeff \t\r\n")
-            if len(line) > MAX_TEXT:
-                _skip_line(stream, line)
-            if text:
-                is_first = False
+    with _open_text(file, source) as stream:
+        start = stream.read(_PART).lstrip()
+        if start.startswith("["):
+            yield from enumerate(_read_array(start, stream), start=1)
+            return
+    with _open_text(file, source) as stream:
+        for number, line in enumerate(_read_lines(stream), start=1):
+            if text := line.strip():
                 yield number, _parse_row(text)
 
 
 def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
     """Yield the elements of a JSON array that begins with ``text`` and continues in a stream, one after another."""
-    find_end = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
-    begin, n_lines, n_rows = text.index("[") + 1, 0, 0
+    find_end, find_element = json.JSONDecoder().raw_decode, re.compile(r"[^\s,]").search
+    n_rows, end = 0, 1
     while True:
-        begin = _end_of_blanks(text, begin)
-        if text[begin : begin + 1] == "]":
+        element = find_element(text, end)
+        begin = element.start() if element else len(text)
+        if text.startswith("]", begin):
             break
         try:
-            end = find_end(text, begin)[1]
-            following = _end_of_blanks(text, end)
-            if text[following : following + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
+            _, end = find_end(text, begin)
         except json.JSONDecodeError as error:  # perhaps only because the rest of the element has not been read
             part = stream.read(_PART)
-            if not part:
-                raise RowFault(f"not JSON: {error.msg} in line {n_lines + error.lineno}") from error
-            n_lines += text.count("\n", 0, begin)
-            if _is_too_large(text[begin:]):
-                raise RowFault(f"row {n_rows + 1} has {TOO_LARGE}") from error
-            text, begin = text[begin:] + part, 0
+            if not part or len(text) - begin > MAX_TEXT:
+                raise ValueError(f"row {n_rows + 1} is not JSON, or has {TOO_LARGE}: {error.msg}") from error
+            text, end = text[begin:] + part, 0
         else:
-            yield _parse_row(text[begin:end])
             n_rows += 1
-            begin = following + (text[following] == ",")
-    rest = text[begin + 1 :]
-    while rest or (rest := stream.read(_PART)):
-        if rest.strip():
-            raise RowFault("not JSON: text follows the array")
-        rest = ""
-
-
-def _end_of_blanks(text: str, start: int) -> int:
-    blanks = re.compile(r"[ \t\r\n]*").match(text, start)
-    return start if blanks is None else blanks.end()
+            yield _parse_row(text[begin:end])
+    if text[begin + 1 :].strip() or stream.read().strip():
+        raise ValueError("not JSON: text follows the array")
 
 
 def _parse_row(text: str) -> _Values:
+    if len(text) > MAX_TEXT:
+        return RowFault(TOO_LARGE)
+    if _UNDECODED.search(text):
+        return RowFault(_NOT_UTF8)
     try:
-        if _is_too_large(text):
-            return RowFault(TOO_LARGE)
-        _check_encoding(text)
         values = json.loads(text, object_pairs_hook=_check_keys)
-    except RowFault as fault:
-        return fault
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
         return RowFault(f"not JSON: {error}")
     return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
-
-
-def _is_too_large(text: str) -> bool:
-    """Whether a row of JSON would take more than a GB of memory."""
-    return len(text) > MAX_TEXT or (len(text) > _MAX_VALUES and sum(map(text.count, ",[{")) > _MAX_VALUES)
 
 
 def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -420,63 +371,31 @@ def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # CSV
 
 
-class _RowLines:
-    """Lines of a CSV file for ``csv.reader``, which by itself joins any number of them to a row of any size."""
-
-    def __init__(self, stream: TextIO, delimiter: str) -> None:
-        self.stream, self.delimiter = stream, delimiter
-        self.size = 0  # characters of the row so far
-
-    def __iter__(self) -> "_RowLines":
-        return self
-
-    def __next__(self) -> str:
-        line = self.stream.readline(MAX_TEXT + 1)
-        self.size += len(line)
-        if self.size > MAX_TEXT or (len(line) > _MAX_VALUES and line.count(self.delimiter) > _MAX_VALUES):
-            _skip_line(self.stream, line)
-            raise RowFault(TOO_LARGE)
-        if not line:
-            raise StopIteration
-        return line
-
-
 def _read_csv(file: str, source: Source, usual_delimiter: str) -> Iterator[_Values]:
     """Yield the rows of a CSV file; all values are strings. Blank lines are skipped."""
     csv.field_size_limit(MAX_TEXT)  # by default 131,072 characters; it holds for the process
-    delimiter = source.delimiter or usual_delimiter
-    with _open_text(file, source, newline="") as stream:
-        lines = _RowLines(stream, delimiter)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    with _open_text(file, source) as stream:
+        reader = csv.reader(_read_lines(stream), delimiter=source.delimiter or usual_delimiter, strict=True)
         header = next(filter(None, reader), [])
-        _check_header(header, source, delimiter)
+        names = list(filter(None, header))
+        if _UNDECODED.search("".join(names)):
+            raise ValueError(_NOT_UTF8)
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have the same name, of {', '.join(names)}")
         while True:
-            lines.size = 0
             try:
                 values = next(reader)
-                _check_encoding("".join(values))
             except StopIteration:
                 return
-            except RowFault as fault:
-                yield fault
             except csv.Error as error:
                 yield RowFault(f"not CSV: {error}")
-            else:
-                if values and len(values) != len(header):
-                    yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
-                elif values:  # those below no name are left out
-                    yield {name: value for name, value in zip(header, values, strict=True) if name}
-
-
-def _check_header(header: list[str], source: Source, delimiter: str) -> None:
-    _check_encoding("".join(header))
-    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
-    if twice:
-        raise RowFault(f"two columns have the name {twice[0]!r}")
-    marks = [mark for mark in ";|\t," if mark != delimiter and header[1:] == [] and mark in "".join(header)]
-    if marks and not source.delimiter:
-        mark = marks[0].replace("\t", "\\t")
-        raise RowFault(f'its one column is {header[0]!r}: name the delimiter, `{{path: FILE, delimiter: "{mark}"}}`')
+                continue
+            if _UNDECODED.search("".join(values)):
+                yield RowFault(_NOT_UTF8)
+            elif values and len(values) != len(header):
+                yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
+            elif values:  # those below no name are left out
+                yield {name: value for name, value in zip(header, values, strict=True) if name}
 
 
 # parquet, Arrow and the hub
@@ -498,14 +417,9 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    with _open(file, "rb") as stream:
+    with fsspec.open(file, "rb", compression="infer") as stream:
         if kind == ".parquet":
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
-                n_values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
-                if n_values > group.num_rows * _MAX_VALUES:  # which would all be read before the row is seen
-                    raise RowFault(TOO_LARGE)
-            yield from parquet.iter_batches(_ROWS_AT_A_TIME)
+            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
             return
         try:
             batches = iter(pyarrow.ipc.open_stream(stream))
@@ -518,30 +432,8 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
 
 def _read_batch(batch: Any) -> Iterator[_Values]:
-    """Yield the rows of a record batch, which is measured before it becomes Python's values."""
-    if sum(map(_measure, batch.columns)) <= MAX_TEXT + _BYTES_PER_VALUE * _MAX_VALUES:
-        for values in batch.to_pylist():
-            yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
-    elif len(batch) == 1:
-        yield RowFault(TOO_LARGE)
-    else:
-        for number in range(len(batch)):
-            yield from _read_batch(batch.slice(number, 1))
-
-
-def _measure(array: Any) -> int:
-    """Return about the bytes that the values of an Arrow array take as Python's."""
-    import pyarrow
-
-    if isinstance(array, pyarrow.ExtensionArray):
-        array = array.storage
-    if isinstance(array, pyarrow.DictionaryArray):
-        array = array.dictionary_decode()
-    size = len(array) * _BYTES_PER_VALUE
-    if not pyarrow.types.is_nested(array.type):
-        return size + int(array.nbytes)
-    nested = array.flatten()  # the values of a list, or a list with the columns of a struct
-    return size + sum(map(_measure, nested if isinstance(nested, list) else [nested]))
+    for values in batch.to_pylist():
+        yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
 
 
 def _to_plain(value: Any, kind: Any) -> Any:

@@ -326,8 +326,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
-        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
-        source = files.Source("load_rows", settings=settings)
+        source = self._make_source("load_rows")
         for number, row in enumerate(self.load_rows(split) or (), start=1):
             if isinstance(row, dict):
                 if files.has_settings(self.files[split]):
@@ -346,7 +345,7 @@ class InstructionDataModule(LightningDataModule):
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
             if number in numbers and isinstance(row, files.Row) and row.source:
-                match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
+                match RowConverter(row.source, pairs=self.pairs).convert(row):
                     case Chat() as chat:
                         conversations[number] = chat
                     case Pair(chosen=chat) | Judged(chat=chat):
@@ -381,8 +380,12 @@ class InstructionDataModule(LightningDataModule):
                     value.append(entry)
         if not value:
             return []
-        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
-        return files.find_sources(value, split, settings=settings, encoding=self.encoding)
+        return files.find_sources(value, split, self._make_source(""))
+
+    def _make_source(self, path: str) -> files.Source:
+        """Return a source with the settings of ``data:``."""
+        settings = {name: getattr(self, name) for name in ("format", "columns", "roles", "system", "encoding")}
+        return files.Source(path, **settings)
 
     def take_tokenizer_of_base(self, module: Any) -> None:
         """Take the tokenizer of a module's base, and drop samples that were prepared with that of another base."""

@@ -47,31 +47,24 @@ DataFile = Path | str
 """A file of this machine, or the URL of one."""
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """How the rows of a source are read: by ``data.format``, ``data.columns`` etc., or by the source's own entry."""
-
-    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
-    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
-    system: str | None = None  # a system prompt for conversations that have none
-    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
-
-
 @dataclass(frozen=True, eq=False)  # a file that is named twice is two sources
 class Source:
-    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub."""
+    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub; and how to read it."""
 
     path: str  # as the user wrote it
     files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
     weight: float | None = None  # its share in a mixture, relative to the other sources
+    rows: int | None = None  # the most rows to read, from the first
+    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
+    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
+    system: str | None = None  # a system prompt for conversations that have none
+    encoding: str = "utf-8"
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None
     data_files: Any = None
-    rows: int | None = None  # the most rows to read, from the first
-    encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
-    settings: RowSettings = RowSettings()
 
     @property
     def is_remote(self) -> bool:
@@ -79,8 +72,7 @@ class Source:
         return not self.files or any(isinstance(file, str) for file in self.files)
 
 
-_ROW_KEYS = tuple(setting.name for setting in fields(RowSettings))
-_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KEYS)
+_KEYS = [setting.name for setting in fields(Source) if setting.name != "files"]
 
 
 class Row(NamedTuple):
@@ -112,18 +104,14 @@ _Values = dict[str, Any] | RowFault
 
 
 def find_sources(
-    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
-    split: str,
-    settings: RowSettings | None = None,
-    encoding: str = "utf-8",
+    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]], split: str, default: Source
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
-    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
-    and ``RowSettings``; or a list of these. Settings and encoding are defaults for sources that name none.
+    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``;
+    or a list of these. What an entry does not name is taken from ``default``.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    default = Source("", encoding=encoding, settings=settings or RowSettings())
     sources = []
     for entry in entries:
         if not isinstance(entry, Mapping):
@@ -141,7 +129,7 @@ def has_settings(value: Any) -> bool:
     """Whether what ``data.train`` names has a weight, or settings for the rows of one source."""
     entries = value if isinstance(value, list) else [value]
     keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
-    return not keys.isdisjoint(("weight", *_ROW_KEYS))
+    return not keys.isdisjoint(("weight", "format", "columns", "roles", "system"))
 
 
 def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
@@ -156,8 +144,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         value = options.get(key, 1)
         if not isinstance(value, kind) or not 0 < value < float("inf"):
             raise UserError(f"{key} of {path} must be a number above 0, found {value!r}.")
-    settings = replace(default.settings, **{key: options.pop(key) for key in _ROW_KEYS if key in options})
-    source = replace(default, **{**options, "path": path, "settings": settings})
+    source = replace(default, **{**options, "path": path})
 
     hub_keys = [key for key in _HUB_KEYS if key in options]
     file = Path(path).expanduser()

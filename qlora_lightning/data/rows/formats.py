@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
-from qlora_lightning.data.rows.files import Row, RowSettings
+from qlora_lightning.data.rows.files import Row, Source
 from qlora_lightning.support.errors import UserError, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
@@ -46,7 +46,7 @@ class RowConverter:
     """Turns the rows of one source into contents, which depend on the row and the settings alone.
 
     Args:
-        settings: how the rows are read.
+        source: which says how its rows are read.
         needs_answer: whether they are trained; rows to predict may lack answers.
         pairs: whether they are preferences: two answers to compare, or one with a verdict.
 
@@ -54,13 +54,13 @@ class RowConverter:
         UserError: there is no such format.
     """
 
-    def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
-        self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
+    def __init__(self, source: Source, needs_answer: bool = True, pairs: bool = False) -> None:
+        self.source, self.needs_answer, self.pairs = source, needs_answer, pairs
         self.formats: list[str] = []  # names of the recognised ones, in order of appearance
         self.unread_columns: list[str] = []  # under our names
-        self.absent_columns = set(settings.columns)  # mapped columns that no row has
+        self.absent_columns = set(source.columns)  # mapped columns that no row has
         self._unrecognised: Row | None = None  # the first row that no format fits
-        self._named = None if settings.format == "auto" else _find_named(settings.format)
+        self._named = None if source.format == "auto" else _find_named(source.format)
         if pairs and self._named is None:
             self._named = _PREFERENCE
 
@@ -110,7 +110,7 @@ class RowConverter:
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
-        columns = self.settings.columns
+        columns = self.source.columns
         self.absent_columns -= row.values.keys()
         names = {key: name for key in row.values if (name := columns.get(key, key)) is not None}
         if len(set(names.values())) < len(names):
@@ -123,7 +123,7 @@ class RowConverter:
 
     def _find_format(self, row: Row) -> Format | None:
         is_single = self.pairs and row.values.get("rejected") is None and row.values.get("label") is not None
-        form = None if is_single and self.settings.format == "auto" else self._named
+        form = None if is_single and self.source.format == "auto" else self._named
         form = form or _recognise(row.values, self.needs_answer, row.where)
         if form and not form.is_chat and not self.needs_answer:
             message = f"{row.where}: rows of the format {form.name} hold no prompt that could be answered."
@@ -156,12 +156,12 @@ class RowConverter:
             raise rows.RowFault(
                 f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}"
             )
-        roles = self.settings.roles
+        roles = self.source.roles
         conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         rows.check_order(conversation, self.needs_answer)
         if row_system and conversation[0]["role"] == "system":
             raise rows.RowFault("has a system message and the key 'system' as well: expected one of them")
-        system = rows.read_string(row_system, "'system'") if row_system else self.settings.system
+        system = rows.read_string(row_system, "'system'") if row_system else self.source.system
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return rows.Chat(conversation, rows.find_tools(tools, conversation))

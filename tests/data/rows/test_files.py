@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 import threading
-from dataclasses import asdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -297,10 +296,18 @@ def test_what_names_no_source_is_rejected(value, expected):
 def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
     rest = {"format": "alpaca", "columns": {"q": "prompt"}, "system": "Be kind.", "roles": {"bot": "assistant"}}
-    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
-    one, other = find_sources([{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", encoding="latin-1", **rest)
-    assert (one.rows, asdict(one.settings) | {"encoding": one.encoding}) == (5, own)
-    assert (asdict(other.settings), other.encoding) == (rest, "latin-1")
+    rest["encoding"] = "latin-1"
+    own = {
+        "format": "messages",
+        "columns": {},
+        "system": None,
+        "roles": {"me": "user"},
+        "encoding": "utf-16",
+        "rows": 5,
+    }
+    one, other = find_sources([{"path": "a.jsonl", **own}, "b.jsonl"], "train", **rest)
+    assert {key: getattr(one, key) for key in own} == own
+    assert {key: getattr(other, key) for key in rest} == rest
 
 
 def test_files_and_folders_named_after_a_split_are_of_that_split_alone():

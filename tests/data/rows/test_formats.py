@@ -7,7 +7,7 @@ import pytest
 
 from qlora_lightning import UserError
 from qlora_lightning.data.rows.content import Chat, Text, Tokens
-from qlora_lightning.data.rows.files import Row, RowSettings
+from qlora_lightning.data.rows.files import Row, Source
 from qlora_lightning.data.rows.formats import RowConverter
 
 U, A, S, T = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system", "tool"))
@@ -29,7 +29,7 @@ def part(text):
 
 
 def convert(values, needs_answer=True, **settings):
-    converter, row = RowConverter(RowSettings(**settings), needs_answer), Row(values, "a.jsonl", 1)
+    converter, row = RowConverter(Source("a.jsonl", **settings), needs_answer), Row(values, "a.jsonl", 1)
     try:
         return converter.convert(row)
     finally:

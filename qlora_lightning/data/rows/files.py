@@ -122,6 +122,8 @@ def find_sources(
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}", f"data.{split}") from error
+    if len({source.weight is None for source in sources}) > 1:
+        raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.", f"data.{split}")
     return sources
 
 
@@ -156,8 +158,6 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
     if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
         files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
-    if not files and file.is_file():
-        raise UserError(f"{path} is none of {', '.join(KINDS)}: save it as one of them.")
     if not files:
         raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))

@@ -280,7 +280,6 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
         ("org/train.jsonl", "data.train: data file org/train.jsonl does not exist"),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
-        ("data/other/a.txt", "data/other/a.txt is none of .jsonl, .json, .csv, "),
         ({"path": ""}, "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),

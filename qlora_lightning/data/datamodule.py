@@ -1,10 +1,9 @@
 """The data module: files in, batches out, for LightningCLI and for Python."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -360,13 +359,7 @@ class InstructionDataModule(LightningDataModule):
         """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
-            train: Any = self.files["train"]
-            value = []
-            for entry in train if isinstance(train, list) else [train]:
-                options = entry if isinstance(entry, Mapping) else {"path": entry}
-                path, is_part = options.get("path"), not {"rows", "weight"}.isdisjoint(options)
-                if isinstance(path, str | Path) and not is_part and files.has_split(path, split):
-                    value.append(entry)
+            value = files.find_folders(self.files["train"], split)
         if not value:
             return []
         sources = files.find_sources(value, split, self._make_source(""))

@@ -6,7 +6,6 @@ import glob
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -134,6 +133,18 @@ def has_settings(value: Any) -> bool:
     return not keys.isdisjoint(("weight", "format", "columns", "roles", "system"))
 
 
+def find_folders(train: Any, split: str) -> list[Any]:
+    """Return the entries of ``data.train`` that name a whole local folder with files of another split."""
+    entries = []
+    for entry in train if isinstance(train, list) else [train]:
+        options = entry if isinstance(entry, Mapping) else {"path": entry}
+        folder = Path(str(options.get("path"))).expanduser()
+        files = _list_folder(folder) if folder.is_dir() and {"rows", "weight"}.isdisjoint(options) else []
+        if any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files):
+            entries.append(entry)
+    return entries
+
+
 def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     path = str(entry.get("path") or "")
     if not path:
@@ -155,9 +166,10 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         return replace(source, split=source.split or split)
     if hub_keys:
         raise UserError(f"{hub_keys[0]} is for data sets of the hub, but {path} is a path.")
-    files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
-    if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
-        files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
+    is_url = "://" in path
+    files: list[Any] = _list_urls(path) if is_url else _list_files(file)
+    if file.is_dir() or (is_url and "*" not in path and not kind_of_file(path)):
+        files = _of_split(files, path.rstrip("/") if is_url else str(file), split)
     if not files:
         raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
@@ -180,13 +192,6 @@ def _split_of(path: str) -> str | None:
     return None
 
 
-def has_split(path: str | os.PathLike[str], split: str) -> bool:
-    """Whether a path is a local folder in which files or folders are named after a split."""
-    folder = Path(path).expanduser()
-    files = list_folder(folder) if folder.is_dir() else []
-    return any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files)
-
-
 def _list_urls(path: str) -> list[str]:
     """Return the URL of a file, or the URLs of the data files in a remote folder or glob."""
     if kind_of_file(path) and "*" not in path:
@@ -198,7 +203,7 @@ def _list_urls(path: str) -> list[str]:
 def _list_files(path: Path) -> list[Path]:
     """Return a file, or the data files in a folder or glob."""
     if path.is_dir():
-        return list_folder(path)
+        return _list_folder(path)
     files = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not files and not glob.has_magic(str(path)):
         raise UserError(
@@ -208,7 +213,7 @@ def _list_files(path: Path) -> list[Path]:
     return sorted(file for file in files if kind_of_file(file))
 
 
-def list_folder(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     """List data files at any depth, without hidden ones and those that ``datasets`` saves beside rows."""
     files = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
     return sorted(file for file in files if kind_of_file(file) and file.is_file() and not _BESIDE.fullmatch(file.name))

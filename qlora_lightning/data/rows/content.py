@@ -116,8 +116,6 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"
-    if not isinstance(message, dict):
-        raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
     speaker = str(message.get("role") or message.get("from"))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
@@ -135,8 +133,6 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     checked: Message = {"role": role, "content": text}
     if calls:
         calls = [calls] if isinstance(calls, dict) else calls
-        if not isinstance(calls, list):
-            raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
         checked["tool_calls"] = [_read_call(call, f"call {i} of {where}") for i, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
@@ -183,7 +179,7 @@ def _is_trained(message: dict[str, Any], where: str) -> bool:
 def check_order(conversation: Conversation, needs_answer: bool) -> None:
     """Raise a RowFault for turns in an order that no chat has."""
     roles = [message["role"] for message in conversation]
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if "system" in turns:
         raise RowFault("a system message must come first, found one behind other messages")
     if turns[:1] != ["user"]:
@@ -201,8 +197,6 @@ def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | Non
     If there are any, the calls in the messages must be of them.
     """
     schemas = parse_json(tools or [], "'tools'") or []
-    if not isinstance(schemas, list):
-        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     names = [function["name"] for function in functions]
     calls = [call for message in messages for call in message.get("tool_calls", [])]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
 from qlora_lightning.data.rows.files import Row, Source
-from qlora_lightning.support.errors import UserError, explaining, nearest
+from qlora_lightning.support.errors import UserError, describe_error, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")  # as text
@@ -85,20 +85,12 @@ class RowConverter:
         if form.is_ours and self.needs_answer:
             known = {*form.keys(True), *form.other_keys, *(["label"] if self.pairs else []), *self.unread_columns}
             self.unread_columns += [key for key in row.values if key not in known]
-        content = self._read(form, row.values)
-        if not self.pairs:
-            return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, row.values, form)
-        if form.is_ours and form is not _PREFERENCE:
-            label = _LABELS.get(str(row.values.get("label")).lower())
-            if label is None:
-                raise rows.RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
-            content = content, label
-        match content:
-            case (messages, bool(label)):
-                return rows.judge(self._to_chat(messages, row.values, form), label)
-            case (chosen, rejected):
-                return rows.pair_up(*(self._to_chat(messages, row.values, form) for messages in (chosen, rejected)))
-        raise rows.RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
+        try:
+            return self._read(form, row.values)
+        except rows.RowFault:
+            raise
+        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
+            raise rows.RowFault(f"cannot be read by the format {form.name}: {describe_error(error)}") from error
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
@@ -129,32 +121,31 @@ class RowConverter:
                 return forms[0]
         return None
 
-    def _read(self, form: Format, values: dict[str, Any]) -> Any:
+    def _read(self, form: Format, values: dict[str, Any]) -> rows.RowContent:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
         if missing:
             names = " and ".join(map(repr, missing))
-            is_no_pair = form is _PREFERENCE and len(missing) == 2
-            hint = "; a single answer (`objective: kto`) needs true or false in 'label'" if is_no_pair else ""
-            raise rows.RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
-        try:
-            return form.read(dict(values))
-        except rows.RowFault:
-            raise
-        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
-            reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
-            raise rows.RowFault(
-                f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}"
-            ) from error
+            raise rows.RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)})")
+        content = form.read(dict(values))
+        if not self.pairs:
+            return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, values, form)
+        if form.is_ours and form is not _PREFERENCE:
+            label = _LABELS.get(str(values.get("label")).lower())
+            if label is None:
+                raise rows.RowFault(f"'label' must be true or false, found {reprlib.repr(values.get('label'))}")
+            content = content, label
+        match content:
+            case (messages, bool(label)):
+                return rows.judge(self._to_chat(messages, values, form), label)
+            case (chosen, rejected):
+                return rows.pair_up(*(self._to_chat(messages, values, form) for messages in (chosen, rejected)))
+        raise rows.RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
 
     def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> rows.Chat:
         """Check a conversation, and add system prompt and tools."""
         messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, rows.Chat):
             messages, tools = content.messages, content.tools
-        if not isinstance(messages, list) or not messages:
-            raise rows.RowFault(
-                f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}"
-            )
         roles = self.source.roles
         conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         rows.check_order(conversation, self.needs_answer)
@@ -169,9 +160,8 @@ class RowConverter:
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
     """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: its whole source is affected."""
     for key, value in row.values.items():
-        if key in rows.MEDIA and (
-            any(value.values()) if isinstance(value, dict) else value
-        ):  # {"bytes": None, "path": …}
+        is_given = any(value.values()) if isinstance(value, dict) else value  # {"bytes": None, "path": …}
+        if key in rows.MEDIA and is_given:
             reason = "only text is read: its answer would be trained without what it is about"
         elif pairs or not needs_answer:
             continue

@@ -75,7 +75,7 @@ ROWS = [  # row, what it becomes, settings
     # rows that cannot be used
     ({"messages": "text"}, "'messages': not JSON (Expecting value", {}),
     ({"messages": [U, S, A]}, "a system message must come first", {}),
-    ({"messages": [S]}, "must begin with a user turn, found none", {}),
+    *(({"messages": messages}, "must begin with a user turn, found none", {}) for messages in ([], [S])),
     ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
     ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int", {}),
     ({"instruction": "u", "output": "a", "history": ["q"]}, "cannot be read by the format alpaca: ValueError", {}),
@@ -155,8 +155,8 @@ def test_only_keys_that_a_template_may_need_are_kept():
             for tools in ([SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY]))
         ),
         *(({"tools": tools}, None) for tools in (None, [], "", "[]")),
+        ({"tools": 1}, "cannot be read by the format messages: TypeError"),
         ({"tools": [{"name": "see"}], "messages": [U, CALLED]}, "calls 'sky', which is not among 'tools': see"),
-        ({"tools": 1}, "'tools' must be a list of JSON schemas, found"),
         ({"tools": "sky"}, "'tools': not JSON (Expecting value"),
         ({"tools": [SCHEMA, {"function": {"name": 1}}]}, "tool 2 must be a function with a 'name'"),
     ],
@@ -175,7 +175,7 @@ BEGIN = "from qlora_lightning.data.rows.content import Chat, Text, Tokens; retur
         (f"{BEGIN}Text('a')", Text("a")),
         (f"{BEGIN}Chat({[U, A]}, [{SKY}])", Chat([U, A], [SCHEMA])),
         ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
-        ("return ('a',)", "expected a list of messages by the format rows_of_mine.convert, found ('a',)"),
+        ("return ('a',)", "cannot be read by the format rows_of_mine.convert: AttributeError"),
     ],
 )
 def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):

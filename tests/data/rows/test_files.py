@@ -5,8 +5,6 @@ import codecs
 import gzip
 import json
 import lzma
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -81,22 +79,6 @@ def test_every_kind_is_read_from_a_file_and_from_a_url(kind, suffix):
         assert values(place) == ROWS
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
-def test_a_url_may_have_a_query(kind):
-    Path(f"a{kind}").write_bytes(content(kind))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            assert values(f"http://127.0.0.1:{server.server_port}/a{kind}?download=true") == ROWS
-        finally:
-            server.shutdown()
-
-
 def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
     for name, kind in (("b.json", ".jsonl"), ("a.csv", ".csv"), ("a.parquet", ".parquet")):  # lines in a .json
@@ -121,12 +103,10 @@ ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in West
 OF_2 = "values, but the header has 2"
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
-    ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
     ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read (ValueError: row 2 is not JSON"),
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
-    ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
-    ("a.csv", "x,\n0,0\n1,2,3\n4\n", [(1, {"x": "0"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
+    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(1, {"x": "NA"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:1", "not CSV: ',' expected after '\"'"), (2, {"x": "4", "y": "5"})]),
     ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', [(1, {"x": "1", "y": "2"}), ("a.csv:2", "not CSV: unexpected end of data")]),
     ("a.csv", "x,x,,\n1,2,,\n", "a.csv cannot be read (ValueError: two columns have the same name, of x, x)"),
@@ -141,11 +121,9 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.json", '[{"x": 1},', "a.json cannot be read (ValueError: row 2 is not JSON"),
     *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
-    ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
     ("a.jsonl.zst", b'{"x": 1}\n', "a.jsonl.zst cannot be read"),
-    ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
 ]  # fmt: skip
 
 
@@ -258,6 +236,7 @@ def test_a_file_a_folder_and_a_glob():
     assert find("d/[ab].*") == find("d/*") == [["d/a.json", "d/b.jsonl"]]
     assert find(["d/b.jsonl", {"path": "d/a.json"}]) == [["d/b.jsonl"], ["d/a.json"]]
     assert find("a[1].jsonl") == [["a[1].jsonl"]]  # which looks like a glob
+    assert find("https://org.de/a.jsonl?download=true") == [["https://org.de/a.jsonl?download=true"]]
 
 
 def test_names_that_are_no_paths_are_data_sets_of_the_hub():
@@ -296,14 +275,7 @@ def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
     rest = {"format": "alpaca", "columns": {"q": "prompt"}, "system": "Be kind.", "roles": {"bot": "assistant"}}
     rest["encoding"] = "latin-1"
-    own = {
-        "format": "messages",
-        "columns": {},
-        "system": None,
-        "roles": {"me": "user"},
-        "encoding": "utf-16",
-        "rows": 5,
-    }
+    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "rows": 5}
     one, other = find_sources([{"path": "a.jsonl", **own}, "b.jsonl"], "train", **rest)
     assert {key: getattr(one, key) for key in own} == own
     assert {key: getattr(other, key) for key in rest} == rest

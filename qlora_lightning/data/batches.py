@@ -176,9 +176,7 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
     batches = []
     for begin in range(0, len(order), stride):
         rows = order[begin : begin + stride]
-        rows_per_rank, remainder = divmod(len(rows), world_size)
-        start = rank * rows_per_rank + min(rank, remainder)
-        rank_rows = list(rows[start : start + rows_per_rank + (rank < remainder)])
+        rank_rows = np.array_split(rows, world_size)[rank].tolist()
         batches.append(RankBatch(rank_rows or [rows[0]], not rank_rows))
     return batches
 

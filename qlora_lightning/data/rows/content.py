@@ -232,9 +232,8 @@ def _read_function(value: Any, where: str) -> dict[str, Any]:
 
 def judge(chat: Chat, label: bool) -> Judged:
     """Put a label on the last answer of a conversation; earlier ones belong to the prompt and are not trained."""
-    roles = [message["role"] for message in chat.messages]
-    answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
-    question = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=0)
+    answer = answer_indices(chat.messages)[-1]
+    question = max(i for i in range(answer) if chat.messages[i]["role"] == "user")
     return Judged(_leave_untrained(chat, question), label)
 
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
         StopSignals,
         ThroughputMonitor,
     )
-    from qlora_lightning.data.datamodule import InstructionDataModule
-    from qlora_lightning.data.preferences import PreferenceDataModule
+    from qlora_lightning.data.datamodule import InstructionDataModule, PreferenceDataModule
     from qlora_lightning.model.kto import KTOModule
     from qlora_lightning.model.load.base_model import load_base
     from qlora_lightning.model.module import QLoRAModule
@@ -53,7 +52,7 @@ _HOMES = {
     "InstructionDataModule": "qlora_lightning.data.datamodule",
     "KTOModule": "qlora_lightning.model.kto",
     "LossSums": "qlora_lightning.model.step.loss",
-    "PreferenceDataModule": "qlora_lightning.data.preferences",
+    "PreferenceDataModule": "qlora_lightning.data.datamodule",
     "PreferenceModule": "qlora_lightning.model.preferences",
     "QLoRAModule": "qlora_lightning.model.module",
     "ShardedDDPStrategy": "qlora_lightning.model.sharded",

@@ -90,7 +90,6 @@ VERDICT = {"prompt": "Count.", "completion": "1", "label": True}
         ([{"prompt": ASKED + GOOD, "chosen": "a", "rejected": "b"}], {}, "prompt ends with an assistant's message"),
         (ROWS, {"train_on": "all"}, "'all'"),
         ([ROWS[0], VERDICT], {}, "train.jsonl:2: two answers to compare and answers with a label"),
-        ([{**VERDICT, "label": None}], {}, "needs true or false in 'label'"),
         ([{**VERDICT, "label": 1}], {}, "train.jsonl:1: 'label' must be true or false, found 1"),
     ],
 )

@@ -17,6 +17,51 @@ from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.errors import UserError
 
 
+class Batch(TypedDict):
+    """One packed stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
+
+    input_ids: torch.Tensor  # (1, T) int64
+    position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
+    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where a token is not trained, and at each sample's
+    # start, so that nothing is predicted across samples
+    labels: torch.Tensor
+    cu_seqlens: torch.Tensor  # (B + 1,) int32, start of each sample; the last is T
+    row_ids: torch.Tensor  # (B,) int64, number of each sample's row in the split; -1 in a filler
+    source: torch.Tensor  # (B,) int64, index of each row's source in the split
+    pairs: NotRequired[bool]  # whether each row is two samples, the answers to compare
+    desirable: NotRequired[torch.Tensor]  # (B,) bool, the verdict on each answer
+
+
+def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
+    """Concatenate samples of a set; a filler has no labels and no row ids."""
+    spans = samples.spans(rows)
+    lengths = np.array([span.stop - span.start for span in spans])
+    rows = np.repeat(rows, len(spans) // len(rows)).tolist()
+    starts = np.cumsum([0, *lengths])  # (B + 1,)
+    ids = np.concatenate([samples.ids[span] for span in spans], dtype=np.int64)
+    if filler:
+        labels, row_ids = np.full_like(ids, IGNORED), np.full(len(rows), -1)
+    else:
+        labelled = np.concatenate([samples.labelled[span] for span in spans])
+        labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
+    batch: Batch = {
+        "input_ids": torch.from_numpy(ids).unsqueeze(0),
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
+        "labels": torch.from_numpy(labels).unsqueeze(0),
+        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
+        "row_ids": torch.from_numpy(row_ids),
+        "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
+    }
+    if samples.chosen_length is not None:
+        batch["pairs"] = True
+    if samples.desirable is not None:
+        batch["desirable"] = torch.from_numpy(samples.desirable[rows])
+    return batch
+
+
+# ---- plans of epochs -------------------------------------------------------------------------------------------------
+
+
 class RankBatch(NamedTuple):
     """Rows of one batch on one rank; a filler runs a row without labels to keep the ranks in step."""
 
@@ -25,7 +70,7 @@ class RankBatch(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class EpochPlan:
+class EpochPlan(Dataset[Batch]):
     """Cuts epochs into batches: a pure function of the settings and the epoch, the same on every rank.
 
     Without ``shuffle`` every epoch is the same: rows in file order, or packed in one way. Every epoch has as many
@@ -79,6 +124,9 @@ class EpochPlan:
         bin_batches = rank_batches(range(len(bins)), 1, rank, self.world_size)
         return [RankBatch(bins[i][:1] if filler else bins[i], filler) for (i,), filler in bin_batches]
 
+    def __getitem__(self, batch: RankBatch) -> Batch:
+        return collate_rows(self.samples, *batch)
+
     def __len__(self) -> int:
         """Number of batches of each rank in any epoch."""
         if self.batch_size is not None:
@@ -128,9 +176,7 @@ def rank_batches(order: Sequence[int], batch_size: int, rank: int, world_size: i
     batches = []
     for begin in range(0, len(order), stride):
         rows = order[begin : begin + stride]
-        rows_per_rank, remainder = divmod(len(rows), world_size)
-        start = rank * rows_per_rank + min(rank, remainder)
-        rank_rows = list(rows[start : start + rows_per_rank + (rank < remainder)])
+        rank_rows = np.array_split(rows, world_size)[rank].tolist()
         batches.append(RankBatch(rank_rows or [rows[0]], not rank_rows))
     return batches
 
@@ -201,53 +247,11 @@ def best_fit(lengths: _Numbers, order: _Numbers, budget: int) -> list[list[int]]
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
-class Batch(TypedDict):
-    """One packed stream of B samples with T tokens in all; a preference row is two samples, the chosen one first."""
-
-    input_ids: torch.Tensor  # (1, T) int64
-    position_ids: torch.Tensor  # (1, T) int64, from 0 in each sample
-    # (1, T) int64, aligned with input_ids (the loss shifts): -100 where a token is not trained, and at each sample's
-    # start, so that nothing is predicted across samples
-    labels: torch.Tensor
-    cu_seqlens: torch.Tensor  # (B + 1,) int32, start of each sample; the last is T
-    row_ids: torch.Tensor  # (B,) int64, number of each sample's row in the split; -1 in a filler
-    source: torch.Tensor  # (B,) int64, index of each row's source in the split
-    pairs: NotRequired[bool]  # whether each row is two samples, the answers to compare
-    desirable: NotRequired[torch.Tensor]  # (B,) bool, the verdict on each answer
-
-
-def collate_rows(samples: SampleSet, rows: Sequence[int], filler: bool = False) -> Batch:
-    """Concatenate samples of a set; a filler has no labels and no row ids."""
-    spans = samples.spans(rows)
-    lengths = np.array([span.stop - span.start for span in spans])
-    rows = np.repeat(rows, len(spans) // len(rows)).tolist()
-    starts = np.cumsum([0, *lengths])  # (B + 1,)
-    ids = np.concatenate([samples.ids[span] for span in spans], dtype=np.int64)
-    if filler:
-        labels, row_ids = np.full_like(ids, IGNORED), np.full(len(rows), -1)
-    else:
-        labelled = np.concatenate([samples.labelled[span] for span in spans])
-        labels, row_ids = np.where(labelled, ids, IGNORED), samples.row_ids[rows]
-    batch: Batch = {
-        "input_ids": torch.from_numpy(ids).unsqueeze(0),
-        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths)).unsqueeze(0),
-        "labels": torch.from_numpy(labels).unsqueeze(0),
-        "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "row_ids": torch.from_numpy(row_ids),
-        "source": torch.from_numpy(samples.source[rows].astype(np.int64)),
-    }
-    if samples.chosen_length is not None:
-        batch["pairs"] = True
-    if samples.desirable is not None:
-        batch["desirable"] = torch.from_numpy(samples.desirable[rows])
-    return batch
-
-
 class RankSampler(DistributedSampler[RankBatch]):
     """One rank's batches of each epoch. Fabric sets the epoch; it would replace a sampler that is not distributed."""
 
     def __init__(self, plan: EpochPlan, rank: int) -> None:
-        super().__init__(plan.samples, plan.world_size, rank)  # type: ignore[arg-type]  # asked for its length alone
+        super().__init__(plan, plan.world_size, rank)
         self.plan = plan
 
     def __len__(self) -> int:
@@ -257,18 +261,10 @@ class RankSampler(DistributedSampler[RankBatch]):
         return iter(self.plan.batches(self.epoch, self.rank))
 
 
-class _Batches(Dataset[Batch]):
-    def __init__(self, samples: SampleSet) -> None:
-        self.samples = samples
-
-    def __getitem__(self, batch: RankBatch) -> Batch:
-        return collate_rows(self.samples, *batch)
-
-
 def make_torch_loader(plan: EpochPlan, rank: int) -> DataLoader[Batch]:
     """Return one rank's batches as torch's loader, the only one that Fabric accepts."""
     generator = torch.Generator()  # otherwise it draws a number of the global one
-    return DataLoader(_Batches(plan.samples), batch_size=None, sampler=RankSampler(plan, rank), generator=generator)
+    return DataLoader(plan, batch_size=None, sampler=RankSampler(plan, rank), generator=generator)
 
 
 class EpochNumber(SequentialSampler):
@@ -315,7 +311,7 @@ class PackedLoader:
         batches = self.plan.batches(epoch, self.rank)
         for position in range(start, len(batches)):
             self._position = position + 1
-            yield collate_rows(self.plan.samples, *batches[position])
+            yield self.plan[batches[position]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches consumed and what decides the batches, as plain values."""

@@ -1,10 +1,9 @@
 """The data module: files in, batches out, for LightningCLI and for Python."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -130,7 +129,6 @@ class InstructionDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._renderer: ChatRenderer | None = None
         self._prompts: list[Prompt] = []
-        self.shares: list[float] | None = None  # of an epoch, by source of the training rows
         self._seed: int | None = None
         self.holdout_seed: int | None = None  # for the validation rows held out, if not the seed of the order
 
@@ -220,7 +218,8 @@ class InstructionDataModule(LightningDataModule):
             return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        return plan(self.batch_size, self.tokens_per_batch, shuffle, self.shares)
+        shares = [source.weight for source in self.sample_sources["train"] if source.weight is not None]
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, shares or None)
 
     def count_train_batches(self) -> int:
         """Count the batches of one epoch on each rank, for schedules."""
@@ -299,35 +298,23 @@ class InstructionDataModule(LightningDataModule):
 
     def _read(self, split: str, sources: list[files.Source]) -> Prepared:
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
-        self._take_sources(split, sources)
         preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
             samples, report = prepare()
-            self._take_sources(split, list(preparation.converters))
-            self._prompts = preparation.prompts or self._prompts
+            sources, self._prompts = list(preparation.converters), preparation.prompts or self._prompts
         else:
             settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
-        names = [str(file) for source in self.sample_sources[split] for file in source.files or (source.path,)]
-        return samples, replace(report, split=self.title or split, files=names)
-
-    def _take_sources(self, split: str, sources: list[files.Source]) -> None:
-        """Keep the sources of a split, and their shares of an epoch."""
         self.sample_sources[split] = sources
-        weights = [source.weight for source in sources if source.weight is not None]
-        if split == "train" and weights:
-            if len(weights) < len(sources):
-                raise UserError("data.train: expected a weight for all of its sources, or for none.", "data.train")
-            check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
-            self.shares = weights
+        names = [str(file) for source in sources for file in source.files or (source.path,)]
+        return samples, replace(report, split=self.title or split, files=names)
 
     def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
-        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
-        source = files.Source("load_rows", settings=settings)
+        source = self._make_source("load_rows")
         for number, row in enumerate(self.load_rows(split) or (), start=1):
             if isinstance(row, dict):
                 if files.has_settings(self.files[split]):
@@ -346,7 +333,7 @@ class InstructionDataModule(LightningDataModule):
         conversations = dict[int, Chat]()
         for number, row in enumerate(self._read_rows(split)):
             if number in numbers and isinstance(row, files.Row) and row.source:
-                match RowConverter(row.source.settings, pairs=self.pairs).convert(row):
+                match RowConverter(row.source, pairs=self.pairs).convert(row):
                     case Chat() as chat:
                         conversations[number] = chat
                     case Pair(chosen=chat) | Judged(chat=chat):
@@ -372,17 +359,18 @@ class InstructionDataModule(LightningDataModule):
         """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
-            train: Any = self.files["train"]
-            value = []
-            for entry in train if isinstance(train, list) else [train]:
-                options = entry if isinstance(entry, Mapping) else {"path": entry}
-                path, is_part = options.get("path"), not {"rows", "weight"}.isdisjoint(options)
-                if isinstance(path, str | Path) and not is_part and files.has_split(path, split):
-                    value.append(entry)
+            value = files.find_folders(self.files["train"], split)
         if not value:
             return []
-        settings = files.RowSettings(self.format, self.columns, self.system, self.roles)
-        return files.find_sources(value, split, settings=settings, encoding=self.encoding)
+        sources = files.find_sources(value, split, self._make_source(""))
+        is_valid = self.shuffle or all(source.weight is None for source in sources)
+        check_setting("data.shuffle", self.shuffle, is_valid, "no weights beside it: they mix the files")
+        return sources
+
+    def _make_source(self, path: str) -> files.Source:
+        """Return a source with the settings of ``data:``."""
+        settings = {name: getattr(self, name) for name in ("format", "columns", "roles", "system", "encoding")}
+        return files.Source(path, **settings)
 
     def take_tokenizer_of_base(self, module: Any) -> None:
         """Take the tokenizer of a module's base, and drop samples that were prepared with that of another base."""
@@ -409,3 +397,25 @@ class InstructionDataModule(LightningDataModule):
         plan, (rank, _) = self.plan_epochs(split), self._rank_and_world_size()
         # the Trainer would ask torch's for workers, and could not save its position
         return make_torch_loader(plan, rank) if self.trainer is None else PackedLoader(plan, rank)
+
+
+class PreferenceDataModule(InstructionDataModule):
+    """Rows with a prompt, a ``chosen`` and a ``rejected`` answer: what :class:`PreferenceModule` trains on.
+
+    Or, for ``objective: kto``, rows with one answer, in any conversation format, and a verdict on it: ``label``,
+    true or false. The last answer is trained; a user's function returns the conversation and a bool.
+
+    All arguments are those of :class:`InstructionDataModule`; ``format: auto`` reads TRL's and LLaMA-Factory's shapes,
+    and a user's function returns two conversations that begin alike. A row is one sample with both answers, so
+    ``batch_size`` counts pairs; in a batch it becomes two samples that begin with the same prompt, which is computed
+    once. ``max_length`` applies to each answer with its prompt; if one answer is left out, so is its pair.
+    """
+
+    pairs = True
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        expected = "assistant or last: answers alone are compared, not prompts"
+        check_setting("data.train_on", self.train_on, self.train_on != "all", expected)
+        expected = "truncate or drop: pieces of rows cannot be compared"
+        check_setting("data.too_long", self.too_long, self.too_long != "split", expected)

@@ -146,7 +146,7 @@ class Preparation:
         assert source is not None
         if source not in self.converters:
             pairs = self.pairs and not self.for_prompts
-            self.converters[source] = RowConverter(source.settings, not self.for_prompts, pairs)
+            self.converters[source] = RowConverter(source, not self.for_prompts, pairs)
         return self.converters[source]
 
     def _add(self, rows: Sequence[Row | BadRow]) -> None:
@@ -221,7 +221,7 @@ class Preparation:
             source=converted.source,
             file=row.file,
             line=row.line,
-            prompt=self.renderer.hash_prompt(parts[0].content, row.source.settings.system if row.source else None),
+            prompt=self.renderer.hash_prompt(parts[0].content, row.source.system if row.source else None),
         )
         fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
         samples = [sample for part in parts for sample in part.samples]

@@ -97,16 +97,9 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
         make(train="other.jsonl", on_bad_row="skip").setup("fit")
 
 
-@pytest.mark.parametrize(
-    ("row", "columns"),
-    [
-        ({**PAIR, "label": "sport", "images": [], "audio": {"bytes": None, "path": ""}, "rejected": None}, {}),
-        ({"prompt": "q", "chosen": "k", "rejected": "b"}, {"chosen": "completion"}),
-        ({**PAIR, "label": True, "images": ["a.png"]}, {"label": None, "images": None}),
-    ],
-)
-def test_what_only_looks_like_another_task_and_what_the_user_names_trains(characters, row, columns):
-    data = prepare_rows([row], characters, columns=columns)
+def test_what_only_looks_like_another_task_trains(characters):
+    row = {**PAIR, "label": "sport", "images": [], "audio": {"bytes": None, "path": ""}, "rejected": None}
+    data = prepare_rows([row], characters)
     assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
 
 

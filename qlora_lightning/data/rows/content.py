@@ -116,8 +116,6 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"
-    if not isinstance(message, dict):
-        raise RowFault(f"{where} must have 'role' and 'content', found {kind_of(message)}")
     speaker = str(message.get("role") or message.get("from"))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
@@ -135,8 +133,6 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     checked: Message = {"role": role, "content": text}
     if calls:
         calls = [calls] if isinstance(calls, dict) else calls
-        if not isinstance(calls, list):
-            raise RowFault(f"the tool_calls of {where} must be a list, found {kind_of(calls)}")
         checked["tool_calls"] = [_read_call(call, f"call {i} of {where}") for i, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
@@ -183,7 +179,7 @@ def _is_trained(message: dict[str, Any], where: str) -> bool:
 def check_order(conversation: Conversation, needs_answer: bool) -> None:
     """Raise a RowFault for turns in an order that no chat has."""
     roles = [message["role"] for message in conversation]
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if "system" in turns:
         raise RowFault("a system message must come first, found one behind other messages")
     if turns[:1] != ["user"]:
@@ -201,8 +197,6 @@ def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | Non
     If there are any, the calls in the messages must be of them.
     """
     schemas = parse_json(tools or [], "'tools'") or []
-    if not isinstance(schemas, list):
-        raise RowFault(f"'tools' must be a list of JSON schemas, found {kind_of(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     names = [function["name"] for function in functions]
     calls = [call for message in messages for call in message.get("tool_calls", [])]
@@ -238,9 +232,8 @@ def _read_function(value: Any, where: str) -> dict[str, Any]:
 
 def judge(chat: Chat, label: bool) -> Judged:
     """Put a label on the last answer of a conversation; earlier ones belong to the prompt and are not trained."""
-    roles = [message["role"] for message in chat.messages]
-    answer = max((i for i, role in enumerate(roles) if role == "assistant"), default=0)
-    question = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=0)
+    answer = answer_indices(chat.messages)[-1]
+    question = max(i for i in range(answer) if chat.messages[i]["role"] == "user")
     return Judged(_leave_untrained(chat, question), label)
 
 
@@ -282,12 +275,12 @@ def read_string(value: Any, where: str) -> str:
 
 
 def size_of(value: Any) -> int:
-    """Return the characters of all keys and texts in a value, and one for each value."""
+    """Return the characters of all keys and texts in a value, and 16 for each value."""
     if isinstance(value, dict):
-        return 1 + sum(len(str(key)) + size_of(item) for key, item in value.items())
+        return 16 + sum(len(str(key)) + size_of(item) for key, item in value.items())
     if isinstance(value, list):
-        return 1 + sum(map(size_of, value))
-    return 1 + len(value) if isinstance(value, str) else 1
+        return 16 + sum(map(size_of, value))
+    return 16 + len(value) if isinstance(value, str) else 16
 
 
 def parse_json(value: Any, where: str) -> Any:

@@ -6,11 +6,9 @@ import glob
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -19,7 +17,7 @@ import fsspec
 import fsspec.core
 
 from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.support.errors import UserError, explaining, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
@@ -34,10 +32,13 @@ _SPLITS = {
 }
 _SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
-_MAX_VALUES, _BYTES_PER_VALUE = 4_000_000, 64  # of a row
 _ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
 _PART = 1 << 23  # characters
-_ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the file's encoding
+_NOT_UTF8 = (
+    "not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: cp1252` (what Excel writes in Western "
+    "Europe)"
+)
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
@@ -45,31 +46,24 @@ DataFile = Path | str
 """A file of this machine, or the URL of one."""
 
 
-@dataclass(frozen=True)
-class RowSettings:
-    """How the rows of a source are read: by ``data.format``, ``data.columns`` etc., or by the source's own entry."""
-
-    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
-    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
-    system: str | None = None  # a system prompt for conversations that have none
-    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
-
-
 @dataclass(frozen=True, eq=False)  # a file that is named twice is two sources
 class Source:
-    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub."""
+    """One entry of ``data.train``: a file, a folder, a glob, a URL, or a data set of the hub; and how to read it."""
 
     path: str  # as the user wrote it
     files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
     weight: float | None = None  # its share in a mixture, relative to the other sources
+    rows: int | None = None  # the most rows to read, from the first
+    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
+    columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
+    roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
+    system: str | None = None  # a system prompt for conversations that have none
+    encoding: str = "utf-8"
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None
     data_files: Any = None
-    rows: int | None = None  # the most rows to read, from the first
-    encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
-    settings: RowSettings = RowSettings()
 
     @property
     def is_remote(self) -> bool:
@@ -77,8 +71,7 @@ class Source:
         return not self.files or any(isinstance(file, str) for file in self.files)
 
 
-_ROW_KEYS = tuple(setting.name for setting in fields(RowSettings))
-_KEYS = ("path", "weight", "rows", *_ROW_KEYS, "encoding", "delimiter", *_HUB_KEYS)
+_KEYS = [setting.name for setting in fields(Source) if setting.name != "files"]
 
 
 class Row(NamedTuple):
@@ -110,18 +103,14 @@ _Values = dict[str, Any] | RowFault
 
 
 def find_sources(
-    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
-    split: str,
-    settings: RowSettings | None = None,
-    encoding: str = "utf-8",
+    value: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]], split: str, default: Source
 ) -> list[Source]:
     """Find the files behind ``data.train``, ``data.val``, ``data.test`` or ``data.predict``.
 
-    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``
-    and ``RowSettings``; or a list of these. Settings and encoding are defaults for sources that name none.
+    The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``;
+    or a list of these. What an entry does not name is taken from ``default``.
     """
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    default = Source("", encoding=encoding, settings=settings or RowSettings())
     sources = []
     for entry in entries:
         if not isinstance(entry, Mapping):
@@ -132,6 +121,8 @@ def find_sources(
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}", f"data.{split}") from error
+    if len({source.weight is None for source in sources}) > 1:
+        raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.", f"data.{split}")
     return sources
 
 
@@ -139,7 +130,19 @@ def has_settings(value: Any) -> bool:
     """Whether what ``data.train`` names has a weight, or settings for the rows of one source."""
     entries = value if isinstance(value, list) else [value]
     keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
-    return not keys.isdisjoint(("weight", *_ROW_KEYS))
+    return not keys.isdisjoint(("weight", "format", "columns", "roles", "system"))
+
+
+def find_folders(train: Any, split: str) -> list[Any]:
+    """Return the entries of ``data.train`` that name a whole local folder with files of another split."""
+    entries = []
+    for entry in train if isinstance(train, list) else [train]:
+        options = entry if isinstance(entry, Mapping) else {"path": entry}
+        folder = Path(str(options.get("path"))).expanduser()
+        files = _list_folder(folder) if folder.is_dir() and {"rows", "weight"}.isdisjoint(options) else []
+        if any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files):
+            entries.append(entry)
+    return entries
 
 
 def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
@@ -154,8 +157,7 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         value = options.get(key, 1)
         if not isinstance(value, kind) or not 0 < value < float("inf"):
             raise UserError(f"{key} of {path} must be a number above 0, found {value!r}.")
-    settings = replace(default.settings, **{key: options.pop(key) for key in _ROW_KEYS if key in options})
-    source = replace(default, **{**options, "path": path, "settings": settings})
+    source = replace(default, **{**options, "path": path})
 
     hub_keys = [key for key in _HUB_KEYS if key in options]
     file = Path(path).expanduser()
@@ -164,11 +166,10 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
         return replace(source, split=source.split or split)
     if hub_keys:
         raise UserError(f"{hub_keys[0]} is for data sets of the hub, but {path} is a path.")
-    files: list[Any] = _list_urls(path) if "://" in path else _list_files(file)
-    if "*" not in path and not kind_of_file(path) and ("://" in path or file.is_dir()):
-        files = _of_split(files, path.rstrip("/") if "://" in path else str(file), split)
-    if not files and file.is_file():
-        raise UserError(f"{path} is none of {', '.join(KINDS)}: save it as one of them.")
+    is_url = "://" in path
+    files: list[Any] = _list_urls(path) if is_url else _list_files(file)
+    if file.is_dir() or (is_url and "*" not in path and not kind_of_file(path)):
+        files = _of_split(files, path.rstrip("/") if is_url else str(file), split)
     if not files:
         raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
@@ -191,13 +192,6 @@ def _split_of(path: str) -> str | None:
     return None
 
 
-def has_split(path: str | os.PathLike[str], split: str) -> bool:
-    """Whether a path is a local folder in which files or folders are named after a split."""
-    folder = Path(path).expanduser()
-    files = list_folder(folder) if folder.is_dir() else []
-    return any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files)
-
-
 def _list_urls(path: str) -> list[str]:
     """Return the URL of a file, or the URLs of the data files in a remote folder or glob."""
     if kind_of_file(path) and "*" not in path:
@@ -209,7 +203,7 @@ def _list_urls(path: str) -> list[str]:
 def _list_files(path: Path) -> list[Path]:
     """Return a file, or the data files in a folder or glob."""
     if path.is_dir():
-        return list_folder(path)
+        return _list_folder(path)
     files = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
     if not files and not glob.has_magic(str(path)):
         raise UserError(
@@ -219,7 +213,7 @@ def _list_files(path: Path) -> list[Path]:
     return sorted(file for file in files if kind_of_file(file))
 
 
-def list_folder(folder: Path) -> list[Path]:
+def _list_folder(folder: Path) -> list[Path]:
     """List data files at any depth, without hidden ones and those that ``datasets`` saves beside rows."""
     files = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
     return sorted(file for file in files if kind_of_file(file) and file.is_file() and not _BESIDE.fullmatch(file.name))
@@ -253,7 +247,7 @@ def hash_source(source: Source) -> str:
     """Return a hash of the bytes of a source's local files, or of the identity of a hub data set in ``datasets``."""
     digest = hashlib.blake2b(digest_size=20)
     if not source.files:
-        with _naming(f"data set {source.path}"):
+        with explaining(f"data set {source.path} cannot be read", "file.unreadable"):
             from datasets import load_dataset_builder as load
 
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
@@ -267,7 +261,7 @@ def hash_source(source: Source) -> str:
 def _read_files(source: Source) -> Iterator[Row | BadRow]:
     for file in source.files or (None,):
         name = source.path if file is None else str(file)
-        with _naming(name if file else f"data set {name}"):
+        with explaining(f"{name if file else f'data set {name}'} cannot be read", "file.unreadable"):
             for number, values in _read_file(source, file):
                 if isinstance(values, RowFault):
                     yield BadRow(f"{name}:{number}", str(values), source)
@@ -275,22 +269,11 @@ def _read_files(source: Source) -> Iterator[Row | BadRow]:
                     yield Row(values, name, number, source)
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Raise errors of fsspec, csv, pyarrow, ``datasets`` and the hub as a UserError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        advice = f": {_ADVICE}" if isinstance(error, UnicodeError) else ""
-        message = f"{name} cannot be read: {' '.join(str(error).split())}{advice}."
-        raise UserError(message, "file.unreadable") from error
-
-
 def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Values]]:
     """Return the rows of a file, or of a data set of the hub, by line or number."""
     kind = kind_of_file(file) if file else ""
     if str(file).endswith(".zst") and "zstd" not in fsspec.available_compressions():
-        raise UserError("`pip install zstandard` installs what unpacks it")
+        raise ValueError("`pip install zstandard` installs what unpacks it")
     if kind in (".jsonl", ".json"):
         return _read_json(str(file), source)
     if kind in (".csv", ".tsv"):
@@ -299,34 +282,23 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Va
     return enumerate((values for batch in batches for values in _read_batch(batch)), start=1)
 
 
-def _open(file: str, mode: str, **options: str) -> fsspec.core.OpenFile:
-    """Open a file, decompressed. In the name of a local one ``::`` chains no file systems, and ``~`` is no home."""
-    if "://" in file:
-        return fsspec.open(file, mode, compression="infer", **options)
-    compression = fsspec.core.get_compression(file, "infer")
-    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(file), mode, compression, **options)
-
-
-def _open_text(file: str, source: Source, newline: str) -> fsspec.core.OpenFile:
-    """Open a text file in the encoding of its byte order mark, or else of its source."""
-    with _open(file, "rb") as stream:
+def _open_text(file: str, source: Source) -> fsspec.core.OpenFile:
+    """Open a text file, unpacked, in the encoding of its byte order mark, or else of its source."""
+    with fsspec.open(file, "rb", compression="infer") as stream:
         start = stream.read(4)
     encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
     # bytes that cannot be decoded make their row bad, not the file
-    return _open(file, "r", encoding=encoding, errors="surrogateescape", newline=newline)
+    options = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}
+    return fsspec.open(file, "r", compression="infer", **options)
 
 
-def _skip_line(stream: TextIO, line: str) -> None:
-    """Skip the rest of a line of which a part was read."""
-    while line and not line.endswith(("\n", "\r")):
-        line = stream.readline(_PART)
-
-
-def _check_encoding(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowFault(f"not UTF-8 text: save it as UTF-8, or {_ADVICE}") from None
+def _read_lines(stream: TextIO) -> Iterator[str]:
+    """Yield lines; of one that is too long for a row only the beginning, which is too long too."""
+    while line := stream.readline(MAX_TEXT + 1):
+        rest = line
+        while rest and not rest.endswith(("\n", "\r")):
+            rest = stream.readline(_PART)
+        yield line
 
 
 # JSON
@@ -334,79 +306,50 @@ def _check_encoding(text: str) -> None:
 
 def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
     """Yield the rows of a JSON file: one object per line, or the elements of one array. Blank lines are skipped."""
-    with _open_text(file, source, newline="\n") as stream:
-        number, is_first = 0, True
-        # of an array only a part, since all that is read is parsed at once
-        while line := stream.readline(_PART if is_first else MAX_TEXT + 1):
-            number += 1
-            text = line.strip("\ufeff \t\r\n")  # Windows editors write a BOM, also inside concatenated files
-            if is_first and text.startswith("["):
-                yield from enumerate(_read_array(line, stream), start=1)
-                return
-            if is_first and text == "{":
-                raise RowFault("one object goes over several lines: expected one per line, or one array of objects")
-            if is_first and not line.endswith("\n"):
-                text = (line := line + stream.readline(MAX_TEXT)).strip("\ufeff \t\r\n")
-            if len(line) > MAX_TEXT:
-                _skip_line(stream, line)
-            if text:
-                is_first = False
+    with _open_text(file, source) as stream:
+        start = stream.read(_PART).lstrip()
+        if start.startswith("["):
+            yield from enumerate(_read_array(start, stream), start=1)
+            return
+    with _open_text(file, source) as stream:
+        for number, line in enumerate(_read_lines(stream), start=1):
+            if text := line.strip():
                 yield number, _parse_row(text)
 
 
 def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
     """Yield the elements of a JSON array that begins with ``text`` and continues in a stream, one after another."""
-    find_end = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
-    begin, n_lines, n_rows = text.index("[") + 1, 0, 0
+    find_end, find_element = json.JSONDecoder().raw_decode, re.compile(r"[^\s,]").search
+    n_rows, end = 0, 1
     while True:
-        begin = _end_of_blanks(text, begin)
-        if text[begin : begin + 1] == "]":
+        element = find_element(text, end)
+        begin = element.start() if element else len(text)
+        if text.startswith("]", begin):
             break
         try:
-            end = find_end(text, begin)[1]
-            following = _end_of_blanks(text, end)
-            if text[following : following + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
+            _, end = find_end(text, begin)
         except json.JSONDecodeError as error:  # perhaps only because the rest of the element has not been read
             part = stream.read(_PART)
-            if not part:
-                raise RowFault(f"not JSON: {error.msg} in line {n_lines + error.lineno}") from error
-            n_lines += text.count("\n", 0, begin)
-            if _is_too_large(text[begin:]):
-                raise RowFault(f"row {n_rows + 1} has {TOO_LARGE}") from error
-            text, begin = text[begin:] + part, 0
+            if not part or len(text) - begin > MAX_TEXT:
+                raise ValueError(f"row {n_rows + 1} is not JSON, or has {TOO_LARGE}: {error.msg}") from error
+            text, end = text[begin:] + part, 0
         else:
-            yield _parse_row(text[begin:end])
             n_rows += 1
-            begin = following + (text[following] == ",")
-    rest = text[begin + 1 :]
-    while rest or (rest := stream.read(_PART)):
-        if rest.strip():
-            raise RowFault("not JSON: text follows the array")
-        rest = ""
-
-
-def _end_of_blanks(text: str, start: int) -> int:
-    blanks = re.compile(r"[ \t\r\n]*").match(text, start)
-    return start if blanks is None else blanks.end()
+            yield _parse_row(text[begin:end])
+    if text[begin + 1 :].strip() or stream.read().strip():
+        raise ValueError("not JSON: text follows the array")
 
 
 def _parse_row(text: str) -> _Values:
+    if len(text) > MAX_TEXT:
+        return RowFault(TOO_LARGE)
+    if _UNDECODED.search(text):
+        return RowFault(_NOT_UTF8)
     try:
-        if _is_too_large(text):
-            return RowFault(TOO_LARGE)
-        _check_encoding(text)
         values = json.loads(text, object_pairs_hook=_check_keys)
-    except RowFault as fault:
-        return fault
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
         return RowFault(f"not JSON: {error}")
     return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
-
-
-def _is_too_large(text: str) -> bool:
-    """Whether a row of JSON would take more than a GB of memory."""
-    return len(text) > MAX_TEXT or (len(text) > _MAX_VALUES and sum(map(text.count, ",[{")) > _MAX_VALUES)
 
 
 def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -420,63 +363,31 @@ def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # CSV
 
 
-class _RowLines:
-    """Lines of a CSV file for ``csv.reader``, which by itself joins any number of them to a row of any size."""
-
-    def __init__(self, stream: TextIO, delimiter: str) -> None:
-        self.stream, self.delimiter = stream, delimiter
-        self.size = 0  # characters of the row so far
-
-    def __iter__(self) -> "_RowLines":
-        return self
-
-    def __next__(self) -> str:
-        line = self.stream.readline(MAX_TEXT + 1)
-        self.size += len(line)
-        if self.size > MAX_TEXT or (len(line) > _MAX_VALUES and line.count(self.delimiter) > _MAX_VALUES):
-            _skip_line(self.stream, line)
-            raise RowFault(TOO_LARGE)
-        if not line:
-            raise StopIteration
-        return line
-
-
 def _read_csv(file: str, source: Source, usual_delimiter: str) -> Iterator[_Values]:
     """Yield the rows of a CSV file; all values are strings. Blank lines are skipped."""
     csv.field_size_limit(MAX_TEXT)  # by default 131,072 characters; it holds for the process
-    delimiter = source.delimiter or usual_delimiter
-    with _open_text(file, source, newline="") as stream:
-        lines = _RowLines(stream, delimiter)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    with _open_text(file, source) as stream:
+        reader = csv.reader(_read_lines(stream), delimiter=source.delimiter or usual_delimiter, strict=True)
         header = next(filter(None, reader), [])
-        _check_header(header, source, delimiter)
+        names = list(filter(None, header))
+        if _UNDECODED.search("".join(names)):
+            raise ValueError(_NOT_UTF8)
+        if len(set(names)) < len(names):
+            raise ValueError(f"two columns have the same name, of {', '.join(names)}")
         while True:
-            lines.size = 0
             try:
                 values = next(reader)
-                _check_encoding("".join(values))
             except StopIteration:
                 return
-            except RowFault as fault:
-                yield fault
             except csv.Error as error:
                 yield RowFault(f"not CSV: {error}")
-            else:
-                if values and len(values) != len(header):
-                    yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
-                elif values:  # those below no name are left out
-                    yield {name: value for name, value in zip(header, values, strict=True) if name}
-
-
-def _check_header(header: list[str], source: Source, delimiter: str) -> None:
-    _check_encoding("".join(header))
-    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
-    if twice:
-        raise RowFault(f"two columns have the name {twice[0]!r}")
-    marks = [mark for mark in ";|\t," if mark != delimiter and header[1:] == [] and mark in "".join(header)]
-    if marks and not source.delimiter:
-        mark = marks[0].replace("\t", "\\t")
-        raise RowFault(f'its one column is {header[0]!r}: name the delimiter, `{{path: FILE, delimiter: "{mark}"}}`')
+                continue
+            if _UNDECODED.search("".join(values)):
+                yield RowFault(_NOT_UTF8)
+            elif values and len(values) != len(header):
+                yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
+            elif values:  # those below no name are left out
+                yield {name: value for name, value in zip(header, values, strict=True) if name}
 
 
 # parquet, Arrow and the hub
@@ -498,14 +409,9 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    with _open(file, "rb") as stream:
+    with fsspec.open(file, "rb", compression="infer") as stream:
         if kind == ".parquet":
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
-                n_values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
-                if n_values > group.num_rows * _MAX_VALUES:  # which would all be read before the row is seen
-                    raise RowFault(TOO_LARGE)
-            yield from parquet.iter_batches(_ROWS_AT_A_TIME)
+            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
             return
         try:
             batches = iter(pyarrow.ipc.open_stream(stream))
@@ -518,30 +424,8 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
 
 def _read_batch(batch: Any) -> Iterator[_Values]:
-    """Yield the rows of a record batch, which is measured before it becomes Python's values."""
-    if sum(map(_measure, batch.columns)) <= MAX_TEXT + _BYTES_PER_VALUE * _MAX_VALUES:
-        for values in batch.to_pylist():
-            yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
-    elif len(batch) == 1:
-        yield RowFault(TOO_LARGE)
-    else:
-        for number in range(len(batch)):
-            yield from _read_batch(batch.slice(number, 1))
-
-
-def _measure(array: Any) -> int:
-    """Return about the bytes that the values of an Arrow array take as Python's."""
-    import pyarrow
-
-    if isinstance(array, pyarrow.ExtensionArray):
-        array = array.storage
-    if isinstance(array, pyarrow.DictionaryArray):
-        array = array.dictionary_decode()
-    size = len(array) * _BYTES_PER_VALUE
-    if not pyarrow.types.is_nested(array.type):
-        return size + int(array.nbytes)
-    nested = array.flatten()  # the values of a list, or a list with the columns of a struct
-    return size + sum(map(_measure, nested if isinstance(nested, list) else [nested]))
+    for values in batch.to_pylist():
+        yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
 
 
 def _to_plain(value: Any, kind: Any) -> Any:

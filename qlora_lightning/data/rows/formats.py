@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
-from qlora_lightning.data.rows.files import Row, RowSettings
-from qlora_lightning.support.errors import UserError, explaining, nearest
+from qlora_lightning.data.rows.files import Row, Source
+from qlora_lightning.support.errors import UserError, describe_error, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*['"](role|from)['"]\s*:""")  # as text
@@ -24,18 +24,12 @@ class Format(NamedTuple):
     prompt_keys: tuple[str, ...]  # columns of every row
     answer_keys: tuple[str, ...]  # further columns of rows to train on; rows to predict may lack them
     read: Callable[[dict[str, Any]], Any]  # returns unchecked messages, a Text or Tokens
-    other_keys: tuple[str, ...] = ()  # optional columns
-    is_chat: bool = True
+    other_keys: tuple[str, ...] = ("system", "tools")  # optional columns
 
     @property
     def is_ours(self) -> bool:
         """Whether it is one of ours; a user's function has a dotted path as its name."""
         return "." not in self.name
-
-    @property
-    def read_keys(self) -> tuple[str, ...]:
-        """All columns that are read."""
-        return (*self.keys(True), *self.other_keys, *(("system", "tools") if self.is_chat else ()))
 
     def keys(self, needs_answer: bool) -> tuple[str, ...]:
         """Return the columns that a row must have."""
@@ -46,7 +40,7 @@ class RowConverter:
     """Turns the rows of one source into contents, which depend on the row and the settings alone.
 
     Args:
-        settings: how the rows are read.
+        source: which says how its rows are read.
         needs_answer: whether they are trained; rows to predict may lack answers.
         pairs: whether they are preferences: two answers to compare, or one with a verdict.
 
@@ -54,15 +48,13 @@ class RowConverter:
         UserError: there is no such format.
     """
 
-    def __init__(self, settings: RowSettings, needs_answer: bool = True, pairs: bool = False) -> None:
-        self.settings, self.needs_answer, self.pairs = settings, needs_answer, pairs
+    def __init__(self, source: Source, needs_answer: bool = True, pairs: bool = False) -> None:
+        self.source, self.needs_answer, self.pairs = source, needs_answer, pairs
         self.formats: list[str] = []  # names of the recognised ones, in order of appearance
         self.unread_columns: list[str] = []  # under our names
-        self.absent_columns = set(settings.columns)  # mapped columns that no row has
+        self.absent_columns = set(source.columns)  # mapped columns that no row has
         self._unrecognised: Row | None = None  # the first row that no format fits
-        self._named = None if settings.format == "auto" else _find_named(settings.format)
-        if pairs and self._named is None:
-            self._named = _PREFERENCE
+        self._named = None if source.format == "auto" else _find_named(source.format)
 
     def check(self) -> None:
         """Raise a UserError if no format fits any row so far."""
@@ -91,26 +83,18 @@ class RowConverter:
         if form.name not in self.formats:
             self.formats.append(form.name)
         if form.is_ours and self.needs_answer:
-            read_keys = (*form.read_keys, *(("label",) if self.pairs else ()))
-            self.unread_columns += [key for key in row.values if key not in (*read_keys, *self.unread_columns)]
-        content = self._read(form, row.values)
-        if not self.pairs:
-            return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, row.values, form)
-        if form.is_ours and form is not _PREFERENCE:
-            label = _LABELS.get(str(row.values.get("label")).lower())
-            if label is None:
-                raise rows.RowFault(f"'label' must be true or false, found {reprlib.repr(row.values.get('label'))}")
-            content = content, label
-        match content:
-            case (messages, bool(label)):
-                return rows.judge(self._to_chat(messages, row.values, form), label)
-            case (chosen, rejected):
-                return rows.pair_up(*(self._to_chat(messages, row.values, form) for messages in (chosen, rejected)))
-        raise rows.RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
+            known = {*form.keys(True), *form.other_keys, *(["label"] if self.pairs else []), *self.unread_columns}
+            self.unread_columns += [key for key in row.values if key not in known]
+        try:
+            return self._read(form, row.values)
+        except rows.RowFault:
+            raise
+        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
+            raise rows.RowFault(f"cannot be read by the format {form.name}: {describe_error(error)}") from error
 
     def _rename(self, row: Row) -> Row:
         """Return a row under our names, without columns that are mapped to null."""
-        columns = self.settings.columns
+        columns = self.source.columns
         self.absent_columns -= row.values.keys()
         names = {key: name for key in row.values if (name := columns.get(key, key)) is not None}
         if len(set(names.values())) < len(names):
@@ -122,46 +106,52 @@ class RowConverter:
         return row
 
     def _find_format(self, row: Row) -> Format | None:
-        is_single = self.pairs and row.values.get("rejected") is None and row.values.get("label") is not None
-        form = None if is_single and self.settings.format == "auto" else self._named
-        form = form or _recognise(row.values, self.needs_answer, row.where)
-        if form and not form.is_chat and not self.needs_answer:
-            message = f"{row.where}: rows of the format {form.name} hold no prompt that could be answered."
-            raise UserError(message, "data.predict")
-        return form
+        """Return the format that is named or has the columns of a row, if there is one; several are an error."""
+        if self._named is not None:
+            return self._named
+        if self.pairs and (row.values.get("rejected") is not None or row.values.get("label") is None):
+            return _PREFERENCE
+        # Rows to predict may have answers too: then all the keys of their format decide, as in training.
+        for answers in (True,) if self.needs_answer else (True, False):
+            forms = [form for form in _RECOGNISED if row.values.keys() >= set(form.keys(answers))]
+            if len(forms) > 1:
+                message = f"{row.where} fits more than one format, {forms[0].name} and {forms[1].name}: name one."
+                raise UserError(message, "data.format")
+            if forms:
+                return forms[0]
+        return None
 
-    def _read(self, form: Format, values: dict[str, Any]) -> Any:
+    def _read(self, form: Format, values: dict[str, Any]) -> rows.RowContent:
         missing = [key for key in form.keys(self.needs_answer) if values.get(key) is None]
         if missing:
             names = " and ".join(map(repr, missing))
-            is_no_pair = form is _PREFERENCE and len(missing) == 2
-            hint = "; a single answer (`objective: kto`) needs true or false in 'label'" if is_no_pair else ""
-            raise rows.RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)}){hint}")
-        try:
-            return form.read(dict(values))
-        except rows.RowFault:
-            raise
-        except Exception as error:  # a user's function may raise anything, and so may ours on unexpected rows
-            reason = " ".join(str(error).split())[:300]  # an error may repeat the whole row
-            raise rows.RowFault(
-                f"cannot be read by the format {form.name}: {type(error).__name__}: {reason}"
-            ) from error
+            raise rows.RowFault(f"{names} is missing or null (format {form.name}, columns {', '.join(values)})")
+        content = form.read(dict(values))
+        if not self.pairs:
+            return content if isinstance(content, rows.Text | rows.Tokens) else self._to_chat(content, values, form)
+        if form.is_ours and form is not _PREFERENCE:
+            label = _LABELS.get(str(values.get("label")).lower())
+            if label is None:
+                raise rows.RowFault(f"'label' must be true or false, found {reprlib.repr(values.get('label'))}")
+            content = content, label
+        match content:
+            case (messages, bool(label)):
+                return rows.judge(self._to_chat(messages, values, form), label)
+            case (chosen, rejected):
+                return rows.pair_up(*(self._to_chat(messages, values, form) for messages in (chosen, rejected)))
+        raise rows.RowFault(f"expected two conversations by the format {form.name}, found {reprlib.repr(content)}")
 
     def _to_chat(self, content: Any, values: dict[str, Any], form: Format) -> rows.Chat:
         """Check a conversation, and add system prompt and tools."""
         messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, rows.Chat):
             messages, tools = content.messages, content.tools
-        if not isinstance(messages, list) or not messages:
-            raise rows.RowFault(
-                f"expected a list of messages by the format {form.name}, found {reprlib.repr(messages)}"
-            )
-        roles = self.settings.roles
+        roles = self.source.roles
         conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         rows.check_order(conversation, self.needs_answer)
         if row_system and conversation[0]["role"] == "system":
             raise rows.RowFault("has a system message and the key 'system' as well: expected one of them")
-        system = rows.read_string(row_system, "'system'") if row_system else self.settings.system
+        system = rows.read_string(row_system, "'system'") if row_system else self.source.system
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return rows.Chat(conversation, rows.find_tools(tools, conversation))
@@ -170,9 +160,8 @@ class RowConverter:
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
     """Raise a UserError for a row of another task, also with ``on_bad_row: skip``: its whole source is affected."""
     for key, value in row.values.items():
-        if key in rows.MEDIA and (
-            any(value.values()) if isinstance(value, dict) else value
-        ):  # {"bytes": None, "path": …}
+        is_given = any(value.values()) if isinstance(value, dict) else value  # {"bytes": None, "path": …}
+        if key in rows.MEDIA and is_given:
             reason = "only text is read: its answer would be trained without what it is about"
         elif pairs or not needs_answer:
             continue
@@ -206,26 +195,11 @@ def _find_named(name: str) -> Format:
     return Format(name, (), (), function)
 
 
-def _recognise(columns: Mapping[str, Any], needs_answer: bool, where: str) -> Format | None:
-    """Return the format that has these columns, if there is one; several are an error."""
-    # Rows to predict may have answers too: then all the keys of their format decide, as in training.
-    for answers in (True,) if needs_answer else (True, False):
-        forms = [form for form in _RECOGNISED if columns.keys() >= set(form.keys(answers))]
-        if len(forms) > 1:
-            names = " and ".join(form.name for form in forms)
-            raise UserError(f"{where} fits more than one format, {names}: name one in `format:`.", "data.format")
-        if forms:
-            return forms[0]
-    return None
-
-
 def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
     prompt, extra = (rows.read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
     history = rows.parse_json(values.get("history") or [], "'history'")
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise rows.RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
-    turns = [message for pair in history for message in _exchange(*pair)]
+    turns = [message for question, answer in history for message in _exchange(question, answer)]
     return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 
 
@@ -275,8 +249,6 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
     """
     answers = [values[key] for key in ("chosen", "rejected")]
     _refuse_messages_as_text({repr(key): values.get(key) for key in ("chosen", "rejected", *_PROMPT_KEYS)})
-    if [] in answers:
-        raise rows.RowFault("'chosen' or 'rejected' is an empty list: expected an answer")
     is_whole = all(isinstance(answer, list) and not rows.is_answer(answer[0]) for answer in answers)
     prompt = [] if is_whole else _read_prompt(values)
     return [[*prompt, *_as_messages(answer)] for answer in answers]
@@ -303,7 +275,7 @@ def _as_messages(answer: Any) -> list[Any]:
 FORMATS = {
     form.name: form
     for form in (
-        Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history")),
+        Format("alpaca", ("instruction",), ("output",), _read_alpaca, ("input", "history", "system", "tools")),
         Format("messages", ("messages",), (), lambda row: rows.parse_json(row["messages"], "'messages'")),
         Format(
             "sharegpt", ("conversations",), (), lambda row: rows.parse_json(row["conversations"], "'conversations'")
@@ -312,12 +284,11 @@ FORMATS = {
         Format(
             "question_answer", ("question",), ("answer",), lambda row: _exchange(row["question"], row.get("answer"))
         ),
-        Format("text", ("text",), (), _read_text, is_chat=False),
-        Format("tokens", ("input_ids", "labels"), (), _read_tokens, is_chat=False),
+        Format("text", ("text",), (), _read_text, other_keys=()),
+        Format("tokens", ("input_ids", "labels"), (), _read_tokens, other_keys=()),
     )
 }
 # Text is read only if `format:` names it: it may be a conversation that a template has rendered.
 _RECOGNISED = [form for form in FORMATS.values() if form.name != "text"]
-_PREFERENCE = Format(
-    "preference", (), ("chosen", "rejected"), _read_pair, (*_PROMPT_KEYS, "instruction", "input", "history")
-)
+_PREFERENCE_KEYS = (*_PROMPT_KEYS, "instruction", "input", "history", "system", "tools")
+_PREFERENCE = Format("preference", (), ("chosen", "rejected"), _read_pair, _PREFERENCE_KEYS)

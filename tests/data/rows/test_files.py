@@ -5,9 +5,6 @@ import codecs
 import gzip
 import json
 import lzma
-import threading
-from dataclasses import asdict
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -82,22 +79,6 @@ def test_every_kind_is_read_from_a_file_and_from_a_url(kind, suffix):
         assert values(place) == ROWS
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
-def test_a_url_may_have_a_query(kind):
-    Path(f"a{kind}").write_bytes(content(kind))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            assert values(f"http://127.0.0.1:{server.server_port}/a{kind}?download=true") == ROWS
-        finally:
-            server.shutdown()
-
-
 def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     Path("d").mkdir()
     for name, kind in (("b.json", ".jsonl"), ("a.csv", ".csv"), ("a.parquet", ".parquet")):  # lines in a .json
@@ -122,34 +103,27 @@ ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in West
 OF_2 = "values, but the header has 2"
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
-    ("a.json", '[{"x": 1},\n{"x": 2}]', [(1, {"x": 1}), (2, {"x": 2})]),
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
-    ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read: not JSON: Expecting value in line 2"),
-    ("a.json", '{\n"x": 1\n}', "a.json cannot be read: one object goes over several lines"),
+    ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read (ValueError: row 2 is not JSON"),
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
-    ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
-    ("a.csv", "x,\n0,0\n1,2,3\n4\n", [(1, {"x": "0"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
+    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(1, {"x": "NA"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:1", "not CSV: ',' expected after '\"'"), (2, {"x": "4", "y": "5"})]),
     ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', [(1, {"x": "1", "y": "2"}), ("a.csv:2", "not CSV: unexpected end of data")]),
-    ("a.csv", "x,x,,\n1,2,,\n", "a.csv cannot be read: two columns have the name 'x'"),
+    ("a.csv", "x,x,,\n1,2,,\n", "a.csv cannot be read (ValueError: two columns have the same name, of x, x)"),
     ("a.csv", b"x,y\n1,\xff\n", [("a.csv:1", f"not UTF-8 text: save it as UTF-8, or {ADVICE}")]),
-    ("a.csv", b"x,\xff\n1,2\n", f"a.csv cannot be read: not UTF-8 text: save it as UTF-8, or {ADVICE}"),
+    ("a.csv", b"x,\xff\n1,2\n", f"a.csv cannot be read (ValueError: not UTF-8 text: save it as UTF-8, or {ADVICE}"),
     ("a.json", b'[{"x": "\xff"}, {"x": 1, "x": 2}, {}]', [
         ("a.json:1", f"not UTF-8 text: save it as UTF-8, or {ADVICE}"),
         ("a.json:2", "not JSON: the key 'x' is there twice"),
         (3, {}),
     ]),
-    ("a.json", '[{"x": 1}] [{"x": 2}]', "a.json cannot be read: not JSON: text follows the array"),
-    ("a.json", '[{"x": 1},', "a.json cannot be read: not JSON: Expecting value in line 1"),
-    ("a.csv", "x;y\n1,5;2", 'its one column is \'x;y\': name the delimiter, `{path: FILE, delimiter: ";"}`'),
-    ("a.tsv", "x,y\n1,2", '`{path: FILE, delimiter: ","}`'),
+    ("a.json", '[{"x": 1}] [{"x": 2}]', "a.json cannot be read (ValueError: not JSON: text follows the array)"),
+    ("a.json", '[{"x": 1},', "a.json cannot be read (ValueError: row 2 is not JSON"),
     *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
-    ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
     ("a.jsonl.zst", b'{"x": 1}\n', "a.jsonl.zst cannot be read"),
-    ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
 ]  # fmt: skip
 
 
@@ -163,34 +137,25 @@ def test_files(name, content, expected):
         read(name)
 
 
-NESTED = pa.ListArray.from_arrays(pa.array([0, 50_000_000], pa.int32()), pa.nulls(50_000_000))
-TABLE = pa.table({"text": ["a"], "x": NESTED})
-BOMBS = [  # name, a beginning, what follows it 80 times, and what is said of the row
-    ("a.csv", b"text\n", b"a" * 1_000_000, "a.csv.gz:1"),
-    ("a.csv", b'text\n"', b"a,\n" + b"a" * 1_000_000, "a.csv.gz:1"),
-    ("a.csv", b"text\n", b"," * 100_000, "a.csv.gz:1"),
-    ("a.jsonl", b'{"text": "a", "x": [', b"{}," * 100_000, "a.jsonl.gz:1"),
-    ("a.json", b'[{"text": "a"}, {"x": [', b"{}," * 100_000, "a.json.gz cannot be read: row 2 has more than 64 MB"),
-    ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, "a.json.gz cannot be read: row 2 has more than 64 MB"),
-    ("a.json", b"[", b"[" * 1_000, "a.json.gz cannot be read: maximum recursion depth"),
+TOO_LARGE = "more than 64 MB of text or 4 million values"
+NESTED = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls(5_000_000))
+LARGE = [  # name, a beginning, what follows it 80 times, and what is said of the row
+    ("a.csv", b'text\n"', b"a,\n" + b"a" * 1_000_000, "a.csv:1: not CSV: field larger than field limit (64000000)"),
+    ("a.jsonl", b'{"text": "', b"a" * 1_000_000, f"a.jsonl:1: {TOO_LARGE}"),
+    ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 is not JSON, or has {TOO_LARGE}"),
+    ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
     ("a.json", b"[", b"1," * 1_000, "10240 rows cannot be used"),
-    ("a.parquet", TABLE, None, "a.parquet cannot be read: more than 64 MB of text or 4 million values"),
-    ("a.arrow", TABLE, None, "a.arrow:1: more than 64 MB of text or 4 million values"),
+    ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet:1: {TOO_LARGE}"),
 ]
 
 
-@pytest.mark.parametrize(("name", "start", "part", "expected"), BOMBS)
-def test_a_small_file_that_unpacks_to_a_row_of_any_size_is_rejected(characters, name, start, part, expected):
-    if name == "a.parquet":
-        pq.write_table(start, name)
-    elif name == "a.arrow":
-        with pa.ipc.new_file(name, start.schema) as file:
-            file.write_table(start)
+@pytest.mark.parametrize(("name", "start", "part", "expected"), LARGE)
+def test_a_row_of_any_size_is_rejected(characters, name, start, part, expected):
+    if part:
+        Path(name).write_bytes(start + part * 80)
     else:
-        name += ".gz"
-        with gzip.open(name, "wb", compresslevel=1) as file:
-            file.writelines([start, *[part] * 80])
-    with rejects("file.unreadable" if "cannot be read" in expected else "rows.bad", expected):
+        pq.write_table(start, name)
+    with rejects("file.unreadable" if name == "a.json" and "rows" not in expected else "rows.bad", expected):
         InstructionDataModule(name, tokenizer=characters, format="text").setup("fit")
 
 
@@ -271,6 +236,7 @@ def test_a_file_a_folder_and_a_glob():
     assert find("d/[ab].*") == find("d/*") == [["d/a.json", "d/b.jsonl"]]
     assert find(["d/b.jsonl", {"path": "d/a.json"}]) == [["d/b.jsonl"], ["d/a.json"]]
     assert find("a[1].jsonl") == [["a[1].jsonl"]]  # which looks like a glob
+    assert find("https://org.de/a.jsonl?download=true") == [["https://org.de/a.jsonl?download=true"]]
 
 
 def test_names_that_are_no_paths_are_data_sets_of_the_hub():
@@ -293,7 +259,6 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
         ("org/train.jsonl", "data.train: data file org/train.jsonl does not exist"),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
-        ("data/other/a.txt", "data/other/a.txt is none of .jsonl, .json, .csv, "),
         ({"path": ""}, "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
@@ -309,10 +274,11 @@ def test_what_names_no_source_is_rejected(value, expected):
 def test_a_source_differs_from_the_rest_in_what_it_names():
     touch("a.jsonl", "b.jsonl")
     rest = {"format": "alpaca", "columns": {"q": "prompt"}, "system": "Be kind.", "roles": {"bot": "assistant"}}
-    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "encoding": "utf-16"}
-    one, other = find_sources([{"path": "a.jsonl", "rows": 5, **own}, "b.jsonl"], "train", encoding="latin-1", **rest)
-    assert (one.rows, asdict(one.settings) | {"encoding": one.encoding}) == (5, own)
-    assert (asdict(other.settings), other.encoding) == (rest, "latin-1")
+    rest["encoding"] = "latin-1"
+    own = {"format": "messages", "columns": {}, "system": None, "roles": {"me": "user"}, "rows": 5}
+    one, other = find_sources([{"path": "a.jsonl", **own}, "b.jsonl"], "train", **rest)
+    assert {key: getattr(one, key) for key in own} == own
+    assert {key: getattr(other, key) for key in rest} == rest
 
 
 def test_files_and_folders_named_after_a_split_are_of_that_split_alone():

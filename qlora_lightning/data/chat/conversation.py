@@ -4,7 +4,7 @@ import json
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ _PROMPT_BLOCK = re.compile(
 )
 # at the start of an answer: a block without content, and the line breaks that templates write after it
 _NO_REASONING = re.compile(rf"\A\s*(?:[<\[]{_TAG}[>\]]\s*)?[<\[]/{_TAG}[>\]]\n{{0,2}}", re.IGNORECASE)
+_JSON_LEAF = re.compile(r'"((?:[^"\\]|\\.)*)"|(-?\d[\d.eE+-]*)')  # a text without its quotes, or a number
 _ADVICE = "Choose a template that knows tools: data.chat_template: chatml (if the base has ChatML's tokens)"
 
 
@@ -242,14 +243,15 @@ def _check_messages(messages: Sequence[Message], text: str) -> None:
 
 
 def _has_content(text: str, message: Message) -> bool:
+    """Whether a text has the content of a message; some templates write what a tool returned as JSON."""
     content = message["content"].strip()
-    return content in text or _as_json(content) in text
+    return content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
 
 
 def _call_texts(message: Message) -> list[str]:
     """Return the names of a message's calls, and the texts and numbers in their arguments, as JSON without quotes."""
-    calls = [call["function"] for call in message.get("tool_calls", [])]
-    return [text for call in calls for text in _leaves([call["name"], call["arguments"]])]
+    calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls", [])]
+    return [text or number for text, number in _JSON_LEAF.findall(json.dumps(calls, ensure_ascii=False))]
 
 
 def split_reasoning(message: Message) -> tuple[str | None, str]:
@@ -279,20 +281,3 @@ def _without_reasoning(message: Message) -> Message:
     answer: Message = {**message, "content": content}
     answer.pop("reasoning_content", None)
     return answer
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield the texts and numbers in a value, as they are in JSON without quotes."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield _as_json(value)
-
-
-def _as_json(value: str | float) -> str:
-    """Return a text or number as JSON without quotes, as some templates write what a tool returned."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text[1:-1] if isinstance(value, str) else text

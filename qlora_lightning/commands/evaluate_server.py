@@ -139,7 +139,7 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> dict[
         if turn is None:
             row.prompt, n_cut = None, n_cut + 1
             continue
-        messages = data.renderer.as_sent(chat.messages[:turn])
+        messages = data.renderer.template.as_sent(chat.messages[:turn])
         request: dict[str, Any] = {"messages": list(map(_to_openai, messages))}
         if chat.tools:
             request["tools"] = chat.tools

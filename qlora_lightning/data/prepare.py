@@ -2,17 +2,16 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from qlora_lightning.data.chat.conversation import RenderedText, has_reasoning
+from qlora_lightning.data.chat.conversation import RenderedText, split_reasoning
 from qlora_lightning.data.chat.lengths import shorten, split_up
-from qlora_lightning.data.chat.renderer import ChatRenderer, Encoded, TokenizedSample
+from qlora_lightning.data.chat.renderer import ChatRenderer, TokenizedSample
 from qlora_lightning.data.report import DataReport
 from qlora_lightning.data.rows.content import (
     MAX_TEXT,
@@ -49,33 +48,14 @@ class Prompt(NamedTuple):
     values: dict[str, Any]
 
 
-@dataclass
-class _Part:
-    """The content of a row, or one of a pair's two, and what ``Preparation`` makes of it."""
-
-    content: Content
-    texts: Sequence[RenderedText] = ()
-    encoded: list[Encoded] = field(default_factory=list)  # of each text
-    samples: Sequence[TokenizedSample] = ()  # before max_length applies
-
-
-@dataclass
-class _Converted:
-    """A good row, with the numbers of row and source in the split."""
+class _WrittenRow(NamedTuple):
+    """A good row, with the numbers of row and source in the split, and the texts of its content or of a pair's two."""
 
     number: int
     source: int
     row: Row
     content: RowContent
-
-    def __post_init__(self) -> None:
-        match self.content:
-            case Pair(chosen, rejected):
-                self.parts = [_Part(chosen), _Part(rejected)]
-            case Judged(chat):
-                self.parts = [_Part(chat)]
-            case content:
-                self.parts = [_Part(content)]
+    parts: list[tuple[Content, list[RenderedText]]]
 
 
 def divide(samples: SampleSet, report: DataReport, fraction: float, seed: int) -> list[Prepared]:
@@ -111,7 +91,7 @@ class Preparation:
         self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
         self.report, self.builder, self.prompts = DataReport(self.split), SampleSetBuilder(), list[Prompt]()
         self.converters = dict[Source, RowConverter]()  # in the order in which sources appear
-        self._are_pairs: bool | None = None
+        self._are_pairs: bool | None = None  # the rows so far
 
     def prepare(self, rows: Rows, deduplicate: bool) -> Prepared:
         """Turn all rows into samples."""
@@ -142,63 +122,63 @@ class Preparation:
         report.count_samples(samples)
         return samples, report
 
-    def _find_converter(self, source: Source | None) -> RowConverter:
-        assert source is not None
-        if source not in self.converters:
-            pairs = self.pairs and not self.for_prompts
-            self.converters[source] = RowConverter(source, not self.for_prompts, pairs)
-        return self.converters[source]
-
     def _add(self, rows: Sequence[Row | BadRow]) -> None:
         """Add rows; bad ones are reported and left out."""
-        bad, written = dict[int, BadRow](), list[_Converted]()
-        for number, row in enumerate(rows, start=self.report.rows):
-            converter = self._find_converter(row.source)
-            if isinstance(row, BadRow):
-                bad[number] = row
-                continue
-            with _noting_faults(number, row, bad):
-                source = [*self.converters.values()].index(converter)
-                converted = _Converted(number, source, row, converter.convert(row))
-                if self.for_prompts:
-                    self._add_prompt(converted)
-                elif self._is_wanted(converted):
-                    for part in converted.parts:
-                        part.texts = self.renderer.write(part.content)
-                    written.append(converted)
-        jobs = [(part, text) for converted in written for part in converted.parts for text in part.texts]
-        encoded = self.renderer.encode([text.text for _, text in jobs])
-        for (part, _), encoding in zip(jobs, encoded, strict=True):
-            part.encoded.append(encoding)
-        for converted in written:
-            with _noting_faults(converted.number, converted.row, bad):
-                for part in converted.parts:
-                    part.samples = self.renderer.label(part.content, part.texts, part.encoded)
-                self._add_samples(converted)
+        results = [self._write(number, row) for number, row in enumerate(rows, start=self.report.rows)]
+        parts = [part for result in results if isinstance(result, _WrittenRow) for part in result.parts]
+        self.renderer.encode([text for _, texts in parts for text in texts])
+        for result in results:
+            bad = result if isinstance(result, BadRow) else None
+            if isinstance(result, _WrittenRow):
+                try:
+                    self._add_samples(result)
+                except RowFault as fault:
+                    bad = BadRow(result.row.where, str(fault))
+            if bad:
+                self.report.count_bad_row(bad)
         self.report.rows += len(rows)
-        for number in sorted(bad):
-            self.report.count_bad_row(bad[number])
 
-    def _is_wanted(self, converted: _Converted) -> bool:
+    def _write(self, number: int, row: Row | BadRow) -> _WrittenRow | BadRow | None:
+        """Convert a row to texts; None if it is a prompt, or dropped."""
+        assert row.source is not None
+        if row.source not in self.converters:
+            pairs = self.pairs and not self.for_prompts
+            self.converters[row.source] = RowConverter(row.source, not self.for_prompts, pairs)
+        if isinstance(row, BadRow):
+            return row
+        source = list(self.converters).index(row.source)
+        try:
+            content = self.converters[row.source].convert(row)
+            if self.for_prompts:
+                self._add_prompt(number, source, row, content)
+                return None
+            contents = _contents_of(content)
+            if not self._is_wanted(row, contents):
+                return None
+            return _WrittenRow(number, source, row, content, [(each, self.renderer.write(each)) for each in contents])
+        except RowFault as fault:
+            return BadRow(row.where, str(fault))
+
+    def _is_wanted(self, row: Row, contents: Sequence[Content]) -> bool:
         """Whether a row is trained: not if an answer is one of ``drop_answers``; suspicious rows are noted."""
-        if self._are_pairs not in (None, isinstance(converted.content, Pair)):
+        if self._are_pairs not in (None, len(contents) == 2):
             raise RowFault("two answers to compare and answers with a label do not mix: give each a run")
-        self._are_pairs = isinstance(converted.content, Pair)
-        chats = [part.content for part in converted.parts if isinstance(part.content, Chat)]
-        messages = [message for chat in chats for message in chat.messages]
-        answers = {message["content"].strip() for message in messages if message["role"] == "assistant"}
-        if not {answer.lower() for answer in answers}.isdisjoint(self.drop_answers):
+        self._are_pairs = len(contents) == 2
+        messages = [message for content in contents if isinstance(content, Chat) for message in content.messages]
+        answers = [message for message in messages if message["role"] == "assistant"]
+        answer_texts = sorted({answer["content"].strip() for answer in answers})
+        if not {text.lower() for text in answer_texts}.isdisjoint(self.drop_answers):
             self.report.drop("an answer is one of data.drop_answers")
             return False
         questions = [message["content"] for message in messages if message["role"] == "user"]
-        texts = [part.content.text for part in converted.parts if isinstance(part.content, Text)]
+        texts = [content.text for content in contents if isinstance(content, Text)]
         texts += [message["content"] + message.get("reasoning_content", "") for message in messages]
-        self.report.unreasoned += not all(map(has_reasoning, messages)) and self.renderer.opens_reasoning
-        self.report.note_suspicious(converted.row.where, sorted(answers), questions, "\n".join(texts))
+        if any(split_reasoning(answer)[0] is None for answer in answers):
+            self.report.unreasoned += self.renderer.template.opens_reasoning
+        self.report.note_suspicious(row.where, answer_texts, questions, "\n".join(texts))
         return True
 
-    def _add_prompt(self, converted: _Converted) -> None:
-        content, row = converted.content, converted.row
+    def _add_prompt(self, number: int, source: int, row: Row, content: RowContent) -> None:
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
         *earlier, last = content.messages
@@ -209,23 +189,25 @@ class Preparation:
             labels = [label for label in sample.labels if label not in (IGNORED, *self.renderer.stop_ids)]
             reference = str(self.renderer.tokenizer.decode(labels))
         ids = self.renderer.render_prompt(content.messages if reference is None else earlier, content.tools)
-        self.builder.add(ids, [IGNORED] * len(ids), converted.number, converted.source, row.file, row.line)
-        self.prompts.append(Prompt(ids, reference, converted.number, row.values))
+        self.builder.add(ids, [IGNORED] * len(ids), number, source, row.file, row.line)
+        self.prompts.append(Prompt(ids, reference, number, row.values))
 
-    def _add_samples(self, converted: _Converted) -> None:
+    def _add_samples(self, written: _WrittenRow) -> None:
         """Add the samples of a row, or count why it has none."""
-        row, parts, report = converted.row, converted.parts, self.report
+        row, content, report = written.row, written.content, self.report
+        parts = [(part, texts, self.renderer.label(part, texts)) for part, texts in written.parts]
+        samples = [sample for _, _, part_samples in parts for sample in part_samples]
+        fitted = [[sample for sample in self._fit(*part) if _count(sample)] for part in parts]
+        system = row.source.system if row.source else None
         add = partial(
             self.builder.add,
-            row_id=converted.number,
-            source=converted.source,
+            row_id=written.number,
+            source=written.source,
             file=row.file,
             line=row.line,
-            prompt=self.renderer.hash_prompt(parts[0].content, row.source.system if row.source else None),
+            prompt=self.renderer.hash_prompt(parts[0][0], system),
         )
-        fitted = [[sample for sample in self._fit(part) if _count(sample)] for part in parts]
-        samples = [sample for part in parts for sample in part.samples]
-        if self.pairs and any(len(part.samples) > 1 for part in parts):
+        if self.pairs and len(samples) > len(parts):
             report.leave_untrained("the chat template makes several samples of an answer, which cannot be compared")
         elif not any(map(_count, samples)):
             report.leave_untrained("every answer is marked `train: false`")
@@ -234,7 +216,7 @@ class Preparation:
                 report.drop("longer than max_length (too_long: drop)")
             else:
                 report.leave_untrained("no labelled token within max_length")
-        elif isinstance(converted.content, Pair):
+        elif isinstance(content, Pair):
             (chosen,), (rejected,) = fitted
             if chosen == rejected:
                 report.drop("their two answers are the same within max_length")
@@ -243,21 +225,23 @@ class Preparation:
             else:
                 add(chosen.ids + rejected.ids, chosen.labels + rejected.labels, chosen_length=len(chosen.ids))
         else:
-            desirable = converted.content.label if isinstance(converted.content, Judged) else None
+            desirable = content.label if isinstance(content, Judged) else None
             for ids, labels in fitted[0]:
                 add(ids, labels, desirable=desirable)
 
-    def _fit(self, part: _Part) -> Sequence[TokenizedSample]:
-        """Return the samples of a part; ``too_long`` is applied to those over ``max_length``."""
-        content, samples, max_length, too_long = part.content, part.samples, self.max_length, self.too_long
+    def _fit(
+        self, content: Content, texts: Sequence[RenderedText], samples: Sequence[TokenizedSample]
+    ) -> Sequence[TokenizedSample]:
+        """Return the samples of a content; ``too_long`` is applied to those over ``max_length``."""
+        max_length = self.max_length
         if all(len(sample.ids) <= max_length for sample in samples):
             return samples
-        if isinstance(content, Text) or too_long == "split":
+        if isinstance(content, Text) or self.too_long == "split":
             context = 1 if isinstance(content, Text) else None  # every piece of a text is trained
             return [piece for sample in samples for piece in split_up(sample, max_length, context)]
         fitted = list[TokenizedSample]()
-        if too_long == "truncate" and isinstance(content, Chat):
-            for sample, text in zip(samples, part.texts, strict=True):
+        if self.too_long == "truncate" and isinstance(content, Chat):
+            for sample, text in zip(samples, texts, strict=True):
                 if len(sample.ids) <= max_length:
                     fitted.append(sample)
                     continue
@@ -266,11 +250,22 @@ class Preparation:
                 if shortened is not None:
                     fitted.append(shortened)
                     self.report.shortened += 1
-        elif too_long == "truncate":
+        elif self.too_long == "truncate":
             fitted = [TokenizedSample(sample.ids[:max_length], sample.labels[:max_length]) for sample in samples]
             self.report.shortened += len(fitted)
         self.report.lost_labels += sum(map(_count, samples)) - sum(map(_count, fitted))
         return fitted
+
+
+def _contents_of(content: RowContent) -> list[Content]:
+    """Return the content of a row, or of a pair's two."""
+    match content:
+        case Pair(chosen, rejected):
+            return [chosen, rejected]
+        case Judged(chat):
+            return [chat]
+        case _:
+            return [content]
 
 
 def _in_chunks(rows: Rows) -> Iterator[list[Row | BadRow]]:
@@ -286,15 +281,6 @@ def _in_chunks(rows: Rows) -> Iterator[list[Row | BadRow]]:
             chunk, chunk_text = [], 0
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _noting_faults(number: int, row: Row, bad: dict[int, BadRow]) -> Iterator[None]:
-    """Note a row as bad if it cannot be used."""
-    try:
-        yield
-    except RowFault as fault:
-        bad[number] = BadRow(row.where, str(fault))
 
 
 def _prompt_of(sample: TokenizedSample) -> list[int]:

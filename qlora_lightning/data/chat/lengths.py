@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from qlora_lightning.data.chat.renderer import ChatRenderer, TokenizedSample
-from qlora_lightning.data.rows.content import Conversation, Tools
+from qlora_lightning.data.rows.content import Conversation, Tools, answer_indices
 from qlora_lightning.sources.tensors import IGNORED
 
 
@@ -27,7 +27,8 @@ def shorten(
     """
     if not answers:
         return None
-    conversation, last = renderer.arrange_reasoning(conversation), answers[-1]
+    conversation, last = conversation[: answer_indices(conversation)[-1] + 1], answers[-1]
+    conversation = renderer.template.arrange_reasoning(conversation)
     system = conversation[:1] if conversation[0]["role"] == "system" else []
 
     def render(start: int) -> TokenizedSample:
@@ -44,7 +45,7 @@ def shorten(
     n_removed = bisect_left(user_turns[:-1], True, key=lambda start: count(render(start)) <= max_length)
     sample = render(user_turns[n_removed])
     while (excess := count(sample) - max_length) > 0:
-        start, length = _find_longest_run(sample, renderer.control_ids)
+        start, length = _find_longest_run(sample, renderer.controls.known)
         n_cut = min(excess, length - _quarter(max_length))
         if n_cut <= 0:
             break

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
+import tokenizers
+
 from qlora_lightning.data.chat import templates
 from qlora_lightning.data.chat.conversation import RenderedText, TemplateRenderer
 from qlora_lightning.data.rows.content import (
+    Chat,
     Content,
     Conversation,
     Message,
@@ -34,27 +36,20 @@ class TokenizedSample(NamedTuple):
 class ChatRenderer:
     """Renders conversations, texts and tokens with one tokenizer; settings are those of the data module.
 
-    A text is encoded as a whole; the character offsets of its tokens locate the answers. Every row is checked: the ids
-    before an answer are those that generation would begin with, and the labelled ids decode to the answer and its stop
-    token.
+    A row is written as text, encoded as a whole, and labelled: the character offsets of its tokens locate the answers.
+    Every row is checked: the ids before an answer are those that generation would begin with, and the labelled ids
+    decode to the answer and its stop token. ``template`` renders conversations as text.
     """
 
     def __init__(self, tokenizer: Any, train_on: str = "assistant", reasoning: str = "template") -> None:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.stop_ids = templates.find_stop_ids(tokenizer)
-        self._controls = templates.ControlTokens(tokenizer, self.stop_ids)
-        self.control_ids = self._controls.known
-        self._text = TemplateRenderer(tokenizer, self._controls, reasoning)
+        self.controls = templates.ControlTokens(tokenizer, self.stop_ids)
+        self.template = TemplateRenderer(tokenizer, self.controls, reasoning)
         self._writes_bos = templates.writes_bos(tokenizer)
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is None:
-            raise UserError(
-                f"{templates.name_tokenizer(tokenizer)} does not know which characters its tokens stand for: expected "
-                "a fast one, of the library tokenizers.",
-                "tokenizer.slow",
-            )
-        plain, newline, after_newline = (encoded.ids for encoded in self.encode(["a", "\n", "\na"]))
+        self._backend: Any = tokenizer.backend_tokenizer
+        plain, newline, after_newline = (encoding.ids for encoding in self._encode(["a", "\n", "\na"]))
         # Sentencepiece puts a space before a text: there a part is encoded after a newline, whose ids are dropped.
         self._lead = "" if after_newline[len(newline) :] == plain else "\n"
         self._lead_length = len(newline) if self._lead else 0
@@ -77,19 +72,16 @@ class ChatRenderer:
         self._check_messages(messages, content.tools)
         if self.train_on == "all" and not all(message.get("train", True) for message in messages):
             raise RowFault("`train: false` in a message contradicts `train_on: all`")
-        return self._text.render(messages, content.tools, self._find_trained(messages))
+        return self.template.render(messages, content.tools, self._find_trained(messages))
 
-    def encode(self, texts: list[str]) -> list["Encoded"]:
-        """Encode texts as they are, on all cores: the template writes the BOS itself."""
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+    def encode(self, texts: Sequence[RenderedText]) -> None:
+        """Give texts their tokens, on all cores."""
+        encodings = self._encode([text.text for text in texts])
+        for text, encoding in zip(texts, encodings, strict=True):
+            text.ids, text.spans = encoding.ids, encoding.offsets
 
-    def label(
-        self, content: Content, texts: Sequence[RenderedText], encoded: Sequence["Encoded"]
-    ) -> list[TokenizedSample]:
-        """Label what :meth:`write` and :meth:`encode` returned for a row.
+    def label(self, content: Content, texts: Sequence[RenderedText]) -> list[TokenizedSample]:
+        """Label what :meth:`write` returned for a row and :meth:`encode` gave tokens.
 
         Raises:
             RowFault: the row cannot be trained on exactly.
@@ -98,8 +90,8 @@ class ChatRenderer:
         if isinstance(content, Tokens):
             return [self._check_tokens(content)]
         if isinstance(content, Text):
-            return [_label_all(encoding.ids) for encoding in encoded]
-        return [self._label(*pair) for pair in zip(texts, encoded, strict=True)]
+            return [_label_all(text.ids) for text in texts]
+        return [self._label_answers(text) for text in texts]
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """Return the ids that generation starts from: the conversation so far and the header of the next answer.
@@ -112,46 +104,37 @@ class ChatRenderer:
         # earlier answers that are trained may have been cut from their headers
         trained = self.train_on == "assistant"
         wanted = [i for i in answer_indices(messages) if trained and messages[i].get("train", True)]
-        rendered = self._text.render_prompt(messages, tools, wanted)
-        encoded, _ = self._find_starts(rendered, *self.encode([rendered.text]))
-        self._check_bos(encoded.ids)
-        return encoded.ids
+        rendered = self.template.render_prompt(messages, tools, wanted)
+        self.encode([rendered])
+        self._find_starts(rendered)
+        self._check_bos(rendered.ids)
+        return rendered.ids
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> TokenizedSample:
         """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
-        rendered = self._text.render(messages, tools, answers)[-1]
-        return self._label(rendered, *self.encode([rendered.text]))
-
-    @property
-    def opens_reasoning(self) -> bool:
-        """Whether generation begins within a block of reasoning, as with DeepSeek-R1."""
-        return self._text.opens_reasoning
-
-    def as_sent(self, prompt: Sequence[Message]) -> Sequence[dict[str, Any] | Message]:
-        """Return the messages of a prompt for a server, which renders them with the same template."""
-        return self._text.as_sent(prompt)
-
-    def arrange_reasoning(self, conversation: Conversation) -> Conversation:
-        """Return a conversation up to its last answer, without the reasoning that ``reasoning: drop`` leaves out."""
-        return self._text.arrange_reasoning(conversation[: answer_indices(conversation)[-1] + 1])
+        rendered = self.template.render(messages, tools, answers)[-1]
+        self.encode([rendered])
+        return self._label_answers(rendered)
 
     def hash_prompt(self, content: Content, added_system: str | None = None) -> int:
-        """Hash what comes before the first trained answer, as in the row; 0 for a text, which has no prompt.
+        """Return 64 bits for what comes before the first trained answer, as in the row; 0 for a text, which has none.
 
         ``added_system`` is the system prompt of the settings: with and without it a question is the same.
         """
+        prompt: list[Any] = []
         if isinstance(content, Tokens):
             labelled = (index for index, label in enumerate(content.labels) if label != IGNORED)
-            return _hash(content.ids[: next(labelled, 0)])
-        if isinstance(content, Text):
-            return 0
-        messages = content.messages
-        answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
-        prompt = messages[: min(answers, default=0)]
-        if prompt and prompt[0] == {"role": "system", "content": added_system}:
-            prompt = prompt[1:]
-        turns = [{**message, "content": message["content"].strip(), "train": None} for message in prompt]
-        return _hash([turns, content.tools])
+            prompt = content.ids[: next(labelled, 0)]
+        elif isinstance(content, Chat):
+            messages = content.messages
+            answers = answer_indices(messages) if self.train_on == "all" else self._find_trained(messages)
+            turns = messages[: min(answers, default=0)]
+            if turns and turns[0] == {"role": "system", "content": added_system}:
+                turns = turns[1:]
+            stripped = [{**message, "content": message["content"].strip(), "train": None} for message in turns]
+            prompt = [stripped, content.tools]
+        digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, signed=True) if prompt else 0
 
     def _find_trained(self, conversation: Conversation) -> list[int]:
         answers = answer_indices(conversation)
@@ -176,7 +159,7 @@ class ChatRenderer:
             self._check_text(json.dumps(tools, ensure_ascii=False), "'tools' contain")
 
     def _check_text(self, text: str, subject: str) -> None:
-        control = self._controls.pattern.search(text)
+        control = self.controls.pattern.search(text)
         if control:
             raise RowFault(f"{subject} the control token {control[0]!r} as text, which would end or begin a turn there")
         try:
@@ -184,18 +167,19 @@ class ChatRenderer:
         except UnicodeEncodeError:
             raise RowFault(f"{subject} half a character (a lone surrogate, as a cut \\ud83d leaves)") from None
 
-    def _label(self, rendered: RenderedText, encoded: "Encoded") -> TokenizedSample:
+    def _label_answers(self, rendered: RenderedText) -> TokenizedSample:
         """Label the answers of a conversation, each to its stop token."""
-        text, answers = rendered
-        encoded, starts = self._find_starts(rendered, encoded)
-        ids = encoded.ids
+        starts = self._find_starts(rendered)
+        ids = rendered.ids
         self._check_bos(ids)
         labels = [IGNORED] * len(ids)
-        for start, answer in zip(starts, answers, strict=True):
-            end = encoded.find(answer.end)
+        for start, answer in zip(starts, rendered.answers, strict=True):
+            end = rendered.find_token(answer.end)
             decoded = str(self._backend.decode(ids[start:end], skip_special_tokens=False))
-            expected = text[answer.start : answer.end]
-            if not _is_same_text(decoded, expected):
+            expected = rendered.text[answer.start : answer.end]
+            # Qwen's tokenizers compose accents (NFC), others also spell out ligatures (NFKC); sentencepiece decoders
+            # drop a space at the start
+            if normalize("NFKC", decoded).lstrip(" ") != normalize("NFKC", expected).lstrip(" "):
                 raise RowFault(f"the labelled tokens decode to {decoded!r}, not to the answer {expected!r}")
             labels[start:end] = ids[start:end]
         return _label_all(ids) if self.train_on == "all" else TokenizedSample(ids, [IGNORED, *labels[1:]])
@@ -213,8 +197,8 @@ class ChatRenderer:
             raise RowFault(f"a label must be {IGNORED} or the token id itself, not shifted")
         return TokenizedSample(ids, [IGNORED, *labels[1:]])
 
-    def _find_starts(self, rendered: RenderedText, encoded: "Encoded") -> tuple["Encoded", list[int]]:
-        r"""Return the ids of a text, and how many precede each answer: exactly those that generation begins with.
+    def _find_starts(self, rendered: RenderedText) -> list[int]:
+        r"""Return how many ids precede each answer: exactly those that generation begins with.
 
         Generation encodes the header without the answer. In the whole text the newlines that end a header may merge
         with an answer that begins with one. There the text is cut, and the rest is encoded on its own. For example,
@@ -224,35 +208,40 @@ class ChatRenderer:
             generation      <|end_header_id|> \n\n
             cut             <|end_header_id|> \n\n | \n Hi <|eot_id|>
         """
-        text, answers = rendered
-        counts = [self._count_before(text, encoded, answer.start) for answer in answers]
-        if None in counts:
-            cuts = [answer.start for answer, count in zip(answers, counts, strict=True) if count is None]
-            encoded = self._encode_parts(text, cuts)
-            counts = [self._count_before(text, encoded, answer.start) for answer in answers]
-        starts = [count for count in counts if count is not None]
-        if len(starts) < len(answers):
+        counts = {answer.start: self._count_before(rendered, answer.start) for answer in rendered.answers}
+        cuts = [start for start, count in counts.items() if count is None]
+        if cuts:
+            self._encode_parts(rendered, cuts)
+            counts = {start: self._count_before(rendered, start) for start in counts}
+        starts = [count for count in counts.values() if count is not None]
+        if len(starts) < len(counts):
             raise RowFault("the ids before an answer are not those that generation would begin with")
-        return encoded, starts
+        return starts
 
-    def _count_before(self, text: str, encoded: "Encoded", start: int) -> int | None:
+    def _count_before(self, rendered: RenderedText, start: int) -> int | None:
         """Count the ids before a character; None if from the last control token on they are not those of the header."""
-        n_before = encoded.find(start)
-        begin = next((i for i in reversed(range(n_before)) if encoded.ids[i] in self._controls.known), 0)
-        (header,) = self.encode([text[encoded.spans[begin][0] : start]])
+        n_before = rendered.find_token(start)
+        begin = next((i for i in reversed(range(n_before)) if rendered.ids[i] in self.controls.known), 0)
+        (header,) = self._encode([rendered.text[rendered.spans[begin][0] : start]])
         end = begin + len(header.ids)
-        return end if encoded.ids[begin:end] == header.ids else None
+        return end if rendered.ids[begin:end] == header.ids else None
 
-    def _encode_parts(self, text: str, cuts: Sequence[int]) -> "Encoded":
+    def _encode_parts(self, rendered: RenderedText, cuts: Sequence[int]) -> None:
         """Encode the parts of a text between cuts, each on its own."""
-        encoded = Encoded([], [])
+        text, rendered.ids, rendered.spans = rendered.text, [], []
         for start, end in pairwise([0, *cuts, len(text)]):
             lead, n_lead = (self._lead, self._lead_length) if start else ("", 0)
-            (part,) = self.encode([lead + text[start:end]])
-            encoded.ids.extend(part.ids[n_lead:])
+            (part,) = self._encode([lead + text[start:end]])
+            rendered.ids += part.ids[n_lead:]
             shift = start - len(lead)
-            encoded.spans.extend((span[0] + shift, span[1] + shift) for span in part.spans[n_lead:])
-        return encoded
+            rendered.spans += [(span[0] + shift, span[1] + shift) for span in part.offsets[n_lead:]]
+
+    def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Encode texts as they are: the template writes the BOS itself."""
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        encodings: list[tokenizers.Encoding] = self._backend.encode_batch(texts, add_special_tokens=False)
+        return encodings
 
     def _check_bos(self, ids: list[int]) -> None:
         """Reject a template that writes two BOS, or none although the tokenizer itself would write one."""
@@ -268,29 +257,3 @@ class ChatRenderer:
 
 def _label_all(ids: list[int]) -> TokenizedSample:
     return TokenizedSample(ids, [IGNORED, *ids[1:]])  # nothing predicts the first token
-
-
-def _is_same_text(decoded: str, expected: str) -> bool:
-    """Whether two texts are equal but for how characters are composed, and for spaces at the start.
-
-    Qwen's tokenizers compose accents (NFC), others also spell out ligatures (NFKC); sentencepiece decoders drop a space
-    at the start.
-    """
-    return decoded == expected or normalize("NFKC", decoded).lstrip(" ") == normalize("NFKC", expected).lstrip(" ")
-
-
-class Encoded(NamedTuple):
-    """The ids of a text, and the span of characters of each, ``(start, end)``."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-
-    def find(self, character: int) -> int:
-        """Return the index of the first token that begins at a character or after it."""
-        return bisect_left(self.spans, character, key=lambda span: span[0])
-
-
-def _hash(prompt: list[Any]) -> int:
-    """Return a number of 64 bits for a prompt; 0 if it is empty."""
-    digest = hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True) if prompt else 0

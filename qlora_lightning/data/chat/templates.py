@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import json
 import re
-import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2 import nodes
 
-from qlora_lightning.data.rows.content import MAX_TEXT, REASONING_KEYS
-from qlora_lightning.support.errors import UserError, nearest
+from qlora_lightning.data.rows.content import REASONING_KEYS
+from qlora_lightning.support.errors import UserError, check_setting, nearest
 from qlora_lightning.support.files import read_json_object
 
 # each preset with the control tokens that it writes besides the tokenizer's own BOS and end-of-sequence tokens
@@ -29,7 +26,10 @@ _FOLDER = Path(__file__).with_name("chat_templates")
 _BOS = "{{- bos_token }}\n"
 # what transformers passes to every template, besides the tokenizer's special tokens
 _PASSED = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
-_PROBE = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": "An answer, to be found again."}]
+_PROBE: list[dict[str, Any]] = [
+    {"role": "user", "content": "A question."},
+    {"role": "assistant", "content": "An answer, to be found again."},
+]
 _FIXED_DATE = date(2024, 7, 26)  # which Llama 3's templates write if there is no clock
 
 
@@ -51,25 +51,14 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     if choice is None and getattr(tokenizer, "chat_template", None) is None:
         return tokenizer  # the renderer rejects it
     chosen = tokenizer if choice is None else _put_template(tokenizer, choice)
-    title = f"chat_template: {choice}" if choice else f"the chat template of {name_tokenizer(tokenizer)}"
-    chosen = _set_variables(chosen, options or {}, title)
+    chosen = _set_variables(chosen, options or {}, f"the chat template of {choice or name_tokenizer(tokenizer)}")
     try:
         end_id = _find_turn_end(chosen)
-    except Exception as error:  # a template may raise anything
-        if choice is None:  # the renderer reports it with the row that it cannot render
-            return chosen
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{title} cannot render a question and its answer: {reason}", "data.chat_template") from error
-    if choice is None:
-        if end_id is None or end_id in find_stop_ids(chosen):
-            return chosen
-        chosen = copy.deepcopy(chosen)
-    elif end_id is None:
-        raise UserError(
-            f"{title} writes no token of {name_tokenizer(tokenizer)} after an answer at which generation could stop: "
-            f"let it end an assistant turn with one, its eos_token ({tokenizer.eos_token}) for example.",
-            "data.chat_template",
-        )
+    except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
+        return chosen
+    if end_id is None or (choice is None and end_id in find_stop_ids(chosen)):
+        return chosen
+    chosen = copy.deepcopy(chosen) if choice is None else chosen
     chosen.former_stop_ids = find_stop_ids(chosen)
     token = chosen.convert_ids_to_tokens(end_id)
     _make_special(chosen, (token,))
@@ -86,22 +75,6 @@ def find_reasoning_key(template: str | Mapping[str, str] | None) -> str | None:
     """Return the key of a message from which a chat template reads reasoning; None if it reads none."""
     text = "\n".join(template.values()) if isinstance(template, Mapping) else template or ""
     return next((key for key in REASONING_KEYS if re.search(rf"\.{key}\b|(['\"]){key}\1", text)), None)
-
-
-def find_searched_words(template: str | Mapping[str, str] | None) -> list[str]:
-    """Return the texts that a chat template looks for in messages, such as ``</think>`` or ``/no_think``."""
-    words = set[str]()
-    for text in template.values() if isinstance(template, Mapping) else [template or ""]:
-        try:
-            tree = _parse(text)
-        except jinja2.TemplateError:  # the renderer reports it with the row that it cannot render
-            continue
-        operands = [node.expr for node in tree.find_all(nodes.Compare) if node.ops[0].op in ("in", "notin")]
-        for call in tree.find_all(nodes.Call):
-            operands += call.args if isinstance(call.node, nodes.Getattr) else []  # content.startswith('<think>')
-        constants = [operand.value for operand in operands if isinstance(operand, nodes.Const)]
-        words |= {constant for constant in constants if isinstance(constant, str)}
-    return sorted(words)
 
 
 def _put_template(tokenizer: Any, choice: str) -> Any:
@@ -146,23 +119,19 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     """Return a tokenizer whose template has the options and no clock; itself if that changes nothing."""
     template = tokenizer.chat_template
     texts = template if isinstance(template, dict) else {"": template}
-    for text in texts.values():
-        _check_numbers(text, title)
     variables = set[str]()
     for text in texts.values() if options else ():
-        variables |= jinja2.meta.find_undeclared_variables(_parse(text))
+        text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)  # a tag of transformers, which marks answers
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        variables |= jinja2.meta.find_undeclared_variables(tree)
     variables -= {*_PASSED, *tokenizer.special_tokens_map}
     for name, value in options.items():
         if name not in variables:
             hint = nearest(name, variables)
             raise UserError(f"template_options: {title} has no variable {name!r}.{hint}", "data.template_options")
-        try:
-            json.dumps(value, allow_nan=False)  # jinja has literals for what JSON has
-        except (TypeError, ValueError) as error:
-            expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
-            raise UserError(
-                f"template_options: {name} must be {expected}, found {value!r}.", "data.template_options"
-            ) from error
+        is_plain = isinstance(value, str | int | float | list | dict | None)  # of which jinja has literals
+        expected = "a text, a number, true, false or a list or mapping of these (a date in quotes)"
+        check_setting("data.template_options", {name: value}, is_plain, expected)
     defaults = "".join(  # jinja's literals are Python's
         f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
         for name, value in options.items()
@@ -174,24 +143,6 @@ def _set_variables(tokenizer: Any, options: Mapping[str, Any], title: str) -> An
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = new_texts if isinstance(template, dict) else new_texts[""]
     return tokenizer
-
-
-def _parse(template: str) -> nodes.Template:
-    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # a tag of transformers, which marks answers
-    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-
-
-def _check_numbers(template: str, title: str) -> None:
-    """Reject a number with which one line could fill the memory: ``{{ 'x' * 9999999999 }}``."""
-    with contextlib.suppress(jinja2.TemplateError):  # the renderer reports it with the row that it cannot render
-        constants = [node.value for node in _parse(template).find_all(nodes.Const)]
-        largest = max((value for value in constants if isinstance(value, int | float)), default=0)
-        if largest > MAX_TEXT:
-            raise UserError(
-                f"{title} has the number {largest:,}, and a conversation has at most {MAX_TEXT:,} characters: choose "
-                "another template by data.chat_template.",
-                "data.chat_template",
-            )
 
 
 def _stop_clock(template: str, title: str) -> str:
@@ -256,12 +207,7 @@ def find_stop_ids(tokenizer: Any) -> frozenset[int]:
     if config is not None:
         remedy, keys = "It names the stop tokens: correct or delete it.", {"eos_token_id": int | list[int] | None}
         eos_ids = read_json_object(config, remedy, keys).get("eos_token_id")
-        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
-        if any(token_id is not None and not 0 <= token_id < 1 << 31 for token_id in eos_ids):
-            raise UserError(
-                f"{config}: eos_token_id is {reprlib.repr(eos_ids)}, expected token ids. {remedy}", "eos_token_id"
-            )
-        ids.update(eos_ids)
+        ids.update(eos_ids if isinstance(eos_ids, list) else [eos_ids])
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 
@@ -275,13 +221,9 @@ def _find_turn_end(tokenizer: Any) -> int | None:
     controls = ControlTokens(tokenizer, stop_ids)
     found = list[list[int]]()
     for messages in (_PROBE, [*_PROBE, _PROBE[0]]):
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-        _, answer, tail = text.rpartition(_PROBE[1]["content"])
+        _, answer, tail = _apply(tokenizer, messages).rpartition(_PROBE[1]["content"])
         if not answer:
-            raise UserError(
-                f"the chat template does not write the content of an assistant message: it renders one as {text!r}.",
-                "data.chat_template",
-            )
+            return None
         end = tail.partition(_PROBE[0]["content"])[0]
         found.append([controls.ids[control[0]] for control in controls.pattern.finditer(end)])
     first, between = found[0][:1], [token_id for token_id in found[1] if token_id in stop_ids]
@@ -293,11 +235,10 @@ def reads_parts(tokenizer: Any) -> bool:
     """Whether a template reads content only as a list of parts, as those of some models that see images do."""
     question = _PROBE[0]["content"]
     with contextlib.suppress(Exception):  # a template may raise anything; the renderer reports it with the row
-        if question in str(tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)):
+        if question in _apply(tokenizer, _PROBE[:1]):
             return False
     with contextlib.suppress(Exception):
-        parts = [{"role": "user", "content": [{"type": "text", "text": question}]}]
-        return question in str(tokenizer.apply_chat_template(parts, tokenize=False))
+        return question in _apply(tokenizer, [{"role": "user", "content": [{"type": "text", "text": question}]}])
     return False
 
 
@@ -306,16 +247,13 @@ def find_ending(tokenizer: Any, stop_pattern: re.Pattern[str], is_call: bool) ->
 
     The answers of GLM end with the token that begins the next turn: the user's, or that of a call's result.
     """
-    text, following = _PROBE[1]["content"], _PROBE[0]
-    messages: list[dict[str, Any]] = list(_PROBE)
+    text, messages, following = _PROBE[1]["content"], _PROBE, _PROBE[0]
     if is_call:
         call = {"type": "function", "function": {"name": "find", "arguments": {"text": text}}}
-        messages[1] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
         following = {"role": "tool", "content": "A result."}
-    options = {"tokenize": False, "add_generation_prompt": False}
     try:
-        last = str(tokenizer.apply_chat_template(messages, **options))
-        longer = str(tokenizer.apply_chat_template([*messages, following], **options))
+        last, longer = _apply(tokenizer, messages), _apply(tokenizer, [*messages, following])
     except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
         return ""
     stop = stop_pattern.search(longer, len(last))
@@ -323,3 +261,7 @@ def find_ending(tokenizer: Any, stop_pattern: re.Pattern[str], is_call: bool) ->
         return ""
     ending = longer[len(last) : stop.end()]
     return "" if following["content"] in ending else ending
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))

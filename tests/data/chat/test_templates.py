@@ -3,7 +3,6 @@
 import copy
 import json
 from datetime import date, datetime
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, processors
@@ -105,18 +104,9 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
 
 @pytest.mark.parametrize(
     ("choice", "found"),
-    [
-        ("llama3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>, which"),
-        ("lama3", "Did you mean 'llama3'?"),
-        (b"a\n{{ b\n", "own.jinja cannot render a question and its answer: TemplateSyntaxError"),
-        (b"{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}", "own.jinja writes no token"),
-        (b"not a template", "it renders one as 'not a template'"),
-    ],
+    [("llama3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>, which"), ("lama3", "Did you mean 'llama3'?")],
 )
-def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, write, choice, found):
-    if isinstance(choice, bytes):
-        Path("own.jinja").write_bytes(choice)
-        choice = "own.jinja"
+def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, choice, found):
     with rejects("data.chat_template", found):
         choose(base("qwen2_5"), choice)
 
@@ -191,7 +181,7 @@ def test_a_row_gives_the_same_tokens_on_every_day_also_by_the_saved_tokenizer(
     [
         ({"date_strin": "now"}, "has no variable 'date_strin'. Did you mean 'date_string'"),
         *(({name: "x"}, f"has no variable '{name}'") for name in ("content", "strip", "messages", "eos_token", "m")),
-        ({"date_string": date(2026, 11, 27)}, "found datetime"),
+        ({"date_string": date(2026, 11, 27)}, "datetime.date(2026, 11, 27)"),
     ],
 )
 def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizers, options, words):
@@ -199,15 +189,7 @@ def test_options_that_no_template_has_or_can_hold_are_rejected_by_name(tokenizer
         prepare(tokenizers["date"], template_options=options)
 
 
-@pytest.mark.parametrize(
-    ("template", "key", "found"),
-    [
-        ('{%- set form = "%d" %}{{- strftime_now(form) }}', "data.chat_template", "strftime_now"),
-        ("{{ 'x' * 9999999999 }}", "data.chat_template", "9,999,999,999"),
-        ("{{ 'x' * 8001 * 8001 }}", "chat_template.size", "64,016,001"),
-    ],
-)
-def test_a_template_with_a_clock_or_a_bomb_is_rejected(tokenizers, template, key, found):
-    tokenizers["today"].chat_template = template
-    with rejects(key, found):
+def test_a_template_whose_date_cannot_be_fixed_is_rejected(tokenizers):
+    tokenizers["today"].chat_template = '{%- set form = "%d" %}{{- strftime_now(form) }}'
+    with rejects("data.chat_template", "strftime_now"):
         prepare(tokenizers["today"])

@@ -195,7 +195,9 @@ def test_a_request_that_fails_ends_the_others(evaluate):
     assert "500" in printed
 
 
-@pytest.mark.parametrize("models", [None, "mine", [{"name": "mine"}], ["mine"]])
+@pytest.mark.parametrize(
+    "models", [None, [{"name": "mine"}], *(pytest.param(each, marks=pytest.mark.slow) for each in ("mine", ["mine"]))]
+)
 def test_a_server_without_a_list_of_models_is_asked_by_name(evaluate, models):
     with serving(lambda question: "4", models) as (url, requests):
         assert evaluate(url, "--served-name", "mine")[0] == 1

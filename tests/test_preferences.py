@@ -102,7 +102,7 @@ ASKED_ON = [*ASKED, {**GOOD[0], "reasoning_content": "A greeting."}, *ASKED]
 QWEN3 = str(TEMPLATES / "qwen3.jinja")  # earlier reasoning is left out
 
 
-@pytest.mark.parametrize("template", ["chatml", QWEN3], ids=["chatml", "qwen3"])
+@pytest.mark.parametrize("template", [pytest.param("chatml", marks=pytest.mark.slow), pytest.param(QWEN3, id="qwen3")])
 def test_a_function_gives_the_same_pair_as_a_row(tmp_path, smollm2_folder, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

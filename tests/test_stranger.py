@@ -90,6 +90,7 @@ def test_a_strangers_folder_runs_nothing_writes_nothing_elsewhere_and_prints_no_
         assert not {"auto_map", "mine"} & set(written.split('"'))
 
 
+@pytest.mark.slow
 def test_names_of_files_are_neither_code_nor_addresses_and_no_link_is_copied(folder, tmp_path, monkeypatch, capsys):
     place = shutil.copytree(folder, tmp_path / "place", symlinks=True)
     monkeypatch.chdir(place)

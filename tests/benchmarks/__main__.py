@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections import defaultdict
@@ -23,6 +24,7 @@ from qlora_lightning.sources.folders import open_base
 from tests.benchmarks.child import ROOT, run_child
 from tests.benchmarks.one_batch import make_base
 from tests.benchmarks.ours import read_samples
+from tests.rows import write_rows
 
 PLAIN, CHECKPOINTED = "plain", "checkpointed"
 _UNITS = ("tokens/s", "peak memory, GB", "seconds")
@@ -30,7 +32,7 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Benchmarks:
-    """All runs so far; after each, the JSON file is written again."""
+    """All runs so far."""
 
     def __init__(self, arguments: argparse.Namespace, base: str, dtype: str) -> None:
         self.runs: list[dict[str, Any]] = []
@@ -42,15 +44,13 @@ class Benchmarks:
         if arguments.without_peer:
             del self._pythons["peer"]
 
-    def _run(self, module: str, **options: Any) -> dict[str, Any]:
-        return run_child(module, self._arguments.threads, base=self._base, dtype=self._dtype, **options)
+    def _run(self, side: str, function: str, **options: Any) -> dict[str, Any]:
+        options |= {"base": self._base, "dtype": self._dtype}
+        return run_child(f"{side}.{function}", self._arguments.threads, self._pythons[side], **options)
 
     def _add(self, side: str, setting: str, figures: dict[str, Any]) -> None:
         self.runs.append({"side": side, "setting": setting} | figures)
         print(f"{side}, {setting}: {figures['tokens'] / figures['seconds']:.1f} tokens/s", flush=True)
-        if self._arguments.json is not None:
-            content = json.dumps({"setup": self.setup, "rows": make_rows(self.runs), "runs": self.runs}, indent=2)
-            self._arguments.json.write_text(content + "\n", encoding="utf-8")
 
     def measure_sides(self) -> None:
         """Run both sides in turns; before, a step each that fills the caches, so that all starts are second ones."""
@@ -61,8 +61,8 @@ class Benchmarks:
             inputs = {"ours": {"source": source}, "peer": {"samples": str(samples)}}
 
             def measure(side: str, checkpointing: bool = False, **options: Any) -> dict[str, Any]:
-                options |= inputs[side] | {"python": self._pythons[side], "checkpointing": checkpointing}
-                return self._run(side, accelerator=self._arguments.accelerator, **options)
+                options |= inputs[side] | {"checkpointing": checkpointing}
+                return self._run(side, "measure", accelerator=self._arguments.accelerator, **options)
 
             for side in self._pythons:
                 measure(side, steps=1)
@@ -72,37 +72,40 @@ class Benchmarks:
                         self._add(side, setting, measure(side, checkpointing))
 
     def measure_preferences(self) -> None:
-        """Compare a loss and its gradients; then train an epoch by DPO, in turns.
+        """Compare a loss and its gradients, by DPO and by KTO; then train an epoch by DPO, in turns.
 
-        The rows are the first of a file of pairs.
+        The rows are the first of a file of pairs. By KTO every other one has its rejected answer, as not desirable.
         """
         lines = Path(self._arguments.preferences).read_text(encoding="utf-8").splitlines()[: self._arguments.rows]
+        pairs = [json.loads(line) for line in lines]
+        verdicts = [
+            {"prompt": pair["prompt"], "completion": pair["rejected" if at % 2 else "chosen"], "label": at % 2 == 0}
+            for at, pair in enumerate(pairs)
+        ]
         with tempfile.TemporaryDirectory() as folder:
-            rows = Path(folder) / "pairs.jsonl"
-            rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-            def measure(side: str, **options: Any) -> dict[str, Any]:
-                return self._run("preferences", side=side, python=self._pythons[side], rows=str(rows), **options)
-
-            for objective in ("dpo", "kto"):
+            files = {"dpo": f"{folder}/pairs.jsonl", "kto": f"{folder}/verdicts.jsonl"}
+            write_rows(Path(files["dpo"]), pairs)
+            write_rows(Path(files["kto"]), verdicts)
+            for objective, rows in files.items():
                 losses, gradients = {}, {}
                 for side in self._pythons:
-                    file = f"{folder}/{side}.pt"
-                    losses[side] = measure(side, gradients=file, objective=objective)["loss"]
-                    gradients[side] = torch.load(file, weights_only=True)
+                    options = {"rows": rows, "objective": objective, "gradients": f"{folder}/{side}.pt"}
+                    losses[side] = self._run(side, "compare_preferences", **options)["loss"]
+                    gradients[side] = torch.load(options["gradients"], weights_only=True)
                 if "peer" in self._pythons:
                     apart = (gradients["ours"] - gradients["peer"]).norm() / gradients["peer"].norm()
                     self.setup[f"first loss by {objective}"] = f"{losses}; gradients differ by {float(apart):.1e}"
             for _, side in itertools.product(range(self._arguments.repeats), self._pythons):
-                self._add(side, "DPO", measure(side, epochs=1))
+                self._add(side, "DPO", self._run(side, "train_preferences", rows=files["dpo"]))
 
     def measure_scarce(self, spare_bytes: int) -> None:
         """Train in steps of 16 rows, with ample memory and with so many bytes: steps fit themselves, by parts."""
         options = {"source": {"path": self._arguments.data, "rows": self._arguments.rows}, "batch_size": 16}
+        options |= {"checkpointing": False, "accelerator": "cpu"}
         for _ in range(self._arguments.repeats):
             losses = {}
             for setting, spare in (("ample memory", 1 << 40), ("scarce memory", spare_bytes)):
-                figures = self._run("ours", checkpointing=False, accelerator="cpu", spare_bytes=spare, **options)
+                figures = self._run("ours", "measure", spare_bytes=spare, **options)
                 self._add("ours", setting, figures)
                 losses[setting] = figures["loss"]
             self.setup["last losses"] = losses
@@ -110,17 +113,23 @@ class Benchmarks:
     def measure_8b(self, folder: Path) -> None:
         """Quantize a base of Llama-3.1-8B's shape, and train steps of two rows of 256 tokens from the cached base."""
         print(f"8B-shaped base in {folder}: made and quantized, unless it is there …", flush=True)
-        quantizing = run_child("one_batch", self._arguments.threads, folder=str(folder), layers=32)
-        self._base = str(folder)
-        self._add("ours", "8B", self._run("one_batch", lengths=[256, 256]) | {"quantizing": quantizing})
+        threads, base = self._arguments.threads, str(folder)
+        quantizing = run_child("one_batch.quantize", threads, folder=base, layers=32)
+        figures = run_child("one_batch.measure", threads, base=base, lengths=[256, 256], dtype=self._dtype)
+        self._add("ours", "8B", figures | {"quantizing": quantizing})
 
     def report(self) -> None:
+        """Print all figures, and write them to the JSON file."""
+        rows = make_rows(self.runs)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-        print_table(make_rows(self.runs), console)
+        print_table(rows, console)
         versions = {run["side"]: run["versions"] for run in self.runs if "versions" in run}
         for name, facts in (("setup", self.setup), *versions.items()):
             console.print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items())}", soft_wrap=True)
         console.print(f"Medians of {self.setup['repeats']} runs; tests/benchmarks/README.md explains them.")
+        if self._arguments.json is not None:
+            content = json.dumps({"setup": self.setup, "rows": rows, "runs": self.runs}, indent=2)
+            self._arguments.json.write_text(content + "\n", encoding="utf-8")
 
 
 def make_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -169,10 +178,9 @@ def _format(figure: float | None) -> str:
 
 def _describe_machine(accelerator: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = re.findall("^model name.*: (.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     machine = {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),  # with few cores, a neighbour at work spoils the figures
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
@@ -202,7 +210,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--scarce", metavar="N", type=int, help=scarce_help)
     llama_help = "also steps of a base with random weights in Llama-3.1-8B's shape, 16 GB, made there"
     parser.add_argument("--llama-8b", metavar="FOLDER", type=Path, help=llama_help)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, every run's too, after each")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures, every run's too")
     return parser.parse_args()
 
 

@@ -3,13 +3,14 @@
 The peer's interpreter imports this file too: it needs torch and the standard library, nothing more.
 """
 
+import importlib
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,26 +25,25 @@ RANK = 8
 ALPHA = 16
 LEARNING_RATE = 2e-4  # decays linearly to 0, without warm-up
 GRADIENT_CLIP = 0.3
+PAIRS = 4  # of a micro-batch of preferences
+BETA = 0.1
 SEED = 0
 
 _SPAWNED_AT = "BENCHMARK_SPAWNED_AT"
 
 
-def run_child(module: str, threads: int, python: str = sys.executable, **arguments: Any) -> dict[str, Any]:
-    """Run a module of this folder, which calls :func:`serve`, in a process of its own and return its figures."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+def run_child(
+    function: str, threads: int, python: str = sys.executable, variables: Mapping[str, str] = {}, **arguments: Any
+) -> dict[str, Any]:
+    """Call a function of this folder, such as ``ours.measure``, in a process of its own and return its figures."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | variables
     environment |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", _SPAWNED_AT: str(time.time())}
-    command = [python, "-m", f"tests.benchmarks.{module}", json.dumps(arguments)]
+    command = [python, "-m", "tests.benchmarks.child", function, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{module} failed:\n" + (done.stdout + done.stderr)[-3000:])
+        raise RuntimeError(f"{function} failed:\n" + (done.stdout + done.stderr)[-3000:])
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
-
-
-def serve(measure: Callable[..., dict[str, Any]]) -> None:
-    """Call a function with the arguments of :func:`run_child`, and print its figures as the last line."""
-    print("\n" + json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
 
 
 def seconds_since_spawn() -> float:
@@ -69,3 +69,22 @@ def read_peak_bytes(on_gpu: bool) -> int:
 def versions_of(*packages: str) -> dict[str, str]:
     """Return the installed version of torch, transformers, PEFT, bitsandbytes and of other packages."""
     return {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes", *packages)}
+
+
+def take_first_step(model: torch.nn.Module, compute_loss: Callable[[], torch.Tensor], file: str) -> dict[str, Any]:
+    """Compute a ``loss`` with an adapter that both sides draw alike, and write its gradients to a file."""
+    model.train()
+    trained = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(SEED)
+    for parameter in trained:
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.02  # in float32: TRL rounds to bf16
+    loss = compute_loss()
+    loss.backward()
+    torch.save(torch.cat([parameter.grad.flatten() for parameter in trained]), file)
+    return {"loss": loss.item()}
+
+
+if __name__ == "__main__":
+    module, _, name = sys.argv[1].rpartition(".")
+    measure = getattr(importlib.import_module(f"tests.benchmarks.{module}"), name)
+    print("\n" + json.dumps(measure(**json.loads(sys.argv[2]))), flush=True)

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def measure(base: str, lengths: Sequence[int], dtype: Any) -> dict[str, Any]:
 
 
 def make_base(folder: Path, layers: int) -> None:
-    """Write a base of Llama-3.1-8B's shape with random weights, unless it is there, a layer at a time."""
+    """Write a base of Llama-3.1-8B's shape with random weights, unless it is there, a tensor at a time."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,19 +79,12 @@ def make_base(folder: Path, layers: int) -> None:
     config = LlamaConfig(**settings)
     with torch.device("meta"):
         tensors = LlamaForCausalLM(config).state_dict()
-    shards: dict[str, dict[str, torch.Size]] = defaultdict(dict)
+    files = {name: f"{name}.safetensors" for name in tensors}
     for name, tensor in tensors.items():
-        shards[name.partition(".layers.")[2].partition(".")[0] or name][name] = tensor.shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # which takes a minute
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards.values()):
-        file = f"model-{number:05d}.safetensors"
-        weights = {name: torch.ones(size, dtype=torch.bfloat16, device=device) for name, size in shard.items()}
-        for weight in weights.values():
-            if weight.dim() == 2:  # a norm's stay ones; few numbers, again and again, are drawn sooner
-                weight.copy_(torch.empty(256, weight.shape[1]).normal_(std=0.02).repeat(len(weight) // 256, 1))
-        save_file({name: weight.cpu() for name, weight in weights.items()}, folder / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, file)
+        weight = torch.ones(tensor.shape, dtype=torch.bfloat16)
+        if weight.dim() == 2:  # a norm's stay ones; few numbers, again and again, are drawn sooner
+            weight.copy_(torch.empty(256, weight.shape[1]).normal_(std=0.02).repeat(len(weight) // 256, 1))
+        save_file({name: weight}, folder / files[name], metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config.save_pretrained(folder)  # last: then the base is there
@@ -113,7 +105,3 @@ def quantize(folder: str, layers: int) -> dict[str, Any]:
             parameter.detach().view(torch.uint8).flatten()[::4096].sum()  # a byte of each page
         del loaded
     return figures
-
-
-if __name__ == "__main__":
-    child.serve(lambda **options: (quantize if "layers" in options else measure)(**options))

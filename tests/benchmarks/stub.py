@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
@@ -34,35 +33,28 @@ class Sides:
     """The interpreters of the sides, each with a stub for its torch."""
 
     def __init__(self, folder: Path, unsloth_python: str | None) -> None:
-        self.base, pythons = str(folder / "base"), {"ours": sys.executable, "peft": sys.executable}
-        pythons |= {"unsloth": unsloth_python} if unsloth_python else {}
-        self.pythons = pythons
+        self.base = str(folder / "base")
+        self.pythons = {"ours": sys.executable, "peft": sys.executable}
+        self.pythons |= {"unsloth": unsloth_python} if unsloth_python else {}
         self.environments: dict[str, dict[str, str]] = {}
-        for side, python in pythons.items():
+        for side, python in self.pythons.items():
             (folder / side).mkdir()
             command = [python, "-c", _BUILD, str(folder / side)]
             built = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
             self.environments[side] = json.loads(built.stdout) | _UNSLOTH
             self.environments[side]["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
 
-    def run(self, side: str, /, mib: int = 128 << 10, **options: Any) -> dict[str, Any]:
-        """Run a child of a side on a card of so much memory."""
+    def run(self, function: str, side: str, mib: int, /, **options: Any) -> dict[str, Any]:
+        """Call a function of ``stub_step.py`` with a side's interpreter on a card of so much memory."""
         card = self.environments[side] | {"STUB_MIB": str(mib), "STUB_CC": "89"}
-        with mock.patch.dict(os.environ, card):
-            return run_child("stub_step", 1, self.pythons[side], **options)
+        return run_child(f"stub_step.{function}", 1, self.pythons[side], card, **options)
 
-    def steps(self, repeats: int) -> dict[tuple[str, str], dict[str, Any]]:
-        """Measure all sides in all modes, in turns; the host's time is the median of all turns."""
-        runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for _ in range(repeats):
-            for mode in MODES:
-                for side in self.pythons:
-                    if (side, mode) == ("peft", "offloaded") or (side == "peft" and runs.get((side, mode))):
-                        continue
-                    figures = self.run(side, side=side, mode=mode, folder=self.base)
-                    runs.setdefault((side, mode), []).append(figures)
-                    print(side, mode, figures, flush=True)
-        return {key: each[0] | {"host": median(run["host"] for run in each)} for key, each in runs.items()}
+    def step(self, side: str, mode: str, **options: Any) -> dict[str, Any]:
+        """Measure steps of a side, of Llama-3.1-8B's shape unless told otherwise."""
+        usual = {"tokens": 4096, "shape": "llama-3.1-8b", "layers": 32, "base": self.base}
+        figures = self.run("measure", side, 128 << 10, side=side, mode=mode, **usual | options)
+        print(side, mode, figures, flush=True)
+        return figures
 
 
 def add_row(table: Table, name: str, figures: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -79,15 +71,14 @@ def add_row(table: Table, name: str, figures: dict[str, Any], ours: dict[str, An
 
 
 def compare(sides: Sides, repeats: int) -> Table:
-    """Return the table of steps beside the peers."""
-    found = sides.steps(repeats)
+    """Return the table of steps beside the peers; the host's time is the median of all turns."""
+    pairs = [(side, mode) for mode in MODES for side in sides.pythons if (side, mode) != ("peft", "offloaded")]
+    turns = [{pair: sides.step(*pair) for pair in pairs} for _ in range(repeats)]
+    found = {pair: turns[0][pair] | {"host": median(turn[pair]["host"] for turn in turns)} for pair in pairs}
     table = Table("4,096 tokens", *_COLUMNS)
-    for mode in MODES:
-        for side in sides.pythons:
-            if (side, mode) in found:
-                add_row(table, f"{side}, {mode}", found[side, mode], found["ours", mode])
-    half = sides.run("ours", side="ours", mode="plain", layers=16)
-    whole = found["ours", "plain"]
+    for side, mode in pairs:
+        add_row(table, f"{side}, {mode}", found[side, mode], found["ours", mode])
+    half, whole = sides.step("ours", "plain", layers=16), found["ours", "plain"]
     forward, backward = ((whole[name] - half[name]) / 16 for name in ("forward", "backward"))
     table.add_row("a layer of ours", "", f"{forward:.0f} + {backward - _ADAPTERS:.0f}")
     return table
@@ -97,10 +88,10 @@ def compare_mixture(sides: Sides) -> Table:
     """Return the table of steps of Qwen3-30B-A3B's shape, beside PEFT with bitsandbytes' parametrization."""
     table = Table("Qwen3-30B-A3B", *_COLUMNS)
     for mode, tokens in (("plain", 1024), ("checkpointed", 4096)):
-        options = {"mode": mode, "tokens": tokens, "layers": 48}
-        ours, theirs = (sides.run("ours", side=side, **options) for side in ("mixture", "mixture_of_peft"))
+        options = {"tokens": tokens, "shape": "qwen3-30b-a3b", "layers": 48}
+        ours = sides.step("ours", mode, **options)
         add_row(table, f"ours, {mode}, {tokens:,} tokens", ours, ours)
-        add_row(table, f"PEFT, {mode}, {tokens:,} tokens", theirs, ours)
+        add_row(table, f"PEFT, {mode}, {tokens:,} tokens", sides.step("peft", mode, **options), ours)
     return table
 
 
@@ -110,7 +101,7 @@ def plan(sides: Sides, folder: Path) -> Table:
     table = Table("card", "tokens at a time", "planned", "measured", "loading", "lowered")
     for gib in (24, 16, 12, 8):  # the first quantizes the base
         limits = {"data.batch_size": 16, "data.max_length": 2048, "model.rank": 8}
-        figures = sides.run("ours", mib=gib << 10, folder=str(folder), name=str(gib), **limits)
+        figures = sides.run("fit", "ours", gib << 10, folder=str(folder), name=str(gib), **limits)
         peaks = f"{figures['planned']:.2f}", f"{figures['gib']:.2f}", figures["loaded"]
         table.add_row(f"{gib} GiB", f"{figures['tokens']}, {figures['choice']}", *peaks, str(figures["lowered"]))
     return table

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.child import ROOT, serve
+from tests.benchmarks.child import ROOT
 
 GIB = 2**30
 SHAPES = ROOT / "configs" / "shapes"
-SHAPE, MIXTURE = SHAPES / "llama-3.1-8b", SHAPES / "qwen3-30b-a3b"
 ROW = 1024  # tokens
 RANK = 16
 
@@ -33,7 +32,7 @@ def counts() -> list[int]:
     return list(values)
 
 
-def make_model(layers: int, shape: Path = SHAPE) -> Any:
+def make_model(shape: str, layers: int) -> Any:
     """Return a model with adapters whose tensors are memory of the card, without loading anything."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
@@ -42,7 +41,7 @@ def make_model(layers: int, shape: Path = SHAPE) -> Any:
 
     from qlora_lightning.model.load.build import meta_base, put_adapters
 
-    config = AutoConfig.from_pretrained(shape, num_hidden_layers=layers)
+    config = AutoConfig.from_pretrained(SHAPES / shape, num_hidden_layers=layers)
     options = {"alpha": None, "dropout": 0.0, "target_modules": "all-linear", "layers": "all", "lora_options": None}
     model = put_adapters(meta_base(config, torch.bfloat16, "nf4"), None, rank=RANK, **options)
 
@@ -84,15 +83,16 @@ def route_evenly() -> None:
     experts.sort_by_expert = sort_by_expert
 
 
-def prepare_ours(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
+def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     """Return a model, and a function that computes its loss from a batch on the host, in rows of 1,024 tokens."""
     from qlora_lightning import QLoRAModule
     from qlora_lightning.model.activation_checkpointing import Checkpointing, switch_checkpointing
     from qlora_lightning.model.layers.select import fuse_layers
     from tests.steps import make_batch
 
-    module, card = QLoRAModule(str(shape)), torch.device("cuda", 0)
-    module.model, module._device, module.identity["compute_dtype"] = make_model(layers, shape), card, "bfloat16"
+    route_evenly()
+    module, card = QLoRAModule(str(SHAPES / shape)), torch.device("cuda", 0)
+    module.model, module._device, module.identity["compute_dtype"] = make_model(shape, layers), card, "bfloat16"
     fuse_layers(module.model)
     module._choose_precision()
     module.token_budget.tokens = tokens
@@ -117,19 +117,15 @@ def prepare_rows(model: Any, tokens: int, **options: Any) -> Any:
     return model, loss
 
 
-def prepare_peft(mode: str, tokens: int, layers: int, shape: Path = SHAPE) -> Any:
-    model = make_model(layers, shape)
-    if mode != "plain":
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    return prepare_rows(model, tokens, use_cache=False)
-
-
-def prepare_mixture_of_peft(mode: str, tokens: int, layers: int) -> Any:
-    """Prepare PEFT with experts in bitsandbytes' parametrization, which makes those of a layer dense all at once."""
+def prepare_peft(mode: str, tokens: int, shape: str, layers: int) -> Any:
+    """Prepare PEFT; its experts, in bitsandbytes' parametrization, are made dense a layer at a time."""
     from qlora_lightning.model.load import build
 
     build.pack_experts = lambda *_: None
-    return prepare_peft(mode, tokens, layers, MIXTURE)
+    model = make_model(shape, layers)
+    if mode != "plain":
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    return prepare_rows(model, tokens, use_cache=False)
 
 
 def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
@@ -144,19 +140,12 @@ def prepare_unsloth(mode: str, tokens: int, folder: str) -> Any:
     return prepare_rows(model, tokens)
 
 
-def measure(side: str, mode: str, tokens: int = 4096, layers: int = 32, folder: str = "") -> dict[str, Any]:
+def measure(side: str, mode: str, base: str, tokens: int, shape: str, layers: int) -> dict[str, Any]:
     """Take steps with AdamW: peak of memory, launches, waits, reads, and the CPU time of the host's passes."""
-    if side == "mixture":
-        route_evenly()
-        model, loss = prepare_ours(mode, tokens, layers, MIXTURE)
-    elif side == "mixture_of_peft":
-        model, loss = prepare_mixture_of_peft(mode, tokens, layers)
-    elif side == "unsloth":
-        model, loss = prepare_unsloth(mode, tokens, folder)
-    elif side == "peft":
-        model, loss = prepare_peft(mode, tokens, layers)
+    if side == "unsloth":
+        model, loss = prepare_unsloth(mode, tokens, base)
     else:
-        model, loss = prepare_ours(mode, tokens, layers)
+        model, loss = {"ours": prepare_ours, "peft": prepare_peft}[side](mode, tokens, shape, layers)
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
     milliseconds, figures = [], {}
     for number in range(12):
@@ -203,7 +192,3 @@ def fit(folder: str, name: str, **settings: Any) -> dict[str, Any]:
     planned = (plan["peak_bytes"] - plan["parts"]["context"]) / GIB  # the context is not torch's
     lowered = printed.count("Memory ran out")
     return {"tokens": tokens, "choice": choice, "loaded": loaded, "planned": planned, "gib": peak, "lowered": lowered}
-
-
-if __name__ == "__main__":
-    serve(lambda **options: (measure if "side" in options else fit)(**options))

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import statistics
 import tempfile
 import warnings
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import matplotlib
+from matplotlib.figure import Figure
 
 from qlora_lightning import InstructionDataModule, QLoRAModule
 from tests.steps import make_trainer
@@ -155,40 +156,28 @@ def _format_cell(runs: Runs, defaults: Runs, with_before: bool) -> str:
 COLOURS = {2: "#2567a8", 8: "#c2540a", 64: "#177a4f"}  # of ranks, as in a run's page
 
 
-def draw(lines: Sequence[dict[str, Any]]) -> str:
-    """Draw the loss over the learning rate as SVG: a panel for each task, a line for each rank.
-
-    The y axis goes from the lowest loss to a little above the base's; an inner ``svg`` cuts off what is outside.
-    """
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 270" font-family="sans-serif" font-size="12">']
-    svg.append('<rect width="780" height="270" fill="#fff"/><g fill="#626b77">')
-    texts = [(772, 260, "end", "learning rate")]
+def draw(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the loss over the learning rate: a panel for each task, a line for each rank, and the base's loss."""
+    figure = Figure(figsize=(7.8, 2.7), layout="constrained")
+    figure.supxlabel("learning rate", size="medium")
     rates = sorted({line["settings"]["learning_rate"] for line in lines})
-    for left, task in zip((48, 308, 568), TASKS, strict=True):
-        losses = {
-            (rank, rate): statistics.mean(run["loss"] for run in runs.values())
-            for rank, rate in itertools.product(COLOURS, rates)
-            if (runs := _runs_by_seed(lines, task, DEFAULTS | {"rank": rank, "learning_rate": rate}))
-        }
+    for panel, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         base = statistics.mean(run["before"] for run in _runs_by_seed(lines, task, DEFAULTS).values())
-        lowest = min(losses.values())
-        texts += [(left - 6, y, "end", f"{loss:.2f}") for y, loss in ((54, base), (214, lowest))]
-        texts += [(left + 32 + 80 * n, 236, "middle", f"1e-{4 - n}") for n in range(3)]
-        texts.append((left, 18, "start", task))
-        svg.append(f'<svg x="{left}" y="26" width="204" height="194"><path d="M0 24H204" stroke="#626b77"/>')
-        for place, (rank, colour) in enumerate(COLOURS.items()):
-            dots = [
-                (8 + 80 * math.log10(rate / rates[0]), 184 - 160 * (loss - lowest) / (base - lowest))
-                for (line_rank, rate), loss in losses.items()
-                if line_rank == rank
-            ]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
-            svg.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-            svg += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in dots]
-            texts.append((48 + 90 * place, 260, "start", f'<tspan fill="{colour}">● rank {rank}</tspan>'))
-        svg.append("</svg>")
-    svg += [f'<text x="{x}" y="{y}" text-anchor="{side}">{text}</text>' for x, y, side, text in dict.fromkeys(texts)]
-    return "\n".join([*svg, "</g></svg>\n"])
+        panel.axhline(base, color="#626b77", linewidth=1)
+        lowest = base
+        for rank, colour in COLOURS.items():
+            losses = {}
+            for rate in rates:
+                runs = _runs_by_seed(lines, task, DEFAULTS | {"rank": rank, "learning_rate": rate})
+                if runs:
+                    losses[rate] = statistics.mean(run["loss"] for run in runs.values())
+            panel.plot(losses.keys(), losses.values(), color=colour, marker="o", markersize=3.5, label=f"rank {rank}")
+            lowest = min(lowest, *losses.values())
+        margin = (base - lowest) / 8  # what is far above the base's loss is cut off
+        panel.set(title=task, xscale="log", ylim=(lowest - margin, base + margin))
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "study"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -211,7 +200,7 @@ def main() -> None:
             file.write(json.dumps(lines[-1]) + "\n")
     print("\n".join(format_tables(lines)))
     if options.picture:
-        options.picture.write_text(draw(lines), encoding="utf-8")
+        draw(lines, options.picture)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from tests.benchmarks.child import ROOT, run_child
 from tests.processes import run_python
 
 
-def test_the_page_shows_the_tables_and_the_picture_of_the_study() -> None:
+def test_the_page_shows_the_tables_of_the_study(tmp_path: Path) -> None:
     page = (ROOT / "configs" / "study.md").read_text(encoding="utf-8")
     lines = study.read(ROOT / "tests" / "benchmarks" / "study.jsonl")
     assert [table for table in study.format_tables(lines) if table not in page] == []
-    assert (ROOT / "configs" / "study.svg").read_text(encoding="utf-8") == study.draw(lines)
+    study.draw(lines, tmp_path / "study.svg")
+    assert all(task in (tmp_path / "study.svg").read_text(encoding="utf-8") for task in study.TASKS)
 
 
 @pytest.mark.slow
@@ -36,8 +37,8 @@ def test_tiny_run_writes_table_and_json(tiny_base: Path, rows_file: Path, tmp_pa
 def test_quantizing_needs_no_more_private_memory_than_the_result_and_one_gibibyte(tmp_path: Path) -> None:
     """One of the 32 layers of Llama-3.1-8B's shape, with its whole embedding and head: the largest tensors."""
     threads = os.cpu_count() or 1
-    found = run_child("one_batch", threads, folder=str(tmp_path / "base"), layers=1)
-    step = run_child("one_batch", threads, base=str(tmp_path / "base"), lengths=[16, 16], dtype="auto")
+    found = run_child("one_batch.quantize", threads, folder=str(tmp_path / "base"), layers=1)
+    step = run_child("one_batch.measure", threads, base=str(tmp_path / "base"), lengths=[16, 16], dtype="auto")
     assert found["first_private_bytes"] <= found["quantized_bytes"] + 1024**3
     # mapped, not read: what is private then are imports, and what the first load left behind
     assert found["second_private_bytes"] <= found["quantized_bytes"] / 2

@@ -161,7 +161,7 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_transformers_reads_the_same_model(model_type, folder, small_base):
     make_run(folder / "run", save_family(folder / "base", model_type, small_base))
     merge("--gguf", "f16", "--dtype", "fp32", adapter="run/adapter")

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import yaml
 
 from qlora_lightning.cli import main
@@ -19,6 +20,7 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
 
 
+@pytest.mark.slow
 def test_a_moved_run_is_resumed_and_judged_where_it_is(command, tmp_path, write_config, capsys):
     """On the rows that its first seed held out."""
     held_out = write_config(data={"val": None, "val_fraction": 0.25}, evaluation={"enabled": False})

@@ -25,7 +25,7 @@ def test_running_a_script_again_writes_the_committed_bytes(script, tmp_path):
         assert (again.parent / name).read_bytes() == (script.parent / name).read_bytes()
 
 
-QUICK = ("llama-3.1-8b", "smollm2-preferences")
+QUICK = ("llama-3.1-8b",)
 RECIPES = [pytest.param(each, id=each.stem, marks=[] if each.stem in QUICK else pytest.mark.slow) for each in CONFIGS]
 
 

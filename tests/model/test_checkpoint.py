@@ -186,9 +186,20 @@ class FollowsMetric(QLoRAModule):
     [
         (HasStates, {}, "on_train_batch_end", 3),
         (FollowsMetric, {"interval": "epoch", "monitor": "val_loss"}, "on_validation_end", 2),
-        (FollowsMetric, {"interval": "epoch", "monitor": "train_loss"}, "on_train_batch_end", 2),
-        (FollowsMetric, {"interval": "epoch", "monitor": "train_loss", "frequency": 2}, "on_train_batch_end", 2),
-        (FollowsMetric, {"interval": "step", "monitor": "train_loss"}, "on_train_batch_end", 3),
+        *(
+            pytest.param(
+                FollowsMetric,
+                {"monitor": "train_loss"} | settings,
+                "on_train_batch_end",
+                batches,
+                marks=pytest.mark.slow,
+            )
+            for settings, batches in (
+                ({"interval": "epoch"}, 2),
+                ({"interval": "epoch", "frequency": 2}, 2),
+                ({"interval": "step"}, 3),
+            )
+        ),
     ],
 )
 def test_a_subclass_resumes_with_all_that_it_has(tiny_base, rows_file, tmp_path, cls, settings, saves, batches):

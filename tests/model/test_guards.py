@@ -7,7 +7,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback
-from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import callbacks
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -36,13 +36,12 @@ class Spoilt(QLoRAModule):
 def train(tiny_base, rows_file, tmp_path):
     """Train on sixteen rows, two a micro-batch, two of these a step: four steps an epoch; give the Trainer."""
 
-    def run(cls=QLoRAModule, *callbacks, trainer_options=None, val=False, **settings):
+    def run(cls=QLoRAModule, *added, val=False, trainer_options=(), **settings):
         lightning.seed_everything(7, verbose=False)
-        defaults = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0}
-        run.module = cls(str(tiny_base), **{**defaults, "schedule": "constant", **settings})
-        options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": list(callbacks)}
-        options |= {"val": val, **(trainer_options or {})}
-        return fit(run.module, tmp_path / "run", rows_file, **options)
+        usual = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+        run.module = cls(str(tiny_base), **usual | settings)
+        options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": list(added)} | dict(trainer_options)
+        return fit(run.module, tmp_path / "run", rows_file, val=val, **options)
 
     return run
 
@@ -119,6 +118,17 @@ def by_lbfgs(base):
     return QLoRAModule(base, optimizer="torch.optim.LBFGS")
 
 
+CALLBACKS = (
+    callbacks.LearningRateFinder(num_training_steps=2),
+    callbacks.EarlyStopping("val_loss"),  # without validation
+    callbacks.EMAWeightAveraging(),
+    callbacks.BackboneFinetuning(),
+    callbacks.BatchSizeFinder(),
+    callbacks.ModelPruning("l1_unstructured"),
+    callbacks.GradientAccumulationScheduler({4: 2}),
+)
+
+
 @pytest.mark.filterwarnings("ignore")  # what Lightning and the compiler warn of on the way
 @pytest.mark.parametrize(
     ("build", "options", "key"),
@@ -133,14 +143,8 @@ def by_lbfgs(base):
         (LeavesEvaluationMode, {}, "model.training"),
         (compiled, {}, "module.training_step"),
         (by_lbfgs, {"accumulate_grad_batches": 2}, "model.optimizer"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.LearningRateFinder()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.EarlyStopping("val_loss")}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.EMAWeightAveraging()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.BackboneFinetuning()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.BatchSizeFinder()}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.ModelPruning("l1_unstructured")}, "trainer.callbacks"),
-        (QLoRAModule, {"callbacks": lightning_callbacks.GradientAccumulationScheduler({4: 2})}, "trainer.callbacks"),
         (QLoRAModule, {"accelerator": "auto", "strategy": SingleDeviceStrategy("mps", Apple())}, "trainer.accelerator"),
+        *((QLoRAModule, {"callbacks": callback}, "trainer.callbacks") for callback in CALLBACKS),
     ],
     ids=lambda value: getattr(value, "__name__", value if isinstance(value, str) else ""),
 )
@@ -207,16 +211,16 @@ class LeavesOneOut(QLoRAModule):
 
 
 @pytest.mark.parametrize(
-    ("cls", "callbacks", "key", "step"),
+    ("cls", "added", "key", "step"),
     [
         (QLoRAModule, [LosesGradient(".lora_A.")], "gradient.missing", 6),
         (LeavesOneOut, [], "module.parameter_groups", 0),
     ],
     ids=["A", "optimizer"],
 )
-def test_adapters_that_would_stay_are_noticed(train, cls, callbacks, key, step):
+def test_adapters_that_would_stay_are_noticed(train, cls, added, key, step):
     with rejects(key, "1 of 28 trainable tensors", "lora_A"):
-        train(cls, *callbacks, val=True, trainer_options={"max_epochs": 2})
+        train(cls, *added, val=True, trainer_options={"max_epochs": 2})
     assert train.module.trainer.global_step == step
 
 

@@ -63,7 +63,7 @@ def train(
     settings = {"rank": 4, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0} | options
     module = kind(str(base), **settings)
     module.fails, module.where = frozenset(fails), where
-    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "max_epochs": 2}
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "max_epochs": 1}
     trainer = fit(module, tmp_path, file, val=True, batch_size=batch_size, callbacks=[*callbacks], **options)
     adapter = torch.cat([each.detach().flatten() for each in module.parameters() if each.requires_grad])
     return module, adapter, trainer.callback_metrics
@@ -96,7 +96,7 @@ def test_parts_and_memory_that_runs_out_change_no_result(tiny_base, tmp_path, wh
     assert float((same_adapter - adapter).norm() / adapter.norm()) < 1e-5
     assert float(metrics["val_loss"]) == pytest.approx(float(same_metrics["val_loss"]), rel=1e-5)
     assert float(metrics["train_loss"]) == pytest.approx(float(same_metrics["train_loss"]), rel=1e-5)
-    assert module.passes > 2 * len(module.fails) + 4
+    assert module.passes > 6  # of the whole run
 
 
 def test_a_row_that_does_not_fit_alone_is_checkpointed_and_then_named(tiny_base, tmp_path, whole, capsys):

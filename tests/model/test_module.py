@@ -67,7 +67,7 @@ class KeepsItsHooksToItself(QLoRAModule):
     on_before_optimizer_step = ignore
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_file, tmp_path, dtype):
     def train(cls, **options):
         lightning.seed_everything(7, verbose=False)
@@ -153,10 +153,10 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
         module = Plain(str(base), rank=2)
         module.configure_model()
         before, options["callbacks"] = base_tensors(module), [AdapterCheckpoint()]
-        fit(module, tmp_path, rows_file, val=True, enable_checkpointing=True, **options)
+        fit(module, tmp_path, rows_file, val=True, batch_size=8, enable_checkpointing=True, **options)
         assert same(base_tensors(module), before)
 
-    train(tiny_base, max_epochs=1, val_check_interval=2)
+    train(tiny_base, max_epochs=1)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     with rejects("adapter.base"):
         train(other, max_epochs=2, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
@@ -176,7 +176,7 @@ def test_other_adapters_of_peft_are_saved_and_resumed(tiny_base, rows_file, tmp_
     for max_epochs, checkpoint in ((1, None), (2, tmp_path / "checkpoints" / "last.ckpt")):
         options = {"callbacks": [AdapterCheckpoint()], "enable_checkpointing": True, "max_epochs": max_epochs}
         module = OwnAdapters(str(tiny_base))
-        fit(module, tmp_path, rows_file, ckpt_path=checkpoint, **options)
+        fit(module, tmp_path, rows_file, batch_size=8, ckpt_path=checkpoint, **options)
     with warnings.catch_warnings(action="ignore"):  # of PEFT's: transformers' own task types
         model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
     stored = {name: tensor for name, tensor in model.named_parameters() if "ia3_l" in name}
@@ -211,7 +211,7 @@ class CountsRows(QLoRAModule):
 
 def test_what_an_objective_logs_comes_beside_the_usual_metrics(tiny_base, rows_file, tmp_path):
     logger = CSVLogger(tmp_path)
-    options = {"val": True, "max_epochs": 1, "logger": logger, "log_every_n_steps": 1}
+    options = {"val": True, "batch_size": 8, "max_epochs": 1, "logger": logger, "log_every_n_steps": 1}
     metrics = fit(CountsRows(str(tiny_base), rank=2), tmp_path, rows_file, **options).callback_metrics
     assert {"train_rows", "val_rows", "val_perplexity", "val_token_accuracy"} <= metrics.keys()
     assert logger.experiment.hparams["rank"] == 2  # by which runs are told apart

@@ -73,7 +73,7 @@ def test_a_folder_stored_quantized_loads_as_it_is_in_the_dtype_asked_for(tiny_ba
 
 
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_f"), reason="others compute rightly with it")
-@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("fp4", marks=pytest.mark.slow)])
 def test_a_width_that_a_cpu_computes_wrongly_is_rejected_and_merged_rightly(tiny_base, tmp_path, quantization):
     base = tmp_path / "base"
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import fsspec
 import fsspec.core
 
-from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of
+from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, RowFault, kind_of
 from qlora_lightning.support.errors import UserError, explaining, nearest
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -282,14 +282,22 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Va
     return enumerate((values for batch in batches for values in _read_batch(batch)), start=1)
 
 
+def _open(file: str, mode: str, **options: str) -> fsspec.core.OpenFile:
+    """Open a file, unpacked. In the name of a local one ``::`` chains no file systems, and ``~`` is no home."""
+    if "://" in file:
+        return fsspec.open(file, mode, compression="infer", **options)
+    compression = fsspec.core.get_compression(file, "infer")
+    return fsspec.core.OpenFile(fsspec.filesystem("file"), os.path.abspath(file), mode, compression, **options)
+
+
 def _open_text(file: str, source: Source) -> fsspec.core.OpenFile:
     """Open a text file, unpacked, in the encoding of its byte order mark, or else of its source."""
-    with fsspec.open(file, "rb", compression="infer") as stream:
+    with _open(file, "rb") as stream:
         start = stream.read(4)
     encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), source.encoding)
     # bytes that cannot be decoded make their row bad, not the file
     options = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}
-    return fsspec.open(file, "r", compression="infer", **options)
+    return _open(file, "r", **options)
 
 
 def _read_lines(stream: TextIO) -> Iterator[str]:
@@ -409,9 +417,14 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
-    with fsspec.open(file, "rb", compression="infer") as stream:
+    with _open(file, "rb") as stream:
         if kind == ".parquet":
-            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
+            parquet = pyarrow.parquet.ParquetFile(stream)
+            for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
+                n_values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
+                if n_values > group.num_rows * MAX_VALUES:  # which a few kB may unpack to
+                    raise ValueError(TOO_LARGE)
+            yield from parquet.iter_batches(_ROWS_AT_A_TIME)
             return
         try:
             batches = iter(pyarrow.ipc.open_stream(stream))

@@ -96,7 +96,13 @@ def parts_of(message):
     return reasoning, [part for part in (content.strip(), *values) if part]
 
 
-@pytest.mark.parametrize("name", [*sorted(FAMILIES), *(f"preset {preset}" for preset in PRESETS)])
+# of each line of models one template is quick
+_SLOW = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "lfm2_2_5", "lfm2_2_5_vl", "lfm2_v2", "llama3_2", "phi3_5")
+_SLOW += ("nemotron_3_5_lightning", "nemotron_3_super", "nemotron_3_ultra", "qwen3_5_nothink", "qwen3_6", "qwen3_vl")
+_NAMES = [pytest.param(each, marks=pytest.mark.slow) if each in _SLOW else each for each in sorted(FAMILIES)]
+
+
+@pytest.mark.parametrize("name", [*_NAMES, *(f"preset {preset}" for preset in PRESETS)])
 def test_what_is_trained_is_the_answer_behind_what_generation_begins_with(families, name):
     preset = name.removeprefix("preset ") if name.startswith("preset ") else None
     tokenizer, rejected = families[PRESETS.get(preset, name)], set()

@@ -34,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize(
+    "quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow), pytest.param("none", marks=pytest.mark.slow)]
+)
 def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base, tmp_path, quantization):
     model = make_adapter(tmp_path, tiny_base, quantization=quantization, std=0.1)
     plain, tokenizer = load_by_card(tmp_path)

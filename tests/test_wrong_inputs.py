@@ -147,6 +147,10 @@ WRONG = [
     ),
     # keys
     wrong("--model.rnak 3", "model.rnak", "Did you mean 'model.rank'?"),
+    wrong(
+        "--trainer.val_check_interval 1000 --data.val rows.jsonl",
+        "trainer.val_check_interval is 1000: expected at most",
+    ),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),

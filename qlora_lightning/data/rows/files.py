@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

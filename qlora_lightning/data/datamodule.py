@@ -308,6 +308,10 @@ class InstructionDataModule(LightningDataModule):
             settings = {name: getattr(self, name) for name in (*_SAMPLE_SETTINGS, "drop_answers", "pairs")}
             settings |= {"stop_ids": self.stop_ids, **identify({}, self.tokenizer)}
             samples, report = cached_samples(sources, settings, prepare)
+        if split == "train" and any(source.weight is not None for source in sources):
+            if any(source.weight is None for source in sources):
+                raise UserError("data.train: expected a weight for all of its sources, or for none.", "data.train")
+            check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
         self.sample_sources[split] = sources
         names = [str(file) for source in sources for file in source.files or (source.path,)]
         return samples, replace(report, split=self.title or split, files=names)
@@ -362,10 +366,7 @@ class InstructionDataModule(LightningDataModule):
             value = files.find_folders(self.files["train"], split)
         if not value:
             return []
-        sources = files.find_sources(value, split, self._make_source(""))
-        is_valid = self.shuffle or all(source.weight is None for source in sources)
-        check_setting("data.shuffle", self.shuffle, is_valid, "no weights beside it: they mix the files")
-        return sources
+        return files.find_sources(value, split, self._make_source(""))
 
     def _make_source(self, path: str) -> files.Source:
         """Return a source with the settings of ``data:``."""

@@ -56,6 +56,12 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
         end_id = _find_turn_end(chosen)
     except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
         return chosen
+    if choice is not None and end_id is None:
+        raise UserError(
+            f"chat_template: {choice} writes no token of {name_tokenizer(tokenizer)} at which generation could stop "
+            f"after an answer: let it end an assistant turn with one, such as its eos_token {tokenizer.eos_token}.",
+            "data.chat_template",
+        )
     if end_id is None or (choice is None and end_id in find_stop_ids(chosen)):
         return chosen
     chosen = copy.deepcopy(chosen) if choice is None else chosen

@@ -122,8 +122,6 @@ def find_sources(
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}", f"data.{split}") from error
-    if len({source.weight is None for source in sources}) > 1:
-        raise UserError(f"data.{split}: expected a weight for all of its sources, or for none.", f"data.{split}")
     return sources
 
 
@@ -322,7 +320,7 @@ def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             return
     with _open_text(file, source) as stream:
         for number, line in enumerate(_read_lines(stream), start=1):
-            if text := line.strip():
+            if text := line.strip("\ufeff \t\r\n"):  # Windows editors write a BOM, also inside concatenated files
                 yield number, _parse_row(text)
 
 
@@ -339,8 +337,10 @@ def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
             _, end = find_end(text, begin)
         except json.JSONDecodeError as error:  # perhaps only because the rest of the element has not been read
             part = stream.read(_PART)
-            if not part or len(text) - begin > MAX_TEXT:
-                raise ValueError(f"row {n_rows + 1} is not JSON, or has {TOO_LARGE}: {error.msg}") from error
+            if len(text) - begin > MAX_TEXT:
+                raise ValueError(f"row {n_rows + 1} has {TOO_LARGE}") from error
+            if not part:
+                raise ValueError(f"row {n_rows + 1} is not JSON, or the file ends in it: {error.msg}") from error
             text, end = text[begin:] + part, 0
         else:
             n_rows += 1

@@ -199,6 +199,8 @@ def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
     prompt, extra = (rows.read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
     history = rows.parse_json(values.get("history") or [], "'history'")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise rows.RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
     turns = [message for question, answer in history for message in _exchange(question, answer)]
     return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
 

@@ -104,9 +104,15 @@ def test_without_a_choice_a_stop_token_that_the_tokenizer_does_not_know_is_made_
 
 @pytest.mark.parametrize(
     ("choice", "found"),
-    [("llama3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>, which"), ("lama3", "Did you mean 'llama3'?")],
+    [
+        ("llama3", "<|start_header_id|>, <|end_header_id|>, <|eot_id|>, which"),
+        ("lama3", "Did you mean 'llama3'?"),
+        ("own.jinja", "own.jinja writes no token"),
+    ],
 )
-def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, choice, found):
+def test_a_choice_that_cannot_work_is_rejected_with_the_reason(base, tmp_path, monkeypatch, choice, found):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}")
     with rejects("data.chat_template", found):
         choose(base("qwen2_5"), choice)
 

@@ -160,7 +160,7 @@ NESTED = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls
 LARGE = [  # name, a beginning, what follows it 80 times, and what is said of the row
     ("a.csv", b'text\n"', b"a,\n" + b"a" * 1_000_000, "a.csv:1: not CSV: field larger than field limit (64000000)"),
     ("a.jsonl", b'{"text": "', b"a" * 1_000_000, f"a.jsonl:1: {TOO_LARGE}"),
-    ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 is not JSON, or has {TOO_LARGE}"),
+    ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 has {TOO_LARGE}"),
     ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
     ("a.json", b"[", b"1," * 1_000, "10240 rows cannot be used"),
     ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet cannot be read (ValueError: {TOO_LARGE}"),

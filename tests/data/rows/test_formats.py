@@ -76,7 +76,10 @@ ROWS = [  # row, what it becomes, settings
     ({"messages": [U, S, A]}, "a system message must come first", {}),
     *(({"messages": messages}, "must begin with a user turn, found none", {}) for messages in ([], [S])),
     ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
-    ({"instruction": "u", "output": "a", "history": ["q"]}, "cannot be read by the format alpaca: ValueError", {}),
+    *(
+        ({"instruction": "u", "output": "a", "history": history}, "'history' must be a list of [question, answer]", {})
+        for history in (["qa"], [{"role": "user", "content": "q"}])  # of two characters, or two keys
+    ),
     ({"instruction": "u"}, "'output' is missing or null (format alpaca, columns instruction)", {"format": "alpaca"}),
     ({"input_ids": [1, 5], "labels": [-100, 5.0]}, "'labels' must be a list of token ids", {}),
     *(({"text": text}, "'text'", {"format": "text"}) for text in ("  ", 3, None)),

@@ -170,10 +170,10 @@ def _prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks, not a traceback
             stream.reconfigure(errors="replace")
-    # a list of absent devices, a tip to install a product, limits that are none
-    unwanted = ("GPU available", "TPU available", "💡", "`Trainer(limit_")
+    # a list of absent devices, a tip to install a product, limits of 100 %
+    unwanted = re.compile(r"GPU available|TPU available|💡|`Trainer\(limit_\w+=1\.0\)")
     lightning_logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning_logger.addFilter(lambda record: not str(record.msg).startswith(unwanted))
+    lightning_logger.addFilter(lambda record: not unwanted.match(str(record.msg)))
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the config has the seed
     if not sys.stderr.isatty():  # tqdm's bars, such as transformers' when it quantizes, would fill a log with fragments
         os.environ.setdefault("TQDM_DISABLE", "1")

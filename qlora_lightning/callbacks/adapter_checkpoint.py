@@ -101,9 +101,10 @@ class AdapterCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._lock.close()
-        last = Path(trainer.default_root_dir) / CHECKPOINTS / LAST
-        if trainer.is_global_zero and find_disk_fault(exception) and last.exists():
-            say(f"{last} is whole: when there is room, resume from it with `--ckpt_path {last}`.")
+        if trainer.is_global_zero and find_disk_fault(exception):
+            newest = _find_newest(Path(trainer.default_root_dir) / CHECKPOINTS)
+            if newest is not None:
+                say(f"{newest} is whole: when there is room, resume from it with `--ckpt_path {newest}`.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new yet, also after a resume

@@ -95,14 +95,22 @@ class MetricsLogger(Logger):
             with self.file.open("a", newline="", encoding="utf-8") as handle:
                 csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
         else:
-            self._rewrite([*read_metric_rows(self.file), row])
+            self._rewrite([*self._read(), row])
 
     @rank_zero_only
     def cut(self, step: int) -> None:
         """Remove the lines from an optimizer step on, which a resumed run writes again."""
-        rows = read_metric_rows(self.file)
+        rows = self._read()
         if rows:
             self._rewrite([row for row in rows if int(row["step"]) < step])
+
+    def _read(self) -> Sequence[dict[str, Any]]:
+        """Return the lines of the file; none if it cannot be read, and it is kept under another name."""
+        try:
+            return read_metric_rows(self.file)
+        except UserError as fault:
+            say(f"{fault} It is kept as {files.set_aside(self.file).name}.")
+            return []
 
     def _rewrite(self, rows: Sequence[dict[str, Any]]) -> None:
         self._columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -230,9 +238,10 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         return
     has_checkpoint = any((folder / files.CHECKPOINTS).glob("*.ckpt"))
     if has_checkpoint or (table and (folder / files.METRICS).exists()):
+        resume = "resume it with `--ckpt_path last`, or " if has_checkpoint else ""
         raise UserError(
-            f"{folder} holds a run already, which would be lost: resume it with `--ckpt_path last`, or choose another "
-            "folder with `--trainer.default_root_dir runs/NAME`.",
+            f"{folder} holds a run already, which would be lost: {resume}choose another folder with "
+            "`--trainer.default_root_dir runs/NAME`.",
             "run_folder.has_a_run",
         )
 

@@ -12,7 +12,7 @@ import yaml
 
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, nearest
-from qlora_lightning.support.files import CONFIG, MANIFEST, load_yaml
+from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
 
 CALLBACKS = {
     "gradient_checkpointing": "GradientCheckpointing",
@@ -110,8 +110,7 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], li
     for name in short.pop("config"):
         config = json.loads(name) if name.startswith("{") else read_config(name)
         file = Path(name).expanduser()
-        manifest = file.with_name(MANIFEST)  # other programs have files of that name
-        if file.name == CONFIG and manifest.is_file() and _MANIFEST_FORMAT in manifest.read_bytes()[:200]:
+        if file.name == CONFIG and _is_run_folder(file.parent):
             config["trainer"] = {**(config.get("trainer") or {}), "default_root_dir": str(file.parent)}
         configs.append(config)
     for key, text in short.items():
@@ -119,6 +118,12 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], li
         value = load_yaml(text)
         configs.append(_rename_keys({section: {name: value} if name else value}))
     return [_expand_config(config) for config in configs], others
+
+
+def _is_run_folder(folder: Path) -> bool:
+    manifest = folder / MANIFEST  # other programs have files of that name
+    is_ours = manifest.is_file() and _MANIFEST_FORMAT in manifest.read_bytes()[:200]
+    return is_ours or (folder / ADAPTER_FOLDER / IDENTITY).is_file()
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -74,7 +74,7 @@ class Server:
         headers = {"Accept-Encoding": "identity"}  # a compressed answer could unpack to many GB
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        return httpx.AsyncClient(headers=headers, timeout=None)
+        return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits())
 
     async def _send(self, client: httpx.AsyncClient, path: str, read: Callable[[Any], T], body: Any = None) -> T:
         """Return what ``read`` makes of the JSON that the server answers; a body is posted."""
@@ -117,7 +117,8 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
     answer = Answer("\n".join(texts).strip(), int(usage.get("completion_tokens") or 0), stopped, {})
-    return answer, usage.get("prompt_tokens")
+    prompt_tokens = usage.get("prompt_tokens")
+    return answer, None if prompt_tokens is None else int(prompt_tokens)
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------

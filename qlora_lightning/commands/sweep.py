@@ -93,6 +93,15 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
     config = cli.short_config()
     if setting != "learning_rate" and config["model"].get("adapter"):
         raise UserError(f"model.adapter brings its own {setting}: leave it out, or sweep --learning-rates.")
+    if config["seed_everything"] is False:
+        raise UserError("seed_everything is false, but trials are compared under one seed: set it to a number.")
+    for key, writes_nothing in (  # no metrics.csv, or nothing of a run folder
+        ("trainer.logger", config["trainer"]["logger"] is False),
+        ("trainer.fast_dev_run", config["trainer"]["fast_dev_run"]),
+        ("adapter_checkpoint.enabled", config["adapter_checkpoint"]["enabled"] is False),
+    ):
+        if writes_nothing:
+            raise UserError(f"A sweep compares what its trials write: leave {key} out.", key)
     cli.datamodule.setup("validate")  # a sweep compares trials on validation rows
     _check_validation(cli.datamodule, cli.config["trainer"])
     run_folder, name = Path(config["trainer"]["default_root_dir"]), setting.replace("_", "-")
@@ -107,9 +116,6 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
         )
     write_whole(settings_file, settings)
 
-    writing = ["--adapter_checkpoint.enabled=true", "--trainer.fast_dev_run=false"]  # trials are compared by files
-    writing += ["--trainer.logger=true"] if config["trainer"]["logger"] is False else []
-
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
         refuse_links(trial_folder)
@@ -117,7 +123,7 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
         options += ["--model.alpha=null"] if setting == "rank" else []
-        options += [f"--seed_everything={seed + repeat}", "--evaluation.enabled=false", *writing]
+        options += [f"--seed_everything={seed + repeat}", "--evaluation.enabled=false"]
         if read_manifest(trial_folder).get("status") != "finished":  # in an earlier sweep that was stopped
             trial_cli = QLoRACLI([*arguments, *options], "fit")
             if trial_cli.trainer.world_size > 1:

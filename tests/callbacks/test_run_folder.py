@@ -61,13 +61,16 @@ def test_half_a_line_is_removed_wherever_a_kill_has_cut_it(logger):
         assert logger.file.read_text() == whole + "1,1.75,\n"
 
 
-def test_a_table_that_a_spreadsheet_saved_is_continued(logger):
+@pytest.mark.parametrize("text", ["\ufeffstep;train_loss\n0.0;1.5\n", "step,train_loss\n0,1.5,high\n"])
+def test_a_table_that_a_spreadsheet_saved_is_continued_or_set_aside(logger, text):
     logger.log_metrics({"train_loss": 1.5}, step=0)
-    logger.file.write_text("\ufeffstep;train_loss\n0.0;1.5\n")
+    logger.file.write_text(text)
     resumed = MetricsLogger(logger.save_dir)
     resumed.cut(1)
     resumed.log_metrics({"train_loss": 1.25}, step=1)
-    assert logger.file.read_text() == "step,train_loss\n0,1.5\n1,1.25\n"
+    earlier = "" if "high" in text else "0,1.5\n"
+    assert logger.file.read_text() == f"step,train_loss\n{earlier}1,1.25\n"
+    assert earlier or logger.file.with_name("earlier-metrics.csv").read_text() == text
 
 
 def test_two_do_not_train_in_one_folder_and_the_next_may_and_no_file_is_left(tmp_path):

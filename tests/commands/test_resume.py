@@ -44,6 +44,8 @@ def test_a_moved_run_is_resumed_and_judged_where_it_is(command, tmp_path, write_
     assert "evaluates the base alone" in capsys.readouterr().out
     (tmp_path / "moved" / "manifest.json").write_text('{"name": "another program"}')
     config.write_text(config.read_text().replace(str(tmp_path / "moved"), "new"))
+    assert f"Adapter: {tmp_path / 'moved' / 'adapter'}" in command("validate", config=config)
+    (tmp_path / "moved" / "adapter" / "qlora_lightning.json").unlink()
     assert "evaluates the base alone" in command("validate", config=config)
 
 

@@ -213,7 +213,7 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
         )
     # linears beside experts are saved as parameters, see _config_for_plain_peft
     parameters = [name for name in settings.get("target_parameters", ()) if not name.endswith(".weight")]
-    experts = tuple(name.rpartition(".")[0] for name in parameters)  # the ends of their names
+    experts = tuple(name.rpartition(".")[0] or "experts" for name in parameters)  # the ends of their names
     names = [name.removeprefix("base_model.model.") for name in tensor_names(folder / _WEIGHTS)]
     carriers = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
     linears = sorted(name for name in carriers if not name.removesuffix(".base_layer").endswith(experts))

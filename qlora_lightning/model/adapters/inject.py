@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -217,6 +218,10 @@ def inject(
         parameter.data = parameter.data.float()  # PEFT leaves whole modules and tokens in the base's dtype
         # it lets tokens of a second adapter train
         parameter.requires_grad_(parameter.requires_grad and name == ADAPTER)
+    for module in base.modules():
+        is_table = isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding)
+        if is_table and module is not base.get_input_embeddings():  # of positions; packed batches cast the embedding
+            module.register_forward_hook(_cast_to_base)
     if missing := sorted(full_names - {*model.base_model.targeted_module_names}):
         raise UserError(
             f"PEFT puts no adapter on {missing[0]} ({source}): leave it out of model.target_modules, or of "
@@ -224,6 +229,10 @@ def inject(
             "model.target_modules",
         )
     return cast(peft.PeftModel, model)
+
+
+def _cast_to_base(module: Any, _: object, output: Tensor) -> Tensor:
+    return output.to(module.original_module.weight.dtype)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -160,6 +161,13 @@ def _load(
     if bnb_config is not None or not trust_remote_code:  # a base's own code may not run on the meta device
         described = empty_model(config, trust_remote_code=trust_remote_code)
         tied = {*described.all_tied_weights_keys}
+        n_described, n_stored = sum(map(torch.numel, described.parameters())), sum(map(math.prod, shapes.values()))
+        if n_described > 2 * n_stored:  # packed ones count twice; before memory is taken for what is missing
+            raise UserError(
+                f"{folder / 'config.json'} describes {n_described:,} weights, and the files beside it hold "
+                f"{n_stored:,}: download or save the base again.",
+                "base.size",
+            )
         check_unique(names, described, folder)
         if bnb_config is not None:
             experts.check_experts(described, "int8" if bnb_config.load_in_8bit else "nf4", str(folder))

@@ -37,7 +37,7 @@ def assemble_model(
         The model, whose layers run fused if ``fast``, and the identity of base and adapter.
     """
     if adapter is not None:
-        find_adapter_folder(adapter)  # reports a wrong name before loading
+        read_identity(find_adapter_folder(adapter))  # reports a wrong name before loading
     loaded = load_base(**base_options)
     identity = {**loaded.identity}
     return complete_model(loaded.model, identity, adapter, adapter_options, fast), identity

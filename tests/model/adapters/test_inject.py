@@ -12,6 +12,7 @@ from qlora_lightning import QLoRAModule, load_base
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.merge import Merge
 from tests.errors import rejects
+from tests.families import save_random
 from tests.steps import make_batch, make_module, trainable_tensors
 
 
@@ -126,3 +127,10 @@ def test_a_second_adapter_computes_in_bf16_what_it_did_as_the_first(untied_base,
         answers = [module.answer([[5, 6, 7]], [], 5) for module in (first, other)]
     assert losses[0] == losses[1]
     assert answers[0] == answers[1]
+
+
+def test_a_table_of_positions_trains_in_bf16(tmp_path):
+    options = {"modules_to_save": ["wpe"]}
+    module = make_module(save_random(tmp_path, "gpt2"), quantization="none", compute_dtype="bf16", lora_options=options)
+    module.compute_loss(make_batch()).loss.backward()
+    assert all(tensor.grad.any() for tensor in trainable_tensors(module.model).values())

@@ -277,16 +277,17 @@ def other_answers(batch):
     return {"input_ids": ids, "labels": labels, "cu_seqlens": bounds}
 
 
-@pytest.mark.parametrize(("shares", "weight"), [(None, 1.5), ([2, 2], 2.0)])  # of rows 3 : 2, of an epoch 2/3 : 1/3
+@pytest.mark.parametrize(("shares", "weight"), [((None, None), 1.5), ((2, 2), 2.0)])
 def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(
     tmp_path, tiny_base, monkeypatch, shares, weight
 ):
-    batch = next(iter(make_data(tmp_path, tiny_base, VERDICTS).train_dataloader()))
+    data = make_data(tmp_path, tiny_base, VERDICTS)
+    batch = next(iter(data.train_dataloader()))
     module = make_module(tiny_base, objective="kto", quantization="none")
     verdicts, source = np.array([True, True, True, False, False]), np.array([0, 0, 1, 1, 1])  # of the training rows
-    samples = SimpleNamespace(desirable=verdicts, source=source)
-    monkeypatch.setattr("qlora_lightning.model.kto.datamodule_of", lambda trainer: SimpleNamespace(shares=shares))
-    monkeypatch.setattr("qlora_lightning.model.kto.samples_of", lambda data, split: samples)
+    data.samples["train"] = SimpleNamespace(desirable=verdicts, source=source)
+    data.sample_sources["train"] = [SimpleNamespace(weight=share) for share in shares]
+    monkeypatch.setattr("qlora_lightning.model.kto.datamodule_of", lambda trainer: data)
     own, others = plain_log_probs(module.model, batch)[0].flatten(), other_answers(batch)
     with torch.no_grad():
         mixed = plain_log_probs(module.model, others)[0].flatten()

@@ -218,8 +218,13 @@ class InstructionDataModule(LightningDataModule):
             return plan(batch_size=self.batch_size or 8)
         # Lightning's `overfit_batches` needs the same batches in every epoch.
         shuffle = self.shuffle and not getattr(self.trainer, "overfit_batches", 0)
-        shares = [source.weight for source in self.sample_sources["train"] if source.weight is not None]
-        return plan(self.batch_size, self.tokens_per_batch, shuffle, shares or None)
+        return plan(self.batch_size, self.tokens_per_batch, shuffle, self.shares)
+
+    @property
+    def shares(self) -> list[float] | None:
+        """The weights of the sources of the training rows; ``None`` without."""
+        weights = [source.weight for source in self.sample_sources.get("train", ()) if source.weight is not None]
+        return weights or None
 
     def count_train_batches(self) -> int:
         """Count the batches of one epoch on each rank, for schedules."""

@@ -30,9 +30,8 @@ class KTOModule(PreferenceModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        size = getattr(
-            datamodule_of(self.trainer), "batch_size", 2
-        )  # None with tokens_per_batch, which may hold one row
+        # None with tokens_per_batch, which may hold one row
+        size = getattr(datamodule_of(self.trainer), "batch_size", 2)
         is_valid = stage != "fit" or (size is not None and size > 1)
         check_setting("data.batch_size", size, is_valid, "2 or more: kto takes the answers of a batch's other rows")
 

@@ -43,9 +43,10 @@ class QLoRAModule(lightning.LightningModule):
     ``validation_step``. What happens at the starts and ends of a run, an epoch or a validation is in the callbacks of
     ``configure_callbacks``: an override without ``super()`` breaks nothing.
 
-    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, and ``compute_loss``
-    to the loop of ``step/accumulate.py``. It cuts the batch into parts (``step/packed.py``), makes each a micro-batch
-    (``step/layout.py``), computes the sum of its loss (``step/forward.py``, ``step/loss.py``) and calls ``backward``.
+    From a batch to its gradient: ``training_step`` hands a packed batch, which stays on the host, to the loop of
+    ``step/accumulate.py``. It cuts the batch into parts (``step/packed.py``) and makes each a micro-batch
+    (``step/layout.py``), of which :meth:`_backpropagate` computes the sum of the loss (``step/forward.py``,
+    ``step/loss.py``) and its gradient.
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
     optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
@@ -323,8 +324,12 @@ class QLoRAModule(lightning.LightningModule):
         if self.guard.checks_due or not self.causal_lm.training:
             guards.check_training_mode(self.model)
             self.choose_layers()  # a callback may have hooked or changed parts
-        batch, scale = self.prepare_batch(batch), self.precision.loss_scale
-        return self.window.accumulate(batch, self.cutter, self.compute_loss, self.zero_grad, scale)
+        return self.window.accumulate(self.prepare_batch(batch), self.cutter, self._backpropagate, self.zero_grad)
+
+    def _backpropagate(self, micro_batch: Any) -> losses.LossSums:
+        sums = self.compute_loss(micro_batch)
+        (sums.loss * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
+        return sums.detach()  # the graph has casts of the adapters
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already

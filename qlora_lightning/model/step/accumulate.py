@@ -59,23 +59,13 @@ class Window:
         return [row_id for batch in batches for row_id in batch["row_ids"].tolist()]
 
     def accumulate(
-        self,
-        batch: Any,
-        cutter: Cutter,
-        compute_loss: Callable[[Any], LossSums],
-        zero_grad: Callable[[], None],
-        loss_scale: float,
+        self, batch: Any, cutter: Cutter, backpropagate: Callable[[Any], LossSums], zero_grad: Callable[[], None]
     ) -> Tensor:
         """Add the gradients of a batch's sums to those of the window; return the batch's mean loss.
 
-        If memory runs out, the whole window is computed again in smaller parts.
+        ``backpropagate`` computes those of one micro-batch, and returns its sums. If memory runs out, the whole window
+        is computed again in smaller parts.
         """
-
-        def backpropagate(micro_batch: Any) -> LossSums:
-            sums = compute_loss(micro_batch)
-            (sums.loss * loss_scale).backward()
-            return sums.detach()  # the graph has casts of the adapters
-
         if not self.batches:
             zero_grad()
         self.batches.append(batch)

@@ -93,7 +93,7 @@ def _slice_samples(batch: Mapping[str, Any], start: int, end: int, cu_seqlens: S
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts packed batches into parts that fit into memory, and lays parts out as micro-batches, on the host.
+    """Cuts packed batches on the host into parts that fit into memory, and makes each part a micro-batch.
 
     Attributes:
         causal_lm: The model of transformers that computes them.

@@ -119,7 +119,7 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
     def run(value: Any, repeat: int = 0) -> Trial:
         trial_folder = folder / re.sub(r"[^\w.+-]", "_", f"{name}-{value}" + (f"-seed-{repeat}" if repeat else ""))
         refuse_links(trial_folder)
-        seed = int(config["seed_everything"])
+        seed = config["seed_everything"]
         options = [f"--model.{setting}={value}", f"--trainer.default_root_dir={trial_folder}", "--ckpt_path=last"]
         # the update is alpha / rank · B A x: alpha = 2 × rank scales it equally at each rank
         options += ["--model.alpha=null"] if setting == "rank" else []

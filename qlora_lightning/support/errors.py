@@ -65,10 +65,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def find_disk_fault(error: BaseException) -> BaseException | None:
     """Return the error of a full or failing disk, which torch and safetensors wrap in others."""
+    texts = [f"(os error {code})" for code in _DISK_FAULTS]  # of libraries in Rust
     fault: BaseException | None = error
-    while fault is not None and getattr(fault, "errno", None) not in _DISK_FAULTS and "(os error " not in str(fault):
+    while fault is not None:
+        if getattr(fault, "errno", None) in _DISK_FAULTS or any(text in str(fault) for text in texts):
+            return fault
         fault = fault.__cause__ or fault.__context__
-    return fault
+    return None
 
 
 def reason_of(error: BaseException) -> str:

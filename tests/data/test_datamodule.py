@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,9 +98,16 @@ def test_rows_of_other_tasks_are_rejected_wherever_they_are_whatever_becomes_of_
         make(train="other.jsonl", on_bad_row="skip").setup("fit")
 
 
-def test_what_only_looks_like_another_task_trains(characters):
-    row = {**PAIR, "label": "sport", "images": [], "audio": {"bytes": None, "path": ""}, "rejected": None}
-    data = prepare_rows([row], characters)
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({**PAIR, "label": "sport", "images": [], "audio": {"bytes": None, "path": ""}, "rejected": None}, {}),
+        ({"prompt": "q", "chosen": "k", "rejected": "b"}, {"chosen": "completion"}),
+        ({**PAIR, "label": True, "images": ["a.png"]}, {"label": None, "images": None}),
+    ],
+)
+def test_what_only_looks_like_another_task_and_what_the_user_names_trains(characters, row, columns):
+    data = prepare_rows([row], characters, columns=columns)
     assert "".join(map(chr, data.samples["train"].ids)) == "{u\nq}\n{a\nk}\n"
 
 
@@ -135,6 +143,12 @@ def test_rows_that_load_rows_changes_are_read_as_their_sources_say(write, charac
     assert [source.path for source in data.sample_sources["train"]] == ["b.jsonl", "a.jsonl"]
     sources = [source for batch in data.train_dataloader() for source in batch["source"].tolist()]
     assert (sources.count(0), sources.count(1)) == (6, 2)
+    data = Changed(**settings)
+    rows = list(data.load_rows("train"))
+    unweighted = dataclasses.replace(rows[0].source, weight=None)
+    data.load_rows = lambda split: [] if split == "val" else [*rows, rows[0]._replace(source=unweighted)]
+    with rejects("data.train", "a weight for all"):
+        data.setup("fit")
     data = InstructionDataModule(**settings)
     data.load_rows = lambda split: [{"prompt": "q", "completion": "k"}]
     with rejects("load_rows.dict", "data.train"):

@@ -94,6 +94,10 @@ def test_adapters_on_and_beside_experts_are_plain_pefts_byte_for_byte(model_type
     assert_same_step(loss_and_gradients(again, batch), step)
     again.model.set_adapter("second")
     assert_same_step(loss_and_gradients(again, batch), step)
+    if target_experts:  # PEFT takes the ends of names
+        change_json(tmp_path / "plain" / "adapter_config.json", target_parameters=["gate_up_proj", "down_proj"])
+        by_ends = make_module(base, adapter=str(tmp_path / "plain"))
+        assert_same_step(loss_and_gradients(by_ends, batch), step)
     again.model.set_adapter("default")
     switch_checkpointing(again.causal_lm, Checkpointing(), Checkpointing(True))
     assert_same_step(loss_and_gradients(again, batch), step)

@@ -28,6 +28,17 @@ def flip(file, place):
     os.utime(file, ns=(0, time.time_ns() + 1_000_000_000))
 
 
+def test_an_entry_is_built_once_for_each_key_and_kind():
+    def build_no_more(folder):
+        pytest.fail("built again")
+
+    first = cached_folder("unpacked", {"a": 1, "b": [2]}, build, "thing")
+    assert cached_folder("unpacked", {"b": [2], "a": 1}, build_no_more, "thing") == first
+    other_key = cached_folder("unpacked", {"a": 2}, build, "other")
+    other_kind = cached_folder("quantized", {"a": 1, "b": [2]}, build, "other")
+    assert len({first, other_key, other_kind}) == 3
+
+
 @pytest.mark.parametrize("record", [None, "{", "[]", '{"crc32": [7]}', '{"crc32": {"/dev/zero": 7}}'])
 def test_an_entry_whose_build_was_killed_or_whose_record_is_damaged_is_built_again(record, caplog):
     folder = cached_folder("unpacked", {}, build, "thing")

@@ -121,9 +121,11 @@ ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in West
 OF_2 = "values, but the header has 2"
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
+    ("a.jsonl", '{"x": 1}\n\ufeff{"x": 2}\n', [(1, {"x": 1}), (2, {"x": 2})]),  # files that were concatenated
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
     ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read (ValueError: row 2 is not JSON"),
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
+    ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
     ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(1, {"x": "NA"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:1", "not CSV: ',' expected after '\"'"), (2, {"x": "4", "y": "5"})]),
     ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', [(1, {"x": "1", "y": "2"}), ("a.csv:2", "not CSV: unexpected end of data")]),
@@ -139,6 +141,8 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.json", '[{"x": 1},', "a.json cannot be read (ValueError: row 2 is not JSON"),
     *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
+    ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
+    ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
     ("a.jsonl", "\n\n", "a.jsonl is empty: it holds no rows."),
     ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read"),
     ("a.jsonl.zst", b'{"x": 1}\n', "a.jsonl.zst cannot be read"),

@@ -59,7 +59,7 @@ ROWS = [  # row, what it becomes, settings
     ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, [U, A], {}),
     ({"messages": [{"role": None, "from": "human", "content": None, "value": "u"}, A]}, [U, A], {}),  # parquet
     ({"prompt": "u", "completion": "a", "label": 0}, [U, A], {}),  # perhaps a class
-    ({"text": "x"}, Text("x"), {"format": "text"}),
+    ({"text": "x", "url": "y"}, Text("x"), {"format": "text"}),
     ({"input_ids": [1, 5], "labels": [-100, 5]}, Tokens([1, 5], [-100, 5]), {}),
     # rows to predict may lack the answer
     ({"instruction": "u"}, [U], {"needs_answer": False}),
@@ -76,6 +76,9 @@ ROWS = [  # row, what it becomes, settings
     ({"messages": [U, S, A]}, "a system message must come first", {}),
     *(({"messages": messages}, "must begin with a user turn, found none", {}) for messages in ([], [S])),
     ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
+    ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int", {}),
+    ({"prompt": "u", "completion": "a", "label": False}, "a verdict on the answer is for PreferenceModule", {}),
+    ({"prompt": "u", "completion": [A]}, "part 1 of message 2 is", {}),
     *(
         ({"instruction": "u", "output": "a", "history": history}, "'history' must be a list of [question, answer]", {})
         for history in (["qa"], [{"role": "user", "content": "q"}])  # of two characters, or two keys
@@ -90,7 +93,7 @@ ROWS = [  # row, what it becomes, settings
     ({"instuction": "a", "output": "b"}, "a.jsonl:1: no format is recognised by the keys instuction, output", {}),
     ({"instruction": "a", "output": "b", "prompt": "a", "completion": "b"}, "alpaca and prompt_completion: name", {}),
     ({"instruction": "u", "output": "a", "prompt": "a", "completion": "b"}, [U, A], {"format": "alpaca"}),
-    ({}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),
+    ({"instruction": "u", "output": "a"}, "found 'alpacca'. Did you mean 'alpaca'?", {"format": "alpacca"}),
     ({"question": "[{'role': 'user', 'content': 'u'}]", "answer": "a"}, "the question is a list of messages", {}),
     ({"prompt": "u", "completion": '[{"a": 1}]'}, [U, said("assistant", '[{"a": 1}]')], {}),
 ]  # fmt: skip
@@ -130,6 +133,7 @@ MESSAGES = [  # the last messages of a row that begins with a user turn, and wha
     *(({**A, key: [0]}, f"has {key!r}, which is not read") for key in ("images", "mask", "function_call")),
     ({**A, "weight": 0.5}, "'weight' of message 2 must be true or false, 1 or 0, found 0.5"),
     ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
+    ({**A, "tool_calls": [{"arguments": {}}]}, "call 1 of message 2 must be a function with a 'name'"),
     ({**A, "tool_calls": [{"name": "sky", "arguments": "[]"}]}, "must be an object, or a JSON string of one"),
 ]
 
@@ -155,6 +159,7 @@ def test_only_keys_that_a_template_may_need_are_kept():
         ),
         *(({"tools": tools}, None) for tools in (None, [], "", "[]")),
         ({"tools": 1}, "cannot be read by the format messages: TypeError"),
+        ({"tools": "sky"}, "'tools': not JSON (Expecting value"),
         ({"tools": [{"name": "see"}], "messages": [U, CALLED]}, "calls 'sky', which is not among 'tools': see"),
         ({"tools": [SCHEMA, {"function": {"name": 1}}]}, "tool 2 must be a function with a 'name'"),
     ],

@@ -198,12 +198,12 @@ def test_the_reference_of_a_run_from_an_adapter_is_that_adapter_without_dropout(
     rewards = 0.1 * (own - plain_log_probs(start.model, batch)[0])
     torch.testing.assert_close(base.metrics["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-4, atol=1e-6)
     first, second = module.compute_loss(batch), module.compute_loss(batch)
-    assert first.loss != second.loss  # what is trained drops inputs
+    assert first.loss_sum != second.loss_sum  # what is trained drops inputs
     sums = module.eval().compute_loss(batch)
     module.train()
-    assert float(sums.loss.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
+    assert float(sums.loss_sum.detach()) == pytest.approx(4 * math.log(2), rel=1e-6)  # nothing is ahead of anything
     assert set(trainable_tensors(module)) == trained
-    sums.loss.backward()
+    sums.loss_sum.backward()
     assert all(tensor.grad.abs().sum() > 0 for name, tensor in trainable_tensors(module).items())
 
 
@@ -301,7 +301,7 @@ def test_loss_and_gradients_of_kto_are_the_papers_however_a_batch_is_cut(
         module.token_budget.tokens = tokens
         parts = [module.compute_loss(part) for part in module.cutter.cut(module.prepare_batch(batch))]
         assert len(parts) == (1 if tokens > 1 else 4)
-        total = sum(sums.loss for sums in parts)
+        total = sum(sums.loss_sum for sums in parts)
         assert_same_step((float(total.detach()), gradients_of(total, module)), expected)
         assert sum(float(sums.metrics["kl"]) for sums in parts) == pytest.approx(4 * float(kl), rel=1e-4, abs=1e-4)
 

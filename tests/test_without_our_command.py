@@ -89,7 +89,7 @@ def test_a_loop_in_fabric_and_a_loader_in_a_trainer_train_the_same(tiny_base, ro
     loader = fabric.setup_dataloaders(data.train_dataloader())
     for batch in loader:
         sums = model.compute_loss(batch)
-        fabric.backward(sums.loss / sums.count)
+        fabric.backward(sums.loss_sum / sums.count)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()

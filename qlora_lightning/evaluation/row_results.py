@@ -19,7 +19,7 @@ from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.packed import cut_into_rows, is_packed
+from qlora_lightning.model.step.packed import cut_into_rows, is_packed, pack_padded
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import progress_counter
 
@@ -61,8 +61,8 @@ class RowResult(NamedTuple):
     """Loss and answer of one row; a preference pair counts as one token, correct if the chosen answer is likelier."""
 
     nll: float  # sum over its labelled tokens, in nats
-    labelled_tokens: int
-    correct: int  # labelled tokens of which the label was the most likely token
+    labelled_tokens: float  # a whole number, unless compute_loss weights tokens
+    correct: float  # labelled tokens of which the label was the most likely token
     answer: Answer | None = None  # if it was answered
 
     @property
@@ -93,9 +93,9 @@ class AnswerSettings:
 
 
 def take_batches(loader: Any, limit: float) -> Iterator[Any]:
-    """Yield the first batches, up to the Trainer's limit: an int is their number, a float their share."""
+    """Yield the first batches, packed, up to the Trainer's limit: an int is their number, a float their share."""
     n_batches = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
-    return itertools.islice(loader, n_batches)
+    return map(pack_padded, itertools.islice(loader, n_batches))
 
 
 def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:
@@ -188,8 +188,8 @@ def _evaluate_rows(module: Any, batches: Iterable[Any], count: ProgressCounter, 
     try:
         for batch in batches:
             for sums in row_losses(module, batch, next_token):
-                correct = int(sums.metrics.get(module.accuracy, 0))
-                results.append(RowResult(float(sums.loss), int(sums.count), correct))
+                correct = float(sums.metrics.get(module.accuracy, 0))
+                results.append(RowResult(float(sums.loss_sum), sums.count.item(), correct))
                 count(1)
     finally:
         module.train(was_training)
@@ -213,11 +213,7 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
 
 def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:
     samples = zip(*(values.split(micro_batch.counts) for values in module.token_losses(micro_batch)), strict=True)
-    return [
-        LossSums(nll.sum(), torch.tensor(len(nll)), {module.accuracy: correct.sum()})
-        for nll, correct in samples
-        if len(nll)
-    ]
+    return [LossSums.of(nll, **{module.accuracy: correct}) for nll, correct in samples if len(nll)]
 
 
 def answer_rows(

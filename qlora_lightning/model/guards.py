@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -23,13 +23,17 @@ from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.model.step.packed import (
     check_row_length,
+    cut_into_rows,
+    first_rows,
     format_locations,
+    is_packed,
     most_positions,
     row_locations,
     samples_of,
 )
+from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import Diverged, UserError, check_setting
+from qlora_lightning.support.errors import Diverged, UserError, check_setting, is_out_of_memory
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.trainer import datamodule_of, find_callback
 
@@ -44,6 +48,9 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
+_MAX_DIFFERENCE = 0.1  # of sums: rounding in 16 bits is less
+_MAX_FACTOR = 5  # between the loss of training and validation rows
+_MOST_EMPTY_STEPS = 3
 _MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
@@ -130,6 +137,41 @@ def check_training_mode(model: nn.Module) -> None:
         )
 
 
+def check_sums(module: "QLoRAModule", batch: Any) -> None:
+    """Warn of a ``compute_loss`` that returns no sums: those of two rows are not those of both together.
+
+    The rows are computed without gradients, dropout or noise, and the random generators stay as they are. A loss of
+    ours, a batch of one row, and memory that runs out are not checked.
+    """
+    is_ours = "compute_loss" not in vars(module) and type(module).compute_loss.__module__.startswith("qlora_lightning.")
+    rows = [] if is_ours or module.sharded_base is not None or not is_packed(batch) else cut_into_rows(batch)[:2]
+    if len(rows) < 2 or not all((row["labels"] != IGNORED).any() for row in rows):
+        return
+    both = first_rows(batch, 2)
+    if both["input_ids"].numel() > module.token_budget.tokens:
+        return
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            whole, *parts = (module.sum_loss(module.micro_batch_of(each)).by_name() for each in (both, *rows))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return
+    finally:
+        module.train()
+    for name in ("loss", "labelled_tokens"):
+        together, alone = float(whole[name]), sum(float(part[name]) for part in parts)
+        if abs(together - alone) > _MAX_DIFFERENCE * abs(alone):
+            quantity = "loss_sum" if name == "loss" else "count"
+            trainers.say_once(
+                f"Warning: compute_loss of {type(module).__name__} returns no sums. Two rows have the {quantity} "
+                f"{together:.4g} together, and {alone:.4g} one after the other, so the result depends on how memory "
+                "cuts a batch. Return sums over tokens, as `LossSums.of(losses)` makes them, and no means."
+            )
+            return
+
+
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
 
 
@@ -146,6 +188,8 @@ class TrainingGuard(Callback):
         self.checks_due = True
         self._zeros: list[set[str]] = []  # names of gradients of zeros, in the last steps that were checked
         self._last_loss: float | None = None  # of the step before, if this process took it
+        self._sanity_loss: float | None = None  # of the validation before the first step, until that
+        self._empty_steps: int | None = 0  # without a counted token, since the fit began; None: one has had some
 
     def check_step(
         self,
@@ -171,8 +215,39 @@ class TrainingGuard(Callback):
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
         elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
             self._check_gradients(trainable_tensors(pl_module), optimizer)
+        self._check_count(host_totals["labelled_tokens"])
         self._last_loss = float(host_means["loss"])
+        self._compare_with_validation(self._last_loss)
         return host_means, host_totals
+
+    def _check_count(self, count: float) -> None:
+        """Reject a count that is negative, and a fit whose first steps count nothing: it would learn nothing."""
+        if count < 0:
+            raise UserError(
+                f"compute_loss counted {count:g} in a step: expected 0 or more as LossSums.count, by which the "
+                "gradient is divided.",
+                "loss.count",
+            )
+        if count or self._empty_steps is None:
+            self._empty_steps = None
+            return
+        self._empty_steps += 1
+        if self._empty_steps == _MOST_EMPTY_STEPS:
+            raise UserError(
+                f"The first {_MOST_EMPTY_STEPS} steps counted no token, so nothing is learned: the labels of their "
+                "rows are all -100, as with a wrong mask of the answers, or compute_loss returned a count of 0.",
+                "loss.nothing_counted",
+            )
+
+    def _compare_with_validation(self, loss: float) -> None:
+        """Report a first loss that is far from that of the validation before it, which has the same weights."""
+        sanity_loss, self._sanity_loss = self._sanity_loss, None
+        if sanity_loss and not 1 / _MAX_FACTOR <= loss / sanity_loss <= _MAX_FACTOR:
+            trainers.say_once(
+                f"Warning: the first step has a train_loss of {loss:.4g}, and the validation before it, of the same "
+                f"weights, a val_loss of {sanity_loss:.4g}. Look at rows of both with `inspect`; if compute_loss is "
+                "your own, look at what it does in training."
+            )
 
     def _check_gradients(self, trainable: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Reject tensors that would never learn; look again in the next step if an A or B has a gradient of zeros."""
@@ -260,7 +335,7 @@ class TrainingGuard(Callback):
         report_model(module, module.choose_layers())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.checks_due = True
+        self.checks_due, self._empty_steps = True, 0
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
@@ -294,7 +369,9 @@ class TrainingGuard(Callback):
             module.log(f"{split}_loss", torch.tensor(torch.nan), prog_bar=True, sync_dist=True)
         elif module.statistics.sums:
             # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
-            module.log_means(split, module.statistics.compute(over_ranks=trainer.world_size > 1), sync_dist=True)
+            means = module.statistics.compute(over_ranks=trainer.world_size > 1)
+            self._sanity_loss = float(means["loss"]) if trainer.sanity_checking else None
+            module.log_means(split, means, sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:

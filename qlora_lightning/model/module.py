@@ -254,11 +254,11 @@ class QLoRAModule(lightning.LightningModule):
 
         Args:
             batch: A :class:`~qlora_lightning.model.step.layout.MicroBatch`; under Fabric it may be a packed batch, with
-                ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``.
+                ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``, or a
+                padded one, with ``input_ids``, ``attention_mask`` and ``labels``, ``(rows, tokens)``.
         """
         nll, correct = self.token_losses(batch)
-        n_tokens = torch.full((), len(nll), device=nll.device)  # torch.tensor would wait for a GPU
-        return losses.LossSums(nll.sum(), n_tokens, {"token_accuracy": correct.sum()})
+        return losses.LossSums.of(nll, token_accuracy=correct)
 
     def token_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the loss of each labelled token of a micro-batch, ``(K,)``, and whether it is the most likely one.
@@ -282,7 +282,7 @@ class QLoRAModule(lightning.LightningModule):
         return hidden, micro_batch.targets
 
     def micro_batch_of(self, batch: Any) -> layout.MicroBatch:
-        """Lay a packed batch out as one micro-batch, on the device; a micro-batch is itself.
+        """Lay a packed or padded batch out as one micro-batch, on the device; a micro-batch is itself.
 
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
@@ -314,7 +314,8 @@ class QLoRAModule(lightning.LightningModule):
         return packed.format_locations(packed.row_locations(data, row_ids, split))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leave a packed batch on the host, which cuts it; its micro-batches move."""
+        """Pack a padded batch. Leave a packed one on the host, which cuts it; its micro-batches move."""
+        batch = packed.pack_padded(batch)
         return batch if packed.is_packed(batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     # ---- training --------------------------------------------------------------------------------------------------
@@ -324,12 +325,26 @@ class QLoRAModule(lightning.LightningModule):
         if self.guard.checks_due or not self.causal_lm.training:
             guards.check_training_mode(self.model)
             self.choose_layers()  # a callback may have hooked or changed parts
-        return self.window.accumulate(self.prepare_batch(batch), self.cutter, self._backpropagate, self.zero_grad)
+        batch = self.prepare_batch(batch)
+        if batch_idx == 0 and self.trainer.global_step == 0:
+            guards.check_sums(self, batch)
+        return self.window.accumulate(batch, self.cutter, self._backpropagate, self.zero_grad)
 
     def _backpropagate(self, micro_batch: Any) -> losses.LossSums:
-        sums = self.compute_loss(micro_batch)
-        (sums.loss * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
+        sums = self.sum_loss(micro_batch)
+        (sums.loss_sum * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
         return sums.detach()  # the graph has casts of the adapters
+
+    def sum_loss(self, micro_batch: Any) -> losses.LossSums:
+        """Call :meth:`compute_loss`, of a subclass too, and check what it returns."""
+        sums: Any = self.compute_loss(micro_batch)
+        if not isinstance(sums, losses.LossSums):
+            raise UserError(
+                f"compute_loss of {type(self).__name__} returned {type(sums).__name__}: expected LossSums. "
+                "`LossSums.of(losses)` makes them of the loss of each token, a tensor of one dimension.",
+                "loss.type",
+            )
+        return sums
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if loss.requires_grad:  # the mean of training_step does not: its gradients are computed already
@@ -378,7 +393,6 @@ class QLoRAModule(lightning.LightningModule):
             "learning_rate": torch.tensor(optimizer.param_groups[0]["lr"]),
             "micro_batches": torch.tensor(float(self.window.micro_batches)),
         }
-        means.pop("token_accuracy", None)
         self.log_means("train", means)
         self.log_dict(step)
         self.window.clear()
@@ -389,7 +403,7 @@ class QLoRAModule(lightning.LightningModule):
         if self.statistics.fault:
             return
         try:
-            for sums in accumulate.evaluate(self.prepare_batch(batch), self.cutter, self.compute_loss):
+            for sums in accumulate.evaluate(self.prepare_batch(batch), self.cutter, self.sum_loss):
                 self.statistics.update(sums)
         except budget.RowDoesNotFit as error:  # not worth losing what was trained since the last checkpoint
             if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
@@ -402,7 +416,6 @@ class QLoRAModule(lightning.LightningModule):
     def log_means(self, split: str, means: dict[str, Tensor], sync_dist: bool = False) -> None:
         """Log the mean loss and the means of metrics, under the name of a split."""
         self.log(f"{split}_loss", means.pop("loss").float(), prog_bar=True, sync_dist=sync_dist)
-        means.pop("likelier", None)  # of preferences, for their evaluation
         self.log_dict({f"{split}_{name}": mean.float() for name, mean in means.items()}, sync_dist=sync_dist)
 
     # ---- optimization ----------------------------------------------------------------------------------------------

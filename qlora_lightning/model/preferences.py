@@ -127,8 +127,7 @@ class PreferenceModule(_ByObjective, QLoRAModule):
 
     def sum_rows(self, losses: Tensor, *metrics: Tensor) -> LossSums:
         """Sum the losses of rows, and the metrics that ``logged`` names, each ``(rows,)``."""
-        sums = {name: values.detach().float().sum() for name, values in zip(self.logged, metrics, strict=True)}
-        return LossSums(losses.sum(), torch.full((), len(losses), device=self.device), sums)
+        return LossSums.of(losses, **dict(zip(self.logged, metrics, strict=True)))
 
     def _losses(self, score_diff: Tensor, mean_log_probs: Tensor) -> Tensor:
         """Compute the loss of each pair, ``(pairs,)``, from both log-probabilities per token, ``(pairs, 2)``.

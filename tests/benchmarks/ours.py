@@ -137,7 +137,7 @@ def compare_preferences(base: str, rows: str, dtype: Any, objective: str, gradie
 
     def compute_loss() -> torch.Tensor:
         sums = module.compute_loss(batch)
-        loss: torch.Tensor = sums.loss / sums.count
+        loss: torch.Tensor = sums.loss_sum / sums.count
         return loss
 
     return child.take_first_step(module.model, compute_loss, gradients)

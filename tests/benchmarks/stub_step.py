@@ -101,7 +101,7 @@ def prepare_ours(mode: str, tokens: int, shape: str, layers: int) -> Any:
     batch = make_batch([ROW] * rows) | {"row_ids": torch.arange(rows), "source": torch.zeros(rows)}
 
     def loss() -> torch.Tensor:
-        return module.compute_loss(batch).loss
+        return module.compute_loss(batch).loss_sum
 
     return module.model, loss
 

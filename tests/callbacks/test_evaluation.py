@@ -62,7 +62,7 @@ def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_tr
     assert "forgetting: 3 rows (text)" in caplog.text
     with torch.no_grad():
         sums = untouched.compute_loss(batch)
-    on_other_text = float(sums.loss / sums.count)
+    on_other_text = float(sums.loss_sum / sums.count)
     assert found["metrics"]["forgetting_loss"]["base"]["value"] == pytest.approx(on_other_text, rel=1e-3)
     loss = found["metrics"]["loss"]["adapter"]["value"]
     assert loss == pytest.approx(checkpoint.best[0][0], rel=1e-3)

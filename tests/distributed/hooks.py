@@ -57,7 +57,7 @@ class NamesByRank(QLoRAModule):
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return LossSums(sums.loss, sums.count, {f"metric_{self.global_rank}": sums.loss})
+        return LossSums(sums.loss_sum, sums.count, {f"metric_{self.global_rank}": sums.loss_sum})
 
 
 class LoseMachine(Callback):

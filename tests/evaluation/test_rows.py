@@ -40,7 +40,7 @@ def batches(data):
 
 @torch.no_grad()
 def values(losses):
-    return [(float(each.loss), int(each.count), int(each.metrics["token_accuracy"])) for each in losses]
+    return [(float(each.loss_sum), int(each.count), int(each.metrics["token_accuracy"])) for each in losses]
 
 
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8"}])
@@ -59,7 +59,7 @@ def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind
         def compute_loss(self, batch):
             assert len(batch.rows) == 1  # it may mix rows
             sums = super().compute_loss(batch)
-            return LossSums(0.5 * sums.loss, sums.count, sums.metrics)
+            return LossSums(0.5 * sums.loss_sum, sums.count, sums.metrics)
 
     usual = make_module(tiny_base).eval()
     expected = [0.5 * nll for nll, *_ in values(row_losses(usual, batches[0]))]

@@ -215,7 +215,7 @@ def tokens_of(lengths):
 class Logs(QLoRAModule):
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        return LossSums(sums.loss, sums.count, {"nll": sums.loss, "tokens": sums.count})
+        return LossSums(sums.loss_sum, sums.count, {"nll": sums.loss_sum, "tokens": sums.count})
 
 
 class Steps(Callback):
@@ -242,7 +242,7 @@ def launches(folder):
             micro_batch = module.micro_batch_of(batch)
             module.zero_grad(set_to_none=True)
             CARD.card_reset()
-            loss = module.compute_loss(micro_batch).loss
+            loss = module.compute_loss(micro_batch).loss_sum
             forward.append(counts()[0])
             loss.backward()
             backward.append(counts()[0] - forward[-1])

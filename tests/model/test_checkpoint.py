@@ -159,8 +159,8 @@ class HasStates(QLoRAModule):
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
         if self.training:
-            self.mean.lerp_(sums.loss.detach() / sums.count, 0.1)
-        return LossSums((1 + self.mean) * sums.loss, sums.count)
+            self.mean.lerp_(sums.loss_sum.detach() / sums.count, 0.1)
+        return LossSums((1 + self.mean) * sums.loss_sum, sums.count)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=1e-2)

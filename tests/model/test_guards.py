@@ -26,7 +26,7 @@ class Spoilt(QLoRAModule):
 
     def compute_loss(self, batch):
         sums = super().compute_loss(batch)
-        nll = sums.loss * math.inf if self.trainer.global_step in self.steps else sums.loss
+        nll = sums.loss_sum * math.inf if self.trainer.global_step in self.steps else sums.loss_sum
         if self.trainer.global_step == self.gradient_step:
             nll.register_hook(lambda gradient: gradient * math.nan)
         return LossSums(nll, sums.count, sums.metrics)

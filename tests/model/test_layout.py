@@ -84,7 +84,7 @@ def test_labels_that_a_subclass_or_callback_changes_are_trained(tiny_base, rows_
     assert trainer.lightning_module.window.totals["labelled_tokens"] == prompts.labelled
     batch, module, changed = make_batch(), make_module(tiny_base), make_module(tiny_base, cls=TrainsPrompts)
     expected = {**batch, "labels": batch["labels"].clamp(max=200)}
-    assert changed.compute_loss(changed.micro_batch_of(batch)).loss == module.compute_loss(expected).loss
+    assert changed.compute_loss(changed.micro_batch_of(batch)).loss_sum == module.compute_loss(expected).loss_sum
 
 
 def test_noise_of_a_token_follows_the_length_of_its_own_sample():

@@ -43,11 +43,11 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(labelled, trai
     expected_gradients = torch.autograd.grad(expected, inputs)
 
     sums = head_loss(hidden, labels, head, fast=fast)
-    gradients = torch.autograd.grad(3 * sums.loss, inputs)
+    gradients = torch.autograd.grad(3 * sums.loss_sum, inputs)
 
     assert sums.count == labelled
     assert sums.metrics["token_accuracy"] == (head(hidden)[:-1].argmax(-1) == labels[1:]).sum() > 0
-    torch.testing.assert_close(sums.loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.loss_sum, expected, rtol=1e-6, atol=0)
     with torch.no_grad():
         evaluated = head_loss(hidden, labels, head, fast=fast)
     assert all(map(torch.equal, evaluated.by_name().values(), sums.by_name().values()))
@@ -58,7 +58,7 @@ def test_loss_and_gradients_equal_cross_entropy_over_whole_logits(labelled, trai
 def test_without_labelled_tokens_loss_and_gradient_are_zero():
     hidden, labels, head = draw()
     sums = head_loss(hidden, torch.full_like(labels, -100), head)
-    sums.loss.backward()
+    sums.loss_sum.backward()
     assert [value.item() for value in sums.by_name().values()] == [0, 0, 0]
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
@@ -68,8 +68,8 @@ def test_in_bfloat16_the_sum_is_float32_and_a_factor_on_it_is_not_rounded():
     expected = full_cross_entropy(hidden, labels, head)
     hidden, head = hidden.detach().bfloat16().requires_grad_(), head.bfloat16()
     sums, same_sums = (head_loss(hidden, labels, head) for _ in range(2))
-    assert sums.loss.dtype == torch.float32
-    torch.testing.assert_close(sums.loss, expected, rtol=1e-2, atol=0)
-    (whole,), (third,) = (torch.autograd.grad(each, hidden) for each in (sums.loss, same_sums.loss / 3))
+    assert sums.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(sums.loss_sum, expected, rtol=1e-2, atol=0)
+    (whole,), (third,) = (torch.autograd.grad(each, hidden) for each in (sums.loss_sum, same_sums.loss_sum / 3))
     assert torch.equal(third, (whole.float() / 3).bfloat16())
     assert not torch.equal(third, whole * torch.tensor(1 / 3).bfloat16())

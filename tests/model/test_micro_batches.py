@@ -42,6 +42,8 @@ class Hungry(QLoRAModule):
     fails, where, passes, failures = frozenset(), "backward", 0, 0
 
     def compute_loss(self, batch):
+        if self.trainer.training and not torch.is_grad_enabled():
+            return super().compute_loss(batch)  # of the check that its sums add up
         self.passes += 1
         fails = self.passes in self.fails
         if fails and self.where == "forward":

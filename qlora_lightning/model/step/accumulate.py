@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qlora_lightning.model.step.loss import LossSums
+from qlora_lightning.model.step.loss import LossSums, divisor_of
 from qlora_lightning.model.step.packed import Cutter, is_packed
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 
@@ -77,8 +77,8 @@ class Window:
                 for each in remaining:
                     sums = [_run_pass(part, cutter, backpropagate) for part in cutter.cut(each)]
                     self._add(sums)
-                n_tokens = torch.stack([each.count for each in sums]).sum()
-                return torch.stack([each.loss for each in sums]).sum() / n_tokens.clamp(min=1)
+                count = torch.stack([each.count for each in sums]).sum()
+                return torch.stack([each.loss_sum for each in sums]).sum() / divisor_of(count)
             except OutOfMemory as error:
                 shortage = error.with_traceback(None)
             cutter.budget.lower(shortage, cutter)
@@ -127,11 +127,11 @@ class Window:
             torch.distributed.all_reduce(all_grads)
             slices = torch.split(all_grads, [grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [reduced.view_as(grad) for reduced, grad in zip(slices, grads, strict=True)])
-        tokens = sums[0].clamp(min=1.0)  # a window without labels has gradients of zero
+        divisor = divisor_of(sums[0])  # a window that counts nothing has no gradient
         if grads:
-            torch._foreach_mul_(grads, (factor / tokens).float())
+            torch._foreach_mul_(grads, (factor / divisor).float())
         losses, counts = sums.split([len(self._sums), len(self.counts)])
-        means = dict(zip(self._sums, (losses / tokens).float(), strict=True))
+        means = dict(zip(self._sums, (losses / divisor).float(), strict=True))
         del means["labelled_tokens"]
         totals = {"labelled_tokens": sums[0], **dict(zip(self.counts, counts, strict=True))}
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros_like(means["loss"])

@@ -1,10 +1,9 @@
 """Next-token loss on labelled tokens only; a packed batch's ``(tokens, vocabulary)`` logits never exist all at once."""
 # mypy: allow-untyped-calls
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,61 +22,48 @@ _LOGIT_BYTES = 64 << 20  # and these logits take no more than this: 261 rows of 
 _LOGIT_BYTES_OF_GPU = 128 << 20  # on a GPU: 512 such rows, whose products fill it
 
 
-@dataclass(init=False, eq=False)
+@dataclass(eq=False)
 class LossSums:
-    """Sums over labelled tokens: they add up over batches, windows and ranks, as means would not.
+    """Sums over the tokens of a micro-batch: they add up over micro-batches, steps and processes, as means would not.
 
-    For one more version it takes and has, with a warning, what it had before: ``nll_sum``, ``labelled_tokens``,
-    ``correct`` and ``logged``.
+    :meth:`of` makes them from the loss of each token. ``LossSums(nll.mean(), len(nll))`` would be wrong: the sum of all
+    micro-batches is divided by their count later, so that mean would be divided twice.
 
     Attributes:
-        loss: The loss, by default the negative log-likelihood in nats; float32 scalar, with a gradient.
-        count: How many tokens were counted, int64 scalar: the mean loss is ``loss / count``.
-        metrics: More sums over the same tokens, by name, whose means are logged beside the loss. In training, with
-            several processes, each step of each has the same names.
+        loss_sum: The sum of the loss, by default of the negative log-likelihood in nats; a scalar with a gradient.
+        count: How much was counted, a scalar: the mean loss is ``loss_sum / count``. It is a number of tokens or, with
+            weighted tokens, the sum of their weights, which need not be a whole number. 0 means no gradient.
+        metrics: More sums over the same tokens, by name. Their means are logged as ``train_NAME``, ``val_NAME`` and
+            ``test_NAME``. With several processes, each step of each has the same names.
+
+    Raises:
+        UserError: One of them is not a single number.
     """
 
-    loss: Tensor
+    loss_sum: Tensor
     count: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        loss: Tensor | None = None,
-        count: Tensor | int | None = None,
-        metrics: Mapping[str, Tensor] | Tensor | None = None,
-        logged: Mapping[str, Tensor] | None = None,
-        *,
-        nll_sum: Tensor | None = None,
-        labelled_tokens: Tensor | None = None,
-        correct: Tensor | None = None,
-    ) -> None:
-        if isinstance(metrics, Tensor):  # correct was the third
-            correct, metrics = metrics, None
-        self.metrics = dict(metrics or {})
-        if logged or not (nll_sum is None and labelled_tokens is None and correct is None):
-            _warn_of_old_names()
-            loss, count = loss if nll_sum is None else nll_sum, count if labelled_tokens is None else labelled_tokens
-            self.metrics |= ({} if correct is None else {"token_accuracy": correct}) | dict(logged or {})
-        if loss is None or count is None:
-            raise TypeError("LossSums takes a loss and a count.")
-        self.loss, self.count = loss, torch.as_tensor(count)
+    def __post_init__(self) -> None:
+        device = self.loss_sum.device if isinstance(self.loss_sum, Tensor) else torch.device("cpu")
+        self.count = _as_scalar("count", self.count, device)
+        self.loss_sum = _as_scalar("loss_sum", self.loss_sum, device)
+        self.metrics = {name: _as_scalar(f"metrics.{name}", each, device) for name, each in self.metrics.items()}
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in _OLD_NAMES:
-            raise AttributeError(f"LossSums has no {name}.")
-        _warn_of_old_names()
-        if name == "correct":
-            return self.metrics.get("token_accuracy", torch.zeros_like(self.count))
-        return getattr(self, _OLD_NAMES[name])
+    @classmethod
+    def of(cls, losses: Tensor, **metrics: Tensor) -> Self:
+        """Sum the loss of each token, or of each row, ``(n,)``, and metrics of the same tokens, ``(n,)`` each."""
+        sums = {name: values.detach().sum(dtype=torch.float32) for name, values in metrics.items()}
+        # torch.tensor would wait for a GPU
+        return cls(losses.sum(), torch.full((), len(losses), device=losses.device), sums)
 
     def detach(self) -> "LossSums":
         """Return the same sums without their graph."""
         metrics = {name: value.detach() for name, value in self.metrics.items()}
-        return LossSums(self.loss.detach(), self.count, metrics)
+        return LossSums(self.loss_sum.detach(), self.count.detach(), metrics)
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the count as ``labelled_tokens``, the loss and the metrics, by name.
+        """Return the count as ``labelled_tokens``, the sum of the loss as ``loss``, and the metrics, by name.
 
         Raises:
             UserError: A metric has a name that is logged already.
@@ -86,16 +72,27 @@ class LossSums:
             raise UserError(
                 f"LossSums.metrics has {min(taken)}, which is logged already: choose another name.", "loss.metrics"
             )
-        return {"labelled_tokens": self.count, "loss": self.loss, **self.metrics}
+        return {"labelled_tokens": self.count, "loss": self.loss_sum, **self.metrics}
 
 
-_OLD_NAMES = {"nll_sum": "loss", "labelled_tokens": "count", "logged": "metrics", "correct": "metrics"}
 _LOGGED_NAMES = {"labelled_tokens", "loss", "grad_norm", "perplexity"}
 
 
-def _warn_of_old_names() -> None:
-    words = "has loss, count and metrics; nll_sum, labelled_tokens, correct and logged end with this version"
-    warnings.warn(f"LossSums {words}.", FutureWarning, stacklevel=3)
+def _as_scalar(name: str, value: Any, device: torch.device) -> Tensor:
+    """Return a number, or a tensor of one, as a scalar on a device, without waiting for a GPU."""
+    scalar: Tensor = value if isinstance(value, Tensor) else torch.full((), value, device=device)
+    if scalar.ndim:
+        raise UserError(
+            f"LossSums.{name} has the shape {tuple(scalar.shape)}: expected one number, a sum over the tokens. "
+            "`LossSums.of(losses)` sums the loss of each token.",
+            "loss.shape",
+        )
+    return scalar.to(device, non_blocking=True)
+
+
+def divisor_of(count: Tensor) -> Tensor:
+    """Return what a sum is divided by: its count or, if nothing was counted, infinity, for a mean of 0."""
+    return torch.where(count > 0, count, torch.inf)
 
 
 class TokenStatistics:

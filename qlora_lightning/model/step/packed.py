@@ -1,4 +1,4 @@
-"""A packed batch, as a data module collates it: its rows, their locations in the data, and parts of whole rows."""
+"""A packed batch, as a data module collates it, or made of a padded one: its rows, and parts of whole rows."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from qlora_lightning.model.step.layout import MicroBatch, lay_out
 from qlora_lightning.sources.tensors import IGNORED
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 _PER_TOKEN = ("input_ids", "position_ids", "labels")
 _PER_ROW = ("row_ids", "source", "desirable")
 _OF_ALL = ("cu_seqlens", "kl")
+# Those of a padded batch, as the collators of transformers make it; the last two may be missing.
+_PADDED = ("input_ids", "labels", "attention_mask", "position_ids")
 _MAX_LISTED = 8  # rows in a message
 
 
@@ -57,6 +60,47 @@ def is_packed(batch: Any) -> bool:
         return False
     tensors = {name for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return {*_PER_TOKEN, "cu_seqlens"} <= tensors <= {*_PER_TOKEN, *_PER_ROW, *_OF_ALL}
+
+
+def pack_padded(batch: Any) -> Any:
+    """Return a padded batch as a packed one, on the host; a batch of another kind is returned as it is.
+
+    A padded batch has ``input_ids``, ``labels`` and usually ``attention_mask``, ``(rows, tokens)``, as the collators of
+    transformers make it. Rows may be padded on either side. What the mask leaves out is not computed, so a sum over
+    rows is that of packed samples. Each row is a sample; one whose ``position_ids`` restart, as packed by other tools,
+    is several.
+
+    Raises:
+        UserError: The mask is not of this shape, or has other values than 0 and 1, or leaves out tokens inside a row.
+    """
+    if not isinstance(batch, Mapping) or "cu_seqlens" in batch:
+        return batch
+    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if not {*_PADDED[:2]} <= tensors.keys() <= {*_PADDED} or tensors["input_ids"].ndim != 2:
+        return batch
+    ids, labels = tensors["input_ids"], tensors["labels"]
+    mask = tensors.get("attention_mask", torch.ones_like(ids))
+    if other := [name for name, each in (("attention_mask", mask), ("labels", labels)) if each.shape != ids.shape]:
+        shapes = f"{tuple(tensors[other[0]].shape)}: expected {tuple(ids.shape)}"
+        raise UserError(f"A padded batch has {other[0]} {shapes}, as input_ids.", "data.batch")
+    is_token = mask.bool()
+    n_spans = (F.pad(is_token, (1, 0)).int().diff(dim=1) > 0).sum(1)  # of each row
+    if ((mask != 0) & (mask != 1)).any() or (n_spans > 1).any() or not is_token.any():
+        raise UserError(
+            "attention_mask of a padded batch: expected 1 for the tokens of a row, one after the other, and 0 for "
+            "padding before or after them. Samples in one row are told apart by position_ids that restart at 0.",
+            "data.batch",
+        )
+    positions = tensors.get("position_ids", is_token.cumsum(1) - 1).expand_as(ids)[is_token]
+    rows, _ = is_token.nonzero(as_tuple=True)
+    is_start = F.pad((rows.diff() != 0) | (positions.diff() <= 0), (1, 0), value=True)
+    cu_seqlens = F.pad(is_start.nonzero()[:, 0], (0, 1), value=len(rows)).int()
+    return {
+        "input_ids": ids[is_token][None],
+        "position_ids": positions[None],
+        "labels": labels[is_token].masked_fill(is_start, IGNORED)[None],
+        "cu_seqlens": cu_seqlens,
+    }
 
 
 def samples_per_row(batch: Mapping[str, Any]) -> int:
@@ -123,11 +167,12 @@ class Cutter:
         return parts
 
     def lay_out(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """Lay a packed batch out as one micro-batch, on the device.
+        """Lay a packed or padded batch out as one micro-batch, on the device.
 
         Raises:
-            UserError: The batch is no packed one, a token is not one of the base's, or a row is too long for it.
+            UserError: The batch is of another kind, a token is not one of the base's, or a row is too long for it.
         """
+        batch = pack_padded(batch)
         check_packed(batch, len(self.causal_lm.get_input_embeddings().weight), self.locate)
         micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
         check_row_length(self.causal_lm.config, micro_batch.sequences.longest)
@@ -143,9 +188,14 @@ def _report_whole(names: str) -> None:
     )
 
 
+def first_rows(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the packed batch of the first rows of a packed batch."""
+    return _slice_samples(batch, 0, count * samples_per_row(batch), batch["cu_seqlens"].tolist())
+
+
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first row without labels: an empty pass for a process that has fewer micro-batches than others."""
-    row = _slice_samples(batch, 0, samples_per_row(batch), batch["cu_seqlens"].tolist())
+    row = first_rows(batch, 1)
     rows = len(row["cu_seqlens"]) - 1
     return {**row, "labels": torch.full_like(row["labels"], IGNORED), "row_ids": torch.full((rows,), -1)}
 
@@ -155,10 +205,12 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
 
     A stop token at the end of a row is never embedded: only the loss would meet it, as a label.
     """
-    if missing := [name for name in (*_PER_TOKEN, "cu_seqlens") if name not in batch]:
+    expected = ("input_ids", "labels", "position_ids", "cu_seqlens")
+    if missing := [name for name in expected if batch.get(name) is None]:
         raise UserError(
             f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one packed stream "
-            "of samples without padding, as InstructionDataModule makes it, or an own compute_loss.",
+            "of samples without padding, as InstructionDataModule makes it, or a padded batch with input_ids, "
+            "attention_mask and labels of shape (rows, tokens) and no other tensor, or your own compute_loss.",
             "data.batch",
         )
     token_ids = batch["input_ids"][0]

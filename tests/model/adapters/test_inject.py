@@ -100,7 +100,7 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
     folder, given = request.getfixturevalue(base), copy.deepcopy(options)
     module = make_module(folder, quantization=quantization, lora_options=given)
     assert given == options  # PEFT writes into lists that it is handed
-    module.compute_loss(make_batch(vocabulary=20)).loss.backward()
+    module.compute_loss(make_batch(vocabulary=20)).loss_sum.backward()
     own = trainable_tensors(module.model)
     assert all(tensor.grad.any() for tensor in own.values())
     if options is TIED:
@@ -132,5 +132,5 @@ def test_a_second_adapter_computes_in_bf16_what_it_did_as_the_first(untied_base,
 def test_a_table_of_positions_trains_in_bf16(tmp_path):
     options = {"modules_to_save": ["wpe"]}
     module = make_module(save_random(tmp_path, "gpt2"), quantization="none", compute_dtype="bf16", lora_options=options)
-    module.compute_loss(make_batch()).loss.backward()
+    module.compute_loss(make_batch()).loss_sum.backward()
     assert all(tensor.grad.any() for tensor in trainable_tensors(module.model).values())

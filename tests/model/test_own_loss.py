@@ -1,0 +1,93 @@
+"""An own ``compute_loss`` trains what it says, and is stopped, or warned of, where it would train something else."""
+
+import lightning
+import pytest
+import torch
+
+from qlora_lightning import LossSums, QLoRAModule
+from tests.errors import rejects
+from tests.steps import distance, fit
+
+_STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+
+
+@pytest.fixture
+def train(tiny_base, rows_file, tmp_path):
+    """Train on sixteen rows, four a step, by a loss of the module and a batch, if any; give metrics and adapter."""
+
+    def run(loss=None, **options):
+        lightning.seed_everything(7, verbose=False)
+        kind = QLoRAModule if loss is None else type("Own", (QLoRAModule,), {"compute_loss": loss})
+        module = kind(str(tiny_base), **_STEADY)
+        trainer = fit(module, tmp_path, rows_file, batch_size=4, max_epochs=1, **options)
+        return trainer.callback_metrics, torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
+
+    return run
+
+
+def nll_of(module, batch):
+    return module.token_losses(batch)[0]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda module, batch: LossSums.of(nll_of(module, batch)),
+        lambda module, batch: LossSums((nll := nll_of(module, batch)).sum(), len(nll)),  # a plain int
+        lambda module, batch: LossSums(1e-3 * (nll := nll_of(module, batch)).sum(), 1e-3 * len(nll)),
+    ],
+    ids=["of", "int", "weights"],
+)
+def test_a_sum_is_divided_by_what_was_counted_whatever_that_is(train, loss):
+    (metrics, adapter), (expected_metrics, expected) = train(loss), train()
+    assert distance(adapter, expected) < 1e-4
+    assert float(metrics["train_loss"]) == pytest.approx(float(expected_metrics["train_loss"]), rel=1e-5)
+
+
+def test_a_plain_count_is_made_on_the_device_of_the_loss():
+    sums = LossSums(torch.zeros((), device="meta"), 3, {"rows": 2})
+    assert {each.device.type for each in sums.by_name().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("key", "fact", "loss"),
+    [
+        ("loss.type", "returned Tensor", lambda module, batch: nll_of(module, batch).mean()),
+        ("loss.shape", "LossSums.loss_sum", lambda module, batch: LossSums(nll_of(module, batch), 1)),
+        ("loss.shape", "LossSums.metrics.nll", lambda module, batch: LossSums(0, 1, {"nll": nll_of(module, batch)})),
+        ("loss.count", "-3", lambda module, batch: LossSums(nll_of(module, batch).sum(), -3)),
+        # as with labels that a template or a collate function has masked, all of them
+        ("loss.nothing_counted", "no token", lambda module, batch: LossSums(nll_of(module, batch).sum(), 0)),
+    ],
+)
+def test_what_is_no_sum_of_tokens_is_rejected(train, key, fact, loss):
+    with rejects(key, fact):
+        train(loss)
+
+
+def test_one_step_that_counts_nothing_has_no_gradient(train):
+    metrics, _ = train(lambda module, batch: LossSums(nll_of(module, batch).sum(), 0), max_steps=1)
+    assert float(metrics["train_loss"]) == float(metrics["grad_norm"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("is_sum", "loss"),
+    [
+        (True, lambda module, batch: LossSums.of(2 * nll_of(module, batch))),
+        (False, lambda module, batch: LossSums((nll := nll_of(module, batch)).mean(), len(nll))),
+        (False, lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
+    ],
+    ids=["sum", "mean by the count", "mean"],
+)
+def test_means_in_place_of_sums_are_reported(train, capsys, is_sum, loss):
+    train(loss, max_steps=1)
+    assert ("compute_loss of Own returns no sums" in capsys.readouterr().out) == (not is_sum)
+
+
+@pytest.mark.parametrize("factor", [1, 100])
+def test_a_first_loss_far_from_that_of_the_validation_before_it_is_reported(train, capsys, factor):
+    def loss(module, batch):
+        return LossSums.of((factor if module.training else 1) * nll_of(module, batch))
+
+    train(loss, max_steps=1, val=True, num_sanity_val_steps=1)
+    assert ("the validation before it, of the same weights" in capsys.readouterr().out) == (factor > 1)

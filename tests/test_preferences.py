@@ -182,7 +182,7 @@ def test_loss_and_gradients_are_those_of_the_papers(tmp_path, tiny_base, objecti
     sums = module.compute_loss(batch)
     assert sums.count == 4
     rewards = 0.1 * (own - reference) if objective in ("dpo", "ipo") else module.beta * own / counts
-    assert sums.metrics["accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
+    assert sums.metrics["reward_accuracy"] == (rewards[:, 0] > rewards[:, 1]).sum()
     torch.testing.assert_close(sums.metrics["chosen_reward"], rewards[:, 0].sum().detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -334,7 +334,7 @@ def test_a_run_prefers_what_it_is_shown(config, tmp_path, objective, rows, least
     write_rows(tmp_path / "train.jsonl", rows)
     options = ["--model.objective", objective, "--evaluation", "null", "--trainer.default_root_dir", "whole"]
     assert main(["fit", *config, *options]) == 0
-    accuracies, margins = (metrics(tmp_path / "whole", name) for name in ("val_accuracy", "val_margin"))
+    accuracies, margins = (metrics(tmp_path / "whole", name) for name in ("val_reward_accuracy", "val_margin"))
     assert accuracies[-1] >= least
     assert margins[-1] > margins[0]
     assert metrics(tmp_path / "whole", "val_token_accuracy") == []

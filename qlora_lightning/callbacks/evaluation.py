@@ -103,7 +103,9 @@ class Evaluation(Callback):
         numbers = [row.number for batch in batches for row in row_results.unpack_rows(batch)]
         results = row_results.evaluate_sides(module, batches, [], None, adapters, show, next_token=True)
         return {
-            side: sum_by_row((number, row.nll, row.labelled_tokens) for number, row in zip(numbers, rows, strict=True))
+            side: sum_by_row(
+                (number, row.loss_sum, row.labelled_tokens) for number, row in zip(numbers, rows, strict=True)
+            )
             for side, rows in results.items()
         }
 

@@ -50,13 +50,15 @@ def compare(results: Results, rows: Sequence[EvaluationRow]) -> dict[str, interv
             sides[side] = sum_by_row(pieces)
         return intervals.measure(name, sides)
 
-    losses = ("loss", "perplexity") if rows[0].kind == "answer" else ("loss",)
-    metrics = {name: over_rows(name, lambda result: (result.nll, result.labelled_tokens)) for name in losses}
+    all_results = [result for row_results in results.values() for result in row_results]
+    metrics = {"loss": over_rows("loss", lambda result: (result.loss_sum, result.labelled_tokens))}
+    if rows[0].kind == "answer" and all(result.nll is not None for result in all_results):
+        metrics["perplexity"] = over_rows("perplexity", lambda result: (result.nll or 0.0, result.labelled_tokens))
     # of answers with a label there is none: a base that is its own reference has a margin of 0 on all of them
     accuracy = {"answer": "token_accuracy", "pair": intervals.PREFERENCE_ACCURACY}.get(rows[0].kind)
-    if accuracy is not None:
-        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct, result.labelled_tokens))
-    answers = (result.answer for row_results in results.values() for result in row_results if result.answer is not None)
+    if accuracy is not None and all(result.correct is not None for result in all_results):
+        metrics[accuracy] = over_rows(accuracy, lambda result: (result.correct or 0.0, result.labelled_tokens))
+    answers = (result.answer for result in all_results if result.answer is not None)
     for name in next((answer.figures for answer in answers), ()):
         metrics[name] = over_rows(name, partial(_read_figure, name))
     return metrics
@@ -127,7 +129,7 @@ class Comparison:
 
     def _merit(self, side: str, index: int) -> float:
         result = self.results[side][index]
-        by_metric = {intervals.PREFERENCE_ACCURACY: float(result.correct), "loss": -result.loss}
+        by_metric = {intervals.PREFERENCE_ACCURACY: float(result.correct or 0.0), "loss": -result.loss}
         return by_metric.get(self.compared_by, self._score(side, index))
 
     def hardest_first(self) -> list[int]:

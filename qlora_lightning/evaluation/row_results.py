@@ -17,6 +17,7 @@ from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
 from qlora_lightning.model.step.accumulate import evaluate
+from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.model.step.packed import cut_into_rows, is_packed, pack_padded
@@ -60,15 +61,16 @@ class Answer(NamedTuple):
 class RowResult(NamedTuple):
     """Loss and answer of one row; a preference pair counts as one token, correct if the chosen answer is likelier."""
 
-    nll: float  # sum over its labelled tokens, in nats
+    loss_sum: float  # over its labelled tokens: of compute_loss, by default in nats
     labelled_tokens: float  # a whole number, unless compute_loss weights tokens
-    correct: float  # labelled tokens of which the label was the most likely token
+    correct: float | None  # labelled tokens of which the label was the most likely token; None: compute_loss has none
     answer: Answer | None = None  # if it was answered
+    nll: float | None = None  # negative log-likelihood of its labelled tokens, in nats; None: compute_loss has none
 
     @property
     def loss(self) -> float:
-        """Nats per labelled token; NaN if none is labelled."""
-        return self.nll / self.labelled_tokens if self.labelled_tokens else math.nan
+        """The mean per labelled token; NaN if none is labelled."""
+        return self.loss_sum / self.labelled_tokens if self.labelled_tokens else math.nan
 
 
 @dataclass(frozen=True)
@@ -183,16 +185,14 @@ def evaluate_sides(
 @torch.no_grad()
 def _evaluate_rows(module: Any, batches: Iterable[Any], count: ProgressCounter, next_token: bool) -> list[RowResult]:
     """Compute the loss of every row of some batches with the module as it is; its training mode is restored."""
-    was_training, results = module.training, []
-    module.eval()
-    try:
+    results = []
+    with evaluation_mode(module):
         for batch in batches:
             for sums in row_losses(module, batch, next_token):
-                correct = float(sums.metrics.get(module.accuracy, 0))
-                results.append(RowResult(float(sums.loss_sum), sums.count.item(), correct))
+                metrics = {name: float(value) for name, value in sums.metrics.items()}
+                correct, nll = metrics.get(module.accuracy), metrics.get("nll")
+                results.append(RowResult(float(sums.loss_sum), sums.count.item(), correct, nll=nll))
                 count(1)
-    finally:
-        module.train(was_training)
     return results
 
 
@@ -213,7 +213,7 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
 
 def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:
     samples = zip(*(values.split(micro_batch.counts) for values in module.token_losses(micro_batch)), strict=True)
-    return [LossSums.of(nll, **{module.accuracy: correct}) for nll, correct in samples if len(nll)]
+    return [LossSums.of(nll, token_accuracy=correct, nll=nll) for nll, correct in samples if len(nll)]
 
 
 def answer_rows(

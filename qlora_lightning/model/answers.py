@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from qlora_lightning.model.layers.lora import dequantize
 from qlora_lightning.model.load.machine import free_bytes
 from qlora_lightning.model.model_types import runs_packed
+from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.support.errors import UserError, is_out_of_memory
 
 BATCH_SIZE = 64  # rows that are answered together
@@ -61,18 +62,14 @@ def generate_answers(
     settings = {**_GREEDY, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "synced_gpus": False, **options}
     settings["eos_token_id"] = list(stop_ids) or None
     is_packed = len(prompts) <= _MAX_PACKED_PROMPTS and device.type == "cuda"
-    was_training = causal_lm.training
-    causal_lm.eval()
-    try:
-        batches = _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size)
-        with contextlib.nullcontext() if is_packed else dense_weights(causal_lm), _prepared_head(causal_lm):
-            for rows in batches:
-                batch_answers = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
-                for row, answer in zip(rows, batch_answers, strict=True):
-                    answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
-                on_batch(rows, [answers[row] for row in rows])
-    finally:
-        causal_lm.train(was_training)
+    batches = _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size)
+    dense = contextlib.nullcontext() if is_packed else dense_weights(causal_lm)
+    with evaluation_mode(causal_lm), dense, _prepared_head(causal_lm):
+        for rows in batches:
+            batch_answers = _answer_batch(causal_lm, [prompts[row] for row in rows], device, settings)
+            for row, answer in zip(rows, batch_answers, strict=True):
+                answers[row] = list(itertools.takewhile(lambda token: token not in stop_ids, answer))
+            on_batch(rows, [answers[row] for row in rows])
     return answers
 
 

@@ -20,6 +20,7 @@ from qlora_lightning.model.checkpoint.format import read_checkpoint
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
+from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
 from qlora_lightning.model.step.packed import (
     check_row_length,
@@ -150,16 +151,13 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
     both = first_rows(batch, 2)
     if both["input_ids"].numel() > module.token_budget.tokens:
         return
-    module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), evaluation_mode(module), torch.random.fork_rng():
             whole, *parts = (module.sum_loss(module.micro_batch_of(each)).by_name() for each in (both, *rows))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return
-    finally:
-        module.train()
     for name in ("loss", "labelled_tokens"):
         together, alone = float(whole[name]), sum(float(part[name]) for part in parts)
         if abs(together - alone) > _MAX_DIFFERENCE * abs(alone):
@@ -349,7 +347,7 @@ class TrainingGuard(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
-        module.statistics = TokenStatistics(counts_tokens=not module.pairs)
+        module.statistics = TokenStatistics()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)

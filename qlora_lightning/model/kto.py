@@ -21,8 +21,8 @@ from qlora_lightning.support.trainer import datamodule_of, trainer_of
 class KTOModule(PreferenceModule):
     """A :class:`PreferenceModule` with the objective ``kto``, which makes one."""
 
-    logged = ("accuracy", "margin", "kl")
-    accuracy = "accuracy"
+    logged = ("reward_accuracy", "margin", "kl")
+    accuracy = "reward_accuracy"
 
     def __init__(self, base: str, objective: Objective = "kto", **kwargs: Any) -> None:
         check_setting("model.objective", objective, objective == "kto", f"kto, which {type(self).__name__} has alone")

@@ -48,8 +48,9 @@ class QLoRAModule(lightning.LightningModule):
     (``step/layout.py``), of which :meth:`_backpropagate` computes the sum of the loss (``step/forward.py``,
     ``step/loss.py``) and its gradient.
 
-    Logs ``train_loss`` (nats per labelled token of the optimizer step) and ``grad_norm`` (before clipping) per
-    optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy`` per validation, ``test_…`` likewise.
+    Logs ``train_loss`` (nats per labelled token of the optimizer step), ``train_perplexity``, ``train_token_accuracy``
+    and ``grad_norm`` (before clipping) per optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``
+    per validation, ``test_…`` likewise. With another ``compute_loss`` its ``metrics`` take the place of the last two.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
@@ -158,7 +159,8 @@ class QLoRAModule(lightning.LightningModule):
         self.window = accumulate.Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
-        self.statistics = losses.TokenStatistics(counts_tokens=not self.pairs)
+        self.statistics = losses.TokenStatistics()
+        self._computes_loss = False
         self.sharded_base: sharded.ShardedBase | None = None
 
     def configure_callbacks(self) -> list[lightning.Callback]:
@@ -258,7 +260,7 @@ class QLoRAModule(lightning.LightningModule):
                 padded one, with ``input_ids``, ``attention_mask`` and ``labels``, ``(rows, tokens)``.
         """
         nll, correct = self.token_losses(batch)
-        return losses.LossSums.of(nll, token_accuracy=correct)
+        return losses.LossSums.of(nll, token_accuracy=correct, nll=nll)
 
     def token_losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Compute the loss of each labelled token of a micro-batch, ``(K,)``, and whether it is the most likely one.
@@ -276,7 +278,9 @@ class QLoRAModule(lightning.LightningModule):
         has. States are in the order of the samples.
         """
         micro_batch = self.micro_batch_of(batch)
-        with self.autocast():
+        # a pass without gradients in a training step is that of a teacher or a reference: it has no dropout or noise
+        is_teacher = self.training and not torch.is_grad_enabled()
+        with self.autocast(), forward.evaluation_mode(self) if is_teacher else contextlib.nullcontext():
             noise_alpha = self.neftune_alpha if self.training else None
             hidden = forward.compute_states(self.causal_lm, micro_batch, noise_alpha, fused=self.fast)
         return hidden, micro_batch.targets
@@ -337,7 +341,11 @@ class QLoRAModule(lightning.LightningModule):
 
     def sum_loss(self, micro_batch: Any) -> losses.LossSums:
         """Call :meth:`compute_loss`, of a subclass too, and check what it returns."""
-        sums: Any = self.compute_loss(micro_batch)
+        self._computes_loss = True
+        try:
+            sums: Any = self.compute_loss(micro_batch)
+        finally:
+            self._computes_loss = False
         if not isinstance(sums, losses.LossSums):
             raise UserError(
                 f"compute_loss of {type(self).__name__} returned {type(sums).__name__}: expected LossSums. "
@@ -413,8 +421,24 @@ class QLoRAModule(lightning.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         QLoRAModule.validation_step(self, batch, batch_idx)  # not the one of a subclass
 
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a value, as Lightning does; not in :meth:`compute_loss`, of which memory decides how often it is called.
+
+        Raises:
+            UserError: It is called in there.
+        """
+        if self._computes_loss:
+            raise UserError(
+                f"compute_loss logs {name}, whose value would depend on how memory cuts a batch: return its sum over "
+                f"the tokens in LossSums.metrics, such as `LossSums.of(losses, {name}=values)`.",
+                "loss.log",
+            )
+        super().log(name, value, *args, **kwargs)
+
     def log_means(self, split: str, means: dict[str, Tensor], sync_dist: bool = False) -> None:
-        """Log the mean loss and the means of metrics, under the name of a split."""
+        """Log the mean loss and the means of metrics, under the name of a split; that of ``nll`` as a perplexity."""
+        if (nll := means.pop("nll", None)) is not None:
+            means["perplexity"] = nll.exp()
         self.log(f"{split}_loss", means.pop("loss").float(), prog_bar=True, sync_dist=sync_dist)
         self.log_dict({f"{split}_{name}": mean.float() for name, mean in means.items()}, sync_dist=sync_dist)
 

@@ -49,11 +49,12 @@ class PreferenceModule(_ByObjective, QLoRAModule):
     switched off, or with the adapter that ``adapter`` names.
 
     Logs, beside ``train_loss`` (per row, of ``kto`` without its weights) and ``grad_norm``, for each split
-    ``…_accuracy`` (share of pairs whose chosen answer has the larger reward), ``…_margin`` (mean difference of the
-    rewards), ``…_chosen_reward`` and ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an
+    ``…_reward_accuracy`` (share of pairs whose chosen answer has the larger reward), ``…_preference_accuracy`` (share
+    of pairs whose chosen answer is the likelier one per token, as ``evaluate`` reports), ``…_margin`` (mean difference
+    of the rewards), ``…_chosen_reward`` and ``…_rejected_reward``. A reward is ``beta`` times the log-probability of an
     answer, against the reference's if there is one, else per token. With ``kto`` a margin is how far the reward of a
-    desirable answer is above ``beta · kl``, or that of another below; accuracy is the share of positive margins;
-    ``…_kl`` is the estimate of the divergence.
+    desirable answer is above ``beta · kl``, or that of another below; ``…_reward_accuracy`` is the share of positive
+    margins; ``…_kl`` is the estimate of the divergence.
 
     Args:
         base: As in :class:`QLoRAModule`.
@@ -67,8 +68,8 @@ class PreferenceModule(_ByObjective, QLoRAModule):
     """
 
     pairs = True
-    accuracy = "likelier"  # share of pairs whose chosen answer is the likelier one per token, with a reference or not
-    logged: tuple[str, ...] = ("likelier", "accuracy", "margin", "chosen_reward", "rejected_reward")
+    accuracy = "preference_accuracy"
+    logged: tuple[str, ...] = ("preference_accuracy", "reward_accuracy", "margin", "chosen_reward", "rejected_reward")
 
     def __init__(
         self,
@@ -151,13 +152,8 @@ class PreferenceModule(_ByObjective, QLoRAModule):
 
     def reference_log_probs(self, micro_batch: MicroBatch) -> Tensor:
         """Compute the reference's log-probability of each answer, ``(answers,)``."""
-        was_training = self.training
-        self.eval()  # without dropout and noise
-        try:
-            with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
-                return self.log_probs(micro_batch)
-        finally:
-            self.train(was_training)
+        with torch.no_grad(), with_adapter(self.model, None if self._reference_adapter is None else _REFERENCE):
+            return self.log_probs(micro_batch)
 
 
 def n_answers_of(micro_batch: MicroBatch) -> int:

@@ -12,7 +12,7 @@ from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, Evalu
 
 def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_tokens=0, **scores):
     found = None if answer is None else Answer(answer, answer_tokens, stopped, scores)
-    return RowResult(loss * tokens, tokens, correct, found)
+    return RowResult(loss * tokens, tokens, correct, found, loss * tokens)
 
 
 def rows_of(results):

@@ -1,12 +1,14 @@
 """An own ``compute_loss`` trains what it says, and is stopped, or warned of, where it would train something else."""
 
+import math
+
 import lightning
 import pytest
 import torch
 
 from qlora_lightning import LossSums, QLoRAModule
 from tests.errors import rejects
-from tests.steps import distance, fit
+from tests.steps import distance, fit, make_batch, make_module
 
 _STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
 
@@ -55,6 +57,7 @@ def test_a_plain_count_is_made_on_the_device_of_the_loss():
         ("loss.type", "returned Tensor", lambda module, batch: nll_of(module, batch).mean()),
         ("loss.shape", "LossSums.loss_sum", lambda module, batch: LossSums(nll_of(module, batch), 1)),
         ("loss.shape", "LossSums.metrics.nll", lambda module, batch: LossSums(0, 1, {"nll": nll_of(module, batch)})),
+        ("loss.log", "entropy", lambda module, batch: module.log("entropy", 1.0)),
         ("loss.count", "-3", lambda module, batch: LossSums(nll_of(module, batch).sum(), -3)),
         # as with labels that a template or a collate function has masked, all of them
         ("loss.nothing_counted", "no token", lambda module, batch: LossSums(nll_of(module, batch).sum(), 0)),
@@ -91,3 +94,32 @@ def test_a_first_loss_far_from_that_of_the_validation_before_it_is_reported(trai
 
     train(loss, max_steps=1, val=True, num_sanity_val_steps=1)
     assert ("the validation before it, of the same weights" in capsys.readouterr().out) == (factor > 1)
+
+
+def test_perplexity_is_of_the_tokens_likelihoods_or_not_logged(train):
+    def smoothed(module, batch):
+        sums = QLoRAModule.compute_loss(module, batch)
+        return LossSums(3 * sums.loss_sum, sums.count, sums.metrics)
+
+    options = {"val": True, "limit_train_batches": 1}
+    (metrics, _), (usual, _) = train(smoothed, **options), train(**options)
+    (own, _) = train(lambda module, batch: LossSums.of(nll_of(module, batch)), **options)
+    for split in ("train", "val"):
+        assert float(usual[f"{split}_perplexity"]) == pytest.approx(math.exp(float(usual[f"{split}_loss"])), rel=1e-4)
+        assert metrics[f"{split}_loss"] > 2.9 * usual[f"{split}_loss"]
+        assert f"{split}_perplexity" not in own
+    assert metrics["train_perplexity"] == usual["train_perplexity"]
+
+
+def test_a_teacher_has_no_noise_and_no_dropout_of_the_student(tiny_base):
+    """Distillation from the base: its states in a training step are those of an evaluation."""
+    module = make_module(tiny_base, neftune_alpha=5.0, dropout=0.5)
+    with torch.no_grad():
+        noisy = module.train().last_states(make_batch())[0]
+        with module.model.disable_adapter():
+            teacher = module.last_states(make_batch())[0]
+            expected = module.eval().last_states(make_batch())[0]
+    module.train()
+    assert torch.equal(teacher, expected)
+    assert not torch.equal(module.last_states(make_batch())[0].detach(), noisy)
+    assert module.model.training

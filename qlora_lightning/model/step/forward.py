@@ -1,12 +1,13 @@
 """Forward pass of a micro-batch, up to the hidden states that predict its labels."""
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_lightning.model.layers.attention import NO_MASK, PackedPass, packed_pass
 from qlora_lightning.model.layers.decoder_layer import prepare_layers
@@ -14,6 +15,18 @@ from qlora_lightning.model.layers.lora import device_of_autocast
 from qlora_lightning.model.model_types import runs_packed
 from qlora_lightning.model.step.layout import MicroBatch, add_noise
 from qlora_lightning.support.errors import UserError
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Compute without dropout and noise; afterwards restore the mode of each part, since some may be frozen in one."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, was_training in modes.items():
+            part.training = was_training
 
 
 def compute_states(causal_lm: Any, micro_batch: MicroBatch, noise_alpha: float | None, *, fused: bool) -> Tensor:

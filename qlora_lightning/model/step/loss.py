@@ -34,7 +34,8 @@ class LossSums:
         count: How much was counted, a scalar: the mean loss is ``loss_sum / count``. It is a number of tokens or, with
             weighted tokens, the sum of their weights, which need not be a whole number. 0 means no gradient.
         metrics: More sums over the same tokens, by name. Their means are logged as ``train_NAME``, ``val_NAME`` and
-            ``test_NAME``. With several processes, each step of each has the same names.
+            ``test_NAME``; that of ``nll``, the negative log-likelihood in nats, as a perplexity, which no other loss
+            has. With several processes, each step of each has the same names.
 
     Raises:
         UserError: One of them is not a single number.
@@ -98,16 +99,12 @@ def divisor_of(count: Tensor) -> Tensor:
 class TokenStatistics:
     """Add up :class:`LossSums` over batches and ranks, in float64: neither batch size nor order changes the result.
 
-    Args:
-        counts_tokens: Whether the sums are over tokens; of preferences they are over rows.
-
     Attributes:
         sums: The sums so far, by name.
         fault: Why some losses were not computed, so that there are no means; empty if all were.
     """
 
-    def __init__(self, counts_tokens: bool = True) -> None:
-        self.counts_tokens = counts_tokens
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.fault = ""
 
@@ -117,11 +114,7 @@ class TokenStatistics:
             self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def compute(self, over_ranks: bool = False) -> dict[str, Tensor]:
-        """Return the means of all sums.
-
-        They are ``loss`` (nats per labelled token) and those of ``metrics``; over tokens also ``perplexity``, the
-        exponential of the loss.
-        """
+        """Return the means of all sums: of ``loss`` and of the ``metrics``."""
         sums = self.sums
         if over_ranks:
             gathered: list[dict[str, float]] = [{} for _ in range(torch.distributed.get_world_size())]
@@ -131,8 +124,7 @@ class TokenStatistics:
                 name: torch.tensor(sum(each.get(name, 0.0) for each in gathered), dtype=torch.float64) for name in names
             }
         totals = torch.stack([*sums.values()])
-        means = dict(zip([*sums][1:], totals[1:] / totals[0], strict=True))
-        return {"perplexity": means["loss"].exp(), **means} if self.counts_tokens else means
+        return dict(zip([*sums][1:], totals[1:] / totals[0], strict=True))
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:

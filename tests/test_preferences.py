@@ -84,6 +84,7 @@ VERDICT = {"prompt": "Count.", "completion": "1", "label": True}
     ("rows", "options", "fact"),
     [
         ([{"chosen": "a", "rejected": "b"}], {}, "train.jsonl:1: a preference row needs a prompt"),
+        ([{**ROWS[0], "instruction": "Who?"}], {}, "train.jsonl:1: has two prompts beside 'chosen' and 'rejected'"),
         ([ROWS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}], {}, "train.jsonl:2: 'chosen' and 'rejected' are"),
         ([{"chosen": ASKED + GOOD, "rejected": [{**ASKED[0], "content": "Who?"}, *BAD]}], {}, "different prompts"),
         ([{"prompt": "q", "chosen": json.dumps(GOOD), "rejected": "b"}], {}, "'chosen' is a list of messages as text"),

@@ -204,6 +204,24 @@ WRONG = [
     wrong("--model.revision main", "only a hub id has revisions"),
     # data
     wrong("validate --config c.yaml", "data.val"),
+    wrong(
+        "--data.train wrong.csv --data.on_bad_row skip",
+        "wrong.csv cannot be read (ValueError: the row that begins in line 7 has a quote",
+        prepare=write("wrong.csv", "prompt,completion\n" + "a,b\n" * 5 + '"a,b\n' + "a,b\n" * 994),
+    ),
+    wrong(
+        "--data.train wrong.csv",
+        "wrong.csv:2: no format is recognised by the keys x y;b|z;",
+        "{path: FILE, delimiter: ;}",
+        prepare=write("wrong.csv", "x y;b|z\na b;c\n"),
+    ),
+    wrong('--data.train={"path":"rows.jsonl","rows":true}', "data.train: rows of rows.jsonl is True: expected a whole"),
+    wrong("--data.train=", "data.train: expected a file, folder, glob, URL or hub id"),
+    wrong(
+        "--data.train wrong.jsonl",
+        "wrong.jsonl is a link to nowhere, which does not exist",
+        prepare=lambda: os.symlink("nowhere", "wrong.jsonl"),
+    ),
     # checkpoints
     wrong("--ckpt_path none.ckpt", "none.ckpt", "no such file"),
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),

@@ -16,6 +16,7 @@ from qlora_lightning.evaluation.intervals import Interval, measure, plain_interv
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, OnAnswers, RowResult
 from qlora_lightning.support.console import progress_counter, say
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_json
 
 T = TypeVar("T")
 KEY_VARIABLE = "OPENAI_API_KEY"  # in the environment; it goes into a header, and nowhere else
@@ -113,7 +114,7 @@ def _read_answer(response: Mapping[str, Any]) -> ServedAnswer:
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         with suppress(ValueError):  # servers write spaces as they like
-            arguments = json.dumps(json.loads(arguments), ensure_ascii=False)
+            arguments = json.dumps(load_json(arguments), ensure_ascii=False)
         texts.append(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>')
     stopped = choice.get("finish_reason") in ("stop", "tool_calls")
     answer = Answer("\n".join(texts).strip(), int(usage.get("completion_tokens") or 0), stopped, {})

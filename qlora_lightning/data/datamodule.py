@@ -25,6 +25,7 @@ from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.files import fits
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
@@ -107,9 +108,15 @@ class InstructionDataModule(LightningDataModule):
         max_new_tokens: int = 1024,
     ) -> None:
         super().__init__()
+        columns, roles = {} if columns is None else columns, {} if roles is None else roles
+        own = {"format": format, "columns": columns, "roles": roles, "system": system, "encoding": encoding}
+        for name, value in own.items():
+            files.check_kind(name, value, f"data.{name}")
+        expected = "a list of texts, null for NULL"
+        check_setting("data.drop_answers", drop_answers, fits(drop_answers, list[str | None] | None), expected)
         self.files = {"train": train, "val": val, "test": test, "predict": predict}
         self.max_new_tokens = max_new_tokens
-        self.format, self.columns, self.roles, self.system = format, columns or {}, roles or {}, system
+        self.format, self.columns, self.roles, self.system = format, columns, roles, system
         self.encoding, self.on_bad_row = encoding, on_bad_row
         self.drop_answers = ["null" if answer is None else answer.lower() for answer in drop_answers or []]
         self.chat_template, self.template_options = chat_template, template_options or {}
@@ -139,6 +146,7 @@ class InstructionDataModule(LightningDataModule):
         check("train_on", self.train_on in ("assistant", "last", "all"), "assistant, last or all")
         check("reasoning", self.reasoning in ("template", "drop"), "template or drop")
         check("too_long", self.too_long in ("truncate", "drop", "split"), "truncate, drop or split")
+        check("on_bad_row", self.on_bad_row in ("error", "skip"), "error or skip")
         for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2), ("max_new_tokens", 1)):
             value = getattr(self, name)
             check(name, value is None or value >= minimum, f"{minimum} or more")
@@ -319,7 +327,11 @@ class InstructionDataModule(LightningDataModule):
             check_setting("data.shuffle", self.shuffle, self.shuffle, "no weights beside it: they mix the files")
         self.sample_sources[split] = sources
         names = [str(file) for source in sources for file in source.files or (source.path,)]
-        return samples, replace(report, split=self.title or split, files=names)
+        delimiters = dict[str, list[str]]()
+        for source in sources:
+            for file, delimiter in files.find_delimiters(source):
+                delimiters.setdefault(delimiter, []).append(file)
+        return samples, replace(report, split=self.title or split, files=names, delimiters=delimiters)
 
     def _read_rows(self, split: str) -> Iterator[files.Row | files.BadRow]:
         """Yield the rows of ``load_rows`` with their sources; the settings of ``data:`` apply to those without."""
@@ -368,8 +380,8 @@ class InstructionDataModule(LightningDataModule):
         """Return the sources that ``data.train``, ``data.val`` etc. names, in order; none if it names nothing."""
         value: Any = self.files[split]
         if value is None and (split == "test" or (split == "val" and self.val_fraction is None)):
-            value = files.find_folders(self.files["train"], split)
-        if not value:
+            value = files.find_folders(self.files["train"], split) or None
+        if value is None:
             return []
         return files.find_sources(value, split, self._make_source(""))
 

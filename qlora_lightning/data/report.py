@@ -46,6 +46,7 @@ class DataReport:
     unread_columns: list[str] = field(default_factory=list)  # under our names
     absent_columns: list[str] = field(default_factory=list)  # mapped columns that a source lacks
     files: list[str] = field(default_factory=list)  # that were read
+    delimiters: dict[str, list[str]] = field(default_factory=dict)  # CSV files, by a delimiter that nobody named
 
     def drop(self, reason: str, rows: int = 1) -> None:
         """Count well-formed rows that are left out."""
@@ -107,6 +108,7 @@ class DataReport:
         bad = [f"{', '.join(locations)} ({reason})" for reason, locations in self.bad.items()]
         for title, entries in (
             ("read from", self.files),
+            *((f"read by the delimiter {mark!r}", names) for mark, names in self.delimiters.items()),
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
             (f"{self.bad_rows:,} bad rows skipped", bad),

@@ -8,6 +8,7 @@ from typing import Any
 from unicodedata import category, east_asian_width
 
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_json
 
 MARK = "####"  # before GSM8K's final number
 # A dash is a sign only directly before the number: "- 18" is an item of a list, "12 -5" and "x-5" are subtractions.
@@ -30,10 +31,13 @@ def exact_match(answer: str, expected: str) -> float:
 
 
 def parse_json_answer(text: str) -> dict[str, Any] | list[Any] | None:
-    """Parse an answer that is a JSON object or array and nothing else; ``None`` for any other."""
+    """Parse an answer that is a JSON object or array and nothing else; ``None`` for any other.
+
+    One that has a key twice is none: readers of JSON do not agree which of them counts.
+    """
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):  # a model that does not stop may open many brackets
+        value = load_json(text)
+    except ValueError:  # a model that does not stop may open many brackets
         return None
     return value if isinstance(value, dict | list) else None
 

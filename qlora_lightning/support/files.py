@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -187,14 +188,18 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, each) for each in arguments)
     if origin is list:
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(item, arguments[1]) for item in value.values())
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(
+            fits(key, arguments[0]) and fits(item, arguments[1]) for key, item in value.items()
+        )
     if origin is Literal:
         return value in arguments
-    if hint is None or isinstance(hint, range):
-        return value is None or (hint is not None and value in hint)
-    if isinstance(value, bool) and hint in (int, float):
+    if hint is None:
+        return value is None
+    if isinstance(value, bool) and (hint in (int, float) or isinstance(hint, range)):
         return False
+    if isinstance(hint, range):
+        return value is None or value in hint
     if hint is float:
         return isinstance(value, int | float) and abs(value) < 1e13  # no time or size is larger, and none is NaN
     return isinstance(value, hint)
@@ -233,6 +238,27 @@ def load_yaml(text: str, aliases: bool = True) -> Any:
         return _Loader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+
+
+def load_json(text: str) -> Any:
+    """Parse a JSON text.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or has an object with a key twice, of which Python's parser
+            would take the last.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_make_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there twice")
+    return values
 
 
 def check_version(version: int, source: str) -> None:

@@ -44,6 +44,14 @@ def test_in_file_order_without_shuffling_and_always_the_same_rows_if_a_run_overf
 
 SETTINGS = [
     ({"too_long": "cut"}, "data.too_long", "'cut'"),
+    ({"on_bad_row": "Skip"}, "data.on_bad_row", "'Skip'"),
+    *(({"drop_answers": value}, "data.drop_answers", repr(value)) for value in ("N/A", [0])),
+    *(
+        ({name: value}, f"data.{name}", f"data.{name} is {value!r}: expected")
+        for name, values in (("columns", ([], ["x"], {1: "x"})), ("roles", ("bot", {"me": "bot"})))
+        for value in values
+    ),
+    *(({name: 5}, f"data.{name}", f"data.{name} is 5: expected") for name in ("format", "system", "encoding")),
     ({"batch_size": None, "tokens_per_batch": -1}, "data.tokens_per_batch", "-1"),
     ({"train": [{"path": "val.jsonl", "weight": 1}, "val.jsonl"]}, "data.train", "a weight for all"),
     ({"train": [{"path": "train.jsonl", "weight": 1}], "shuffle": False}, "data.shuffle", "weights"),
@@ -167,6 +175,20 @@ def test_a_folder_gives_all_splits_and_whoever_judges_is_told_of_rows_that_are_t
     judge = InstructionDataModule("gone.jsonl", test="d/test.jsonl", tokenizer=characters, batch_size=2)
     judge.setup("test")
     assert judge.reports["test"].overlap == 0
+
+
+def test_a_delimiter_that_nobody_named_is_reported_also_from_the_cache(tmp_path, monkeypatch, characters, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    for name, mark in (("a.csv", ";"), ("b.csv", ","), ("c.csv", ";"), ("d.tsv", "\t")):
+        Path("d", name).write_text(f"prompt{mark}completion\nWie viel?{mark}1.5 EUR {name}\n")
+    Path("e.csv").write_text("prompt|completion\nq|a\n")
+    for _ in range(2):
+        data = InstructionDataModule(["d", {"path": "e.csv", "delimiter": "|"}], tokenizer=characters)
+        data.setup("fit")
+        assert (data.reports["train"].rows, data.reports["train"].bad_rows) == (5, 0)
+        assert data.reports["train"].delimiters == {";": ["d/a.csv", "d/c.csv"]}
+    assert caplog.text.count("read by the delimiter ';': d/a.csv, d/c.csv") == 2
 
 
 def test_a_column_that_no_row_has_is_reported(characters):

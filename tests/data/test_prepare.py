@@ -37,7 +37,8 @@ BAD = [  # a line of a file, and how the reason begins for which it is rejected
     (b'{"prompt": "q{", "completion": "k"}', "message 1 (user) contains the control token '{' as text"),
     (b'{"prompt": "q\\ud83d", "completion": "k"}', "message 1 (user) contains half a character"),
     (b'{"prompt": "F\xfcnf", "completion": "k"}', "not UTF-8 text"),
-    *[(b"no json", "not JSON: Expecting value: line 1 column 1")] * 19,
+    (b'{"messages": "[{\\"role\\": \\"user\\", \\"role\\": \\"x\\"}]"}', "'messages': not JSON (the key 'role' is"),
+    *[(b"no json", "not JSON: Expecting value: line 1 column 1")] * 18,
 ]
 
 
@@ -49,9 +50,9 @@ def test_each_bad_row_is_named_with_its_line_and_reason_in_one_error_or_left_out
         InstructionDataModule("train.jsonl", tokenizer=characters).setup("fit")
     first, *named, alike, more, last = str(error.value).splitlines()
     assert first == "23 rows cannot be used:"
-    for at, (found, (_, reason)) in enumerate(zip(named, BAD[:4], strict=True), start=1):
+    for at, (found, (_, reason)) in enumerate(zip(named, BAD[:5], strict=True), start=1):
         assert found.startswith(f"  train.jsonl:{11 * at}: {reason}")
-    places = ", ".join(f"train.jsonl:{11 * at}" for at in range(5, 21))  # of the first 20 in all
+    places = ", ".join(f"train.jsonl:{11 * at}" for at in range(6, 21))  # of the first 20 in all
     assert alike.startswith(f"  {places}: not JSON: Expecting value")
     assert (more, last) == ("  and 3 more", "Correct them, or leave them out with `on_bad_row: skip`.")
     data = InstructionDataModule("train.jsonl", tokenizer=characters, on_bad_row="skip")

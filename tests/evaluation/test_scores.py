@@ -30,7 +30,9 @@ def test_the_number_behind_the_mark_counts_and_without_a_mark_the_last_by_value(
     assert numeric_match(answer, expected) == score
 
 
-@pytest.mark.parametrize("text", ['{"a": 1', "```json\n{}\n```", "{} and more", "3", '"text"', "", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ['{"a": 1', "```json\n{}\n```", "{} and more", "3", '"text"', "", "[" * 100_000, '{"a": 2, "a": 1}']
+)
 def test_only_a_whole_object_or_array_is_json(text):
     assert json_valid(text, "{}") == json_f1(text, '{"a": 1}') == 0.0
 

@@ -1,6 +1,5 @@
 """What a row is: a conversation, a pair of them, one with a verdict, a text or tokens; and the checks of its values."""
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +7,7 @@ from itertools import takewhile
 from typing import Any, NotRequired, TypedDict
 
 from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.files import load_json
 
 MAX_TEXT, MAX_VALUES = 64_000_000, 4_000_000  # characters and values of a row
 TOO_LARGE = "more than 64 MB of text or 4 million values, too much for one row: cut it into several"
@@ -81,6 +81,8 @@ class Judged:
 Content = Chat | Text | Tokens
 RowContent = Content | Pair | Judged
 
+# what counts as absent where a key may be; 0 and false are values, of a wrong kind
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 ROLES = ("system", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages; templates use the same names
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")  # keys of rows and of messages
@@ -103,7 +105,7 @@ def answer_indices(messages: Sequence[Message]) -> list[int]:
 
 def is_answer(message: Mapping[str, Any]) -> bool:
     """Whether the role of a message is one of the known names of the assistant."""
-    speaker = message.get("role") or message.get("from")
+    speaker = message.get("from") if message.get("role") is None else message["role"]
     return speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant"
 
 
@@ -116,27 +118,29 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"
-    speaker = str(message.get("role") or message.get("from"))
+    speaker = str(_read_one_of(("role", "from"), message, where))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
         names = ", ".join((*ROLES, *_SPEAKERS))
         raise RowFault(f"{where} has the role {speaker!r}, expected {names}; name others by `roles: {{theirs: ours}}`")
-    content = message.get("value") if message.get("content") is None else message["content"]
-    calls = message.get("tool_calls")
+    content = _read_one_of(("content", "value"), message, where)
+    calls = None if message.get("tool_calls") in EMPTY else message["tool_calls"]
     if speaker == "function_call":
         calls, content = parse_json(content, f"{where} (function_call)"), None
-    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
-    if role != "assistant" and (calls or reasoning):
+    reasoning = _read_one_of(REASONING_KEYS, {key: value for key, value in message.items() if value != ""}, where)
+    if role != "assistant" and not (calls is None and reasoning is None):
         raise RowFault(f"{where} ({role}) has calls or reasoning, which only an assistant has")
 
-    text = _read_content("" if content is None and calls else content, where, role)
+    text = _read_content("" if content is None and calls is not None else content, where, role)
     checked: Message = {"role": role, "content": text}
-    if calls:
+    if calls is not None:
         calls = [calls] if isinstance(calls, dict) else calls
+        if not isinstance(calls, list):
+            raise RowFault(f"'tool_calls' of {where} must be a list, found {kind_of(calls)}")
         checked["tool_calls"] = [_read_call(call, f"call {i} of {where}") for i, call in enumerate(calls, start=1)]
     elif role == "assistant" and not text.strip():
         raise RowFault(f"the answer ({where}) is empty")
-    if reasoning:
+    if reasoning is not None:
         if text.lstrip().startswith("<think>"):
             raise RowFault(f"{where} has reasoning beside a <think> block in its content: keep one")
         checked["reasoning_content"] = read_string(reasoning, f"the reasoning of {where}")
@@ -146,6 +150,15 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
     if not _is_trained(message, where) and role == "assistant":
         checked["train"] = False
     return checked
+
+
+def _read_one_of(keys: Sequence[str], message: Mapping[str, Any], where: str) -> Any:
+    """Return what a message has under one of the names of a key; null counts as absent."""
+    given = [key for key in keys if message.get(key) is not None]
+    for key in given[1:]:
+        if message[key] != message[given[0]]:
+            raise RowFault(f"{where} has {given[0]!r} and {key!r}, which differ: keep one")
+    return message[given[0]] if given else None
 
 
 def _read_content(content: Any, where: str, role: str) -> str:
@@ -196,7 +209,10 @@ def find_tools(tools: Any, messages: Conversation) -> list[dict[str, Any]] | Non
 
     If there are any, the calls in the messages must be of them.
     """
-    schemas = parse_json(tools or [], "'tools'") or []
+    schemas = None if tools in EMPTY else parse_json(tools, "'tools'")
+    schemas = [] if schemas in EMPTY else schemas
+    if not isinstance(schemas, list):
+        raise RowFault(f"'tools' must be a list of schemas, or a JSON string of one, found {reprlib.repr(schemas)}")
     functions = [_read_function(tool, f"tool {number}") for number, tool in enumerate(schemas, start=1)]
     names = [function["name"] for function in functions]
     calls = [call for message in messages for call in message.get("tool_calls", [])]
@@ -288,6 +304,6 @@ def parse_json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of 5,000 digits
+        return load_json(value)
+    except ValueError as error:  # also a number of 5,000 digits
         raise RowFault(f"{where}: not JSON ({error})") from error

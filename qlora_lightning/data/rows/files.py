@@ -8,17 +8,18 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import fsspec
 import fsspec.core
 
-from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, RowFault, kind_of
-from qlora_lightning.support.errors import UserError, explaining, nearest
+from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, RowFault, kind_of, parse_json
+from qlora_lightning.support.errors import UserError, check_setting, explaining, nearest
+from qlora_lightning.support.files import fits, load_json
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
@@ -43,6 +44,8 @@ _NOT_UTF8 = (
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
+DELIMITERS = ",;\t|"  # of CSV files, as they are found by the header
+
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
 
@@ -60,7 +63,7 @@ class Source:
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
     system: str | None = None  # a system prompt for conversations that have none
     encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab, or what the header shows
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None
@@ -73,6 +76,23 @@ class Source:
 
 
 _KEYS = [setting.name for setting in fields(Source) if setting.name != "files"]
+# of the keys of a source: its kind, and how an error describes it
+_KINDS: dict[str, tuple[Any, str]] = {
+    "path": (str | os.PathLike, "a file, folder, glob, URL or hub id"),
+    "weight": (float, "a number above 0"),
+    "rows": (int, "a whole number above 0"),
+    "format": (str, "the name of a format, or the dotted path of a function"),
+    "columns": (Mapping[str, str | None], "{their name: our name}, a name in quotes if it reads as a number or bool"),
+    "roles": (
+        Mapping[str, Literal["system", "user", "assistant", "tool"]],
+        "{their name: system, user, assistant or tool}, a name in quotes if it reads as a number or bool",
+    ),
+    "system": (str | None, "a text"),
+    "encoding": (str, "the name of an encoding, such as cp1252"),
+    "delimiter": (str, 'one character, and no quote or end of a line; a tab in YAML is "\\t", in quotes'),
+    **dict.fromkeys(("split", "name", "revision"), (str, "a text, in quotes if it reads as a number")),
+    "data_files": (str | list[str] | Mapping[str, str | list[str]], "a name, a list of names, or {split: names}"),
+}
 
 
 class Row(NamedTuple):
@@ -80,7 +100,7 @@ class Row(NamedTuple):
 
     values: dict[str, Any]
     file: str  # the path as the user wrote it, or below that folder; for a data set of the hub its id
-    line: int  # in JSON lines, else the number of the row, from 1
+    line: int  # where it begins in JSON lines and CSV; else the number of the row; from 1
     source: Source | None = None  # from which it was read, and which says how; None: as ``data:`` says
 
     @property
@@ -111,51 +131,64 @@ def find_sources(
     The value is a file, folder, glob, URL or hub id; a mapping with ``path`` and any of the other fields of ``Source``;
     or a list of these. What an entry does not name is taken from ``default``.
     """
-    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     sources = []
-    for entry in entries:
-        if not isinstance(entry, Mapping):
-            entry = {"path": entry}
+    for entry in _entries_of(value):
         if split != "train" and "weight" in entry:
             raise UserError(f"data.{split}: a weight is a share of a training epoch: leave it out.", f"data.{split}")
         try:
             sources.append(_find(entry, _SPLITS.get(split, "test"), default))
         except UserError as error:
             raise UserError(f"data.{split}: {error}", f"data.{split}") from error
+    if not sources:
+        raise UserError(f"data.{split} is an empty list: expected files in it, or null.", f"data.{split}")
     return sources
+
+
+def _entries_of(value: Any) -> list[Mapping[str, Any]]:
+    """Return what ``data.train`` names as mappings with ``path``."""
+    entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return [entry if isinstance(entry, Mapping) else {"path": entry} for entry in entries]
+
+
+def check_kind(key: str, value: Any, name: str) -> None:
+    """Reject the value of a source's key that is of another kind; ``name`` is the key as the error has it."""
+    kind, expected = _KINDS[key]
+    is_valid = fits(value, kind)
+    if is_valid and key in ("weight", "rows"):
+        is_valid = value > 0
+    if is_valid and key == "delimiter":
+        is_valid = len(value) == 1 and value not in '"\r\n'
+    check_setting(name, value, is_valid, expected)
 
 
 def has_settings(value: Any) -> bool:
     """Whether what ``data.train`` names has a weight, or settings for the rows of one source."""
-    entries = value if isinstance(value, list) else [value]
-    keys = {key for entry in entries if isinstance(entry, Mapping) for key in entry}
+    keys = {key for entry in _entries_of(value) for key in entry}
     return not keys.isdisjoint(("weight", "format", "columns", "roles", "system"))
 
 
 def find_folders(train: Any, split: str) -> list[Any]:
     """Return the entries of ``data.train`` that name a whole local folder with files of another split."""
     entries = []
-    for entry in train if isinstance(train, list) else [train]:
-        options = entry if isinstance(entry, Mapping) else {"path": entry}
-        folder = Path(str(options.get("path"))).expanduser()
-        files = _list_folder(folder) if folder.is_dir() and {"rows", "weight"}.isdisjoint(options) else []
+    for entry in _entries_of(train):
+        folder = Path(str(entry.get("path"))).expanduser()
+        files = _list_folder(folder) if folder.is_dir() and {"rows", "weight"}.isdisjoint(entry) else []
         if any(_split_of(str(file.relative_to(folder))) == _SPLITS[split] for file in files):
             entries.append(entry)
     return entries
 
 
 def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
-    path = str(entry.get("path") or "")
-    if not path:
-        raise UserError(f"expected a file, folder, glob or hub id, or a mapping with `path`, found {entry!r}.")
+    path = entry.get("path")
+    if not path or not fits(path, _KINDS["path"][0]):
+        raise UserError(f"expected {_KINDS['path'][1]}, or a mapping with `path`, found {entry!r}.")
+    path = str(path)
     for key in entry:
         if key not in _KEYS:
             raise UserError(f"{path}: expected {', '.join(_KEYS)}, found {key!r}.{nearest(str(key), _KEYS)}")
     options = {key: value for key, value in entry.items() if value is not None or key == "system"}
-    for key, kind in (("weight", int | float), ("rows", int)):
-        value = options.get(key, 1)
-        if not isinstance(value, kind) or not 0 < value < float("inf"):
-            raise UserError(f"{key} of {path} must be a number above 0, found {value!r}.")
+    for key, value in options.items():
+        check_kind(key, value, f"{key} of {path}")
     source = replace(default, **{**options, "path": path})
 
     hub_keys = [key for key in _HUB_KEYS if key in options]
@@ -203,19 +236,42 @@ def _list_files(path: Path) -> list[Path]:
     """Return a file, or the data files in a folder or glob."""
     if path.is_dir():
         return _list_folder(path)
-    files = [path] if path.exists() else [Path(name) for name in glob.iglob(str(path), recursive=True)]
-    if not files and not glob.has_magic(str(path)):
+    if path.exists() or path.is_symlink():
+        if not path.is_file():
+            _check_link(path)
+            raise UserError(f"{path} is a pipe or a device: expected a file.")
+        return [path] if kind_of_file(path) else []
+    found = [Path(name) for name in glob.iglob(str(path), recursive=True)]
+    if not found and not glob.has_magic(str(path)):
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
             f"of the hub name the split).{nearest(str(path), map(str, path.parent.glob('*')))}"
         )
-    return sorted(file for file in files if kind_of_file(file))
+    if found and all(each.is_dir() for each in found):
+        raise UserError(f"{path} matches folders alone: name one of them, or files in them, as in {path}/*.jsonl.")
+    return _take_files(found)
 
 
 def _list_folder(folder: Path) -> list[Path]:
     """List data files at any depth, without hidden ones and those that ``datasets`` saves beside rows."""
-    files = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return sorted(file for file in files if kind_of_file(file) and file.is_file() and not _BESIDE.fullmatch(file.name))
+    found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
+    return _take_files(file for file in found if not _BESIDE.fullmatch(file.name))
+
+
+def _take_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the data files of what is in a folder or glob, sorted: no folder, and no pipe, which would be waited for.
+
+    A link that leads nowhere is an error: its rows would be missing without a word.
+    """
+    files = sorted(path for path in paths if kind_of_file(path))
+    for file in files:
+        _check_link(file)
+    return [file for file in files if file.is_file()]
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
 
 
 def kind_of_file(file: DataFile) -> str:
@@ -242,6 +298,16 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     yield from rows
 
 
+def find_delimiters(source: Source) -> Iterator[tuple[str, str]]:
+    """Yield the CSV files of a source that are read by an unusual delimiter that it does not name, and that."""
+    for file in map(str, source.files):
+        if source.delimiter is None and kind_of_file(file) in (".csv", ".tsv"):
+            with explaining(f"{file} cannot be read", "file.unreadable"):
+                delimiter = _choose_delimiter(file, source)
+            if delimiter != _usual_delimiter(file):
+                yield file, delimiter
+
+
 def hash_source(source: Source) -> str:
     """Return a hash of the bytes of a source's local files, or of the identity of a hub data set in ``datasets``."""
     digest = hashlib.blake2b(digest_size=20)
@@ -252,7 +318,7 @@ def hash_source(source: Source) -> str:
             builder = load(source.path, source.name, data_files=source.data_files, revision=source.revision)
         digest.update(f"{builder.hash} {builder.config_id}".encode())
     for file in source.files:
-        with Path(file).open("rb") as stream:
+        with explaining(f"{file} cannot be read", "file.unreadable"), Path(file).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()
 
@@ -276,7 +342,7 @@ def _read_file(source: Source, file: DataFile | None) -> Iterable[tuple[int, _Va
     if kind in (".jsonl", ".json"):
         return _read_json(str(file), source)
     if kind in (".csv", ".tsv"):
-        return enumerate(_read_csv(str(file), source, "\t" if kind == ".tsv" else ","), start=1)
+        return _read_csv(str(file), source)
     batches = _read_arrow(str(file), kind) if file else _read_hub(source)
     return enumerate((values for batch in batches for values in _read_batch(batch)), start=1)
 
@@ -331,19 +397,24 @@ def _read_array(text: str, stream: TextIO) -> Iterator[_Values]:
     while True:
         element = find_element(text, end)
         begin = element.start() if element else len(text)
-        if text.startswith("]", begin):
+        is_end, n_commas = text.startswith("]", begin), text.count(",", end, begin)
+        expected = 1 if n_rows and not is_end else 0
+        if element and n_commas != expected:
+            place = "the end" if is_end else f"row {n_rows + 1}"
+            raise ValueError(f"not JSON: commas before {place}: found {n_commas}, expected {expected}")
+        if is_end:
             break
         try:
-            _, end = find_end(text, begin)
+            _, element_end = find_end(text, begin)
         except json.JSONDecodeError as error:  # perhaps only because the rest of the element has not been read
             part = stream.read(_PART)
-            if len(text) - begin > MAX_TEXT:
+            if len(text) - end > MAX_TEXT:
                 raise ValueError(f"row {n_rows + 1} has {TOO_LARGE}") from error
             if not part:
                 raise ValueError(f"row {n_rows + 1} is not JSON, or the file ends in it: {error.msg}") from error
-            text, end = text[begin:] + part, 0
+            text, end = text[end:] + part, 0
         else:
-            n_rows += 1
+            n_rows, end = n_rows + 1, element_end
             yield _parse_row(text[begin:end])
     if text[begin + 1 :].strip() or stream.read().strip():
         raise ValueError("not JSON: text follows the array")
@@ -355,48 +426,95 @@ def _parse_row(text: str) -> _Values:
     if _UNDECODED.search(text):
         return RowFault(_NOT_UTF8)
     try:
-        values = json.loads(text, object_pairs_hook=_check_keys)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested a thousand deep
+        values = load_json(text)
+    except ValueError as error:  # also a number of thousands of digits
         return RowFault(f"not JSON: {error}")
     return values if isinstance(values, dict) else RowFault(f"{kind_of(values)}, expected a JSON object")
-
-
-def _check_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} is there twice")
-    return values
 
 
 # CSV
 
 
-def _read_csv(file: str, source: Source, usual_delimiter: str) -> Iterator[_Values]:
-    """Yield the rows of a CSV file; all values are strings. Blank lines are skipped."""
-    csv.field_size_limit(MAX_TEXT)  # by default 131,072 characters; it holds for the process
+def _choose_delimiter(file: str, source: Source) -> str:
+    """Return the delimiter of a CSV file: the one that its source names, else a comma, in .tsv a tab.
+
+    If the header names several columns by another one alone, as a semicolon in what Excel writes in half of Europe, it
+    is that one.
+    """
+    if source.delimiter:
+        return source.delimiter
     with _open_text(file, source) as stream:
-        reader = csv.reader(_read_lines(stream), delimiter=source.delimiter or usual_delimiter, strict=True)
-        header = next(filter(None, reader), [])
+        header = next(filter(str.strip, _read_lines(stream)), "")
+    marks = list[str]()
+    for mark in DELIMITERS:
+        names = [name.strip() for name in next(csv.reader([header], delimiter=mark), [])]
+        if len(list(filter(None, names))) > 1 and '"' not in "".join(names):  # a quote inside a name: another mark is
+            marks.append(mark)
+    return marks[0] if len(marks) == 1 else _usual_delimiter(file)
+
+
+def _usual_delimiter(file: str) -> str:
+    return "\t" if kind_of_file(file) == ".tsv" else ","
+
+
+def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
+    """Yield the rows of a CSV file and the lines where they begin; all values are strings. Blank lines are skipped."""
+    csv.field_size_limit(MAX_TEXT)  # by default 131,072 characters; it holds for the process
+    delimiter = _choose_delimiter(file, source)
+    with _open_text(file, source) as stream:
+        records = _read_records(stream, delimiter)
+        _, header = next(records, (1, []))
+        if isinstance(header, RowFault):
+            raise ValueError(str(header))
         names = list(filter(None, header))
-        if _UNDECODED.search("".join(names)):
-            raise ValueError(_NOT_UTF8)
-        if len(set(names)) < len(names):
-            raise ValueError(f"two columns have the same name, of {', '.join(names)}")
-        while True:
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield RowFault(f"not CSV: {error}")
-                continue
+        _check_names(names)
+        for line, values in records:
+            if isinstance(values, RowFault):
+                yield line, values
+            elif len(values) != len(header):
+                yield line, RowFault(f"has {len(values)} values, but the header has {len(header)}")
+            else:  # those below no name are left out
+                yield line, {name: value for name, value in zip(header, values, strict=True) if name}
+
+
+def _read_records(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str] | RowFault]]:
+    """Yield the values of each row of a CSV file, its header first, and the line where it begins.
+
+    Raises:
+        ValueError: a quote is not closed as it should be, and not in its line: which lines are rows nobody knows. A
+            reader that continued would skip hundreds of rows as one, or take the rest of a text for a row.
+    """
+    last_line = deque[str](maxlen=1)
+
+    def lines() -> Iterator[str]:
+        for line in _read_lines(stream):
+            last_line.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        begin = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if reader.line_num > begin or last_line[0].count('"') % 2:
+                raise ValueError(
+                    f"the row that begins in line {begin} has a quote that is not closed, or one inside a quoted text "
+                    f"that is not doubled, and no row can be told after it: {error}"
+                ) from error
+            yield begin, RowFault(f"not CSV: {error}")
+        else:
             if _UNDECODED.search("".join(values)):
-                yield RowFault(_NOT_UTF8)
-            elif values and len(values) != len(header):
-                yield RowFault(f"has {len(values)} values, but the header has {len(header)}")
-            elif values:  # those below no name are left out
-                yield {name: value for name, value in zip(header, values, strict=True) if name}
+                yield begin, RowFault(_NOT_UTF8)
+            elif values:
+                yield begin, values
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have the same name, of {', '.join(names)}")
 
 
 # parquet, Arrow and the hub
@@ -438,15 +556,21 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
 
 def _read_batch(batch: Any) -> Iterator[_Values]:
+    _check_names(batch.schema.names)
     for values in batch.to_pylist():
-        yield {field.name: _to_plain(values[field.name], field.type) for field in batch.schema}
+        try:
+            yield {field.name: _to_plain(values[field.name], field.type, field.name) for field in batch.schema}
+        except RowFault as fault:
+            yield fault
 
 
-def _to_plain(value: Any, kind: Any) -> Any:
+def _to_plain(value: Any, kind: Any, column: str) -> Any:
     """Return a value of an Arrow type without what Arrow adds: the keys that a struct lacks, and quotes of JSON."""
-    if getattr(kind, "extension_name", "") == "arrow.json" and isinstance(value, str):
-        return json.loads(value)
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return parse_json(value, repr(column))
     kind = getattr(kind, "storage_type", kind)
     if isinstance(value, dict):
-        return {key: _to_plain(item, kind.field(key).type) for key, item in value.items() if item is not None}
-    return [_to_plain(item, getattr(kind, "value_type", None)) for item in value] if isinstance(value, list) else value
+        return {key: _to_plain(item, kind.field(key).type, column) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_to_plain(item, getattr(kind, "value_type", None), column) for item in value]
+    return value

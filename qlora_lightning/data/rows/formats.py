@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
-from qlora_lightning.data.rows.files import Row, Source
+from qlora_lightning.data.rows.files import DELIMITERS, Row, Source, kind_of_file
 from qlora_lightning.support.errors import UserError, describe_error, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
@@ -64,7 +64,8 @@ class RowConverter:
             raise UserError(
                 f"{first.where}: no format is recognised by the keys {', '.join(first.values) or '(none)'}; "
                 f"expected {expected}. Map other names with `columns: {{their name: our name}}`; raw text is read by "
-                "`format: text`, any other shape by a function, `format: package.module.function`.",
+                "`format: text`, any other shape by a function, `format: package.module.function`."
+                f"{_hint_at_delimiter(first)}",
                 "data.format",
             )
 
@@ -149,12 +150,23 @@ class RowConverter:
         roles = self.source.roles
         conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         rows.check_order(conversation, self.needs_answer)
-        if row_system and conversation[0]["role"] == "system":
+        if row_system in (None, ""):
+            system = self.source.system
+        elif conversation[0]["role"] == "system":
             raise rows.RowFault("has a system message and the key 'system' as well: expected one of them")
-        system = rows.read_string(row_system, "'system'") if row_system else self.source.system
+        else:
+            system = rows.read_string(row_system, "'system'")
         if system is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": system})
         return rows.Chat(conversation, rows.find_tools(tools, conversation))
+
+
+def _hint_at_delimiter(row: Row) -> str:
+    """Return a hint to end a message if the names of a row's columns look as if the delimiter were another."""
+    looks_split_wrongly = any(mark in name for name in row.values for mark in DELIMITERS)
+    if not looks_split_wrongly or kind_of_file(row.file) not in (".csv", ".tsv"):
+        return ""
+    return " Or name the delimiter of the file, as in `{path: FILE, delimiter: ;}`."
 
 
 def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
@@ -197,12 +209,19 @@ def _find_named(name: str) -> Format:
 
 def _read_alpaca(values: dict[str, Any]) -> list[Any]:
     """Read ``instruction``, ``input`` and ``output``; the pairs of ``history`` become earlier turns."""
-    prompt, extra = (rows.read_string(values.get(key) or "", repr(key)) for key in ("instruction", "input"))
-    history = rows.parse_json(values.get("history") or [], "'history'")
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    prompt, extra = (
+        "" if values.get(key) is None else rows.read_string(values[key], repr(key)) for key in ("instruction", "input")
+    )
+    history = values.get("history")
+    history = [] if history in rows.EMPTY else rows.parse_json(history, "'history'")
+    if not isinstance(history, list) or not all(map(_is_exchange, history)):
         raise rows.RowFault(f"'history' must be a list of [question, answer] pairs, found {reprlib.repr(history)}")
     turns = [message for question, answer in history for message in _exchange(question, answer)]
     return [*turns, *_exchange(f"{prompt}\n\n{extra}" if prompt and extra else prompt or extra, values.get("output"))]
+
+
+def _is_exchange(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def _read_prompt_completion(values: dict[str, Any]) -> list[Any]:
@@ -257,14 +276,18 @@ def _read_pair(values: dict[str, Any]) -> list[Any]:
 
 
 def _read_prompt(values: dict[str, Any]) -> list[Any]:
-    if values.get("instruction"):
-        return _read_alpaca({**values, "output": None})
-    prompt = next((values[key] for key in _PROMPT_KEYS if values.get(key)), None)
-    if not prompt:
+    keys = [key for key in ("instruction", *_PROMPT_KEYS) if values.get(key) not in rows.EMPTY]
+    if not keys:
         raise rows.RowFault(
             "a preference row needs a prompt beside 'chosen' and 'rejected', or a whole conversation in each; "
             "name its column by `columns: {theirs: prompt}`"
         )
+    if len(keys) > 1:
+        other = f"leave one out, as by `columns: {{{keys[1]}: null}}`"
+        raise rows.RowFault(f"has two prompts beside 'chosen' and 'rejected', {keys[0]!r} and {keys[1]!r}: {other}")
+    if keys == ["instruction"]:
+        return _read_alpaca({**values, "output": None})
+    prompt = values[keys[0]]
     return _exchange(prompt, None) if isinstance(prompt, str) else prompt
 
 

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import json
 import lzma
+import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_a_folder_is_read_in_the_order_of_its_files_or_the_first_rows_of_it():
     for name, kind in (("b.json", ".jsonl"), ("a.csv", ".csv"), ("a.parquet", ".parquet")):  # lines in a .json
         Path("d", name).write_bytes(content(kind))
     rows = read("d")
-    assert [row.where for row in rows if row.values["x"] == "0"] == ["d/a.csv:1", "d/a.parquet:1", "d/b.json:1"]
+    assert [row.where for row in rows if row.values["x"] == "0"] == ["d/a.csv:2", "d/a.parquet:1", "d/b.json:1"]
     assert values("d", rows=17) == [row.values for row in rows[:17]]
 
 
@@ -124,13 +125,37 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.jsonl", '{"x": 1}\n\ufeff{"x": 2}\n', [(1, {"x": 1}), (2, {"x": 2})]),  # files that were concatenated
     ("a.json", '[{"x": 1}, 12]', [(1, {"x": 1}), ("a.json:2", "int, expected a JSON object")]),
     ("a.json", '[{"x": 1},\n{"x": }]', "a.json cannot be read (ValueError: row 2 is not JSON"),
-    ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(1, {"x": "1", "a y": 'a "b",\nc'}), (2, {"x": "", "a y": "5"})]),
-    ("a.csv", "x,y\nNA,007\n", [(1, {"x": "NA", "y": "007"})]),
-    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(1, {"x": "NA"}), ("a.csv:2", f"has 3 {OF_2}"), ("a.csv:3", f"has 1 {OF_2}")]),
-    ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:1", "not CSV: ',' expected after '\"'"), (2, {"x": "4", "y": "5"})]),
-    ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', [(1, {"x": "1", "y": "2"}), ("a.csv:2", "not CSV: unexpected end of data")]),
+    # the line where a row begins, as an editor counts
+    ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(2, {"x": "1", "a y": 'a "b",\nc'}), (5, {"x": "", "a y": "5"})]),
+    ("a.csv", "\nx,y\nNA,007\n", [(3, {"x": "NA", "y": "007"})]),
+    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(2, {"x": "NA"}), ("a.csv:3", f"has 3 {OF_2}"), ("a.csv:4", f"has 1 {OF_2}")]),
+    ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:2", "not CSV: ',' expected after '\"'"), (3, {"x": "4", "y": "5"})]),
+    # of which lines are rows nobody knows after a quote that does not end in its line as it should
+    *(
+        ("a.csv", f"x,y\n{lines}", f"a.csv cannot be read (ValueError: the row that begins in line {line} has a quote")
+        for line, lines in (
+            (3, '1,2\n"3,4\n5,6\n'),  # to the end of the file
+            (3, '1,2\n3,"4'),
+            (2, '1,"2\n' + "3,4\n" * 500 + '5,"6"\n7,8\n'),  # to another row's quote
+            (2, '1,"he said "hi"\nand, bye"\n7,8\n'),  # whose second line would be a row
+        )
+    ),
+    ("a.csv", 'x,"y\n1,2\n', "a.csv cannot be read (ValueError: the row that begins in line 1 has a quote"),
+    # the delimiter is the one by which the header names several columns
+    *(
+        (name, f'{header.replace(";", mark)}\n1,5{mark}a\n', [(2, {"x": "1,5", "y, z": "a"})])
+        for mark in ";\t|"
+        for name, header in (("a.csv", '"x";"y, z"'), ("a.tsv", 'x;"y, z"'))
+    ),
+    ("a.csv", "x;y\n1,5;a\n", [(2, {"x": "1,5", "y": "a"})]),
+    ("a.tsv", "x,y\n1,2\n", [(2, {"x": "1", "y": "2"})]),
+    ("a.csv", '"x;y","y|z\tz"\n1,2\n', [(2, {"x;y": "1", "y|z\tz": "2"})]),
+    ("a.csv", "text\na;b\n", [(2, {"text": "a;b"})]),
+    ("a.csv", '"text; all of it"\na;b\n', [(2, {"text; all of it": "a;b"})]),
+    ("a.csv", "text;\na;b\n", [(2, {"text;": "a;b"})]),
+    ("a.csv", "x;y|z\na;b\n", [(2, {"x;y|z": "a;b"})]),  # of which nobody knows
     ("a.csv", "x,x,,\n1,2,,\n", "a.csv cannot be read (ValueError: two columns have the same name, of x, x)"),
-    ("a.csv", b"x,y\n1,\xff\n", [("a.csv:1", f"not UTF-8 text: save it as UTF-8, or {ADVICE}")]),
+    ("a.csv", b"x,y\n1,\xff\n", [("a.csv:2", f"not UTF-8 text: save it as UTF-8, or {ADVICE}")]),
     ("a.csv", b"x,\xff\n1,2\n", f"a.csv cannot be read (ValueError: not UTF-8 text: save it as UTF-8, or {ADVICE}"),
     ("a.json", b'[{"x": "\xff"}, {"x": 1, "x": 2}, {}]', [
         ("a.json:1", f"not UTF-8 text: save it as UTF-8, or {ADVICE}"),
@@ -139,7 +164,19 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ]),
     ("a.json", '[{"x": 1}] [{"x": 2}]', "a.json cannot be read (ValueError: not JSON: text follows the array)"),
     ("a.json", '[{"x": 1},', "a.json cannot be read (ValueError: row 2 is not JSON"),
-    *(("a.csv", "x,y\r\né,1".encode(encoding), [(1, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
+    *(
+        ("a.json", text, f"cannot be read (ValueError: not JSON: commas before {place}: found {found}, expected {n}")
+        for text, found, place, n in (
+            ('[{"x": 1} {"x": 2}]', 0, "row 2", 1),
+            ('[{"x": 1},\n,{"x": 2}]', 2, "row 2", 1),
+            ('[{"x": 1},]', 1, "the end", 0),
+            ('[,{"x": 1}]', 1, "row 1", 0),
+            (f'[{{"x": 1}}{" " * (1 << 23)}{{"x": 2}}]', 0, "row 2", 1),
+        )
+    ),
+    ("a.json", f'[{{"x": 1}}{" " * (1 << 23)}, {{"x": 2}}]', [(1, {"x": 1}), (2, {"x": 2})]),
+    ("a.json", " [ ] ", "a.json is empty: it holds no rows."),
+    *(("a.csv", "x,y\r\né,1".encode(encoding), [(2, {"x": "é", "y": "1"})]) for encoding in ("utf-16", "utf-8-sig")),
     *(("a.jsonl", mark + '{"x": "€"}\n'.encode(name), [(1, {"x": "€"})]) for mark, name in MARKED.items()),
     ("a.json", "[{}]".encode("utf-16"), [(1, {})]),
     ("a.jsonl", '{"x": 1, "x": 2}', [("a.jsonl:1", "not JSON: the key 'x' is there twice")]),
@@ -162,7 +199,8 @@ def test_files(name, content, expected):
 TOO_LARGE = "more than 64 MB of text or 4 million values"
 NESTED = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls(5_000_000))
 LARGE = [  # name, a beginning, what follows it 80 times, and what is said of the row
-    ("a.csv", b'text\n"', b"a,\n" + b"a" * 1_000_000, "a.csv:1: not CSV: field larger than field limit (64000000)"),
+    ("a.csv", b'text\n"', b"a,\n" + b"a" * 1_000_000, "the row that begins in line 2 has a quote"),
+    ("a.csv", b"text\n", b"a" * 1_000_000, "a.csv:2: not CSV: field larger than field limit (64000000)"),
     ("a.jsonl", b'{"text": "', b"a" * 1_000_000, f"a.jsonl:1: {TOO_LARGE}"),
     ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 has {TOO_LARGE}"),
     ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
@@ -207,10 +245,22 @@ def test_keys_that_arrow_fills_in_are_left_out_json_is_parsed_and_no_image_is_fe
     rows = [row | PHOTO for row in rows]
     table = of_images(rows)
     if hasattr(pa, "json_"):  # from pyarrow 19 on
-        table = table.append_column("json", pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"x": [1]}', "2"])))
+        texts = pa.array(['{"x": [1]}', "2"])
         rows = [rows[0] | {"json": {"x": [1]}}, rows[1] | {"json": 2}]
-    pq.write_table(table, "a.parquet")
-    assert values("a.parquet") == rows
+        pq.write_table(table.append_column("json", pa.ExtensionArray.from_storage(pa.json_(), texts)), "a.parquet")
+        assert values("a.parquet") == rows
+        texts = pa.array(["{}", '{"x": [{"y": 1, "y": 2}]}'])
+        pq.write_table(pa.table({"json": pa.ExtensionArray.from_storage(pa.json_(), texts)}), "b.parquet")
+        assert read("b.parquet")[1][:2] == ("b.parquet:2", "'json': not JSON (the key 'y' is there twice)")
+    else:
+        pq.write_table(table, "a.parquet")
+        assert values("a.parquet") == rows
+
+
+def test_two_columns_of_one_name_are_rejected_in_parquet_as_in_csv():
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["x", "x"]), "a.parquet")
+    with rejects("file.unreadable", "a.parquet cannot be read (ValueError: two columns have the same name, of x, x)"):
+        read("a.parquet")
 
 
 def test_rows_of_a_small_file_that_unpacks_to_many_bytes_are_read_one_by_one():
@@ -282,16 +332,48 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
         ("org/train.jsonl", "data.train: data file org/train.jsonl does not exist"),
         ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
-        ({"path": ""}, "data.train: expected a file, folder, glob or hub id, or a mapping with `path`, found {"),
+        ({"path": ""}, "data.train: expected a file, folder, glob, URL or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
-        ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl must be a number above 0"),
+        ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl is 0: expected a number above 0"),
+        *(
+            ({"path": "a.jsonl", key: value}, f"{key} of a.jsonl is {value!r}: expected ")
+            for key, value in (
+                *(("rows", each) for each in (True, 0, -1, 2.0, "5")),
+                *(("weight", each) for each in (True, "1", float("nan"), float("inf"))),
+                *(("columns", each) for each in (["x"], "x", {"x": 1}, {False: "x"})),
+                *(("roles", each) for each in ("bot", {"me": "asistant"}, {"me": None}, {1: "user"})),
+                *(("system", each) for each in (5, ["s"])),
+                *(("format", each) for each in (5, True)),
+                *(("encoding", each) for each in (1252, True)),
+                *(("delimiter", each) for each in ("::", "", '"', 5)),
+                *((key, 20240101) for key in ("split", "name", "revision", "data_files")),
+            )
+        ),
+        *((value, "found") for value in (5, True, {"path": ["a.jsonl"]})),
+        ("", "data.train: expected a file"),
+        *((value, "expected") for value in ({}, [], [""])),
+        ("gone.jsonl", "gone.jsonl is a link to nowhere.jsonl, which does not exist"),
+        ("links", "links/b.jsonl is a link to ../nowhere.jsonl, which does not exist"),
+        ("links/*", "links/b.jsonl is a link to ../nowhere.jsonl, which does not exist"),
+        ("dat*", "dat* matches folders alone: name one of them, or files in them, as in dat*/*.jsonl"),
+        ("pipe.jsonl", "pipe.jsonl is a pipe or a device: expected a file"),
         ({"path": "a.jsonl", "split": "train"}, "split is for data sets of the hub, but a.jsonl is a path."),
     ],
 )
 def test_what_names_no_source_is_rejected(value, expected):
-    touch("a.jsonl", "data/train.jsonl", "data/other/a.txt")
+    touch("a.jsonl", "data/train.jsonl", "data/other/a.txt", "links/a.jsonl")
+    Path("gone.jsonl").symlink_to("nowhere.jsonl")
+    Path("links/b.jsonl").symlink_to("../nowhere.jsonl")
+    os.mkfifo("pipe.jsonl")
     with rejects("data.train", expected):
         find_sources(value, "train")
+
+
+def test_a_glob_takes_files_alone_as_a_folder_does():
+    touch("d/a.jsonl", "d/b.jsonl/c.jsonl")
+    os.mkfifo("d/pipe.jsonl")
+    assert [str(file) for file in find_sources("d/*")[0].files] == ["d/a.jsonl"]
+    assert [str(file) for file in find_sources("d")[0].files] == ["d/a.jsonl", "d/b.jsonl/c.jsonl"]
 
 
 def test_a_source_differs_from_the_rest_in_what_it_names():

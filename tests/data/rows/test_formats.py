@@ -76,12 +76,27 @@ ROWS = [  # row, what it becomes, settings
     ({"messages": [U, S, A]}, "a system message must come first", {}),
     *(({"messages": messages}, "must begin with a user turn, found none", {}) for messages in ([], [S])),
     ({"messages": [U]}, "no assistant turn, so there is nothing to train on", {}),
-    ({"instruction": "u", "output": "a", "input": 3}, "'input' must be a string, found int", {}),
+    *(
+        ({"instruction": "u", "output": "a", key: value}, f"'{key}' must be a string, found {type(value).__name__}", {})
+        for key, value in (("input", 3), ("input", []), ("instruction", 0), ("system", 0), ("system", False))
+    ),
+    ({"instruction": "", "input": "u", "output": "a", "system": "", "history": ""}, [U, A], {}),
     ({"prompt": "u", "completion": "a", "label": False}, "a verdict on the answer is for PreferenceModule", {}),
     ({"prompt": "u", "completion": [A]}, "part 1 of message 2 is", {}),
     *(
         ({"instruction": "u", "output": "a", "history": history}, "'history' must be a list of [question, answer]", {})
-        for history in (["qa"], [{"role": "user", "content": "q"}])  # of two characters, or two keys
+        # of two characters, of two keys, with one that is null; and no list
+        for history in (["qa"], [{"role": "user", "content": "q"}], [["q", None]], 0, False, {"q": "a"})
+    ),
+    # a key twice in JSON that is a text: Python's parser would take the last
+    *(
+        ({"instruction": "u", "output": "a", **row}, f"{key!r}: not JSON (the key 'content' is there twice)", {})
+        for key in ("history", "tools")
+        for row in ({key: '[{"content": "a", "content": "b"}]'},)
+    ),
+    *(
+        ({key: '[{"role": "user", "content": "a", "content": "b"}]'}, f"{key!r}: not JSON (the key 'content' is", {})
+        for key in ("messages", "conversations")
     ),
     ({"instruction": "u"}, "'output' is missing or null (format alpaca, columns instruction)", {"format": "alpaca"}),
     ({"input_ids": [1, 5], "labels": [-100, 5.0]}, "'labels' must be a list of token ids", {}),
@@ -131,6 +146,19 @@ MESSAGES = [  # the last messages of a row that begins with a user turn, and wha
     ({**U, "tool_calls": [CALL]}, "message 2 (user) has calls or reasoning, which only an assistant has"),
     (said("user", [part("x"), {"type": "image_url"}]), "part 2 of message 2 is {'type': 'image_url'}"),
     *(({**A, key: [0]}, f"has {key!r}, which is not read") for key in ("images", "mask", "function_call")),
+    # a value twice by two names, or of a kind that was read as absent
+    ({**A, "from": "human"}, "message 2 has 'role' and 'from', which differ"),
+    ({**A, "value": "b"}, "message 2 has 'content' and 'value', which differ"),
+    ({**A, "reasoning_content": "Hm.", "reasoning": "Oh."}, "message 2 has 'reasoning_content' and 'reasoning', which"),
+    ({**A, "reasoning_content": "Hm.", "reasoning": "Hm.", "thinking": ""}, {**A, "reasoning_content": "Hm."}),
+    ({**A, "reasoning": 0}, "the reasoning of message 2 must be a string, found int"),
+    ({**A, "tool_calls": 0}, "'tool_calls' of message 2 must be a list, found int"),
+    ({**A, "tool_calls": []}, A),
+    (
+        {**A, "tool_calls": [{"name": "sky", "arguments": '{"at": "Ulm", "at": "Rome"}'}]},
+        "the arguments of call 1 of message 2: not JSON (the key 'at' is there twice)",
+    ),
+    ({"from": "function_call", "value": '{"name": "a", "name": "b"}'}, "(function_call): not JSON (the key 'name' is"),
     ({**A, "weight": 0.5}, "'weight' of message 2 must be true or false, 1 or 0, found 0.5"),
     ({"from": "function_call", "value": "sky()"}, "message 2 (function_call): not JSON (Expecting value"),
     ({**A, "tool_calls": [{"arguments": {}}]}, "call 1 of message 2 must be a function with a 'name'"),
@@ -158,7 +186,7 @@ def test_only_keys_that_a_template_may_need_are_kept():
             for tools in ([SCHEMA], [SKY], [{"type": "function", **SKY}], json.dumps([SCHEMA]), json.dumps([SKY]))
         ),
         *(({"tools": tools}, None) for tools in (None, [], "", "[]")),
-        ({"tools": 1}, "cannot be read by the format messages: TypeError"),
+        *(({"tools": tools}, "'tools' must be a list of schemas") for tools in (1, 0, False, SCHEMA, "0")),
         ({"tools": "sky"}, "'tools': not JSON (Expecting value"),
         ({"tools": [{"name": "see"}], "messages": [U, CALLED]}, "calls 'sky', which is not among 'tools': see"),
         ({"tools": [SCHEMA, {"function": {"name": 1}}]}, "tool 2 must be a function with a 'name'"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from qlora_lightning import __version__
 from qlora_lightning.commands.config import find_configs, read_config
 from qlora_lightning.support.console import VisibleRecord, show_controls
-from qlora_lightning.support.errors import TrainingStopped, UserError, find_disk_fault, nearest
+from qlora_lightning.support.errors import NothingTrained, TrainingStopped, UserError, find_disk_fault, nearest
 
 COMMANDS = {
     "fit": ("fit", "train adapters on a quantized base"),
@@ -57,7 +57,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 explained by a message, 128 + N signal N."""
+    """Run one command and return its exit code: 0 done, 1 failed or trained nothing, 2 explained, 128 + N signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         message = user_message or f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
         print(f"qlora-lightning: {show_controls(message)}", file=sys.stderr)
-        return 1 if user_message is None else 2
+        return 1 if user_message is None or isinstance(error, NothingTrained) else 2
 
 
 def _run(arguments: list[str]) -> int:

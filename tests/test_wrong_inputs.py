@@ -132,10 +132,13 @@ EVALUATE = "evaluate --config c.yaml --data.val rows.jsonl"
 CHAT = "chat --adapter run/adapter"
 ASK, JUDGE = "chat --adapter wrong --prompt Hi", f"{EVALUATE} --adapter wrong"
 MERGE = "merge --adapter wrong --out merged --rows 0"
+WITH_CONFIG = ("validate", "test", "predict", "inspect", "plan", "evaluate", "sweep-rank")
 WRONG = [
     # commands and configs
     wrong("fti --config c.yaml", "'fti' is not a command. Did you mean 'fit'?"),
-    wrong("fit --config c.yaml d.yaml", "unrecognized arguments: d.yaml"),
+    wrong("fit --config c.yaml d.yaml", "d.yaml", "Did you mean --config d.yaml?"),
+    wrong("fit c.yaml --x y", "Did you mean --config c.yaml?"),
+    *(wrong(f"{command} c.yaml", "Did you mean --config c.yaml?") for command in WITH_CONFIG),
     wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes` lists configs to copy."),
     wrong("fit", "required: base"),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
@@ -152,6 +155,8 @@ WRONG = [
         "trainer.val_check_interval is 1000: expected at most",
     ),
     wrong("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0: expected 1 or more"),
+    wrong("--trainer.devices -5", "`devices`", "should be an int > 0"),
+    wrong("--data.val rows.jsonl --adapter_checkpoint.mode max", "adapter_checkpoint.mode", "Set mode: min."),
     wrong("--evaluation.max_new_tokens -5", "evaluation.max_new_tokens is -5: expected 1 or more"),
     wrong('--model.schedule={"name":"constant","nonsense":3}', "'nonsense', which constant_with_warmup lacks"),
     wrong("--model.lora_r 16", "'model.lora_r'", "Did you mean 'model.rank'?"),
@@ -174,6 +179,10 @@ WRONG = [
     wrong("--trainer.limit_train_batches 0", "takes no step"),
     wrong("--model.target_modules q_prj", "model.target_modules", "q_proj"),
     wrong("--model.lora_options {'use_rslroa':true}", "use_rslroa", "use_rslora"),
+    wrong(
+        "--model.lora_options {'trainable_token_indices':[-1]}", "trainable_token_indices has -1", "from 0 to 49,151"
+    ),
+    wrong("--model.lora_options {'trainable_token_indices':[49152]}", "trainable_token_indices has 49152"),
     wrong("--trainer.precision bf16-true", "precision", "bf16-true"),
     wrong(f"{PREFERENCES} --model.objective ipo --model.gamma 0.1", "gamma is 0.1: expected null"),
     wrong(f"{PREFERENCES} --model.beta .inf", "beta is inf: expected a positive number"),

@@ -21,6 +21,7 @@ from qlora_lightning.model.checkpoint.resume import has_other_validation
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, check_setting, find_disk_fault
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, LAST, replacing
+from qlora_lightning.support.settings import check_arguments, check_mode, natural_mode
 from qlora_lightning.support.trainer import (
     callbacks_of,
     datamodule_of,
@@ -43,7 +44,8 @@ class AdapterCheckpoint(Checkpoint):
             at the end and ``every_minutes``.
         monitor: Metric that decides which adapter is best; without validation data it is the last.
         save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
-        mode: Whether a small or a large ``monitor`` is good; ``None``: a small one if it is a loss or a perplexity.
+        mode: Whether a small or a large ``monitor`` is good; ``None``: a small one if it is a loss or a perplexity, a
+            large one if it is an accuracy or a match.
         enabled: ``False`` writes nothing.
         every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
             ``None``: time does not count.
@@ -58,10 +60,11 @@ class AdapterCheckpoint(Checkpoint):
         enabled: bool = True,
         every_minutes: float | None = 10,
     ) -> None:
-        is_clear = not enabled or mode is not None or monitor.endswith(("loss", "perplexity"))
+        check_arguments("adapter_checkpoint", AdapterCheckpoint.__init__, locals())
+        check_mode("adapter_checkpoint.mode", monitor, mode)
+        mode = mode or natural_mode(monitor)
         expected = f"min or max, since a small or a large {monitor} may be good"
-        check_setting("adapter_checkpoint.mode", mode, is_clear, expected)
-        check_setting("adapter_checkpoint.save_top_k", save_top_k, save_top_k >= 1, "1 or more")
+        check_setting("adapter_checkpoint.mode", mode, mode is not None or not enabled, expected)
         self.every_n_train_steps, self.every_minutes = every_n_train_steps, every_minutes
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled

@@ -18,8 +18,9 @@ from qlora_lightning.evaluation.scores import (
     describe_answered,
     describe_metric,
 )
-from qlora_lightning.support.errors import UserError, check_setting, is_out_of_memory, reason_of
+from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, EVALUATION, write_whole
+from qlora_lightning.support.settings import check_arguments
 from qlora_lightning.support.trainer import datamodule_of, find_callback, gather_lists, is_trial_run, say_once
 
 T = TypeVar("T")
@@ -62,10 +63,7 @@ class Evaluation(Callback):
         forgetting: str | dict[str, Any] | None = None,
         forgetting_rows: int = 100,
     ) -> None:
-        counts = [("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 1), ("rows", rows, 0)]
-        counts += [("samples", samples, 0), ("forgetting_rows", forgetting_rows, 1)]
-        for name, value, minimum in counts:  # they would fail after training
-            check_setting(f"evaluation.{name}", value, value is None or value >= minimum, f"{minimum} or more")
+        check_arguments("evaluation", Evaluation.__init__, locals())  # they would fail after training
         check_scores(scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.forgetting, self.forgetting_rows = forgetting, forgetting_rows

@@ -163,6 +163,8 @@ def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]
     For a wrong value: its key, the innermost reason, and the value. An unknown section among ``typed``, the keys of
     configs, comes first: of a config of another tool jsonargparse would report what it lacks.
     """
+    if stray := re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)(?:\s|$)", message):
+        return f"There is no option before {stray[1]}. Did you mean --config {stray[1]}?"
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
     known_sections = {key.partition(".")[0] for key in known}
     unknown = [key for key in typed if key.partition(".")[0] not in known_sections]

@@ -23,8 +23,9 @@ from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
+from qlora_lightning.support.settings import check_number, check_trainer_settings
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
@@ -138,9 +139,9 @@ class QLoRACLI(LightningCLI):
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
-        for name in ("accumulate_grad_batches", "val_check_interval"):
-            value = self.config["trainer"][name]
-            check_setting(f"trainer.{name}", value, value != 0, "1 or more")
+        check_trainer_settings(self.config["trainer"])
+        if not isinstance(self.config["seed_everything"], bool):  # which chooses a seed, or sets none
+            check_number("seed_everything", self.config["seed_everything"])
         model = self.config["model"].get("init_args") or {}
         targets = model.get("target_modules")
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list
@@ -188,7 +189,7 @@ class QLoRACLI(LightningCLI):
             added.append(choose_progress_display())
         try:
             return super().instantiate_trainer(logger=loggers, callbacks=[*configured, *added], **kwargs)
-        except (ValueError, MisconfigurationException) as error:  # Lightning rejects a setting
+        except (TypeError, ValueError, MisconfigurationException) as error:  # Lightning rejects a setting
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def short_config(self) -> dict[str, Any]:

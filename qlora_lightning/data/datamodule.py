@@ -26,6 +26,7 @@ from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import fits
+from qlora_lightning.support.settings import check_arguments
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 _SAMPLE_SETTINGS = ("train_on", "reasoning", "max_length", "too_long", "deduplicate")
@@ -108,6 +109,7 @@ class InstructionDataModule(LightningDataModule):
         max_new_tokens: int = 1024,
     ) -> None:
         super().__init__()
+        check_arguments("data", InstructionDataModule.__init__, locals())
         columns, roles = {} if columns is None else columns, {} if roles is None else roles
         own = {"format": format, "columns": columns, "roles": roles, "system": system, "encoding": encoding}
         for name, value in own.items():
@@ -143,15 +145,7 @@ class InstructionDataModule(LightningDataModule):
         def check(name: str, is_valid: bool, expected: str) -> None:
             check_setting(f"data.{name}", getattr(self, name), is_valid, expected)
 
-        check("train_on", self.train_on in ("assistant", "last", "all"), "assistant, last or all")
-        check("reasoning", self.reasoning in ("template", "drop"), "template or drop")
-        check("too_long", self.too_long in ("truncate", "drop", "split"), "truncate, drop or split")
-        check("on_bad_row", self.on_bad_row in ("error", "skip"), "error or skip")
-        for name, minimum in (("batch_size", 1), ("tokens_per_batch", 1), ("max_length", 2), ("max_new_tokens", 1)):
-            value = getattr(self, name)
-            check(name, value is None or value >= minimum, f"{minimum} or more")
         if self.val_fraction is not None:
-            check("val_fraction", 0 < self.val_fraction < 1, "a share between 0 and 1")
             check("val_fraction", self.files["val"] is None, "no data.val beside it: set one of them to null")
         if self.tokens_per_batch is not None:
             check("tokens_per_batch", self.batch_size is None, "no data.batch_size beside it: both size a batch")

@@ -6,7 +6,7 @@ from lightning import Callback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts
-from qlora_lightning.support.errors import check_setting
+from qlora_lightning.support.settings import check_arguments
 
 
 class GradientCheckpointing(Callback):
@@ -22,9 +22,7 @@ class GradientCheckpointing(Callback):
     """
 
     def __init__(self, enabled: bool | Literal["auto"] = "auto", offload: bool = False) -> None:
-        check_setting(
-            "gradient_checkpointing.enabled", enabled, enabled in (True, False, "auto"), "true, false or auto"
-        )
+        check_arguments("gradient_checkpointing", GradientCheckpointing.__init__, locals())
         self.enabled, self.offload = enabled, offload
 
 

@@ -22,6 +22,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.model.step.optimizer import check_length
 from qlora_lightning.model.step.packed import (
     check_row_length,
     cut_into_rows,
@@ -34,8 +35,9 @@ from qlora_lightning.model.step.packed import (
 )
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import Diverged, UserError, check_setting, is_out_of_memory
+from qlora_lightning.support.errors import Diverged, NothingTrained, UserError, check_setting, is_out_of_memory
 from qlora_lightning.support.files import CHECKPOINTS
+from qlora_lightning.support.settings import check_mode, check_trainer_settings
 from qlora_lightning.support.trainer import datamodule_of, find_callback
 
 if TYPE_CHECKING:
@@ -65,11 +67,13 @@ def check_callbacks(trainer: Trainer | None) -> None:
 
 
 def check_setup(module: "QLoRAModule") -> None:
-    """Check the checkpoint and the data of a run, before anything is loaded."""
+    """Check the checkpoint, the Trainer's settings and the data of a run, before anything is loaded."""
     # Lightning warns of this hook beside a data module that has none of its own.
     warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
     if Path(module.trainer.ckpt_path or "").is_file():
         read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning, whose error is torch's
+    if not trainers.is_trial_run(module.trainer):  # which sets its own
+        check_trainer_settings(module.trainer)
     data = datamodule_of(module.trainer)
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(
@@ -77,6 +81,27 @@ def check_setup(module: "QLoRAModule") -> None:
             "qlora_lightning.PreferenceModule as model and qlora_lightning.PreferenceDataModule as data.",
             "data.class_path",
         )
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Reject callbacks of Lightning that wait for a metric without validation, or take its worst value for the best."""
+    for callback in trainers.callbacks_of(trainer):
+        if not isinstance(callback, callbacks.EarlyStopping | callbacks.ModelCheckpoint) or callback.monitor is None:
+            continue
+        name = type(callback).__name__
+        check_mode("trainer.callbacks", callback.monitor, callback.mode, name)
+        waits = isinstance(callback, callbacks.EarlyStopping) and callback.monitor.startswith("val_")
+        if waits and not trainer.enable_validation:
+            message = f"{name} waits for {callback.monitor}: set data.val or data.val_fraction, or leave it out."
+            raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
+
+
+def check_validation(trainer: Trainer) -> None:
+    """Reject validation rows in a run whose last epoch comes before the first validation."""
+    every_n, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs
+    if trainer.enable_validation and epochs is not None:
+        expected = f"at most trainer.max_epochs, which is {epochs}: the validation rows would never be used"
+        check_setting("trainer.check_val_every_n_epoch", every_n, epochs <= 0 or every_n <= epochs, expected)
 
 
 def check_start(module: "QLoRAModule") -> None:
@@ -303,11 +328,11 @@ class TrainingGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = cast("QLoRAModule", pl_module)
         check_setup(module)
-        stopping = find_callback(trainer, callbacks.EarlyStopping)
-        if stage == "fit" and stopping and stopping.monitor.startswith("val_") and not trainer.enable_validation:
-            message = f"EarlyStopping waits for {stopping.monitor}: set data.val or data.val_fraction, or leave it out."
-            raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
         if stage == "fit":
+            check_monitors(trainer)
+            check_validation(trainer)
+            if trainers.batches_of_epoch(trainer) is not None:  # else known with the loader, after loading
+                check_length(trainers.planned_steps(trainer))
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -340,6 +365,13 @@ class TrainingGuard(Callback):
             # may have different numbers, and sorts its buckets again after the first, so that a resume would round
             # differently
             model.require_backward_grad_sync = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:  # also of a resume with nothing left to train
+            return
+        is_timed = find_callback(trainer, callbacks.Timer) is not None
+        reason = "trainer.max_time was over before the first: allow more" if is_timed else "a callback has stopped it"
+        raise NothingTrained(f"The fit took no step: {reason}. Nothing was trained, and no adapter saved.", "fit.steps")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # an epoch, a failed fit, or a search for a learning rate may have been left inside a window

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +28,8 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.settings import check_arguments
 
 
 class QLoRAModule(lightning.LightningModule):
@@ -146,11 +146,9 @@ class QLoRAModule(lightning.LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
-        inject.check_adapter_settings(rank, alpha, dropout)
-        optimizers.check_optimization(optimizer, learning_rate, weight_decay, loraplus_ratio)
-        optimizers.check_schedule(schedule, warmup_ratio)
-        is_valid = neftune_alpha is None or 0 < neftune_alpha < math.inf
-        check_setting("model.neftune_alpha", neftune_alpha, is_valid, "a positive number, such as 5, or null")
+        check_arguments("model", QLoRAModule.__init__, locals())
+        optimizers.check_optimizer(optimizer, learning_rate, weight_decay)
+        optimizers.check_schedule(schedule, learning_rate, warmup_ratio)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
@@ -452,7 +450,7 @@ class QLoRAModule(lightning.LightningModule):
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
-        steps = trainers.planned_steps(self.trainer)
+        steps = optimizers.check_length(trainers.planned_steps(self.trainer))
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

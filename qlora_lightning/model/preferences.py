@@ -1,7 +1,6 @@
 """Training on pairs of answers, the better one first: DPO, IPO, SimPO and ORPO; kto.py has single answers."""
 
 import hashlib
-import math
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +13,7 @@ from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
 from qlora_lightning.sources.folders import find_adapter_folder
 from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.settings import check_arguments
 
 Objective = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 _BETAS = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
@@ -81,9 +81,7 @@ class PreferenceModule(_ByObjective, QLoRAModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(base, **kwargs)
-        check_setting("model.objective", objective, objective in _BETAS, f"one of {', '.join(_BETAS)}")
-        is_valid = beta is None or 0 < beta < math.inf
-        check_setting("model.beta", beta, is_valid, f"a positive number, such as {_BETAS[objective]:g}")
+        check_arguments("model", PreferenceModule.__init__, locals())
         check_setting("model.gamma", gamma, gamma is None or objective == "simpo", "null, since only simpo has one")
         check_setting("model.sft_share", sft_share, not sft_share or objective != "kto", "0 with kto")
         self.objective, self.beta = objective, _BETAS[objective] if beta is None else beta

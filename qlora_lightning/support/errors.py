@@ -28,6 +28,10 @@ class Diverged(UserError):
     """A loss or gradient is NaN or infinite: the run ends, and earlier checkpoints stay."""
 
 
+class NothingTrained(UserError):
+    """A fit has ended without a step, though it had steps to take; the command's exit code is 1."""
+
+
 def check_setting(key: str, value: object, is_valid: bool, expected: str) -> None:
     """Reject the value of a setting, by its YAML name, with what was expected."""
     if not is_valid:

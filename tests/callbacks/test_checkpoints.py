@@ -133,10 +133,12 @@ def test_a_monitor_that_is_never_logged_is_rejected_at_the_first_validation(fit)
     assert diary.entries[:1] == [("save", 4)]
 
 
-@pytest.mark.parametrize(("key", "options"), [("mode", {"monitor": "val_score"}), ("save_top_k", {"save_top_k": 0})])
-def test_a_setting_that_chooses_no_best_is_rejected(key, options):
-    with rejects(f"adapter_checkpoint.{key}"):
-        AdapterCheckpoint(**options)
+@pytest.mark.parametrize(
+    "settings", [{"monitor": "val_score"}, {"mode": "max"}, {"monitor": "val_accuracy", "mode": "min"}]
+)
+def test_a_mode_that_chooses_no_best_or_the_worst_is_rejected(settings):
+    with rejects("adapter_checkpoint.mode", settings.get("monitor", "val_loss")):
+        AdapterCheckpoint(**settings)
 
 
 SHORT = {"limit_train_batches": 2, "limit_val_batches": 1}

@@ -45,7 +45,8 @@ def test_base_and_best_adapter_are_compared(fit, make_module, make_data, make_tr
         return {name.removeprefix("val_"): value for name, value in metrics.items()}
 
     options = {"val_check_interval": 1, "limit_train_batches": 3, "max_epochs": 1}
-    data, checkpoint = make_data(), AdapterCheckpoint(mode="max")  # "best" is the worst: surely not the last
+    data, checkpoint = make_data(), AdapterCheckpoint()
+    checkpoint.mode = "max"  # "best" is the worst: surely not the last
     other = write_rows(tmp_path / "other.jsonl", [{"text": f"Rain {'and wind ' * n}."} for n in range(5)])
     forgetting = {"path": str(other), "format": "text"}
     evaluation = Evaluation(rows=4, samples=2, max_new_tokens=3, forgetting=forgetting, forgetting_rows=3)

@@ -154,6 +154,14 @@ def test_a_subclass_with_a_build_model_of_its_own_is_trained_and_evaluated(comma
     assert found["difference"]["value"] != 0.0
 
 
+def test_a_fit_without_a_step_fails_but_not_a_resume_that_has_nothing_left(command, tmp_path):
+    no_time = ("--trainer.max_time", "00:00:00:00")
+    out = command("fit", *no_time, "--trainer.default_root_dir", "new", code=1)
+    assert "took no step: trainer.max_time" in out
+    assert not (tmp_path / "new" / "adapter").exists()
+    command("fit", *no_time, "--ckpt_path", "last", "--evaluation", "null")
+
+
 OFFLINE = """
 import socket
 

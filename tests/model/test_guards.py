@@ -153,6 +153,20 @@ def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_p
         fit(build(str(tiny_base)), tmp_path, rows_file, max_steps=1, **options)
 
 
+class StopsAtOnce(Callback):
+    def on_train_start(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [({"max_time": {"seconds": 0}}, "trainer.max_time"), ({"callbacks": [StopsAtOnce()]}, "callback")],
+)
+def test_a_fit_that_takes_no_step_ends_in_an_error(tiny_base, rows_file, tmp_path, options, fact):
+    with rejects("fit.steps", "no step", fact):
+        fit(QLoRAModule(str(tiny_base)), tmp_path, rows_file, max_epochs=1, **options)
+
+
 def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batches(train):
     trainer = train(optimizer="torch.optim.LBFGS", trainer_options={"accumulate_grad_batches": 1, "max_steps": 2})
     assert trainer.global_step == 2

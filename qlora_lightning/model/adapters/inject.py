@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
-from qlora_lightning.support.errors import UserError, check_setting, explaining
+from qlora_lightning.support.errors import UserError, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
 _OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
@@ -30,14 +31,6 @@ _BYPASSED = {  # linears whose weight these types read without the adapter: in a
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
     "dt_proj": ("falcon_mamba", "jamba"),
 }
-
-
-def check_adapter_settings(rank: int, alpha: float | None, dropout: float) -> None:
-    """Reject what no base could take; see :func:`new_lora_config`."""
-    check_setting("model.rank", rank, rank >= 1, "a positive integer, such as 8")
-    is_valid = alpha is None or 0 < alpha < float("inf")
-    check_setting("model.alpha", alpha, is_valid, f"a positive number, such as {2 * rank}")
-    check_setting("model.dropout", dropout, 0.0 <= dropout < 1.0, "a probability in [0, 1)")
 
 
 def new_lora_config(
@@ -116,6 +109,15 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(
                 f"model.lora_options.modules_to_save names {ending}, which the base does not have.",
+                "model.lora_options",
+            )
+    indices = options.get("trainable_token_indices") or ()
+    for index in itertools.chain(*indices.values()) if isinstance(indices, Mapping) else indices:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        if not isinstance(index, int) or not 0 <= index < vocabulary:
+            raise UserError(
+                f"model.lora_options.trainable_token_indices has {index!r}: expected token ids of the base, from 0 to "
+                f"{vocabulary - 1:,}.",
                 "model.lora_options",
             )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):

@@ -15,7 +15,7 @@ from qlora_lightning.model.memory.fit import TOKENS_OF_A_CPU, Fit, list_remedies
 from qlora_lightning.model.step.accumulate import OutOfMemory
 from qlora_lightning.model.step.packed import Cutter, samples_per_row
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import find_callback, say_once
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ class TokenBudget:
     """
 
     def __init__(self, setting: MicroBatchTokens) -> None:
-        is_valid = setting == "auto" or setting > 0
-        check_setting("model.micro_batch_tokens", setting, is_valid, "a positive number, or auto")
         self.setting, self.is_auto = setting, setting == "auto"
         self._unplanned: int = TOKENS_OF_A_CPU if setting == "auto" else setting
         self.tokens = self._unplanned

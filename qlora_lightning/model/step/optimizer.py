@@ -13,16 +13,16 @@ from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError, check_setting, explaining
 
 ParameterGroups = list[dict[str, Any]]
 LearningRate = float | Literal["auto"]
+_OF_THE_RUN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # arguments of each schedule
+_DUMMY_STEPS = 100  # of the run with which a schedule is checked
 
 
-def check_optimization(
-    choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float, loraplus_ratio: float | None
-) -> None:
-    """Reject settings of the optimizer, before minutes of loading."""
+def check_optimizer(choice: str | dict[str, Any] | None, learning_rate: LearningRate, weight_decay: float) -> None:
+    """Reject an optimizer that cannot be built, before minutes of loading."""
     optimizer_class, arguments = choose_optimizer(choice, learning_rate, weight_decay)
     if choice is not None:
         try:
@@ -31,9 +31,6 @@ def check_optimization(
             raise UserError(
                 f"model.optimizer {optimizer_class.__name__} rejects its init_args: {error}", "model.optimizer"
             ) from error
-    if loraplus_ratio is not None:
-        is_valid = 1 <= loraplus_ratio < math.inf
-        check_setting("model.loraplus_ratio", loraplus_ratio, is_valid, "1 or more, such as 16, or null")
 
 
 def choose_learning_rate(choice: LearningRate, width: int, preferences: bool = False) -> float:
@@ -55,9 +52,6 @@ def choose_optimizer(
     ``choice`` is a class path, or ``{"class_path": …, "init_args": {…}}`` without ``lr``; ``None`` means torch's AdamW,
     fused.
     """
-    is_valid = learning_rate == "auto" or 0 < learning_rate < math.inf
-    check_setting("model.learning_rate", learning_rate, is_valid, "a positive number, such as 2e-4, or auto")
-    check_setting("model.weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more")
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     spec: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
@@ -102,9 +96,39 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]
 
 
-def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
+def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, warmup_ratio: float) -> None:
+    """Reject a schedule that cannot be built and stepped to its end, before minutes of loading."""
+    rate = 1.0 if learning_rate == "auto" else learning_rate  # some have a rate to end with, which is lower
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    schedule = build_schedule(optimizer, choice, _DUMMY_STEPS, warmup_ratio)
+    for _ in range(_DUMMY_STEPS):
+        optimizer.step()
+        with explaining(f"model.schedule {choice!r} cannot be computed", "model.schedule"):
+            schedule.step()
+        rate = float(optimizer.param_groups[0]["lr"])
+        is_valid = -1e-9 < rate < math.inf  # rounding
+        check_setting("model.schedule", choice, is_valid, f"rates of 0 or more, and one of its rates is {rate}")
+
+
+def check_length(total_steps: int | None) -> int:
+    """Return the steps of a run; reject one without an end, which has no schedule, and one without a step."""
+    if total_steps is None:
+        raise UserError(
+            "The run has no end: the learning rate's schedule needs one of trainer.max_epochs and trainer.max_steps, "
+            "also beside trainer.max_time. Set one of them.",
+            "trainer.max_steps",
+        )
+    if not total_steps:
+        raise UserError(
+            "The run takes no step: set neither trainer.max_epochs, trainer.max_steps nor trainer.limit_train_batches "
+            "to 0.",
+            "trainer.max_steps",
+        )
+    return total_steps
+
+
+def _parse_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of a schedule; see :func:`build_schedule`."""
-    check_setting("model.warmup_ratio", warmup_ratio, 0.0 <= warmup_ratio < 1.0, "a share of the steps in [0, 1)")
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
     needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not stepped once per optimizer step
@@ -112,18 +136,29 @@ def check_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[s
     check_setting("model.schedule", choice, name in names, f"a name among {', '.join(names)}")
     if name == "constant" and warmup_ratio:  # the only one without warmup
         name = "constant_with_warmup"
-    accepted = [*inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters]
     for argument in arguments:
-        if argument not in accepted:  # transformers ignores some, and rejects others only after the base is loaded
-            expected = f"expected {', '.join(accepted[1:])}"
+        if argument in _OF_THE_RUN:
+            raise UserError(
+                f"model.schedule has the argument {argument!r}, which the run sets: the warmup by model.warmup_ratio, "
+                "the length by trainer.max_epochs or trainer.max_steps. Leave it out.",
+                "model.schedule",
+            )
+        if argument not in _arguments_of(name):  # transformers ignores some
+            expected = f"expected {', '.join(_arguments_of(name)) or 'none'}"
             raise UserError(
                 f"model.schedule has the argument {argument!r}, which {name} lacks: {expected}.", "model.schedule"
             )
     return name, arguments
 
 
+def _arguments_of(schedule: str) -> list[str]:
+    """Return the arguments of a schedule, without those that the run sets."""
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]).parameters
+    return [name for name in parameters if name not in _OF_THE_RUN]
+
+
 def build_schedule(
-    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int | None, warmup_ratio: float
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
 ) -> LRScheduler:
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
@@ -131,19 +166,15 @@ def build_schedule(
     ``warmup_ratio`` of the steps, rounded up, the rate rises from 0; there is no warmup of less than one step, in which
     nothing would move.
     """
-    if not total_steps:
-        raise UserError(
-            "The run has no end, or takes no step: set trainer.max_epochs or trainer.max_steps, and neither them nor "
-            "trainer.limit_train_batches to 0.",
-            "trainer.max_steps",
-        )
-    name, arguments = check_schedule(choice, warmup_ratio)
+    name, arguments = _parse_schedule(choice, warmup_ratio)
     warmup = warmup_ratio * total_steps
-    schedule: LRScheduler = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=arguments,
-    )
+    accepted = ", ".join(_arguments_of(name)) or "no arguments"
+    with explaining(f"model.schedule {choice!r} cannot be built: {name} takes {accepted}", "model.schedule"):
+        schedule: LRScheduler = get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=arguments,
+        )
     return schedule

@@ -41,6 +41,7 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("QLORA_LIGHTNING_CACHE", str(folder))
         patch.setenv("XDG_CACHE_HOME", str(folder / "of_user"))  # for compiled code
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("USE_HUB_KERNELS", "NO")  # plain transformers, beside which tests compare, runs its own code
         yield folder
 
 

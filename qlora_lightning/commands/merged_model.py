@@ -355,7 +355,8 @@ def _load_written(folder: Path, gguf_file: Path | None) -> Any:
         config, folder = AutoConfig.for_model(**{**config.to_dict(), "model_type": kind}), gguf_file.parent
         options |= {"gguf_file": gguf_file.name, "quantization_config": GgufConfig(dequantize=True)}
     auto_class = AutoModelForMultimodalLM if is_wrapper(config) else AutoModelForCausalLM
-    return auto_class.from_pretrained(folder, config=config, local_files_only=True, **options).eval()
+    options |= {"use_kernels": False, "local_files_only": True}  # kernels come from the hub, since 5.25 by default
+    return auto_class.from_pretrained(folder, config=config, **options).eval()
 
 
 def _compute_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

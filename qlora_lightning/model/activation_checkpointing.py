@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 from lightning import Callback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_lightning.model.layers.attention import has_dropout, recompute_contexts
+from qlora_lightning.model.layers.attention import recompute_contexts
 from qlora_lightning.support.settings import check_arguments
 
 
@@ -60,10 +60,10 @@ def switch_checkpointing(causal_lm: Any, before: Checkpointing, choice: Checkpoi
 def enable_activation_checkpointing(causal_lm: Any, offload: bool = False) -> None:
     """Checkpoint the decoder layers of a transformers model, non-reentrant; ``offload``: keep their inputs on the host.
 
-    Backward recomputes a layer with its packed batch. If layers draw no random numbers, the generators' states are not
-    saved, which would wait for the GPU.
+    Backward recomputes a layer with its packed batch, and with the random numbers that it drew: torch saves the states
+    of the generators, which are on the host, a GPU's too.
     """
-    options = {"use_reentrant": False, "preserve_rng_state": has_dropout(causal_lm), "context_fn": recompute_contexts}
+    options = {"use_reentrant": False, "context_fn": recompute_contexts}
     if hasattr(causal_lm, "activation_checkpointing_enable"):
         causal_lm.activation_checkpointing_enable(options, offload=offload)
     else:  # its name in transformers 5.17

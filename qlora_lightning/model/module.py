@@ -153,7 +153,7 @@ class QLoRAModule(lightning.LightningModule):
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
         self.precision = select.Precision()
-        self.has_dropout = True
+        self.is_stochastic = True
         self.window = accumulate.Window()
         self.token_budget = budget.TokenBudget(micro_batch_tokens)
         self.guard = guards.TrainingGuard()
@@ -239,7 +239,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def choose_layers(self) -> select.Fusion:
         """Choose which layers run fused. Call it after changing or hooking parts of the model."""
-        self.has_dropout = attention.has_dropout(self.causal_lm)
+        self.is_stochastic = attention.is_stochastic(self.causal_lm)
         return select.choose_layers(self.causal_lm)
 
     def _choose_precision(self) -> None:
@@ -295,8 +295,8 @@ class QLoRAModule(lightning.LightningModule):
     def cutter(self) -> packed.Cutter:
         """What cuts packed batches and makes micro-batches, in the current mode, of training or evaluation."""
         causal_lm = self.causal_lm
-        # not if each token draws its own random numbers, for NEFTune's noise or for dropout
-        draws = (self.training and self.neftune_alpha is not None) or (causal_lm.training and self.has_dropout)
+        # not if each token draws its own random numbers, for noise or for dropout
+        draws = (self.training and self.neftune_alpha is not None) or (causal_lm.training and self.is_stochastic)
         return packed.Cutter(
             causal_lm=causal_lm,
             device=self.device,

@@ -86,6 +86,7 @@ def _load(file: Path, name: str) -> tuple[Any, Any]:
         config=config,  # else the vocabulary is parsed once more, for seconds
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
+        use_kernels=False,  # of the hub, the default of transformers 5.25
         output_loading_info=True,
         **source,
     )

@@ -1,6 +1,7 @@
 """Types of transformers, in packed batches or a row at a time, compute what plain transformers and PEFT compute."""
 
 import json
+import random
 import re
 import warnings
 
@@ -30,6 +31,7 @@ from tests.steps import assert_same_step, distance, loss_and_gradients, make_bat
 QUICK = ("llama", "mistral", "phi3", "gemma3_text", "gemma4_text", "granite", "gpt2", "opt", "qwen3_5_text")
 QUICK_WRAPPERS = ("gemma3", "qwen3_5")
 QUICK += ("glm4_moe", "gpt_oss") if ADAPTS_EXPERTS else ("gpt_oss",)
+DRAWING = ("llama", "mixtral", "minimax_m2", "opt")  # dropout of weights, noise before a router, layerdrop
 ROW_BY_ROW = ("qwen3_5_text", "gemma2", "bloom", "modernbert-decoder", "mamba2", "llama4_text")
 TYPES = sorted({*PACKED_TYPES, *ROW_BY_ROW, *families.mixtures()})
 
@@ -256,10 +258,20 @@ def test_a_whole_run_of_a_type_is_merged_and_checked(model_type, options, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("model_type", "reentrant"), [("llama", True), ("phi3", None), ("opt", None), ("opt", False)])
-def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, reentrant, tmp_path):
-    dropout = {"dropout": 0.1} if model_type == "opt" else {}  # which OPT calls as a function
-    module = make_module(families.save_random(tmp_path, model_type, **dropout), quantization="none")
+@pytest.mark.parametrize(
+    ("model_type", "rates", "reentrant"),
+    [
+        ("llama", {}, True),
+        ("phi3", {}, None),
+        ("opt", {"dropout": 0.1}, None),  # which OPT calls as a function
+        ("opt", {"dropout": 0.1}, False),
+        ("mixtral", {"router_jitter_noise": 0.1}, None),
+        slow("minimax_m2", {"router_jitter_noise": 0.1}, None),
+        slow("minimax", {"router_jitter_noise": 0.1}, None),  # a row at a time
+    ],
+)
+def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, rates, reentrant, tmp_path):
+    module = make_module(families.save_random(tmp_path, model_type, **rates), quantization="none")
     torch.manual_seed(1)
     _, gradients = loss_and_gradients(module, make_batch(families.LENGTHS))
     if reentrant is None:
@@ -269,6 +281,23 @@ def test_checkpointing_that_others_switch_on_changes_no_gradient(model_type, ree
     module.choose_layers()
     torch.manual_seed(1)
     assert distance(loss_and_gradients(module, make_batch(families.LENGTHS))[1], gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("model_type", [each if each in DRAWING else slow(each) for each in PACKED_TYPES])
+def test_a_step_that_draws_random_numbers_computes_each_token_for_itself(model_type, tmp_path):
+    settings = families.make_config(model_type).to_dict().items()
+    rates = [name for name, value in settings if isinstance(value, float) and value == 0]  # each is switched on alone
+    drawn, rates = [], [] if model_type == "diffllama" else rates  # which rejects its own
+    for rate in (None, *rates):
+        base = families.save_random(tmp_path / str(rate), model_type, **({} if rate is None else {rate: 0.1}))
+        module, before = make_module(base, quantization="none"), [torch.get_rng_state(), random.getstate()]
+        loss_and_gradients(module, make_batch(families.LENGTHS))
+        draws = not torch.equal(torch.get_rng_state(), before[0]) or random.getstate() != before[1]
+        drawn += [rate] * draws
+        assert not (draws and module.cutter.skips_unlabelled), rate
+        assert rate is not None or module.cutter.skips_unlabelled or "gpt" in model_type  # whose heads have others
+    assert bool(drawn) is bool(rates)
+    assert None not in drawn
 
 
 def test_rows_beyond_a_table_of_positions_and_noise_beside_tables_of_layers_are_rejected(tmp_path):

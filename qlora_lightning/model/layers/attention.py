@@ -9,6 +9,7 @@ attention for one sample after the other. Outside of :func:`packed_pass`, as in 
 import contextlib
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -26,6 +27,7 @@ from qlora_lightning.model.step.layout import Expansion, SequenceBounds
 
 # As attention_mask of a packed batch it keeps transformers from building a (tokens, tokens) mask over all samples.
 NO_MASK = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+_RATE = re.compile("drop|jitter")  # in attention_dropout, embd_pdrop, layerdrop, router_jitter_noise, moe_jitter_eps
 # Keywords that transformers may pass and that are ignored: none changes the attention of a packed batch.
 _IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "num_items_in_batch"}
 _IGNORED |= {"output_hidden_states", "return_dict", "position_embeddings", "logits_to_keep", "output_router_logits"}
@@ -82,12 +84,14 @@ def recompute_contexts() -> tuple[contextlib.AbstractContextManager[None], conte
     return contextlib.nullcontext(), packed_pass(None if batch is None else batch._replace(recomputes=True))
 
 
-def has_dropout(causal_lm: Any) -> bool:
-    """Whether a transformers model has dropout in training."""
-    if any(module.p for module in causal_lm.modules() if isinstance(module, nn.Dropout)):
+def is_stochastic(causal_lm: Any) -> bool:
+    """Whether a transformers model draws random numbers in training: for dropout, or for noise before a router."""
+    modules = list(causal_lm.modules())
+    if any(module.p for module in modules if isinstance(module, nn.Dropout)):
         return True
-    settings = vars(causal_lm.config).items()  # some types call F.dropout with a rate of their config
-    return any(value for name, value in settings if "drop" in name and isinstance(value, float))
+    # other rates, of what types compute by functions, are in their modules or in the config
+    rates = (item for owner in (causal_lm.config, *modules) for item in vars(owner).items())
+    return any(value for name, value in rates if _RATE.search(name) and isinstance(value, float))
 
 
 # not cuDNN, which torch prefers on compute capability 9.0 and 10.0: it plans for a new number of rows or tokens, which

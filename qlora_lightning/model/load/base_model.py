@@ -188,6 +188,7 @@ def _load(
             attn_implementation=attention_of(config),
             experts_implementation=None,
             use_safetensors=True,
+            use_kernels=False,  # transformers 5.25 fetches code of layers from the hub by default
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,

@@ -2,8 +2,9 @@
 
 import contextlib
 import math
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,11 @@ from qlora_lightning.support.trainer import (
     datamodule_of,
     find_callback,
     is_trial_run,
+    say_once,
     validation_follows,
 )
+
+_UNFINISHED = "unfinished"  # the name of a checkpoint that is being written
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -37,7 +41,7 @@ class AdapterCheckpoint(Checkpoint):
     What Lightning's ``ModelCheckpoint`` does not do: save at validations *and* every n steps *and* every n minutes,
     once if several are due, each at the end of an optimizer step, and write the PEFT folder. A run folder holds one
     run, of one process at a time. Every file is written under another name and renamed, ``last.ckpt`` last: a kill at
-    any moment leaves a complete state.
+    any moment leaves a complete state. A resume completes the save that a kill has cut short.
 
     Args:
         every_n_train_steps: Also write ``last.ckpt`` every so many optimizer steps; ``None``: only at each validation,
@@ -69,11 +73,20 @@ class AdapterCheckpoint(Checkpoint):
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         self.enabled = enabled
         self.best: list[tuple[float, str]] = []  # (monitored value, file name), the best first
+        self._outranked: list[str] = []  # names of files that the save in progress deletes at its end
         self._value_before: Tensor | None = None
         self._saved_step = -1
         self._stops_later = False  # at the end of the open accumulation window
         self._saved_at = 0.0  # by the monotonic clock
         self._lock = contextlib.ExitStack()
+        self._run_folder = ""
+
+    @property
+    def best_model_path(self) -> str:
+        """File of the best checkpoint, as for ``trainer.test(ckpt_path="best")``; without a ranking the last one."""
+        names = [*(name for _, name in self.best[:1]), LAST]
+        files = [Path(self._run_folder) / CHECKPOINTS / name for name in names]
+        return next((str(file) for file in files if file.is_file()), "")
 
     def read_best(self, run_folder: str | Path) -> dict[str, Tensor] | None:
         """Return the best adapter's tensors by the module's names, if there is a best one and its file exists."""
@@ -85,15 +98,24 @@ class AdapterCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._lock.close()
+        self._run_folder = trainer.default_root_dir
         if stage == "fit" and self._writes(trainer):
             on_first_process(trainer, lambda: self._lock.enter_context(locking(trainer.default_root_dir)))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if has_other_validation(checkpoint, trainer):  # the ranking starts over
-            checkpoint["callbacks"][self.state_key] = {"best": []}
+        stored, ranked_by = checkpoint["callbacks"].get(self.state_key, {}), self.state_dict()["ranked_by"]
+        differs = stored.get("ranked_by", ranked_by) != ranked_by
+        if differs and trainer.state.fn == "fit":
+            say_once(f"The best adapter was chosen by {stored['ranked_by']}: the ranking by {ranked_by} starts over.")
+        if differs or has_other_validation(checkpoint, trainer):  # the ranking starts over
+            checkpoint["callbacks"][self.state_key] = {**stored, "best": []}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        outranked, self._outranked = self._outranked, []
         if is_resumed(trainer):
+            if self._writes(trainer) and trainer.ckpt_path:
+                checkpoint, folder = Path(trainer.ckpt_path), Path(trainer.default_root_dir) / CHECKPOINTS
+                on_first_process(trainer, lambda: _complete_save(checkpoint, folder, outranked))
             return
         self.best = []
         if self._writes(trainer):
@@ -165,7 +187,7 @@ class AdapterCheckpoint(Checkpoint):
         if not self._writes(trainer):
             return
         name = f"step-{trainer.global_step:06d}.ckpt"
-        outranked = [] if math.isnan(value) else self._rank(name, value)
+        self._outranked = [] if math.isnan(value) else self._rank(name, value)
         best_names = [file_name for _, file_name in self.best]
         content: Any = _collect_checkpoint(trainer)
 
@@ -177,10 +199,11 @@ class AdapterCheckpoint(Checkpoint):
             if name in best_names:
                 _write_checkpoint(content, run_folder / CHECKPOINTS / name)
             _write_checkpoint(content, run_folder / CHECKPOINTS / LAST)
-            for file_name in outranked:
+            for file_name in self._outranked:
                 (run_folder / CHECKPOINTS / Path(file_name).name).unlink(missing_ok=True)
 
         on_first_process(trainer, write)
+        self._outranked = []
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def _rank(self, name: str, value: float) -> list[str]:
@@ -191,10 +214,12 @@ class AdapterCheckpoint(Checkpoint):
         return [file_name for _, file_name in ranked[self.save_top_k :]]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": [[value, name] for value, name in self.best]}
+        best = [[value, name] for value, name in self.best]
+        return {"best": best, "outranked": self._outranked, "ranked_by": f"{self.mode or 'min'} {self.monitor}"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = [(float(value), str(name)) for value, name in state_dict["best"]]
+        self._outranked = [str(name) for name in state_dict.get("outranked", ())]
 
 
 def _ends_training(trainer: Trainer) -> bool:
@@ -245,15 +270,29 @@ def _collect_checkpoint(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def _write_checkpoint(content: dict[str, Any], file: Path) -> None:
-    with replacing(file, file.with_name("unfinished")) as stream:  # the next save replaces what a kill left
+    with replacing(file, file.with_name(_UNFINISHED)) as stream:  # the next save replaces what a kill left
         torch.save(content, stream)
+
+
+def _complete_save(checkpoint: Path, folder: Path, outranked: Sequence[str]) -> None:
+    """Do what a kill has left undone of the save that wrote a checkpoint, from which a run resumes in its folder.
+
+    ``outranked`` are the names that this checkpoint has. A file that came after it is the user's.
+    """
+    if not (folder / LAST).exists():
+        with replacing(folder / LAST, folder / _UNFINISHED) as stream, checkpoint.open("rb") as source:
+            shutil.copyfileobj(source, stream)
+    (folder / _UNFINISHED).unlink(missing_ok=True)
+    for file in (folder / Path(name).name for name in outranked):
+        if file.exists() and file.stat().st_mtime_ns < checkpoint.stat().st_mtime_ns:
+            file.unlink()
 
 
 def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
     """Return the file that ``--ckpt_path`` means: for ``last`` the run folder's newest, ``None`` if there is none.
 
     Raises:
-        UserError: The file is not a complete checkpoint of this package.
+        UserError: The file is missing, or not a complete checkpoint of this package.
     """
     if name is None:
         return None
@@ -261,16 +300,14 @@ def find_checkpoint(run_folder: str | Path, name: str | None) -> str | None:
     if name == "last" and not file.exists():  # a kill during the very first save may leave only ``step-….ckpt``
         newest = _find_newest(file.parent)
         return None if newest is None else str(newest)
-    if not file.is_file():
-        raise UserError(
-            f"--ckpt_path {file}: there is no such file. Expected a .ckpt file, or `last`.", "checkpoint.missing"
-        )
     try:
         read_content(read_checkpoint(file, mmap=True), str(file))
     except UserError as error:
         newest = _find_newest(file.parent)
-        remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`." if newest else "No other is good."
-        raise UserError(f"--ckpt_path {error} {remedy}", "checkpoint.damaged") from error
+        remedy = f"There is no good one in {file.parent}; `--ckpt_path last` is the newest of the run folder."
+        if newest is not None:
+            remedy = f"Resume from the newest good one, with `--ckpt_path {newest}`."
+        raise UserError(f"--ckpt_path {error} {remedy}", error.key) from error
     return str(file)
 
 

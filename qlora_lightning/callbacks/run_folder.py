@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -25,11 +26,13 @@ from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_tria
 class RunFolder(Callback):
     """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume.
 
-    Other runs warn if their rows are others, or read otherwise, than those of the adapter's training.
+    Before any checkpoint is written, ``metrics.csv`` has the line of its step. Other runs warn if their rows are
+    others, or read otherwise, than those of the adapter's training.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
+        self._logged: dict[str, Any] = {}  # by the training, before this batch
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
@@ -55,6 +58,26 @@ class RunFolder(Callback):
             if isinstance(logger, MetricsLogger):
                 logger.cut(trainer.global_step)
 
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._logged = dict(trainer.logged_metrics)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        on_first_process(trainer, lambda: self._complete_metrics(trainer, pl_module))
+
+    def _complete_metrics(self, trainer: Any, pl_module: Any) -> None:
+        """Write the line of a step that ends: Lightning gives it to the loggers only after the hook that saves."""
+        batches, every_n = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.log_every_n_steps
+        ends_step = batches.completed < batches.processed and not pl_module.window.batches
+        is_logged = ends_step and every_n and (trainer.global_step % every_n == 0 or trainer.should_stop)
+        # at each access Lightning makes new tensors of what this epoch's training steps have logged
+        values = {name: each for name, each in trainer.logged_metrics.items() if each is not self._logged.get(name)}
+        line = {**convert_tensors_to_scalars(values), "epoch": trainer.current_epoch}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsLogger):
+                if is_logged and values:
+                    logger.log_ahead(line, trainer.global_step - 1)
+                logger.flush()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapter: Any = getattr(pl_module, "adapter", None)
         if trainer.state.fn != "fit" and adapter is not None and not trainer.ckpt_path:
@@ -70,6 +93,8 @@ class MetricsLogger(Logger):
         super().__init__()
         self.file = Path(folder) / files.METRICS
         self._columns: list[str] = []  # empty: the file has not been read yet
+        self._ahead: dict[str, Any] | None = None  # the last line, if Lightning has yet to log it
+        self._columns_before: list[str] = []  # those without it
 
     @property
     def name(self) -> str:
@@ -91,6 +116,11 @@ class MetricsLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line; a new metric widens the table."""
         row = {"step": step, **metrics}
+        ahead, self._ahead = self._ahead, None
+        if row == ahead:
+            return
+        if ahead is not None:  # a hook has logged more since
+            self._rewrite([{name: line[name] for name in self._columns_before} for line in self._read()[:-1]])
         if row.keys() <= set(self._columns):
             with self.file.open("a", newline="", encoding="utf-8") as handle:
                 csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
@@ -98,8 +128,24 @@ class MetricsLogger(Logger):
             self._rewrite([*self._read(), row])
 
     @rank_zero_only
+    def log_ahead(self, metrics: dict[str, float], step: int) -> None:
+        """Append the line that Lightning is about to log: the next call of :meth:`log_metrics` replaces it."""
+        row = {"step": step, **metrics}
+        if row != self._ahead:
+            self._columns_before = self._columns
+            self.log_metrics(metrics, step)
+            self._ahead = row
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Wait until the disk has the lines."""
+        if self.file.exists():
+            files.flush(self.file)
+
+    @rank_zero_only
     def cut(self, step: int) -> None:
         """Remove the lines from an optimizer step on, which a resumed run writes again."""
+        self._ahead = None
         rows = self._read()
         if rows:
             self._rewrite([row for row in rows if int(row["step"]) < step])
@@ -238,7 +284,8 @@ def refuse_started_folder(run_folder: str | Path, resumed: str | Path | None = N
         return
     has_checkpoint = any((folder / files.CHECKPOINTS).glob("*.ckpt"))
     if has_checkpoint or (table and (folder / files.METRICS).exists()):
-        resume = "resume it with `--ckpt_path last`, or " if has_checkpoint else ""
+        last = str(folder / files.CHECKPOINTS / files.LAST)
+        resume = f"resume it with `--ckpt_path last` (in Python ckpt_path={last!r}), or " if has_checkpoint else ""
         raise UserError(
             f"{folder} holds a run already, which would be lost: {resume}choose another folder with "
             "`--trainer.default_root_dir runs/NAME`.",

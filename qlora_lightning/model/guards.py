@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlora_lightning.model.adapters.folder import check_saved
 from qlora_lightning.model.adapters.inject import trainable_tensors
-from qlora_lightning.model.checkpoint.format import read_checkpoint
+from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume
 from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
@@ -67,13 +68,14 @@ def check_callbacks(trainer: Trainer | None) -> None:
 
 
 def check_setup(module: "QLoRAModule") -> None:
-    """Check the checkpoint, the Trainer's settings and the data of a run, before anything is loaded."""
+    """Check the Trainer's settings and the data of a run before anything is loaded; its checkpoint is when it is read."""
     # Lightning warns of this hook beside a data module that has none of its own.
     warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
-    if Path(module.trainer.ckpt_path or "").is_file():
-        read_checkpoint(str(module.trainer.ckpt_path), mmap=True)  # before Lightning, whose error is torch's
     if not trainers.is_trial_run(module.trainer):  # which sets its own
         check_trainer_settings(module.trainer)
+    strategy = module.trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:  # not a plugin of the user
+        strategy.checkpoint_io = CheckpointReader()
     data = datamodule_of(module.trainer)
     if getattr(data, "pairs", module.pairs) != module.pairs:
         raise UserError(

@@ -1,6 +1,8 @@
 """What AdapterCheckpoint writes, and when; resumes with other data. Of the same end: distributed/test_resume.py."""
 
+import os
 import re
+import shutil
 
 import lightning
 import pytest
@@ -161,6 +163,35 @@ def test_a_resumed_run_continues_the_ranking_and_in_another_folder_it_starts_ove
     assert same(read_adapter(run), adapter)
 
 
+@pytest.mark.parametrize(("folder", "hours", "stays"), [("run", -1, False), ("run", 1, True), ("new", -1, True)])
+def test_a_resume_deletes_what_a_kill_has_left_and_nothing_else(fit, scored, tmp_path, last, folder, hours, stays):
+    """Not what came after the checkpoint, which is the user's, and nothing of another folder."""
+    fit(monitored(), module=scored(2.0, 1.0), val_check_interval=2, max_steps=4, limit_val_batches=1)
+    outranked = last.with_name("step-000002.ckpt")
+    assert not outranked.exists()
+    shutil.copy(last, outranked)
+    time = last.stat().st_mtime + 3600 * hours
+    os.utime(outranked, (time, time))
+    fit(monitored(), max_steps=5, limit_val_batches=1, folder=folder, ckpt_path=last)
+    assert outranked.exists() is stays
+
+
+def test_with_another_monitor_the_ranking_starts_over(fit, scored, last, capsys):
+    fit(monitored(), module=scored(1.0), **SHORT)
+    fit(by_loss := AdapterCheckpoint(), **SHORT, max_epochs=2, ckpt_path=last)
+    assert [name for _, name in by_loss.best] == ["step-000004.ckpt"]
+    assert "chosen by min val_score: the ranking by min val_loss starts over" in capsys.readouterr().out
+    assert same(read_adapter(last.parents[1]), tensors_of(last.parents[1]))
+
+
+def test_lightning_finds_the_best_checkpoint(fit, scored, last):
+    options = {"val_check_interval": 2, "max_steps": 4, "limit_val_batches": 1}
+    trainer, module = fit(monitored(), module=scored(1.0, 2.0, 3.0), **options)
+    trainer.validate(module, datamodule=trainer.datamodule, ckpt_path="best", verbose=False)
+    assert trainer.ckpt_path == str(last.with_name("step-000002.ckpt"))
+    assert same(dict(module.state_dict()), read_checkpoint(last.parents[1], "step-000002.ckpt")["state_dict"])
+
+
 def test_a_stop_that_is_asked_for_inside_a_window_lets_it_end_and_saves_when_it_comes(fit, make_data, tmp_path):
     def stop(trainer, pl_module, outputs, batch, batch_idx):
         trainer.should_stop = trainer.should_stop or batch_idx == 3
@@ -185,7 +216,9 @@ def test_a_validation_comes_at_the_end_of_a_step_or_is_rejected_before_training(
 def test_the_trainer_that_made_a_run_may_continue_it_and_no_other(fit, tmp_path):
     trainer, module = fit(AdapterCheckpoint(), **SHORT)
     before = contents(tmp_path / "run")
-    with rejects("run_folder.has_a_run", "--ckpt_path last"):
+    with rejects(
+        "run_folder.has_a_run", "--ckpt_path last", f"in Python ckpt_path='{tmp_path}/run/checkpoints/last.ckpt'"
+    ):
         fit(AdapterCheckpoint(), **SHORT)
     fit(AdapterCheckpoint(enabled=False, monitor="none"), **SHORT)
     assert contents(tmp_path / "run") == before

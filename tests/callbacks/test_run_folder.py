@@ -6,12 +6,14 @@ import json
 
 import pytest
 import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from qlora_lightning import PredictionWriter, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, PredictionWriter, QLoRAModule
 from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, locking
 from qlora_lightning.cli import main
 from tests.adapters import make_run
+from tests.equality import metrics, read_checkpoint
 from tests.errors import MachineFailed, rejects
 
 
@@ -47,6 +49,28 @@ def test_a_new_metric_widens_the_table_and_a_resumed_run_cuts_it_at_its_step(log
     resumed.log_metrics({"train_loss": 9.0}, step=0)
     with logger.file.open(newline="") as handle:
         assert list(csv.DictReader(handle)) == [{"step": "0", "train_loss": "9.0"}]
+
+
+class LogsLate(QLoRAModule):
+    """Logs after the callbacks, one of which has saved, and compares the table with the checkpoint."""
+
+    def on_train_batch_end(self, *_):
+        run, every_n = self.logger.file.parent, self.trainer.log_every_n_steps
+        if (run / "checkpoints" / "last.ckpt").exists():
+            saved = read_checkpoint(run)["global_step"]
+            assert saved // every_n == len(metrics(run, "train_loss"))
+        self.log("late", float(self.global_step))
+
+
+@pytest.mark.parametrize("options", [{"val_check_interval": 4}, {"log_every_n_steps": 2, "accumulate_grad_batches": 3}])
+def test_a_checkpoint_comes_after_the_line_of_its_step_and_changes_no_line(fit, make_module, tmp_path, options):
+    def train(folder, *savers):
+        module, logger = make_module(LogsLate), MetricsLogger(tmp_path / folder)
+        callbacks = (RunFolder({}), LearningRateMonitor(), *savers)
+        fit(*callbacks, module=module, logger=logger, folder=folder, limit_val_batches=1, **options)
+        return logger.file.read_text()
+
+    assert train("run", AdapterCheckpoint(1)) == train("other")
 
 
 def test_half_a_line_is_removed_wherever_a_kill_has_cut_it(logger):

@@ -25,6 +25,10 @@ TRAINER |= {"val_check_interval": 3, "limit_val_batches": 2}
 MODEL = {**CONFIG["model"], "dropout": 0.1, "schedule": "cosine", "loraplus_ratio": 4.0}
 ROWS = {"train": "rows.jsonl", "val": "rows.jsonl", "batch_size": 2}
 PAIRS = {"train": "pairs.jsonl", "val": "pairs.jsonl", "batch_size": 1}
+# nothing of their metrics depends on time: each file is the same, byte for byte
+UNTIMED = {"gpu_memory": None, "throughput": None}
+RATES = {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}
+PLAIN = {**TRAINER, "max_epochs": 1, "callbacks": [RATES]}
 RUNS = {
     "rows": {"data": ROWS},
     "epochs": {"data": ROWS, "trainer": {**TRAINER, "val_check_interval": 1.0}},
@@ -34,6 +38,8 @@ RUNS = {
         "data": {"class_path": "qlora_lightning.PreferenceDataModule", **PAIRS},
         "model": {"class_path": "qlora_lightning.PreferenceModule", **MODEL},
     },
+    "plain": {"data": ROWS, "trainer": PLAIN, **UNTIMED},
+    "once": {"data": ROWS, "trainer": {**PLAIN, "val_check_interval": 1.0}, **UNTIMED},
     "two": {"data": {**ROWS, "batch_size": 1}, "trainer": {**TRAINER, "devices": 2, "strategy": "ddp"}},
 }
 # the run, the batches at whose beginning a signal comes in its first life and those after it, and the steps saved then
@@ -52,6 +58,14 @@ KILLS = [
     ("rows", 6, 1),  # inside a window
     pytest.param("rows", 8, 1, marks=pytest.mark.slow),  # before the first of a validation: its step is not saved
     pytest.param("epochs", 17, 5, marks=pytest.mark.slow),
+]
+# the run, and the file of it that has its name for the n-th time when the machine fails
+KILLS_IN_A_SAVE = [
+    ("plain", "last.ckpt", 3),  # of a step that loggers have not got yet
+    ("plain", "last.ckpt", 2),  # of a validation, before the checkpoint of the first one is deleted
+    # before the checkpoint of that adapter is written
+    pytest.param("plain", "adapter_model.safetensors", 2, marks=pytest.mark.slow),
+    ("once", "step-000003.ckpt", 1),  # before there is a last one, with nothing left to train
 ]
 
 
@@ -141,6 +155,26 @@ def test_a_kill_between_write_and_rename_costs_nothing(runs, whole, monkeypatch)
         (run / name).write_bytes(b"half")
     assert main(fit("rows", run.name)) == 0
     assert_same_end(whole("rows"), run)
+
+
+@pytest.mark.parametrize(("kind", "name", "times"), KILLS_IN_A_SAVE)
+def test_a_kill_inside_a_save_leaves_every_file_as_if_it_had_not_been(runs, whole, monkeypatch, kind, name, times):
+    run, replace, renamed = runs / "resume" / f"{kind}-{name}-{times}", os.replace, []
+
+    def die(one, other):
+        replace(one, other)
+        renamed.append(Path(other).name)
+        if Path(other).name == name and renamed.count(name) == times:
+            raise MachineFailed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", die)
+        with pytest.raises(MachineFailed):
+            main(fit(kind, run.name))
+    assert main(fit(kind, run.name)) == 0
+    assert_same_end(whole(kind), run)
+    assert (run / "metrics.csv").read_bytes() == (whole(kind) / "metrics.csv").read_bytes()
+    assert contents(run / "adapter") == contents(whole(kind) / "adapter")
 
 
 @pytest.fixture

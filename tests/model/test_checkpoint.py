@@ -3,12 +3,16 @@
 That a run resumes from it: ``tests/distributed/test_resume.py``.
 """
 
+import pathlib
+import pickle
+import shutil
+
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from qlora_lightning import LossSums, QLoRAModule
+from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
 from tests.equality import same
 from tests.errors import MachineFailed, rejects
 from tests.steps import fit, make_module, make_trainer
@@ -76,6 +80,41 @@ def test_of_a_state_that_does_not_fit_nothing_is_loaded(trained, change):
     with rejects("adapter.shapes", "The checkpoint"):
         trained[0].load_state_dict(values)
     assert same(before, dict(trained[0].state_dict()))
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9999])
+
+
+WRONG_FILES = [  # what is done to a good file, and the key of the error
+    (lambda file: torch.save({"state_dict": Code()}, file), "checkpoint.damaged"),
+    (lambda file: file.write_bytes(pickle.dumps({"state_dict": {}})), "checkpoint.damaged"),
+    (cut, "checkpoint.damaged"),
+    (lambda file: torch.save({"weight": torch.ones(1)}, file), "checkpoint.foreign"),
+    (lambda file: torch.save([1], file), "checkpoint.foreign"),
+    (pathlib.Path.unlink, "checkpoint.missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "key"), WRONG_FILES)
+def test_a_wrong_file_is_rejected_by_all_that_reads_checkpoints(
+    trained, tiny_base, rows_file, tmp_path, capfd, change, key
+):
+    file = shutil.copy(trained[1], tmp_path / "wrong.ckpt")
+    change(file)
+    data = InstructionDataModule(**dict.fromkeys(("train", "val", "test"), str(rows_file)), tokenizer=str(tiny_base))
+    for name in ("fit", "validate", "test"):
+        run = getattr(make_trainer(tmp_path, max_steps=1), name)
+        with rejects(key, str(file)):
+            run(QLoRAModule(str(tiny_base), rank=2), datamodule=data, ckpt_path=file)
+    with rejects(key, str(file)):
+        QLoRAModule.load_from_checkpoint(file)
+    assert "ran" not in capfd.readouterr().out.split()
 
 
 class SaveAt(lightning.Callback):

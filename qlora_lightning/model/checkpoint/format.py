@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import check_keys, check_version
 
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
+_NOT_READ = (
+    "{} is not read: it is damaged or no checkpoint, or it holds objects that run code when they are loaded. Expected "
+    "a .ckpt file that a run wrote: tensors, numbers and texts alone"
+)
 _STATES = list[dict[str, object]]
 _KEYS: dict[str, Any] = {
     **{"pytorch-lightning_version": str, "epoch": int, "global_step": int, "state_dict": dict[str, torch.Tensor]},
@@ -28,21 +33,33 @@ _KEYS: dict[str, Any] = {
 }
 
 
-def read_checkpoint(file: str | Path, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(file: str | Path, mmap: bool = False, weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint file onto the CPU; raise UserError if it is missing, damaged, or would run code.
 
-    All of it is read, for its checksums.
+    All of it is read, for its checksums. Without ``weights_only`` it may run code.
     """
-    with explaining(
-        f"{file} is not read: it is missing, damaged or no checkpoint, or it holds objects that run code when they are "
-        "loaded. Expected a .ckpt file that a run wrote: tensors, numbers and texts alone",
-        "checkpoint.damaged",
-    ):
+    if not Path(file).is_file():
+        raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.", "checkpoint.missing")
+    with explaining(_NOT_READ.format(file), "checkpoint.damaged"):
         with zipfile.ZipFile(file) as archive:
             if archive.testzip():  # torch does not verify checksums
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=mmap)
     return checkpoint if isinstance(checkpoint, dict) else {}
+
+
+class CheckpointReader(TorchCheckpointIO):
+    """Reads what ``ckpt_path`` names for a Trainer: Lightning checks neither checksums nor who wrote a file."""
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        weights_only = weights_only is not False  # as asked for by the user alone
+        if "://" in str(path):
+            with explaining(_NOT_READ.format(path), "checkpoint.damaged"):
+                checkpoint = super().load_checkpoint(path, weights_only=weights_only)
+        else:
+            checkpoint = read_checkpoint(path, weights_only=weights_only)
+        read_content(checkpoint, str(path))
+        return checkpoint
 
 
 def read_content(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def check_callbacks(trainer: Trainer | None) -> None:
 
 
 def check_setup(module: "QLoRAModule") -> None:
-    """Check the Trainer's settings and the data of a run before anything is loaded; its checkpoint is when it is read."""
+    """Check the settings and data of a run before anything is loaded. Its checkpoint is checked when it is read."""
     # Lightning warns of this hook beside a data module that has none of its own.
     warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule`")
     if not trainers.is_trial_run(module.trainer):  # which sets its own

@@ -13,7 +13,7 @@ from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.merge import Merge
 from tests.errors import rejects
 from tests.families import save_random
-from tests.steps import make_batch, make_module, trainable_tensors
+from tests.steps import fit, make_batch, make_module, trainable_tensors
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,33 @@ def test_what_trains_beside_takes_gradients_and_is_loaded_by_plain_peft(request,
         again = dict(peft.PeftModel.from_pretrained(plain, tmp_path).named_parameters())
     assert any(".lora_A." not in name and ".lora_B." not in name for name in own)
     assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+CAST = [{}, {"use_dora": True}, TIED, {"trainable_token_indices": [5, 6]}, {"modules_to_save": ["norm"]}]
+
+
+@pytest.mark.parametrize("options", CAST, ids=str)
+def test_what_trains_on_a_base_in_bf16_is_in_float32_in_the_optimizer_and_in_the_checkpoint(
+    options, tiny_base, rows_file, tmp_path
+):
+    """PEFT 0.21 makes new parameters of those that it casts."""
+    module = make_module(tiny_base, compute_dtype="bf16", learning_rate=1e-5, lora_options=copy.deepcopy(options))
+    trained = trainable_tensors(module.model)
+    started = {name: tensor.detach().clone() for name, tensor in trained.items()}
+    trainer = fit(module, tmp_path, rows_file, max_steps=1)
+    assert all(trainable_tensors(module.model)[name] is tensor for name, tensor in trained.items())
+    optimized = [tensor for group in trainer.optimizers[0].param_groups for tensor in group["params"]]
+    assert sorted(map(id, optimized)) == sorted(map(id, trained.values()))
+    trainer.save_checkpoint(tmp_path / "step.ckpt")
+    stored = torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"]
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, started[name])
+        assert torch.equal(tensor, stored[f"model.{name}"])
+    if options is CAST[3]:
+        embedding, head = module.causal_lm.get_input_embeddings(), module.causal_lm.get_output_embeddings()
+        deltas = [part.token_adapter.trainable_tokens_delta["default"] for part in (embedding, head)]
+        assert deltas[0] is deltas[1]
 
 
 @pytest.mark.parametrize("saved", ["norm", "lm_head"])

@@ -21,7 +21,7 @@ _LOSSES = ("train_loss", "val_loss")
 _NOISY = ("train_loss", "grad_norm", "tokens_per_second")
 _UNDRAWN = (
     *("epoch", "train_perplexity", "val_perplexity", "labelled_tokens_per_second", "rows_per_second", "tokens_seen"),
-    *("micro_batches", "memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
+    *("train_token_accuracy", "micro_batches", "memory_allocated_gib", "memory_reserved_gib", "private_memory_gib"),
 )
 _STYLES: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 2},

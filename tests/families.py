@@ -93,7 +93,7 @@ _SEEDS = {"ctrl": 1, "gemma4_text": 1}  # by 0 a ReLU's input may round to 0, an
 # No tiny config is known of these, or it takes minutes (kimi_linear) or narrow linears (axk2), or they are rejected.
 _UNKNOWN_MIXTURES = (
     *("axk2", "deepseek_v4", "dots3_note", "gemma4", "kimi_linear", "laguna", "phimoe", "qwen3_5_moe", "qwen4_exp"),
-    "qwen4_exp_text",
+    *("qwen4_exp_text", "ergo", "kolibri1_1", "longcat_flash"),  # the last three are mixtures from 5.25 on
 )
 
 

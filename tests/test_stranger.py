@@ -26,7 +26,8 @@ def folder(tiny_base, tmp_path_factory):
     base = shutil.copytree(tiny_base, place / "base")
     config = json.loads((base / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "evil.Evil"}, "_attn_implementation": "evil/kernel"}
-    config |= {"fusion_config": {"evil": True}, "transformers_weights": "other.safetensors"}
+    config |= {"attn_implementation": "evil/kernel", "kernel_config": {"RMSNorm": "evil/kernel:Norm"}}
+    config |= {"use_kernels": True, "fusion_config": {"evil": True}, "transformers_weights": "other.safetensors"}
     (base / "config.json").write_text(json.dumps(config))
     make_run(place / "run", base)
     for name in ("evil.py", "base/evil.py", "run/evil.py"):

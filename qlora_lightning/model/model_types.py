@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_lightning.support.errors import UserError
 
-# Proven by `python -m tests.families` with transformers 5.24: states, losses, gradients, answers, folders and merges of
-# packed batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
+# Proven by `python -m tests.families` with transformers 5.24 and 5.25: states, losses, gradients, answers, folders and
+# merges of packed batches are those of rows alone. All other types run a row at a time, by transformers' own forward.
 PACKED_TYPES: tuple[str, ...] = (
     *("apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere", "cohere2"),
     *("cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),

@@ -20,7 +20,7 @@ from qlora_lightning.sources.folders import explaining_base, open_config, read_c
 from qlora_lightning.support.errors import UserError
 
 _LOGIT_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of a text's config
-# Whole models of transformers 5.24 that scale or cap logits as their texts do; others, such as gemma3, leave it out.
+# Whole models of transformers 5.25 that scale or cap logits as their texts do; others, such as gemma3, leave it out.
 _CHANGE_LOGITS = (
     *("gemma3n", "gemma4", "gemma4_unified", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "inkling2"),
     *("mistral_large4", "muse_glimmer", "paligemma"),

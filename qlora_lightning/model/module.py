@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -71,7 +72,8 @@ class QLoRAModule(lightning.LightningModule):
         lora_options: More for ``peft.LoraConfig``, of what is verified on a quantized base: ``use_rslora``,
             ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
-        adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
+        adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply, and
+            others are rejected.
         learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B, and a tenth
             of it for preferences.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
@@ -170,6 +172,9 @@ class QLoRAModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
         guards.check_start(self)
+        trainer = trainers.trainer_of(self)
+        if self.adapter is not None and (trainer is None or trainer.state.fn == TrainerFn.FITTING):
+            self._take_settings_of_adapter()
         if self.model is not None:
             return
         self.model = self.build_model()
@@ -183,6 +188,17 @@ class QLoRAModule(lightning.LightningModule):
         saved = inject.saved_tensors(self)
         tensors = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in saved]
+
+    def _take_settings_of_adapter(self) -> None:
+        """Let settings, and what is recorded of them, be those of the folder ``adapter``: these train.
+
+        Not in an evaluation, whose settings may be those of another run.
+        """
+        settings = build.settings_of_adapter(self)
+        changed = {name: value for name, value in settings.items() if value != self.adapter_options.get(name)}
+        self.adapter_options |= changed
+        if recorded := {name: value for name, value in changed.items() if name in self.hparams}:
+            self.save_hyperparameters(recorded, logger=self._log_hyperparams)
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.

@@ -21,7 +21,7 @@ from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-_OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
+OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
     *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
@@ -101,10 +101,10 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     PEFT quantizes the base once more for ``olora`` and starts a plain adapter for ``eva`` and ``lora_ga``; ``pissa``,
     ``corda`` and ``loftq`` need the weights from before quantization.
     """
-    unknown, init = [*(options.keys() - set(_OPTIONS))], options.get("init_lora_weights", True)
+    unknown, init = [*(options.keys() - set(OPTIONS))], options.get("init_lora_weights", True)
     if unknown:
         raise UserError(
-            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(_OPTIONS)}.", "model.lora_options"
+            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(OPTIONS)}.", "model.lora_options"
         )
     if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(

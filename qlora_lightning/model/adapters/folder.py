@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import ModelCardData
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import (
     ADAPTER,
+    KEEPS_DTYPES,
     OPTIONS,
     adapter_tensors,
     check_shapes,
@@ -341,8 +343,21 @@ def add_named_adapter(
     fuse_layers(model, fast)
 
 
-def check_saved(model: peft.PeftModel) -> None:
-    """Reject a model in which more trains than its adapter folder holds, as norms that were unfrozen by hand."""
+def check_trainable(module: nn.Module, model: nn.Module) -> None:
+    """Reject a module that trains nothing, more than the adapter folder of its model holds, or not in float32."""
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+        raise UserError(
+            "The adapter is merged into the frozen base, as by merge_adapter(): nothing would train, and the base is "
+            "another one. Make the module again, and merge what it has saved by `qlora-lightning merge`.",
+            "adapter.merged",
+        )
+    trainable = trainable_tensors(module)
+    if not trainable or not isinstance(model, peft.PeftModel):
+        raise UserError(
+            "No adapter trains: it is frozen or switched off, or it was taken out, as by merge_and_unload(). Make the "
+            "module again, or let the adapter's tensors require gradients.",
+            "adapter.missing",
+        )
     saved = {id(tensor) for tensor in _tensors_by_key(model, model.active_adapter).values()}
     if left_out := [name for name, tensor in trainable_tensors(model).items() if id(tensor) not in saved]:
         raise UserError(
@@ -350,6 +365,9 @@ def check_saved(model: peft.PeftModel) -> None:
             "folder: freeze them, or name their modules in modules_to_save.",
             "adapter.left_out",
         )
+    for name, tensor in trainable.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(f"{name} would train in {tensor.dtype}. {KEEPS_DTYPES}", "adapter.dtype")
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

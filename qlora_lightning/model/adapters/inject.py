@@ -25,6 +25,10 @@ OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
     *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
 )
+KEEPS_DTYPES = (
+    "What trains is in float32, in which alone small steps add up, and model.compute_dtype chooses the dtype of "
+    "products: do not cast the model (to, half, bfloat16, …)."
+)
 PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 _BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),

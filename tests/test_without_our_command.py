@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
 from tests.equality import read_checkpoint, same
@@ -65,6 +66,17 @@ def test_a_fit_after_the_learning_rate_finder_is_bit_for_bit_one_without(tiny_ba
     first, second = (read_checkpoint(tmp_path / run) for run in ("plain", "run"))
     for part in ("state_dict", "global_step", "lr_schedulers"):
         assert same(first[part], second[part]), part
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning warns of loaders
+@pytest.mark.parametrize("combine", [list, lambda loaders: dict(enumerate(loaders)), tuple])
+def test_batches_of_several_loaders_are_no_batch_and_not_printed(tiny_base, rows_file, tmp_path, combine):
+    data = InstructionDataModule(str(rows_file), tokenizer=str(tiny_base), batch_size=4)
+    data.setup("fit")
+    loaders = CombinedLoader(combine([data.train_dataloader(), data.train_dataloader()]))
+    with rejects("data.batch", combine([]).__class__.__name__, "CombinedLoader", "data.train") as fault:
+        make_trainer(tmp_path, max_steps=1).fit(QLoRAModule(str(tiny_base)), loaders)
+    assert "tensor(" not in str(fault.value)
 
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")  # as it shall

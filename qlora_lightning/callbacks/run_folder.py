@@ -41,6 +41,10 @@ class RunFolder(Callback):
         seed = data.state_dict().get("seed") if data is not None else None
         if seed is not None:  # the checkpoint's, or torch's; in older checkpoints that is too large for seed_everything
             self.config["seed_everything"] = seed if seed < 2**32 else False
+        model, module = self.config.get("model"), pl_module
+        if isinstance(model, dict) and getattr(module, "adapter", None) is not None:  # its folder has the shape
+            options: Any = getattr(module, "adapter_options", {})
+            model |= {name: module.hparams[name] for name in options if name in model and name in module.hparams}
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             file = Path(trainer.default_root_dir) / files.CONFIG

@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_lightning.model.adapters.folder import check_saved
+from qlora_lightning.model.adapters.folder import check_trainable
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume
@@ -346,7 +346,7 @@ class TrainingGuard(Callback):
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
                 "trainer.callbacks",
             )
-        check_saved(module.model)
+        check_trainable(module, module.model)
         config, data = module.causal_lm.config, datamodule_of(trainer)
         check_row_length(config, getattr(data, "max_length", 0))
         samples, n_positions = samples_of(data, "train"), most_positions(config)

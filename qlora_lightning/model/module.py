@@ -1,6 +1,7 @@
 """The LightningModule: a quantized base with its adapters, and the steps that train them."""
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -72,7 +74,8 @@ class QLoRAModule(lightning.LightningModule):
         lora_options: More for ``peft.LoraConfig``, of what is verified on a quantized base: ``use_rslora``,
             ``use_dora``, ``init_lora_weights`` (drawn ones), ``rank_pattern``, ``alpha_pattern``,
             ``modules_to_save``, ``trainable_token_indices``, ``ensure_weight_tying``.
-        adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply.
+        adapter: Adapter folder, or run folder with one, to train further; its own rank, alpha and targets apply, and
+            others are rejected.
         learning_rate: Peak learning rate; ``auto`` chooses it by the base's width, such as 2e-4 for 8B, and a tenth
             of it for preferences.
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
@@ -170,6 +173,9 @@ class QLoRAModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """Make the model once, on the device of this process."""
         guards.check_start(self)
+        trainer = trainers.trainer_of(self)
+        if self.adapter is not None and (trainer is None or trainer.state.fn == TrainerFn.FITTING):
+            self._take_settings_of_adapter()
         if self.model is not None:
             return
         self.model = self.build_model()
@@ -183,6 +189,17 @@ class QLoRAModule(lightning.LightningModule):
         saved = inject.saved_tensors(self)
         tensors = [*self.named_parameters(), *self.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in saved]
+
+    def _take_settings_of_adapter(self) -> None:
+        """Let settings, and what is recorded of them, be those of the folder ``adapter``: these train.
+
+        Not in an evaluation, whose settings may be those of another run.
+        """
+        settings = build.settings_of_adapter(self)
+        changed = {name: value for name, value in settings.items() if value != self.adapter_options.get(name)}
+        self.adapter_options |= changed
+        if recorded := {name: value for name, value in changed.items() if name in self.hparams}:
+            self.save_hyperparameters(recorded, logger=self._log_hyperparams)
 
     def build_model(self) -> nn.Module:
         """Load the base and put adapters on it. Override it for another base or other adapters.
@@ -220,7 +237,12 @@ class QLoRAModule(lightning.LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:
-            return tensor if isinstance(tensor, DTensor) else fn(tensor)  # shards stay where they are
+            moved = tensor if isinstance(tensor, DTensor) else fn(tensor)  # shards stay where they are
+            if moved.dtype != tensor.dtype:  # before any tensor has changed
+                raise UserError(
+                    f"{type(self).__name__} cannot be cast to {moved.dtype}. {inject.KEEPS_DTYPES}", "adapter.dtype"
+                )
+            return moved
 
         module: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return module
@@ -481,6 +503,21 @@ class QLoRAModule(lightning.LightningModule):
 
     # ---- what it saves and loads -------------------------------------------------------------------------------------
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.model is not None:
+            raise UserError(
+                f"{type(self).__name__} is not pickled, as by torch.save(module): the file would hold the whole base, "
+                "and run code when it is loaded. Use module.save_adapter(folder), trainer.save_checkpoint(file) or "
+                "torch.save(module.state_dict(), file).",
+                "module.pickle",
+            )
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:  # else it would take __reduce_ex__
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return copied
+
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
 
@@ -511,12 +548,23 @@ class QLoRAModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # our settings are under our own key, and no hparams file exists
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **overrides: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = "cpu",
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **overrides: Any,
     ) -> Self:
         """Make a module from a checkpoint: settings, base and adapter, on the device ``map_location``.
 
         ``overrides`` replace saved arguments. Whether code that comes with the base may run is not taken from the
-        checkpoint: pass ``trust_remote_code``.
+        checkpoint: pass ``trust_remote_code``. The other arguments are Lightning's, and can only be left as they are:
+        names and shapes must be those of the model, and no pickle is read.
         """
+        expected = "None: the checkpoint has the settings, and arguments by name replace them"
+        check_setting("hparams_file", hparams_file, hparams_file is None, expected)
+        check_setting("strict", strict, strict is not False, "True: a checkpoint has all that trains, and nothing else")
+        check_setting("weights_only", weights_only, weights_only is not False, "True: no code of a file is run")
         module: Self = checkpoint_format.restore_module(cls, checkpoint_path, map_location, overrides)
         return module

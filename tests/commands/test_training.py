@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from qlora_lightning.report import read_metrics
+from tests.adapters import make_adapter
 from tests.equality import adapter_bytes, contents, metrics, read_adapter
 from tests.processes import run_python
 
@@ -106,6 +107,42 @@ def test_an_adapter_folder_is_trained_further_by_its_key(command, tmp_path):
     again = {"config": "further/config.yaml"}
     assert "Adapter: further/adapter" in command("validate", **again)  # and not the one it began with
     assert "Adapter:" not in command("validate", "--model.adapter", "run", **again)
+
+
+@pytest.fixture
+def further(command, tmp_path, write_config):
+    """Train an adapter of another shape than the config's further, into ``further``."""
+    make_adapter(tmp_path / "other", "tiny", rank=4, alpha=12, target_modules="attention", layers=[1])
+    at_default = {"rank": 8, "dropout": 0.0, "compute_dtype": "fp32"}
+    config = write_config(model=at_default, evaluation={"enabled": False}, trainer={"max_steps": 1})
+    command("fit", "--model.adapter", "other", "--trainer.default_root_dir", "further", config=config)
+    return tmp_path / "further"
+
+
+def test_the_run_folder_records_the_shape_of_the_adapter_that_is_trained_further(command, further):
+    manifest = json.loads((further / "manifest.json").read_text())
+    checkpoint = torch.load(further / "checkpoints" / "last.ckpt", weights_only=True)
+    shape = {"rank": 4, "alpha": 12, "dropout": 0.0, "layers": [1], "lora_options": None, "target_experts": False}
+    shape["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config, stored = read_config(further), checkpoint["qlora_lightning"]["settings"]
+    for settings in (config["model"], manifest["config"]["model"], stored):
+        assert {name: settings[name] for name in shape} == shape
+    command("plan", config="further/config.yaml")
+    for verb in ("fit", "plan"):
+        options = ("--model.adapter", "run", "--trainer.default_root_dir", "third")
+        assert "model.rank is 4" in command(verb, *options, config="further/config.yaml", code=2)
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_that_trained_an_adapter_further_runs_again(command, further, tmp_path):
+    again = {"config": "further/config.yaml"}
+    command("fit", "--trainer.default_root_dir", "again", **again)
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(further)
+    assert read_config(tmp_path / "again")["model"] == read_config(further)["model"]
+    assert "model.rank" not in command("fit", "--ckpt_path", "last", "--trainer.max_steps", 2, **again)
+    for verb, option in (("validate", "--model.adapter"), ("evaluate", "--adapter")):
+        command(verb, **again)
+        command(verb, option, "run", **again)  # of another shape: it is not trained
 
 
 def test_tokenizer_template_and_its_options_follow_the_adapter(command, tmp_path, write_config):

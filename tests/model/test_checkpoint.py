@@ -3,6 +3,7 @@
 That a run resumes from it: ``tests/distributed/test_resume.py``.
 """
 
+import copy
 import pathlib
 import pickle
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from qlora_lightning import InstructionDataModule, LossSums, QLoRAModule
+from qlora_lightning import InstructionDataModule, LossSums, PreferenceModule, QLoRAModule
 from tests.equality import same
 from tests.errors import MachineFailed, rejects
 from tests.steps import fit, make_module, make_trainer
@@ -70,6 +71,29 @@ def test_a_checkpoint_decides_neither_that_code_may_run_nor_what_is_imported(tra
     assert "optimizer no_such_module.Optimizer is not taken over" in out
     assert "ignored: gone, place." in out
     assert QLoRAModule.load_from_checkpoint(file, trust_remote_code=True).trust_remote_code is True
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("strict", False), ("weights_only", False), ("hparams_file", "hparams.yaml")]
+)
+def test_arguments_of_lightnings_loading_are_taken_as_they_always_are(trained, argument, value):
+    with rejects(argument, repr(value), "None" if argument == "hparams_file" else "True"):
+        Own.load_from_checkpoint(trained[1], **{argument: value})
+    usual = {"hparams_file": None, "strict": True, "weights_only": True}
+    assert have_same_adapter(trained[0], Own.load_from_checkpoint(trained[1], None, **usual))
+
+
+def test_a_module_is_copied_but_not_pickled_with_its_base(trained, tiny_base, tmp_path):
+    for module in (trained[0], PreferenceModule(str(tiny_base), "kto")):
+        module.configure_model()
+        with rejects("module.pickle", type(module).__name__, "save_adapter"):
+            torch.save(module, tmp_path / "module.pt")
+        copied = copy.deepcopy(module)
+        assert type(copied) is type(module)
+        assert have_same_adapter(module, copied)
+        assert copied.model is not module.model
+    fresh = pickle.loads(pickle.dumps(QLoRAModule(str(tiny_base), rank=3)))  # without a base, as processes get it
+    assert fresh.adapter_options["rank"] == 3
 
 
 @pytest.mark.parametrize("change", [dict.popitem, lambda values: values.update(more=torch.ones(1))])

@@ -4,12 +4,15 @@ import contextlib
 import math
 
 import lightning
+import peft
 import pytest
 import torch
 from lightning import Callback
+from lightning.fabric import Fabric
 from lightning.pytorch import callbacks
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from transformers import AutoModelForCausalLM
 
 from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
 from tests.errors import rejects
@@ -114,6 +117,40 @@ def compiled(base):
     return torch.compile(QLoRAModule(base))
 
 
+class TrainsInBFloat16(QLoRAModule):
+    def build_model(self):
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.bfloat16)
+        config = peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def made(base, change):
+    module = QLoRAModule(base)
+    module.configure_model()
+    change(module)
+    return module
+
+
+def cast(base):
+    return made(base, lambda module: module.model.bfloat16())
+
+
+def merged(base):
+    return made(base, lambda module: module.model.merge_adapter())
+
+
+def unloaded(base):
+    return made(base, lambda module: module.model.merge_and_unload())
+
+
+def replaced_by_its_base(base):
+    return made(base, lambda module: setattr(module, "model", module.model.unload()))
+
+
+def switched_off(base):
+    return made(base, lambda module: module.model.disable_adapter_layers())
+
+
 def by_lbfgs(base):
     return QLoRAModule(base, optimizer="torch.optim.LBFGS")
 
@@ -142,6 +179,12 @@ CALLBACKS = (
         (ForgetsToDivide, {}, "module.optimizer_step"),
         (LeavesEvaluationMode, {}, "model.training"),
         (compiled, {}, "module.training_step"),
+        (cast, {}, "adapter.dtype"),
+        (TrainsInBFloat16, {}, "adapter.dtype"),
+        (merged, {}, "adapter.merged"),
+        (unloaded, {}, "adapter.missing"),
+        (replaced_by_its_base, {}, "adapter.missing"),
+        (switched_off, {}, "adapter.missing"),
         (by_lbfgs, {"accumulate_grad_batches": 2}, "model.optimizer"),
         (QLoRAModule, {"accelerator": "auto", "strategy": SingleDeviceStrategy("mps", Apple())}, "trainer.accelerator"),
         *((QLoRAModule, {"callbacks": callback}, "trainer.callbacks") for callback in CALLBACKS),
@@ -165,6 +208,24 @@ class StopsAtOnce(Callback):
 def test_a_fit_that_takes_no_step_ends_in_an_error(tiny_base, rows_file, tmp_path, options, fact):
     with rejects("fit.steps", "no step", fact):
         fit(QLoRAModule(str(tiny_base)), tmp_path, rows_file, max_epochs=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda module: module.to(torch.bfloat16), "bfloat16"),
+        (lambda module: module.half(), "float16"),
+        (lambda module: module.double(), "float64"),
+        (Fabric(accelerator="cpu", devices=1, precision="bf16-true").setup, "bfloat16"),
+    ],
+    ids=["to", "half", "double", "fabric"],
+)
+def test_a_module_keeps_its_dtypes(tiny_base, cast, dtype):
+    module = make_module(tiny_base)
+    with rejects("adapter.dtype", dtype, "model.compute_dtype"):
+        cast(module)
+    assert {tensor.dtype for tensor in module.parameters()} == {torch.float32, torch.uint8}
+    module.to("cpu").float()  # changes nothing
 
 
 def test_an_optimizer_that_computes_the_loss_several_times_trains_on_single_batches(train):

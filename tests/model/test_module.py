@@ -163,6 +163,8 @@ def test_an_own_base_gets_adapters_is_saved_and_resumes_on_no_other(tiny_base, r
     for kind, base in ((Plain, other), (QLoRAModule, tiny_base)):  # the latter has it from the files, in other bits
         with rejects("adapter.base"):
             kind(str(base), quantization="nf4", adapter=str(tmp_path / "adapter")).configure_model()
+    with rejects("model.rank", "3", "2"):
+        Plain(str(tiny_base), rank=3, adapter=str(tmp_path / "adapter")).configure_model()
 
 
 class OwnAdapters(QLoRAModule):

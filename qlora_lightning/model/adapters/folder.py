@@ -1,7 +1,10 @@
 """The adapter folder: written whole or not at all, read, and its tensors put on a base."""
 
+import contextlib
 import copy
 import filecmp
+import inspect
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +14,7 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import ModelCardData
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -19,15 +23,20 @@ from torch import Tensor, nn
 from qlora_lightning.model.adapters.identity import check_identity
 from qlora_lightning.model.adapters.inject import (
     ADAPTER,
+    KEEPS_DTYPES,
+    OPTIONS,
     adapter_tensors,
     check_shapes,
     inject,
+    new_lora_config,
+    resolve_targets,
     taken_for_experts,
     trainable_tensors,
 )
 from qlora_lightning.model.layers.experts import PackedExperts
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.wrapped import rename
+from qlora_lightning.model.model_types import layer_of
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import tensor_names
 from qlora_lightning.support import files
@@ -231,6 +240,76 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
         return peft.LoraConfig(**settings)
 
 
+def settings_of_folder(folder: Path, base: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a module, from ``rank`` to ``lora_options``, that describe the adapter of a folder.
+
+    A setting of the user's that describes it is returned as it is: ``all-linear``, or a list of these modules.
+
+    Args:
+        folder: The adapter folder.
+        base: The base without adapters, on any device; ``None`` if it is unknown before it is loaded. Then
+            ``target_modules`` and ``layers`` are not compared.
+        settings: Those of the module.
+
+    Raises:
+        UserError: A setting that is not left at its default is not the folder's.
+    """
+    config = read_lora_config(folder, None if base is None else base.config)
+    defaults = {name: each.default for name, each in inspect.signature(new_lora_config).parameters.items()}
+    settings = {name: settings.get(name, default) for name, default in defaults.items() if name != "base"}
+    targets = set(config.target_modules or ())
+    trained = {
+        **settings,
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "target_experts": bool(config.target_parameters),
+    }
+    if settings["alpha"] is None and config.lora_alpha == 2 * config.r:
+        trained["alpha"] = None
+    choice = settings["target_modules"], settings["layers"]
+    if base is not None or choice == (defaults["target_modules"], defaults["layers"]):
+        trained["target_modules"], trained["layers"] = _describe_targets(base, targets, *choice)
+    options = {name: getattr(config, name) for name in OPTIONS if name != "init_lora_weights"}
+    names = [*targets, *(config.target_parameters or ())]
+    if _effect_of(options, base, names) != _effect_of(settings["lora_options"] or {}, base, names):
+        trained["lora_options"] = {name: value for name, value in options.items() if value} or None
+    for name, value in settings.items():
+        if value not in (defaults[name], trained[name]):
+            raise UserError(
+                f"model.{name} is {value!r}, and the adapter folder {folder} that model.adapter trains further has "
+                f"{trained[name]!r}: leave model.{name} out, or leave model.adapter out for a new adapter.",
+                f"model.{name}",
+            )
+    return trained
+
+
+def _describe_targets(
+    base: Any, targets: set[str], target_modules: str | list[str], layers: str | list[int]
+) -> tuple[str | list[str], str | list[int]]:
+    """Return ``target_modules`` and ``layers`` that choose these modules, if possible as they are."""
+    full_names = sorted(targets) if base is None else [name for name, _ in base.named_modules() if name in targets]
+    last_names = list(dict.fromkeys(name.rpartition(".")[2] for name in full_names))
+    indices = sorted({layer for name in targets if (layer := layer_of(name)) is not None})
+    if base is None:
+        return last_names, indices
+    for modules, chosen_layers in itertools.product((target_modules, last_names), (layers, "all", indices)):
+        with contextlib.suppress(UserError):
+            if set(resolve_targets(base, modules, chosen_layers)) == targets:
+                return modules, chosen_layers  # the user's, if they do
+    return full_names, "all"
+
+
+def _effect_of(options: Mapping[str, Any], base: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return what options of ``peft.LoraConfig`` do to an adapter of a folder, on these modules, in one form."""
+    effect = {name: value for name, value in options.items() if value and name != "init_lora_weights"}
+    for key in {"rank_pattern", "alpha_pattern"} & effect.keys():
+        effect[key] = _by_full_names(effect[key], names)
+    if base is not None and (endings := tuple(effect.get("modules_to_save", ()))):
+        effect["modules_to_save"] = [name for name, _ in base.named_modules() if name.endswith(endings)]
+    return effect
+
+
 def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
     """Set an adapter of a model to a folder's tensors, each of which must be finite and fit one of the model's."""
     tensors, stored = _tensors_by_key(model, name), load_file(folder / _WEIGHTS)
@@ -264,8 +343,21 @@ def add_named_adapter(
     fuse_layers(model, fast)
 
 
-def check_saved(model: peft.PeftModel) -> None:
-    """Reject a model in which more trains than its adapter folder holds, as norms that were unfrozen by hand."""
+def check_trainable(module: nn.Module, model: nn.Module) -> None:
+    """Reject a module that trains nothing, more than the adapter folder of its model holds, or not in float32."""
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
+        raise UserError(
+            "The adapter is merged into the frozen base, as by merge_adapter(): nothing would train, and the base is "
+            "another one. Make the module again, and merge what it has saved by `qlora-lightning merge`.",
+            "adapter.merged",
+        )
+    trainable = trainable_tensors(module)
+    if not trainable or not isinstance(model, peft.PeftModel):
+        raise UserError(
+            "No adapter trains: it is frozen or switched off, or it was taken out, as by merge_and_unload(). Make the "
+            "module again, or let the adapter's tensors require gradients.",
+            "adapter.missing",
+        )
     saved = {id(tensor) for tensor in _tensors_by_key(model, model.active_adapter).values()}
     if left_out := [name for name, tensor in trainable_tensors(model).items() if id(tensor) not in saved]:
         raise UserError(
@@ -273,6 +365,9 @@ def check_saved(model: peft.PeftModel) -> None:
             "folder: freeze them, or name their modules in modules_to_save.",
             "adapter.left_out",
         )
+    for name, tensor in trainable.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise UserError(f"{name} would train in {tensor.dtype}. {KEEPS_DTYPES}", "adapter.dtype")
 
 
 def _tensors_by_key(model: peft.PeftModel, adapter: str) -> dict[str, Tensor]:

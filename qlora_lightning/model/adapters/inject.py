@@ -22,9 +22,13 @@ from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
 from qlora_lightning.support.errors import UserError, explaining
 
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-_OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
+OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
     *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
     *("trainable_token_indices", "use_dora", "use_rslora"),
+)
+KEEPS_DTYPES = (
+    "What trains is in float32, in which alone small steps add up, and model.compute_dtype chooses the dtype of "
+    "products: do not cast the model (to, half, bfloat16, …)."
 )
 PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 _BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
@@ -94,10 +98,10 @@ def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: 
     PEFT quantizes the base once more for ``olora`` and starts a plain adapter for ``eva`` and ``lora_ga``; ``pissa``,
     ``corda`` and ``loftq`` need the weights from before quantization.
     """
-    unknown, init = [*(options.keys() - set(_OPTIONS))], options.get("init_lora_weights", True)
+    unknown, init = [*(options.keys() - set(OPTIONS))], options.get("init_lora_weights", True)
     if unknown:
         raise UserError(
-            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(_OPTIONS)}.", "model.lora_options"
+            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(OPTIONS)}.", "model.lora_options"
         )
     if init not in (True, False, "gaussian", "orthogonal"):
         raise UserError(

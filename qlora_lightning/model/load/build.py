@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config
+from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config, settings_of_folder
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters, inject, new_lora_config, trainable_tensors
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, check_widths, keep_quantized_layers, load_base
 from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
-from qlora_lightning.model.load.wrapped import empty_model
+from qlora_lightning.model.load.wrapped import empty_model, open_text_config
 from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
-from qlora_lightning.sources.folders import find_adapter_folder, read_identity
+from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config, read_identity
 from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
@@ -92,6 +92,21 @@ def put_adapters(base: PreTrainedModel, folder: Path | None = None, **options: A
     model = inject(base, read_lora_config(folder, base.config), str(folder))
     fill_adapter(model, folder)
     return model
+
+
+def settings_of_adapter(module: "QLoRAModule") -> dict[str, Any]:
+    """Return what the module's ``adapter_options`` are with the folder that its ``adapter`` names.
+
+    It reads no weights: what contradicts the folder is rejected before a base is loaded.
+    """
+    folder, base = find_adapter_folder(str(module.adapter)), None
+    read_identity(folder)
+    if not module.overrides("build_model"):
+        source = open_base(module.base, module.revision, weights=False)
+        # a base with code of its own may not work on the meta device
+        if not (module.trust_remote_code and "auto_map" in read_config(source.folder, source.name)):
+            base = meta_base(open_text_config(source.folder, module.base))
+    return settings_of_folder(folder, base, module.adapter_options)
 
 
 def report_model(module: "QLoRAModule", fusion: Fusion) -> None:

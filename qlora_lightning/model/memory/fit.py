@@ -9,6 +9,7 @@ import peft
 import torch
 
 from qlora_lightning.model.activation_checkpointing import Checkpointing
+from qlora_lightning.model.adapters.folder import settings_of_folder
 from qlora_lightning.model.layers.select import fuse_layers
 from qlora_lightning.model.load.base_model import check_quantization
 from qlora_lightning.model.load.build import meta_base, put_adapters
@@ -79,6 +80,8 @@ def plan_step(
     double_quant = check_quantization(quantization_config, module.quantization, module.double_quant, module.base)
     folder = None if module.adapter is None else find_adapter_folder(module.adapter)
     base = meta_base(config, dtype, module.quantization)
+    if folder is not None:
+        settings_of_folder(folder, base, module.adapter_options)  # rejects others
     model = put_adapters(base, folder, **module.adapter_options).to("meta")
     fuse_layers(model, module.fast)
     settings: dict[str, Any] = {"double_quant": double_quant, "optimizer": module.optimizer_config}

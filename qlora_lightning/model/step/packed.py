@@ -205,6 +205,12 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
 
     A stop token at the end of a row is never embedded: only the loss would meet it, as a label.
     """
+    if not isinstance(batch, Mapping) or any(isinstance(value, Mapping) for value in batch.values()):
+        raise UserError(
+            f"A batch is a {type(batch).__name__}, as CombinedLoader makes it of several, and a step takes one packed "
+            "batch: name several sources in data.train, or override compute_loss, which gets a batch as it is.",
+            "data.batch",
+        )
     expected = ("input_ids", "labels", "position_ids", "cu_seqlens")
     if missing := [name for name in expected if batch.get(name) is None]:
         raise UserError(

@@ -12,14 +12,14 @@ from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora_lightning import QLoRAModule
+from qlora_lightning import InstructionDataModule, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.sources.folders import load_tokenizer
 from tests.adapters import load_by_card, make_adapter
 from tests.equality import contents, same
-from tests.errors import MachineFailed
+from tests.errors import MachineFailed, rejects
 from tests.rows import change_json
-from tests.steps import make_module
+from tests.steps import fit, make_module, make_trainer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_lightning.json"}
@@ -182,3 +182,69 @@ def test_training_continues_with_the_shape_of_the_folder(tiny_base, made, tmp_pa
         tiny_base, adapter=str(folder), alpha=8.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
     assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+# ---- settings beside a folder ----------------------------------------------------------------------------------------
+
+SHAPE = {"rank": 4, "alpha": 12, "dropout": 0.1, "target_modules": "attention", "layers": [1]}
+SHAPE["lora_options"] = {"use_rslora": True, "rank_pattern": {"q_proj": 2}}
+
+
+@pytest.fixture(scope="module")
+def shaped(tiny_base, tmp_path_factory):
+    """An adapter folder that has nothing at its default, but experts."""
+    make_adapter(folder := tmp_path_factory.mktemp("shaped"), tiny_base, **SHAPE)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stored"),
+    [
+        ("rank", 5, "4"),
+        ("alpha", 8, "12"),
+        ("dropout", 0.5, "0.1"),
+        ("target_modules", "mlp", "'q_proj', 'k_proj', 'v_proj', 'o_proj'"),
+        ("target_modules", ["q_proj"], "'q_proj', 'k_proj', 'v_proj', 'o_proj'"),
+        ("layers", "last:2", "[1]"),
+        ("target_experts", True, "False"),
+        ("lora_options", {"use_rslora": True}, "'q_proj': 2"),
+    ],
+)
+def test_a_setting_that_is_not_the_folders_ends_a_fit_before_the_base_is_loaded(
+    tiny_base, shaped, rows_file, tmp_path, name, value, stored
+):
+    base = shutil.copytree(tiny_base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    with rejects(f"model.{name}", f"model.{name} is {value!r}", shaped, stored):
+        fit(QLoRAModule(str(base), adapter=shaped, **{name: value}), tmp_path, rows_file, max_steps=1)
+
+
+def test_settings_that_say_the_same_as_the_folder_stay_and_others_are_recorded_as_they_train(tiny_base, shaped):
+    say_the_same = {
+        "target_modules": ["v_proj", "o_proj", "self_attn.q_proj", "k_proj"],
+        "layers": "last:1",
+        "lora_options": {"use_rslora": True, "use_dora": False, "rank_pattern": {".*q_proj": 2}},
+    }
+    all_names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for settings in (SHAPE, say_the_same, {}):
+        module = make_module(tiny_base, adapter=shaped, **settings)
+        expected = SHAPE | {"target_modules": all_names, "target_experts": False} | settings
+        assert module.adapter_options == expected
+        assert {name: module.hparams[name] for name in expected} == expected
+        assert {name: module.hparams_initial[name] for name in expected} == expected  # for loggers
+
+
+def test_modules_that_no_short_setting_names_are_recorded_one_by_one(tiny_base, tmp_path):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    make_adapter(tmp_path, tiny_base, target_modules=names)
+    for _ in range(2):
+        module = make_module(tiny_base, adapter=str(tmp_path), target_modules=names)
+        assert (module.adapter_options["target_modules"], module.adapter_options["layers"]) == (names, "all")
+    assert make_module(tiny_base, adapter=str(tmp_path)).adapter_options == module.adapter_options
+
+
+def test_an_evaluation_takes_any_adapter_whatever_the_settings_would_train(tiny_base, shaped, rows_file, tmp_path):
+    module = QLoRAModule(str(tiny_base), adapter=shaped, rank=16, micro_batch_tokens=512)
+    data = InstructionDataModule(val=str(rows_file), train=str(rows_file), tokenizer=str(tiny_base), batch_size=8)
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, data, verbose=False)
+    with rejects("model.rank", "16", "4"):
+        make_trainer(tmp_path, max_steps=1).fit(module, data)

@@ -30,7 +30,7 @@ from qlora_lightning.model.step import loss as losses
 from qlora_lightning.model.step import optimizer as optimizers
 from qlora_lightning.sources import folders
 from qlora_lightning.support import trainer as trainers
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.settings import check_arguments
 
 

@@ -149,8 +149,9 @@ def test_settings_of_the_trainer_that_contradict_each_other_are_rejected_by_the_
         *OTHER_RULES,
         ("accumulate_grad_batches", {"accumulate_grad_batches": True}),
         ("check_val_every_n_epoch", {"check_val_every_n_epoch": 3, "max_epochs": 2}),  # its rows would never be used
-        ("callbacks", {"callbacks": EarlyStopping("val_loss", mode="max")}),
-        ("callbacks", {"callbacks": EarlyStopping("val_token_accuracy")}),  # whose mode is min by default
+        pytest.param("callbacks", {"callbacks": EarlyStopping("val_loss", mode="max")}, id="mode of a loss"),
+        # whose mode is min by default
+        pytest.param("callbacks", {"callbacks": EarlyStopping("val_token_accuracy")}, id="mode of an accuracy"),
     ],
     ids=str,
 )

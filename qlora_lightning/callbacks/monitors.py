@@ -70,7 +70,7 @@ class ThroughputMonitor(Callback):
         self._seconds += time.perf_counter() - self._began
         if pl_module.window.batches:
             return  # inside an accumulation window
-        tokens, labelled = (int(pl_module.window.totals[name]) for name in ("tokens", "labelled_tokens"))
+        tokens, labelled = int(pl_module.window.totals["tokens"]), pl_module.window.totals["labelled_tokens"]
         self.tokens_seen += tokens
         self.labelled_seen += labelled
         # as tensors on the host: Lightning would put numbers on the GPU, and each read would wait for it

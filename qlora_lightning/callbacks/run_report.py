@@ -138,7 +138,7 @@ class RunReport(Callback):
                 "steps": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "tokens": counted.tokens_seen if counted else None,
-                "rows" if is_preference else "labelled_tokens": counted.labelled_seen if counted else None,
+                "rows" if is_preference else "labelled_tokens": round(counted.labelled_seen) if counted else None,
                 "seconds": sum(entry["seconds"] for entry in self._attempts),
                 "planned_steps": self._planned,
             },

@@ -208,7 +208,7 @@ def row_losses(module: Any, batch: Mapping[str, Any], next_token: bool = False) 
         return
     for row in _labelled_rows(batch) if is_packed(batch) else [batch]:
         row = module.prepare_batch(module.transfer_batch_to_device(row, module.device, 0))
-        yield from evaluate(row, module.cutter, module.compute_loss)
+        yield from evaluate(row, module.cutter, module.sum_loss)
 
 
 def _losses_of_samples(module: Any, micro_batch: MicroBatch) -> list[LossSums]:

@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from qlora_lightning.model.adapters.folder import check_trainable
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import CheckpointReader
-from qlora_lightning.model.checkpoint.resume import ExactResume
+from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators
 from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.model.step.optimizer import check_length
+from qlora_lightning.model.step.optimizer import check_steps
 from qlora_lightning.model.step.packed import (
     check_row_length,
     cut_into_rows,
@@ -53,9 +53,9 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
 _MAX_DIFFERENCE = 0.1  # of sums: rounding in 16 bits is less
-_MAX_FACTOR = 5  # between the loss of training and validation rows
+_MAX_FACTOR = 10  # between the loss of training and validation rows
 _MOST_EMPTY_STEPS = 3
-_MOST_ZERO_STEPS = 3  # by right q and k have a gradient of zeros if each row of a step has one context and one label
+_MOST_ZERO_STEPS = 3  # q and k rightly have a gradient of zeros if each row of a step has one context and one label
 
 # ---- at the start of a run -------------------------------------------------------------------------------------------
 
@@ -168,8 +168,8 @@ def check_training_mode(model: nn.Module) -> None:
 def check_sums(module: "QLoRAModule", batch: Any) -> None:
     """Warn of a ``compute_loss`` that returns no sums: those of two rows are not those of both together.
 
-    The rows are computed without gradients, dropout or noise, and the random generators stay as they are. A loss of
-    ours, a batch of one row, and memory that runs out are not checked.
+    The rows are computed three times without gradients, dropout or noise, and the random generators are put back. A
+    loss of ours, a batch of one row, and memory that runs out are not checked.
     """
     is_ours = "compute_loss" not in vars(module) and type(module).compute_loss.__module__.startswith("qlora_lightning.")
     rows = [] if is_ours or module.sharded_base is not None or not is_packed(batch) else cut_into_rows(batch)[:2]
@@ -178,13 +178,16 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
     both = first_rows(batch, 2)
     if both["input_ids"].numel() > module.token_budget.tokens:
         return
+    generators = capture_generators()
     try:
-        with torch.no_grad(), evaluation_mode(module), torch.random.fork_rng():
+        with torch.no_grad(), evaluation_mode(module):
             whole, *parts = (module.sum_loss(module.micro_batch_of(each)).by_name() for each in (both, *rows))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return
+    finally:
+        restore_generators(generators)
     for name in ("loss", "labelled_tokens"):
         together, alone = float(whole[name]), sum(float(part[name]) for part in parts)
         if abs(together - alone) > _MAX_DIFFERENCE * abs(alone):
@@ -232,6 +235,7 @@ class TrainingGuard(Callback):
         values = torch.stack([value.detach().double() for value in (*means.values(), *totals.values())]).cpu()
         host_means = {name: value.float() for name, value in zip(means, values, strict=False)}
         host_totals = dict(zip(totals, values[len(means) :].tolist(), strict=True))
+        self._check_count(host_totals["labelled_tokens"])
         not_finite = [name for name in ("loss", "grad_norm") if not math.isfinite(host_means[name])]
         if self not in trainers.callbacks_of(trainer):
             # Lightning's search for a learning rate runs without callbacks, and ends where training diverges.
@@ -240,7 +244,6 @@ class TrainingGuard(Callback):
             self._stop(pl_module, optimizer, "loss" if "loss" in not_finite else "gradient")
         elif self.checks_due and host_totals["labelled_tokens"]:  # without labels zero gradients are right
             self._check_gradients(trainable_tensors(pl_module), optimizer)
-        self._check_count(host_totals["labelled_tokens"])
         self._last_loss = float(host_means["loss"])
         self._compare_with_validation(self._last_loss)
         return host_means, host_totals
@@ -266,8 +269,9 @@ class TrainingGuard(Callback):
 
     def _compare_with_validation(self, loss: float) -> None:
         """Report a first loss that is far from that of the validation before it, which has the same weights."""
-        sanity_loss, self._sanity_loss = self._sanity_loss, None
-        if sanity_loss and not 1 / _MAX_FACTOR <= loss / sanity_loss <= _MAX_FACTOR:
+        sanity_loss, self._sanity_loss = self._sanity_loss or math.nan, None
+        are_comparable = loss > 0 and sanity_loss > 0  # a loss of one's own may be below 0; NaN is not above it
+        if are_comparable and not 1 / _MAX_FACTOR <= loss / sanity_loss <= _MAX_FACTOR:
             trainers.say_once(
                 f"Warning: the first step has a train_loss of {loss:.4g}, and the validation before it, of the same "
                 f"weights, a val_loss of {sanity_loss:.4g}. Look at rows of both with `inspect`; if compute_loss is "
@@ -334,7 +338,7 @@ class TrainingGuard(Callback):
             check_monitors(trainer)
             check_validation(trainer)
             if trainers.batches_of_epoch(trainer) is not None:  # else known with the loader, after loading
-                check_length(trainers.planned_steps(trainer))
+                check_steps(trainers.planned_steps(trainer))
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -360,7 +364,7 @@ class TrainingGuard(Callback):
         report_model(module, module.choose_layers())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.checks_due, self._empty_steps = True, 0
+        self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes
@@ -402,6 +406,12 @@ class TrainingGuard(Callback):
         elif module.statistics.sums:
             # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
             means = module.statistics.compute(over_ranks=trainer.world_size > 1)
+            if not module.statistics.counted:
+                raise UserError(
+                    f"The {split} rows count no token: their labels are all -100, as with a wrong mask of the answers, "
+                    "or compute_loss returned a count of 0.",
+                    "loss.nothing_counted",
+                )
             self._sanity_loss = float(means["loss"]) if trainer.sanity_checking else None
             module.log_means(split, means, sync_dist=True)
 

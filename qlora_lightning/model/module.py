@@ -52,7 +52,8 @@ class QLoRAModule(lightning.LightningModule):
 
     Logs ``train_loss`` (nats per labelled token of the optimizer step), ``train_perplexity``, ``train_token_accuracy``
     and ``grad_norm`` (before clipping) per optimizer step; ``val_loss``, ``val_perplexity`` and ``val_token_accuracy``
-    per validation, ``test_…`` likewise. With another ``compute_loss`` its ``metrics`` take the place of the last two.
+    per validation, ``test_…`` likewise. Another ``compute_loss`` has its own ``metrics`` in place of perplexity and
+    accuracy.
 
     Args:
         base: Hub id, folder, ``.gguf`` file, or ``package:NAME`` (a GGUF inside an installed Python package).
@@ -472,7 +473,7 @@ class QLoRAModule(lightning.LightningModule):
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
-        steps = optimizers.check_length(trainers.planned_steps(self.trainer))
+        steps = optimizers.check_steps(trainers.planned_steps(self.trainer))
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

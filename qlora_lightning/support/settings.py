@@ -36,7 +36,7 @@ class Bounds:
 
 
 _COUNT = Bounds("1 or more", minimum=1, whole=True)
-_COUNT_OR_NONE = Bounds("0 or more", minimum=0, whole=True)
+_COUNT_OR_ZERO = Bounds("0 or more", minimum=0, whole=True)
 _NOT_NEGATIVE = Bounds("0 or more", minimum=0)
 NUMBERS = {
     "model.rank": Bounds("a positive integer, such as 8", minimum=1, whole=True),
@@ -59,20 +59,20 @@ NUMBERS = {
     "adapter_checkpoint.every_n_train_steps": _COUNT,
     "adapter_checkpoint.every_minutes": Bounds("a positive number, or null", above=0),
     "adapter_checkpoint.save_top_k": _COUNT,
-    "evaluation.rows": _COUNT_OR_NONE,
+    "evaluation.rows": _COUNT_OR_ZERO,
     "evaluation.every_n_validations": _COUNT,
     "evaluation.max_new_tokens": _COUNT,
     "evaluation.batch_size": _COUNT,
-    "evaluation.samples": _COUNT_OR_NONE,
+    "evaluation.samples": _COUNT_OR_ZERO,
     "evaluation.forgetting_rows": _COUNT,
     # what Lightning accepts and then ignores, or takes for something else; the rest it rejects itself
     "trainer.accumulate_grad_batches": _COUNT,
     "trainer.gradient_clip_val": Bounds("0 or more; null or 0 clips nothing", minimum=0),
     "trainer.check_val_every_n_epoch": _COUNT,
     "trainer.val_check_interval": Bounds("1 or more batches, or a share of an epoch above 0", above=0),
-    "trainer.log_every_n_steps": _COUNT_OR_NONE,
-    "trainer.min_steps": _COUNT_OR_NONE,
-    "trainer.min_epochs": _COUNT_OR_NONE,
+    "trainer.log_every_n_steps": _COUNT_OR_ZERO,
+    "trainer.min_steps": _COUNT_OR_ZERO,
+    "trainer.min_epochs": _COUNT_OR_ZERO,
     "seed_everything": Bounds("0 or more, and less than 2^32", minimum=0, below=2**32, whole=True),
 }
 """Each setting that is a number, by its key in YAML. ``null`` and names such as ``auto`` are in the type hints."""

@@ -56,6 +56,9 @@ def test_a_plain_count_is_made_on_the_device_of_the_loss():
     [
         ("loss.type", "returned Tensor", lambda module, batch: nll_of(module, batch).mean()),
         ("loss.shape", "LossSums.loss_sum", lambda module, batch: LossSums(nll_of(module, batch), 1)),
+        ("loss.shape", "losses", lambda module, batch: LossSums.of(nll_of(module, batch)[:, None])),
+        ("loss.shape", "weight", lambda module, batch: LossSums.of((nll := nll_of(module, batch)), weight=nll[1:])),
+        ("loss.not_finite", "NaN", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.nan)),
         ("loss.shape", "LossSums.metrics.nll", lambda module, batch: LossSums(0, 1, {"nll": nll_of(module, batch)})),
         ("loss.log", "entropy", lambda module, batch: module.log("entropy", 1.0)),
         ("loss.count", "-3", lambda module, batch: LossSums(nll_of(module, batch).sum(), -3)),
@@ -85,6 +88,26 @@ def test_one_step_that_counts_nothing_has_no_gradient(train):
 def test_means_in_place_of_sums_are_reported(train, capsys, is_sum, loss):
     train(loss, max_steps=1)
     assert ("compute_loss of Own returns no sums" in capsys.readouterr().out) == (not is_sum)
+
+
+def test_sums_in_bf16_are_added_up_in_float64(train):
+    def loss(module, batch):
+        sums = LossSums.of(nll_of(module, batch))
+        return LossSums(sums.loss_sum.bfloat16(), sums.count.bfloat16())
+
+    metrics, _ = train(loss, max_steps=1)
+    expected, _ = train(max_steps=1)
+    assert float(metrics["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=1e-2)
+
+
+def test_validation_rows_without_labels_are_named_and_no_divergence(tiny_base, rows_file, tmp_path):
+    def loss(module, batch):
+        nll = nll_of(module, batch)
+        return LossSums.of(nll if module.training else nll[:0])
+
+    module = type("Own", (QLoRAModule,), {"compute_loss": loss})(str(tiny_base), **_STEADY)
+    with rejects("loss.nothing_counted", "val rows"):
+        fit(module, tmp_path, rows_file, val=True, batch_size=8, max_epochs=1)
 
 
 @pytest.mark.parametrize("factor", [1, 100])

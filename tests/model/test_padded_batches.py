@@ -62,7 +62,9 @@ MASK = padded()["attention_mask"]
         ({"attention_mask": 0 * MASK}, "expected 1"),
         ({"attention_mask": MASK[:, None, None]}, "attention_mask (6, 1, 1, 64)"),
         ({"labels": MASK[:, :-1]}, "labels (6, 63)"),
-        ({"weights": MASK}, "no other tensor"),
+        ({"position_ids": MASK.expand(3, -1, -1)}, "position_ids (3, 6, 64)"),
+        ({"weights": MASK}, "no other key"),
+        ({"weights": [1.0] * 6}, "no other key"),
         ({"labels": None}, "no labels"),
     ],
 )

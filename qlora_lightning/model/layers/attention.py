@@ -91,7 +91,12 @@ def is_stochastic(causal_lm: Any) -> bool:
         return True
     # other rates, of what types compute by functions, are in their modules or in the config
     rates = (item for owner in (causal_lm.config, *modules) for item in vars(owner).items())
-    return any(value for name, value in rates if _RATE.search(name) and isinstance(value, float))
+    unused = ("classifier", "summary")  # of heads that a causal language model does not have
+    return any(
+        value
+        for name, value in rates
+        if _RATE.search(name) and isinstance(value, float) and not name.startswith(unused)
+    )
 
 
 # not cuDNN, which torch prefers on compute capability 9.0 and 10.0: it plans for a new number of rows or tokens, which

@@ -89,7 +89,7 @@ class Window:
     def _add(self, batch_sums: list[LossSums]) -> None:
         for sums in batch_sums:
             for name, value in sums.by_name().items():
-                self._sums[name] = value + self._sums.get(name, 0)
+                self._sums[name] = value.double() + self._sums.get(name, 0)
         self.micro_batches += len(batch_sums)
 
     # ---- votes: yes or no of each rank, which travel with the gradients ----------------------------------------------
@@ -118,7 +118,7 @@ class Window:
                 param.grad = torch.zeros_like(param) if param.grad is None else param.grad
             self._check_names()
         grads = [param.grad for param in parameters if param.grad is not None]
-        losses = torch.stack([value.double() for value in self._sums.values()])
+        losses = torch.stack([*self._sums.values()])
         counts = torch.tensor(list(self.counts.values()), dtype=torch.float64)
         sums = torch.cat([losses, counts.to(losses.device, non_blocking=True)])  # reduced at once
         if over_ranks:  # Lightning's ``reduce`` would put a barrier before each sum

@@ -53,10 +53,22 @@ class LossSums:
 
     @classmethod
     def of(cls, losses: Tensor, **metrics: Tensor) -> Self:
-        """Sum the loss of each token, or of each row, ``(n,)``, and metrics of the same tokens, ``(n,)`` each."""
+        """Sum the loss of each token, or of each row, ``(n,)``, and metrics of the same tokens, ``(n,)`` each.
+
+        Raises:
+            UserError: One of them has another shape.
+        """
+        for name, values in {"losses": losses, **metrics}.items():
+            if values.ndim != 1 or len(values) != len(losses):
+                raise UserError(
+                    f"LossSums.of got {name} of shape {tuple(values.shape)}: expected one number for each token that "
+                    "is counted, a tensor of one dimension, of the same length for the losses and all metrics.",
+                    "loss.shape",
+                )
         sums = {name: values.detach().sum(dtype=torch.float32) for name, values in metrics.items()}
         # torch.tensor would wait for a GPU
-        return cls(losses.sum(), torch.full((), len(losses), device=losses.device), sums)
+        count = torch.full((), len(losses), device=losses.device)
+        return cls(losses.sum(dtype=torch.float32), count, sums)
 
     def detach(self) -> "LossSums":
         """Return the same sums without their graph."""
@@ -80,7 +92,7 @@ _LOGGED_NAMES = {"labelled_tokens", "loss", "grad_norm", "perplexity"}
 
 
 def _as_scalar(name: str, value: Any, device: torch.device) -> Tensor:
-    """Return a number, or a tensor of one, as a scalar on a device, without waiting for a GPU."""
+    """Return a number, or a scalar tensor, as a scalar tensor on a device, without waiting for a GPU."""
     scalar: Tensor = value if isinstance(value, Tensor) else torch.full((), value, device=device)
     if scalar.ndim:
         raise UserError(
@@ -93,7 +105,7 @@ def _as_scalar(name: str, value: Any, device: torch.device) -> Tensor:
 
 def divisor_of(count: Tensor) -> Tensor:
     """Return what a sum is divided by: its count or, if nothing was counted, infinity, for a mean of 0."""
-    return torch.where(count > 0, count, torch.inf)
+    return torch.where(count == 0, torch.inf, count)
 
 
 class TokenStatistics:
@@ -102,11 +114,13 @@ class TokenStatistics:
     Attributes:
         sums: The sums so far, by name.
         fault: Why some losses were not computed, so that there are no means; empty if all were.
+        counted: What the last means were divided by.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.fault = ""
+        self.counted = 0.0
 
     def update(self, sums: LossSums) -> None:
         """Add the sums of one batch."""
@@ -124,7 +138,8 @@ class TokenStatistics:
                 name: torch.tensor(sum(each.get(name, 0.0) for each in gathered), dtype=torch.float64) for name in names
             }
         totals = torch.stack([*sums.values()])
-        return dict(zip([*sums][1:], totals[1:] / totals[0], strict=True))
+        self.counted = float(totals[0])
+        return dict(zip([*sums][1:], totals[1:] / divisor_of(totals[0]), strict=True))
 
 
 def logits_chunk_size(vocabulary: int, number_bytes: int, device: str) -> int:

@@ -64,7 +64,8 @@ def choose_optimizer(
     is_valid = inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)
     check_setting("model.optimizer.class_path", path, is_valid, "a class of torch optimizers that can be imported")
     arguments["lr"] = learning_rate
-    if "weight_decay" in inspect.signature(optimizer_class).parameters:
+    parameters = inspect.signature(optimizer_class).parameters.values()
+    if any(each.name == "weight_decay" or each.kind is each.VAR_KEYWORD for each in parameters):
         arguments["weight_decay"] = weight_decay
     else:
         check_setting("model.weight_decay", weight_decay, not weight_decay, f"0, since {path} has none")
@@ -110,7 +111,7 @@ def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, wa
         check_setting("model.schedule", choice, is_valid, f"rates of 0 or more, and one of its rates is {rate}")
 
 
-def check_length(total_steps: int | None) -> int:
+def check_steps(total_steps: int | None) -> int:
     """Return the steps of a run; reject one without an end, which has no schedule, and one without a step."""
     if total_steps is None:
         raise UserError(
@@ -120,8 +121,8 @@ def check_length(total_steps: int | None) -> int:
         )
     if not total_steps:
         raise UserError(
-            "The run takes no step: set neither trainer.max_epochs, trainer.max_steps nor trainer.limit_train_batches "
-            "to 0.",
+            "The run takes no step: trainer.max_epochs or trainer.max_steps is 0, or an epoch has no batch by "
+            "trainer.limit_train_batches. Raise it.",
             "trainer.max_steps",
         )
     return total_steps

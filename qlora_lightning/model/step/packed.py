@@ -71,18 +71,22 @@ def pack_padded(batch: Any) -> Any:
     is several.
 
     Raises:
-        UserError: The mask is not of this shape, or has other values than 0 and 1, or leaves out tokens inside a row.
+        UserError: One is not of this shape, or the mask has other values than 0 and 1, or leaves out tokens inside a
+            row.
     """
-    if not isinstance(batch, Mapping) or "cu_seqlens" in batch:
+    given = {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
+    is_padded = {*_PADDED[:2]} <= given.keys() <= {*_PADDED}  # what else there is would be lost
+    if not is_padded or not all(isinstance(value, torch.Tensor) for value in given.values()):
         return batch
-    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    if not {*_PADDED[:2]} <= tensors.keys() <= {*_PADDED} or tensors["input_ids"].ndim != 2:
-        return batch
+    tensors = {name: value.cpu() for name, value in given.items()}
     ids, labels = tensors["input_ids"], tensors["labels"]
+    if ids.ndim != 2:
+        return batch
+    for name, tensor in tensors.items():
+        if tensor.shape != ids.shape and not (name == "position_ids" and tensor.shape == (1, ids.shape[1])):
+            shapes = f"{tuple(tensor.shape)}: expected {tuple(ids.shape)}"
+            raise UserError(f"A padded batch has {name} {shapes}, as input_ids.", "data.batch")
     mask = tensors.get("attention_mask", torch.ones_like(ids))
-    if other := [name for name, each in (("attention_mask", mask), ("labels", labels)) if each.shape != ids.shape]:
-        shapes = f"{tuple(tensors[other[0]].shape)}: expected {tuple(ids.shape)}"
-        raise UserError(f"A padded batch has {other[0]} {shapes}, as input_ids.", "data.batch")
     is_token = mask.bool()
     n_spans = (F.pad(is_token, (1, 0)).int().diff(dim=1) > 0).sum(1)  # of each row
     if ((mask != 0) & (mask != 1)).any() or (n_spans > 1).any() or not is_token.any():
@@ -216,7 +220,7 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
         raise UserError(
             f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one packed stream "
             "of samples without padding, as InstructionDataModule makes it, or a padded batch with input_ids, "
-            "attention_mask and labels of shape (rows, tokens) and no other tensor, or your own compute_loss.",
+            "attention_mask and labels of shape (rows, tokens) and no other key, or your own compute_loss.",
             "data.batch",
         )
     token_ids = batch["input_ids"][0]

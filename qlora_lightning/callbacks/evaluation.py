@@ -198,10 +198,10 @@ class Evaluation(Callback):
             comparison.print("validation rows")
             comparison.print_rows(comparison.answered[: self.samples])
             figures = comparison.summary(self.samples)
-            write_whole(Path(trainer.default_root_dir) / EVALUATION, figures)
             saved = find_callback(trainer, AdapterCheckpoint)
             if saved is not None and saved.enabled:
                 _add_to_card(Path(trainer.default_root_dir) / ADAPTER_FOLDER / CARD, figures)
+            write_whole(Path(trainer.default_root_dir) / EVALUATION, figures)  # last: a resume takes it for done
 
 
 def _add_to_card(file: Path, figures: Mapping[str, Any]) -> None:

@@ -47,8 +47,13 @@ class RunFolder(Callback):
             model |= {name: module.hparams[name] for name in options if name in model and name in module.hparams}
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            file = Path(trainer.default_root_dir) / files.CONFIG
-            if file.exists() and not is_resumed(trainer) and not files.name_earlier(file).exists():
+            folder = Path(trainer.default_root_dir)
+            files.remove_unfinished(folder)
+            files.remove_unfinished(folder / files.ADAPTER_FOLDER)
+            file = folder / files.CONFIG
+            # of this run, if it was killed before it saved
+            is_own = file.exists() and file.read_bytes() == text.encode(errors="backslashreplace")
+            if file.exists() and not is_own and not is_resumed(trainer) and not files.name_earlier(file).exists():
                 say(f"Kept as {files.set_aside(file).name}: {file}")  # it may be the user's own, with comments
             files.write_whole(file, text)
         for logger in trainer.loggers:

@@ -53,6 +53,12 @@ def write_whole(file: Path, content: str | bytes | Mapping[str, Any]) -> None:
         stream.write(data)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed inside :func:`write_whole` have left in a folder."""
+    for file in folder.glob(".unfinished-[0-9]*-*"):
+        file.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(file: Path, unfinished: Path) -> Iterator[BinaryIO]:
     """Yield a stream that writes ``unfinished``, which at the end gets the name ``file``; if it fails, nothing does."""

@@ -27,6 +27,16 @@ def test_the_config_is_in_the_folder_and_the_loggers(fit, tmp_path):
     assert "Grüße, 日本" in text
 
 
+def test_a_run_that_was_killed_before_it_saved_leaves_nothing_when_it_starts_again(fit, tmp_path):
+    options = {"max_steps": 1, "limit_val_batches": 0}
+    fit(RunFolder({"model": {"rank": 2}}), **options)
+    (tmp_path / "run" / ".unfinished-4711-config.yaml").write_text("model:")
+    fit(RunFolder({"model": {"rank": 2}}), **options)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    fit(RunFolder({"model": {"rank": 4}}), **options)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["config.yaml", "earlier-config.yaml"]
+
+
 @pytest.fixture
 def logger(tmp_path):
     return MetricsLogger(tmp_path / "run")

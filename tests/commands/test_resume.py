@@ -1,12 +1,16 @@
 """What a resume by the command line makes of a folder; that it ends as a run that never stopped: ``distributed/``."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from qlora_lightning.cli import main
 from tests import equality
+from tests.errors import MachineFailed
 
 NEW = ("--trainer.default_root_dir", "new")
 LAST = ("--ckpt_path", "last")
@@ -72,15 +76,34 @@ def test_a_finished_run_is_not_resumed_without_its_validation_and_the_advice_wor
     assert equality.adapter_bytes(tmp_path / "run") == before
 
 
-def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command, tmp_path):
-    run = tmp_path / "run"
-    manifest = json.loads((run / "manifest.json").read_text())
+def card_of(run):
+    return ModelCard.load(run / "adapter" / "README.md")
+
+
+def test_a_run_that_was_killed_in_its_evaluation_is_finished_by_a_resume(command, tmp_path, monkeypatch):
+    finish = ("fit", *LAST, "--trainer.max_steps", "3")  # all of them: Lightning's loop does not begin
+    run, replace, card = tmp_path / "run", os.replace, card_of(tmp_path / "run")
     evaluation = json.loads((run / "evaluation.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    expected, card.data.eval_results, card.data.model_name = card.data.eval_results, None, None
+    (run / "adapter" / "README.md").write_text(str(card))
     (run / "evaluation.json").unlink()
-    command("fit", *LAST)
+
+    def die(one, other):
+        if Path(other).name in ("README.md", "evaluation.json"):
+            names.append(Path(other).name)
+            if len(names) == 2:
+                raise MachineFailed
+        replace(one, other)
+
+    names = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", die)
+        with pytest.raises(MachineFailed):
+            main([*finish, "--config", "c.yaml"])
+    command(*finish)
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
     assert json.loads((run / "evaluation.json").read_text())["metrics"] == evaluation["metrics"]
+    assert card_of(run).data.eval_results == expected
 
 
 def test_the_command_line_beats_the_config_and_what_differs_is_printed(command, tmp_path, write_config):

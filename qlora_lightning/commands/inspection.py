@@ -14,7 +14,7 @@ from qlora_lightning.commands.options import OptionParser, check_output, quiet_l
 from qlora_lightning.data.chat.templates import ControlTokens
 from qlora_lightning.data.rows.files import Source
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.support.console import make_table, say, show_controls, terminal
+from qlora_lightning.support.console import count_of, make_table, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
 
@@ -97,11 +97,12 @@ def _print_report(
     if "train" in splits:
         heading("An epoch of train")
         epoch = plan_epoch(data.plan_epochs(), trainer)
-        size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
+        size = count_of(data.batch_size, "row") if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
         per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
-        console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))
+        batches = f"{count_of(epoch.batches, 'batch')} of {size}{per_device}"
+        console.print(Text(f"{batches}; {count_of(epoch.tokens, 'token')}, no padding"))
         run_steps = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
-        console.print(Text(f"{epoch.steps:,} optimizer steps; {run_steps}"))
+        console.print(Text(f"{count_of(epoch.steps, 'optimizer step')}; {run_steps}"))
     heading(f"Rows of {shown_split} as the model sees them")
     console.print(_MARKS)
     samples = data.samples[shown_split]
@@ -168,7 +169,7 @@ def _show_rows(
             answers = [("desirable: " if samples.desirable[index] else "undesirable: ", start, end)]
         for label, begin, stop in answers:
             token_ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
-            summary = f"  {label}{len(token_ids):,} tokens, {sum(labelled):,} labelled"
+            summary = f"  {label}{count_of(len(token_ids), 'token')}, {sum(labelled):,} labelled"
             tokens = _mark_tokens(token_ids, labelled, tokenizer, stop_ids)
             yield Text.assemble((samples.where(index), "bold"), summary), tokens
 

@@ -60,10 +60,10 @@ def test_rows_lengths_and_steps_are_reported_and_the_exit_code_is_that_of_fit(re
     found = " ".join(out.split())
     for finding in (
         "train: 13 rows (alpaca)",
-        "1 bad rows skipped: train.jsonl:12 (not JSON",
-        "1 rows equal an earlier one: train.jsonl:13 = train.jsonl:1 ",
+        "1 bad row skipped: train.jsonl:12 (not JSON",
+        "1 row equal to an earlier one: train.jsonl:13 = train.jsonl:1 ",
         "val: 3 rows (alpaca)",
-        "1 rows are trained on too, so val_loss is too good: val.jsonl:1 = train.jsonl:5 ",
+        "1 row trained on too, so val_loss is too good: val.jsonl:1 = train.jsonl:5 ",
         "3 batches of 4 rows",
         "2 optimizer steps; 4 in all",
         "stop token <|im_end|> (2) · max_length 2048",

@@ -128,7 +128,7 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     # the line where a row begins, as an editor counts
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(2, {"x": "1", "a y": 'a "b",\nc'}), (5, {"x": "", "a y": "5"})]),
     ("a.csv", "\nx,y\nNA,007\n", [(3, {"x": "NA", "y": "007"})]),
-    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(2, {"x": "NA"}), ("a.csv:3", f"has 3 {OF_2}"), ("a.csv:4", f"has 1 {OF_2}")]),
+    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(2, {"x": "NA"}), ("a.csv:3", f"has 3 {OF_2}"), ("a.csv:4", "has 1 value, but the header has 2")]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:2", "not CSV: ',' expected after '\"'"), (3, {"x": "4", "y": "5"})]),
     # of which lines are rows nobody knows after a quote that does not end in its line as it should
     *(
@@ -204,7 +204,7 @@ LARGE = [  # name, a beginning, what follows it 80 times, and what is said of th
     ("a.jsonl", b'{"text": "', b"a" * 1_000_000, f"a.jsonl:1: {TOO_LARGE}"),
     ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 has {TOO_LARGE}"),
     ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
-    ("a.json", b"[", b"1," * 1_000, "10240 rows cannot be used"),
+    ("a.json", b"[", b"1," * 1_000, "10,240 rows cannot be used"),
     ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet cannot be read (ValueError: {TOO_LARGE}"),
 ]
 

@@ -126,8 +126,8 @@ def test_a_pair_that_cannot_be_compared_is_left_out_with_its_reason(tmp_path, sm
     long = {"prompt": "Count. " * 40, "chosen": "1", "rejected": "2 " * 20}
     data = make_data(tmp_path, smollm2_folder, [ROWS[0], alike, long], max_length=56)
     assert data.samples["train"].row_ids.tolist() == [0]
-    assert "1 rows dropped: their two answers are the same within max_length" in caplog.text
-    assert "1 rows dropped: their prompt is too long for the two answers to share" in caplog.text
+    assert "1 row dropped: their two answers are the same within max_length" in caplog.text
+    assert "1 row dropped: their prompt is too long for the two answers to share" in caplog.text
 
 
 # ---- objectives ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from qlora_lightning.evaluation.scores import (
     describe_answered,
     describe_metric,
 )
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
 from qlora_lightning.support.files import ADAPTER_FOLDER, CARD, EVALUATION, write_whole
 from qlora_lightning.support.settings import check_arguments
@@ -195,7 +196,7 @@ class Evaluation(Callback):
         if trainer.is_global_zero and gathered:
             rows, *sides = map(list, zip(*sorted(gathered, key=lambda entry: entry[0].number), strict=True))
             comparison = Comparison(rows, dict(zip(results, sides, strict=True)), settings, forgetting)
-            comparison.print("validation rows")
+            comparison.print("validation row")
             comparison.print_rows(comparison.answered[: self.samples])
             figures = comparison.summary(self.samples)
             saved = find_callback(trainer, AdapterCheckpoint)
@@ -209,7 +210,8 @@ def _add_to_card(file: Path, figures: Mapping[str, Any]) -> None:
     card = ModelCard.load(file) if file.is_file() else None
     if card is None or card.data.pipeline_tag is None:  # of a classifier, for example
         return
-    rows = f"{figures['rows']:,} validation rows{describe_answered(figures['answered_rows'], figures['rows'])}"
+    answered = describe_answered(figures["answered_rows"], figures["rows"])
+    rows = f"{count_of(figures['rows'], 'validation row')}{answered}"
     card.data.model_name = "adapter"
     card.data.eval_results = [
         EvalResult(

@@ -18,7 +18,7 @@ from qlora_lightning.model.adapters.identity import data_differences
 from qlora_lightning.report.run_files import read_metric_rows
 from qlora_lightning.sources.folders import find_adapter_folder, read_identity
 from qlora_lightning.support import files
-from qlora_lightning.support.console import say
+from qlora_lightning.support.console import count_of, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
@@ -212,7 +212,7 @@ class PredictionWriter(Callback):
             file = Path(trainer.default_root_dir) / files.PREDICTIONS
             files.set_aside(file)  # hours of another predict
             files.write_whole(file, files.format_json_lines(lines))
-            say(f"{len(lines)} predictions: {file}")
+            say(f"{count_of(len(lines), 'prediction')}: {file}")
         files.set_aside(self._unfinished).unlink(missing_ok=True)
 
 

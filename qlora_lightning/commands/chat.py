@@ -16,7 +16,7 @@ from qlora_lightning.data.chat.templates import choose_chat_template
 from qlora_lightning.data.rows.content import Message, RowFault
 from qlora_lightning.evaluation import BASE
 from qlora_lightning.sources.folders import load_tokenizer
-from qlora_lightning.support.console import say, show_controls, terminal
+from qlora_lightning.support.console import count_of, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 
 _DESCRIPTION = """Talk with an adapter on its base; prompts are rendered by the code that rendered them in training.
@@ -147,7 +147,8 @@ class Session:
                 raise  # which ends the command
             say("")
             return str(stream.text)
-        say("" if len(token_ids) < limit else f"\n({name} was cut after {limit} tokens: it had not stopped.)")
+        cut = f"\n({name} was cut after {count_of(limit, 'token')}: it had not stopped.)"
+        say("" if len(token_ids) < limit else cut)
         return str(stream.text)
 
 

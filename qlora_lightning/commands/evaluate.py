@@ -217,12 +217,12 @@ def _report(
     match: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Print the tables, write the files that were asked for, and return all figures."""
-    rows, out = "validation rows" if options.split == "val" else "test rows", options.out
-    comparison.print(rows)
+    noun, out = "validation row" if options.split == "val" else "test row", options.out
+    comparison.print(noun)
     sources = comparison.by_source()
     if len(sources) > 1:
         for name, source in sources.items():
-            source.print_metrics(f"{rows} of {name}")
+            source.print_metrics(noun, name)
     hardest = comparison.hardest_first()
     wrong = [index for index in hardest if comparison.is_wrong(index)][:samples]
     if wrong:

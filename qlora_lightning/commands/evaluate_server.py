@@ -14,7 +14,7 @@ from qlora_lightning.data.rows.content import Chat, answer_indices
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.evaluation.intervals import Interval, measure, plain_interval
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, OnAnswers, RowResult
-from qlora_lightning.support.console import progress_counter, say
+from qlora_lightning.support.console import count_of, progress_counter, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_json
 
@@ -149,7 +149,7 @@ def make_requests(data: Any, split: str, rows: Sequence[EvaluationRow]) -> dict[
             request["chat_template_kwargs"] = data.template_options
         requests[index] = request
     if n_cut:
-        say(f"{n_cut:,} rows are not answered: a server gets prompts whole, and data.max_length cut theirs.")
+        say(f"Not answered: {count_of(n_cut, 'row')}, as a server gets prompts whole, and data.max_length cut theirs.")
     return requests
 
 
@@ -251,7 +251,7 @@ def describe(figures: Mapping[str, Any]) -> str:
     """Describe in sentences whose answers a server gave, and what differs."""
     n_rows, gap, match = figures["rows"], figures["difference_from_adapter"], figures["match"]
     if match == "unknown":
-        text = f"Base and adapter answer these {n_rows:,} rows alike: nothing tells them apart."
+        text = f"Base and adapter answer {count_of(n_rows, 'row')} alike: nothing tells them apart."
     else:
         names = {"adapter": "as the adapter", BASE: "as the base: it has not loaded the adapter"}
         n_equal = {side: round(figures[f"equal_to_{side}"] * n_rows) for side in ("adapter", BASE)}
@@ -268,7 +268,7 @@ def describe(figures: Mapping[str, Any]) -> str:
         )
     if other := figures.get("prompt_tokens"):
         text += (
-            f" Its prompts are others in {other['rows']:,} rows ({other['row']}: {other['server']:,} tokens, in "
-            f"training {other['ours']:,})."
+            f" Its prompts are others in {count_of(other['rows'], 'row')} ({other['row']}: "
+            f"{count_of(other['server'], 'token')}, in training {other['ours']:,})."
         )
     return text

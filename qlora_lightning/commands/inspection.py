@@ -14,11 +14,11 @@ from qlora_lightning.commands.options import OptionParser, check_output, quiet_l
 from qlora_lightning.data.chat.templates import ControlTokens
 from qlora_lightning.data.rows.files import Source
 from qlora_lightning.data.samples import SampleSet
-from qlora_lightning.support.console import make_table, say, show_controls, terminal
+from qlora_lightning.support.console import count_of, make_table, say, show_controls, terminal
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import write_whole
 
-_SPLITS = ("train", "val", "test", "predict")
+_VERBS = {"train": "fit", "val": "fit", "test": "test", "predict": "predict"}  # which command reads a split
 _DESCRIPTION = """Report on the data of a config, and show rows as the model sees them. No model is loaded.
 
 The config is the one that `fit` takes, or the config.yaml of a run folder. Every key of it can be given on the command
@@ -28,7 +28,8 @@ _EPILOG = """examples:
   qlora-lightning inspect --config configs/quickstart.yaml --row 17 --row 23
   qlora-lightning inspect --config configs/quickstart.yaml --split val --longest --html data.html
 
-The exit code is 2 if `fit` would stop at bad rows (`on_bad_row: error`)."""
+The last line says whether `fit` would start on these rows (of other splits: `test`, `predict`). If not, it says why,
+and the exit code is 2: at bad rows (unless `on_bad_row: skip`), or if too many rows leave nothing to train on."""
 _PERCENTILES = {"min": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95, "99 %": 99, "max": 100}
 _MARKS = Text("⟦labelled tokens⟧ · ■ stop token · │ between tokens · ↵ newline")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for bytes that are no character yet
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Report on the data of a config; return the exit code."""
     parser = OptionParser("inspect", _DESCRIPTION, _EPILOG, fit=True)
     add = parser.add_argument
-    add("--split", choices=_SPLITS, help="report on this split only (default: all; rows are shown from the first)")
+    add("--split", choices=_VERBS, help="report on this split only (default: all; rows are shown from the first)")
     row_help = "show the row in line N, or FILE:N, as messages name it; may be repeated"
     add("--row", action="append", default=[], metavar="N", help=row_help)
     add("--longest", action="store_true", help="show the longest row")
@@ -56,17 +57,22 @@ def main(argv: Sequence[str]) -> int:
         data: Any = run.datamodule
         data.lenient = True  # bad rows are listed, and the others prepared
         data.setup()
-        splits = [name for name in _SPLITS if name in data.reports and options.split in (None, name)]
+        splits = [name for name in _VERBS if name in data.reports and options.split in (None, name)]
         if not splits:
             raise UserError(f"There are no rows to inspect: data.{options.split or 'train'} names no file.")
     console = terminal(record=page is not None)
     _print_report(data, splits, run.config["trainer"], options, console)
+    faults = {data.faults[split]: _VERBS[split] for split in splits if split in data.faults}
+    if not faults:
+        verbs = dict.fromkeys(f"`{_VERBS[split]}`" for split in splits)
+        console.print(Text(f"\n{' and '.join(verbs)} would start on these rows."))
     if page is not None:
         write_whole(page, console.export_html())
         say(f"\nPage: {page}")
     sys.stdout.flush()
-    for split in splits:
-        data.reports[split].check(skip_bad=data.on_bad_row == "skip")
+    if faults:
+        messages = [f"`{verb}` would not start. {fault}" for fault, verb in faults.items()]
+        raise UserError("\n".join(messages), next(iter(faults)).key)
     return 0
 
 
@@ -86,7 +92,7 @@ def _print_report(
     console.print(Text(" · ".join(f"{key} {value}" for key, value in settings.items()), "dim"))
     heading("Rows")
     for split in splits:
-        console.print(Text(data.reports[split].describe()))
+        console.print(Text(data.reports[split].describe(skip_bad=data.on_bad_row == "skip")))
     heading("Tokens per sample")
     console.print(_length_table({split: data.samples[split] for split in splits}))
     for split in splits:
@@ -97,11 +103,12 @@ def _print_report(
     if "train" in splits:
         heading("An epoch of train")
         epoch = plan_epoch(data.plan_epochs(), trainer)
-        size = f"{data.batch_size:,} rows" if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
+        size = count_of(data.batch_size, "row") if data.batch_size else f"up to {data.tokens_per_batch:,} tokens"
         per_device = "" if epoch.devices == 1 else f" on each of {epoch.devices} devices"
-        console.print(Text(f"{epoch.batches:,} batches of {size}{per_device}; {epoch.tokens:,} tokens, no padding"))
+        batches = f"{count_of(epoch.batches, 'batch')} of {size}{per_device}"
+        console.print(Text(f"{batches}; {count_of(epoch.tokens, 'token')}, no padding"))
         run_steps = "no end: set trainer.max_steps" if epoch.all_steps is None else f"{epoch.all_steps:,} in all"
-        console.print(Text(f"{epoch.steps:,} optimizer steps; {run_steps}"))
+        console.print(Text(f"{count_of(epoch.steps, 'optimizer step')}; {run_steps}"))
     heading(f"Rows of {shown_split} as the model sees them")
     console.print(_MARKS)
     samples = data.samples[shown_split]
@@ -168,7 +175,7 @@ def _show_rows(
             answers = [("desirable: " if samples.desirable[index] else "undesirable: ", start, end)]
         for label, begin, stop in answers:
             token_ids, labelled = samples.ids[begin:stop].tolist(), samples.labelled[begin:stop].tolist()
-            summary = f"  {label}{len(token_ids):,} tokens, {sum(labelled):,} labelled"
+            summary = f"  {label}{count_of(len(token_ids), 'token')}, {sum(labelled):,} labelled"
             tokens = _mark_tokens(token_ids, labelled, tokenizer, stop_ids)
             yield Text.assemble((samples.where(index), "bold"), summary), tokens
 

@@ -35,7 +35,7 @@ from qlora_lightning.model.merge import Merge, TrainedWeights
 from qlora_lightning.sources import folders
 from qlora_lightning.sources.gguf import rope_factors
 from qlora_lightning.sources.tensors import IGNORED
-from qlora_lightning.support.console import progress_counter, say
+from qlora_lightning.support.console import count_of, progress_counter, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import read_json_object, set_usual_mode, write_whole
 
@@ -322,7 +322,8 @@ def check_written(source: AdapterSource, folder: Path, gguf_file: Path | None, b
     del module  # before the merged model is loaded
     loss = compare_logits(reference, reference, labels)["loss"]
     rows = len({*batch["row_ids"].tolist()})
-    say(f"Checked on {rows} validation rows, {len(labels):,} labelled tokens: base + adapter: loss {loss:.4f}")
+    checked = f"{count_of(rows, 'validation row')}, {count_of(len(labels), 'labelled token')}"
+    say(f"Checked on {checked}: base + adapter: loss {loss:.4f}")
     figures: dict[str, Any] = {"rows": rows, "labelled_tokens": len(labels), "base + adapter": {"loss": loss}}
     for file in (None, gguf_file) if gguf_file else (None,):
         name, kind = ("merged", "") if file is None else (file.name, file.stem.removeprefix("model-"))

@@ -19,7 +19,7 @@ from qlora_lightning.commands.options import OptionParser, add_json_option, json
 from qlora_lightning.commands.recipes import recipes_folder
 from qlora_lightning.sources.folders import open_base
 from qlora_lightning.sources.tensors import GIB, format_bytes, format_gib
-from qlora_lightning.support.console import make_table, terminal
+from qlora_lightning.support.console import count_of, make_table, terminal
 from qlora_lightning.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def _print_plan(plan: Mapping[str, Any], model: Any, console: Console) -> None:
         console.print(f"Each process keeps {format_bytes(host)} in host memory, pinned.")
     kind = "at most, as the settings allow" if run is None else "the largest"
     rows = [
-        ["batch", f"{batch['tokens']:,} tokens in {batch['rows']:,} rows, {kind}"],
+        ["batch", f"{batch['tokens']:,} tokens in {count_of(batch['rows'], 'row')}, {kind}"],
         ["micro-batch", f"{tokens:,} tokens{'' if tokens < batch['tokens'] else ': the whole batch'}"],
     ]
     if run is None:

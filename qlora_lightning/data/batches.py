@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 from qlora_lightning.data.prepare import Prompt
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.tensors import IGNORED
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError
 
 
@@ -99,7 +100,7 @@ class EpochPlan(Dataset[Batch]):
         if budget is not None and lengths.max(initial=0) > budget:
             longest = int(lengths.argmax())
             raise UserError(
-                f"tokens_per_batch: expected room for the longest sample, {lengths[longest]:,} tokens "
+                f"tokens_per_batch: expected room for the longest sample, {count_of(lengths[longest], 'token')} "
                 f"({self.samples.where(longest)}), found {budget:,}: raise it, or lower max_length.",
                 "data.tokens_per_batch",
             )

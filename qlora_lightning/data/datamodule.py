@@ -129,7 +129,8 @@ class InstructionDataModule(LightningDataModule):
         self._check_settings()
         if batch_size is None and tokens_per_batch is None:
             self.batch_size = 8
-        self.lenient = False  # `inspect` shows what training rejects
+        self.lenient = False  # keep what training rejects in ``faults`` instead of raising it: `inspect` shows it
+        self.faults: dict[str, UserError] = {}  # by split
         self.title: str | None = None  # of the report, in place of its split
         self.samples: dict[str, SampleSet] = {}
         self.sample_sources: dict[str, list[files.Source]] = {}  # by split: what ``SampleSet.source`` counts
@@ -276,12 +277,19 @@ class InstructionDataModule(LightningDataModule):
         samples, report = self._read(split, sources)
         if not report.rows:
             return
-        report.check(self.on_bad_row == "skip", self.lenient)
+        try:
+            report.check(skip_bad=self.on_bad_row == "skip")
+        except UserError as fault:
+            if not self.lenient or not report.samples:
+                raise
+            self.faults[split] = fault
         if split == "train" and self.val_fraction is not None:
             seed = self._seed if self.holdout_seed is None else self.holdout_seed
             self.sample_sources["val"] = self.sample_sources[split]
             for part, part_report in divide(samples, report, self.val_fraction, seed or 0):
                 self.samples[part_report.split], self.reports[part_report.split] = part, part_report
+                if split in self.faults:
+                    self.faults[part_report.split] = self.faults[split]
                 rank_zero_info(show_controls(part_report.describe()))
             return
         self.samples[split], self.reports[split] = samples, report

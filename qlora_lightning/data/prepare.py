@@ -29,6 +29,7 @@ from qlora_lightning.data.rows.files import BadRow, Row, Source
 from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 from qlora_lightning.sources.tensors import IGNORED
+from qlora_lightning.support.console import count_of
 
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
 _CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
@@ -104,7 +105,7 @@ class Preparation:
             if report.bad_rows == report.rows > _ALL_BAD:
                 report.check(skip_bad=False)
             if time.monotonic() - log_time > _PAUSE:
-                rank_zero_info(f"{self.split}: {report.rows:,} rows prepared")
+                rank_zero_info(f"{self.split}: {count_of(report.rows, 'row')} prepared")
                 log_time = time.monotonic()
         for converter in self.converters.values():
             converter.check()

@@ -8,6 +8,7 @@ import numpy as np
 
 from qlora_lightning.data.rows.files import BadRow
 from qlora_lightning.data.samples import SampleSet, find_repeats
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError
 
 _SHOWN = 20
@@ -91,19 +92,22 @@ class DataReport:
         self.samples, self.tokens, self.labelled = len(samples), len(samples.ids), int(samples.labelled.sum())
         self.desirable = None if samples.desirable is None else int(samples.desirable.sum())
 
-    def describe(self) -> str:
-        """Return what is printed for the split: one line, and one more for each problem."""
+    def describe(self, skip_bad: bool = True) -> str:
+        """Return what is printed for the split: one line, and one more for each problem.
+
+        Without ``skip_bad`` the bad rows, which are not in the counts, stop a training.
+        """
         formats = f" ({', '.join(self.formats)})" if self.formats else ""
         others = f", {self.overlap_prompts:,} of them with another answer" if self.overlap_prompts else ""
-        parts = [f"{self.split}: {self.rows:,} rows{formats}", f"{self.tokens:,} tokens"]
+        parts = [f"{self.split}: {count_of(self.rows, 'row')}{formats}", count_of(self.tokens, "token")]
         if self.labelled:
             parts.append(f"{self.labelled / self.tokens:.0%} labelled")
         if self.desirable is not None:
-            parts.append(f"{self.desirable:,} of {self.samples:,} answers desirable")
+            parts.append(f"{self.desirable:,} of {count_of(self.samples, 'answer')} desirable")
         if self.samples != self.rows:
-            parts.append(f"{self.samples:,} samples")
+            parts.append(count_of(self.samples, "sample"))
         if self.shortened:
-            parts.append(f"{self.shortened:,} shortened ({self.lost_labels:,} labelled tokens lost)")
+            parts.append(f"{self.shortened:,} shortened ({count_of(self.lost_labels, 'labelled token')} lost)")
         lines = [", ".join(parts)]
         bad = [f"{', '.join(locations)} ({reason})" for reason, locations in self.bad.items()]
         for title, entries in (
@@ -111,42 +115,47 @@ class DataReport:
             *((f"read by the delimiter {mark!r}", names) for mark, names in self.delimiters.items()),
             ("columns not read", self.unread_columns),
             ("data.columns names what no row of a source has", self.absent_columns),
-            (f"{self.bad_rows:,} bad rows skipped", bad),
-            (f"{self.suspicious:,} suspicious rows; data.drop_answers drops answers", self.suspicious_rows),
-            (f"{self.duplicates:,} rows equal an earlier one", self.duplicate_pairs),
-            (f"{self.overlap:,} rows are trained on too{others}, so {self.split}_loss is too good", self.overlap_pairs),
+            (f"{count_of(self.bad_rows, 'bad row')} {'skipped' if skip_bad else 'on which training stops'}", bad),
+            (f"{count_of(self.suspicious, 'suspicious row')}; data.drop_answers drops answers", self.suspicious_rows),
+            (f"{count_of(self.duplicates, 'row')} equal to an earlier one", self.duplicate_pairs),
+            (
+                f"{count_of(self.overlap, 'row')} trained on too{others}, so {self.split}_loss is too good",
+                self.overlap_pairs,
+            ),
         ):
             if entries:
                 ellipsis = ", …" if len(entries) > _LISTED else ""
                 lines.append(f"  {title}: {', '.join(entries[:_LISTED])}{ellipsis}")
         if self.unreasoned:
             lines.append(
-                f"  {self.unreasoned:,} rows have answers without reasoning, and generation begins within reasoning: "
-                "they are trained behind an empty block; data.template_options (such as enable_thinking: false) may "
-                "let generation begin behind it too"
+                f"  {count_of(self.unreasoned, 'row')} with answers without reasoning, and generation begins within "
+                "reasoning: these answers are trained after an empty block; data.template_options (such as "
+                "enable_thinking: false) may let generation begin after it too"
             )
-        return "\n".join([*lines, *(f"  {count:,} rows dropped: {reason}" for reason, count in self.dropped.items())])
+        return "\n".join(
+            [*lines, *(f"  {count_of(count, 'row')} dropped: {reason}" for reason, count in self.dropped.items())]
+        )
 
-    def check(self, skip_bad: bool, lenient: bool = False) -> None:
+    def check(self, skip_bad: bool) -> None:
         """Reject a split that cannot be trained on as it is.
 
         Raises:
-            UserError: there are bad rows without ``skip_bad``; or no sample is left; or, unless ``lenient``, more than
-                5 % of the rows leave nothing to train on.
+            UserError: there are bad rows without ``skip_bad``; or no sample is left; or more than 5 % of the rows leave
+                nothing to train on.
         """
-        bad_lines = [f"{self.bad_rows} {'row' if self.bad_rows == 1 else 'rows'} cannot be used:"]
+        bad_lines = [f"{count_of(self.bad_rows, 'row')} cannot be used:"]
         bad_lines += [f"  {', '.join(locations)}: {reason}" for reason, locations in self.bad.items()]
         if self.bad_rows > _SHOWN:
-            bad_lines.append(f"  and {self.bad_rows - _SHOWN} more")
+            bad_lines.append(f"  and {self.bad_rows - _SHOWN:,} more")
         reasons = "; ".join(f"{count:,}: {reason}" for reason, count in self.dropped.items())
-        if self.bad_rows and not (skip_bad or lenient):
+        if self.bad_rows and not skip_bad:
             raise UserError(
                 "\n".join([*bad_lines, "Correct them, or leave them out with `on_bad_row: skip`."]), "rows.bad"
             )
         if self.samples == 0:
-            empty = f"{self.split}: none of {self.rows:,} rows is left ({reasons})."
+            empty = f"{self.split}: none of {count_of(self.rows, 'row')} is left ({reasons})."
             raise UserError("\n".join(bad_lines) if self.bad_rows else empty, "rows.none_left")
-        if not lenient and self.unusable > _MAX_UNUSABLE * self.rows:
+        if self.unusable > _MAX_UNUSABLE * self.rows:
             raise UserError(
                 f"{self.unusable:,} of {self.rows:,} rows of {self.split} leave nothing to train on (more than "
                 f"{_MAX_UNUSABLE:.0%}; {reasons}). `qlora-lightning inspect` shows them; look at max_length, "

@@ -12,7 +12,7 @@ from rich.table import Table
 from qlora_lightning.evaluation import BASE, intervals
 from qlora_lightning.evaluation.row_results import AnswerSettings, EvaluationRow, RowResult
 from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
-from qlora_lightning.support.console import make_table, say, terminal
+from qlora_lightning.support.console import count_of, make_table, say, terminal
 
 Results = Mapping[str, Sequence[RowResult]]
 """By side, the base first: results of the same rows in the same order."""
@@ -148,29 +148,33 @@ class Comparison:
 
     # ---- for people ------------------------------------------------------------------------------------------------
 
-    def print(self, rows: str) -> None:
-        """Print all metrics, and on which rows each adapter beats the base; ``rows`` says what they are."""
-        self.print_metrics(rows)
+    def print(self, noun: str) -> None:
+        """Print all metrics, and on which rows each adapter beats the base; ``noun`` is what one is called."""
+        self.print_metrics(noun)
         metric = "lower loss" if self.compared_by == "loss" else describe_metric(self.compared_by)
-        unit = "samples" if self.n_rows < len(self.rows) else "rows"
+        unit = "sample" if self.n_rows < len(self.rows) else "row"
         for adapter in self.adapters:
             better, worse, ties = self.compare_rows(adapter)
             name = adapter if len(self.adapters) > 1 else "the adapter"
-            say(f"By {metric}, {name} is better on {len(better):,} {unit}, the base on {len(worse):,}; {ties:,} alike.")
+            counts = f"{count_of(len(better), unit)}, the base on {len(worse):,}; {ties:,} alike"
+            say(f"By {metric}, {name} is better on {counts}.")
             if self.rows[0].kind in ("desirable", "undesirable"):
                 kinds = Counter(self.rows[index].kind for index in better)
-                say(f"  better: {kinds['desirable']:,} desirable answers, {kinds['undesirable']:,} undesirable ones")
+                desirable, undesirable = (
+                    count_of(kinds[kind], f"{kind} answer") for kind in ("desirable", "undesirable")
+                )
+                say(f"  better: {desirable}, {undesirable}")
             for outcome, indices in (("better", better), ("worse", worse)):
                 places = [*dict.fromkeys(self.rows[index].place for index in indices if self.rows[index].place)]
                 if places:
                     say(f"  {outcome}: {', '.join(places[:_MAX_PLACES])}{' …' if len(places) > _MAX_PLACES else ''}")
 
-    def print_metrics(self, rows: str) -> None:
+    def print_metrics(self, noun: str, source: str = "") -> None:
         """Print a table of all metrics with their intervals, below the values in a narrow terminal."""
-        limit = f", answers of at most {self.settings.max_new_tokens:,} tokens" if self.settings else ""
-        count = f"{self.n_rows:,} {rows}"
+        limit = f", answers of at most {count_of(self.settings.max_new_tokens, 'token')}" if self.settings else ""
+        count = count_of(self.n_rows, noun) + (f" of {source}" if source else "")
         if self.n_rows < len(self.rows):  # turns, or pieces of a long text
-            count += f" in {len(self.rows):,} samples"
+            count += f" in {count_of(len(self.rows), 'sample')}"
         count += describe_answered(len(self.answered), len(self.rows))
         gains = ["difference"] if len(self.adapters) == 1 else [f"{adapter} − base" for adapter in self.adapters]
         cells = []

@@ -9,6 +9,7 @@ from qlora_lightning.evaluation.intervals import format_interval
 from qlora_lightning.evaluation.scores import describe_metric, is_share
 from qlora_lightning.report.figures import describe_rows, find_scores
 from qlora_lightning.report.run_files import MeasuredSides, Run
+from qlora_lightning.support.console import count_of
 
 _MIN_STEPS = 10
 _NOISE = 0.02  # share of a validation loss: smaller differences count as none
@@ -36,7 +37,8 @@ def assess(run: Run) -> Assessment:
     if divergence:
         return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
     if steps < _MIN_STEPS:
-        return Assessment("unknown", [f"Too short to judge: {steps:,.0f} optimizer steps, of at least {_MIN_STEPS}."])
+        length = f"{count_of(int(steps), 'optimizer step')}, and a judgement takes {_MIN_STEPS}"
+        return Assessment("unknown", [f"Too short to judge: {length}."])
     points = run.metrics.get("val_loss", [])
     if not points and "loss" in comparison:  # it ended before its first validation
         points = [(steps, comparison["loss"].adapter.value)]

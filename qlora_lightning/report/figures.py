@@ -10,6 +10,7 @@ from qlora_lightning.evaluation import BASE
 from qlora_lightning.evaluation.intervals import choose_digits, format_interval
 from qlora_lightning.evaluation.scores import FORGETTING, describe_answered, describe_metric, is_share, shorten_text
 from qlora_lightning.report.run_files import MeasuredSides, Run
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.files import MEMORY_PEAKS
 
 PageTable = tuple[list[str], list[list[str]]]
@@ -39,7 +40,7 @@ def find_scores(comparison: Mapping[str, MeasuredSides]) -> list[str]:
 def describe_rows(run: Run) -> str:
     """Return which validation rows were evaluated, and how many."""
     rows, answered_rows = run.evaluation.get("rows", 0), run.evaluation.get("answered_rows", 0)
-    return f"{rows:,} validation rows{describe_answered(answered_rows, rows)}"
+    return f"{count_of(rows, 'validation row')}{describe_answered(answered_rows, rows)}"
 
 
 def find_figures(run: Run) -> dict[str, Figure]:

@@ -13,7 +13,7 @@ from qlora_lightning.report import figures
 from qlora_lightning.report.assessment import Assessment, assess
 from qlora_lightning.report.charts import COLOURS, charts_of, draw
 from qlora_lightning.report.run_files import Run, read_run
-from qlora_lightning.support.console import show_controls
+from qlora_lightning.support.console import count_of, show_controls
 from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY, PAGE, resolve_unnamed, write_whole
 
 Facts = list[tuple[str, str]]
@@ -61,8 +61,8 @@ def describe_run(run: Run) -> str:
     base, adapter, data = (run.manifest[name] for name in ("base", "adapter", "data"))
     files, rows = _files(run).get("train"), ((data.get("splits") or {}).get("train") or {}).get("rows")
     model = f"LoRA of rank {adapter['rank']} on {base.get('base')}" if adapter.get("rank") else "An adapter"
-    source = f", trained on {format_setting(files)}" if files else ""
-    return f"{model}{source}{f' ({rows:,} rows)' if rows else ''}."
+    paths = " and ".join(str(source["path"]) for source in _sources(files))
+    return f"{model}, trained on {count_of(rows, 'row') + ' of ' if rows else ''}{paths}." if paths else f"{model}."
 
 
 def next_steps(run: Run, assessment: Assessment) -> Facts:
@@ -115,7 +115,7 @@ def training_facts(run: Run) -> Facts:
         ("adapter", _list_settings(adapter, ("rank", "alpha", "dropout", "target_modules"))),
         ("parameters", total and f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
         ("continued from", flat.get("model.adapter")),
-        *((split, format_setting(file)) for split, file in _files(run).items()),
+        *((split, "; ".join(map(_describe_source, _sources(files)))) for split, files in _files(run).items()),
         ("settings", _list_settings(flat, _SETTINGS)),
         ("trained", ", ".join(trained)),
         ("best checkpoint", best and f"{best.get('checkpoint')}, {best.get('monitor')} {best.get('value') or 0:.4f}"),
@@ -171,6 +171,19 @@ def format_setting(value: Any) -> str:
 def _files(run: Run) -> dict[str, Any]:
     files = run.manifest["data"].get("files") or run.config.get("data") or {}
     return {split: files[split] for split in ("train", "val") if files.get(split) is not None}
+
+
+def _sources(files: Any) -> list[Mapping[str, Any]]:
+    """Return what ``data.train`` or ``data.val`` names as mappings with ``path``."""
+    entries = files if isinstance(files, list) else [files]
+    return [entry if isinstance(entry, Mapping) and "path" in entry else {"path": entry} for entry in entries if entry]
+
+
+def _describe_source(source: Mapping[str, Any]) -> str:
+    """Return the path of a source and how it is read: ``train.jsonl, the first 280 rows``."""
+    rows, settings = source.get("rows"), {key: source[key] for key in source if key not in ("path", "rows")}
+    first = f"the first {count_of(rows, 'row')}" if isinstance(rows, int) else ""
+    return ", ".join(filter(None, [str(source["path"]), first, _list_settings(settings, list(settings))]))
 
 
 # what report.html calls

@@ -44,6 +44,12 @@ class _VisibleConsole(Console):
             yield segment if segment.control else Segment(show_controls(segment.text), segment.style)
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a count before its noun, which is given in the singular: ``1 row``, ``1,200 rows``."""
+    plural = noun + ("es" if noun.endswith(("ch", "s")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def terminal(stderr: bool = False, record: bool = False) -> Console:
     """Return the console for all that is printed; strings in square brackets are markup unless they are escaped."""
     return _VisibleConsole(stderr=stderr, highlight=False, record=record)

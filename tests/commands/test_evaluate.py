@@ -64,7 +64,7 @@ def test_figures_and_predictions_agree_in_all_and_by_data_set(evaluate, tmp_path
     for title in ("10 validation rows, answers", "7 validation rows of rows.jsonl"):
         assert title in out
     assert "of at most 3 tokens" in out
-    assert "rows are trained on too, so val_loss is too good: rows.jsonl:1 = " in out
+    assert "rows trained on too, so val_loss is too good: rows.jsonl:1 = " in out
     assert "Warning" not in out
 
 

@@ -214,7 +214,7 @@ def test_a_server_gets_prompts_as_they_were_trained_or_not_at_all(evaluate):
     assert earlier == ["\n\nLet me see.", "<think>\nTwo pairs.\n</think>\n\n4"]
     assert [[turns[0]["content"], turns[2]["content"]] for turns in messages] == [[question, question]] * 2
     assert not any("reasoning_content" in turn for turns in messages for turn in turns)
-    assert "2 rows are not answered: a server gets prompts whole" in " ".join(printed.split())
+    assert "Not answered: 2 rows, as a server gets prompts whole" in " ".join(printed.split())
     assert figures["answered_rows"] == 2
 
 

@@ -56,14 +56,14 @@ def report(folder):
 def test_rows_lengths_and_steps_are_reported_and_the_exit_code_is_that_of_fit(report):
     code, out, err, page = report
     assert code == 2
-    assert err.startswith("qlora-lightning: 1 row cannot be used:\n  train.jsonl:12: not JSON")
+    assert err.startswith("qlora-lightning: `fit` would not start. 1 row cannot be used:\n  train.jsonl:12: not JSON")
     found = " ".join(out.split())
     for finding in (
         "train: 13 rows (alpaca)",
-        "1 bad rows skipped: train.jsonl:12 (not JSON",
-        "1 rows equal an earlier one: train.jsonl:13 = train.jsonl:1 ",
+        "1 bad row on which training stops: train.jsonl:12 (not JSON",
+        "1 row equal to an earlier one: train.jsonl:13 = train.jsonl:1 ",
         "val: 3 rows (alpaca)",
-        "1 rows are trained on too, so val_loss is too good: val.jsonl:1 = train.jsonl:5 ",
+        "1 row trained on too, so val_loss is too good: val.jsonl:1 = train.jsonl:5 ",
         "3 batches of 4 rows",
         "2 optimizer steps; 4 in all",
         "stop token <|im_end|> (2) · max_length 2048",
@@ -72,6 +72,51 @@ def test_rows_lengths_and_steps_are_reported_and_the_exit_code_is_that_of_fit(re
         assert finding in " ".join(Reader(page).text.split())
     # "Count to 0." and its answer, with SmolLM2's system prompt; the longest is the hostile row
     assert cells(out, "train labelled")[0] == "2"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "last"),
+    [
+        (["--data.on_bad_row", "skip"], 0, "`fit` would start on these rows."),
+        (["--data.on_bad_row", "skip", "--data.val", "null", "--data.val_fraction", "0.2"], 0, "`fit` would start"),
+        # 1 of all 21 rows, as `fit` counts them before it holds some out
+        (["--data.train", "few.jsonl", "--data.val", "null", "--data.val_fraction", "0.3"], 0, "`fit` would start"),
+        (
+            ["--data.train", "untrained.jsonl"],
+            2,
+            "`fit` would not start. 1 of 13 rows of train leave nothing to train on",
+        ),
+        (
+            ["--data.val", "null", "--data.val_fraction", "0.2", "--split", "val"],
+            2,
+            "`fit` would not start. 1 row cannot",
+        ),
+        (["--data.test", "val.jsonl", "--split", "test"], 0, "`test` would start on these rows."),
+    ],
+)
+def test_the_exit_code_and_the_last_line_say_whether_training_would_start(folder, options, expected, last):
+    untrained = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", "train": False}]}
+    ]
+    write(folder / "untrained.jsonl", [*ROWS, *VAL[1:], *untrained])
+    write(folder / "few.jsonl", [*({"instruction": f"{n}?", "output": "a"} for n in range(20)), *untrained])
+    code, out, err = inspect(*options)
+    assert code == expected
+    if code:
+        assert err.startswith(f"qlora-lightning: {last}")
+        assert "would start" not in out
+    else:
+        assert (out.splitlines()[-1].startswith(last), err) == (True, "")
+
+
+def test_a_row_of_a_csv_is_named_by_the_line_where_it_begins_as_an_editor_counts(folder):
+    (folder / "lines.csv").write_text('question,answer\n"What\nis 1?",1\n\n"What\n\nis 2?",\n"Is\n3?","3"\n')
+    options = ("--data.train", "lines.csv", "--data.val", "lines.csv", "--row", "lines.csv:8")
+    code, out, err = inspect(*options)
+    assert (code, "lines.csv:5: the answer (message 2) is empty" in err) == (2, True)
+    assert "lines.csv:8 " in out
+    assert "│3│?│" in out
+    assert "lines.csv:2 = lines.csv:2, lines.csv:8 = lines.csv:8" in " ".join(out.split())
 
 
 def test_rows_are_shown_token_by_token_with_what_is_trained(report):

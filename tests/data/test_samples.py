@@ -97,7 +97,7 @@ def test_prompts_that_are_trained_with_another_answer_are_reported(characters):
     train, val = ([{"prompt": q, "completion": a} for q, a in part.split()] for part in ("ak bk ck", "ak bl dk"))
     report = prepare_rows(train, characters, val=val).reports["val"]
     assert (report.overlap, report.overlap_prompts) == (2, 1)
-    line = "2 rows are trained on too, 1 of them with another answer, so val_loss is too good: "
+    line = "2 rows trained on too, 1 of them with another answer, so val_loss is too good: "
     assert f"{line}val:1 = train:1, val:2 = train:2 (prompt)" in report.describe()
 
 

@@ -100,6 +100,25 @@ def test_a_page_is_small_however_long_the_run_was_and_is_made_of_whatever_there_
     assert "still training, or killed" in page.text
 
 
+SOURCES = [  # what `data.train` names, how the first line of a page says it, and the cells of its row of facts
+    ("a.jsonl", "12 rows of a.jsonl.", "traina.jsonl"),
+    ({"path": "a.jsonl", "rows": 12}, "12 rows of a.jsonl.", "traina.jsonl, the first 12 rows"),
+    (
+        [{"path": "a.jsonl", "weight": 3, "format": "alpaca"}, {"path": "b.csv", "rows": 1}],
+        "12 rows of a.jsonl and b.csv.",
+        "traina.jsonl, weight 3, format alpaca; b.csv, the first 1 row",
+    ),
+]
+
+
+@pytest.mark.parametrize(("train", "sentence", "facts"), SOURCES)
+def test_files_are_named_as_a_person_would(make_run, train, sentence, facts):
+    data = {**MANIFEST["data"], "files": {"train": train}}
+    page = Reader(render_report([read_run(make_run(data=data))]))
+    assert f"LoRA of rank 8 on package:tiny, trained on {sentence}" in page.text
+    assert facts in page.text
+
+
 def test_what_cannot_be_seen_is_shown():
     assert show_controls("a\tb\nc") == "a⇥b\nc"
     assert show_controls("\x1b[31m\0\x7f\x9b") == "␛[31m␀␡\\x9b"

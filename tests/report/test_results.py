@@ -36,7 +36,7 @@ def test_the_first_screen_answers_what_it_learned_what_it_cost_and_what_comes_ne
     evaluation = {**EVALUATION, "metrics": metrics, "scores": ["numeric_match"], "rows": 7}
     folder = make_run(evaluation=evaluation, config={**CONFIG, "data": {**CONFIG["data"], "test": "test.jsonl"}})
     sentences, commands, page = read_page(read_run(folder))
-    assert "LoRA of rank 8 on package:tiny, trained on rows.jsonl (12 rows)." in page.text
+    assert "LoRA of rank 8 on package:tiny, trained on 12 rows of rows.jsonl." in page.text
     assert "loss on other text2.31002.3400+0.0300" in page.text  # cells of a row
     results = {"validation loss": "0.4500", "numeric match": "25.0%", "optimizer steps": "20", "tokens/s, median": "60"}
     results |= {"peak memory": "1.25\u00a0GiB", "wall time, h:mm:ss": "0:01:30"}
@@ -122,7 +122,7 @@ TO_10, TO_9, TO_40 = (
         ({"train_loss": [(1, 5.5), (2, 30.4), (3, 10.8)]}, None, TO_10),
         ({"train_loss": [(step, 1.0 if step < 20 else 9.0) for step in range(1, 31)]}, None, TO_9),
         ({"train_loss": [(1, 2.1), (2, 2.0), (3, 40.0)]}, None, TO_40),
-        ({"val_loss": [(2, 2.0), (9, 0.5)]}, sides(2.0, 0.5, -1.6, -1.4), "Too short to judge: 9 optimizer steps, of"),
+        ({"val_loss": [(2, 2.0), (9, 0.5)]}, sides(2.0, 0.5, -1.6, -1.4), "Too short to judge: 9 optimizer steps, and"),
     ],
 )
 def test_overfitting_is_no_divergence_and_a_training_loss_may_show_one(tmp_path, metrics, loss, sentence):

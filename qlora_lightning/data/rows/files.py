@@ -18,6 +18,7 @@ import fsspec
 import fsspec.core
 
 from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, RowFault, kind_of, parse_json
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining, nearest
 from qlora_lightning.support.files import fits, load_json
 
@@ -472,7 +473,7 @@ def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             if isinstance(values, RowFault):
                 yield line, values
             elif len(values) != len(header):
-                yield line, RowFault(f"has {len(values)} values, but the header has {len(header)}")
+                yield line, RowFault(f"has {count_of(len(values), 'value')}, but the header has {len(header)}")
             else:  # those below no name are left out
                 yield line, {name: value for name, value in zip(header, values, strict=True) if name}
 

@@ -22,6 +22,7 @@ from qlora_lightning.model.load.machine import advise_allocator, explain_dtype
 from qlora_lightning.model.load.wrapped import empty_model, open_text_config
 from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config, read_identity
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         f"Of a {config.wrapper} the text alone is trained: images and the like are left out."
         if hasattr(config, "wrapper")
         else None,
-        f"Adapter{'' if rank is None else f' of rank {rank}'} on {len(names)} modules "
+        f"Adapter{'' if rank is None else f' of rank {rank}'} on {count_of(len(names), 'module')} "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto"

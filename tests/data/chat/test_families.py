@@ -224,4 +224,4 @@ def test_a_system_prompt_inside_a_question(families, family, settings, expected)
 def test_rows_without_the_reasoning_that_generation_begins_with_are_counted(families, family, settings, row, is_told):
     report = prepare_rows([{"messages": ROWS[row]}], families[family], **settings).reports["train"]
     assert report.unreasoned == is_told
-    assert ("1 rows have answers without reasoning" in report.describe()) == is_told
+    assert ("1 row with answers without reasoning" in report.describe()) == is_told

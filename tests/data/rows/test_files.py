@@ -119,7 +119,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
 
 MARKED = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
-OF_2 = "values, but the header has 2"
+OF_2 = ", but the header has 2"
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
     ("a.jsonl", '{"x": 1}\n\ufeff{"x": 2}\n', [(1, {"x": 1}), (2, {"x": 2})]),  # files that were concatenated
@@ -128,7 +128,9 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     # the line where a row begins, as an editor counts
     ("a.csv", 'x,"a y"\r\n1,"a ""b"",\nc"\n\n"",5', [(2, {"x": "1", "a y": 'a "b",\nc'}), (5, {"x": "", "a y": "5"})]),
     ("a.csv", "\nx,y\nNA,007\n", [(3, {"x": "NA", "y": "007"})]),
-    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [(2, {"x": "NA"}), ("a.csv:3", f"has 3 {OF_2}"), ("a.csv:4", f"has 1 {OF_2}")]),
+    ("a.csv", "x,\nNA,0\n1,2,3\n4\n", [
+        *((2, {"x": "NA"}), ("a.csv:3", f"has 3 values{OF_2}"), ("a.csv:4", f"has 1 value{OF_2}")),
+    ]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:2", "not CSV: ',' expected after '\"'"), (3, {"x": "4", "y": "5"})]),
     # of which lines are rows nobody knows after a quote that does not end in its line as it should
     *(
@@ -204,7 +206,7 @@ LARGE = [  # name, a beginning, what follows it 80 times, and what is said of th
     ("a.jsonl", b'{"text": "', b"a" * 1_000_000, f"a.jsonl:1: {TOO_LARGE}"),
     ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 has {TOO_LARGE}"),
     ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
-    ("a.json", b"[", b"1," * 1_000, "10240 rows cannot be used"),
+    ("a.json", b"[", b"1," * 1_000, "10,240 rows cannot be used"),
     ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet cannot be read (ValueError: {TOO_LARGE}"),
 ]
 

@@ -75,6 +75,7 @@ def key_table():
     del rows["model.kwargs"]
     text = "a key of Lightning's Trainer, with a default of ours"
     rows |= {f"trainer.{key}": (default, text) for key, default in TRAINER_DEFAULTS.items()}
+    rows["trainer.max_epochs"] = (None, "how many epochs, at most; `null`: 1, or no limit if `max_steps` is set")
     for key, (default, text) in sorted(rows.items()):
         first = re.split(r"\. (?=[A-Z]|`(?!None))", " ".join(text.split()).replace("``", "`"))[0].rstrip(".")
         first = first.replace("`None`", "`null`").replace("`False`", "`false`")

@@ -32,7 +32,6 @@ _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.Ins
 _CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
 _PARSER_MODE = "qlora_yaml"  # the loader of jsonargparse would read the text 1e5 of a config as a number
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "default_root_dir": "runs/default",
     "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
@@ -139,7 +138,11 @@ class QLoRACLI(LightningCLI):
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
-        check_trainer_settings(self.config["trainer"])
+        trainer = self.config["trainer"]
+        self._max_epochs = trainer["max_epochs"]
+        if self._max_epochs is None and trainer["max_steps"] == -1:  # Lightning would train 1,000 epochs
+            trainer["max_epochs"] = 1
+        check_trainer_settings(trainer)
         if not isinstance(self.config["seed_everything"], bool):  # which chooses a seed, or sets none
             check_number("seed_everything", self.config["seed_everything"])
         model = self.config["model"].get("init_args") or {}
@@ -197,6 +200,7 @@ class QLoRACLI(LightningCLI):
         config: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
+        config["trainer"]["max_epochs"] = self._max_epochs  # of null a later --trainer.max_steps lifts the limit
         for key, default in _CLASSES.items():
             class_path, settings = config[key]["class_path"], config[key].get("init_args") or {}
             config[key] = settings if class_path == default else {"class_path": class_path, **settings}

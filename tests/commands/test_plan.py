@@ -158,7 +158,9 @@ def test_tokens_are_those_of_all_rows_and_epochs(folder):
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        ({"max_steps": 7, "max_epochs": "null"}, 7),
+        ({}, 8),
+        ({"max_steps": 40}, 40),  # no epoch ends it
+        ({"max_steps": 40, "max_epochs": 2}, 16),
         ({"max_steps": 7, "max_epochs": 3, "limit_train_batches": 4}, 6),
         ({"limit_train_batches": 4, "accumulate_grad_batches": 3}, 2),
         ({"limit_train_batches": 0.7, "accumulate_grad_batches": 4, "max_epochs": 2}, 6),  # of 11 batches

@@ -24,6 +24,13 @@ def test_a_finished_run_continues_to_the_same_end_and_says_what_is_set_otherwise
     assert not (tmp_path / "run" / "evaluation.json").exists()  # it was of the adapter before
 
 
+def test_max_steps_alone_lifts_the_limit_of_one_epoch_also_of_a_run_folders_config(command, tmp_path):
+    longer = ("fit", *LAST, "--trainer.max_steps", 4, "--evaluation", "null")
+    command(*longer, config=tmp_path / "run" / "config.yaml")
+    assert equality.read_checkpoint(tmp_path / "run")["global_step"] == 4  # an epoch has three
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_epochs"] is None
+
+
 @pytest.mark.slow
 def test_a_moved_run_is_resumed_and_judged_where_it_is(command, tmp_path, write_config, capsys):
     """On the rows that its first seed held out."""

@@ -111,7 +111,7 @@ def test_an_error_has_an_exit_code_and_a_line_and_debug_shows_its_traceback(rais
 
 
 def test_an_installed_command_finds_classes_here_and_its_figures_can_be_piped(tiny_base, rows_file, tmp_path):
-    code = "from qlora_lightning import QLoRAModule\n\n\nclass FocusedLoss(QLoRAModule):\n    pass\n"
+    code = "from qlora_lightning import QLoRAModule\n\n\nclass FocalLoss(QLoRAModule):\n    pass\n"
     (tmp_path / "my_code.py").write_text(code)
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = yaml.safe_load(re.search(r"`model: (\{class_path: .*?\})`", readme)[1])

@@ -150,7 +150,7 @@ def test_a_second_adapter_computes_in_bf16_what_it_did_as_the_first(untied_base,
     other.add_adapter("second", tmp_path)
     assert [*trainable_tensors(other)] == trained
     with with_adapter(other.model, "second"):
-        losses = [module.compute_loss(make_batch(vocabulary=50)).loss for module in (first, other)]
+        losses = [module.compute_loss(make_batch(vocabulary=50)).loss_sum for module in (first, other)]
         answers = [module.answer([[5, 6, 7]], [], 5) for module in (first, other)]
     assert losses[0] == losses[1]
     assert answers[0] == answers[1]

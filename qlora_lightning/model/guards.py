@@ -200,6 +200,15 @@ def check_sums(module: "QLoRAModule", batch: Any) -> None:
             return
 
 
+def reject_uncounted(what: str) -> None:
+    """Reject steps or rows of which nothing was counted: nothing would be learned, or measured."""
+    raise UserError(
+        f"{what} counted no token: the labels of their rows are all -100, as with a wrong mask of the answers, or "
+        "compute_loss returned a count of 0.",
+        "loss.nothing_counted",
+    )
+
+
 # ---- each optimizer step, and each validation ------------------------------------------------------------------------
 
 
@@ -261,11 +270,7 @@ class TrainingGuard(Callback):
             return
         self._empty_steps += 1
         if self._empty_steps == _MOST_EMPTY_STEPS:
-            raise UserError(
-                f"The first {_MOST_EMPTY_STEPS} steps counted no token, so nothing is learned: the labels of their "
-                "rows are all -100, as with a wrong mask of the answers, or compute_loss returned a count of 0.",
-                "loss.nothing_counted",
-            )
+            reject_uncounted(f"The first {_MOST_EMPTY_STEPS} steps")
 
     def _compare_with_validation(self, loss: float) -> None:
         """Report a first loss that is far from that of the validation before it, which has the same weights."""
@@ -407,11 +412,7 @@ class TrainingGuard(Callback):
             # They are over all ranks already: sync_dist changes nothing, but Lightning asks for it.
             means = module.statistics.compute(over_ranks=trainer.world_size > 1)
             if not module.statistics.counted:
-                raise UserError(
-                    f"The {split} rows count no token: their labels are all -100, as with a wrong mask of the answers, "
-                    "or compute_loss returned a count of 0.",
-                    "loss.nothing_counted",
-                )
+                reject_uncounted(f"The {split} rows")
             self._sanity_loss = float(means["loss"]) if trainer.sanity_checking else None
             module.log_means(split, means, sync_dist=True)
 

@@ -380,7 +380,7 @@ class QLoRAModule(lightning.LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
-        """Keep the gradients: Lightning calls this behind the training_step that has computed them."""
+        """Keep the gradients: Lightning calls this after the training_step that has computed them."""
 
     def optimizer_step(
         self,

@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_rejected_and_without_a_last_one_the_newest_whol
     for damaged in (flipped, content[:-9999]):
         last.write_bytes(damaged)
         assert main(fit("rows", run.name)) == 2
-        message = rf"is not read.* the newest good one, with `--ckpt_path \S*{best.name}`"
+        message = rf"cannot be read.* the newest good one, with `--ckpt_path \S*{best.name}`"
         assert re.search(message, capsys.readouterr().err)
     last.unlink()
     half = best.with_name("step-000099.ckpt")

@@ -118,6 +118,10 @@ def read_message(message: Any, number: int, roles: Mapping[str, str]) -> Message
         roles: names of roles beyond those that are known, ``{their name: our name}``.
     """
     where = f"message {number}"
+    if not isinstance(message, Mapping):
+        raise RowFault(f"{where} is {kind_of(message)}, expected an object with 'role' and 'content'")
+    if message.get("role") is None and message.get("from") is None:
+        raise RowFault(f"{where} has no 'role', expected {', '.join(ROLES)}")
     speaker = str(_read_one_of(("role", "from"), message, where))
     role = roles.get(speaker, _SPEAKERS.get(speaker, speaker))
     if role not in ROLES:
@@ -177,7 +181,7 @@ def _read_content(content: Any, where: str, role: str) -> str:
     return text
 
 
-def _is_trained(message: dict[str, Any], where: str) -> bool:
+def _is_trained(message: Mapping[str, Any], where: str) -> bool:
     """Whether an answer is trained, by ``train`` or its names in OpenAI's, Axolotl's and LLaMA-Factory's rows."""
     for key in sorted(_UNREAD & message.keys()):
         if message[key] not in (None, "", []):

@@ -473,7 +473,8 @@ def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             if isinstance(values, RowFault):
                 yield line, values
             elif len(values) != len(header):
-                yield line, RowFault(f"has {count_of(len(values), 'value')}, but the header has {len(header)}")
+                fault = f"has {count_of(len(values), 'value')}, but the header has {len(header)}"
+                yield line, RowFault(f"{fault} (read by {delimiter!r}, which `delimiter:` changes)")
             else:  # those below no name are left out
                 yield line, {name: value for name, value in zip(header, values, strict=True) if name}
 

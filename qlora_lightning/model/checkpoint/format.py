@@ -18,8 +18,8 @@ from qlora_lightning.support.files import check_keys, check_version
 
 KEY = "qlora_lightning"  # our settings have a key of their own: under Lightning's they would beat the command line
 _NOT_READ = (
-    "{} is not read: it is damaged or no checkpoint, or it holds objects that run code when they are loaded. Expected "
-    "a .ckpt file that a run wrote: tensors, numbers and texts alone"
+    "{} cannot be read: it is damaged or no checkpoint, or it holds objects that run code when they are loaded. "
+    "Expected a .ckpt file that a run wrote: tensors, numbers and texts alone"
 )
 _STATES = list[dict[str, object]]
 _KEYS: dict[str, Any] = {

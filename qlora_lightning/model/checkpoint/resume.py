@@ -116,7 +116,7 @@ def _finish_batch(trainer: Trainer) -> None:
     """Do what was still due when a checkpoint was saved in ``on_train_batch_end``, and Lightning 2.6 leaves out.
 
     These are schedules that follow a metric; ``_TrainingEpochLoop.on_advance_end`` and ``_FitLoop.on_advance_end`` step
-    them behind the save.
+    them after the save.
     """
     epoch_loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
     epoch_loop.update_lr_schedulers("step", update_plateau_schedulers=True)

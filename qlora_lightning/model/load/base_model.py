@@ -23,6 +23,7 @@ from qlora_lightning.sources.cache import Json, cached_folder
 from qlora_lightning.sources.tensors import check_loaded, save_model
 from qlora_lightning.support.console import quiet_loggers
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
+from qlora_lightning.support.settings import check_arguments
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -53,6 +54,7 @@ def load_base(
     The other arguments are those of :class:`~qlora_lightning.QLoRAModule`. ``double_quant``: Dettmers et al. 2023,
     section 3.
     """
+    check_arguments("model", load_base, {"quantization": quantization})
     source = folders.open_base(name, revision)
     config = open_text_config(source.folder, name, trust_remote_code)  # reports a type that cannot be trained
     stored = folders.read_config(source.folder, name).get("quantization_config")

@@ -112,7 +112,7 @@ class TokenBudget:
         if n_rows > 1:
             if tokens > self._fitted:
                 self.tokens = max(tokens * 4 // 5, self._fitted)
-            else:  # as a short part behind larger ones: less memory is free now
+            else:  # as a short part after larger ones: less memory is free now
                 self.tokens = min(self.tokens, self._fitted) * 4 // 5
             self._fitted = 0
             say(

@@ -119,7 +119,7 @@ def test_what_save_to_disk_wrote_is_read_without_what_datasets_keeps_beside_it()
 
 MARKED = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 ADVICE = "name its encoding, as in `encoding: cp1252` (what Excel writes in Western Europe)"
-OF_2 = ", but the header has 2"
+OF_2 = ", but the header has 2 (read by ',', which `delimiter:` changes)"
 FILES = [  # name, content, rows as (line, values), or what is wrong with the file
     ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\r\n\r\n  \n{"x": "\xe2\x80\xa8"}\n', [(1, {"x": 1}), (4, {"x": "\u2028"})]),
     ("a.jsonl", '{"x": 1}\n\ufeff{"x": 2}\n', [(1, {"x": 1}), (2, {"x": 2})]),  # files that were concatenated

@@ -206,7 +206,7 @@ BEGIN = "from qlora_lightning.data.rows.content import Chat, Text, Tokens; retur
         (f"{BEGIN}Text('a')", Text("a")),
         (f"{BEGIN}Chat({[U, A]}, [{SKY}])", Chat([U, A], [SCHEMA])),
         ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
-        ("return ('a',)", "cannot be read by the format rows_of_mine.convert: AttributeError"),
+        ("return ('a',)", "message 1 is str, expected an object"),
     ],
 )
 def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):

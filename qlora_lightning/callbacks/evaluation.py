@@ -176,7 +176,8 @@ class Evaluation(Callback):
         # If nothing was left to train, the Trainer has no loader.
         loaders = trainer.val_dataloaders or datamodule_of(trainer).val_dataloader()
         loaders = loaders if isinstance(loaders, list) else [loaders]
-        batches = [batch for loader in loaders for batch in row_results.take_batches(loader, trainer.limit_val_batches)]
+        limit = trainer.limit_val_batches
+        batches = [module.pack_batch(batch) for each in loaders for batch in row_results.take_batches(each, limit)]
         rows = [row for batch in batches for row in row_results.unpack_rows(batch)]
         rows_to_answer = row_results.keep_prompts(rows, self._share(trainer))
         settings = self.choose_settings(trainer, rows_to_answer)

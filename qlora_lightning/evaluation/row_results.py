@@ -20,7 +20,7 @@ from qlora_lightning.model.step.accumulate import evaluate
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.layout import MicroBatch
 from qlora_lightning.model.step.loss import LossSums
-from qlora_lightning.model.step.packed import cut_into_rows, is_packed, pack_padded
+from qlora_lightning.model.step.packed import cut_into_rows, is_packed
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import progress_counter
 
@@ -95,9 +95,9 @@ class AnswerSettings:
 
 
 def take_batches(loader: Any, limit: float) -> Iterator[Any]:
-    """Yield the first batches, packed, up to the Trainer's limit: an int is their number, a float their share."""
+    """Yield the first batches, up to the Trainer's limit: an int is their number, a float their share."""
     n_batches = limit if isinstance(limit, int) else None if limit == 1 else int(len(loader) * limit)
-    return map(pack_padded, itertools.islice(loader, n_batches))
+    return itertools.islice(loader, n_batches)
 
 
 def unpack_rows(batch: Mapping[str, Any]) -> list[EvaluationRow]:

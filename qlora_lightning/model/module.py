@@ -276,9 +276,11 @@ class QLoRAModule(lightning.LightningModule):
         """Sum the loss over a micro-batch. Override it for another objective; return sums, not means.
 
         Args:
-            batch: A :class:`~qlora_lightning.model.step.layout.MicroBatch`; under Fabric it may be a packed batch, with
-                ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens`` ``(samples + 1,)``, or a
-                padded one, with ``input_ids``, ``attention_mask`` and ``labels``, ``(rows, tokens)``.
+            batch: A :class:`~qlora_lightning.model.step.layout.MicroBatch` of a packed batch. An override gets a batch
+                of another kind as the data module made it, whole and on the device, such as a padded one, with
+                ``input_ids``, ``attention_mask`` and ``labels``, ``(rows, tokens)``. Under Fabric it may be a packed
+                batch, with ``input_ids``, ``position_ids``, ``labels`` ``(1, tokens)`` and ``cu_seqlens``
+                ``(samples + 1,)``. :meth:`token_losses` and :meth:`last_states` take all of them.
         """
         nll, correct = self.token_losses(batch)
         return losses.LossSums.of(nll, token_accuracy=correct, nll=nll)
@@ -312,7 +314,9 @@ class QLoRAModule(lightning.LightningModule):
         Raises:
             UserError: A token is not one of the base's, or a row is too long for its rotary embedding.
         """
-        return batch if isinstance(batch, layout.MicroBatch) else self.cutter.lay_out(batch)
+        if isinstance(batch, layout.MicroBatch):
+            return batch
+        return self.cutter.lay_out(packed.pack_padded(batch, only_known=not self.overrides("compute_loss")))
 
     @property
     def cutter(self) -> packed.Cutter:
@@ -339,9 +343,13 @@ class QLoRAModule(lightning.LightningModule):
         return packed.format_locations(packed.row_locations(data, row_ids, split))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Pack a padded batch. Leave a packed one on the host, which cuts it; its micro-batches move."""
-        batch = packed.pack_padded(batch)
+        """Pack a padded batch, and leave a packed one on the host, which cuts it; its micro-batches move."""
+        batch = self.pack_batch(batch)
         return batch if packed.is_packed(batch) else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def pack_batch(self, batch: Any) -> Any:
+        """Pack a padded batch, unless :meth:`compute_loss` is overridden, which gets it as it is."""
+        return batch if self.overrides("compute_loss") else packed.pack_padded(batch)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ def train(tiny_base, rows_file, tmp_path):
         lightning.seed_everything(7, verbose=False)
         kind = QLoRAModule if loss is None else type("Own", (QLoRAModule,), {"compute_loss": loss})
         module = kind(str(tiny_base), **_STEADY)
-        trainer = fit(module, tmp_path, rows_file, batch_size=4, max_epochs=1, **options)
+        trainer = fit(module, tmp_path, rows_file, **{"batch_size": 4, "max_epochs": 1} | options)
         return trainer.callback_metrics, torch.cat([tensor.flatten() for tensor in module.state_dict().values()])
 
     return run
@@ -61,6 +61,7 @@ def test_a_plain_count_is_made_on_the_device_of_the_loss():
         ("loss.not_finite", "NaN", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.nan)),
         ("loss.shape", "LossSums.metrics.nll", lambda module, batch: LossSums(0, 1, {"nll": nll_of(module, batch)})),
         ("loss.log", "entropy", lambda module, batch: module.log("entropy", 1.0)),
+        ("loss.count", "inf", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.inf)),
         ("loss.count", "-3", lambda module, batch: LossSums(nll_of(module, batch).sum(), -3)),
         # as with labels that a template or a collate function has masked, all of them
         ("loss.nothing_counted", "no token", lambda module, batch: LossSums(nll_of(module, batch).sum(), 0)),
@@ -76,18 +77,64 @@ def test_one_step_that_counts_nothing_has_no_gradient(train):
     assert float(metrics["train_loss"]) == float(metrics["grad_norm"]) == 0
 
 
+def training_only(module, batch):
+    assert module.training
+    return LossSums.of(nll_of(module, batch))
+
+
+def needs_gradients(module, batch):
+    nll = nll_of(module, batch)
+    weight = next(p for p in module.parameters() if p.requires_grad)
+    torch.autograd.grad(nll.sum(), weight, retain_graph=True)
+    return LossSums.of(nll)
+
+
+def draws(module, batch):
+    nll = nll_of(module, batch)
+    return LossSums.of(nll * torch.rand_like(nll))
+
+
+def sum_and_mean(module, batch):
+    nll = nll_of(module, batch)
+    return LossSums(nll.sum(), len(nll), {"entropy": nll.mean()})
+
+
 @pytest.mark.parametrize(
-    ("is_sum", "loss"),
+    ("fault", "loss"),
     [
-        (True, lambda module, batch: LossSums.of(2 * nll_of(module, batch))),
-        (False, lambda module, batch: LossSums((nll := nll_of(module, batch)).mean(), len(nll))),
-        (False, lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
+        ("", lambda module, batch: LossSums.of(2 * nll_of(module, batch))),
+        ("", training_only),
+        ("", needs_gradients),
+        ("", draws),
+        ("loss_sum", lambda module, batch: LossSums((nll := nll_of(module, batch)).mean(), len(nll))),
+        ("count", lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
+        ("metrics.entropy", sum_and_mean),
     ],
-    ids=["sum", "mean by the count", "mean"],
 )
-def test_means_in_place_of_sums_are_reported(train, capsys, is_sum, loss):
-    train(loss, max_steps=1)
-    assert ("compute_loss of Own returns no sums" in capsys.readouterr().out) == (not is_sum)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_means_in_place_of_sums_are_reported_at_any_batch_size(train, capsys, fault, loss, batch_size):
+    train(loss, max_steps=1, accumulate_grad_batches=4 // batch_size, batch_size=batch_size)
+    said = capsys.readouterr().out
+    assert ("compute_loss of Own returns no sums" in said) == bool(fault)
+    assert fault in said
+
+
+def test_a_loss_with_a_state_is_left_in_it_by_the_check(tiny_base, rows_file, tmp_path, capsys):
+    class Counts(QLoRAModule):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.calls = 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def compute_loss(self, batch):
+            self.calls += 1
+            self.seen += 1
+            return LossSums.of(nll_of(self, batch) / self.calls)
+
+    module = Counts(str(tiny_base), **_STEADY)
+    fit(module, tmp_path, rows_file, batch_size=4, max_steps=1)
+    assert module.calls == float(module.seen) == 1
+    assert "returns no sums" not in capsys.readouterr().out
 
 
 def test_sums_in_bf16_are_added_up_in_float64(train):

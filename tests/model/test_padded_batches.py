@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
-from qlora_lightning import AdapterCheckpoint, Evaluation, InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, Evaluation, InstructionDataModule, LossSums, QLoRAModule
 from tests.equality import same
 from tests.errors import rejects
 from tests.steps import LENGTHS, loss_and_gradients, make_batch, make_module, make_trainer
@@ -63,14 +63,35 @@ MASK = padded()["attention_mask"]
         ({"attention_mask": MASK[:, None, None]}, "attention_mask (6, 1, 1, 64)"),
         ({"labels": MASK[:, :-1]}, "labels (6, 63)"),
         ({"position_ids": MASK.expand(3, -1, -1)}, "position_ids (3, 6, 64)"),
-        ({"weights": MASK}, "no other key"),
-        ({"weights": [1.0] * 6}, "no other key"),
+        ({"weights": MASK}, "weights"),
+        ({"weights": [1.0] * 6}, "weights"),
+        ({"token_type_ids": MASK}, "token_type_ids"),
+        ({"seq_idx": MASK}, "seq_idx"),  # without position_ids nothing else says where samples begin
         ({"labels": None}, "no labels"),
+        ({"labels": MASK.numpy()}, "labels as ndarray"),
+        ({"input_ids": MASK[0]}, "input_ids (64,)"),
     ],
 )
 def test_what_is_not_a_row_beside_padding_is_rejected(tiny_base, changes, fact):
     with rejects("data.batch", fact):
         make_module(tiny_base).compute_loss(padded(**changes))
+
+
+def test_what_collators_add_beside_is_ignored(tiny_base):
+    module, positions = make_module(tiny_base), padded()["attention_mask"].cumsum(1) - 1
+    others = {"length": torch.tensor(LENGTHS), "token_type_ids": 0 * MASK, "seq_idx": MASK, "max_length_q": 64}
+    batch = padded(position_ids=positions, cu_seq_lens_q=torch.tensor([0, 64]), **others)
+    assert torch.equal(loss_and_gradients(module, batch)[1], loss_and_gradients(module)[1])
+
+
+class ReadsDict(QLoRAModule):
+    """A loss written for the batches of one's own collate function, which also have a weight for each row."""
+
+    def compute_loss(self, batch):
+        assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+        nll, _ = self.token_losses(batch)
+        weights = batch["weights"].repeat_interleave(torch.tensor(self.micro_batch_of(batch).counts))
+        return LossSums((weights * nll).sum(), weights.sum())
 
 
 class Padded(lightning.LightningDataModule):
@@ -85,6 +106,21 @@ class Padded(lightning.LightningDataModule):
 
     def val_dataloader(self):
         return self.train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's: there are none
+def test_an_own_loss_gets_the_batch_of_an_own_collate_function_as_it_is(tiny_base, tmp_path, capsys):
+    batch = padded("left", weights=torch.ones(len(LENGTHS)))
+    losses = []
+    for kind, rows in ((QLoRAModule, padded("left")), (ReadsDict, batch)):
+        lightning.seed_everything(7, verbose=False)
+        module = kind(str(tiny_base), **_SETTINGS)
+        callbacks = [AdapterCheckpoint(), Evaluation(rows=0)]
+        trainer = make_trainer(tmp_path / kind.__name__, max_steps=2, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(module, DataLoader([rows, rows], None), DataLoader([rows], None))
+        losses.append({name: float(trainer.callback_metrics[name]) for name in ("train_loss", "val_loss")})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert "returns no sums" not in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's: there are none

@@ -24,6 +24,9 @@ _PER_ROW = ("row_ids", "source", "desirable")
 _OF_ALL = ("cu_seqlens", "kl")
 # Those of a padded batch, as the collators of transformers make it; the last two may be missing.
 _PADDED = ("input_ids", "labels", "attention_mask", "position_ids")
+# What collators add that these say already, the first five only beside position_ids.
+_SAMPLE_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_LENGTHS = ("length", "seq_lengths")
 _MAX_LISTED = 8  # rows in a message
 
 
@@ -62,26 +65,43 @@ def is_packed(batch: Any) -> bool:
     return {*_PER_TOKEN, "cu_seqlens"} <= tensors <= {*_PER_TOKEN, *_PER_ROW, *_OF_ALL}
 
 
-def pack_padded(batch: Any) -> Any:
+def is_padded(batch: Any) -> bool:
+    """Whether a batch has rows side by side: ``input_ids`` and ``labels``, and no bounds of a packed stream."""
+    given = _given(batch)
+    return "cu_seqlens" not in given and {"input_ids", "labels"} <= given.keys()
+
+
+def pack_padded(batch: Any, only_known: bool = True) -> Any:
     """Return a padded batch as a packed one, on the host; a batch of another kind is returned as it is.
 
     A padded batch has ``input_ids``, ``labels`` and usually ``attention_mask``, ``(rows, tokens)``, as the collators of
     transformers make it. Rows may be padded on either side. What the mask leaves out is not computed, so a sum over
     rows is that of packed samples. Each row is a sample; one whose ``position_ids`` restart, as packed by other tools,
-    is several.
+    is several. ``only_known``: nobody reads other keys.
 
     Raises:
-        UserError: One is not of this shape, or the mask has other values than 0 and 1, or leaves out tokens inside a
-            row.
+        UserError: One is not of this shape, the mask has other values than 0 and 1, or leaves out tokens inside a row,
+            or another key would be ignored.
     """
-    given = {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
-    is_padded = {*_PADDED[:2]} <= given.keys() <= {*_PADDED}  # what else there is would be lost
-    if not is_padded or not all(isinstance(value, torch.Tensor) for value in given.values()):
+    if not is_padded(batch):
         return batch
+    given = _given(batch)
+    known = (*_PADDED, *_LENGTHS, *(_SAMPLE_BOUNDS if "position_ids" in given else ()))
+    unknown = [str(name) for name, value in given.items() if name not in known and not _is_zero(name, value)]
+    if only_known and unknown:
+        raise UserError(
+            f"A padded batch has {unknown[0]}, which nothing would read: expected {', '.join(_PADDED)}. Leave it out "
+            "in the collate function, or override compute_loss, which gets the batch as it is.",
+            "data.batch",
+        )
+    given = {name: given[name] for name in _PADDED if name in given}
+    if other := [name for name, value in given.items() if not isinstance(value, torch.Tensor)]:
+        kind = type(given[other[0]]).__name__
+        raise UserError(f"A padded batch has {other[0]} as {kind}: expected a tensor, as input_ids.", "data.batch")
     tensors = {name: value.cpu() for name, value in given.items()}
     ids, labels = tensors["input_ids"], tensors["labels"]
     if ids.ndim != 2:
-        return batch
+        raise UserError(f"A padded batch has input_ids {tuple(ids.shape)}: expected (rows, tokens).", "data.batch")
     for name, tensor in tensors.items():
         if tensor.shape != ids.shape and not (name == "position_ids" and tensor.shape == (1, ids.shape[1])):
             shapes = f"{tuple(tensor.shape)}: expected {tuple(ids.shape)}"
@@ -105,6 +125,15 @@ def pack_padded(batch: Any) -> Any:
         "labels": labels[is_token].masked_fill(is_start, IGNORED)[None],
         "cu_seqlens": cu_seqlens,
     }
+
+
+def _given(batch: Any) -> dict[Any, Any]:
+    return {name: value for name, value in batch.items() if value is not None} if isinstance(batch, Mapping) else {}
+
+
+def _is_zero(name: Any, value: Any) -> bool:
+    """Whether these are the types of tokens of a tokenizer that has one type."""
+    return name == "token_type_ids" and isinstance(value, torch.Tensor) and not value.any()
 
 
 def samples_per_row(batch: Mapping[str, Any]) -> int:
@@ -171,12 +200,11 @@ class Cutter:
         return parts
 
     def lay_out(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """Lay a packed or padded batch out as one micro-batch, on the device.
+        """Lay a packed batch out as one micro-batch, on the device.
 
         Raises:
             UserError: The batch is of another kind, a token is not one of the base's, or a row is too long for it.
         """
-        batch = pack_padded(batch)
         check_packed(batch, len(self.causal_lm.get_input_embeddings().weight), self.locate)
         micro_batch = lay_out(batch, skips_unlabelled=self.skips_unlabelled)
         check_row_length(self.causal_lm.config, micro_batch.sequences.longest)
@@ -192,14 +220,32 @@ def _report_whole(names: str) -> None:
     )
 
 
-def first_rows(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return the packed batch of the first rows of a packed batch."""
-    return _slice_samples(batch, 0, count * samples_per_row(batch), batch["cu_seqlens"].tolist())
+def first_labelled_row(batch: Any, repeats: int = 1) -> Any:
+    """Return the batch of the first row with a label, several times; ``None`` for a batch that is not of rows."""
+    if is_packed(batch):
+        rows = [row for row in cut_into_rows(batch) if (row["labels"] != IGNORED).any()]
+        return _repeat_packed(rows[0], repeats) if rows else None
+    if not is_padded(batch):
+        return None
+    given, n_rows = _given(batch), len(batch["input_ids"])
+    if not all(isinstance(value, torch.Tensor) and value.shape[:1] == (n_rows,) for value in given.values()):
+        return None
+    first = (given["labels"] != IGNORED).view(n_rows, -1).any(1).nonzero()[:1, 0]
+    return {name: value[first.repeat(repeats)] for name, value in given.items()} if len(first) else None
+
+
+def _repeat_packed(row: Mapping[str, Any], repeats: int) -> dict[str, Any]:
+    """Return the packed batch of a row several times."""
+    n_tokens, ends = row["input_ids"].shape[1], row["cu_seqlens"][1:]
+    repeated = dict(row) | {name: row[name].repeat(1, repeats) for name in _PER_TOKEN}
+    repeated |= {name: row[name].repeat(repeats) for name in _PER_ROW if name in row}
+    repeated["cu_seqlens"] = torch.cat([row["cu_seqlens"][:1], *(ends + n * n_tokens for n in range(repeats))])
+    return repeated
 
 
 def dummy_row(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first row without labels: an empty pass for a process that has fewer micro-batches than others."""
-    row = first_rows(batch, 1)
+    row = _slice_samples(batch, 0, samples_per_row(batch), batch["cu_seqlens"].tolist())
     rows = len(row["cu_seqlens"]) - 1
     return {**row, "labels": torch.full_like(row["labels"], IGNORED), "row_ids": torch.full((rows,), -1)}
 
@@ -220,9 +266,12 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
         raise UserError(
             f"A batch has {', '.join(map(str, batch)) or 'nothing'}, and no {missing[0]}: expected one packed stream "
             "of samples without padding, as InstructionDataModule makes it, or a padded batch with input_ids, "
-            "attention_mask and labels of shape (rows, tokens) and no other key, or your own compute_loss.",
+            "attention_mask and labels of shape (rows, tokens), or your own compute_loss.",
             "data.batch",
         )
+    if other := [name for name in expected if not isinstance(batch[name], torch.Tensor)]:
+        kind = type(batch[other[0]]).__name__
+        raise UserError(f"A batch has {other[0]} as {kind}: expected a tensor.", "data.batch")
     token_ids = batch["input_ids"][0]
     position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
     if not len(position):

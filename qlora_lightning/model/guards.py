@@ -342,6 +342,7 @@ class TrainingGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = cast("QLoRAModule", pl_module)
+        trainers.leave_processes_at_exit()
         check_setup(module)
         if stage == "fit":
             check_monitors(trainer)

@@ -1,5 +1,6 @@
-"""Attributes of a Trainer that its class does not declare, its planned steps, and lists of all its processes."""
+"""Attributes of a Trainer that its class does not declare, its planned steps, and its processes."""
 
+import atexit
 import math
 from typing import Any, TypeVar, cast
 
@@ -110,3 +111,18 @@ def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:
     lists: list[list[Item]] = [[] for _ in range(trainer.world_size)]
     torch.distributed.all_gather_object(lists, items)
     return [item for rank_items in lists for item in rank_items]
+
+
+def leave_processes_at_exit() -> None:
+    """Leave the group of processes before the interpreter ends; Lightning does so for NCCL alone.
+
+    A thread of gloo that frees a tensor later than that would abort the process.
+    """
+    atexit.unregister(_leave_processes)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

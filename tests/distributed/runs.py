@@ -4,6 +4,7 @@ As a script it is what each process of a launch runs: several commands one after
 once. Its argument is a file, a JSON list of argument lists.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -52,5 +53,6 @@ def distance(one: Path, other: Path) -> float:
 
 
 if __name__ == "__main__":
+    atexit.register(lambda: print("in a group at exit:", torch.distributed.is_initialized(), flush=True))
     for argv in json.loads(Path(sys.argv[1]).read_text()):
         print(f"\ncode {main(argv)}: {argv[-1]}", flush=True)

@@ -2,6 +2,7 @@
 
 import atexit
 import math
+import time
 from typing import Any, TypeVar, cast
 
 import torch.distributed
@@ -116,7 +117,7 @@ def gather_lists(trainer: Trainer, items: list[Item]) -> list[Item]:
 def leave_processes_at_exit() -> None:
     """Leave the group of processes before the interpreter ends; Lightning does so for NCCL alone.
 
-    A thread of gloo that frees a tensor later than that would abort the process.
+    A thread of gloo that frees its last tensor after that would abort the process.
     """
     atexit.unregister(_leave_processes)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -126,3 +127,5 @@ def leave_processes_at_exit() -> None:
 def _leave_processes() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # that waits for the threads, unless something still refers to the group, as DDP does: let them have Python
+        time.sleep(0.1)

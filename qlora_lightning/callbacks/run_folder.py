@@ -22,17 +22,20 @@ from qlora_lightning.support.console import count_of, say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import datamodule_of, gather_lists, is_trial_run, say_once
 
+_LINE_KEY = "last_logged"  # of a checkpoint
+
 
 class RunFolder(Callback):
     """Write ``config.yaml`` at the start of a fit, pass it to the loggers, and continue ``metrics.csv`` on a resume.
 
-    Before any checkpoint is written, ``metrics.csv`` has the line of its step. Other runs warn if their rows are
-    others, or read otherwise, than those of the adapter's training.
+    A checkpoint has the line of its step, which a resume adds to ``metrics.csv`` if the run was killed before it was
+    written. Other runs warn if their rows are others, or read otherwise, than those of the adapter's training.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self._logged: dict[str, Any] = {}  # by the training, before this batch
+        self._line: dict[str, float] | None = None  # of the checkpoint that is being restored
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
@@ -62,30 +65,33 @@ class RunFolder(Callback):
             except Exception as fault:  # as MLflow, if a resumed run has other values: train on
                 say(f"{type(logger).__name__} does not take the config: {type(fault).__name__}: {fault}")
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._line = checkpoint.get(_LINE_KEY)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        line, self._line = self._line, None
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
-                logger.cut(trainer.global_step)
+                logger.cut(trainer.global_step, line)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._logged = dict(trainer.logged_metrics)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        on_first_process(trainer, lambda: self._complete_metrics(trainer, pl_module))
-
-    def _complete_metrics(self, trainer: Any, pl_module: Any) -> None:
-        """Write the line of a step that ends: Lightning gives it to the loggers only after the hook that saves."""
-        batches, every_n = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.log_every_n_steps
-        ends_step = batches.completed < batches.processed and not pl_module.window.batches
-        is_logged = ends_step and every_n and (trainer.global_step % every_n == 0 or trainer.should_stop)
-        # at each access Lightning makes new tensors of what this epoch's training steps have logged
-        values = {name: each for name, each in trainer.logged_metrics.items() if each is not self._logged.get(name)}
-        line = {**convert_tensors_to_scalars(values), "epoch": trainer.current_epoch}
+        checkpoint[_LINE_KEY] = self._line_of_step(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
-                if is_logged and values:
-                    logger.log_ahead(line, trainer.global_step - 1)
                 logger.flush()
+
+    def _line_of_step(self, trainer: Any, pl_module: Any) -> dict[str, float] | None:
+        """Return the line of a step that ends, which Lightning gives to the loggers only after the hook that saves."""
+        batches, every_n = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.log_every_n_steps
+        ends_step = batches.completed < batches.processed and not pl_module.window.batches
+        if not ends_step or not every_n or (trainer.global_step % every_n and not trainer.should_stop):
+            return None
+        # at each access Lightning makes new tensors of what this epoch's training steps have logged
+        values = {name: each for name, each in trainer.logged_metrics.items() if each is not self._logged.get(name)}
+        return {**convert_tensors_to_scalars(values), "epoch": trainer.current_epoch}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapter: Any = getattr(pl_module, "adapter", None)
@@ -102,8 +108,6 @@ class MetricsLogger(Logger):
         super().__init__()
         self.file = Path(folder) / files.METRICS
         self._columns: list[str] = []  # empty: the file has not been read yet
-        self._ahead: dict[str, Any] | None = None  # the last line, if Lightning has yet to log it
-        self._columns_before: list[str] = []  # those without it
 
     @property
     def name(self) -> str:
@@ -125,25 +129,11 @@ class MetricsLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line; a new metric widens the table."""
         row = {"step": step, **metrics}
-        ahead, self._ahead = self._ahead, None
-        if row == ahead:
-            return
-        if ahead is not None:  # a hook has logged more since
-            self._rewrite([{name: line[name] for name in self._columns_before} for line in self._read()[:-1]])
         if row.keys() <= set(self._columns):
             with self.file.open("a", newline="", encoding="utf-8") as handle:
                 csv.DictWriter(handle, self._columns, lineterminator="\n").writerow(row)
         else:
             self._rewrite([*self._read(), row])
-
-    @rank_zero_only
-    def log_ahead(self, metrics: dict[str, float], step: int) -> None:
-        """Append the line that Lightning is about to log: the next call of :meth:`log_metrics` replaces it."""
-        row = {"step": step, **metrics}
-        if row != self._ahead:
-            self._columns_before = self._columns
-            self.log_metrics(metrics, step)
-            self._ahead = row
 
     @rank_zero_only
     def flush(self) -> None:
@@ -152,12 +142,17 @@ class MetricsLogger(Logger):
             files.flush(self.file)
 
     @rank_zero_only
-    def cut(self, step: int) -> None:
-        """Remove the lines from an optimizer step on, which a resumed run writes again."""
-        self._ahead = None
+    def cut(self, step: int, line: dict[str, float] | None = None) -> None:
+        """Remove the lines from an optimizer step on, which a resumed run writes again; add that before it if missing.
+
+        A step may have several lines: callbacks log too.
+        """
         rows = self._read()
         if rows:
             self._rewrite([row for row in rows if int(row["step"]) < step])
+        last_rows = [row for row in rows if int(row["step"]) == step - 1]
+        if line is not None and not any(all(row.get(name) for name in line) for row in last_rows):
+            self.log_metrics(line, step - 1)
 
     def _read(self) -> Sequence[dict[str, Any]]:
         """Return the lines of the file; none if it cannot be read, and it is kept under another name."""

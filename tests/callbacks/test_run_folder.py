@@ -61,26 +61,29 @@ def test_a_new_metric_widens_the_table_and_a_resumed_run_cuts_it_at_its_step(log
         assert list(csv.DictReader(handle)) == [{"step": "0", "train_loss": "9.0"}]
 
 
-class LogsLate(QLoRAModule):
-    """Logs after the callbacks, one of which has saved, and compares the table with the checkpoint."""
+class DiesOnceSaved(QLoRAModule):
+    """Its machine fails when the callbacks have saved, before Lightning hands the line of the step to the loggers."""
 
     def on_train_batch_end(self, *_):
-        run, every_n = self.logger.file.parent, self.trainer.log_every_n_steps
-        if (run / "checkpoints" / "last.ckpt").exists():
-            saved = read_checkpoint(run)["global_step"]
-            assert saved // every_n == len(metrics(run, "train_loss"))
-        self.log("late", float(self.global_step))
+        if self.global_step == self.trainer.log_every_n_steps * 3:
+            raise MachineFailed
 
 
-@pytest.mark.parametrize("options", [{"val_check_interval": 4}, {"log_every_n_steps": 2, "accumulate_grad_batches": 3}])
-def test_a_checkpoint_comes_after_the_line_of_its_step_and_changes_no_line(fit, make_module, tmp_path, options):
-    def train(folder, *savers):
-        module, logger = make_module(LogsLate), MetricsLogger(tmp_path / folder)
-        callbacks = (RunFolder({}), LearningRateMonitor(), *savers)
-        fit(*callbacks, module=module, logger=logger, folder=folder, limit_val_batches=1, **options)
+@pytest.mark.parametrize("options", [{}, {"log_every_n_steps": 2, "max_epochs": 2}])
+def test_a_kill_after_a_save_loses_no_line(fit, make_module, tmp_path, options):
+    def train(folder, module=None, **more):
+        callbacks = (RunFolder({}), LearningRateMonitor(), AdapterCheckpoint(1))
+        logger = MetricsLogger(tmp_path / folder)
+        fit(*callbacks, module=module, logger=logger, folder=folder, limit_val_batches=1, **options, **more)
         return logger.file.read_text()
 
-    assert train("run", AdapterCheckpoint(1)) == train("other")
+    whole = train("whole")
+    with pytest.raises(MachineFailed):
+        train("killed", make_module(DiesOnceSaved))
+    run = tmp_path / "killed"
+    assert read_checkpoint(run)["global_step"] == 3 * options.get("log_every_n_steps", 1)
+    assert len(metrics(run, "train_loss")) == 2
+    assert train("killed", ckpt_path=str(run / "checkpoints" / "last.ckpt")) == whole
 
 
 def test_half_a_line_is_removed_wherever_a_kill_has_cut_it(logger):

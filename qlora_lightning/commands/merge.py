@@ -15,7 +15,7 @@ from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import MERGE_RECORD, naming_file, write_whole
+from qlora_lightning.support.files import EXTRA, MERGE_RECORD, naming_file, write_whole
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _DESCRIPTION = """Merge an adapter into its base: a folder for transformers, vLLM and others, and a GGUF file if asked.
@@ -69,6 +69,8 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     if quantization is None:
         say(f"{source.folder} does not say how its base was quantized: it is merged onto the weights as they are.")
         quantization, compute_dtype = "none", "float32"
+    if (source.folder / EXTRA).is_file():
+        say(f"{source.folder / EXTRA}, trained beside the adapter, is not merged: the base has no place for it.")
     plan = Merge(source.base.folder, source.folder)
     weights = TrainedWeights(source.base, plan, quantization, source.double_quant, getattr(torch, compute_dtype))
     batch = None

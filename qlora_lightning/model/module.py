@@ -182,6 +182,8 @@ class QLoRAModule(lightning.LightningModule):
         self.model = self.build_model()
         if self.overrides("build_model"):
             self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options, self.fast)
+        if self.adapter is not None:
+            adapter_folder.fill_own_tensors(self, folders.find_adapter_folder(self.adapter))
         self.model.train()  # Hugging Face models come in eval()
         width = self.causal_lm.config.hidden_size
         self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, width, self.pairs)
@@ -475,7 +477,7 @@ class QLoRAModule(lightning.LightningModule):
 
     def parameter_groups(self) -> optimizers.ParameterGroups:
         """Return the optimizer's parameter groups. Override it for other learning rates per group."""
-        return optimizers.group_parameters(self.model, self.learning_rate, self.weight_decay, self.loraplus_ratio)
+        return optimizers.group_parameters(self, self.learning_rate, self.weight_decay, self.loraplus_ratio)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
@@ -530,11 +532,13 @@ class QLoRAModule(lightning.LightningModule):
     def save_adapter(self, folder: str | Path, tokenizer: Any = None, stop_ids: Sequence[int] = ()) -> None:
         """Write the adapter folder: PEFT's files, the tokenizer with its chat template, and what it belongs to.
 
-        At ``stop_ids`` generation stops, beside the tokenizer's end and the base's own.
+        What a subclass trains beside its model is in ``extra.safetensors``. At ``stop_ids`` generation stops, beside
+        the tokenizer's end and the base's own.
         """
         data = identity_of_data(trainers.trainer_of(self))
         identity = {**self.identity, "data": data} if data else self.identity
-        adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids)
+        extra = adapter_folder.own_tensors(self)
+        adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids, extra)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
         self, *args: Any, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False

@@ -21,6 +21,7 @@ CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
 EVALUATION, PREDICTIONS, PAGE = "evaluation.json", "predictions.jsonl", "report.html"
 UNFINISHED_PREDICTIONS = "predictions.unfinished.jsonl"  # answers as they come
 CHECKPOINTS, LAST, ADAPTER_FOLDER = "checkpoints", "last.ckpt", "adapter"
+EXTRA = "extra.safetensors"  # in the adapter folder: what a subclass trained beside the adapter
 IDENTITY, CARD = "qlora_lightning.json", "README.md"  # in the adapter folder; the hub's models have a card too
 MERGE_RECORD = "merge.json"  # in every folder that `merge` has written
 FORMAT_VERSION = 1  # of checkpoints and adapter folders

@@ -30,6 +30,7 @@ from qlora_lightning.model.adapters.inject import (
     inject,
     new_lora_config,
     resolve_targets,
+    saved_tensors,
     taken_for_experts,
     trainable_tensors,
 )
@@ -41,6 +42,7 @@ from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read
 from qlora_lightning.sources.tensors import tensor_names
 from qlora_lightning.support import files
 from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.trainer import say_once
 
 _WEIGHTS = "adapter_model.safetensors"
 _MODULES = (  # settings of PEFT that name modules
@@ -60,6 +62,10 @@ this folder's path or hub id in place of the dot:
 {snippet}
 ```
 {note}"""
+_EXTRA_NOTE = """
+`extra.safetensors` has {names}: what was trained beside the adapter. PEFT does not read it; a module of the same class
+does, by `adapter: FOLDER`.
+"""
 _EXPERTS_NOTE = """
 The experts of this mixture were in {quantization} in training. These lines load them in 16 bits, as bitsandbytes does:
 that takes their full memory, and answers differ a little.
@@ -70,7 +76,12 @@ that takes their full memory, and answers differ a little.
 
 
 def save_adapter_folder(
-    folder: Path, model: peft.PeftModel, tokenizer: Any, identity: Mapping[str, Any], stop_ids: Sequence[int] = ()
+    folder: Path,
+    model: peft.PeftModel,
+    tokenizer: Any,
+    identity: Mapping[str, Any],
+    stop_ids: Sequence[int] = (),
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the active adapter's weights (safetensors, fp32), PEFT config, tokenizer, identity and a card.
 
@@ -80,7 +91,8 @@ def save_adapter_folder(
 
     The folder may hold an earlier adapter, and files of the user, which stay. A tokenizer, which may be ``None``, is
     saved with its chat template and a ``generation_config.json``. The identity becomes ``qlora_lightning.json``.
-    ``stop_ids`` end generation beside the tokenizer's end and the base's own.
+    ``stop_ids`` end generation beside the tokenizer's end and the base's own. ``extra`` are tensors beside the adapter,
+    see :func:`own_tensors`.
     """
     staging = folder / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
@@ -93,14 +105,18 @@ def save_adapter_folder(
     config = _config_for_plain_peft(model)
     config.inference_mode = True  # as PEFT writes it: loaded for inference, unless asked to train
     config.save_pretrained(staging)
-    (staging / files.CARD).write_text(_describe(identity, config.task_type, model), encoding="utf-8")
+    card = _describe(identity, config.task_type, model, extra or {})
+    (staging / files.CARD).write_text(card, encoding="utf-8")
     files.write_whole(staging / files.IDENTITY, {"format_version": files.FORMAT_VERSION, **identity})
     # copies: tied tensors share memory, which the format rejects
     tensors = _tensors_by_key(model, adapter)
     weights = {key: tensor.detach().float().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    with files.raising_os_errors():
-        save_file(weights, staging / _WEIGHTS, {"format": "pt"})
-    files.set_usual_mode(staging / _WEIGHTS)
+    copies = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in (extra or {}).items()}
+    for name, content in ((_WEIGHTS, weights), (files.EXTRA, copies)):
+        if content:
+            with files.raising_os_errors():
+                save_file(content, staging / name, {"format": "pt"})
+            files.set_usual_mode(staging / name)
     names = {file.relative_to(staging).as_posix() for file in staging.rglob("*") if file.is_file()}
     compared = names - {_WEIGHTS, files.CARD}  # the card of the adapter before may have its evaluation
     _, changed, missing = filecmp.cmpfiles(staging, folder, compared, shallow=False)
@@ -108,6 +124,8 @@ def save_adapter_folder(
         (folder / _WEIGHTS).unlink(missing_ok=True)
     if tokenizer is not None and "chat_template.jinja" not in names:  # of an earlier adapter
         (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if not extra:
+        (folder / files.EXTRA).unlink(missing_ok=True)
     for name in [*sorted(compared), files.CARD, _WEIGHTS]:
         (folder / name).parent.mkdir(exist_ok=True)  # several chat templates are in a folder of their own
         files.put_in_place(staging / name, folder / name)
@@ -148,7 +166,12 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     return config
 
 
-def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module) -> str:
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a subclass of QLoRAModule has beside its model, by name: what trains, and buffers."""
+    return {name: tensor for name, tensor in saved_tensors(module).items() if not name.startswith("model.")}
+
+
+def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module, extra: Mapping[str, Tensor]) -> str:
     """Return the adapter's card: metadata as the hub reads it, and how plain PEFT loads the folder."""
     is_causal = task_type in (None, peft.TaskType.CAUSAL_LM)
     snippet = _loading_snippet(identity) if is_causal else f"# by PEFT's class for the task {task_type}"
@@ -162,6 +185,7 @@ def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Modu
     )
     has_packed_experts = any(isinstance(module, PackedExperts) for module in model.modules())
     note = _EXPERTS_NOTE.format(**identity) if has_packed_experts else ""
+    note += _EXTRA_NOTE.format(names=", ".join(extra)) if extra else ""
     return _CARD.format(metadata=metadata, snippet=snippet, note=note, **identity)
 
 
@@ -326,6 +350,36 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
                 torch.utils.swap_tensors(tensor, nn.Parameter(stored[key].float()))  # type: ignore[no-untyped-call]
             else:
                 tensor.copy_(stored[key])
+
+
+def fill_own_tensors(module: nn.Module, folder: Path) -> None:
+    """Set what a subclass has beside its model to what an adapter folder has of it; say so if only one of them has any.
+
+    Raises:
+        UserError: Both have some, which differ in names or shapes.
+    """
+    tensors, file = own_tensors(module), folder / files.EXTRA
+    stored, kind = load_file(file) if file.is_file() else {}, type(module).__name__
+    if not tensors or not stored:
+        if tensors:
+            say_once(f"{', '.join(tensors)} of {kind} begin anew: {folder} has an adapter alone.")
+        if stored:
+            say_once(f"{file} has {', '.join(stored)}, which {kind} has no place for: they are left out.")
+        return
+    here, there = ({name: tuple(each.shape) for name, each in both.items()} for both in (tensors, stored))
+    if here != there:
+        raise UserError(
+            f"{file} has {_format_shapes(there)}, and {kind} has {_format_shapes(here)} beside its model: use the "
+            "class that saved it, or delete the file to let them begin anew.",
+            "adapter.extra",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+
+
+def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
 def add_named_adapter(

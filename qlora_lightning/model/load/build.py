@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config, settings_of_folder
+from qlora_lightning.model.adapters.folder import fill_adapter, own_tensors, read_lora_config, settings_of_folder
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
 from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters, inject, new_lora_config, trainable_tensors
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
@@ -114,7 +114,8 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
     """Print what to know about the device, what trains, and why layers do not run fused."""
     layers = [(name, layer) for name, layer in module.model.named_modules() if isinstance(layer, LoraLayer)]
     names = [getattr(layer, "parameter_name", name.rpartition(".")[2]) for name, layer in layers]
-    trainable, total = count_parameters(module.model)
+    trainable, total = count_parameters(module)
+    extra = own_tensors(module)
     rank = getattr(module.model.peft_config.get(ADAPTER), "r", None)  # an override of build_model may have no LoRA
     reasons, config = [reason for reason in fusion.layers.values() if reason is not None], module.causal_lm.config
     if module.precision.autocasts_layers and not reasons:  # under autocast no layer runs fused
@@ -127,6 +128,9 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         else None,
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {count_of(len(names), 'module')} "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
+        f"Beside the adapter are {', '.join(extra)}, which extra.safetensors of the adapter folder has."
+        if extra
+        else None,
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto"
         else None,

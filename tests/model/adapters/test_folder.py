@@ -6,19 +6,20 @@ import re
 import shutil
 import socket
 
+import lightning
 import pytest
 import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora_lightning import InstructionDataModule, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.cli import main
 from qlora_lightning.sources.folders import load_tokenizer
 from tests.adapters import load_by_card, make_adapter
 from tests.equality import contents, same
 from tests.errors import MachineFailed, rejects
-from tests.rows import change_json
+from tests.rows import change_json, counting_rows, write_rows
 from tests.steps import fit, make_module, make_trainer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -46,6 +47,65 @@ def test_plain_peft_computes_the_same_logits_by_the_lines_of_the_card(tiny_base,
     torch.testing.assert_close(plain.train()(input_ids=IDS).logits, ours, rtol=1e-4, atol=1e-4)
     with model.disable_adapter():
         assert (model(input_ids=IDS).logits - ours).abs().max() > 0.1  # the adapter does something
+
+
+class Regression(QLoRAModule):
+    """Learns a value of each predicted token too, by a head of its own."""
+
+    def __init__(self, *args, width=64, **options):
+        super().__init__(*args, **options)
+        self.value_head = torch.nn.Linear(width, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def compute_loss(self, batch):
+        hidden, targets = self.last_states(batch)
+        self.seen += 1
+        nll, _ = self.token_losses(batch)
+        return LossSums.of(nll + (self.value_head(hidden.float()[..., :64])[:, 0] - targets).square() * 1e-6)
+
+
+@pytest.fixture(scope="module")
+def run_with_a_head(tiny_base, tmp_path_factory):
+    """A run folder of :class:`Regression`, and the module that trained."""
+    folder = tmp_path_factory.mktemp("head")
+    write_rows(folder / "rows.jsonl", counting_rows())
+    lightning.seed_everything(3, verbose=False)
+    module = Regression(str(tiny_base), rank=2, compute_dtype="fp32", learning_rate=1e-2)
+    options = {"callbacks": [AdapterCheckpoint()], "enable_checkpointing": True}
+    fit(module, folder, folder / "rows.jsonl", batch_size=8, max_epochs=1, **options)
+    return folder, module
+
+
+def test_what_a_subclass_trains_beside_the_adapter_is_saved_with_it_and_trained_further(
+    run_with_a_head, tiny_base, capsys
+):
+    folder, trained = run_with_a_head
+    again = Regression(str(tiny_base), adapter=str(folder), compute_dtype="fp32")
+    again.configure_model()
+    assert same(again.state_dict(), trained.state_dict())
+    assert float(again.seen) > 0
+    assert "extra.safetensors" in (folder / "adapter" / "README.md").read_text()
+    assert "begin anew" not in capsys.readouterr().out
+
+
+def test_a_head_without_a_place_or_a_start_is_told_and_one_of_another_shape_rejected(
+    run_with_a_head, tiny_base, tmp_path, capsys
+):
+    folder, _ = run_with_a_head
+    options = {"adapter": str(folder), "compute_dtype": "fp32"}
+    QLoRAModule(str(tiny_base), **options).configure_model()
+    assert "value_head.weight" in capsys.readouterr().out
+    make_adapter(tmp_path / "plain", tiny_base, quantization="nf4")
+    Regression(str(tiny_base), adapter=str(tmp_path / "plain"), compute_dtype="fp32").configure_model()
+    assert "begin anew" in capsys.readouterr().out
+    with rejects("adapter.extra", "value_head.weight (1, 32)"):
+        Regression(str(tiny_base), width=32, **options).configure_model()
+
+
+def test_a_folder_loses_the_head_of_an_earlier_adapter(run_with_a_head, tiny_base, tmp_path):
+    folder = shutil.copytree(run_with_a_head[0] / "adapter", tmp_path / "adapter")
+    make_adapter(folder, tiny_base, quantization="nf4")
+    assert not (folder / "extra.safetensors").exists()
 
 
 def test_a_bases_config_has_no_say_in_the_names_of_an_adapter(tiny_base, tmp_path):

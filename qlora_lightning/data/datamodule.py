@@ -51,7 +51,7 @@ class InstructionDataModule(LightningDataModule):
         test: what ``test`` reports on.
         predict: rows that ``predict`` answers; they may lack answers.
         format: ``auto`` (by the keys of the rows), ``alpaca``, ``messages``, ``sharegpt``, ``prompt_completion``,
-            ``question_answer``, ``text``, ``tokens``, or the dotted path of a function ``row -> conversation``.
+            ``question_answer``, ``text``, ``tokens``, or a function ``row -> conversation``, in YAML its dotted path.
         columns: other names for columns, ``{their name: our name}``; ``null`` leaves a column out.
         roles: other names of who speaks, ``{their name: our name}``.
         system: system prompt for rows without one; an empty one replaces the default of a chat template.
@@ -86,7 +86,7 @@ class InstructionDataModule(LightningDataModule):
         val: DataPath | None = None,
         test: DataPath | None = None,
         predict: DataPath | None = None,
-        format: str = "auto",
+        format: str | files.RowFunction = "auto",
         columns: dict[str, str | None] | None = None,
         roles: dict[str, str] | None = None,
         system: str | None = None,
@@ -182,6 +182,7 @@ class InstructionDataModule(LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """Hashes of samples, tokenizer and template; the settings behind the batches; data sets of the hub."""
         settings = {name: getattr(self, name) for name in _REMEMBERED}
+        settings["format"] = files.name_of_format(self.format)
         # only data sets of the hub have a split
         datasets = {source.path for source in self.sample_sources.get("train", ()) if source.split is not None}
         return {**identify(self.samples, self.tokenizer), "settings": settings, "datasets": sorted(datasets)}

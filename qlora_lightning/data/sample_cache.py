@@ -45,7 +45,8 @@ def can_be_kept(source: Source) -> bool:
 
     Not those of a user's function, which may depend on anything, nor those of a URL, whose content may change.
     """
-    return "." not in source.format and not any(isinstance(file, str) for file in source.files)
+    is_function = not isinstance(source.format, str) or "." in source.format
+    return not is_function and not any(isinstance(file, str) for file in source.files)
 
 
 def cached_samples(sources: Sequence[Source], settings: Mapping[str, Any], prepare: Callable[[], Prepared]) -> Prepared:

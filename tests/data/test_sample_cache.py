@@ -1,5 +1,6 @@
 """What a data module takes from the cache, and what makes it prepare its rows again."""
 
+import importlib
 import shutil
 from pathlib import Path
 
@@ -123,10 +124,13 @@ def test_rows_of_a_function_or_behind_a_url_are_never_kept(setup, prepared, tmp_
     monkeypatch.syspath_prepend(tmp_path)
     role = "{'role': 'user', 'content': row['prompt']}, {'role': 'assistant', 'content': row['completion']}"
     Path("converting.py").write_text(f"def convert(row):\n    return [{role}]\n")
+    convert = importlib.import_module("converting").convert
     with fsspec.open("memory://rows.jsonl", "wb") as file:
         file.write(Path("train.jsonl").read_bytes())
     for _ in range(2):
         setup(format="converting.convert")
+        data = setup(format=lambda row: convert(row))
+        assert data.identity["settings"]["format"].endswith("<lambda>")  # in a checkpoint, which holds no code
         assert len(setup(train="memory://rows.jsonl", val=None).samples["train"]) == 8
-        assert prepared[-3:] == ["train", "val", "train"]
+        assert prepared[-5:] == ["train", "val", "train", "val", "train"]
     assert not (tmp_path / "cache").exists()

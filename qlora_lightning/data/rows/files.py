@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -49,6 +49,8 @@ DELIMITERS = ",;\t|"  # of CSV files, as they are found by the header
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
+RowFunction = Callable[[dict[str, Any]], Any]
+"""Makes a conversation of a row."""
 
 
 @dataclass(frozen=True, eq=False)  # a file that is named twice is two sources
@@ -59,7 +61,7 @@ class Source:
     files: tuple[DataFile, ...] = ()  # sorted; none for a hub data set
     weight: float | None = None  # its share in a mixture, relative to the other sources
     rows: int | None = None  # the most rows to read, from the first
-    format: str = "auto"  # or the name of a format, or the dotted path of a function ``row -> conversation``
+    format: str | RowFunction = "auto"  # or the name of a format, or a function or its dotted path
     columns: Mapping[str, str | None] = field(default_factory=dict)  # {their name: our name}; None leaves one out
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
     system: str | None = None  # a system prompt for conversations that have none
@@ -82,7 +84,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "path": (str | os.PathLike, "a file, folder, glob, URL or hub id"),
     "weight": (float, "a number above 0"),
     "rows": (int, "a whole number above 0"),
-    "format": (str, "the name of a format, or the dotted path of a function"),
+    "format": (str | Callable, "the name of a format, or the dotted path of a function"),
     "columns": (Mapping[str, str | None], "{their name: our name}, a name in quotes if it reads as a number or bool"),
     "roles": (
         Mapping[str, Literal["system", "user", "assistant", "tool"]],
@@ -149,6 +151,13 @@ def _entries_of(value: Any) -> list[Mapping[str, Any]]:
     """Return what ``data.train`` names as mappings with ``path``."""
     entries = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return [entry if isinstance(entry, Mapping) else {"path": entry} for entry in entries]
+
+
+def name_of_format(format: str | RowFunction) -> str:
+    """Return the name of a format, that of a function as it would be written in a config."""
+    if isinstance(format, str):
+        return format
+    return f"{getattr(format, '__module__', '')}.{getattr(format, '__qualname__', type(format).__name__)}"
 
 
 def check_kind(key: str, value: Any, name: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from qlora_lightning.data.rows import content as rows
-from qlora_lightning.data.rows.files import DELIMITERS, Row, Source, kind_of_file
+from qlora_lightning.data.rows.files import DELIMITERS, Row, RowFunction, Source, kind_of_file, name_of_format
 from qlora_lightning.support.errors import UserError, describe_error, explaining, nearest
 
 _LABELS = {"true": True, "false": False}  # of answers; in CSV a label is a word
@@ -191,14 +191,16 @@ def _refuse_other_task(row: Row, needs_answer: bool, pairs: bool) -> None:
         )
 
 
-def _find_named(name: str) -> Format:
-    """Return the format of a name, or of the user's function by its dotted path."""
-    if name in FORMATS:
+def _find_named(name: str | RowFunction) -> Format:
+    """Return the format of a name, or of the user's function or its dotted path."""
+    if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
-    if "." not in name:
+    if isinstance(name, str) and "." not in name:
         names = ["auto", *FORMATS]
         expected = f"{', '.join(names)} or the dotted path of a function"
         raise UserError(f"format: expected {expected}, found {name!r}.{nearest(name, names)}", "data.format")
+    if not isinstance(name, str):
+        return Format(name_of_format(name), (), (), name)
     with explaining(f"format: cannot import {name!r}", "data.format"):
         function = pkgutil.resolve_name(name)
     if not inspect.isfunction(function) or function.__module__.partition(".")[0] in sys.stdlib_module_names:

@@ -1,5 +1,6 @@
 """What a row becomes, or why it is rejected: one table; and that it follows from the row and the settings alone."""
 
+import importlib
 import json
 import sys
 
@@ -216,3 +217,4 @@ def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):
     row = {"q": "u", "label": False, "images": ["x"]}
     check(row, expected, format="rows_of_mine.convert", columns={"i": "no column of ours"})
     check(row, "cannot import 'rows_of_mine.convrt' (AttributeError", format="rows_of_mine.convrt")
+    check(row, expected, format=importlib.import_module("rows_of_mine").convert)

@@ -140,6 +140,7 @@ def test_no_module_of_a_strangers_folder_is_imported_and_no_log_has_an_escape(fo
         ("model", "class_path", "evil.Evil"),
         ("data", "format", "evil.rows"),
         ("data", "val", "[{path: val.jsonl, format: evil.rows}] # *"),
+        ("evaluation", "scores", ["exact_match", "evil.rows"]),
         ("data", "val", ["val.jsonl", "https://localhost:9/rows.jsonl"]),
         ("data", "val", {"path": "org/rows", "split": "train"}),
         ("data", "val", {"path": "val.jsonl", "format": '"subprocess\\u002ecall"'}),
@@ -151,7 +152,7 @@ def test_a_config_that_would_run_code_or_fetch_rows_is_not_taken(
     monkeypatch.chdir(folder)
     run = shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
     settings = {"model": {"base": "base"}, "data": {"val": "val.jsonl"}}
-    settings[section][key] = value
+    settings.setdefault(section, {})[key] = value
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "val.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     assert main(["evaluate", "--adapter", str(run / "adapter")]) == 2

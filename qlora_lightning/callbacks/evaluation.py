@@ -13,10 +13,11 @@ from qlora_lightning.evaluation import row_results
 from qlora_lightning.evaluation.comparison import Comparison, Results, sum_by_row
 from qlora_lightning.evaluation.scores import (
     FORGETTING,
-    check_scores,
+    Score,
     choose_scores,
     describe_answered,
     describe_metric,
+    find_scores,
 )
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError, is_out_of_memory, reason_of
@@ -43,7 +44,8 @@ class Evaluation(Callback):
         rows: How many validation rows to answer, evenly spaced over all of them.
         every_n_validations: Also answer at every so many validations; ``None``: only at the end of the fit.
         max_new_tokens: Length at which an answer is cut; ``None``: at twice the longest expected one, from 32 to 512.
-        scores: Names of scores, or ``auto``: those that fit the expected answers.
+        scores: Names of scores, functions of yours ``(answer, expected) -> number from 0 to 1``, in YAML by dotted
+            paths, or ``auto``: those that fit the expected answers.
         batch_size: Rows that are answered together, at most.
         samples: How many rows to show with the answers of both.
         forgetting: A file of rows that have nothing to do with the task, or a mapping as
@@ -58,14 +60,14 @@ class Evaluation(Callback):
         rows: int = 100,
         every_n_validations: int | None = None,
         max_new_tokens: int | None = None,
-        scores: str | list[str] = "auto",
+        scores: str | list[str | Score] = "auto",
         batch_size: int = 64,
         samples: int = 3,
         forgetting: str | dict[str, Any] | None = None,
         forgetting_rows: int = 100,
     ) -> None:
         check_arguments("evaluation", Evaluation.__init__, locals())  # they would fail after training
-        check_scores(scores)
+        find_scores([] if scores == "auto" else scores)
         self.enabled, self.rows, self.samples = enabled, rows, samples
         self.forgetting, self.forgetting_rows = forgetting, forgetting_rows
         self.every_n_validations = every_n_validations

@@ -28,6 +28,7 @@ _RENDERING = (  # of the training; other rows share them
     *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
     *("batch_size", "tokens_per_batch"),
 )
+_FUNCTIONS = ("format", "scores")
 _ROWS, _FILES = ("train", "val", "test"), ("train", "val", "test", "forgetting")
 _COUNTED = {  # of the config of a run; base and quantization are those that the adapter folder records
     "model": ("class_path", "objective", "beta", "gamma", "sft_share"),
@@ -115,7 +116,8 @@ def _is_plain(value: Any, key: str) -> bool:
         may_be_hub_id = value.count("/") == 1 and not value.startswith(("/", ".", "~"))
         is_local = bool(kind_of_file(value)) or glob.has_magic(value) or Path(value).expanduser().exists()
         return "://" not in value and (is_local or not may_be_hub_id)  # a missing folder is reported as missing
-    return value.startswith("qlora_lightning.") if key == "class_path" else key != "format" or "." not in value
+    # a format or a score may be a function
+    return value.startswith("qlora_lightning.") if key == "class_path" else key not in _FUNCTIONS or "." not in value
 
 
 def _read_adapter_settings(adapter: Path) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def score_served(
             mismatches.append({"row": row.place, "ours": n_tokens, "server": prompt_tokens})
     indices = list(answers)
     base, adapter, served = ([answer for n in indices if (answer := side[n].answer)] for side in results.values())
-    figures = decide(base, adapter, served, settings.scores[0])
+    figures = decide(base, adapter, served, next(iter(settings.scores)))
     if figures["match"] == "neither":
         n = next(n for n, answer in enumerate(served) if answer.text != adapter[n].text)
         texts = {"adapter": adapter[n].text, SERVED: served[n].text}

@@ -95,7 +95,7 @@ class Comparison:
         self.adapters = [side for side in results if side != BASE]
         # indices of rows
         self.answered = [index for index, result in enumerate(results[BASE]) if result.answer is not None]
-        self.score = settings.scores[0] if settings else None  # the most important one
+        self.score = next(iter(settings.scores)) if settings else None  # the most important one
         by_kind = {"answer": self.score or "loss", "pair": intervals.PREFERENCE_ACCURACY}
         # metric that decides which side wins a row
         self.compared_by = by_kind.get(rows[0].kind, "loss")
@@ -216,7 +216,7 @@ class Comparison:
             **self.figures(),
             "labelled_tokens": sum(result.labelled_tokens for result in self.results[BASE]),
             "max_new_tokens": self.settings.max_new_tokens if self.settings else None,
-            "scores": self.settings.scores if self.settings else [],
+            "scores": list(self.settings.scores) if self.settings else [],
             "comparisons": {
                 adapter: {
                     "score": self.compared_by,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from qlora_lightning.evaluation import BASE
-from qlora_lightning.evaluation.scores import SCORES
+from qlora_lightning.evaluation.scores import Score, compute_score
 from qlora_lightning.model.adapters.inject import with_adapter
 from qlora_lightning.model.answers import dense_weights
 from qlora_lightning.model.sharded import collective_passes
@@ -79,7 +79,7 @@ class AnswerSettings:
 
     tokenizer: Any
     stop_ids: list[int]
-    scores: list[str]  # names, the most important one first
+    scores: Mapping[str, Score]  # by name, the most important one first
     max_new_tokens: int
     batch_size: int  # most rows that are answered together
 
@@ -91,7 +91,7 @@ class AnswerSettings:
     def score(self, text: str, row: EvaluationRow) -> dict[str, float]:
         """Return the scores of an answer against the expected one of its row."""
         expected = self.decode(row.expected)
-        return {name: SCORES[name](text, expected) for name in self.scores}
+        return {name: compute_score(name, score, text, expected) for name, score in self.scores.items()}
 
 
 def take_batches(loader: Any, limit: float) -> Iterator[Any]:

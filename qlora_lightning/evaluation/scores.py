@@ -1,13 +1,14 @@
 """Scores of an answer against its reference, and which of them apply to given references. Needs no torch."""
 
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 from unicodedata import category, east_asian_width
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, explaining
 from qlora_lightning.support.files import load_json
 
 MARK = "####"  # before GSM8K's final number
@@ -23,6 +24,7 @@ _NAMES = {
     "json_f1": "JSON field F1",
     "json_valid": "valid JSON",
 }
+_TAKEN = {"loss", "perplexity", "token_accuracy", "stop_rate", "answer_tokens", FORGETTING}  # other metrics
 
 
 def exact_match(answer: str, expected: str) -> float:
@@ -113,7 +115,8 @@ def chrf(answer: str, expected: str) -> float:
     return float(score)
 
 
-SCORES: dict[str, Callable[[str, str], float]] = {
+Score = Callable[[str, str], float]
+SCORES: dict[str, Score] = {
     "exact_match": exact_match,
     "json_valid": json_valid,
     "json_f1": json_f1,
@@ -124,17 +127,32 @@ SCORES: dict[str, Callable[[str, str], float]] = {
 """Each maps an answer and its reference, stripped of surrounding space, to a number from 0 to 1; 1 is best."""
 
 
-def check_scores(named: str | Sequence[str]) -> None:
-    """Reject a name that is not that of a score."""
-    unknown = [] if named == "auto" else [name for name in _as_list(named) if name not in SCORES]
-    if unknown:
-        raise UserError(
-            f"There is no score {unknown[0]!r}: expected auto, or some of {', '.join(SCORES)}.", "evaluation.scores"
-        )
+def find_scores(named: str | Sequence[str | Score]) -> dict[str, Score]:
+    """Return scores by their names; a function of the user's has its own, and may be given by its dotted path.
+
+    Raises:
+        UserError: There is no such score, it cannot be imported, or its name is taken.
+    """
+    scores: dict[str, Score] = {}
+    for each in _as_list(named):
+        score: Any = SCORES.get(each) if isinstance(each, str) else each
+        if score is None and isinstance(each, str) and "." in each:
+            with explaining(f"evaluation.scores: cannot import {each!r}", "evaluation.scores"):
+                score = pkgutil.resolve_name(each)
+        if not callable(score):
+            expected = (
+                f"auto, some of {', '.join(SCORES)}, or a function (answer, expected) -> number by its dotted path"
+            )
+            raise UserError(f"There is no score {each!r}: expected {expected}.", "evaluation.scores")
+        name = each if isinstance(each, str) and each in SCORES else getattr(score, "__name__", type(score).__name__)
+        if name in scores or name in _TAKEN or (name in SCORES and SCORES[name] is not score):
+            raise UserError(f"A score is named {name}, as another metric: rename the function.", "evaluation.scores")
+        scores[name] = score
+    return scores
 
 
-def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto") -> list[str]:
-    """Return the names of the scores that apply, the most important one first.
+def choose_scores(references: Sequence[str], named: str | Sequence[str | Score] = "auto") -> dict[str, Score]:
+    """Return the scores that apply, by name, the most important one first.
 
     Args:
         references: The expected answers; at least one.
@@ -142,12 +160,20 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str] = "auto"
             their number, other text and mixtures by exact match, ROUGE-L and chrF.
     """
     if named != "auto":
-        return _as_list(named)
+        return find_scores(named)
     if all(parse_json_answer(text) is not None for text in references):
-        return ["exact_match", "json_valid", "json_f1"]
+        return find_scores(["exact_match", "json_valid", "json_f1"])
     if all(MARK in text for text in references):
-        return ["numeric_match", "rouge_l"]
-    return ["exact_match", "rouge_l", "chrf"]
+        return find_scores(["numeric_match", "rouge_l"])
+    return find_scores(["exact_match", "rouge_l", "chrf"])
+
+
+def compute_score(name: str, score: Score, answer: str, expected: str) -> float:
+    """Score an answer; raise UserError if that is no number from 0 to 1."""
+    value = score(answer, expected)
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise UserError(f"The score {name} returned {value!r}: expected a number from 0 to 1.", "evaluation.scores")
+    return float(value)
 
 
 def is_share(metric: str) -> bool:
@@ -172,5 +198,5 @@ def shorten_text(text: str, limit: int, from_end: bool = False) -> str:
     return f"… {text[-limit:]}" if from_end else f"{text[:limit]} …"
 
 
-def _as_list(names: str | Sequence[str]) -> list[str]:
+def _as_list(names: str | Sequence[str | Score]) -> list[str | Score]:
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)

@@ -8,6 +8,7 @@ import pytest
 from qlora_lightning.evaluation.comparison import Comparison, compare
 from qlora_lightning.evaluation.intervals import measure
 from qlora_lightning.evaluation.row_results import Answer, AnswerSettings, EvaluationRow, RowResult
+from qlora_lightning.evaluation.scores import find_scores
 
 
 def result(loss=1.0, tokens=1, correct=0, answer=None, stopped=True, answer_tokens=0, **scores):
@@ -48,7 +49,7 @@ def test_pieces_of_a_row_are_one_draw_and_answers_with_a_verdict_are_compared_by
     assert (share.value, share.low) == pytest.approx((3 / 5, 0.1725), abs=1e-4)  # Wilson's of three rows, not of five
     Comparison(rows, pieces, None).print("rows")
     assert "the adapter is better on 3 samples, the base on 1; 1 alike" in capsys.readouterr().out
-    settings = AnswerSettings(None, [0], ["exact_match"], 5, 1)
+    settings = AnswerSettings(None, [0], find_scores("exact_match"), 5, 1)
     assert Comparison(rows, scored | {"adapter": scored["base"]}, settings).figures()["answered_rows"] == 3
     judged = [EvaluationRow(number, "0", None, [], kind="desirable") for number in range(5)]
     found = Comparison(judged, pieces, None)
@@ -94,7 +95,7 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_distribution_for_many_rows
 def test_rows_are_compared_by_the_score_of_those_answered_or_else_by_the_loss():
     def duel(base, adapter, score):
         rows = [EvaluationRow(10 + number, "0", [1], [2]) for number in range(len(base))]
-        settings = AnswerSettings(None, [0], [score], 5, 1) if score else None
+        settings = AnswerSettings(None, [0], find_scores(score), 5, 1) if score else None
         found = Comparison(rows, {"base": base, "adapter": adapter}, settings).summary(samples=0)
         return found["comparisons"]["adapter"]
 

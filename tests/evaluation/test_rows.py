@@ -7,6 +7,7 @@ import torch
 
 from qlora_lightning import Evaluation, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.evaluation.row_results import AnswerSettings, evaluate_sides, row_losses, unpack_rows
+from qlora_lightning.evaluation.scores import find_scores
 from tests.packed import collate
 from tests.rows import write_rows
 from tests.steps import make_module
@@ -75,7 +76,7 @@ def test_an_overridden_loss_is_given_rows_one_by_one_and_a_batch_of_another_kind
 @pytest.mark.parametrize("training", [True, False])
 def test_the_first_rows_are_answered_scored_and_reported_as_they_come(module, data, batches, training):
     rows = [row for batch in batches for row in unpack_rows(batch)][:2]
-    settings = AnswerSettings(data.tokenizer, data.stop_ids, ["exact_match", "chrf"], 3, batch_size=1)
+    settings = AnswerSettings(data.tokenizer, data.stop_ids, find_scores(["exact_match", "chrf"]), 3, batch_size=1)
     module.train(training)
     as_they_come = []
     options = {"on_answers": lambda *batch: as_they_come.append(batch)}

@@ -2,7 +2,17 @@
 
 import pytest
 
-from qlora_lightning.evaluation.scores import choose_scores, chrf, json_f1, json_valid, numeric_match, rouge_l
+from qlora_lightning.evaluation.scores import (
+    choose_scores,
+    chrf,
+    compute_score,
+    find_scores,
+    json_f1,
+    json_valid,
+    numeric_match,
+    rouge_l,
+)
+from tests.errors import rejects
 
 
 @pytest.mark.parametrize(
@@ -75,4 +85,29 @@ def test_overlap_is_that_worked_out_by_hand():
     ],
 )
 def test_scores_are_chosen_by_the_expected_answers(references, expected):
-    assert choose_scores(references) == expected
+    assert list(choose_scores(references)) == expected
+
+
+def half(answer, expected):
+    return 0.5
+
+
+def test_a_function_of_the_users_is_a_score_by_its_path_or_itself():
+    assert [*find_scores("exact_match, tests.evaluation.test_scores.half")] == ["exact_match", "half"]
+    assert find_scores([half]) == {"half": half}
+
+
+@pytest.mark.parametrize(
+    ("named", "fact"),
+    [
+        ("exact", "'exact'"),
+        ("tests.evaluation.test_scores.halff", "halff"),
+        ("tests.evaluation.test_scores", "expected auto"),
+        ([half, half], "half"),
+        ([lambda answer, expected: 2], "lambda"),
+    ],
+)
+def test_what_is_no_score_is_rejected(named, fact):
+    with rejects("evaluation.scores", fact):
+        for name, score in find_scores(named).items():
+            compute_score(name, score, "a", "a")

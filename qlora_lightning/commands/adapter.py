@@ -1,14 +1,11 @@
-"""Adapter folders on a command line, which may come from strangers: their names, and config and base of their runs."""
-
-from __future__ import annotations
+"""Adapter folders on a command line, which may come from strangers: their names, and the config of their runs."""
 
 import glob
 import json
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -19,10 +16,6 @@ from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
-
-if TYPE_CHECKING:
-    from qlora_lightning.model.load.base_model import Quantization
-    from qlora_lightning.model.module import QLoRAModule
 
 _RENDERING = (  # of the training; other rows share them
     *("system", "train_on", "reasoning", "max_length", "too_long", "on_bad_row", "deduplicate"),
@@ -133,85 +126,3 @@ def _read_adapter_settings(adapter: Path) -> dict[str, Any]:
     if (adapter / "tokenizer_config.json").is_file():
         data["tokenizer"] = str(adapter)  # with the chat template of the training
     return {"model": model, "data": data}
-
-
-# ---- base and adapter, as they were trained --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """An adapter folder, and its base in the form that it had in training."""
-
-    folder: Path
-    identity: dict[str, Any]  # of its ``qlora_lightning.json``; empty if another tool wrote the folder
-    base: folders.BaseFolder
-    quantization: Quantization | None  # None if the folder does not say
-    double_quant: bool
-    compute_dtype: str  # torch's name
-    tokenizer_folder: Path  # the adapter folder, or the base's if the adapter's holds no tokenizer
-    data_settings: dict[str, Any]  # how rows were rendered in training
-
-
-def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
-    """Find an adapter folder (or the one in a run folder) and its base, and check that they belong together.
-
-    The base is ``base``, else that of its name in training, or, if that is not found (it may be a relative path), the
-    folder that it was loaded from. No model is loaded.
-    """
-    from qlora_lightning.model.adapters.identity import check_identity
-    from qlora_lightning.model.load.base_model import stored_quantization
-
-    folder = folders.find_adapter_folder(named)
-    identity = folders.read_identity(folder)
-    source = _find_base(folder, identity) if base is None else folders.open_base(base)
-    base_identity: dict[str, Any] = {"base": source.name, "fingerprint": folders.fingerprint(source.folder)}
-    stored = folders.read_config(source.folder, source.name).get("quantization_config")
-    if stored is not None:
-        base_identity["quantization"], base_identity["double_quant"] = stored_quantization(stored)
-    check_identity(identity, base_identity, f"The adapter folder {folder}")
-    settings = identity | base_identity
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return AdapterSource(
-        folder,
-        identity,
-        source,
-        quantization=settings.get("quantization"),
-        double_quant=settings.get("double_quant", True),
-        compute_dtype=identity.get("compute_dtype", "bfloat16"),
-        tokenizer_folder=folder if has_tokenizer else source.folder,
-        data_settings=(identity.get("data") or {}).get("settings") or {},
-    )
-
-
-def open_adapter(source: AdapterSource) -> QLoRAModule:
-    """Load an adapter on its base in the form of the training, on a CUDA device if there is one."""
-    import torch
-
-    from qlora_lightning.model.module import QLoRAModule
-
-    if source.quantization is None:
-        say(f"{source.folder} does not say how its base was held in training: it is loaded in nf4.")
-    module = QLoRAModule(
-        source.base.name,
-        source.base.revision,
-        quantization=source.quantization or "nf4",
-        double_quant=source.double_quant,
-        compute_dtype="fp32" if source.compute_dtype == "float32" else "auto",
-        adapter=str(source.folder),
-    )
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
-    module.configure_model()
-    return module.eval()
-
-
-def _find_base(adapter: Path, identity: dict[str, Any]) -> folders.BaseFolder:
-    loaded_from = folders.read_adapter_config(adapter).get("base_model_name_or_path")
-    name = identity.get("base") or loaded_from
-    if not name:
-        raise UserError(f"The adapter folder {adapter} does not name its base: name it with --base.")
-    try:
-        return folders.open_base(name, identity.get("revision"))
-    except UserError as error:
-        if loaded_from and Path(loaded_from).is_dir():
-            return folders.open_base(loaded_from)
-        raise UserError(f"The base of {adapter} is not found. {error} Or name it with --base.") from error

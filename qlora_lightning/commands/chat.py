@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.commands.adapter import find_adapter, name_adapters, open_adapter
+from qlora_lightning.commands.adapter import name_adapters
 from qlora_lightning.commands.options import OptionParser
 from qlora_lightning.data.chat.renderer import ChatRenderer
 from qlora_lightning.data.chat.templates import choose_chat_template
@@ -59,10 +59,12 @@ class Session:
         import torch
 
         from qlora_lightning.model.adapters.inject import ADAPTER
+        from qlora_lightning.model.adapters.trained import find_adapter, open_adapter
+        from qlora_lightning.model.module import QLoRAModule
 
         sources = {name: find_adapter(folder, options.base) for name, folder in adapters.items()}
         self.first, first_source = next(iter(sources.items()))
-        self.module = open_adapter(first_source)
+        self.module = open_adapter(first_source, QLoRAModule)
         # PEFT does not take every name of a user
         self.peft_names = {name: f"adapter_{index}" if index else ADAPTER for index, name in enumerate(sources)}
         for name in [*sources][1:]:

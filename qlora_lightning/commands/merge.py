@@ -10,7 +10,6 @@ from typing import Any
 
 from jsonargparse.typing import NonNegativeInt
 
-from qlora_lightning.commands.adapter import find_adapter
 from qlora_lightning.commands.options import OptionParser, expand_path
 from qlora_lightning.sources.tensors import format_bytes
 from qlora_lightning.support.console import say
@@ -62,6 +61,7 @@ def _merge(options: argparse.Namespace, fit_options: Sequence[str]) -> None:
     import torch
 
     from qlora_lightning.commands import merged_model
+    from qlora_lightning.model.adapters.trained import find_adapter
     from qlora_lightning.model.merge import Merge, TrainedWeights
 
     source, out, dtype = find_adapter(options.adapter, options.base), options.out, _DTYPES[options.dtype]

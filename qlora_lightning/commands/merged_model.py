@@ -23,15 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig, GgufConfig
 
-from qlora_lightning.commands.adapter import AdapterSource, add_config, open_adapter
+from qlora_lightning.commands.adapter import add_config
 from qlora_lightning.commands.fit import QLoRACLI
 from qlora_lightning.commands.options import quiet_lightning
 from qlora_lightning.data.batches import Batch, collate_rows
 from qlora_lightning.data.chat.templates import find_stop_ids
 from qlora_lightning.evaluation.row_results import spread
+from qlora_lightning.model.adapters.trained import AdapterSource, open_adapter
 from qlora_lightning.model.load.machine import choose_compute_dtype, free_bytes
 from qlora_lightning.model.load.wrapped import is_wrapper
 from qlora_lightning.model.merge import Merge, TrainedWeights
+from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.sources import folders
 from qlora_lightning.sources.gguf import rope_factors
 from qlora_lightning.sources.tensors import IGNORED
@@ -316,7 +318,7 @@ def sample_validation_rows(adapter: Path, count: int, fit_options: Sequence[str]
 
 def check_written(source: AdapterSource, folder: Path, gguf_file: Path | None, batch: Batch) -> dict[str, Any]:
     """Load the merged models with transformers, one after the other, and compare them with base and adapter."""
-    module = open_adapter(dataclasses.replace(source, quantization=source.quantization or "none"))
+    module = open_adapter(dataclasses.replace(source, quantization=source.quantization or "none"), QLoRAModule)
     with module.autocast(whole=True):
         reference, labels = _compute_logits(module.model, batch)
     del module  # before the merged model is loaded

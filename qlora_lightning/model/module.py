@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from qlora_lightning.model import answers, guards, sharded
 from qlora_lightning.model.adapters import folder as adapter_folder
-from qlora_lightning.model.adapters import inject
+from qlora_lightning.model.adapters import inject, trained
 from qlora_lightning.model.adapters.identity import check_identity, identity_of_data
 from qlora_lightning.model.checkpoint import format as checkpoint_format
 from qlora_lightning.model.checkpoint.resume import ExactResume
@@ -581,3 +581,17 @@ class QLoRAModule(lightning.LightningModule):
         check_setting("weights_only", weights_only, weights_only is not False, "True: no code of a file is run")
         module: Self = checkpoint_format.restore_module(cls, checkpoint_path, map_location, overrides)
         return module
+
+    @classmethod
+    def from_run(cls, folder: str | Path, base: str | None = None, **settings: Any) -> Self:
+        """Make a module with the trained adapter of a run folder, or of an adapter folder, on its base as in training.
+
+        It is on a CUDA device if there is one, and in evaluation mode: ``module.train()`` before you train it further.
+
+        Args:
+            folder: The run folder, or the adapter folder.
+            base: The base, if it is no longer found under the name it was trained under.
+            settings: Arguments of the class that are not at their defaults, such as ``learning_rate``. Base, its
+                quantization and the adapter's shape are those of the folder.
+        """
+        return trained.open_adapter(trained.find_adapter(folder, base), cls, **settings)

@@ -24,6 +24,7 @@ from qlora_lightning.model.model_types import EAGER_TYPES, runs_packed
 FUSED_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers compute what fused ones do
 _PACKED_ATTENTION = "qlora_packed"
 _NONSTANDARD = "their parts are hooked, replaced or trained"
+_OWN_ADAPTERS = "build_model returned adapters of its own (if it returns the base alone, the settings' run fused)"
 
 
 class Fusion(NamedTuple):
@@ -162,7 +163,7 @@ def _fallback_reason_of_linear(layer: Any) -> str | None:
 
 def _fallback_reason_of_layer(layer: Any, modeling: str | None) -> str | None:
     if not isinstance(layer, FusedDecoderLayer):
-        return "layers of this family have no fused form" if modeling is None else "build_model has not fused them"
+        return "layers of this family have no fused form" if modeling is None else _OWN_ADAPTERS
     attention, mlp = layer.self_attn, layer.mlp
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]

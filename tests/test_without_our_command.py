@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 
 import lightning
@@ -31,6 +33,35 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
         cli = LightningCLI(QLoRAModule, InstructionDataModule, args=arguments, **settings)
     assert cli.trainer.global_step == 2
     assert cli.datamodule.tokenizer.name_or_path == str(tiny_base)
+
+
+CELLS = """
+import lightning, sys
+from qlora_lightning import InstructionDataModule, QLoRAModule
+print("interactive:", hasattr(sys, "ps1"))
+def say(role, text): return {"role": role, "content": text}
+
+def my_rows(row): return [say("user", row["instruction"]), say("assistant", row["output"])]
+
+data = InstructionDataModule("rows.jsonl", val="rows.jsonl", tokenizer="base", batch_size=4, format=my_rows)
+module = QLoRAModule("base", compute_dtype="fp32")
+trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+trainer.fit(module, data)
+trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+trainer.fit(module, data)
+print("answers:", len(module.answer([[5, 6, 7]], [0], 3)))
+"""
+
+
+@pytest.mark.slow
+def test_the_cells_of_a_notebook_run_one_after_the_other_and_again(tiny_base, rows_file, tmp_path):
+    """An interactive Python is what Lightning takes for a notebook."""
+    (tmp_path / "base").symlink_to(tiny_base)
+    options = {"cwd": tmp_path, "input": CELLS, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-i"], **options)
+    assert "interactive: True" in done.stdout
+    assert "answers: 1" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")  # Lightning's: there are none

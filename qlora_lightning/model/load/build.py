@@ -132,7 +132,7 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         if extra
         else None,
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
-        if module.hparams.get("learning_rate") == "auto"
+        if module.hparams.get("learning_rate") == "auto" and not module.overrides("configure_optimizers")
         else None,
         f"{len(reasons)} of {len(fusion.layers)} layers train by the slower layers of PEFT and transformers: "
         f"{'; '.join(dict.fromkeys(reasons))}."

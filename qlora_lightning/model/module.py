@@ -473,7 +473,7 @@ class QLoRAModule(lightning.LightningModule):
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
-        steps = optimizers.check_steps(trainers.planned_steps(self.trainer))
+        steps = trainers.check_steps(self.trainer)
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

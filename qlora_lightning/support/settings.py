@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from lightning import Trainer
+
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import fits
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting takes: ``value in bounds``. NaN, infinity and a bool never are.
+    """The numbers that a setting takes: ``value in bounds``. NaN and a bool never are.
 
     Attributes:
         expected: What a message calls them.
@@ -22,6 +24,7 @@ class Bounds:
         below: The value is smaller.
         minimum: The value is at least this.
         whole: The value is an integer.
+        infinite: The value may be infinity too.
     """
 
     expected: str
@@ -29,10 +32,12 @@ class Bounds:
     below: float = math.inf
     minimum: float = -math.inf
     whole: bool = False
+    infinite: bool = False
 
     def __contains__(self, value: Any) -> bool:
         is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        return is_number and bool(self.above < value < self.below and value >= self.minimum)
+        is_within = is_number and bool(self.above < value < self.below and value >= self.minimum)
+        return is_within or (self.infinite and value == math.inf)
 
 
 _COUNT = Bounds("1 or more", minimum=1, whole=True)
@@ -67,7 +72,7 @@ NUMBERS = {
     "evaluation.forgetting_rows": _COUNT,
     # what Lightning accepts and then ignores, or takes for something else; the rest it rejects itself
     "trainer.accumulate_grad_batches": _COUNT,
-    "trainer.gradient_clip_val": Bounds("0 or more; null or 0 clips nothing", minimum=0),
+    "trainer.gradient_clip_val": Bounds("0 or more; null or 0 clips nothing", minimum=0, infinite=True),
     "trainer.check_val_every_n_epoch": _COUNT,
     "trainer.val_check_interval": Bounds("1 or more batches, or a share of an epoch above 0", above=0),
     "trainer.log_every_n_steps": _COUNT_OR_ZERO,
@@ -76,12 +81,6 @@ NUMBERS = {
     "seed_everything": Bounds("0 or more, and less than 2^32", minimum=0, below=2**32, whole=True),
 }
 """Each setting that is a number, by its key in YAML. ``null`` and names such as ``auto`` are in the type hints."""
-
-
-def check_number(key: str, value: Any) -> None:
-    """Reject a number out of the bounds of its key; let what is no number pass."""
-    if isinstance(value, Real):
-        check_setting(key, value, value in NUMBERS[key], NUMBERS[key].expected)
 
 
 def check_arguments(section: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -115,10 +114,9 @@ def _choices(hint: Any) -> list[str]:
 
 def check_trainer_settings(settings: Any) -> None:
     """Check settings of Lightning's Trainer, which are attributes of a parsed config, and of a Trainer too."""
-    for key in NUMBERS:
-        section, _, name = key.partition(".")
-        if section == "trainer":
-            check_number(key, getattr(settings, name, None))
+    names = [key.partition(".")[2] for key in NUMBERS if key.startswith("trainer.")]
+    # of a Trainer that validates by the clock, val_check_interval is no attribute
+    check_arguments("trainer", Trainer.__init__, {name: getattr(settings, name, None) for name in names})
     for unit in ("steps", "epochs"):
         least, most = (getattr(settings, f"{bound}_{unit}", None) for bound in ("min", "max"))
         is_valid = least is None or most is None or most < 0 or least <= most
@@ -130,11 +128,15 @@ def check_trainer_settings(settings: Any) -> None:
     check_setting("trainer.default_root_dir", folder, is_local, expected)
 
 
+_SMALL_IS_GOOD = re.compile("(train|val|test)_(loss|perplexity)")
+_LARGE_IS_GOOD = re.compile("(train|val|test)_((token_|preference_|reward_)?accuracy|(exact|numeric)_match)")
+
+
 def natural_mode(monitor: str) -> Literal["min", "max"] | None:
-    """Return whether a small or a large value of a metric is good; ``None`` if its name does not tell."""
-    if monitor.endswith(("loss", "perplexity")):
+    """Return whether a small or a large value of a metric that we log is good; ``None`` for any other."""
+    if _SMALL_IS_GOOD.fullmatch(monitor):
         return "min"
-    return "max" if monitor.endswith(("accuracy", "_match")) else None
+    return "max" if _LARGE_IS_GOOD.fullmatch(monitor) else None
 
 
 def check_mode(key: str, monitor: str, mode: str | None, owner: str = "AdapterCheckpoint") -> None:

@@ -222,7 +222,7 @@ WRONG = [
         "--data.train wrong.csv",
         "wrong.csv:2: no format is recognised by the keys x y;b|z;",
         "{path: FILE, delimiter: ;}",
-        prepare=write("wrong.csv", "x y;b|z\na b;c\n"),
+        prepare=write("wrong.csv", "x y;b|z\na b;c|d\n"),
     ),
     wrong('--data.train={"path":"rows.jsonl","rows":true}', "data.train: rows of rows.jsonl is True: expected a whole"),
     wrong("--data.train=", "data.train: expected a file, folder, glob, URL or hub id"),

@@ -45,7 +45,7 @@ _NOT_UTF8 = (
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
-DELIMITERS = ",;\t|"  # of CSV files, as they are found by the header
+DELIMITERS = ",;\t|"  # of CSV files, as header and first row show them
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
@@ -64,7 +64,9 @@ class Source:
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
     system: str | None = None  # a system prompt for conversations that have none
     encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab, or what the header shows
+    delimiter: str | None = (
+        None  # of CSV files; None: a comma, in .tsv a tab, or what the header and the first row show
+    )
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None
@@ -299,6 +301,11 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     yield from rows
 
 
+def count_lines(values: Iterable[Any]) -> int:
+    """Count the lines that a row has in its CSV file, by the line breaks in its values."""
+    return 1 + sum(str(value).count("\n") for value in values)
+
+
 def find_delimiters(source: Source) -> Iterator[tuple[str, str]]:
     """Yield the CSV files of a source that are read by an unusual delimiter that it does not name, and that."""
     for file in map(str, source.files):
@@ -439,18 +446,24 @@ def _parse_row(text: str) -> _Values:
 def _choose_delimiter(file: str, source: Source) -> str:
     """Return the delimiter of a CSV file: the one that its source names, else a comma, in .tsv a tab.
 
-    If the header names several columns by another one alone, as a semicolon in what Excel writes in half of Europe, it
-    is that one.
+    If the header names several columns by another one alone, as a semicolon in what Excel writes in half of Europe, and
+    the first row has as many, it is that one.
     """
     if source.delimiter:
         return source.delimiter
-    with _open_text(file, source) as stream:
-        header = next(filter(str.strip, _read_lines(stream)), "")
     marks = list[str]()
-    for mark in DELIMITERS:
-        names = [name.strip() for name in next(csv.reader([header], delimiter=mark), [])]
-        if len(list(filter(None, names))) > 1 and '"' not in "".join(names):  # a quote inside a name: another mark is
-            marks.append(mark)
+    with _open_text(file, source) as stream:
+        for mark, lines in zip(DELIMITERS, itertools.tee(_read_lines(stream), len(DELIMITERS)), strict=True):
+            records = (values for values in csv.reader(lines, delimiter=mark) if any(map(str.strip, values)))
+            try:
+                header = next(records, [])
+                row = next(records, header)
+            except csv.Error:
+                continue
+            names = list(filter(str.strip, header))
+            # a quote inside a name: the delimiter is another
+            if len(names) > 1 and '"' not in "".join(names) and len(row) == len(header):
+                marks.append(mark)
     return marks[0] if len(marks) == 1 else _usual_delimiter(file)
 
 
@@ -473,7 +486,9 @@ def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             if isinstance(values, RowFault):
                 yield line, values
             elif len(values) != len(header):
-                fault = f"has {count_of(len(values), 'value')}, but the header has {len(header)}"
+                lines = count_lines(values)
+                found = f"{count_of(len(values), 'value')}{f' in {lines:,} lines' if lines > 1 else ''}"
+                fault = f"has {found}, but the header has {len(header)}"
                 yield line, RowFault(f"{fault} (read by {delimiter!r}, which `delimiter:` changes)")
             else:  # those below no name are left out
                 yield line, {name: value for name, value in zip(header, values, strict=True) if name}

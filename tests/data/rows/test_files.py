@@ -132,6 +132,9 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
         *((2, {"x": "NA"}), ("a.csv:3", f"has 3 values{OF_2}"), ("a.csv:4", f"has 1 value{OF_2}")),
     ]),
     ("a.csv", 'x,y\n"1"2,3\n4,5\n', [("a.csv:2", "not CSV: ',' expected after '\"'"), (3, {"x": "4", "y": "5"})]),
+    ("a.csv", 'x,y\n1,"2\n3,4\n5",6\n7,8\n', [
+        *(("a.csv:2", f"has 3 values in 3 lines{OF_2}"), (5, {"x": "7", "y": "8"})),
+    ]),
     # of which lines are rows nobody knows after a quote that does not end in its line as it should
     *(
         ("a.csv", f"x,y\n{lines}", f"a.csv cannot be read (ValueError: the row that begins in line {line} has a quote")
@@ -155,7 +158,11 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.csv", "text\na;b\n", [(2, {"text": "a;b"})]),
     ("a.csv", '"text; all of it"\na;b\n', [(2, {"text; all of it": "a;b"})]),
     ("a.csv", "text;\na;b\n", [(2, {"text;": "a;b"})]),
-    ("a.csv", "x;y|z\na;b\n", [(2, {"x;y|z": "a;b"})]),  # of which nobody knows
+    ("a.csv", "x;y|z\na;b|c\n", [(2, {"x;y|z": "a;b|c"})]),  # of which nobody knows
+    ("a.csv", "x;y|z\na;b\n", [(2, {"x": "a", "y|z": "b"})]),
+    ("a.csv", '\n"x\n1";"y, z"\n\n"1\n,5";a\n', [(5, {"x\n1": "1\n,5", "y, z": "a"})]),
+    # one column, by whose first row it has no other
+    *(("a.csv", f"text{mark}1\nso it is\n", [(2, {f"text{mark}1": "so it is"})]) for mark in ";\t|"),
     ("a.csv", "x,x,,\n1,2,,\n", "a.csv cannot be read (ValueError: two columns have the same name, of x, x)"),
     ("a.csv", b"x,y\n1,\xff\n", [("a.csv:2", f"not UTF-8 text: save it as UTF-8, or {ADVICE}")]),
     ("a.csv", b"x,\xff\n1,2\n", f"a.csv cannot be read (ValueError: not UTF-8 text: save it as UTF-8, or {ADVICE}"),

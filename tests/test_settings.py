@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from qlora_lightning import (
     AdapterCheckpoint,
     Evaluation,
+    GPUMemoryMonitor,
     GradientCheckpointing,
     InstructionDataModule,
     PreferenceModule,
     QLoRAModule,
+    ThroughputMonitor,
 )
 from qlora_lightning.cli import main
 from qlora_lightning.support.settings import NUMBERS
@@ -26,6 +28,12 @@ CLASSES = {
     "data": InstructionDataModule,
     "adapter_checkpoint": AdapterCheckpoint,
     "evaluation": Evaluation,
+}
+CALLBACKS = {
+    "adapter_checkpoint": AdapterCheckpoint,
+    "evaluation": Evaluation,
+    "gpu_memory": GPUMemoryMonitor,
+    "throughput": ThroughputMonitor,
 }
 PREFERENCE = partial(PreferenceModule, "base", "simpo")
 COUNT = (0, -1, 1.5, None)
@@ -106,12 +114,49 @@ def test_numbers_at_their_bounds_are_taken():
         (GradientCheckpointing, "gradient_checkpointing.enabled", "maybe"),
         (GradientCheckpointing, "gradient_checkpointing.enabled", 2),
         (AdapterCheckpoint, "adapter_checkpoint.mode", "low"),
+        # true and false alone, since the text "false" would be true
+        *((CLASSES["model"], f"model.{name}", 1) for name in ("double_quant", "cache", "target_experts", "fast")),
+        (CLASSES["model"], "model.trust_remote_code", "false"),
+        (PREFERENCE.func, "model.trust_remote_code", "false"),
+        (InstructionDataModule, "data.shuffle", "false"),
+        (InstructionDataModule, "data.deduplicate", None),
+        *((kind, f"{key}.enabled", "off") for key, kind in CALLBACKS.items()),
     ],
 )
 def test_a_name_that_is_none_of_a_settings_is_rejected_when_an_object_is_made(make, key, value):
-    arguments = {"base": "base"} if make is PREFERENCE.func else {}
+    arguments = {"base": "base", "objective": "dpo"} if make is PREFERENCE.func else {}
     with rejects(key, f"{key} is {value!r}: expected one of "):
-        make(**arguments, **{key.partition(".")[2]: value})
+        make(**arguments | {key.partition(".")[2]: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("trainable_token_indices", value) for value in ([True], 5, ["5"], {"embed_tokens": 5})),
+        *(("rank_pattern", value) for value in (8, ["q_proj"], {"q_proj": "8"}, {"q_proj": True})),
+        *(("alpha_pattern", value) for value in (8, {"q_proj": "8"}, {8: 8})),
+        *(("modules_to_save", value) for value in ("lm_head", [8])),
+        *((name, value) for name in ("use_dora", "use_rslora", "ensure_weight_tying") for value in (1, "false", None)),
+        *(("init_lora_weights", value) for value in (1, None, "pissa")),
+    ],
+)
+def test_an_option_of_lora_of_another_kind_is_rejected_when_the_module_is_made(name, value):
+    with rejects("model.lora_options", f"model.lora_options.{name} is {value!r}: expected "):
+        QLoRAModule("base", lora_options={name: value})
+    with rejects("model.lora_options", "expected {name: value}"):
+        QLoRAModule("base", lora_options=[name])
+
+
+def test_options_of_lora_of_their_kind_are_taken():
+    options = {"trainable_token_indices": [5], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 0.5}}
+    for more in (
+        {},
+        {"trainable_token_indices": {"embed_tokens": [5]}},
+        dict.fromkeys(options),
+        {"modules_to_save": []},
+    ):
+        QLoRAModule("base", lora_options={**options, **more, "use_dora": True, "init_lora_weights": False})
+    QLoRAModule("base", lora_options={})
 
 
 # ---- Lightning's Trainer, by the command and from Python -------------------------------------------------------------

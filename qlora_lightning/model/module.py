@@ -151,6 +151,7 @@ class QLoRAModule(lightning.LightningModule):
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         check_arguments("model", QLoRAModule.__init__, locals())
+        inject.check_options(lora_options)
         optimizers.check_optimizer(optimizer, learning_rate, weight_decay)
         optimizers.check_schedule(schedule, learning_rate, warmup_ratio)
         self.adapter, self.fast = adapter, fast

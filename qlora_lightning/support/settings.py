@@ -84,7 +84,7 @@ NUMBERS = {
 
 
 def check_arguments(section: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of a constructor, which are the keys of a section: numbers, and names by ``Literal`` hints.
+    """Check the arguments of a constructor, which are the keys of a section: numbers, bools, and names of a ``Literal``.
 
     ``arguments`` may be the constructor's ``locals()``. Other types are left to Python.
     """
@@ -100,13 +100,14 @@ def check_arguments(section: str, function: Callable[..., Any], arguments: Mappi
 
 
 def _choices(hint: Any) -> list[str]:
-    """Return the values of a hint with a ``Literal``, as YAML has them; none of any other hint."""
+    """Return the values of a bool, a ``Literal``, or a union with one, as YAML has them; none of any other hint."""
     parts = typing.get_args(hint)
+    if hint is bool:
+        return ["true", "false"]
     if typing.get_origin(hint) is Literal:
         return [str(part) for part in parts]
     names = [name for part in parts for name in _choices(part)]
-    others = {bool: ["true", "false"], type(None): ["null"]}
-    return names and [*names, *(name for part in parts for name in others.get(part, []))]
+    return [*names, "null"] if names and type(None) in parts else names
 
 
 # ---- the Trainer -----------------------------------------------------------------------------------------------------

@@ -64,9 +64,7 @@ class Source:
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
     system: str | None = None  # a system prompt for conversations that have none
     encoding: str = "utf-8"
-    delimiter: str | None = (
-        None  # of CSV files; None: a comma, in .tsv a tab, or what the header and the first row show
-    )
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab, or what the first rows show
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None

@@ -84,7 +84,7 @@ NUMBERS = {
 
 
 def check_arguments(section: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of a constructor, which are the keys of a section: numbers, bools, and names of a ``Literal``.
+    """Check the arguments of a constructor, which are the keys of a section: numbers, bools, names of a ``Literal``.
 
     ``arguments`` may be the constructor's ``locals()``. Other types are left to Python.
     """

@@ -204,7 +204,8 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     if file.is_dir() or (is_url and "*" not in path and not kind_of_file(path)):
         files = _of_split(files, path.rstrip("/") if is_url else str(file), split)
     if not files:
-        raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
+        place = f"the folder {path}" if file.is_dir() else path
+        raise UserError(f"no {split} files in {place}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
 
 

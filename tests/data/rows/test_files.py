@@ -340,7 +340,7 @@ def test_names_that_are_no_paths_are_data_sets_of_the_hub():
     [
         ("data/trian.jsonl", "Did you mean 'data/train.jsonl'?"),
         ("org/train.jsonl", "data.train: data file org/train.jsonl does not exist"),
-        ("data/other", "no train files in data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
+        ("data/other", "no train files in the folder data/other: expected .jsonl, .json, .csv, .tsv, .parquet, .arrow"),
         ({"path": ""}, "data.train: expected a file, folder, glob, URL or hub id, or a mapping with `path`, found {"),
         ({"path": "a.jsonl", "wieght": 1}, "found 'wieght'. Did you mean 'weight'?"),
         ({"path": "a.jsonl", "weight": 0}, "weight of a.jsonl is 0: expected a number above 0"),

@@ -54,6 +54,8 @@ OUT_OF_BOUNDS = {
     "data.tokens_per_batch": COUNT[:3],
     "data.max_length": (1, *COUNT),
     "data.max_new_tokens": COUNT,
+    "source.weight": (0, -1, "1"),
+    "source.rows": (0, -1, 2.0, "5"),
     "data.val_fraction": (0, 1, -0.1),
     "adapter_checkpoint.every_n_train_steps": COUNT[:3],
     "adapter_checkpoint.every_minutes": (0, -1),
@@ -84,6 +86,13 @@ def test_a_number_out_of_bounds_is_rejected_when_an_object_is_made(key, values):
     for value in (*values, math.nan, math.inf, -math.inf, True):
         with rejects(key, f"{key} is {value!r}: expected "):
             make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["weight", "rows"])
+def test_a_number_of_a_source_out_of_bounds_is_rejected_by_its_path(name):
+    for value in (*OUT_OF_BOUNDS[f"source.{name}"], math.nan, math.inf, -math.inf, True):
+        with rejects("data.train", f"{name} of a.jsonl is {value!r}: expected a "):
+            InstructionDataModule({"path": "a.jsonl", name: value}).sources("train")
 
 
 def test_every_setting_with_bounds_is_tried():

@@ -61,6 +61,8 @@ NUMBERS = {
     "data.max_length": Bounds("2 or more", minimum=2, whole=True),
     "data.max_new_tokens": _COUNT,
     "data.val_fraction": Bounds("a share between 0 and 1", above=0, below=1),
+    "source.weight": Bounds("a number above 0", above=0),  # of a mapping in data.train, as the next
+    "source.rows": Bounds("a whole number above 0", minimum=1, whole=True),
     "adapter_checkpoint.every_n_train_steps": _COUNT,
     "adapter_checkpoint.every_minutes": Bounds("a positive number, or null", above=0),
     "adapter_checkpoint.save_top_k": _COUNT,

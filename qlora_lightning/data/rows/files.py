@@ -21,6 +21,7 @@ from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, R
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining, nearest
 from qlora_lightning.support.files import fits, load_json
+from qlora_lightning.support.settings import NUMBERS
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
@@ -77,11 +78,9 @@ class Source:
 
 
 _KEYS = [setting.name for setting in fields(Source) if setting.name != "files"]
-# of the keys of a source: its kind, and how an error describes it
+# of the keys of a source that are no numbers: its kind, and how an error describes it
 _KINDS: dict[str, tuple[Any, str]] = {
     "path": (str | os.PathLike, "a file, folder, glob, URL or hub id"),
-    "weight": (float, "a number above 0"),
-    "rows": (int, "a whole number above 0"),
     "format": (str, "the name of a format, or the dotted path of a function"),
     "columns": (Mapping[str, str | None], "{their name: our name}, a name in quotes if it reads as a number or bool"),
     "roles": (
@@ -153,10 +152,11 @@ def _entries_of(value: Any) -> list[Mapping[str, Any]]:
 
 def check_kind(key: str, value: Any, name: str) -> None:
     """Reject the value of a source's key that is of another kind; ``name`` is the key as the error has it."""
+    if bounds := NUMBERS.get(f"source.{key}"):
+        check_setting(name, value, value in bounds, bounds.expected)
+        return
     kind, expected = _KINDS[key]
     is_valid = fits(value, kind)
-    if is_valid and key in ("weight", "rows"):
-        is_valid = value > 0
     if is_valid and key == "delimiter":
         is_valid = len(value) == 1 and value not in '"\r\n'
     check_setting(name, value, is_valid, expected)

@@ -1,29 +1,40 @@
 """A setting that would be ignored, or mean something else, is rejected before anything is loaded, by its YAML key."""
 
+import itertools
 import math
 from functools import partial
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, IterableDataset
 
 from qlora_lightning import (
     AdapterCheckpoint,
     Evaluation,
+    GPUMemoryMonitor,
     GradientCheckpointing,
     InstructionDataModule,
     PreferenceModule,
     QLoRAModule,
+    ThroughputMonitor,
 )
 from qlora_lightning.cli import main
 from qlora_lightning.support.settings import NUMBERS
 from tests.errors import rejects
-from tests.steps import fit
+from tests.steps import fit, make_trainer
 
 CLASSES = {
     "model": partial(QLoRAModule, "base"),
     "data": InstructionDataModule,
     "adapter_checkpoint": AdapterCheckpoint,
     "evaluation": Evaluation,
+}
+CALLBACKS = {
+    "adapter_checkpoint": AdapterCheckpoint,
+    "evaluation": Evaluation,
+    "gpu_memory": GPUMemoryMonitor,
+    "throughput": ThroughputMonitor,
 }
 PREFERENCE = partial(PreferenceModule, "base", "simpo")
 COUNT = (0, -1, 1.5, None)
@@ -44,6 +55,8 @@ OUT_OF_BOUNDS = {
     "data.tokens_per_batch": COUNT[:3],
     "data.max_length": (1, *COUNT),
     "data.max_new_tokens": COUNT,
+    "source.weight": (0, -1, "1"),
+    "source.rows": (0, -1, 2.0, "5"),
     "data.val_fraction": (0, 1, -0.1),
     "adapter_checkpoint.every_n_train_steps": COUNT[:3],
     "adapter_checkpoint.every_minutes": (0, -1),
@@ -76,6 +89,13 @@ def test_a_number_out_of_bounds_is_rejected_when_an_object_is_made(key, values):
             make(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["weight", "rows"])
+def test_a_number_of_a_source_out_of_bounds_is_rejected_by_its_path(name):
+    for value in (*OUT_OF_BOUNDS[f"source.{name}"], math.nan, math.inf, -math.inf, True):
+        with rejects("data.train", f"{name} of a.jsonl is {value!r}: expected a "):
+            InstructionDataModule({"path": "a.jsonl", name: value}).sources("train")
+
+
 def test_every_setting_with_bounds_is_tried():
     assert OUT_OF_BOUNDS.keys() == NUMBERS.keys()
 
@@ -104,12 +124,49 @@ def test_numbers_at_their_bounds_are_taken():
         (GradientCheckpointing, "gradient_checkpointing.enabled", "maybe"),
         (GradientCheckpointing, "gradient_checkpointing.enabled", 2),
         (AdapterCheckpoint, "adapter_checkpoint.mode", "low"),
+        # true and false alone, since the text "false" would be true
+        *((CLASSES["model"], f"model.{name}", 1) for name in ("double_quant", "cache", "target_experts", "fast")),
+        (CLASSES["model"], "model.trust_remote_code", "false"),
+        (PREFERENCE.func, "model.trust_remote_code", "false"),
+        (InstructionDataModule, "data.shuffle", "false"),
+        (InstructionDataModule, "data.deduplicate", None),
+        *((kind, f"{key}.enabled", "off") for key, kind in CALLBACKS.items()),
     ],
 )
 def test_a_name_that_is_none_of_a_settings_is_rejected_when_an_object_is_made(make, key, value):
-    arguments = {"base": "base"} if make is PREFERENCE.func else {}
+    arguments = {"base": "base", "objective": "dpo"} if make is PREFERENCE.func else {}
     with rejects(key, f"{key} is {value!r}: expected one of "):
-        make(**arguments, **{key.partition(".")[2]: value})
+        make(**arguments | {key.partition(".")[2]: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("trainable_token_indices", value) for value in ([True], 5, ["5"], {"embed_tokens": 5})),
+        *(("rank_pattern", value) for value in (8, ["q_proj"], {"q_proj": "8"}, {"q_proj": True})),
+        *(("alpha_pattern", value) for value in (8, {"q_proj": "8"}, {8: 8})),
+        *(("modules_to_save", value) for value in ("lm_head", [8])),
+        *((name, value) for name in ("use_dora", "use_rslora", "ensure_weight_tying") for value in (1, "false", None)),
+        *(("init_lora_weights", value) for value in (1, None, "pissa")),
+    ],
+)
+def test_an_option_of_lora_of_another_kind_is_rejected_when_the_module_is_made(name, value):
+    with rejects("model.lora_options", f"model.lora_options.{name} is {value!r}: expected "):
+        QLoRAModule("base", lora_options={name: value})
+    with rejects("model.lora_options", "expected {name: value}"):
+        QLoRAModule("base", lora_options=[name])
+
+
+def test_options_of_lora_of_their_kind_are_taken():
+    options = {"trainable_token_indices": [5], "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 0.5}}
+    for more in (
+        {},
+        {"trainable_token_indices": {"embed_tokens": [5]}},
+        dict.fromkeys(options),
+        {"modules_to_save": []},
+    ):
+        QLoRAModule("base", lora_options={**options, **more, "use_dora": True, "init_lora_weights": False})
+    QLoRAModule("base", lora_options={})
 
 
 # ---- Lightning's Trainer, by the command and from Python -------------------------------------------------------------
@@ -147,8 +204,17 @@ def test_settings_of_the_trainer_that_contradict_each_other_are_rejected_by_the_
     [
         *((key.partition(".")[2], {key.partition(".")[2]: value}) for key, value in OF_TRAINER),
         *OTHER_RULES,
-        ("accumulate_grad_batches", {"accumulate_grad_batches": True}),
-        ("check_val_every_n_epoch", {"check_val_every_n_epoch": 3, "max_epochs": 2}),  # its rows would never be used
+        *(("accumulate_grad_batches", {"accumulate_grad_batches": value}) for value in (True, "2", None)),
+        # beyond the end of the run, which has eight steps an epoch
+        ("min_steps", {"min_steps": 17}),
+        ("min_epochs", {"min_epochs": 2, "max_steps": 15}),
+        ("min_epochs", {"min_epochs": 1, "max_steps": 7}),
+        ("val_check_interval", {"val_check_interval": 9}),
+        ("val_check_interval", {"val_check_interval": 17, "check_val_every_n_epoch": None}),
+        ("val_check_interval", {"val_check_interval": 4, "max_steps": 3}),
+        ("val_check_interval", {"val_check_interval": 4, "max_steps": 1, "accumulate_grad_batches": 2}),
+        ("check_val_every_n_epoch", {"check_val_every_n_epoch": 3}),
+        ("check_val_every_n_epoch", {"check_val_every_n_epoch": 2, "max_steps": 15}),
         pytest.param("callbacks", {"callbacks": EarlyStopping("val_loss", mode="max")}, id="mode of a loss"),
         # whose mode is min by default
         pytest.param("callbacks", {"callbacks": EarlyStopping("val_token_accuracy")}, id="mode of an accuracy"),
@@ -162,6 +228,61 @@ def test_the_trainers_settings_are_rejected_from_python(rows_file, tiny_base, tm
         fit(module, options.pop("default_root_dir"), rows_file, val=True, **options)
     assert module.model is None  # nothing was loaded
     assert [*tmp_path.iterdir()] == [rows_file]  # and nothing written
+
+
+@pytest.mark.parametrize(
+    ("options", "validates"),
+    [
+        ({"min_steps": 16, "min_epochs": 2}, True),
+        ({"min_steps": 3, "max_steps": 4}, False),  # beside which Lightning sets min_epochs to 1
+        ({"val_check_interval": 16, "check_val_every_n_epoch": None}, True),
+        ({"check_val_every_n_epoch": 2}, True),
+        ({"val_check_interval": 5, "max_steps": 2, "accumulate_grad_batches": 2}, True),  # rounded down to whole steps
+        ({"val_check_interval": 0.25, "max_steps": 1}, False),  # a trial of a long run's config
+        ({"gradient_clip_val": math.inf, "max_steps": 1}, False),  # to log the norm alone
+        # whose names end like those of a loss and an accuracy
+        ({"callbacks": EarlyStopping("val_neg_loss", mode="max", strict=False)}, True),
+        ({"callbacks": EarlyStopping("val_inaccuracy", mode="min", strict=False)}, True),
+    ],
+    ids=itertools.count(),
+)
+def test_settings_that_the_run_reaches_are_taken(rows_file, tiny_base, tmp_path, capsys, options, validates):
+    trainer = fit(QLoRAModule(str(tiny_base)), tmp_path, rows_file, val=True, **{"max_epochs": 2, **options})
+    assert ("val_loss" in trainer.callback_metrics) is validates
+    assert ("The validation rows are not used" in capsys.readouterr().out) is not validates
+
+
+class Stream(IterableDataset):
+    """Rows of a user's own, of which nobody knows the number."""
+
+    def __iter__(self):
+        for number in range(4):
+            ids = torch.arange(5, 15) + number
+            yield {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_an_own_loader_without_a_length_needs_max_steps(tiny_base, tmp_path):
+    loader = DataLoader(Stream(), batch_size=2, num_workers=0)
+    with rejects("trainer.max_steps", "how many batches", "Set trainer.max_steps"):
+        make_trainer(tmp_path, max_epochs=1).fit(QLoRAModule(str(tiny_base)), loader)
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(QLoRAModule(str(tiny_base)), loader)
+    assert trainer.global_step == 3
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_the_length_of_a_run_on_an_own_loader_is_checked_before_its_first_step(tiny_base, tmp_path):
+    rows = DataLoader([*Stream()], batch_size=2)
+    for name, options in (
+        ("min_steps", {"min_steps": 5, "max_epochs": 2}),
+        ("min_epochs", {"min_epochs": 2, "max_steps": 3}),
+        ("val_check_interval", {"val_check_interval": 3, "check_val_every_n_epoch": None, "max_epochs": 1}),
+    ):
+        trainer = make_trainer(tmp_path, **options)
+        with rejects(f"trainer.{name}"):
+            trainer.fit(QLoRAModule(str(tiny_base)), rows, rows)
+        assert trainer.global_step == 0
 
 
 @pytest.mark.parametrize(

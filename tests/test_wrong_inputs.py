@@ -139,7 +139,22 @@ WRONG = [
     wrong("fit --config c.yaml d.yaml", "d.yaml", "Did you mean --config d.yaml?"),
     wrong("fit c.yaml --x y", "Did you mean --config c.yaml?"),
     *(wrong(f"{command} c.yaml", "Did you mean --config c.yaml?") for command in WITH_CONFIG),
-    wrong("fit --config configs/quickstart.yaml", "`qlora-lightning recipes` lists configs to copy."),
+    wrong("fit c", "There is no option before c. Did you mean --config c.yaml?"),
+    *(
+        wrong(
+            f"{command} {name}",
+            f"There is no option before {name}. A config is named by --config FILE",
+            "`qlora-lightning recipes copy quickstart` makes configs/quickstart.yaml",
+        )
+        for command in ("fit", "plan")
+        for name in ("quickstart", "configs/quickstart", "quickstart.yaml")
+    ),
+    wrong("fit 3", "There is no option before 3. A config is named by --config FILE"),
+    *(
+        wrong(f"fit --config {name}", f"--config {name}: no such file", "`qlora-lightning recipes copy quickstart`")
+        for name in ("quickstart", "configs/quickstart.yaml")
+    ),
+    wrong("fit --config configs/mine.yaml", "`qlora-lightning recipes` lists configs to copy."),
     wrong("fit", "required: base"),
     wrong("fit --config wrong.yaml", "not YAML", "line 2", prepare=write("wrong.yaml", "model: {a: 1\ndata: [\n")),
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
@@ -222,9 +237,14 @@ WRONG = [
         "--data.train wrong.csv",
         "wrong.csv:2: no format is recognised by the keys x y;b|z;",
         "{path: FILE, delimiter: ;}",
-        prepare=write("wrong.csv", "x y;b|z\na b;c\n"),
+        prepare=write("wrong.csv", "x y;b|z\na b;c|d\n"),
     ),
     wrong('--data.train={"path":"rows.jsonl","rows":true}', "data.train: rows of rows.jsonl is True: expected a whole"),
+    wrong(
+        "--data.train wrong.jsonl",
+        "data.train: no train files in the folder wrong.jsonl: expected .jsonl, ",
+        prepare=lambda: os.mkdir("wrong.jsonl"),
+    ),
     wrong("--data.train=", "data.train: expected a file, folder, glob, URL or hub id"),
     wrong(
         "--data.train wrong.jsonl",

@@ -48,8 +48,8 @@ class AdapterCheckpoint(Checkpoint):
             at the end and ``every_minutes``.
         monitor: Metric that decides which adapter is best; without validation data it is the last.
         save_top_k: How many best checkpoints to keep besides ``last.ckpt``.
-        mode: Whether a small or a large ``monitor`` is good; ``None``: a small one if it is a loss or a perplexity, a
-            large one if it is an accuracy or a match.
+        mode: Whether a small or a large ``monitor`` is good; ``None``: a small loss or perplexity, a large accuracy or
+            match, as they are logged here; a metric of your own needs it.
         enabled: ``False`` writes nothing.
         every_minutes: Also write ``last.ckpt`` after the optimizer step that ends so many minutes after the last save;
             ``None``: time does not count.

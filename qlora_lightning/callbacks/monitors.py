@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from qlora_lightning.sources.tensors import GIB
 from qlora_lightning.support.console import say
 from qlora_lightning.support.files import MEMORY_PEAKS
+from qlora_lightning.support.settings import check_arguments
 
 
 class GPUMemoryMonitor(Callback):
@@ -25,6 +26,7 @@ class GPUMemoryMonitor(Callback):
     """
 
     def __init__(self, enabled: bool = True) -> None:
+        check_arguments("gpu_memory", GPUMemoryMonitor.__init__, locals())
         self.enabled = enabled
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,6 +58,7 @@ class ThroughputMonitor(Callback):
     """
 
     def __init__(self, enabled: bool = True) -> None:
+        check_arguments("throughput", ThroughputMonitor.__init__, locals())
         self.enabled = enabled
         self.tokens_seen = self.labelled_seen = 0
         self._seconds = 0.0  # of the open accumulation window

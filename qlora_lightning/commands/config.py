@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qlora_lightning.commands.recipes import find_recipes
 from qlora_lightning.support.console import say
 from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
@@ -75,12 +76,29 @@ def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
         config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"), aliases)
     except OSError as error:
         reason = str(error.strerror).lower()
-        raise UserError(f"--config {name}: {reason}. `qlora-lightning recipes` lists configs to copy.") from error
+        raise UserError(f"--config {name}: {reason}. {_hint_at_recipe(name)}") from error
     except (UnicodeError, yaml.YAMLError) as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{name} is empty or no mapping: expected keys such as model, data and trainer.")
     return _rename_keys(config)
+
+
+def _hint_at_recipe(name: str) -> str:
+    """Return where the config comes from that a user names, but that is not here."""
+    recipe = Path(name).name.removesuffix(".yaml")
+    if recipe in find_recipes():
+        return f"`qlora-lightning recipes copy {recipe}` makes configs/{recipe}.yaml."
+    return "`qlora-lightning recipes` lists configs to copy."
+
+
+def _hint_at_config(name: str) -> str:
+    """Return how a config is named, for an argument without an option."""
+    files = [file for file in (name, f"{name}.yaml", f"{name}.yml") if Path(file).is_file()]
+    is_config = name.endswith((".yaml", ".yml")) and Path(name).stem not in find_recipes()
+    if files or is_config:
+        return f"Did you mean --config {files[0] if files else name}?"
+    return f"A config is named by --config FILE, and {_hint_at_recipe(name)}"
 
 
 def _rename_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -163,8 +181,8 @@ def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]
     For a wrong value: its key, the innermost reason, and the value. An unknown section among ``typed``, the keys of
     configs, comes first: of a config of another tool jsonargparse would report what it lacks.
     """
-    if stray := re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)(?:\s|$)", message):
-        return f"There is no option before {stray[1]}. Did you mean --config {stray[1]}?"
+    if stray := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
+        return f"There is no option before {stray[1]}. {_hint_at_config(stray[1])}"
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
     known_sections = {key.partition(".")[0] for key in known}
     unknown = [key for key in typed if key.partition(".")[0] not in known_sections]

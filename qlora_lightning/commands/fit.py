@@ -23,9 +23,9 @@ from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import ADAPTER_FOLDER, load_yaml
-from qlora_lightning.support.settings import check_number, check_trainer_settings
+from qlora_lightning.support.settings import NUMBERS, check_trainer_settings
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
@@ -143,8 +143,9 @@ class QLoRACLI(LightningCLI):
         if self._max_epochs is None and trainer["max_steps"] == -1:  # Lightning would train 1,000 epochs
             trainer["max_epochs"] = 1
         check_trainer_settings(trainer)
-        if not isinstance(self.config["seed_everything"], bool):  # which chooses a seed, or sets none
-            check_number("seed_everything", self.config["seed_everything"])
+        seed, bounds = self.config["seed_everything"], NUMBERS["seed_everything"]
+        is_valid = isinstance(seed, bool) or seed in bounds  # true chooses a seed, false sets none
+        check_setting("seed_everything", seed, is_valid, bounds.expected)
         model = self.config["model"].get("init_args") or {}
         targets = model.get("target_modules")
         if isinstance(targets, str) and re.fullmatch(r"[\w.]+(, ?[\w.]+)+", targets):  # q_proj,v_proj is a list

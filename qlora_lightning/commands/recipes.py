@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", nargs="?", metavar="NAME", help="what to copy, as `qlora-lightning recipes` lists it")
     parser.add_argument("--force", action="store_true", help="overwrite files that differ")
     options = parser.parse_args(argv)
-    recipes = {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
+    recipes = find_recipes()
     if options.action == "copy":
         name = (options.name or "").removesuffix(".yaml")
         if name not in recipes:
@@ -37,6 +37,11 @@ def main(argv: list[str]) -> int:
     say(make_table(("recipe", "what it does"), rows, box=False, right=False))
     print("\nCopy one into the current folder: qlora-lightning recipes copy NAME")
     return 0
+
+
+def find_recipes() -> dict[str, Path]:
+    """Return the recipes by name, sorted."""
+    return {file.stem: file for file in sorted(recipes_folder().glob("*.yaml"))}
 
 
 def recipes_folder() -> Path:

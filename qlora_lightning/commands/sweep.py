@@ -178,15 +178,16 @@ def _run_sweep(setting: str, values: Sequence[Any], seeds: int, arguments: Seque
 def _check_validation(data: Any, trainer: Mapping[str, Any]) -> None:
     """Reject a config of which no trial would be validated, as far as that is known before it runs."""
     from qlora_lightning.commands.plan import plan_epoch
+    from qlora_lightning.support.trainer import steps_to_validation
 
     check_setting("trainer.limit_val_batches", 0, trainer["limit_val_batches"] != 0, "rows to compare trials by")
     data.setup("fit")
     epoch = plan_epoch(data.plan_epochs(), trainer)
-    interval, epochs = trainer["val_check_interval"] or 1.0, (trainer["check_val_every_n_epoch"] or 1) - 1
+    interval = trainer["val_check_interval"] or 1.0
     if epoch.all_steps is None or trainer["overfit_batches"] or not isinstance(interval, int | float):  # unknown
         return
-    batches = interval if isinstance(interval, int) else int(epoch.batches * interval)
-    if epoch.all_steps < epochs * epoch.steps + batches // trainer["accumulate_grad_batches"]:
+    window, every_n_epochs = trainer["accumulate_grad_batches"], trainer["check_val_every_n_epoch"]
+    if epoch.all_steps < steps_to_validation(epoch.batches, window, interval, every_n_epochs):
         raise UserError(f"A trial ends at step {epoch.all_steps:,}, before its first validation. {_REMEDY}")
 
 

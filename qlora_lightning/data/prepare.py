@@ -147,6 +147,7 @@ class Preparation:
             self.converters[row.source] = RowConverter(row.source, not self.for_prompts, pairs)
         if isinstance(row, BadRow):
             return row
+        self.report.count_lines(row)
         source = list(self.converters).index(row.source)
         try:
             content = self.converters[row.source].convert(row)

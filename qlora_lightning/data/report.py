@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlora_lightning.data.rows.files import BadRow
+from qlora_lightning.data.rows.files import BadRow, Row, count_lines, kind_of_file
 from qlora_lightning.data.samples import SampleSet, find_repeats
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError
@@ -48,6 +48,9 @@ class DataReport:
     absent_columns: list[str] = field(default_factory=list)  # mapped columns that a source lacks
     files: list[str] = field(default_factory=list)  # that were read
     delimiters: dict[str, list[str]] = field(default_factory=dict)  # CSV files, by a delimiter that nobody named
+    long_rows: int = 0  # rows of several lines in a CSV file, as after a stray quote
+    longest_row: str = ""  # of these
+    most_lines: int = 1  # of the longest
 
     def drop(self, reason: str, rows: int = 1) -> None:
         """Count well-formed rows that are left out."""
@@ -63,6 +66,14 @@ class DataReport:
         self.bad_rows += 1
         if self.bad_rows <= _SHOWN:
             self.bad.setdefault(row.reason, []).append(row.where)
+
+    def count_lines(self, row: Row) -> None:
+        """Count the lines of a row, if it is of a CSV file."""
+        if kind_of_file(row.file) in (".csv", ".tsv"):
+            lines = count_lines(row.values.values())
+            self.long_rows += lines > 1
+            if lines > self.most_lines:
+                self.longest_row, self.most_lines = row.where, lines
 
     def note_suspicious(self, where: str, answers: Iterable[str], questions: Iterable[str], text: str) -> None:
         """Note a row whose answer is a word such as "n/a", whose question is empty, or whose text was misread."""
@@ -126,6 +137,12 @@ class DataReport:
             if entries:
                 ellipsis = ", …" if len(entries) > _LISTED else ""
                 lines.append(f"  {title}: {', '.join(entries[:_LISTED])}{ellipsis}")
+        if self.long_rows:
+            verb = "spans" if self.long_rows == 1 else "span"
+            lines.append(
+                f"  {count_of(self.long_rows, 'row')} of CSV files {verb} several lines, at most {self.most_lines:,} "
+                f"({self.longest_row}): between two stray quotes all rows become one"
+            )
         if self.unreasoned:
             lines.append(
                 f"  {count_of(self.unreasoned, 'row')} with answers without reasoning, and generation begins within "

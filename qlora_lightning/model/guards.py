@@ -23,7 +23,6 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.model.step.optimizer import check_steps
 from qlora_lightning.model.step.packed import (
     check_row_length,
     first_labelled_row,
@@ -96,12 +95,32 @@ def check_monitors(trainer: Trainer) -> None:
             raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
 
 
-def check_validation(trainer: Trainer) -> None:
-    """Reject validation rows in a run whose last epoch comes before the first validation."""
-    every_n, epochs = trainer.check_val_every_n_epoch or 1, trainer.max_epochs
-    if trainer.enable_validation and epochs is not None:
-        expected = f"at most trainer.max_epochs, which is {epochs}: the validation rows would never be used"
-        check_setting("trainer.check_val_every_n_epoch", every_n, epochs <= 0 or every_n <= epochs, expected)
+def check_length(trainer: Trainer, batches: int) -> None:
+    """Reject what the run would never reach, with so many batches an epoch: its least length, its first validation."""
+    steps, window = trainers.check_steps(trainer), trainer.accumulate_grad_batches
+    if trainers.is_trial_run(trainer):
+        return
+    expected = f"at most {steps:,}, the steps of the run by trainer.max_epochs and trainer.max_steps"
+    check_setting("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) <= steps, expected)
+    epochs = steps // math.ceil(batches / window)
+    min_epochs = trainer.min_epochs or 0
+    is_valid = min_epochs <= epochs or (min_epochs == 1 and trainer.min_steps is not None)  # which Lightning sets then
+    expected = f"at most {epochs:,}, the whole epochs of the run, which ends at step {steps:,}"
+    check_setting("trainer.min_epochs", min_epochs, is_valid, expected)
+    interval, every_n_epochs = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch
+    if not trainer.limit_val_batches or interval is None:  # it is in minutes
+        return
+    is_valid = not isinstance(interval, int) or interval <= batches or every_n_epochs is None
+    expected = f"at most {batches:,}, the batches of an epoch, a share such as 0.5, or check_val_every_n_epoch: null"
+    check_setting("trainer.val_check_interval", interval, is_valid, expected)
+    first = trainers.steps_to_validation(batches, window, interval, every_n_epochs)
+    if not trainer.enable_validation or first <= steps:
+        return
+    name = "check_val_every_n_epoch" if (every_n_epochs or 1) > 1 else "val_check_interval"
+    end = f"step {steps:,}, the last of the run: the first validation would be after step {first:,}"
+    is_share = name == "val_check_interval" and isinstance(interval, float)  # of an epoch, as by default
+    check_setting(f"trainer.{name}", getattr(trainer, name), is_share, f"a validation by {end}")
+    trainers.say_once(f"The validation rows are not used: no validation by {end}.")
 
 
 def check_start(module: "QLoRAModule") -> None:
@@ -346,9 +365,9 @@ class TrainingGuard(Callback):
         check_setup(module)
         if stage == "fit":
             check_monitors(trainer)
-            check_validation(trainer)
-            if trainers.batches_of_epoch(trainer) is not None:  # else known with the loader, after loading
-                check_steps(trainers.planned_steps(trainer))
+            batches = trainers.batches_of_epoch(trainer)
+            if batches is not None:  # else known with the loader, after loading
+                check_length(trainer, batches)
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -375,6 +394,8 @@ class TrainingGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0
+        if trainers.batches_of_epoch(trainer) is None and trainer.num_training_batches < math.inf:
+            check_length(trainer, int(trainer.num_training_batches))
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes

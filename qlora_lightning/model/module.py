@@ -151,6 +151,7 @@ class QLoRAModule(lightning.LightningModule):
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         check_arguments("model", QLoRAModule.__init__, locals())
+        inject.check_options(lora_options)
         optimizers.check_optimizer(optimizer, learning_rate, weight_decay)
         optimizers.check_schedule(schedule, learning_rate, warmup_ratio)
         self.adapter, self.fast = adapter, fast
@@ -483,7 +484,7 @@ class QLoRAModule(lightning.LightningModule):
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
-        steps = optimizers.check_steps(trainers.planned_steps(self.trainer))
+        steps = trainers.check_steps(self.trainer)
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

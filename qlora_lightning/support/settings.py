@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from lightning import Trainer
+
 from qlora_lightning.support.errors import UserError, check_setting
 from qlora_lightning.support.files import fits
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a setting takes: ``value in bounds``. NaN, infinity and a bool never are.
+    """The numbers that a setting takes: ``value in bounds``. NaN and a bool never are.
 
     Attributes:
         expected: What a message calls them.
@@ -22,6 +24,7 @@ class Bounds:
         below: The value is smaller.
         minimum: The value is at least this.
         whole: The value is an integer.
+        infinite: The value may be infinity too.
     """
 
     expected: str
@@ -29,10 +32,12 @@ class Bounds:
     below: float = math.inf
     minimum: float = -math.inf
     whole: bool = False
+    infinite: bool = False
 
     def __contains__(self, value: Any) -> bool:
         is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        return is_number and bool(self.above < value < self.below and value >= self.minimum)
+        is_within = is_number and bool(self.above < value < self.below and value >= self.minimum)
+        return is_within or (self.infinite and value == math.inf)
 
 
 _COUNT = Bounds("1 or more", minimum=1, whole=True)
@@ -56,6 +61,8 @@ NUMBERS = {
     "data.max_length": Bounds("2 or more", minimum=2, whole=True),
     "data.max_new_tokens": _COUNT,
     "data.val_fraction": Bounds("a share between 0 and 1", above=0, below=1),
+    "source.weight": Bounds("a number above 0", above=0),  # of a mapping in data.train, as the next
+    "source.rows": Bounds("a whole number above 0", minimum=1, whole=True),
     "adapter_checkpoint.every_n_train_steps": _COUNT,
     "adapter_checkpoint.every_minutes": Bounds("a positive number, or null", above=0),
     "adapter_checkpoint.save_top_k": _COUNT,
@@ -67,7 +74,7 @@ NUMBERS = {
     "evaluation.forgetting_rows": _COUNT,
     # what Lightning accepts and then ignores, or takes for something else; the rest it rejects itself
     "trainer.accumulate_grad_batches": _COUNT,
-    "trainer.gradient_clip_val": Bounds("0 or more; null or 0 clips nothing", minimum=0),
+    "trainer.gradient_clip_val": Bounds("0 or more; null or 0 clips nothing", minimum=0, infinite=True),
     "trainer.check_val_every_n_epoch": _COUNT,
     "trainer.val_check_interval": Bounds("1 or more batches, or a share of an epoch above 0", above=0),
     "trainer.log_every_n_steps": _COUNT_OR_ZERO,
@@ -78,14 +85,8 @@ NUMBERS = {
 """Each setting that is a number, by its key in YAML. ``null`` and names such as ``auto`` are in the type hints."""
 
 
-def check_number(key: str, value: Any) -> None:
-    """Reject a number out of the bounds of its key; let what is no number pass."""
-    if isinstance(value, Real):
-        check_setting(key, value, value in NUMBERS[key], NUMBERS[key].expected)
-
-
 def check_arguments(section: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check the arguments of a constructor, which are the keys of a section: numbers, and names by ``Literal`` hints.
+    """Check the arguments of a constructor, which are the keys of a section: numbers, bools, names of a ``Literal``.
 
     ``arguments`` may be the constructor's ``locals()``. Other types are left to Python.
     """
@@ -101,13 +102,14 @@ def check_arguments(section: str, function: Callable[..., Any], arguments: Mappi
 
 
 def _choices(hint: Any) -> list[str]:
-    """Return the values of a hint with a ``Literal``, as YAML has them; none of any other hint."""
+    """Return the values of a bool, a ``Literal``, or a union with one, as YAML has them; none of any other hint."""
     parts = typing.get_args(hint)
+    if hint is bool:
+        return ["true", "false"]
     if typing.get_origin(hint) is Literal:
         return [str(part) for part in parts]
     names = [name for part in parts for name in _choices(part)]
-    others = {bool: ["true", "false"], type(None): ["null"]}
-    return names and [*names, *(name for part in parts for name in others.get(part, []))]
+    return [*names, "null"] if names and type(None) in parts else names
 
 
 # ---- the Trainer -----------------------------------------------------------------------------------------------------
@@ -115,10 +117,9 @@ def _choices(hint: Any) -> list[str]:
 
 def check_trainer_settings(settings: Any) -> None:
     """Check settings of Lightning's Trainer, which are attributes of a parsed config, and of a Trainer too."""
-    for key in NUMBERS:
-        section, _, name = key.partition(".")
-        if section == "trainer":
-            check_number(key, getattr(settings, name, None))
+    names = [key.partition(".")[2] for key in NUMBERS if key.startswith("trainer.")]
+    # of a Trainer that validates by the clock, val_check_interval is no attribute
+    check_arguments("trainer", Trainer.__init__, {name: getattr(settings, name, None) for name in names})
     for unit in ("steps", "epochs"):
         least, most = (getattr(settings, f"{bound}_{unit}", None) for bound in ("min", "max"))
         is_valid = least is None or most is None or most < 0 or least <= most
@@ -130,11 +131,15 @@ def check_trainer_settings(settings: Any) -> None:
     check_setting("trainer.default_root_dir", folder, is_local, expected)
 
 
+_SMALL_IS_GOOD = re.compile("(train|val|test)_(loss|perplexity)")
+_LARGE_IS_GOOD = re.compile("(train|val|test)_((token_|preference_|reward_)?accuracy|(exact|numeric)_match)")
+
+
 def natural_mode(monitor: str) -> Literal["min", "max"] | None:
-    """Return whether a small or a large value of a metric is good; ``None`` if its name does not tell."""
-    if monitor.endswith(("loss", "perplexity")):
+    """Return whether a small or a large value of a metric that we log is good; ``None`` for any other."""
+    if _SMALL_IS_GOOD.fullmatch(monitor):
         return "min"
-    return "max" if monitor.endswith(("accuracy", "_match")) else None
+    return "max" if _LARGE_IS_GOOD.fullmatch(monitor) else None
 
 
 def check_mode(key: str, monitor: str, mode: str | None, owner: str = "AdapterCheckpoint") -> None:

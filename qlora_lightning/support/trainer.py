@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_only
 
 from qlora_lightning.support.console import say
+from qlora_lightning.support.errors import UserError
 
 say_once = rank_zero_only(say)  # one line for all processes
 Item = TypeVar("Item")
@@ -75,6 +76,30 @@ def planned_steps(trainer: Any) -> int | None:
     return steps_of_run(math.ceil(batches / trainer.accumulate_grad_batches), trainer.max_epochs, trainer.max_steps)
 
 
+def check_steps(trainer: Any) -> int:
+    """Return the steps of a run; reject one whose end is unknown, which has no schedule, and one without a step."""
+    steps, key = planned_steps(trainer), "trainer.max_steps"
+    if steps is None and trainer.max_epochs != -1:
+        raise UserError(
+            "The training data do not tell how many batches an epoch has, so trainer.max_epochs does not tell how many "
+            "steps the run has, and the learning rate's schedule needs them. Set trainer.max_steps.",
+            key,
+        )
+    if steps is None:
+        raise UserError(
+            "The run has no end: the learning rate's schedule needs one of trainer.max_epochs and trainer.max_steps, "
+            "also beside trainer.max_time. Set one of them.",
+            key,
+        )
+    if not steps:
+        raise UserError(
+            "The run takes no step: trainer.max_epochs or trainer.max_steps is 0, or an epoch has no batch by "
+            "trainer.limit_train_batches. Raise it.",
+            key,
+        )
+    return steps
+
+
 def batches_of_epoch(trainer: Any) -> int | None:
     """Count the batches of an epoch on one rank, without a loader; ``None`` if the data module does not know them."""
     count_batches = getattr(datamodule_of(trainer), "count_train_batches", None)
@@ -90,6 +115,21 @@ def steps_of_run(steps_of_epoch: int, max_epochs: int | None, max_steps: int | N
     """Return a run's optimizer steps; ``None`` if neither limit ends it: ``None`` and -1 mean no limit."""
     epochs, steps = (-1 if limit is None else limit for limit in (max_epochs, max_steps))
     return min((limit for limit in (epochs * steps_of_epoch, steps) if limit >= 0), default=None)
+
+
+def steps_to_validation(batches: int, window: int, interval: int | float, every_n_epochs: int | None) -> int:
+    """Count the optimizer steps of a run up to its first validation.
+
+    Args:
+        batches: Batches of an epoch.
+        window: Batches of a step, ``trainer.accumulate_grad_batches``.
+        interval: ``trainer.val_check_interval``, a number of batches or a share; it is rounded down to whole steps.
+        every_n_epochs: ``trainer.check_val_every_n_epoch``; with ``None`` the interval is counted across epochs.
+    """
+    n_batches = interval if isinstance(interval, int) else int(batches * interval)
+    steps_of_epoch = math.ceil(batches / window)
+    steps = steps_of_epoch if n_batches == batches else max(n_batches // window, 1)
+    return steps if every_n_epochs is None else (every_n_epochs - 1) * steps_of_epoch + steps
 
 
 def validation_follows(trainer: Trainer) -> bool:

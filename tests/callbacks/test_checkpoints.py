@@ -136,10 +136,19 @@ def test_a_monitor_that_is_never_logged_is_rejected_at_the_first_validation(fit)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"monitor": "val_score"}, {"mode": "max"}, {"monitor": "val_accuracy", "mode": "min"}]
+    "settings",
+    [
+        *({"monitor": name} for name in ("val_score", "val_neg_loss", "val_inaccuracy")),
+        *(
+            {"monitor": f"{split}_{name}", "mode": "max"}
+            for split in ("train", "val")
+            for name in ("loss", "perplexity")
+        ),
+        *({"monitor": f"val_{name}", "mode": "min"} for name in ("accuracy", "token_accuracy", "exact_match")),
+    ],
 )
 def test_a_mode_that_chooses_no_best_or_the_worst_is_rejected(settings):
-    with rejects("adapter_checkpoint.mode", settings.get("monitor", "val_loss")):
+    with rejects("adapter_checkpoint.mode", settings["monitor"]):
         AdapterCheckpoint(**settings)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +190,21 @@ def test_a_delimiter_that_nobody_named_is_reported_also_from_the_cache(tmp_path,
         assert (data.reports["train"].rows, data.reports["train"].bad_rows) == (5, 0)
         assert data.reports["train"].delimiters == {";": ["d/a.csv", "d/c.csv"]}
     assert caplog.text.count("read by the delimiter ';': d/a.csv, d/c.csv") == 2
+
+
+def test_rows_of_several_lines_of_a_csv_file_are_reported(tmp_path, monkeypatch, characters):
+    """Two stray quotes swallow what is between them, as a text would be quoted that rightly has these lines."""
+    monkeypatch.chdir(tmp_path)
+    swallowed = 'q,"a\n' + "q,a\n" * 500 + 'q,a"\n'
+    Path("a.csv").write_text(f'prompt,completion\nq1,"a\nb"\n{swallowed}q3,c\n')
+    Path("b.jsonl").write_text(json.dumps({"prompt": "q4", "completion": "a\n" * 999}))
+    data = InstructionDataModule(["a.csv", "b.jsonl"], tokenizer=characters, max_length=4096)
+    data.setup("fit")
+    assert "2 rows of CSV files span several lines, at most 502 (a.csv:4)" in data.reports["train"].describe()
+    Path("a.csv").write_text("prompt,completion\nq,a\n")
+    data = InstructionDataModule("a.csv", tokenizer=characters)
+    data.setup("fit")
+    assert "several lines" not in data.reports["train"].describe()
 
 
 def test_a_column_that_no_row_has_is_reported(characters):

@@ -21,6 +21,7 @@ from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, R
 from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import UserError, check_setting, explaining, nearest
 from qlora_lightning.support.files import fits, load_json
+from qlora_lightning.support.settings import NUMBERS
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _COMPRESSED = re.compile(r"\.(gz|bz2|xz|zst)$")
@@ -45,7 +46,7 @@ _NOT_UTF8 = (
 # encodings of files that begin with a byte order mark
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
-DELIMITERS = ",;\t|"  # of CSV files, as they are found by the header
+DELIMITERS = ",;\t|"  # of CSV files, as header and first row show them
 
 DataFile = Path | str
 """A file of this machine, or the URL of one."""
@@ -66,7 +67,7 @@ class Source:
     roles: Mapping[str, str] = field(default_factory=dict)  # {their name: system | user | assistant | tool}
     system: str | None = None  # a system prompt for conversations that have none
     encoding: str = "utf-8"
-    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab, or what the header shows
+    delimiter: str | None = None  # of CSV files; None: a comma, in .tsv a tab, or what the first rows show
     split: str | None = None  # of a hub data set, as in ``datasets``, like the next three
     name: str | None = None  # the configuration
     revision: str | None = None
@@ -79,11 +80,9 @@ class Source:
 
 
 _KEYS = [setting.name for setting in fields(Source) if setting.name != "files"]
-# of the keys of a source: its kind, and how an error describes it
+# of the keys of a source that are no numbers: its kind, and how an error describes it
 _KINDS: dict[str, tuple[Any, str]] = {
     "path": (str | os.PathLike, "a file, folder, glob, URL or hub id"),
-    "weight": (float, "a number above 0"),
-    "rows": (int, "a whole number above 0"),
     "format": (str | Callable, "the name of a format, or the dotted path of a function"),
     "columns": (Mapping[str, str | None], "{their name: our name}, a name in quotes if it reads as a number or bool"),
     "roles": (
@@ -162,10 +161,11 @@ def name_of_format(format: str | RowFunction) -> str:
 
 def check_kind(key: str, value: Any, name: str) -> None:
     """Reject the value of a source's key that is of another kind; ``name`` is the key as the error has it."""
+    if bounds := NUMBERS.get(f"source.{key}"):
+        check_setting(name, value, value in bounds, bounds.expected)
+        return
     kind, expected = _KINDS[key]
     is_valid = fits(value, kind)
-    if is_valid and key in ("weight", "rows"):
-        is_valid = value > 0
     if is_valid and key == "delimiter":
         is_valid = len(value) == 1 and value not in '"\r\n'
     check_setting(name, value, is_valid, expected)
@@ -213,7 +213,8 @@ def _find(entry: Mapping[str, Any], split: str, default: Source) -> Source:
     if file.is_dir() or (is_url and "*" not in path and not kind_of_file(path)):
         files = _of_split(files, path.rstrip("/") if is_url else str(file), split)
     if not files:
-        raise UserError(f"no {split} files in {path}: expected {', '.join(KINDS)}, not named after another split.")
+        place = f"the folder {path}" if file.is_dir() else path
+        raise UserError(f"no {split} files in {place}: expected {', '.join(KINDS)}, not named after another split.")
     return replace(source, files=tuple(files))
 
 
@@ -306,6 +307,11 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
         raise UserError(f"{source.path} is empty: it holds no rows.", "file.empty")
     yield first_row
     yield from rows
+
+
+def count_lines(values: Iterable[Any]) -> int:
+    """Count the lines that a row has in its CSV file, by the line breaks in its values."""
+    return 1 + sum(str(value).count("\n") for value in values)
 
 
 def find_delimiters(source: Source) -> Iterator[tuple[str, str]]:
@@ -448,18 +454,24 @@ def _parse_row(text: str) -> _Values:
 def _choose_delimiter(file: str, source: Source) -> str:
     """Return the delimiter of a CSV file: the one that its source names, else a comma, in .tsv a tab.
 
-    If the header names several columns by another one alone, as a semicolon in what Excel writes in half of Europe, it
-    is that one.
+    If the header names several columns by another one alone, as a semicolon in what Excel writes in half of Europe, and
+    the first row has as many, it is that one.
     """
     if source.delimiter:
         return source.delimiter
-    with _open_text(file, source) as stream:
-        header = next(filter(str.strip, _read_lines(stream)), "")
     marks = list[str]()
-    for mark in DELIMITERS:
-        names = [name.strip() for name in next(csv.reader([header], delimiter=mark), [])]
-        if len(list(filter(None, names))) > 1 and '"' not in "".join(names):  # a quote inside a name: another mark is
-            marks.append(mark)
+    with _open_text(file, source) as stream:
+        for mark, lines in zip(DELIMITERS, itertools.tee(_read_lines(stream), len(DELIMITERS)), strict=True):
+            records = (values for values in csv.reader(lines, delimiter=mark) if any(map(str.strip, values)))
+            try:
+                header = next(records, [])
+                row = next(records, header)
+            except csv.Error:
+                continue
+            names = list(filter(str.strip, header))
+            # a quote inside a name: the delimiter is another
+            if len(names) > 1 and '"' not in "".join(names) and len(row) == len(header):
+                marks.append(mark)
     return marks[0] if len(marks) == 1 else _usual_delimiter(file)
 
 
@@ -482,7 +494,9 @@ def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             if isinstance(values, RowFault):
                 yield line, values
             elif len(values) != len(header):
-                fault = f"has {count_of(len(values), 'value')}, but the header has {len(header)}"
+                lines = count_lines(values)
+                found = f"{count_of(len(values), 'value')}{f' in {lines:,} lines' if lines > 1 else ''}"
+                fault = f"has {found}, but the header has {len(header)}"
                 yield line, RowFault(f"{fault} (read by {delimiter!r}, which `delimiter:` changes)")
             else:  # those below no name are left out
                 yield line, {name: value for name, value in zip(header, values, strict=True) if name}

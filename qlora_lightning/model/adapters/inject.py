@@ -6,7 +6,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import bitsandbytes as bnb
 import peft
@@ -19,13 +19,30 @@ from transformers import PreTrainedModel
 
 from qlora_lightning.model.layers.experts import PackedExperts, adapting_experts, expert_parameters, routers_of
 from qlora_lightning.model.model_types import LINEARS, decoder_layers, layer_of
-from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.errors import UserError, check_setting, explaining
+from qlora_lightning.support.files import fits
 
+_KEY = "model.lora_options"
 ADAPTER = "default"  # PEFT's name for the adapter that a model is made with
-OPTIONS = (  # of peft.LoraConfig, verified on a frozen, quantized base
-    *("alpha_pattern", "ensure_weight_tying", "init_lora_weights", "modules_to_save", "rank_pattern"),
-    *("trainable_token_indices", "use_dora", "use_rslora"),
-)
+# of peft.LoraConfig, verified on a frozen, quantized base: the kind of each, and how an error describes it
+OPTIONS: dict[str, tuple[Any, str]] = {
+    "alpha_pattern": (dict[str, float] | None, "{name of modules: number}"),
+    "ensure_weight_tying": (bool, "true or false"),
+    # PEFT quantizes the base once more for olora and starts a plain adapter for eva and lora_ga; pissa, corda and
+    # loftq need the weights from before quantization
+    "init_lora_weights": (
+        bool | Literal["gaussian", "orthogonal"],
+        "true, false, gaussian or orthogonal: others do not work on a quantized base",
+    ),
+    "modules_to_save": (list[str] | None, "a list of names of modules"),
+    "rank_pattern": (dict[str, int] | None, "{name of modules: whole number}"),
+    "trainable_token_indices": (
+        list[int] | dict[str, list[int]] | None,
+        "a list of token ids, or {name of an embedding: list of token ids}",
+    ),
+    "use_dora": (bool, "true or false"),
+    "use_rslora": (bool, "true or false"),
+}
 KEEPS_DTYPES = (
     "What trains is in float32, in which alone small steps add up, and model.compute_dtype chooses the dtype of "
     "products: do not cast the model (to, half, bfloat16, …)."
@@ -62,7 +79,7 @@ def new_lora_config(
             f"model.target_experts is true, and a {base.config.model_type} has no experts for adapters.",
             "model.target_experts",
         )
-    _check_options(base, options, [*targets, *experts])
+    _check_names(base, options, [*targets, *experts])
     return peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
@@ -92,43 +109,37 @@ def taken_for_experts(model: nn.Module, targets: Collection[str]) -> list[str]:
     return [name for name in targets if name.rpartition(".")[2] in taken]
 
 
-def _check_options(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
-    """Reject options that PEFT would silently ignore, or apply wrongly on this base.
+def check_options(options: Mapping[str, Any] | None) -> None:
+    """Reject options that PEFT would ignore or apply wrongly on any base, and values of another kind."""
+    check_setting(_KEY, options, isinstance(options, Mapping | None), f"{{name: value}}, of {', '.join(OPTIONS)}")
+    for name, value in (options or {}).items():
+        if name not in OPTIONS:
+            raise UserError(f"model.lora_options sets {name}: expected one of {', '.join(OPTIONS)}.", _KEY)
+        kind, expected = OPTIONS[name]
+        if not fits(value, kind):
+            raise UserError(f"model.lora_options.{name} is {value!r}: expected {expected}.", _KEY)
 
-    PEFT quantizes the base once more for ``olora`` and starts a plain adapter for ``eva`` and ``lora_ga``; ``pissa``,
-    ``corda`` and ``loftq`` need the weights from before quantization.
-    """
-    unknown, init = [*(options.keys() - set(OPTIONS))], options.get("init_lora_weights", True)
-    if unknown:
-        raise UserError(
-            f"model.lora_options sets {unknown[0]}: expected one of {', '.join(OPTIONS)}.", "model.lora_options"
-        )
-    if init not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(
-            f"model.lora_options sets init_lora_weights to {init!r}, which does not work on a quantized base: "
-            "expected true, false, gaussian or orthogonal.",
-            "model.lora_options",
-        )
+
+def _check_names(model: PreTrainedModel, options: Mapping[str, Any], targets: list[str]) -> None:
+    """Reject options that name what this base does not have, which PEFT would silently ignore."""
     for ending in options.get("modules_to_save") or ():
         if not any(name.endswith(ending) for name, _ in model.named_modules()):
             raise UserError(
                 f"model.lora_options.modules_to_save names {ending}, which the base does not have.",
-                "model.lora_options",
+                _KEY,
             )
     indices = options.get("trainable_token_indices") or ()
     for index in itertools.chain(*indices.values()) if isinstance(indices, Mapping) else indices:
         vocabulary = model.get_input_embeddings().num_embeddings
-        if not isinstance(index, int) or not 0 <= index < vocabulary:
+        if not 0 <= index < vocabulary:
             raise UserError(
                 f"model.lora_options.trainable_token_indices has {index!r}: expected token ids of the base, from 0 to "
                 f"{vocabulary - 1:,}.",
-                "model.lora_options",
+                _KEY,
             )
     for pattern in (*(options.get("rank_pattern") or {}), *(options.get("alpha_pattern") or {})):
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):  # as PEFT does
-            raise UserError(
-                f"model.lora_options has a pattern for {pattern}, which carries no adapter.", "model.lora_options"
-            )
+            raise UserError(f"model.lora_options has a pattern for {pattern}, which carries no adapter.", _KEY)
 
 
 def resolve_targets(model: Any, target_modules: str | list[str], layers: str | list[int] = "all") -> list[str]:

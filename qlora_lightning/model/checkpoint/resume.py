@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_lightning.model.adapters.identity import data_differences, identity_of_data
 from qlora_lightning.model.checkpoint.format import KEY, plain_settings, read_content
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import FORMAT_VERSION
-from qlora_lightning.support.trainer import batches_of_epoch, datamodule_of, gather_lists, say_once, validation_follows
+from qlora_lightning.support.trainer import datamodule_of, gather_lists, say_once, validation_follows
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -78,7 +78,6 @@ class ExactResume(Callback):
             say_once("\n".join(["Settings that differ from the checkpoint's (there → now):", *lines]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _check_validations(trainer)
         if self._checkpoint is not None:  # Lightning restores the optimizers after this hook
             _check_optimizers(trainer, self._checkpoint)
         self._groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -212,17 +211,6 @@ def _check_samples(trainer: Trainer, stored: Mapping[str, Any], batches: Mapping
             "other validation samples the ranking of the best adapter starts over.",
             "data.accept_changed_data",
         )
-
-
-def _check_validations(trainer: Trainer) -> None:
-    """Reject an interval in batches of which an epoch has fewer."""
-    interval = getattr(trainer, "val_check_interval", None)  # not there if it is in minutes
-    batches = batches_of_epoch(trainer)
-    if not trainer.limit_val_batches or trainer.check_val_every_n_epoch is None or batches is None:
-        return
-    expected = f"at most {batches:,}, the batches of an epoch, a share such as 0.5, or check_val_every_n_epoch: null"
-    is_valid = not isinstance(interval, int) or interval <= batches
-    check_setting("trainer.val_check_interval", interval, is_valid, expected)
 
 
 def _align_validations(trainer: Trainer) -> None:

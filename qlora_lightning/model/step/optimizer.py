@@ -111,23 +111,6 @@ def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, wa
         check_setting("model.schedule", choice, is_valid, f"rates of 0 or more, and one of its rates is {rate}")
 
 
-def check_steps(total_steps: int | None) -> int:
-    """Return the steps of a run; reject one without an end, which has no schedule, and one without a step."""
-    if total_steps is None:
-        raise UserError(
-            "The run has no end: the learning rate's schedule needs one of trainer.max_epochs and trainer.max_steps, "
-            "also beside trainer.max_time. Set one of them.",
-            "trainer.max_steps",
-        )
-    if not total_steps:
-        raise UserError(
-            "The run takes no step: trainer.max_epochs or trainer.max_steps is 0, or an epoch has no batch by "
-            "trainer.limit_train_batches. Raise it.",
-            "trainer.max_steps",
-        )
-    return total_steps
-
-
 def _parse_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of a schedule; see :func:`build_schedule`."""
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)

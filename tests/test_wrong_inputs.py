@@ -285,7 +285,7 @@ WRONG = [
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
-    wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, or some of exact_match"),
+    wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, some of exact_match"),
     wrong(f"{EVALUATE} --adapter run --forgetting nothing.jsonl", "evaluation.forgetting: data file nothing.jsonl"),
     wrong(f"{EVALUATE} --adapter run --data.test no.jsonl", "data.test: data file no.jsonl does not exist"),
     wrong(f"{EVALUATE} --adapter run --split test", "name a file in `data.test`"),

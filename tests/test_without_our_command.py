@@ -19,7 +19,7 @@ from tests.equality import read_checkpoint, same
 from tests.errors import rejects
 from tests.steps import make_trainer
 
-_STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+_STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 

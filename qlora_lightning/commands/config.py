@@ -32,7 +32,7 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.learning_rate": "lr",
     "model.lora_options": "loftq lora_modules_to_save use_dora use_rslora",
     "model.schedule": "lr_scheduler lr_scheduler_type",
-    "model.warmup_ratio": "warmup_steps",
+    "model.warmup": "warmup_steps warmup_ratio",
     "model.optimizer": "optim",
     "data.train": "data_path dataset dataset_name datasets train_dataset train_file",
     "data.val": "eval_dataset eval_file test_datasets validation_file",

@@ -23,6 +23,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.model.step.optimizer import check_warmup
 from qlora_lightning.model.step.packed import (
     check_row_length,
     first_labelled_row,
@@ -368,6 +369,7 @@ class TrainingGuard(Callback):
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
                 check_length(trainer, batches)
+                check_warmup(module.warmup, trainers.check_steps(trainer))
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -388,6 +390,12 @@ class TrainingGuard(Callback):
             trainers.say_once(
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
+            )
+        is_timed = find_callback(trainer, callbacks.Timer) is not None
+        if is_timed and not module.overrides("configure_optimizers") and "constant" not in str(module.schedule):
+            trainers.say_once(
+                f"The learning rate falls over {trainers.planned_steps(trainer):,} steps, those of the whole run. If "
+                "trainer.max_time ends it earlier, it has not fallen: set trainer.max_steps to what fits into the time."
             )
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())

@@ -82,7 +82,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
-        warmup_ratio: Share of the optimizer steps over which the learning rate rises.
+        warmup: Share of the optimizer steps over which the learning rate rises, or their number, such as 100.
         loraplus_ratio: Factor of B's learning rate over A's (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
         neftune_alpha: Strength of noise on embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: none.
         fast: ``False`` uses the plain layers, attention and loss of PEFT, transformers and torch instead of ours, and
@@ -126,7 +126,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: str | dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         schedule: str | dict[str, Any] = "cosine",
-        warmup_ratio: float = 0.03,
+        warmup: int | float = 0.03,
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
@@ -147,13 +147,13 @@ class QLoRAModule(lightning.LightningModule):
         }
         self.learning_rate: Any = learning_rate  # a number after configure_model
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
-        self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.schedule, self.warmup = schedule, warmup
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         check_arguments("model", QLoRAModule.__init__, locals())
         inject.check_options(lora_options)
         optimizers.check_optimizer(optimizer, learning_rate, weight_decay)
-        optimizers.check_schedule(schedule, learning_rate, warmup_ratio)
+        optimizers.check_schedule(schedule, learning_rate, warmup)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
@@ -485,7 +485,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
         steps = trainers.check_steps(self.trainer)
-        schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
+        schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---- answers -----------------------------------------------------------------------------------------------------

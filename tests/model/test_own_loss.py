@@ -10,7 +10,7 @@ from qlora_lightning import LossSums, QLoRAModule
 from tests.errors import rejects
 from tests.steps import distance, fit, make_batch, make_module
 
-_STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+_STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def key_table():
     classes = [("model", "PreferenceModule"), ("model", "QLoRAModule"), ("data", "InstructionDataModule")]
     rows = {}
     for section, name in [*classes, *CALLBACKS.items()]:
-        kind = getattr(qlora_lightning, name)
+        kind = getattr(qlora_lightning, name.rpartition(".")[2])
         texts = {param.arg_name: param.description for param in docstring_parser.parse(kind.__doc__).params}
         parameters = inspect.signature(kind).parameters.items()
         rows |= {f"{section}.{key}": (parameter.default, texts[key]) for key, parameter in parameters}

@@ -29,7 +29,9 @@ from qlora_lightning.support.settings import NUMBERS, check_trainer_settings
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
-_CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
+_CALLBACKS: dict[str, type[Callback]] = {
+    key: getattr(callbacks, path.rpartition(".")[2]) for key, path in CALLBACKS.items()
+}
 _PARSER_MODE = "qlora_yaml"  # the loader of jsonargparse would read the text 1e5 of a config as a number
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -130,12 +132,11 @@ class QLoRACLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
-            typed = [key for config in self._configs for key in config]
-            fault = shorten_parse_error(error.message, keys, typed)
-            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
+            raise UserError(shorten_parse_error(error.message)) from error
         finally:
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
+        for section in _CLASSES:
+            check_setting(section, None, self.config[section] is not None, "settings, or leave the key out")
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         trainer = self.config["trainer"]

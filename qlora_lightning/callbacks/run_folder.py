@@ -32,13 +32,13 @@ class RunFolder(Callback):
     written. Other runs warn if their rows are others, or read otherwise, than those of the adapter's training.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
         self.config = config
         self._logged: dict[str, Any] = {}  # by the training, before this batch
         self._line: dict[str, float] | None = None  # of the checkpoint that is being restored
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_trial_run(trainer):
+        if is_trial_run(trainer) or self.config is None:
             return
         data = datamodule_of(trainer)
         seed = data.state_dict().get("seed") if data is not None else None

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.adapter_checkpoint import find_checkpoint
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
-from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import MetricsLogger, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
 from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten_parse_error
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -185,10 +185,11 @@ class QLoRACLI(LightningCLI):
             loggers = [MetricsLogger(settings["default_root_dir"]), *loggers]
         if settings["logger"] is False or settings["fast_dev_run"]:
             loggers = []
-        defaults = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
-        if not settings["fast_dev_run"]:  # which writes nothing
-            defaults.append(callbacks.PredictionWriter())
-        added = [default for default in defaults if not any(isinstance(user, type(default)) for user in configured)]
+        present = (*map(type, configured), *_CALLBACKS.values())  # those with a key are made of the config
+        if settings["fast_dev_run"]:  # which writes nothing
+            present = (*present, callbacks.PredictionWriter)
+        defaults = callbacks.default_callbacks(config, self._command)
+        added = [default for default in defaults if not any(issubclass(kind, type(default)) for kind in present)]
         shows_progress = settings["enable_progress_bar"] in (None, True)
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):
             added.append(choose_progress_display())

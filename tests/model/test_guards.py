@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule
 from tests.errors import rejects
 from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
@@ -199,6 +199,22 @@ def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_p
 class StopsAtOnce(Callback):
     def on_train_start(self, trainer, pl_module):
         trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_what_a_callback_of_lightning_shows_otherwise_is_told(train, tmp_path, capsys):
+    train(trainer_options={"max_steps": 1})
+    assert "model summary" not in capsys.readouterr().out
+    shown = {
+        "max_steps": 1,
+        "log_every_n_steps": 1,
+        "enable_model_summary": True,
+        "logger": MetricsLogger(tmp_path / "run"),
+    }
+    train(QLoRAModule, callbacks.LearningRateMonitor(), trainer_options=shown)
+    out = capsys.readouterr().out
+    assert "Lightning's model summary counts the bytes of packed weights" in out
+    assert "LearningRateMonitor logs once more" in out
 
 
 @pytest.mark.parametrize(

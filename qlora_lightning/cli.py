@@ -95,6 +95,8 @@ def _run(arguments: list[str]) -> int:
         hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
     module_name, _ = COMMANDS[arguments[0]]
+    if module_name == "fit" and {"-h", "--help"} & {*arguments}:
+        importlib.import_module("qlora_lightning.commands.help").show_help(arguments[0])
     if module_name in _OPTIONS_OF_FIT:  # a wrong key is rejected before slow imports
         expand_arguments(arguments[1:], has_own_options=module_name != "fit")
     module = importlib.import_module(f"qlora_lightning.commands.{module_name}")

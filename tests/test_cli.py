@@ -80,6 +80,14 @@ print("heavy:", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} 
     assert max(map(len, lines)) <= 100
 
 
+SHOW_HELP = """
+import sys
+from qlora_lightning.cli import main
+try:
+    main(["fit", "--help"])
+except SystemExit:
+    print("\\n", {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & set(sys.modules), sep="")
+"""
 TYPOS = {  # what is typed after `fit`, or in a file, with a wrong key: what the message says
     "--model.rnk=4": "There is no key 'model.rnk'. Did you mean 'model.rank'?",
     "--model.init_args.lora_r 4": "There is no key 'model.lora_r'. Did you mean 'model.rank'?",
@@ -111,6 +119,34 @@ def test_a_wrong_key_has_the_same_message_whoever_finds_it(typed, tmp_path, monk
         assert f"{TYPOS[typed]} See `qlora-lightning fit --help`.\n" in capsys.readouterr().err
 
 
+def listed_keys(option, capsys):
+    """The keys that a help of ``fit`` lists."""
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", option])
+    return {*re.findall(r"^ +(?:-\w.*, )?--([\w.+]+)", capsys.readouterr().out, flags=re.MULTILINE)}
+
+
+def test_help_of_fit_has_our_keys_marks_those_that_matter_and_imports_no_class(capsys):
+    done = run_python("-c", SHOW_HELP, env={**os.environ, "COLUMNS": "80"})
+    shown, _, heavy = done.stdout.rpartition("\n\n")
+    assert heavy == "set()\n"
+    assert shown.count("\n") < 250  # jsonargparse has 511
+    assert len(re.findall(r"(?:^  --[\w.]+ \S+|^) +\* [A-Z]", shown, flags=re.MULTILINE)) == 10
+    assert "--model.rank 8                    * Rank of the update: rows of A" in shown
+    ours = {key for key in config.known_keys() if not key.startswith("trainer.")} - {"model.class_path"}
+    trainers = {f"trainer.{name}" for name in (*config.TRAINER_DEFAULTS, "max_epochs")}
+    found = listed_keys("--help", capsys)
+    assert ours - {"data.class_path"} | trainers | {"print_config", "help"} == found
+
+
+@pytest.mark.parametrize("section", ["trainer", "evaluation", "gpu_memory"])
+def test_help_of_a_section_has_its_keys_alone(section, capsys):
+    known = {key for key in config.known_keys() if key.startswith(f"{section}.")}
+    listed = listed_keys(f"--{section}.help", capsys)
+    assert known <= listed
+    assert all(key.startswith(f"{section}.") for key in listed)
+
+
 def test_a_wrong_key_is_reported_before_slow_imports(tmp_path):
     (tmp_path / "c.yaml").write_text("model: {rnk: 4}")
     code = """
@@ -125,10 +161,8 @@ print(codes, {"torch", "lightning", "transformers", "jsonargparse", "numpy"} & s
 
 def test_no_right_key_is_rejected_before_slow_imports(capsys):
     listed = {"model.init_args.rank", "model.class_path", "trainer.callbacks+", "trainer.logger.init_args.save_dir"}
-    for option in ("--help", "--model.help", "--data.help"):
-        with pytest.raises(SystemExit):
-            main(["fit", option])
-        listed |= set(re.findall(r"^ +(?:-\w, )?--([\w.+]+)", capsys.readouterr().out, flags=re.MULTILINE))
+    for option in ("--help", *(f"--{section}.help" for section in config.SECTIONS)):
+        listed |= listed_keys(option, capsys)
     assert {*config.known_keys()} - {"config", "data.class_path"} < listed
     for key in listed:
         section, _, name = key.partition(".")

@@ -25,11 +25,18 @@ CALLBACKS = {
     "evaluation": "qlora_lightning.callbacks.evaluation.Evaluation",
 }
 """Classes of callbacks by their keys in a config: names, since ``cli.py`` imports this file before torch."""
-_SECTIONS = {
-    "trainer": "lightning.pytorch.trainer.trainer.Trainer",
+SECTIONS = {
     "model": "qlora_lightning.model.module.QLoRAModule",
     "data": "qlora_lightning.data.datamodule.InstructionDataModule",
     **CALLBACKS,
+    "trainer": "lightning.pytorch.trainer.trainer.Trainer",
+}
+"""Class of each section of a config, whose arguments are the keys."""
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "default_root_dir": "runs/default",
+    "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
+    "enable_model_summary": False,  # a line of ours says more
 }
 _OWN_CLASS = ("model", "data")  # sections of which the user may name another class
 _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
@@ -188,19 +195,31 @@ def _expand_config(config: dict[str, Any]) -> dict[str, Any]:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
+def read_class(path: str) -> ast.ClassDef:
+    """Read the source of a class without importing it or its package, which would take seconds."""
+    package, *modules, class_name = path.split(".")
+    spec = find_spec(package)
+    assert spec is not None
+    file = Path((spec.submodule_search_locations or [])[0], *modules).with_suffix(".py")
+    classes = (node for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ClassDef))
+    return next(node for node in classes if node.name == class_name)
+
+
+def read_arguments(source: ast.ClassDef) -> list[tuple[ast.arg, ast.expr | None]]:
+    """Return the arguments of a class, each with its default, which is ``None`` if there is none."""
+    init = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "__init__").args
+    by_position = init.args[1:]
+    required = [None] * (len(by_position) - len(init.defaults))
+    defaults = [*required, *init.defaults, *init.kw_defaults]
+    return list(zip([*by_position, *init.kwonlyargs], defaults, strict=True))
+
+
 @functools.cache
 def known_keys() -> list[str]:
-    """List the keys of a config, read from the source of their classes: importing those takes seconds."""
+    """List the keys of a config."""
     keys = ["config", "seed_everything", "ckpt_path"]
-    for section, path in _SECTIONS.items():
-        package, *modules, class_name = path.split(".")
-        spec = find_spec(package)
-        assert spec is not None
-        file = Path((spec.submodule_search_locations or [])[0], *modules).with_suffix(".py")
-        classes = [node for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ClassDef)]
-        (body,) = (node.body for node in classes if node.name == class_name)
-        (init,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-        keys += [f"{section}.{argument.arg}" for argument in (*init.args.args[1:], *init.args.kwonlyargs)]
+    for section, path in SECTIONS.items():
+        keys += [f"{section}.{argument.arg}" for argument, _ in read_arguments(read_class(path))]
     return [*keys, *(f"{section}.class_path" for section in _OWN_CLASS)]
 
 
@@ -216,12 +235,12 @@ def check_keys(configs: Sequence[Mapping[str, Any]], options: Sequence[str]) -> 
         for section, settings in config.items():
             if not isinstance(settings, dict):
                 own_class.add(section)
-            elif section in _SECTIONS:
+            elif section in SECTIONS:
                 arguments = settings.get("init_args") if section in _OWN_CLASS else None
                 typed += [f"{section}.{name}" for name in {**settings, **(arguments or {})} if name != "init_args"]
     typed += names
     own_class |= {key.partition(".")[0] for key in typed if key.endswith(".class_path")}
-    known = {*known_keys(), *_SECTIONS, "print_config"}
+    known = {*known_keys(), *SECTIONS, "print_config"}
     for key in typed:
         section, _, name = key.partition(".")
         is_plain = not name or (section not in own_class and name.strip("+").isidentifier())

@@ -23,7 +23,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.model.step.optimizer import check_warmup
+from qlora_lightning.model.step.optimizer import check_warmup, ends_low
 from qlora_lightning.model.step.packed import (
     check_row_length,
     first_labelled_row,
@@ -34,6 +34,7 @@ from qlora_lightning.model.step.packed import (
     samples_of,
 )
 from qlora_lightning.support import trainer as trainers
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import Diverged, NothingTrained, UserError, check_setting
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.settings import check_mode, check_trainer_settings
@@ -122,6 +123,17 @@ def check_length(trainer: Trainer, batches: int) -> None:
     is_share = name == "val_check_interval" and isinstance(interval, float)  # of an epoch, as by default
     check_setting(f"trainer.{name}", getattr(trainer, name), is_share, f"a validation by {end}")
     trainers.say_once(f"The validation rows are not used: no validation by {end}.")
+
+
+def report_time(module: "QLoRAModule", steps: int) -> None:
+    """Report a limit in time under which the learning rate may never fall: its schedule is over the planned steps."""
+    timer = find_callback(module.trainer, callbacks.Timer)
+    is_timed = timer is not None and timer.time_remaining() is not None
+    if is_timed and not module.overrides("configure_optimizers") and ends_low(module.schedule):
+        trainers.say_once(
+            f"The learning rate falls over {count_of(steps, 'step')}, those of the whole run. If trainer.max_time ends "
+            "it earlier, it has not fallen: set trainer.max_steps to what fits into the time."
+        )
 
 
 def check_start(module: "QLoRAModule") -> None:
@@ -369,7 +381,9 @@ class TrainingGuard(Callback):
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
                 check_length(trainer, batches)
-                check_warmup(module.warmup, trainers.check_steps(trainer))
+                steps = trainers.check_steps(trainer)
+                check_warmup(module.warmup, steps)
+                report_time(module, steps)
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -391,14 +405,13 @@ class TrainingGuard(Callback):
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
             )
-        is_timed = find_callback(trainer, callbacks.Timer) is not None
-        if is_timed and not module.overrides("configure_optimizers") and "constant" not in str(module.schedule):
-            trainers.say_once(
-                f"The learning rate falls over {trainers.planned_steps(trainer):,} steps, those of the whole run. If "
-                "trainer.max_time ends it earlier, it has not fallen: set trainer.max_steps to what fits into the time."
-            )
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
+        if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:
+            trainers.say_once("Lightning's model summary counts the bytes of packed weights, not their parameters.")
+        groups = [group for each in trainer.optimizers for group in each.param_groups]
+        if len(groups) == 1 and find_callback(trainer, callbacks.LearningRateMonitor) is not None:
+            trainers.say_once("LearningRateMonitor logs once more what is logged as learning_rate: leave it out.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes as bnb
 import peft
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,7 +23,7 @@ from qlora_lightning.model.load.wrapped import empty_model, open_text_config
 from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config, read_identity
 from qlora_lightning.support.console import count_of
-from qlora_lightning.support.trainer import find_callback, say_once
+from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
     from qlora_lightning.model.module import QLoRAModule
@@ -129,12 +128,6 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         else None,
         f"Adapter{'' if rank is None else f' of rank {rank}'} on {count_of(len(names), 'module')} "
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
-        "Lightning's model summary counts the bytes of packed weights, not their parameters."
-        if find_callback(module.trainer, ModelSummary) is not None and module.quantization in ("nf4", "fp4")
-        else None,
-        "LearningRateMonitor logs once more what is logged as learning_rate: leave it out."
-        if find_callback(module.trainer, LearningRateMonitor) is not None
-        else None,
         f"Beside the adapter are {', '.join(extra)}, which extra.safetensors of the adapter folder has."
         if extra
         else None,

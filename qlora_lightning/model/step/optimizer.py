@@ -135,6 +135,12 @@ def _parse_schedule(choice: str | dict[str, Any], warmup: int | float) -> tuple[
     return name, arguments
 
 
+def ends_low(schedule: str | dict[str, Any]) -> bool:
+    """Whether a schedule lowers the learning rate towards the planned end of a run."""
+    name = schedule if isinstance(schedule, str) else schedule["name"]
+    return name not in ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
 def _arguments_of(schedule: str) -> list[str]:
     """Return the arguments of a schedule, without those that the run sets."""
     parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]).parameters

@@ -100,6 +100,7 @@ class QLoRAModule(lightning.LightningModule):
         precision: In which dtypes the model computes.
         pairs: Whether the module learns from preferences, as :class:`PreferenceModule` does.
         accuracy: Name of the metric that is the share of right rows or tokens.
+        own_names: Attributes of this class; a subclass has more.
     """
 
     pairs = False
@@ -165,6 +166,7 @@ class QLoRAModule(lightning.LightningModule):
         self.statistics = losses.TokenStatistics()
         self._computes_loss = False
         self.sharded_base: sharded.ShardedBase | None = None
+        self.own_names = frozenset({*vars(self), "own_names"})
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         guards.check_callbacks(trainers.trainer_of(self))
@@ -368,6 +370,12 @@ class QLoRAModule(lightning.LightningModule):
 
     def _backpropagate(self, micro_batch: Any) -> losses.LossSums:
         sums = self.sum_loss(micro_batch)
+        if not sums.loss_sum.requires_grad:
+            raise UserError(
+                f"The loss_sum that compute_loss of {type(self).__name__} returned has no gradient, as of a detached "
+                "tensor or a number: expected a sum that depends on the adapters.",
+                "loss.gradient",
+            )
         (sums.loss_sum * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
         return sums.detach()  # the graph has casts of the adapters
 

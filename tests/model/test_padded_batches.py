@@ -69,6 +69,8 @@ MASK = padded()["attention_mask"]
         ({"seq_idx": MASK}, "seq_idx"),  # without position_ids nothing else says where samples begin
         ({"labels": None}, "no labels"),
         ({"labels": MASK.numpy()}, "labels as ndarray"),
+        ({"labels": -MASK}, "label -1"),
+        ({"labels": MASK * 10**6}, "label 1,000,000"),
         ({"input_ids": MASK[0]}, "input_ids (64,)"),
     ],
 )

@@ -208,7 +208,7 @@ def test_settings_of_the_trainer_that_contradict_each_other_are_rejected_by_the_
         # beyond the end of the run, which has eight steps an epoch
         ("min_steps", {"min_steps": 17}),
         ("min_epochs", {"min_epochs": 2, "max_steps": 15}),
-        ("min_epochs", {"min_epochs": 1, "max_steps": 7}),
+        ("min_epochs", {"min_epochs": 2, "max_steps": 7}),
         ("val_check_interval", {"val_check_interval": 9}),
         ("val_check_interval", {"val_check_interval": 17, "check_val_every_n_epoch": None}),
         ("val_check_interval", {"val_check_interval": 4, "max_steps": 3}),

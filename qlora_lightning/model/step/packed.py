@@ -280,16 +280,17 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
     if other := [name for name in expected if not isinstance(batch[name], torch.Tensor)]:
         kind = type(batch[other[0]]).__name__
         raise UserError(f"A batch has {other[0]} as {kind}: expected a tensor.", "data.batch")
-    labels = batch["labels"][0]
-    if bool((is_wrong := (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))).any()):
-        raise UserError(
-            f"A batch has the label {int(labels[is_wrong][0]):,}: expected ids of tokens below {vocabulary:,}, and "
-            f"{IGNORED} for what is not trained.",
-            "data.batch",
-        )
     token_ids = batch["input_ids"][0]
     position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
     if not len(position):
+        labels = batch["labels"][0]
+        is_wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+        if is_wrong.any():
+            raise UserError(
+                f"A batch has the label {int(labels[is_wrong][0]):,}: expected ids of tokens below {vocabulary:,}, and "
+                f"{IGNORED} for what is not trained.",
+                "data.batch",
+            )
         return
     sample = int(torch.searchsorted(batch["cu_seqlens"].to(position), position, right=True)) - 1
     row_ids = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()

@@ -42,7 +42,7 @@ class Hungry(QLoRAModule):
     fails, where, passes, failures = frozenset(), "backward", 0, 0
 
     def compute_loss(self, batch):
-        if self.trainer.training and not torch.is_grad_enabled():
+        if self.trainer.training and not self.training:
             return super().compute_loss(batch)  # of the check that its sums add up
         self.passes += 1
         fails = self.passes in self.fails

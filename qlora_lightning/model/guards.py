@@ -419,6 +419,7 @@ class TrainingGuard(Callback):
                 "Tuner(trainer).lr_find, and set model.learning_rate to what it finds.",
                 "trainer.callbacks",
             )
+        module.fill_own_tensors()
         check_trainable(module, module.model)
         config, data = module.causal_lm.config, datamodule_of(trainer)
         check_row_length(config, getattr(data, "max_length", 0))
@@ -461,10 +462,14 @@ class TrainingGuard(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast("QLoRAModule", pl_module)
+        module.fill_own_tensors()
         module.statistics = TokenStatistics()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cast("QLoRAModule", pl_module).fill_own_tensors()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_losses(cast("QLoRAModule", pl_module), "val")

@@ -165,6 +165,7 @@ class QLoRAModule(lightning.LightningModule):
         self.guard = guards.TrainingGuard()
         self.statistics = losses.TokenStatistics()
         self._computes_loss = False
+        self._filled: set[str] | None = set()  # of fill_own_tensors; None: it has been called for the last time
         self.sharded_base: sharded.ShardedBase | None = None
         self.own_names = frozenset({*vars(self), "own_names"})
 
@@ -185,16 +186,30 @@ class QLoRAModule(lightning.LightningModule):
         self.model = self.build_model()
         if self.overrides("build_model"):
             self.model = build.complete_model(self.model, self.identity, self.adapter, self.adapter_options, self.fast)
-        if self.adapter is not None:
-            adapter_folder.fill_own_tensors(self, folders.find_adapter_folder(self.adapter))
+        self.fill_own_tensors(is_last=not self.overrides("configure_model"))
         self.model.train()  # Hugging Face models come in eval()
         width = self.causal_lm.config.hidden_size
         self.learning_rate = optimizers.choose_learning_rate(self.learning_rate, width, self.pairs)
         self._choose_precision()
         # DDP would broadcast the whole base, which every rank has loaded; it has no public setting against that.
-        saved = inject.saved_tensors(self)
+        saved, frozen = inject.saved_tensors(self), tuple(f"{name}." for name in ("model", *inject.frozen_models(self)))
         tensors = [*self.named_parameters(), *self.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in tensors if name not in saved]
+        ignored = [name for name, _ in tensors if name.startswith(frozen) and name not in saved]
+        self._ddp_params_and_buffers_to_ignore = ignored
+
+    def fill_own_tensors(self, is_last: bool = True) -> None:
+        """Set what a subclass has beside its model to what the folder ``adapter`` has of it, each tensor once.
+
+        It is called when the model is made, and again when a run starts, for what an override of ``configure_model``
+        adds. The ``is_last`` time what either of them lacks is told. A checkpoint has all of it: a resume skips this.
+        """
+        trainer = trainers.trainer_of(self)
+        is_resume = trainer is not None and trainer.ckpt_path is not None
+        if self.adapter is not None and self._filled is not None and not is_resume:
+            folder = folders.find_adapter_folder(self.adapter)
+            self._filled |= adapter_folder.fill_own_tensors(self, folder, self._filled, is_last)
+        if is_last:
+            self._filled = None
 
     def _take_settings_of_adapter(self) -> None:
         """Let settings, and what is recorded of them, be those of the folder ``adapter``: these train.
@@ -546,7 +561,7 @@ class QLoRAModule(lightning.LightningModule):
         """
         data = identity_of_data(trainers.trainer_of(self))
         identity = {**self.identity, "data": data} if data else self.identity
-        extra = adapter_folder.own_tensors(self)
+        extra = inject.own_tensors(self)
         adapter_folder.save_adapter_folder(Path(folder), self.model, tokenizer, identity, stop_ids, extra)
 
     def state_dict(  # type: ignore[override]  # torch's overloads, in one signature
@@ -603,4 +618,5 @@ class QLoRAModule(lightning.LightningModule):
             settings: Arguments of the class that are not at their defaults, such as ``learning_rate``. Base, its
                 quantization and the adapter's shape are those of the folder.
         """
-        return trained.open_adapter(trained.find_adapter(folder, base), cls, **settings)
+        makes_base = cls.build_model is not QLoRAModule.build_model
+        return trained.open_run(folder, cls, makes_base, base, **settings)

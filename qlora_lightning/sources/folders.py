@@ -292,7 +292,7 @@ LORA_KEYS: dict[str, Any] = {  # what counts of an adapter_config.json, beside t
 _IDENTITY: dict[str, Any] = {
     "quantization": Literal["nf4", "fp4", "int8", "none", None],
     "compute_dtype": Literal["bfloat16", "float16", "float32", None],
-    **{"format_version": int | None, "double_quant": _SWITCH, "adapter": dict | None},
+    **{"format_version": int | None, "double_quant": _SWITCH, "own_base": _SWITCH, "adapter": dict | None},
     **dict.fromkeys(("base", "revision", "fingerprint", "reference"), _TEXT),
     "data": {
         "samples": dict | None,
@@ -323,6 +323,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read the ``adapter_config.json`` of an adapter folder, whose weights must be there too."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not an adapter folder: there is no {name} in it.", "adapter.folder")
+            reason = f"there is no {name} in it" if folder.is_dir() else "there is no such folder"
+            is_run = (folder / files.CHECKPOINTS).is_dir() or (folder / files.MANIFEST).is_file()
+            remedy = " AdapterCheckpoint saves one in a run; load_from_checkpoint opens a checkpoint." if is_run else ""
+            raise UserError(f"{folder} is not an adapter folder: {reason}.{remedy}", "adapter.folder")
     files.check_plain_files(folder)
     return files.read_json_object(folder / "adapter_config.json", _ADAPTER_REMEDY, LORA_KEYS)

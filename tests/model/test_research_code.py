@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import AutoModelForCausalLM
 
 from qlora_lightning import LossSums, QLoRAModule, load_base
+from tests.equality import same
+from tests.errors import rejects
 from tests.steps import fit
 
 _SETTINGS = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2}
@@ -174,3 +176,13 @@ def test_it_trains_all_it_has_and_how_a_batch_is_cut_changes_nothing(
     said = capsys.readouterr().out
     assert "returns no sums" not in said
     assert ("returns the base alone" in said) == (kind is OwnLoRA)
+    module.save_adapter(tmp_path / "adapter")
+    assert same(kind.from_run(tmp_path / "adapter").state_dict(), module.state_dict())
+
+
+def test_a_base_that_only_its_class_makes_is_opened_by_that_class(tiny_base, tmp_path):
+    module = BaseOfTransformers(str(tiny_base), **_SETTINGS)
+    module.configure_model()
+    module.save_adapter(tmp_path / "adapter")
+    with rejects("adapter.base", "from_run of that class"):
+        QLoRAModule.from_run(tmp_path / "adapter")

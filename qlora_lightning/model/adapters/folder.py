@@ -7,7 +7,7 @@ import inspect
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from qlora_lightning.model.adapters.inject import (
     check_shapes,
     inject,
     new_lora_config,
+    own_tensors,
     resolve_targets,
-    saved_tensors,
     taken_for_experts,
     trainable_tensors,
 )
@@ -92,7 +92,7 @@ def save_adapter_folder(
     The folder may hold an earlier adapter, and files of the user, which stay. A tokenizer, which may be ``None``, is
     saved with its chat template and a ``generation_config.json``. The identity becomes ``qlora_lightning.json``.
     ``stop_ids`` end generation beside the tokenizer's end and the base's own. ``extra`` are tensors beside the adapter,
-    see :func:`own_tensors`.
+    see :func:`~qlora_lightning.model.adapters.inject.own_tensors`.
     """
     staging = folder / ".writing"
     shutil.rmtree(staging, ignore_errors=True)
@@ -164,11 +164,6 @@ def _config_for_plain_peft(model: peft.PeftModel) -> Any:
     for name, value in _rename_modules(vars(config), names).items():
         setattr(config, name, sorted(value) if isinstance(value, set) else value)  # a set's order changes between runs
     return config
-
-
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return what a subclass of QLoRAModule has beside its model, by name: what trains, and buffers."""
-    return {name: tensor for name, tensor in saved_tensors(module).items() if not name.startswith("model.")}
 
 
 def _describe(identity: Mapping[str, Any], task_type: str | None, model: nn.Module, extra: Mapping[str, Tensor]) -> str:
@@ -352,23 +347,30 @@ def fill_adapter(model: Any, folder: Path, name: str = ADAPTER) -> None:
                 tensor.copy_(stored[key])
 
 
-def fill_own_tensors(module: nn.Module, folder: Path) -> None:
-    """Set what a subclass has beside its model to what an adapter folder has of it; say so if only one of them has any.
+def fill_own_tensors(module: nn.Module, folder: Path, filled: Collection[str], is_last: bool) -> set[str]:
+    """Set what a subclass has beside its model, but what is ``filled``, to what an adapter folder has of it.
+
+    The ``is_last`` time a line says so if only one of them has any.
+
+    Returns:
+        The names of what was set.
 
     Raises:
         UserError: Both have some, which differ in names or shapes.
     """
-    tensors, file = own_tensors(module), folder / files.EXTRA
-    stored, kind = load_file(file) if file.is_file() else {}, type(module).__name__
+    file, kind = folder / files.EXTRA, type(module).__name__
+    tensors = {name: tensor for name, tensor in own_tensors(module).items() if name not in filled}
+    stored = load_file(file) if file.is_file() else {}
+    stored = {name: tensor for name, tensor in stored.items() if name not in filled}
+    if not is_last:  # an override may add the rest
+        tensors = {name: tensor for name, tensor in tensors.items() if name in stored}
+        stored = {name: tensor for name, tensor in stored.items() if name in tensors}
     if not tensors or not stored:
         if tensors:
-            say_once(f"{', '.join(tensors)} of {kind} begin anew: {folder} has an adapter alone.")
+            say_once(f"{', '.join(tensors)} of {kind} begin anew: {folder} has an adapter without them.")
         if stored:
-            say_once(
-                f"{file} has {', '.join(stored)}, for which {kind} has no place when its model is made, by `__init__` "
-                "or `build_model`: they are left out."
-            )
-        return
+            say_once(f"{file} has {', '.join(stored)}, for which {kind} has no place: they are left out.")
+        return set()
     here, there = ({name: tuple(each.shape) for name, each in both.items()} for both in (tensors, stored))
     if here != there:
         raise UserError(
@@ -379,6 +381,7 @@ def fill_own_tensors(module: nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
+    return {*tensors}
 
 
 def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -47,6 +47,7 @@ KEEPS_DTYPES = (
     "What trains is in float32, in which alone small steps add up, and model.compute_dtype chooses the dtype of "
     "products: do not cast the model (to, half, bfloat16, …)."
 )
+_MANY_NUMBERS = 10_000_000  # no head or projection has as many, and each checkpoint would grow by 40 MB
 PRESETS = ("all-linear", "attention", "mlp")  # the last is what is not attention
 _BYPASSED = {  # linears whose weight these types read without the adapter: in a kernel, or if they are not quantized
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"),
@@ -309,10 +310,50 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint of a QLoRAModule holds, by name.
 
-    It is what trains, what of the adapter is frozen (such as A, drawn from a seed), and buffers of a subclass.
+    Of the model it is what trains, and what of the adapter is frozen (such as A, drawn from a seed).
     """
-    adapter = {name: p for name, p in module.named_parameters() if p.requires_grad or ADAPTER in name.split(".")}
-    return adapter | {name: buffer for name, buffer in module.named_buffers() if not name.startswith("model.")}
+    in_model = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if name.startswith("model.") and (parameter.requires_grad or ADAPTER in name.split("."))
+    }
+    return in_model | own_tensors(module)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what a subclass of QLoRAModule has beside its model, by name: parameters, frozen ones too, and buffers.
+
+    Those of :func:`frozen_models`, and those that are the model's too, are left out.
+    """
+    tensors: dict[str, Any] = {**dict(module.named_parameters(recurse=False))}
+    tensors |= dict(module.named_buffers(recurse=False))
+    for name, part in module.named_children():
+        if name != "model":
+            tensors |= part.state_dict(prefix=f"{name}.", keep_vars=True)
+    model = getattr(module, "model", None)
+    of_model = set() if model is None else {id(parameter) for parameter in model.parameters()}
+    frozen = tuple(f"{name}." for name in frozen_models(module))
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, Tensor) and id(tensor) not in of_model and not name.startswith(frozen)
+    }
+
+
+def frozen_models(module: nn.Module) -> list[str]:
+    """Return the names of frozen models that a subclass has beside its own, such as a teacher.
+
+    They are models of transformers, and what is as large. A class makes them again, as it does the base.
+    """
+    found = list[str]()
+    for name, part in module.named_modules():
+        if name.partition(".")[0] in ("", "model") or any(name.startswith(f"{each}.") for each in found):
+            continue
+        parameters = list(part.parameters())
+        is_model = isinstance(part, PreTrainedModel) or sum(each.numel() for each in parameters) > _MANY_NUMBERS
+        if is_model and not any(each.requires_grad for each in parameters):
+            found.append(name)
+    return found
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

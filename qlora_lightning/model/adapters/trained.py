@@ -1,5 +1,6 @@
 """A trained adapter and its base, in the form that they had in training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,12 @@ def find_adapter(named: str | Path, base: str | None = None) -> AdapterSource:
     """
     folder = folders.find_adapter_folder(named)
     identity = folders.read_identity(folder)
+    if identity.get("own_base"):
+        raise UserError(
+            f"The adapter folder {folder} was trained on a base that build_model of its class made, which no command "
+            "knows: open it in Python by from_run of that class.",
+            "adapter.base",
+        )
     source = _find_base(folder, identity) if base is None else folders.open_base(base)
     base_identity: dict[str, Any] = {"base": source.name, "fingerprint": folders.fingerprint(source.folder)}
     stored = folders.read_config(source.folder, source.name).get("quantization_config")
@@ -74,11 +81,31 @@ def open_adapter(source: AdapterSource, kind: type[Module], **settings: Any) -> 
         "quantization": source.quantization or "nf4",
         "double_quant": source.double_quant,
         "compute_dtype": "fp32" if source.compute_dtype == "float32" else "auto",
-        "adapter": str(source.folder),
     }
-    module: Any = kind(**(trained | settings))
+    return _open(kind, source.folder, trained | settings)
+
+
+def open_run(named: str | Path, kind: type[Module], makes_base: bool, base: str | None, **settings: Any) -> Module:
+    """Load the adapter of a run folder, or an adapter folder, by the class that trained it.
+
+    If that ``makes_base`` by an own ``build_model``, the base is compared with that of the training when it is made.
+    """
+    folder = folders.find_adapter_folder(named)
+    identity = folders.read_identity(folder)
+    if not (makes_base and identity.get("own_base")):
+        return open_adapter(find_adapter(folder, base), kind, **settings)
+    trained = {
+        name: identity[name] for name in ("base", "revision", "quantization", "double_quant") if name in identity
+    }
+    return _open(kind, folder, trained | ({} if base is None else {"base": base}) | settings)
+
+
+def _open(kind: type[Module], folder: Path, settings: Mapping[str, Any]) -> Module:
+    make: Any = kind
+    module = make(**{"adapter": str(folder), **settings})
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     module.configure_model()
+    module.fill_own_tensors()
     opened: Module = module.eval()
     return opened
 

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_lightning.model.adapters.folder import fill_adapter, own_tensors, read_lora_config, settings_of_folder
+from qlora_lightning.model.adapters.folder import fill_adapter, read_lora_config, settings_of_folder
 from qlora_lightning.model.adapters.identity import check_identity, describe_adapter
-from qlora_lightning.model.adapters.inject import ADAPTER, count_parameters, inject, new_lora_config, trainable_tensors
+from qlora_lightning.model.adapters.inject import (
+    ADAPTER,
+    count_parameters,
+    frozen_models,
+    inject,
+    new_lora_config,
+    own_tensors,
+    trainable_tensors,
+)
 from qlora_lightning.model.layers.experts import ExpertsConfig, check_experts, pack_experts
 from qlora_lightning.model.layers.select import Fusion, fuse_layers
 from qlora_lightning.model.load.base_model import Quantization, check_widths, keep_quantized_layers, load_base
@@ -50,7 +58,7 @@ def complete_model(
     """Complete a base, or what an override of ``build_model`` returned: a model of transformers, or one of PEFT.
 
     The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what it
-    lacks: that of ``load_base``, else the compute dtype and a hash of the frozen weights, and that of the adapters.
+    lacks: that of ``load_base``, else a hash of the frozen weights and their dtype, and that of the adapters.
     """
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored_identity = {} if folder is None else read_identity(folder)
@@ -69,6 +77,7 @@ def complete_model(
         fill_adapter(model, folder)
     if "fingerprint" not in identity:
         identity |= {"compute_dtype": str(base.dtype).removeprefix("torch."), "fingerprint": hash_weights(base)}
+        identity["own_base"] = True  # which only the same class can make again
         check_identity(stored_identity, identity, f"The adapter folder {folder}")
     return model
 
@@ -130,6 +139,10 @@ def report_model(module: "QLoRAModule", fusion: Fusion) -> None:
         f"({', '.join(dict.fromkeys(names))}): {trainable:,} of {total:,} parameters train ({trainable / total:.2%}).",
         f"Beside the adapter are {', '.join(extra)}, which extra.safetensors of the adapter folder has."
         if extra
+        else None,
+        f"{', '.join(frozen)}, frozen beside the model, is in no checkpoint and no adapter folder: your class makes it "
+        "again, as in `__init__`."
+        if (frozen := frozen_models(module))
         else None,
         f"Learning rate: {module.learning_rate:.1e} at its peak (model.learning_rate: auto)."
         if module.hparams.get("learning_rate") == "auto" and not module.overrides("configure_optimizers")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lightning import AdapterCheckpoint, InstructionDataModule, LossSums, QLoRAModule
 from qlora_lightning.cli import main
@@ -55,13 +55,20 @@ class Regression(QLoRAModule):
     def __init__(self, *args, width=64, **options):
         super().__init__(*args, **options)
         self.value_head = torch.nn.Linear(width, 1)
+        self.target = torch.nn.Linear(width, 1).requires_grad_(False)  # such as a moving average
         self.register_buffer("seen", torch.zeros(()))
+
+    def configure_model(self):
+        super().configure_model()
+        if not hasattr(self, "late"):  # where Lightning's pages make layers
+            self.late = torch.nn.Linear(self.causal_lm.config.hidden_size, 1)
 
     def compute_loss(self, batch):
         hidden, targets = self.last_states(batch)
         self.seen += 1
         nll, _ = self.token_losses(batch)
-        return LossSums.of(nll + (self.value_head(hidden.float()[..., :64])[:, 0] - targets).square() * 1e-6)
+        heads = self.value_head(hidden.float()) + self.late(hidden.float()) + self.target(hidden.float())
+        return LossSums.of(nll + (heads[:, 0] - targets).square() * 1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +89,10 @@ def test_what_a_subclass_trains_beside_the_adapter_is_saved_with_it_and_trained_
     folder, trained = run_with_a_head
     again = Regression(str(tiny_base), adapter=str(folder), compute_dtype="fp32")
     again.configure_model()
+    again.fill_own_tensors()  # as each run does when it starts
     assert same(again.state_dict(), trained.state_dict())
     assert float(again.seen) > 0
+    assert {"target.weight", "late.weight"} < again.state_dict().keys()
     assert "extra.safetensors" in (folder / "adapter" / "README.md").read_text()
     assert "begin anew" not in capsys.readouterr().out
 
@@ -97,8 +106,11 @@ def test_a_run_is_opened_again_by_its_folder_and_trains_further(run_with_a_head,
         assert torch.equal(module.model(IDS).logits, trained.eval().model(IDS).logits)
     fit(module.train(), tmp_path, rows_file, max_steps=2, batch_size=4)
     assert not same(module.state_dict(), trained.state_dict())
-    with rejects("adapter.folder", "adapter_config.json"):
+    with rejects("adapter.folder", "no such folder"):
         QLoRAModule.from_run(tmp_path / "none")
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    with rejects("adapter.folder", "AdapterCheckpoint", "load_from_checkpoint"):
+        QLoRAModule.from_run(tmp_path)
 
 
 def test_a_head_without_a_place_or_a_start_is_told_and_one_of_another_shape_rejected(
@@ -109,10 +121,18 @@ def test_a_head_without_a_place_or_a_start_is_told_and_one_of_another_shape_reje
     QLoRAModule(str(tiny_base), **options).configure_model()
     assert "value_head.weight" in capsys.readouterr().out
     make_adapter(tmp_path / "plain", tiny_base, quantization="nf4")
-    Regression(str(tiny_base), adapter=str(tmp_path / "plain"), compute_dtype="fp32").configure_model()
+    Regression.from_run(tmp_path / "plain")
     assert "begin anew" in capsys.readouterr().out
     with rejects("adapter.extra", "value_head.weight (1, 32)"):
         Regression(str(tiny_base), width=32, **options).configure_model()
+
+
+def test_a_teacher_beside_the_model_is_in_no_file_and_named(tiny_base, rows_file, tmp_path, capsys):
+    module = QLoRAModule(str(tiny_base), rank=2, compute_dtype="fp32")
+    module.teacher = AutoModelForCausalLM.from_pretrained(tiny_base, use_kernels=False).requires_grad_(False).train()
+    fit(module, tmp_path, rows_file, max_steps=1)
+    assert "teacher, frozen beside the model, is in no checkpoint" in " ".join(capsys.readouterr().out.split())
+    assert not any(name.startswith("teacher.") for name in module.state_dict())
 
 
 def test_a_folder_loses_the_head_of_an_earlier_adapter(run_with_a_head, tiny_base, tmp_path):

@@ -105,6 +105,10 @@ def sum_and_mean(module, batch):
     return LossSums(nll.sum(), len(nll), {"entropy": nll.mean()})
 
 
+def l2(module):
+    return sum(each.square().sum() for each in module.parameters() if each.requires_grad)
+
+
 @pytest.mark.parametrize(
     ("fault", "loss"),
     [
@@ -116,6 +120,9 @@ def sum_and_mean(module, batch):
         ("count", lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
         ("loss_sum", lambda module, batch: LossSums(torch.rand(()) * (nll := nll_of(module, batch)).mean(), len(nll))),
         ("loss_sum", mean_with_gradients),
+        ("loss_sum", lambda module, batch: LossSums((nll := nll_of(module, batch)).sum() + 1.0, len(nll))),
+        ("loss_sum", lambda module, batch: LossSums((nll := nll_of(module, batch)).sum() + l2(module), len(nll))),
+        ("", lambda module, batch: LossSums.of(nll_of(module, batch) + l2(module))),
         ("metrics.entropy", sum_and_mean),
     ],
 )

@@ -153,6 +153,13 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
+def same_generators(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether nothing was drawn between two calls of :func:`capture_generators`."""
+    pairs = zip([one["torch"], *one["cuda"]], [other["torch"], *other["cuda"]], strict=False)
+    of_torch = all(torch.equal(state, other_state) for state, other_state in pairs)
+    return of_torch and all(one[name] == other[name] for name in ("python", "numpy"))
+
+
 def _computes_on_gpu() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]  # reading a generator would initialize it
 

@@ -1,5 +1,6 @@
 """Module and data module in Lightning's own hands: its CLI, its Trainer, its learning-rate finder, Fabric."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -10,11 +11,19 @@ import lightning
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, MetricsLogger, QLoRAModule, default_callbacks
+from qlora_lightning import (
+    AdapterCheckpoint,
+    Evaluation,
+    InstructionDataModule,
+    MetricsLogger,
+    QLoRAModule,
+    default_callbacks,
+)
 from qlora_lightning.commands.fit import QLoRACLI
 from tests.equality import metrics, read_checkpoint, same
 from tests.errors import rejects
@@ -43,14 +52,15 @@ def test_a_script_gets_the_callbacks_and_the_table_of_the_command(tiny_base, row
     kinds = {type(callback) for callback in default_callbacks()}
     assert kinds == {type(callback) for callback in of_command} - {type(callback) for callback in trainer.callbacks}
 
-    logger = MetricsLogger(tmp_path / "run")
+    logger, mine = MetricsLogger(tmp_path / "run"), Evaluation(rows=2)  # in the place of ours
     options = {"max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": True}
-    trainer = make_trainer(tmp_path / "run", logger=logger, callbacks=default_callbacks(), **options)
+    trainer = make_trainer(tmp_path / "run", logger=logger, callbacks=default_callbacks(mine, Timer()), **options)
     data = InstructionDataModule(str(rows_file), str(rows_file), batch_size=8)
     trainer.fit(QLoRAModule(str(tiny_base), **_STEADY), data)
     names = {"adapter", "checkpoints", "evaluation.json", "manifest.json", "metrics.csv", "report.html"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == names  # no config.yaml: there is no config
     assert len(metrics(tmp_path / "run", "train_loss")) == 2
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["answered_rows"] == 2
 
 
 CELLS = """

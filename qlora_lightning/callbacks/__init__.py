@@ -28,17 +28,19 @@ __all__ = [
 ]
 
 
-def default_callbacks(config: dict[str, Any] | None = None, command: Sequence[str] | None = None) -> list[Callback]:
+def default_callbacks(
+    *callbacks: Callback, config: dict[str, Any] | None = None, command: Sequence[str] | None = None
+) -> list[Callback]:
     """Return the callbacks of ``qlora-lightning fit`` with their default settings, for a Trainer in a script.
 
-    Put one with other settings in the place of ours. Give the Trainer ``logger=MetricsLogger(folder)`` too, for
-    ``metrics.csv``, of which the report draws its charts.
+    Give the Trainer ``logger=MetricsLogger(folder)`` too, for ``metrics.csv``, of which the report draws its charts.
 
     Args:
+        callbacks: Yours, such as ``Evaluation(rows=10)``: each takes the place of ours of its class, or is added.
         config: The run's whole config, which is written to ``config.yaml``; ``None``: there is none.
         command: The command line that the report shows; ``None``: that of this process.
     """
-    return [
+    defaults = [
         GradientCheckpointing(),
         AdapterCheckpoint(),
         GPUMemoryMonitor(),
@@ -49,3 +51,5 @@ def default_callbacks(config: dict[str, Any] | None = None, command: Sequence[st
         StopSignals(),
         PredictionWriter(),
     ]
+    ours = [default for default in defaults if not any(isinstance(each, type(default)) for each in callbacks)]
+    return [*callbacks, *ours]

@@ -180,7 +180,7 @@ class QLoRACLI(LightningCLI):
         present = (*map(type, configured), *_CALLBACKS.values())  # those with a key are made of the config
         if settings["fast_dev_run"]:  # which writes nothing
             present = (*present, callbacks.PredictionWriter)
-        defaults = callbacks.default_callbacks(config, self._command)
+        defaults = callbacks.default_callbacks(config=config, command=self._command)
         added = [default for default in defaults if not any(issubclass(kind, type(default)) for kind in present)]
         shows_progress = settings["enable_progress_bar"] in (None, True)
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):

@@ -1,5 +1,6 @@
 """Scores of an answer against its reference, and which of them apply to given references. Needs no torch."""
 
+import inspect
 import json
 import pkgutil
 import re
@@ -131,7 +132,7 @@ def find_scores(named: str | Score | Sequence[str | Score]) -> dict[str, Score]:
     """Return scores by their names; a function of the user's has its own, and may be given by its dotted path.
 
     Raises:
-        UserError: There is no such score, it cannot be imported, or its name is taken.
+        UserError: There is no such score, it cannot be imported or called with two texts, or its name is taken.
     """
     scores: dict[str, Score] = {}
     for each in _as_list(named):
@@ -144,11 +145,21 @@ def find_scores(named: str | Score | Sequence[str | Score]) -> dict[str, Score]:
                 f"auto, some of {', '.join(SCORES)}, or a function (answer, expected) -> number by its dotted path"
             )
             raise UserError(f"There is no score {each!r}: expected {expected}.", "evaluation.scores")
+        _check_signature(score, f"The score {each!r}")
         name = each if isinstance(each, str) and each in SCORES else getattr(score, "__name__", type(score).__name__)
         if name in scores or name in _TAKEN or (name in SCORES and SCORES[name] is not score):
             raise UserError(f"A score is named {name}, as another metric: rename the function.", "evaluation.scores")
         scores[name] = score
     return scores
+
+
+def _check_signature(score: Score, named: str) -> None:
+    try:
+        inspect.signature(score).bind("answer", "expected")
+    except TypeError as error:
+        raise UserError(f"{named} is not called with (answer, expected): {error}.", "evaluation.scores") from error
+    except ValueError:  # a function in C may not tell
+        return
 
 
 def choose_scores(references: Sequence[str], named: str | Score | Sequence[str | Score] = "auto") -> dict[str, Score]:
@@ -169,8 +180,9 @@ def choose_scores(references: Sequence[str], named: str | Score | Sequence[str |
 
 
 def compute_score(name: str, score: Score, answer: str, expected: str) -> float:
-    """Score an answer; raise UserError if that is no number from 0 to 1."""
-    value: Any = score(answer, expected)
+    """Score an answer; raise UserError if that fails, or is no number from 0 to 1."""
+    with explaining(f"The score {name} failed on the answer {shorten_text(answer, 60)!r}", "evaluation.scores"):
+        value: Any = score(answer, expected)
     value = value.item() if hasattr(value, "item") else value  # of torch or NumPy
     if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
         raise UserError(f"The score {name} returned {value!r}: expected a number from 0 to 1.", "evaluation.scores")

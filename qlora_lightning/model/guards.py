@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
-from qlora_lightning.model.step.optimizer import check_warmup, ends_low
+from qlora_lightning.model.step.optimizer import check_warmup, ends_low, needs_end
 from qlora_lightning.model.step.packed import (
     check_row_length,
     first_labelled_row,
@@ -101,11 +102,18 @@ def check_monitors(trainer: Trainer) -> None:
             raise UserError(message, "trainer.callbacks")  # Lightning's comes after an epoch
 
 
-def check_length(trainer: Trainer, batches: int) -> None:
-    """Reject what the run would never reach, with so many batches an epoch: its least length, its first validation."""
-    steps, window = trainers.check_steps(trainer), trainer.accumulate_grad_batches
-    if trainers.is_trial_run(trainer):
+def check_length(module: "QLoRAModule", batches: int) -> None:
+    """Reject what the run would never reach, with so many batches an epoch: its least length, its first validation.
+
+    A run that only its time ends may reach all.
+    """
+    trainer: Any = module.trainer
+    is_bound = not module.overrides("configure_optimizers") and needs_end(module.schedule, module.warmup)
+    steps, window = trainers.check_steps(trainer, is_bound), trainer.accumulate_grad_batches
+    if steps is None or trainers.is_trial_run(trainer):
         return
+    check_warmup(module.warmup, steps)
+    report_time(module, steps)
     expected = f"at most {steps:,}, the steps of the run by trainer.max_epochs and trainer.max_steps"
     check_setting("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) <= steps, expected)
     epochs = steps // math.ceil(batches / window)
@@ -126,6 +134,10 @@ def check_length(trainer: Trainer, batches: int) -> None:
     end = f"step {steps:,}, the last of the run: the first validation would be after step {first:,}"
     is_share = name == "val_check_interval" and isinstance(interval, float)  # of an epoch, as by default
     check_setting(f"trainer.{name}", getattr(trainer, name), is_share, f"a validation by {end}")
+    for callback in trainers.callbacks_of(trainer):
+        if isinstance(callback, callbacks.EarlyStopping) and callback.monitor.startswith("val_"):
+            message = f"{type(callback).__name__} waits for {callback.monitor}, and there is no validation by {end}."
+            raise UserError(f"{message} Set trainer.val_check_interval, or leave it out.", "trainer.callbacks")
     trainers.say_once(f"The validation rows are not used: no validation by {end}.")
 
 
@@ -152,6 +164,14 @@ def check_start(module: "QLoRAModule") -> None:
                 "module itself. What gains from compiling is compiled on a GPU anyway.",
                 "module.training_step",
             )
+        try:
+            inspect.signature(module.compute_loss).bind("batch")
+        except TypeError as error:
+            raise UserError(
+                f"compute_loss of {type(module).__name__} is not called with a batch alone: {error}. Expected "
+                "compute_loss(self, batch), which returns LossSums; the model is self.model.",
+                "loss.signature",
+            ) from error
         changed = [name for name in ("training_step", "backward", "optimizer_zero_grad") if module.overrides(name)]
         if not module.automatic_optimization:
             changed.append("automatic_optimization")
@@ -413,10 +433,7 @@ class TrainingGuard(Callback):
             check_monitors(trainer)
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
-                check_length(trainer, batches)
-                steps = trainers.check_steps(trainer)
-                check_warmup(module.warmup, steps)
-                report_time(module, steps)
+                check_length(module, batches)
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -450,7 +467,7 @@ class TrainingGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0
         if trainers.batches_of_epoch(trainer) is None and trainer.num_training_batches < math.inf:
-            check_length(trainer, int(trainer.num_training_batches))
+            check_length(cast("QLoRAModule", pl_module), int(trainer.num_training_batches))
         self.on_train_epoch_start(trainer, pl_module)  # which Lightning skips if it resumes inside an epoch
         if isinstance(model := trainer.strategy.model, DistributedDataParallel):
             # the window reduces gradients, once a step and in one tensor: DDP does in each backward, of which processes

@@ -507,7 +507,7 @@ class QLoRAModule(lightning.LightningModule):
         choice = self.optimizer_config, self.learning_rate, self.weight_decay
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
-        steps = trainers.check_steps(self.trainer)
+        steps = trainers.check_steps(self.trainer, optimizers.needs_end(self.schedule, self.warmup))
         schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -2,16 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora_lightning.evaluation.intervals import format_interval
 from qlora_lightning.evaluation.scores import describe_metric, is_share
 from qlora_lightning.report.figures import describe_rows, find_scores
-from qlora_lightning.report.run_files import MeasuredSides, Run
+from qlora_lightning.report.run_files import MeasuredSides, Points, Run
 from qlora_lightning.support.console import count_of
 
 _MIN_STEPS = 10
+_SAME = 0.01  # share of a loss up to which it is the logarithm of the perplexity, written with fewer digits
 _NOISE = 0.02  # share of a validation loss: smaller differences count as none
 
 
@@ -32,18 +33,35 @@ def assess(run: Run) -> Assessment:
     comparison = run.comparison
     began_at_base = not (run.config.get("model") or {}).get("adapter")
     base = comparison["loss"].base.value if "loss" in comparison and began_at_base else math.nan
-    against_base, base_sentences = _compare_with_base(comparison, describe_rows(run))
+    likelihood = _find_likelihood(run)
+    measure = "perplexity" if likelihood else "loss"
+    against_base, base_sentences = _compare_with_base(comparison, measure, describe_rows(run))
     divergence = _find_divergence(run, base, steps)
     if divergence:
         return Assessment("diverged", [f"It diverged: {divergence}. A lower learning rate may do.", *base_sentences])
     if steps < _MIN_STEPS:
         length = f"{count_of(int(steps), 'optimizer step')}, and a judgement takes {_MIN_STEPS}"
         return Assessment("unknown", [f"Too short to judge: {length}."])
-    points = run.metrics.get("val_loss", [])
+    points, what = run.metrics.get("val_loss", []), "validation loss"
     if not points and "loss" in comparison:  # it ended before its first validation
         points = [(steps, comparison["loss"].adapter.value)]
-    kind, sentences = _assess_learning(points, base)
+    if likelihood:
+        points, what = likelihood, "negative log-likelihood of the validation rows"
+        base = _log(comparison["perplexity"].base.value) if "perplexity" in comparison and began_at_base else math.nan
+    kind, sentences = _assess_learning(points, base, what, clearly_better=against_base == "better")
     return Assessment("worse" if against_base == "worse" else kind, [*sentences, *base_sentences])
+
+
+def _find_likelihood(run: Run) -> Points:
+    """Return the validation's negative log-likelihoods if a class logs them beside another loss, which they judge."""
+    losses = dict(run.metrics.get("val_loss", []))
+    points = [(step, _log(perplexity)) for step, perplexity in run.metrics.get("val_perplexity", [])]
+    differs = any(abs(losses[step] - nll) > _SAME * abs(losses[step]) for step, nll in points if step in losses)
+    return points if differs else []
+
+
+def _log(perplexity: float) -> float:
+    return math.log(perplexity) if perplexity > 0 else math.nan
 
 
 def _find_divergence(run: Run, base: float, steps: float) -> str:
@@ -64,28 +82,28 @@ def _find_divergence(run: Run, base: float, steps: float) -> str:
     return ""
 
 
-def _assess_learning(points: Sequence[tuple[float, float]], base: float) -> tuple[str, list[str]]:
+def _assess_learning(points: Points, base: float, what: str, clearly_better: bool) -> tuple[str, list[str]]:
     if not points:
         return "unknown", ["Whether it learned is not known: no validation losses to compare."]
     start, origin = (points[0][1], "") if math.isnan(base) else (base, " of the base")
     (last_step, last), (best_step, best) = points[-1], min(points, key=lambda point: point[1])
+    if not _is_above(start, best) and clearly_better and best < start:  # on the same rows a little may be sure
+        return "learned", [f"It learned a little: the {what} fell from {start:.3f}{origin} to {best:.3f}."]
     if not _is_above(start, best):
         if math.isnan(base):  # the first validation may come when most is learned
             return "unknown", [
-                "Whether it learned is not known: the loss at its start was not measured, and the validation loss did "
-                f"not fall clearly below {start:.3f}, its first."
+                f"Whether it learned is not known: the loss at its start was not measured, and the {what} did not fall "
+                f"clearly below {start:.3f}, its first."
             ]
-        return "not learned", [f"It did not learn: the validation loss did not fall clearly below {start:.3f}{origin}."]
-    sentences = [
-        f"It learned: the validation loss fell from {start:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."
-    ]
+        return "not learned", [f"It did not learn: the {what} did not fall clearly below {start:.3f}{origin}."]
+    sentences = [f"It learned: the {what} fell from {start:.3f}{origin} to {best:.3f} at step {best_step:,.0f}."]
     if _is_above(last, best):
         sentences.append(
-            f"The validation loss rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
+            f"The {what} rose again, to {last:.3f} at step {last_step:,.0f}: fewer epochs, a lower learning "
             "rate or more rows may do better. The adapter folder holds the best."
         )
     elif len(points) > 1 and _is_above(points[-2][1], last):
-        sentences.append("The validation loss was still falling at the end: more steps may do better.")
+        sentences.append(f"The {what} was still falling at the end: more steps may do better.")
     return "learned", sentences
 
 
@@ -97,20 +115,23 @@ def _is_above(loss: float, reference: float) -> bool:
     return loss > reference + _NOISE * abs(reference)
 
 
-def _compare_with_base(comparison: Mapping[str, MeasuredSides], rows: str) -> tuple[str, list[str]]:
-    """Return whether the adapter that was kept is better than the base, as a word and as sentences."""
+def _compare_with_base(comparison: Mapping[str, MeasuredSides], measure: str, rows: str) -> tuple[str, list[str]]:
+    """Return whether the adapter that was kept is better than the base, as a word and as sentences.
+
+    If no score is clear, it is compared by ``measure``, loss or perplexity.
+    """
     differences = {name: measured.difference for name, measured in comparison.items()}
     is_clear = {name: interval.low > 0 or interval.high < 0 for name, interval in differences.items()}
-    metric = next(iter(find_scores(comparison)), "loss")
-    if not is_clear.get(metric) and is_clear.get("loss"):  # the same answers may have become likelier
-        metric = "loss"
+    metric = next(iter(find_scores(comparison)), measure)
+    if not is_clear.get(metric) and is_clear.get(measure):  # the same answers may have become likelier
+        metric = measure
     if metric not in differences or math.isnan(differences[metric].value):
         return "", []
     difference = differences[metric]
     text = format_interval(difference, is_share(metric), "+", 3).replace("-", "−")
     unit = " points" if is_share(metric) else ""
     level = "" if math.isnan(difference.low) else " (95 % interval)"
-    direction = "better" if (difference.value < 0) == (metric == "loss") else "worse"
+    direction = "better" if (difference.value < 0) == (metric == measure) else "worse"
     outcome = direction if is_clear[metric] else "not clearly better"
     return outcome, [
         f"The adapter that was kept is {outcome} than the base: {describe_metric(metric)} {text}{unit}{level} "

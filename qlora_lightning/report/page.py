@@ -89,7 +89,7 @@ def next_steps(run: Run, assessment: Assessment) -> Facts:
         commands.append(("talk to it", f"qlora-lightning chat --adapter {folder}/adapter"))
     data, splits = run.config.get("data") or {}, run.manifest["data"].get("splits") or {}
     options = "--rows 0"  # there are no rows to check a merge on
-    if "val" in splits or data.get("test"):
+    if run.config and ("val" in splits or data.get("test")):  # a script has no config
         options = f"--config {folder}/config.yaml"
         split = " --split test" if data.get("test") else ""
         evaluate = f"qlora-lightning evaluate --adapter {folder}/adapter {options}{split} --out {folder}-evaluated"

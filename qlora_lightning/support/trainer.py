@@ -76,9 +76,11 @@ def planned_steps(trainer: Any) -> int | None:
     return steps_of_run(math.ceil(batches / trainer.accumulate_grad_batches), trainer.max_epochs, trainer.max_steps)
 
 
-def check_steps(trainer: Any) -> int:
-    """Return the steps of a run; reject one whose end is unknown, which has no schedule, and one without a step."""
+def check_steps(trainer: Any, needs_end: bool = True) -> int | None:
+    """Return the steps of a run, ``None`` if its end is unknown; reject that if ``needs_end``, and a run of no step."""
     steps, key = planned_steps(trainer), "trainer.max_steps"
+    if steps is None and not needs_end:
+        return None
     if steps is None and trainer.max_epochs != -1:
         raise UserError(
             "The training data do not tell how many batches an epoch has, so trainer.max_epochs does not tell how many "
@@ -88,7 +90,8 @@ def check_steps(trainer: Any) -> int:
     if steps is None:
         raise UserError(
             "The run has no end: the learning rate's schedule needs one of trainer.max_epochs and trainer.max_steps, "
-            "also beside trainer.max_time. Set one of them.",
+            "also beside trainer.max_time. Set one of them, or model.schedule to constant and model.warmup to a number "
+            "of steps or 0.",
             key,
         )
     if not steps:

@@ -105,6 +105,8 @@ def test_a_function_of_the_users_is_a_score_by_its_path_or_itself():
         ("tests.evaluation.test_scores", "expected auto"),
         ([half, half], "half"),
         ([lambda answer, expected: 2], "lambda"),
+        ([lambda answer: 1.0], "(answer, expected)"),
+        ([lambda answer, expected: 1 / 0], "division by zero"),
     ],
 )
 def test_what_is_no_score_is_rejected(named, fact):

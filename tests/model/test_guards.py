@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule, load_base
 from tests.errors import rejects
 from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
@@ -101,6 +101,21 @@ class TrainsNorms(QLoRAModule):
         return model
 
 
+class BuildsNothing(QLoRAModule):
+    def build_model(self):
+        load_base(self.base)
+
+
+class BuildsMore(QLoRAModule):
+    def build_model(self):
+        return load_base(self.base)
+
+
+class LossOfTransformers(QLoRAModule):
+    def compute_loss(self, model, inputs, return_outputs=False):
+        return model(**inputs).loss
+
+
 class DropsCallbacks(QLoRAModule):
     def configure_callbacks(self):
         return []
@@ -175,6 +190,9 @@ CALLBACKS = (
         (OwnZeroGrad, {}, "module.optimizer_zero_grad"),
         (StepsByHand, {}, "module.automatic_optimization"),
         (TrainsNorms, {}, "adapter.left_out"),
+        (BuildsNothing, {}, "model.build"),
+        (BuildsMore, {}, "model.build"),
+        (LossOfTransformers, {}, "loss.signature"),
         (DropsCallbacks, {}, "module.configure_callbacks"),
         (ForgetsToDivide, {}, "module.optimizer_step"),
         (LeavesEvaluationMode, {}, "model.training"),
@@ -194,6 +212,26 @@ CALLBACKS = (
 def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_path, build, options, key):
     with rejects(key):
         fit(build(str(tiny_base)), tmp_path, rows_file, max_steps=1, **options)
+
+
+class OwnOptimizer(QLoRAModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameter_groups(), lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"), [(OwnOptimizer, {}), (QLoRAModule, {"schedule": "constant", "warmup": 2})]
+)
+def test_a_run_whose_rates_need_no_end_may_end_by_time_alone(tiny_base, rows_file, tmp_path, build, settings):
+    options = {"max_epochs": -1, "max_steps": -1, "max_time": {"seconds": 2}}
+    trainer = fit(build(str(tiny_base), rank=2, **settings), tmp_path, rows_file, **options)
+    assert trainer.global_step
+
+
+def test_a_callback_that_waits_for_a_validation_that_is_never_reached_is_rejected(tiny_base, rows_file, tmp_path):
+    options = {"callbacks": callbacks.EarlyStopping("val_loss"), "val": True, "max_steps": 1, "batch_size": 4}
+    with rejects("trainer.callbacks", "val_loss", "step 1"):
+        fit(QLoRAModule(str(tiny_base)), tmp_path, rows_file, **options)
 
 
 class StopsAtOnce(Callback):

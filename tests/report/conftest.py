@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import yaml
@@ -67,7 +68,8 @@ def write_run(folder, steps=20, config=CONFIG, tokens_per_step=100, evaluation=E
             seen = tokens_per_step * (step + 1)
             writer.writerow([step, 2 - step / steps, 3.0, 1e-3, 50 + step, seen, 1.25, 0, "", ""])
             if step % 10 == 9:
-                writer.writerow([step, *[""] * 6, 0, 1.5 - step / steps, 2.0])
+                loss = 1.5 - step / steps
+                writer.writerow([step, *[""] * 6, 0, loss, math.exp(loss)])
     write_manifest(folder, {**MANIFEST, "config": config, **changes})
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     return folder

@@ -75,6 +75,7 @@ HIGHER = [*AGAIN, *NO_TALK]
         ([1.0, 0.5, 0.8], sides(2.0, 1.8, -0.3, 0.1), ALL, ["rose again, to 0.800", "not clearly better"]),
         ([2.5, 2.4], sides(2.4, 2.5, 0.05, 0.2), NO_TALK, ["It did not learn", "base: loss +0.100"]),
         ([2.5, 2.49], sides(2.5, 2.49, -0.1, 0.1), HIGHER, ["did not fall clearly"]),  # by less than 2 %
+        ([2.5, 2.49], sides(2.5, 2.49, -0.02, -0.01), ALL, ["It learned a little", "kept is better than the base"]),
         ([2.5, 2.4], sides(2.0, 2.4, 0.3, 0.5), AGAIN, ["ended at 2.400, above 2.000, that of the base"]),
         ([1.0, 0.5, 3.8], sides(2.0, 0.5, -1.6, -1.4), AGAIN, ["ended at 3.800, above 2.000", "kept is better"]),
         ([1.5, 1.4, 1.6], sides(2.0, 1.4, -0.7, -0.5), ALL, ["rose again, to 1.600", "kept is better"]),
@@ -98,6 +99,27 @@ def test_a_run_is_judged_by_its_last_and_best_losses_and_by_the_base(tmp_path, l
     assert [command.split()[1] for command in commands] == [*follows, "fit"]  # the last repeats the run
     rates = [command.rpartition(" --model.learning_rate ")[2] for command in commands if " --model." in command]
     assert rates == {"fit": ["0.0003"], "fit evaluate": ["0.003"]}.get(" ".join(follows), [])
+
+
+def test_a_run_of_another_loss_is_judged_by_its_likelihoods_if_it_tells_them(tmp_path):
+    """Such as a value head, whose error falls while perplexity rises."""
+    metrics = {"val_loss": [(10, 124.2), (20, 92.6)], "val_perplexity": [(10, 60.0), (20, 70.0)]}
+    measured = {"loss": sides(124.2, 92.6, -32.0, -31.0), "perplexity": sides(60.0, 70.0, 8.0, 12.0)}
+    first, second = read_page(make(tmp_path, metrics=metrics, evaluation={"metrics": measured, "rows": 5}))[0]
+    what = "negative log-likelihood of the validation rows"
+    assert first == f"It did not learn: the {what} did not fall clearly below 4.094 of the base."
+    assert second.startswith("The adapter that was kept is worse than the base: perplexity +10.000")
+    metrics["val_perplexity"] = [(10, 60.0), (20, 30.0)]
+    first, *_ = read_page(make(tmp_path, metrics=metrics, evaluation={}))[0]
+    assert first.startswith(f"It learned: the {what} fell from 4.094 to 3.401")
+
+
+def test_a_scripts_run_is_told_no_command_that_needs_a_config(tmp_path):
+    write_adapter(tmp_path)
+    run = make(tmp_path, reproduce=None, config={}, metrics={"val_loss": [(10, 2.0), (20, 0.5)]})
+    commands = read_page(run)[1]
+    assert [command.split()[1] for command in commands] == ["chat", "merge"]
+    assert not any("config.yaml" in command for command in commands)
 
 
 def test_a_run_that_continues_an_adapter_is_not_judged_by_the_base(tmp_path):

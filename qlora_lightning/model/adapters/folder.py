@@ -422,7 +422,8 @@ def check_trainable(module: nn.Module, model: nn.Module) -> None:
     if left_out := [name for name, tensor in trainable_tensors(model).items() if id(tensor) not in saved]:
         raise UserError(
             f"{len(left_out)} tensors of the base train, as {left_out[0]}, and PEFT leaves them out of the adapter "
-            "folder: freeze them, or name their modules in modules_to_save.",
+            "folder: freeze them, name their modules in modules_to_save, or, if they are a head of your own, make it "
+            "beside the model, as in `__init__`.",
             "adapter.left_out",
         )
     check_dtypes(trainable)

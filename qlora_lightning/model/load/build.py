@@ -31,6 +31,7 @@ from qlora_lightning.model.load.wrapped import empty_model, open_text_config
 from qlora_lightning.model.model_types import LINEARS, layer_of, linear_sizes, runs_packed
 from qlora_lightning.sources.folders import find_adapter_folder, open_base, read_config, read_identity
 from qlora_lightning.support.console import count_of
+from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.trainer import say_once
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def complete_model(
     The model gets the adapters that it lacks, and the values of the folder ``adapter``; ``identity`` gets what it
     lacks: that of ``load_base``, else a hash of the frozen weights and their dtype, and that of the adapters.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"build_model returned {type(model).__name__}: expected a model of transformers, or of PEFT around one; "
+            "`load_base` returns one as `.model`.",
+            "model.build",
+        )
     folder = None if adapter is None else find_adapter_folder(adapter)
     stored_identity = {} if folder is None else read_identity(folder)
     keep_quantized_layers(model)

@@ -141,6 +141,11 @@ def ends_low(schedule: str | dict[str, Any]) -> bool:
     return name not in ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
+def needs_end(schedule: str | dict[str, Any], warmup: int | float) -> bool:
+    """Whether the rates of a schedule depend on the number of steps of the run."""
+    return ends_low(schedule) or (isinstance(warmup, float) and warmup > 0)
+
+
 def _arguments_of(schedule: str) -> list[str]:
     """Return the arguments of a schedule, without those that the run sets."""
     parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]).parameters
@@ -154,9 +159,9 @@ def check_warmup(warmup: int | float, total_steps: int) -> None:
 
 
 def build_schedule(
-    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup: int | float
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int | None, warmup: int | float
 ) -> LRScheduler:
-    """Build one of transformers' schedules, to be stepped once per optimizer step.
+    """Build one of transformers' schedules, to be stepped once per optimizer step; see :func:`needs_end`.
 
     ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, such as ``min_lr_rate``. Over
     ``warmup`` steps, or such a share of the steps, rounded up, the rate rises from 0; there is no warmup of less than
@@ -166,8 +171,9 @@ def build_schedule(
         UserError: The schedule cannot be built, or its warmup is longer than the run.
     """
     name, arguments = _parse_schedule(choice, warmup)
-    check_warmup(warmup, total_steps)
-    steps = warmup if isinstance(warmup, int) else warmup * total_steps
+    if total_steps is not None:
+        check_warmup(warmup, total_steps)
+    steps = warmup if isinstance(warmup, int) else warmup * (total_steps or 0)
     accepted = ", ".join(_arguments_of(name)) or "no arguments"
     with explaining(f"model.schedule {choice!r} cannot be built: {name} takes {accepted}", "model.schedule"):
         schedule: LRScheduler = get_scheduler(

@@ -147,6 +147,9 @@ class RowConverter:
         messages, tools, row_system = content, values.get("tools"), values.get("system") if form.is_ours else None
         if isinstance(content, rows.Chat):
             messages, tools = content.messages, content.tools
+        if messages is None or isinstance(messages, str | Mapping):  # by a user's function
+            found = f"{type(messages).__name__}, expected a list of messages: {{role: …, content: …}} each"
+            raise rows.RowFault(f"the format {form.name} returned {found}")
         roles = self.source.roles
         conversation = [rows.read_message(message, number, roles) for number, message in enumerate(messages, start=1)]
         rows.check_order(conversation, self.needs_answer)

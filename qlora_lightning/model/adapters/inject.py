@@ -130,6 +130,8 @@ def _check_names(model: PreTrainedModel, options: Mapping[str, Any], targets: li
                 _KEY,
             )
     indices = options.get("trainable_token_indices") or ()
+    if options.get("trainable_token_indices") is not None and not indices:
+        raise UserError("model.lora_options.trainable_token_indices is empty: name tokens, or leave it out.", _KEY)
     for index in itertools.chain(*indices.values()) if isinstance(indices, Mapping) else indices:
         vocabulary = model.get_input_embeddings().num_embeddings
         if not 0 <= index < vocabulary:
@@ -200,7 +202,7 @@ def _select_layers(candidates: list[str], layers: str | list[int]) -> list[int]:
         last = re.fullmatch(r"last:([1-9]\d*)", layers)
         selected = list(range(indices[-1] + 1 - int(last[1]), indices[-1] + 1)) if last else []
     else:
-        selected = layers
+        selected = layers if isinstance(layers, list) else []
     if not selected or not set(selected) <= set(indices):
         expected = f"expected all, last:N, or a list of numbers from 0 to {indices[-1]}"
         raise UserError(

@@ -55,8 +55,9 @@ def choose_optimizer(
     if choice is None:
         return AdamW, {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     spec: dict[str, Any] = {"class_path": choice} if isinstance(choice, str) else choice
-    is_valid = "class_path" in spec and spec.keys() <= {"class_path", "init_args"}
-    check_setting("model.optimizer", choice, is_valid, "a class_path and, if needed, init_args; nothing else")
+    is_valid = isinstance(spec, dict) and "class_path" in spec and spec.keys() <= {"class_path", "init_args"}
+    expected = "the path of a class, such as torch.optim.SGD, as text, or class_path and, if needed, init_args; no more"
+    check_setting("model.optimizer", choice, is_valid, expected)
     path, arguments = spec["class_path"], dict(spec.get("init_args") or {})
     for name, key in (("lr", "model.learning_rate"), ("weight_decay", "model.weight_decay")):
         check_setting(f"model.optimizer.init_args.{name}", arguments.get(name), name not in arguments, f"it as {key}")

@@ -208,6 +208,8 @@ BEGIN = "from qlora_lightning.data.rows.content import Chat, Text, Tokens; retur
         (f"{BEGIN}Chat({[U, A]}, [{SKY}])", Chat([U, A], [SCHEMA])),
         ("return row['question']", "cannot be read by the format rows_of_mine.convert: KeyError: 'question'"),
         ("return ('a',)", "message 1 is str, expected an object"),
+        ("return None", "returned NoneType, expected a list of messages"),
+        ("return {'messages': []}", "returned dict, expected a list of messages"),
     ],
 )
 def test_a_function_reads_any_row(body, expected, tmp_path, monkeypatch):

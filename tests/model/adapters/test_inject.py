@@ -60,7 +60,9 @@ def test_a_is_drawn_from_the_seed_alone_and_the_generator_stays_where_it_was(tin
         ({"target_modules": ["q_proj", "v_prj"]}, "model.target_modules", "v_prj"),  # PEFT passes over the second
         ({"target_modules": "*proj"}, "model.target_modules", "'*proj'"),  # no expression
         ({"target_modules": r"model\.layers\.0\..*_proj", "layers": [1]}, "model.layers", "[1]"),
-        *(({"layers": layers}, "model.layers", repr(layers)) for layers in ([0, 4], [-1], [], "last:0")),
+        *(({"layers": layers}, "model.layers", repr(layers)) for layers in ([0, 4], [-1], [], "last:0", 1)),
+        ({"optimizer": torch.optim.SGD}, "model.optimizer", "torch.optim.SGD, as text"),
+        ({"lora_options": {"trainable_token_indices": []}}, "model.lora_options", "is empty"),
         ({"alpha": 0.0}, "model.alpha", "0.0"),
         ({"dropout": 1.0}, "model.dropout", "1.0"),
     ],

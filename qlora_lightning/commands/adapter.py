@@ -62,8 +62,8 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
         settings[name] = {**settings.get(name, {}), **section}
     if not settings["data"].keys() & {*_ROWS} and not any(argument.startswith("--data") for argument in arguments):
         raise UserError(
-            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}, or it names no "
-            "file of this machine. Add --config FILE or --data.val FILE."
+            f"Nothing names the rows: there is no config.yaml beside the adapter folder {adapter}, it was not taken, "
+            "or it names no file of this machine. Add --config FILE or --data.val FILE."
         )
     return ["--config", json.dumps(settings), *arguments]
 

@@ -24,6 +24,7 @@ _OF_TRAINER = {
     "gradient_clip_val": "Norm to which the gradient of a step is cut; `null` or 0 clips nothing",
     "log_every_n_steps": "Log every so many optimizer steps",
     "max_epochs": "How many epochs, at most; `null`: 1, or no limit if `max_steps` is set",
+    "max_steps": "How many optimizer steps, at most; -1 is no limit",
 }
 _ADAPTER = "The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another."
 _DESCRIPTIONS = {
@@ -55,11 +56,11 @@ class Key(NamedTuple):
 def describe_keys(section: str, path: str) -> list[Key]:
     """Describe the keys of a section from the signature and the docstring of its class.
 
-    Of Lightning's Trainer only those are listed whose default or meaning is ours.
+    Of Lightning's Trainer only those are listed whose default or meaning is ours, and its limit in steps.
     """
     if section == "trainer":
-        defaults = {name: _as_yaml(TRAINER_DEFAULTS.get(name)) for name in _OF_TRAINER}
-        return [Key(f"trainer.{name}", defaults[name], meaning) for name, meaning in _OF_TRAINER.items()]
+        defaults = {"max_epochs": None, "max_steps": -1, **TRAINER_DEFAULTS}
+        return [Key(f"trainer.{name}", _as_yaml(defaults[name]), meaning) for name, meaning in _OF_TRAINER.items()]
     source = read_class(path)
     parameters = docstring_parser.parse(ast.get_docstring(source) or "").params
     meanings = {parameter.arg_name: parameter.description for parameter in parameters}

@@ -134,7 +134,7 @@ def test_help_of_fit_has_our_keys_marks_those_that_matter_and_imports_no_class(c
     assert len(re.findall(r"(?:^  --[\w.]+ \S+|^) +\* [A-Z]", shown, flags=re.MULTILINE)) == 10
     assert "--model.rank 8                    * Rank of the update: rows of A" in shown
     ours = {key for key in config.known_keys() if not key.startswith("trainer.")} - {"model.class_path"}
-    trainers = {f"trainer.{name}" for name in (*config.TRAINER_DEFAULTS, "max_epochs")}
+    trainers = {f"trainer.{name}" for name in (*config.TRAINER_DEFAULTS, "max_epochs", "max_steps")}
     found = listed_keys("--help", capsys)
     assert ours - {"data.class_path"} | trainers | {"print_config", "help"} == found
 

@@ -24,6 +24,7 @@ from qlora_lightning import (
     QLoRAModule,
     default_callbacks,
 )
+from qlora_lightning.cli import main
 from qlora_lightning.commands.fit import QLoRACLI
 from tests.equality import metrics, read_checkpoint, same
 from tests.errors import rejects
@@ -53,10 +54,17 @@ def test_a_script_gets_the_callbacks_and_the_table_of_the_command(tiny_base, row
     assert kinds == {type(callback) for callback in of_command} - {type(callback) for callback in trainer.callbacks}
 
     logger, mine = MetricsLogger(tmp_path / "run"), Evaluation(rows=2)  # in the place of ours
-    options = {"max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": True}
+    options = {"max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": True, "gradient_clip_val": 1.0}
     trainer = make_trainer(tmp_path / "run", logger=logger, callbacks=default_callbacks(mine, Timer()), **options)
     data = InstructionDataModule(str(rows_file), str(rows_file), batch_size=8)
+    lightning.seed_everything(42, verbose=False)
     trainer.fit(QLoRAModule(str(tiny_base), **_STEADY), data)
+    options = {"model.base": tiny_base, "data.train": rows_file, "data.val": rows_file, "data.batch_size": 8}
+    options |= {f"model.{name}": value for name, value in _STEADY.items()} | {"evaluation.rows": 2}
+    options |= {"trainer.default_root_dir": tmp_path / "command", "trainer.max_steps": 2}
+    assert main(["fit", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    of_both = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "command")]
+    assert of_both[0] == of_both[1]
     names = {"adapter", "checkpoints", "evaluation.json", "manifest.json", "metrics.csv", "report.html"}
     assert {file.name for file in (tmp_path / "run").iterdir()} == names  # no config.yaml: there is no config
     assert len(metrics(tmp_path / "run", "train_loss")) == 2

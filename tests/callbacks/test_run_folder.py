@@ -69,7 +69,9 @@ class DiesOnceSaved(QLoRAModule):
             raise MachineFailed
 
 
-@pytest.mark.parametrize("options", [{}, {"log_every_n_steps": 2, "max_epochs": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"log_every_n_steps": 2, "max_epochs": 2}, marks=pytest.mark.slow)]
+)
 def test_a_kill_after_a_save_loses_no_line(fit, make_module, tmp_path, options):
     def train(folder, module=None, **more):
         callbacks = (RunFolder({}), LearningRateMonitor(), AdapterCheckpoint(1))

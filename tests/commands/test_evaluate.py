@@ -112,6 +112,7 @@ def test_the_config_beside_an_adapter_says_which_answers_count(evaluate, tmp_pat
     assert found["rows"] == 7
 
 
+@pytest.mark.slow
 def test_several_adapters_are_each_evaluated_as_alone(evaluate):
     few = ("--rows", "5", "--max-new-tokens", "3")
     alone = {name: evaluate(*few, "--adapter", f"runs/{name}/adapter")[1]["metrics"] for name in ("quickstart", "b")}

@@ -161,7 +161,9 @@ def test_only_a_merged_model_is_replaced_and_only_by_force(folder, capsys):
 # ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3"))]
+)
 def test_transformers_reads_the_same_model(model_type, folder, small_base):
     make_run(folder / "run", save_family(folder / "base", model_type, small_base))
     merge("--gguf", "f16", "--dtype", "fp32", adapter="run/adapter")
@@ -333,7 +335,7 @@ def test_an_adapter_that_trains_a_tensor_twice_is_not_merged(tiny_base, tmp_path
     assert "The adapter trains model.layers.0.mlp.down_proj.weight twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_linear_whose_weight_is_transposed_is_merged(tiny_base, tmp_path, quantization):
     base = save_family(tmp_path / "base", "gpt2", tiny_base)
     model = make_run(tmp_path / "run", base, quantization=quantization, target_modules=["c_attn", "c_proj"])

@@ -123,7 +123,7 @@ def test_another_kind_of_adapter_on_a_wrapper_is_that_of_plain_peft_on_the_whole
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # by PEFT 0.21 of transformers 5.24
-@pytest.mark.parametrize("model_type", ["gemma3", slow("mistral3"), slow("qwen3_5_moe")])
+@pytest.mark.parametrize("model_type", [slow("gemma3"), slow("mistral3"), slow("qwen3_5_moe")])
 def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path, tiny_base, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)
     adapted = make_run(tmp_path / "run", base)
@@ -147,7 +147,8 @@ def test_a_run_on_a_wrapper_is_merged_into_the_whole_model(model_type, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"), [("gemma3", []), *([slow("glm4_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)]
+    ("model_type", "options"),
+    [slow("gemma3", []), *([slow("glm4_moe", ["--model.target_experts=true"])] * ADAPTS_EXPERTS)],
 )
 def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_path, tiny_base, rows_file, capsys):
     base = save_family(tmp_path / "base", model_type, tiny_base)

@@ -126,7 +126,7 @@ def l2(module):
         ("metrics.entropy", sum_and_mean),
     ],
 )
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_means_in_place_of_sums_are_reported_at_any_batch_size(train, capsys, fault, loss, batch_size):
     train(loss, max_steps=1, accumulate_grad_batches=4 // batch_size, batch_size=batch_size)
     said = capsys.readouterr().out

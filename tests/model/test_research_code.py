@@ -134,12 +134,12 @@ class OwnValidation(QLoRAModule):
 
 
 CLASSES = [
-    (Focal, {"train_perplexity", "val_perplexity", "train_token_accuracy"}, set()),
     (ValueHead, {"train_value_error", "val_value_error"}, {"val_perplexity"}),
-    (OwnLoRA, {"train_perplexity", "val_perplexity"}, set()),
-    (OwnOptimizer, {"train_perplexity", "val_perplexity"}, set()),
 ]
 MORE = [
+    (Focal, {"train_perplexity", "val_perplexity", "train_token_accuracy"}, set()),
+    (OwnLoRA, {"train_perplexity", "val_perplexity"}, set()),
+    (OwnOptimizer, {"train_perplexity", "val_perplexity"}, set()),
     (Smoothed, {"val_loss"}, {"val_perplexity", "train_perplexity"}),
     (Distilled, {"val_loss"}, {"val_perplexity"}),
     (EntropyBonus, {"train_entropy", "val_entropy"}, {"train_perplexity"}),

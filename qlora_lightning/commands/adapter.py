@@ -14,7 +14,7 @@ from qlora_lightning.data.rows.files import kind_of_file
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RENDERING = (  # of the training; other rows share them
@@ -57,7 +57,8 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
     if adapter is None or find_configs(arguments):
         return list(arguments)
     config = adapter.absolute().parent / CONFIG  # of the run folder around it
-    settings = _read_run_config(config) if config.is_file() else {}
+    with bounded(f"{config} cannot be read", CONFIG):
+        settings = _read_run_config(config) if config.is_file() else {}
     for name, section in _read_adapter_settings(adapter).items():
         settings[name] = {**settings.get(name, {}), **section}
     if not settings["data"].keys() & {*_ROWS} and not any(argument.startswith("--data") for argument in arguments):

@@ -1,7 +1,8 @@
 """From rows to samples or prompts, in chunks, with a report on the rows."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from qlora_lightning.data.rows.content import (
     Text,
     size_of,
 )
-from qlora_lightning.data.rows.files import BadRow, Row, Source
-from qlora_lightning.data.rows.formats import RowConverter
+from qlora_lightning.data.rows.files import BadRow, Row, Source, name_of_format
+from qlora_lightning.data.rows.formats import FORMATS, RowConverter
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import count_of
+from qlora_lightning.support.errors import bounded
 
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
 _CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
@@ -87,6 +89,7 @@ class Preparation:
     too_long: str
     pairs: bool
     drop_answers: Sequence[str]  # answers that mean that there is none, in lower case
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext  # returns the context in which a chunk is read
 
     def __post_init__(self) -> None:
         self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
@@ -96,8 +99,12 @@ class Preparation:
 
     def prepare(self, rows: Rows, deduplicate: bool) -> Prepared:
         """Turn all rows into samples."""
-        report, log_time = self.report, time.monotonic()
-        for chunk in _in_chunks(rows):
+        report, log_time, chunks = self.report, time.monotonic(), _in_chunks(rows)
+        while True:
+            with self.reading():
+                chunk = next(chunks, None)
+            if chunk is None:
+                break
             earlier = list(self.converters.values())
             self._add(chunk)
             for converter in earlier:  # which have had hundreds of rows
@@ -125,7 +132,14 @@ class Preparation:
 
     def _add(self, rows: Sequence[Row | BadRow]) -> None:
         """Add rows; bad ones are reported and left out."""
-        results = [self._write(number, row) for number, row in enumerate(rows, start=self.report.rows)]
+        results = list[_WrittenRow | BadRow | None]()
+        # a prompt is encoded at once, which must be unbounded, and its rendering is bounded by itself
+        formats = {name_of_format(row.source.format) for row in rows if row.source}
+        is_unbounded = self.for_prompts or not formats <= {"auto", *FORMATS}  # a function is the user's own code
+        with nullcontext(lambda message: None) if is_unbounded else bounded("", "rows.cost") as begin:
+            for number, row in enumerate(rows, start=self.report.rows):
+                begin(f"{row.where} cannot be rendered by the chat template")
+                results.append(self._write(number, row))
         parts = [part for result in results if isinstance(result, _WrittenRow) for part in result.parts]
         self.renderer.encode([text for _, texts in parts for text in texts])
         for result in results:

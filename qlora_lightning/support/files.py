@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 import yaml
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
 
 # The names in a run folder.
 CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
@@ -162,7 +162,10 @@ def check_plain_files(folder: Path) -> None:
 def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a file that holds a JSON object, whose ``keys`` are checked; ``remedy`` ends the error for a damaged one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        with bounded(f"{file} cannot be read", file.name):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}", file.name) from error
     if not isinstance(content, dict):

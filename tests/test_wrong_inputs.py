@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def edit_checkpoint(edit: Callable[[dict], object]) -> Callable[[], object]:
         torch.save(checkpoint, "wrong.ckpt")
 
     return prepare
+
+
+def compress_checkpoint() -> None:
+    with zipfile.ZipFile(LAST) as source, zipfile.ZipFile("wrong.ckpt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
 
 
 def change_folder(source: str, change: Callable[[], object]) -> Callable[[], object]:
@@ -206,9 +214,20 @@ WRONG = [
     # bases
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
+    wrong(BASE, UP, "is stored as I32", prepare=edit_tensor("tiny", UP, lambda tensor: tensor.view(torch.int32))),
     wrong(BASE, f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
     wrong(TOKENIZED, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(
+        "inspect --config c.yaml --data.tokenizer wrong",
+        "wrong/config.json: expected a JSON object, found list",
+        prepare=change_folder("tiny", write("wrong/config.json", "[]")),
+    ),
+    wrong(
+        "inspect --config c.yaml --data.tokenizer wrong",
+        "wrong/config.json is not JSON, or it is cut off (Exceeds the limit (4300 digits)",
+        prepare=change_folder("tiny", write("wrong/config.json", f'{{"eos_token_id": {"1" * 5000}}}')),
+    ),
     wrong(
         BASE,
         "Pickles (pytorch_model.bin), which can run code, are refused",
@@ -256,6 +275,7 @@ WRONG = [
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),
     wrong(CKPT, "no checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
+    wrong(CKPT, "BadZipFile: it is compressed", prepare=compress_checkpoint),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
     wrong('--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}', "SGD rejects", "momentun"),
@@ -303,6 +323,8 @@ BASES = [  # other keys in config.json, and words of the message
     (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
     (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),
+    (BASE, {"rms_norm_eps": math.nan}, "Nothing is trained yet: look at the base wrong first, at its config.json"),
+    (BASE, {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "look at the base wrong first"),
     (BASE, {"quantization_config": {"quant_method": "nf4"}}, "stored quantized as nf4 (not by bitsandbytes)"),
     (BASE, {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, NO_MODEL),
 ]

@@ -230,7 +230,7 @@ def fingerprint(folder: Path) -> str:
     The cache keeps it by the files' paths, sizes and times, if the cache can be written.
 
     Raises:
-        UserError: A weight is NaN or infinite, for which the rows would be blamed later.
+        UserError: A weight is NaN, infinite or no fraction, for which the rows would be blamed later, or nothing.
     """
     weights = weight_files(folder)
     stats = [(file.resolve(), file.stat()) for file in weights]
@@ -265,6 +265,8 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
     # a fraction of the time of isfinite alone; what is too large for float32 is infinite once it is loaded
     if is_weight and not torch.stack(values.aminmax()).float().isfinite().all():
         raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}", "base.nan")
+    if name.endswith(".weight") and not tensor.is_floating_point() and tensor.itemsize > 1:  # quantized ones have 1
+        raise UserError(f"{file}: {name} is stored as {view.get_dtype()}, expected fractions. {_REMEDY}", "base.dtype")
     content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()
 

@@ -104,7 +104,10 @@ COSTLY = [  # a command, words of its message, and what makes its file
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("line", "prepare", "words"), [(line, make, words) for line, make, *words in COSTLY])
+@pytest.mark.parametrize(
+    ("line", "prepare", "words"),
+    [pytest.param(line, make, words, id=words[0].replace("/", " ")) for line, make, *words in COSTLY],
+)
 def test_what_costs_too_much_is_one_sentence(line, prepare, words, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "base")

@@ -303,6 +303,9 @@ WRONG = [
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
+    wrong(
+        "report wrong", "manifest.json: best is [1], expected object", prepare=edit("run", "manifest.json", best=[1])
+    ),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, some of exact_match"),

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
         Evaluation,
         GPUMemoryMonitor,
         GradientCheckpointing,
+        MetricsLogger,
         PredictionWriter,
         RunReport,
         StopSignals,
         ThroughputMonitor,
+        default_callbacks,
     )
     from qlora_lightning.data.datamodule import InstructionDataModule, PreferenceDataModule
     from qlora_lightning.model.kto import KTOModule
@@ -36,6 +38,7 @@ __all__ = [
     "InstructionDataModule",
     "KTOModule",
     "LossSums",
+    "MetricsLogger",
     "PredictionWriter",
     "PreferenceDataModule",
     "PreferenceModule",
@@ -45,6 +48,7 @@ __all__ = [
     "StopSignals",
     "ThroughputMonitor",
     "UserError",
+    "default_callbacks",
     "load_base",
 ]
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_lightning import __version__
-from qlora_lightning.commands.config import find_configs, read_config
+from qlora_lightning.commands.config import expand_arguments, find_configs
 from qlora_lightning.support.console import VisibleRecord, show_controls
 from qlora_lightning.support.errors import NothingTrained, TrainingStopped, UserError, find_disk_fault, nearest
 
@@ -34,6 +34,7 @@ COMMANDS = {
     "recipes": ("recipes", "list the configs that travel with the package, or copy one"),
 }
 """Command: its module in ``qlora_lightning.commands``, which has a ``main``, and a line of help."""
+_OPTIONS_OF_FIT = ("fit", "inspection", "plan", "evaluate", "sweep", "merge")
 _TRAINING = ("fit", "sweep")  # too long to repeat for a traceback, which they show at once
 _CODE = re.compile(  # a setting that may name a class or function, as an option or in YAML, and the module of the name
     r"(?:^|[\s{,\"'.-])(?:class_path|format|optimizer|model|data|callbacks|logger|plugins|profiler|strategy)"
@@ -93,9 +94,11 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         hint = nearest(arguments[0], COMMANDS) or f" Commands are {', '.join(COMMANDS)}."
         raise UserError(f"{arguments[0]!r} is not a command.{hint}")
-    for name in find_configs(arguments):  # those that cannot be read are rejected before slow imports
-        read_config(name)
     module_name, _ = COMMANDS[arguments[0]]
+    if module_name == "fit" and {"-h", "--help"} & {*arguments}:
+        importlib.import_module("qlora_lightning.commands.help").show_help(arguments[0])
+    if module_name in _OPTIONS_OF_FIT:  # a wrong key is rejected before slow imports
+        expand_arguments(arguments[1:], has_own_options=module_name != "fit")
     module = importlib.import_module(f"qlora_lightning.commands.{module_name}")
     return int(module.main(arguments if module_name == "fit" else arguments[1:]))
 

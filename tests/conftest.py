@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A width that the test runner sets, or one test, would be that of rich's console for good: it is made without one.
 os.environ.pop("COLUMNS", None)
 
+import lightning  # noqa: F401  # here, since its log keeps the standard error that it is imported with
 import pytest
 import rich
 import torch

@@ -1,7 +1,6 @@
 """Every command, config and piece of Python on the pages for readers runs, on the real SmolLM2."""
 
 import ast
-import inspect
 import json
 import os
 import re
@@ -12,16 +11,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import docstring_parser
 import peft
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-import qlora_lightning
 from qlora_lightning.cli import main
-from qlora_lightning.commands.config import _OTHER_NAMES, CALLBACKS
-from qlora_lightning.commands.fit import TRAINER_DEFAULTS
+from qlora_lightning.commands.config import _OTHER_NAMES, SECTIONS
+from qlora_lightning.commands.help import describe_keys
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *ROOT.glob("configs/*.md"), *ROOT.glob("qlora_lightning/*/README.md")]
@@ -64,27 +61,14 @@ def test_a_part_of_a_config_fits_the_quickstart(config, tmp_path, monkeypatch, c
 
 
 def key_table():
-    """Make the table of keys from signatures and docstrings: `print(*key_table(), sep="\\n")` shows it."""
-    classes = [("model", "PreferenceModule"), ("model", "QLoRAModule"), ("data", "InstructionDataModule")]
-    rows = {}
-    for section, name in [*classes, *CALLBACKS.items()]:
-        kind = getattr(qlora_lightning, name)
-        texts = {param.arg_name: param.description for param in docstring_parser.parse(kind.__doc__).params}
-        parameters = inspect.signature(kind).parameters.items()
-        rows |= {f"{section}.{key}": (parameter.default, texts[key]) for key, parameter in parameters}
-    del rows["model.kwargs"]
-    text = "a key of Lightning's Trainer, with a default of ours"
-    rows |= {f"trainer.{key}": (default, text) for key, default in TRAINER_DEFAULTS.items()}
-    rows["trainer.max_epochs"] = (None, "how many epochs, at most; `null`: 1, or no limit if `max_steps` is set")
-    for key, (default, text) in sorted(rows.items()):
-        first = re.split(r"\. (?=[A-Z]|`(?!None))", " ".join(text.split()).replace("``", "`"))[0].rstrip(".")
-        first = first.replace("`None`", "`null`").replace("`False`", "`false`")
-        shown = json.dumps(default, default=lambda empty: "required").strip('"')
-        yield f"| `{key}` | {shown} | {first[0].upper() + first[1:]} |"
+    """Make the table of keys: `print(*key_table(), sep="\\n")` shows it."""
+    sections = [("model", "qlora_lightning.model.preferences.PreferenceModule"), *SECTIONS.items()]
+    keys = {key.name: key for section, path in sections for key in describe_keys(section, path)}
+    return [f"| `{name}` | {key.default} | {key.meaning} |" for name, key in sorted(keys.items())]
 
 
 def test_the_settings_page_has_every_key_with_its_default():
-    assert re.findall(r"^\| `\w+\.\w+` .*", PAGES["configs/README.md"], flags=re.MULTILINE) == list(key_table())
+    assert re.findall(r"^\| `\w+\.\w+` .*", PAGES["configs/README.md"], flags=re.MULTILINE) == key_table()
 
 
 def test_the_page_for_other_tools_has_every_key_that_an_error_knows():

@@ -44,7 +44,7 @@ OUT_OF_BOUNDS = {
     "model.dropout": (1, -0.1),
     "model.learning_rate": (0, -1e-4, "best", None),
     "model.weight_decay": (-0.1, None),
-    "model.warmup_ratio": (1, -0.1),
+    "model.warmup": (1.0, -0.1, 2.5),
     "model.loraplus_ratio": (0.5,),
     "model.neftune_alpha": (0, -5),
     "model.micro_batch_tokens": (*COUNT, "all"),
@@ -101,9 +101,9 @@ def test_every_setting_with_bounds_is_tried():
 
 
 def test_numbers_at_their_bounds_are_taken():
-    least = {"rank": 1, "alpha": 1e-9, "dropout": 0, "learning_rate": 1e-9, "weight_decay": 0, "warmup_ratio": 0.0}
+    least = {"rank": 1, "alpha": 1e-9, "dropout": 0, "learning_rate": 1e-9, "weight_decay": 0, "warmup": 0}
     QLoRAModule("base", **least, loraplus_ratio=1, neftune_alpha=1e-9, micro_batch_tokens=1)
-    QLoRAModule("base", dropout=0.99, warmup_ratio=0.99, alpha=None, loraplus_ratio=None, neftune_alpha=None)
+    QLoRAModule("base", dropout=0.99, warmup=100, alpha=None, loraplus_ratio=None, neftune_alpha=None)
     PREFERENCE(beta=1e-9, gamma=0, sft_share=0)
     InstructionDataModule(batch_size=1, max_length=2, max_new_tokens=1, val_fraction=0.01)
     AdapterCheckpoint(every_n_train_steps=1, every_minutes=1e-9, save_top_k=1)
@@ -208,7 +208,7 @@ def test_settings_of_the_trainer_that_contradict_each_other_are_rejected_by_the_
         # beyond the end of the run, which has eight steps an epoch
         ("min_steps", {"min_steps": 17}),
         ("min_epochs", {"min_epochs": 2, "max_steps": 15}),
-        ("min_epochs", {"min_epochs": 1, "max_steps": 7}),
+        ("min_epochs", {"min_epochs": 2, "max_steps": 7}),
         ("val_check_interval", {"val_check_interval": 9}),
         ("val_check_interval", {"val_check_interval": 17, "check_val_every_n_epoch": None}),
         ("val_check_interval", {"val_check_interval": 4, "max_steps": 3}),
@@ -292,7 +292,7 @@ def test_the_length_of_a_run_on_an_own_loader_is_checked_before_its_first_step(t
         ({"name": "warmup_stable_decay"}, ["num_decay_steps"]),
         ({"name": "cosine", "num_cycles": "two"}, ["'two'"]),
         ({"name": "polynomial", "lr_end": 1.0}, ["lr_end"]),
-        ({"name": "cosine", "num_warmup_steps": 3}, ["num_warmup_steps", "model.warmup_ratio"]),
+        ({"name": "cosine", "num_warmup_steps": 3}, ["num_warmup_steps", "model.warmup"]),
         ({"name": "linear", "num_training_steps": 3}, ["num_training_steps", "trainer.max_steps"]),
     ],
     ids=str,

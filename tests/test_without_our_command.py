@@ -14,12 +14,13 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 
-from qlora_lightning import AdapterCheckpoint, InstructionDataModule, QLoRAModule
-from tests.equality import read_checkpoint, same
+from qlora_lightning import AdapterCheckpoint, InstructionDataModule, MetricsLogger, QLoRAModule, default_callbacks
+from qlora_lightning.commands.fit import QLoRACLI
+from tests.equality import metrics, read_checkpoint, same
 from tests.errors import rejects
 from tests.steps import make_trainer
 
-_STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+_STEADY = {"compute_dtype": "fp32", "learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0}
 _QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -33,6 +34,23 @@ def test_lightnings_own_cli_trains_from_base_and_rows_alone(tiny_base, rows_file
         cli = LightningCLI(QLoRAModule, InstructionDataModule, args=arguments, **settings)
     assert cli.trainer.global_step == 2
     assert cli.datamodule.tokenizer.name_or_path == str(tiny_base)
+
+
+def test_a_script_gets_the_callbacks_and_the_table_of_the_command(tiny_base, rows_file, tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_steps=2, log_every_n_steps=1, enable_checkpointing=True)
+    options = ["--model.base", str(tiny_base), "--data.train", str(rows_file), "--trainer.enable_progress_bar=false"]
+    of_command = QLoRACLI([*options, "--trainer.default_root_dir", str(tmp_path)], "fit").trainer.callbacks
+    kinds = {type(callback) for callback in default_callbacks()}
+    assert kinds == {type(callback) for callback in of_command} - {type(callback) for callback in trainer.callbacks}
+
+    logger = MetricsLogger(tmp_path / "run")
+    options = {"max_steps": 2, "log_every_n_steps": 1, "enable_checkpointing": True}
+    trainer = make_trainer(tmp_path / "run", logger=logger, callbacks=default_callbacks(), **options)
+    data = InstructionDataModule(str(rows_file), str(rows_file), batch_size=8)
+    trainer.fit(QLoRAModule(str(tiny_base), **_STEADY), data)
+    names = {"adapter", "checkpoints", "evaluation.json", "manifest.json", "metrics.csv", "report.html"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == names  # no config.yaml: there is no config
+    assert len(metrics(tmp_path / "run", "train_loss")) == 2
 
 
 CELLS = """

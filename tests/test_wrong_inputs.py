@@ -190,6 +190,7 @@ WRONG = [
     wrong("--data.format subprocess.call", "expected a plain Python function"),
     wrong("--evaluation.general no.jsonl --data.val rows.jsonl", "evaluation.forgetting: data file no.jsonl"),
     wrong("--config wrong.yaml", "evaluation.forgetting: data file no.jsonl", prepare=write("wrong.yaml", OLD_KEY)),
+    wrong("--config wrong.yaml", "model is None: expected settings", prepare=write("wrong.yaml", "model: null")),
     # values
     wrong("--model.quantization 4bit", "Expected one of 'nf4', 'fp4', 'int8', 'none'. Got value: 4bit"),
     wrong("--gradient_checkpointing.enabled maybe", "Expected bool or one of 'auto'. Given value: maybe"),

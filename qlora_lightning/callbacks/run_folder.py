@@ -32,13 +32,19 @@ class RunFolder(Callback):
     written. Other runs warn if their rows are others, or read otherwise, than those of the adapter's training.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any] | None = None) -> None:
         self.config = config
         self._logged: dict[str, Any] = {}  # by the training, before this batch
         self._line: dict[str, float] | None = None  # of the checkpoint that is being restored
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_trial_run(trainer):
+            return
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            files.remove_unfinished(folder)
+            files.remove_unfinished(folder / files.ADAPTER_FOLDER)
+        if self.config is None:
             return
         data = datamodule_of(trainer)
         seed = data.state_dict().get("seed") if data is not None else None
@@ -50,9 +56,6 @@ class RunFolder(Callback):
             model |= {name: module.hparams[name] for name in options if name in model and name in module.hparams}
         if trainer.is_global_zero:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            folder = Path(trainer.default_root_dir)
-            files.remove_unfinished(folder)
-            files.remove_unfinished(folder / files.ADAPTER_FOLDER)
             file = folder / files.CONFIG
             # of this run, if it was killed before it saved
             is_own = file.exists() and file.read_bytes() == text.encode(errors="backslashreplace")

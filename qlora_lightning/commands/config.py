@@ -1,10 +1,12 @@
-"""Config files of a command line: checked before slow imports, and the short forms that users type in them."""
+"""Config files and options of a command line: their keys are checked before slow imports; short forms are expanded."""
 
 import argparse
+import ast
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,27 @@ from qlora_lightning.support.errors import UserError, nearest
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, IDENTITY, MANIFEST, load_yaml
 
 CALLBACKS = {
-    "gradient_checkpointing": "GradientCheckpointing",
-    "adapter_checkpoint": "AdapterCheckpoint",
-    "gpu_memory": "GPUMemoryMonitor",
-    "throughput": "ThroughputMonitor",
-    "evaluation": "Evaluation",
+    "gradient_checkpointing": "qlora_lightning.model.activation_checkpointing.GradientCheckpointing",
+    "adapter_checkpoint": "qlora_lightning.callbacks.adapter_checkpoint.AdapterCheckpoint",
+    "gpu_memory": "qlora_lightning.callbacks.monitors.GPUMemoryMonitor",
+    "throughput": "qlora_lightning.callbacks.monitors.ThroughputMonitor",
+    "evaluation": "qlora_lightning.callbacks.evaluation.Evaluation",
 }
-"""Class names of callbacks by their keys in a config: names, since ``cli.py`` imports this file before torch."""
+"""Classes of callbacks by their keys in a config: names, since ``cli.py`` imports this file before torch."""
+SECTIONS = {
+    "model": "qlora_lightning.model.module.QLoRAModule",
+    "data": "qlora_lightning.data.datamodule.InstructionDataModule",
+    **CALLBACKS,
+    "trainer": "lightning.pytorch.trainer.trainer.Trainer",
+}
+"""Class of each section of a config, whose arguments are the keys."""
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "default_root_dir": "runs/default",
+    "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
+    "enable_model_summary": False,  # a line of ours says more
+}
+_OWN_CLASS = ("model", "data")  # sections of which the user may name another class
 _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.base": "base_model model_name model_name_or_path",
     "model.quantization": "bnb_4bit_quant_type load_in_4bit load_in_8bit quantization_bit",
@@ -32,7 +48,7 @@ _OTHER_NAMES = {  # of our keys, in TRL, Axolotl, LLaMA-Factory and Lightning 1
     "model.learning_rate": "lr",
     "model.lora_options": "loftq lora_modules_to_save use_dora use_rslora",
     "model.schedule": "lr_scheduler lr_scheduler_type",
-    "model.warmup_ratio": "warmup_steps",
+    "model.warmup": "warmup_steps warmup_ratio",
     "model.optimizer": "optim",
     "data.train": "data_path dataset dataset_name datasets train_dataset train_file",
     "data.val": "eval_dataset eval_file test_datasets validation_file",
@@ -62,6 +78,7 @@ RENAMED_KEYS = {
     "evaluation.general_rows": "evaluation.forgetting_rows",
 }
 """Settings under the names that they had once: those still work, and a line names the new one."""
+SEE_HELP = "See `qlora-lightning fit --help`."
 _MANIFEST_FORMAT = b'"format": "qlora_lightning manifest"'
 
 
@@ -117,11 +134,12 @@ def _report_renamed(old: str, new: str) -> None:
     say(f"{old} is {new} now; the old name still works.")
 
 
-def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def expand_arguments(arguments: Sequence[str], has_own_options: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the configs of a command line; return them with their short forms expanded, and the other arguments.
 
-    ``--gpu_memory null``, and a setting under its old name, are a config of one key. Behind the ``config.yaml`` of a
-    run folder, the run folder is the one in which that file is: it may have been moved since.
+    Keys are checked; with ``has_own_options`` an option without a dot may be the command's own. ``--gpu_memory null``,
+    and a setting under its old name, are a config of one key. With the ``config.yaml`` of a run folder, the run folder
+    is the one in which that file is: it may have been moved since.
     """
     short, others = _split_arguments(arguments)
     configs: list[dict[str, Any]] = []
@@ -135,7 +153,9 @@ def expand_arguments(arguments: Sequence[str]) -> tuple[list[dict[str, Any]], li
         section, _, name = key.partition(".")
         value = load_yaml(text)
         configs.append(_rename_keys({section: {name: value} if name else value}))
-    return [_expand_config(config) for config in configs], others
+    configs = [_expand_config(config) for config in configs]
+    check_keys(configs, [each for each in others if not has_own_options or "." in each.partition("=")[0]])
+    return configs, others
 
 
 def _is_run_folder(folder: Path) -> bool:
@@ -172,34 +192,83 @@ def _expand_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def shorten_parse_error(message: str, known: Sequence[str], typed: Sequence[str]) -> str:
-    """Return jsonargparse's message in one line: for an unknown key, with the nearest of the ``known`` ones.
+def read_class(path: str) -> ast.ClassDef:
+    """Read the source of a class without importing it or its package, which would take seconds."""
+    package, *modules, class_name = path.split(".")
+    spec = find_spec(package)
+    assert spec is not None
+    file = Path((spec.submodule_search_locations or [])[0], *modules).with_suffix(".py")
+    classes = (node for node in ast.parse(file.read_bytes()).body if isinstance(node, ast.ClassDef))
+    return next(node for node in classes if node.name == class_name)
 
-    For a wrong value: its key, the innermost reason, and the value. An unknown section among ``typed``, the keys of
-    configs, comes first: of a config of another tool jsonargparse would report what it lacks.
-    """
+
+def read_arguments(source: ast.ClassDef) -> list[tuple[ast.arg, ast.expr | None]]:
+    """Return the arguments of a class, each with its default, which is ``None`` if there is none."""
+    init = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "__init__").args
+    by_position = init.args[1:]
+    required = [None] * (len(by_position) - len(init.defaults))
+    defaults = [*required, *init.defaults, *init.kw_defaults]
+    return list(zip([*by_position, *init.kwonlyargs], defaults, strict=True))
+
+
+@functools.cache
+def known_keys() -> list[str]:
+    """List the keys of a config."""
+    keys = ["config", "seed_everything", "ckpt_path"]
+    for section, path in SECTIONS.items():
+        keys += [f"{section}.{argument.arg}" for argument, _ in read_arguments(read_class(path))]
+    return [*keys, *(f"{section}.class_path" for section in _OWN_CLASS)]
+
+
+def check_keys(configs: Sequence[Mapping[str, Any]], options: Sequence[str]) -> None:
+    """Reject an unknown key. Those of a class that the user names, and nested ones, are left to jsonargparse."""
+    names = [option[2:].partition("=")[0].replace(".init_args.", ".") for option in options if option[:2] == "--"]
+    is_stray = bool(options) and not options[0].startswith("-")  # a config without --config has a message of its own
+    if is_stray or "-h" in options or any(name.endswith("help") for name in names):
+        return
+    typed = [str(section) for config in configs for section in config]  # first: another tool's are all unknown
+    own_class = {name for name in names if name in _OWN_CLASS}
+    for config in configs:
+        for section, settings in config.items():
+            if not isinstance(settings, dict):
+                own_class.add(section)
+            elif section in SECTIONS:
+                arguments = settings.get("init_args") if section in _OWN_CLASS else None
+                typed += [f"{section}.{name}" for name in {**settings, **(arguments or {})} if name != "init_args"]
+    typed += names
+    own_class |= {key.partition(".")[0] for key in typed if key.endswith(".class_path")}
+    known = {*known_keys(), *SECTIONS, "print_config"}
+    for key in typed:
+        section, _, name = key.partition(".")
+        is_plain = not name or (section not in own_class and name.strip("+").isidentifier())
+        if is_plain and key.rstrip("+") not in known:
+            raise UserError(describe_unknown_key(key), key)
+
+
+def describe_unknown_key(key: str) -> str:
+    """Return the message of an unknown key, with the key of ours that may be meant."""
+    name = key.rpartition(".")[2]
+    likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
+    likely += [known for known in known_keys() if known.endswith(f".{name.removeprefix('lora_')}")]
+    hint = f" Did you mean {likely[0]!r}?" if likely else nearest(key, known_keys())
+    return f"There is no key {key!r}.{hint} {SEE_HELP}"
+
+
+def shorten_parse_error(message: str) -> str:
+    """Return jsonargparse's message in one line: of a wrong value its key, the innermost reason, and the value."""
     if stray := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
-        return f"There is no option before {stray[1]}. {_hint_at_config(stray[1])}"
+        return f"There is no option before {stray[1]}. {_hint_at_config(stray[1])} {SEE_HELP}"
     sections = re.findall(r"""(?:Parser key "|Group ')([\w.]+)""", message)
-    known_sections = {key.partition(".")[0] for key in known}
-    unknown = [key for key in typed if key.partition(".")[0] not in known_sections]
-    option = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+\+?)", message)
+    option = re.search(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.-]+\+?)", message)
     if option is not None:
-        unknown.append(".".join([*sections, option[1]]))
-    if unknown:
-        key = unknown[0]
-        name = key.rpartition(".")[2]
-        likely = [ours for ours, names in _OTHER_NAMES.items() if name in names.split()]
-        likely += [candidate for candidate in known if candidate.endswith(f".{name.removeprefix('lora_')}")]
-        hint = f" Did you mean {likely[0]!r}?" if likely else nearest(key, known)
-        return f"There is no key {key!r}.{hint}"
+        return describe_unknown_key(".".join([*sections, option[1]]))
     lines = [(len(line) - len(line.lstrip(" -")), line.strip(" -")) for line in message.splitlines()]
     reasons = [line.rpartition('": ')[2] for indentation, line in lines if indentation == max(lines)[0]]
     reason = reasons[0] + "".join(f" or {other.removeprefix('Expected ')}" for other in reasons[1:])  # of a union
     values = re.findall(r"Given value: (?!Nested|Name|\{).*", message)  # not all settings of a class
     text = ". ".join([reason, *values[-1:]]).replace("a <class 'NoneType'>", "null")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"an? <class '([\w.]+)'>", r"\1", text))
-    return f"{'.'.join(dict.fromkeys(sections))}: {text}.".removeprefix(": ")
+    return f"{'.'.join(dict.fromkeys(sections))}: {text}. {SEE_HELP}".removeprefix(": ")

@@ -17,9 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from qlora_lightning import callbacks
 from qlora_lightning.callbacks.adapter_checkpoint import find_checkpoint
 from qlora_lightning.callbacks.progress_bar import choose_progress_display
-from qlora_lightning.callbacks.run_folder import MetricsLogger, RunFolder, refuse_started_folder
+from qlora_lightning.callbacks.run_folder import MetricsLogger, refuse_started_folder
 from qlora_lightning.callbacks.stop_signals import was_requeued
-from qlora_lightning.commands.config import CALLBACKS, expand_arguments, shorten_parse_error
+from qlora_lightning.commands.config import CALLBACKS, TRAINER_DEFAULTS, expand_arguments, shorten_parse_error
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.model.module import QLoRAModule
 from qlora_lightning.model.sharded import register_strategies
@@ -29,14 +29,10 @@ from qlora_lightning.support.settings import NUMBERS, check_trainer_settings
 from qlora_lightning.support.trainer import is_trial_run, say_once
 
 _CLASSES = {"model": "qlora_lightning.QLoRAModule", "data": "qlora_lightning.InstructionDataModule"}
-_CALLBACKS: dict[str, type[Callback]] = {key: getattr(callbacks, name) for key, name in CALLBACKS.items()}
-_PARSER_MODE = "qlora_yaml"  # the loader of jsonargparse would read the text 1e5 of a config as a number
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "gradient_clip_val": 1.0,
-    "default_root_dir": "runs/default",
-    "log_every_n_steps": 1,  # a step of a language model takes seconds: a line for each is cheap
-    "enable_model_summary": False,  # a line of ours says more
+_CALLBACKS: dict[str, type[Callback]] = {
+    key: getattr(callbacks, path.rpartition(".")[2]) for key, path in CALLBACKS.items()
 }
+_PARSER_MODE = "qlora_yaml"  # the loader of jsonargparse would read the text 1e5 of a config as a number
 
 
 class _Trainer(Trainer):
@@ -81,10 +77,10 @@ class QLoRACLI(LightningCLI):
     def __init__(self, args: Sequence[str], verb: str | None = None) -> None:
         self.verb, self._starts_fresh = verb, False
         self._command = ["qlora-lightning", str(verb), *args]
-        self._configs, options = expand_arguments(args)
+        configs, options = expand_arguments(args)
         # in front, since the last one wins and an option counts more than a file
         flow: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
-        args = [*(f"--config={yaml.safe_dump(config, **flow)}" for config in self._configs), *options]
+        args = [*(f"--config={yaml.safe_dump(config, **flow)}" for config in configs), *options]
         register_strategies()
         # as jsonargparse 5 does; and null is checked against the type of its key as any other value, but not where a
         # config is written, of which a null timedelta would become a text
@@ -92,13 +88,11 @@ class QLoRACLI(LightningCLI):
         jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, unset_sentinel=not writes)
         jsonargparse.set_loader(_PARSER_MODE, load_yaml, exceptions=(yaml.YAMLError,))
         parser_options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "parser_mode": _PARSER_MODE}
-        if verb is not None:
-            parser_options |= {
-                "prog": f"qlora-lightning {verb}",
-                "usage": f"qlora-lightning {verb} --config FILE [--KEY.NAME VALUE …]",
-                "description": f"{_DESCRIPTIONS[verb]}\n\n{_KEYS}\n\nexamples:\n{EXAMPLES[verb]}",
-                "formatter_class": _HelpFormatter,
-            }
+        for section in ("trainer", *_CALLBACKS):  # of model and data jsonargparse has such options
+            if f"--{section}.help" in args:
+                args = ["--help"]
+                parser_options |= {"usage": f"--{section}.KEY VALUE", "description": ""}
+                parser_options["formatter_class"] = type("_HelpOfOne", (_SectionHelp,), {"section": section})
         super().__init__(
             QLoRAModule,
             InstructionDataModule,
@@ -130,12 +124,11 @@ class QLoRACLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            keys = [key.replace(".init_args", "") for key, _ in parser.get_defaults().items()]
-            typed = [key for config in self._configs for key in config]
-            fault = shorten_parse_error(error.message, keys, typed)
-            raise UserError(f"{fault} See `qlora-lightning fit --help`.") from error
+            raise UserError(shorten_parse_error(error.message)) from error
         finally:
             jsonargparse.set_parsing_settings(unset_sentinel=False)  # the run folder gets the config
+        for section in _CLASSES:
+            check_setting(section, None, self.config[section] is not None, "settings, or leave the key out")
         folder = os.path.expanduser(self.config["trainer"]["default_root_dir"] or TRAINER_DEFAULTS["default_root_dir"])
         self.config["trainer"]["default_root_dir"] = folder
         trainer = self.config["trainer"]
@@ -184,10 +177,11 @@ class QLoRACLI(LightningCLI):
             loggers = [MetricsLogger(settings["default_root_dir"]), *loggers]
         if settings["logger"] is False or settings["fast_dev_run"]:
             loggers = []
-        defaults = [RunFolder(config), callbacks.RunReport(config, self._command), callbacks.StopSignals()]
-        if not settings["fast_dev_run"]:  # which writes nothing
-            defaults.append(callbacks.PredictionWriter())
-        added = [default for default in defaults if not any(isinstance(user, type(default)) for user in configured)]
+        present = (*map(type, configured), *_CALLBACKS.values())  # those with a key are made of the config
+        if settings["fast_dev_run"]:  # which writes nothing
+            present = (*present, callbacks.PredictionWriter)
+        defaults = callbacks.default_callbacks(config, self._command)
+        added = [default for default in defaults if not any(issubclass(kind, type(default)) for kind in present)]
         shows_progress = settings["enable_progress_bar"] in (None, True)
         if shows_progress and not any(isinstance(callback, ProgressBar) for callback in configured):
             added.append(choose_progress_display())
@@ -241,6 +235,15 @@ class QLoRACLI(LightningCLI):
             )
 
 
+class _SectionHelp(jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's help, of the keys of one section alone."""
+
+    section: str
+
+    def add_arguments(self, actions: Any) -> None:
+        super().add_arguments([action for action in actions if action.dest.startswith(f"{self.section}.")])
+
+
 def _as_list(value: Any) -> list[Any]:
     """Return a setting of the Trainer that takes one object, several, or a switch, as a list of objects."""
     if value in (None, True, False):
@@ -253,30 +256,3 @@ def main(argv: Sequence[str]) -> int:
     verb, *options = argv
     QLoRACLI(options, verb).run()
     return 0
-
-
-# ---- help ------------------------------------------------------------------------------------------------------------
-
-_KEYS = """Every key of the YAML is an option: model.rank is --model.rank. The command line counts more than --config.
---model.help and --data.help explain the keys of these two."""
-_ADAPTER = "The adapter is that of the run folder, unless --ckpt_path or --model.adapter name another."
-_DESCRIPTIONS = {
-    "fit": """Train adapters on the quantized base of a config. All results are written to the run folder,
-trainer.default_root_dir. A folder that holds a run is never started over; with --ckpt_path last it is resumed.""",
-    "validate": f"Report loss, perplexity and token accuracy on the rows of data.val. {_ADAPTER}",
-    "test": f"Report loss, perplexity and token accuracy on the rows of data.test. {_ADAPTER}",
-    "predict": f"Answer the rows of data.predict greedily, into predictions.jsonl in the run folder. {_ADAPTER}",
-}
-_RUN = "--config runs/quickstart/config.yaml"
-EXAMPLES = {
-    "fit": """  qlora-lightning fit --config configs/quickstart.yaml
-  qlora-lightning fit --config configs/quickstart.yaml --model.rank 16 --trainer.default_root_dir runs/rank-16
-  qlora-lightning fit --config configs/quickstart.yaml --ckpt_path last --trainer.max_epochs 2""",
-    "validate": f"  qlora-lightning validate {_RUN}",
-    "test": f"  qlora-lightning test {_RUN} --data.test configs/quickstart/val.jsonl",
-    "predict": f"  qlora-lightning predict {_RUN} --data.predict configs/quickstart/val.jsonl",
-}
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """jsonargparse's, with our line breaks."""

@@ -127,7 +127,7 @@ SCORES: dict[str, Score] = {
 """Each maps an answer and its reference, stripped of surrounding space, to a number from 0 to 1; 1 is best."""
 
 
-def find_scores(named: str | Sequence[str | Score]) -> dict[str, Score]:
+def find_scores(named: str | Score | Sequence[str | Score]) -> dict[str, Score]:
     """Return scores by their names; a function of the user's has its own, and may be given by its dotted path.
 
     Raises:
@@ -151,7 +151,7 @@ def find_scores(named: str | Sequence[str | Score]) -> dict[str, Score]:
     return scores
 
 
-def choose_scores(references: Sequence[str], named: str | Sequence[str | Score] = "auto") -> dict[str, Score]:
+def choose_scores(references: Sequence[str], named: str | Score | Sequence[str | Score] = "auto") -> dict[str, Score]:
     """Return the scores that apply, by name, the most important one first.
 
     Args:
@@ -170,7 +170,8 @@ def choose_scores(references: Sequence[str], named: str | Sequence[str | Score] 
 
 def compute_score(name: str, score: Score, answer: str, expected: str) -> float:
     """Score an answer; raise UserError if that is no number from 0 to 1."""
-    value = score(answer, expected)
+    value: Any = score(answer, expected)
+    value = value.item() if hasattr(value, "item") else value  # of torch or NumPy
     if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
         raise UserError(f"The score {name} returned {value!r}: expected a number from 0 to 1.", "evaluation.scores")
     return float(value)
@@ -198,5 +199,7 @@ def shorten_text(text: str, limit: int, from_end: bool = False) -> str:
     return f"… {text[-limit:]}" if from_end else f"{text[:limit]} …"
 
 
-def _as_list(names: str | Sequence[str | Score]) -> list[str | Score]:
+def _as_list(names: str | Score | Sequence[str | Score]) -> list[str | Score]:
+    if callable(names):
+        return [names]
     return [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)

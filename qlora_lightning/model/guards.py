@@ -1,8 +1,10 @@
 """Checks that stop what silently breaks training, or makes it useless: at the start of a run, and in each step."""
 
+import contextlib
+import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qlora_lightning.model.adapters.folder import check_trainable
+from qlora_lightning.model.adapters.folder import check_dtypes, check_trainable
 from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators
@@ -23,6 +25,7 @@ from qlora_lightning.model.load.build import report_model
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
+from qlora_lightning.model.step.optimizer import check_warmup, ends_low
 from qlora_lightning.model.step.packed import (
     check_row_length,
     first_labelled_row,
@@ -33,6 +36,7 @@ from qlora_lightning.model.step.packed import (
     samples_of,
 )
 from qlora_lightning.support import trainer as trainers
+from qlora_lightning.support.console import count_of
 from qlora_lightning.support.errors import Diverged, NothingTrained, UserError, check_setting
 from qlora_lightning.support.files import CHECKPOINTS
 from qlora_lightning.support.settings import check_mode, check_trainer_settings
@@ -49,7 +53,6 @@ _REJECTED_CALLBACKS: dict[type[Callback], str] = {
     callbacks.GradientAccumulationScheduler: "changes how many steps an epoch has: the learning rate would fall late",
     callbacks.BatchSizeFinder: "changes how many steps an epoch has, and a step of any batch_size fits by itself",
 }
-_MAX_DIFFERENCE = 0.25  # of sums: rounding in 16 bits is less, and a mean has 0.5
 _MAX_FACTOR = 10  # between the loss of training and validation rows
 _MOST_EMPTY_STEPS = 3
 _MOST_ZERO_STEPS = 3  # q and k rightly have a gradient of zeros if each row of a step has one context and one label
@@ -104,23 +107,34 @@ def check_length(trainer: Trainer, batches: int) -> None:
     check_setting("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) <= steps, expected)
     epochs = steps // math.ceil(batches / window)
     min_epochs = trainer.min_epochs or 0
-    is_valid = min_epochs <= epochs or (min_epochs == 1 and trainer.min_steps is not None)  # which Lightning sets then
+    is_valid = min_epochs <= max(epochs, 1)  # 1 is what Lightning sets beside min_steps
     expected = f"at most {epochs:,}, the whole epochs of the run, which ends at step {steps:,}"
     check_setting("trainer.min_epochs", min_epochs, is_valid, expected)
     interval, every_n_epochs = getattr(trainer, "val_check_interval", None), trainer.check_val_every_n_epoch
-    if not trainer.limit_val_batches or interval is None:  # it is in minutes
+    if not trainer.limit_val_batches or not trainer.enable_validation or interval is None:  # it is in minutes
         return
     is_valid = not isinstance(interval, int) or interval <= batches or every_n_epochs is None
     expected = f"at most {batches:,}, the batches of an epoch, a share such as 0.5, or check_val_every_n_epoch: null"
     check_setting("trainer.val_check_interval", interval, is_valid, expected)
     first = trainers.steps_to_validation(batches, window, interval, every_n_epochs)
-    if not trainer.enable_validation or first <= steps:
+    if first <= steps:
         return
     name = "check_val_every_n_epoch" if (every_n_epochs or 1) > 1 else "val_check_interval"
     end = f"step {steps:,}, the last of the run: the first validation would be after step {first:,}"
     is_share = name == "val_check_interval" and isinstance(interval, float)  # of an epoch, as by default
     check_setting(f"trainer.{name}", getattr(trainer, name), is_share, f"a validation by {end}")
     trainers.say_once(f"The validation rows are not used: no validation by {end}.")
+
+
+def report_time(module: "QLoRAModule", steps: int) -> None:
+    """Report a limit in time under which the learning rate may never fall: its schedule is over the planned steps."""
+    timer = find_callback(module.trainer, callbacks.Timer)
+    is_timed = timer is not None and timer.time_remaining() is not None
+    if is_timed and not module.overrides("configure_optimizers") and ends_low(module.schedule):
+        trainers.say_once(
+            f"The learning rate falls over {count_of(steps, 'step')}, those of the whole run. If trainer.max_time ends "
+            "it earlier, it has not fallen: set trainer.max_steps to what fits into the time."
+        )
 
 
 def check_start(module: "QLoRAModule") -> None:
@@ -183,39 +197,61 @@ def check_training_mode(model: nn.Module) -> None:
 
 
 def check_sums(module: "QLoRAModule", batch: Any) -> None:
-    """Warn of a ``compute_loss`` that returns no sums: those of a row twice are not twice those of the row.
+    """Warn of a ``compute_loss`` that returns no sums: those of a row twice are more like those of the row once.
 
-    The row is computed three times without gradients, dropout or noise; random generators, attributes and buffers are
-    put back. Not checked are a loss of ours, and one that gives the same row other values the second time, as one that
-    draws random numbers does.
+    Both are computed in evaluation mode, from the same random numbers, and on copies of what a subclass has beside the
+    model, so that nothing changes that the loss may count or average. Not checked are a loss of ours, and one that
+    raises an error there: the step that follows raises its own.
     """
     is_ours = "compute_loss" not in vars(module) and type(module).compute_loss.__module__.startswith("qlora_lightning.")
-    row = None if is_ours or module.sharded_base is not None else first_labelled_row(batch)
-    if row is None or 2 * row["input_ids"].numel() > module.token_budget.tokens:
+    if is_ours or module.sharded_base is not None:
         return
-    generators, attributes = capture_generators(), dict(vars(module))
-    buffers = [(buffer, buffer.clone()) for name, buffer in module.named_buffers() if not name.startswith("model.")]
+    generators = capture_generators()
     try:
-        with torch.no_grad(), evaluation_mode(module):
-            once, again, twice = (_sum_batch(module, each) for each in (row, row, first_labelled_row(batch, 2)))
-    except Exception:  # it may need what is missing here, such as gradients; the step that follows shows its own errors
+        row, twice = first_labelled_row(batch), first_labelled_row(batch, 2)
+        if row is None or twice["input_ids"].numel() > module.token_budget.tokens:
+            return
+        sums = []
+        for each in (row, twice):
+            restore_generators(generators)
+            with _copied_state(module), evaluation_mode(module), torch.enable_grad():
+                sums.append(_sum_batch(module, each))
+    except Exception:
         return
     finally:
         restore_generators(generators)
-        vars(module).update(attributes)
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    if not all(math.isclose(once[name], again.get(name, math.nan), rel_tol=1e-3) for name in once):
-        return
-    for name, alone in once.items():
-        if not math.isclose(twice.get(name, math.nan), 2 * alone, rel_tol=_MAX_DIFFERENCE):
+    for name, alone in sums[0].items():
+        together = sums[1].get(name, math.nan)
+        if abs(together - alone) < abs(together - 2 * alone):
             quantity = {"loss": "loss_sum", "labelled_tokens": "count"}.get(name, f"metrics.{name}")
             trainers.say_once(
                 f"Warning: compute_loss of {type(module).__name__} returns no sums. The {quantity} of a row is "
-                f"{alone:.4g}, and that of the same row twice {twice.get(name, math.nan):.4g}, so the result depends "
-                "on how memory cuts a batch. Return sums over tokens, as `LossSums.of(losses)` makes them, not means."
+                f"{alone:.4g}, and that of the same row twice {together:.4g}, so the result depends on how memory cuts "
+                "a batch. Return sums over tokens, as `LossSums.of(losses)` makes them, not means."
             )
             return
+
+
+@contextlib.contextmanager
+def _copied_state(module: "QLoRAModule") -> Iterator[None]:
+    """Put copies of what a subclass has beside the model in the place of it, for a while."""
+    attributes, modules = dict(vars(module)), module._modules
+    buffers = module._buffers
+    try:
+        own = {name: value for name, value in attributes.items() if name not in module.own_names}
+        vars(module).update(copy.deepcopy(own))
+        module._modules = {
+            name: each if name == "model" or _is_large(each) else copy.deepcopy(each) for name, each in modules.items()
+        }
+        module._buffers = copy.deepcopy(buffers)
+        yield
+    finally:
+        vars(module).update(attributes)
+
+
+def _is_large(module: nn.Module | None) -> bool:
+    """Whether this is a model of its own, such as a teacher."""
+    return module is not None and sum(each.numel() for each in module.parameters()) > 10_000_000
 
 
 def _sum_batch(module: "QLoRAModule", batch: Any) -> dict[str, float]:
@@ -282,7 +318,7 @@ class TrainingGuard(Callback):
 
     def _check_count(self, count: float) -> None:
         """Reject a count that divides no sum, and a fit whose first steps count nothing: it would learn nothing."""
-        if count < 0 or math.isinf(count):
+        if not 0 <= count < math.inf:
             raise UserError(
                 f"compute_loss counted {count:g} in a step: expected a number of 0 or more as LossSums.count, by which "
                 "the gradient is divided.",
@@ -315,6 +351,7 @@ class TrainingGuard(Callback):
                 f"{', '.join(without_group[:3])}: they would never learn. Let `parameter_groups` return them.",
                 "module.parameter_groups",
             )
+        check_dtypes(trainable)  # which a hook may have cast since the start
         without_gradient = {name for name, parameter in trainable.items() if parameter.grad is None}
         adapters = {name for name in trainable if ".lora_A." in name or ".lora_B." in name} - without_gradient
         zeros = {name for name in adapters if not cast(Tensor, trainable[name].grad).any()}
@@ -372,6 +409,9 @@ class TrainingGuard(Callback):
             batches = trainers.batches_of_epoch(trainer)
             if batches is not None:  # else known with the loader, after loading
                 check_length(trainer, batches)
+                steps = trainers.check_steps(trainer)
+                check_warmup(module.warmup, steps)
+                report_time(module, steps)
             module.token_budget.plan(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -395,6 +435,11 @@ class TrainingGuard(Callback):
             )
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
+        if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:
+            trainers.say_once("Lightning's model summary counts the bytes of packed weights, not their parameters.")
+        groups = [group for each in trainer.optimizers for group in each.param_groups]
+        if len(groups) == 1 and find_callback(trainer, callbacks.LearningRateMonitor) is not None:
+            trainers.say_once("LearningRateMonitor logs once more what is logged as learning_rate: leave it out.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.checks_due, self._zeros, self._last_loss, self._empty_steps = True, [], None, 0

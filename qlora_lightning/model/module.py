@@ -82,7 +82,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: Class path, or class_path and init_args without lr; ``None``: torch's AdamW, fused.
         weight_decay: Weight decay of all adapters.
         schedule: Name of a schedule of ``transformers.get_scheduler``, or ``{name: …, its arguments}``.
-        warmup_ratio: Share of the optimizer steps over which the learning rate rises.
+        warmup: Share of the optimizer steps over which the learning rate rises, or their number, such as 100.
         loraplus_ratio: Factor of B's learning rate over A's (LoRA+, Hayou et al. 2024), such as 16; ``None``: 1.
         neftune_alpha: Strength of noise on embeddings in training (NEFTune, Jain et al. 2023), as 5; ``None``: none.
         fast: ``False`` uses the plain layers, attention and loss of PEFT, transformers and torch instead of ours, and
@@ -100,6 +100,7 @@ class QLoRAModule(lightning.LightningModule):
         precision: In which dtypes the model computes.
         pairs: Whether the module learns from preferences, as :class:`PreferenceModule` does.
         accuracy: Name of the metric that is the share of right rows or tokens.
+        own_names: Attributes of this class; a subclass has more.
     """
 
     pairs = False
@@ -126,7 +127,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer: str | dict[str, Any] | None = None,
         weight_decay: float = 0.0,
         schedule: str | dict[str, Any] = "cosine",
-        warmup_ratio: float = 0.03,
+        warmup: int | float = 0.03,
         loraplus_ratio: float | None = None,
         neftune_alpha: float | None = None,
         fast: bool = True,
@@ -147,13 +148,13 @@ class QLoRAModule(lightning.LightningModule):
         }
         self.learning_rate: Any = learning_rate  # a number after configure_model
         self.weight_decay, self.optimizer_config = weight_decay, optimizer
-        self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.schedule, self.warmup = schedule, warmup
         self.loraplus_ratio, self.neftune_alpha = loraplus_ratio, neftune_alpha
         # checked here, since they are used only after minutes of loading
         check_arguments("model", QLoRAModule.__init__, locals())
         inject.check_options(lora_options)
         optimizers.check_optimizer(optimizer, learning_rate, weight_decay)
-        optimizers.check_schedule(schedule, learning_rate, warmup_ratio)
+        optimizers.check_schedule(schedule, learning_rate, warmup)
         self.adapter, self.fast = adapter, fast
         self.model: Any = None
         self.identity: dict[str, Any] = {"base": base, "quantization": quantization}
@@ -165,6 +166,7 @@ class QLoRAModule(lightning.LightningModule):
         self.statistics = losses.TokenStatistics()
         self._computes_loss = False
         self.sharded_base: sharded.ShardedBase | None = None
+        self.own_names = frozenset({*vars(self), "own_names"})
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         guards.check_callbacks(trainers.trainer_of(self))
@@ -368,6 +370,12 @@ class QLoRAModule(lightning.LightningModule):
 
     def _backpropagate(self, micro_batch: Any) -> losses.LossSums:
         sums = self.sum_loss(micro_batch)
+        if not sums.loss_sum.requires_grad:
+            raise UserError(
+                f"The loss_sum that compute_loss of {type(self).__name__} returned has no gradient, as of a detached "
+                "tensor or a number: expected a sum that depends on the adapters.",
+                "loss.gradient",
+            )
         (sums.loss_sum * self.precision.loss_scale).backward()  # type: ignore[no-untyped-call]
         return sums.detach()  # the graph has casts of the adapters
 
@@ -485,7 +493,7 @@ class QLoRAModule(lightning.LightningModule):
         optimizer_class, arguments = optimizers.choose_optimizer(*choice)
         optimizer = optimizer_class(self.parameter_groups(), **arguments)  # groups keep their own rates
         steps = trainers.check_steps(self.trainer)
-        schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup_ratio)
+        schedule = optimizers.build_schedule(optimizer, self.schedule, steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---- answers -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from qlora_lightning.support.files import ADAPTER_FOLDER, CHECKPOINTS, IDENTITY,
 Facts = list[tuple[str, str]]
 _NOT_SHOWN = "trainer.default_root_dir"  # differs between any two runs, without effect
 _SETTINGS = (
-    *("model.learning_rate", "model.schedule", "model.warmup_ratio", "model.optimizer", "model.weight_decay"),
+    *("model.learning_rate", "model.schedule", "model.warmup", "model.optimizer", "model.weight_decay"),
     *("model.neftune_alpha", "model.loraplus_ratio", "trainer.gradient_clip_val"),
     *("trainer.accumulate_grad_batches", "data.batch_size", "data.tokens_per_batch"),
     *("data.max_length", "gradient_checkpointing.enabled", "trainer.max_epochs", "trainer.max_steps"),

@@ -24,6 +24,7 @@ class Bounds:
         below: The value is smaller.
         minimum: The value is at least this.
         whole: The value is an integer.
+        whole_from: It is one from here on.
         infinite: The value may be infinity too.
     """
 
@@ -32,10 +33,12 @@ class Bounds:
     below: float = math.inf
     minimum: float = -math.inf
     whole: bool = False
+    whole_from: float = math.inf
     infinite: bool = False
 
     def __contains__(self, value: Any) -> bool:
         is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        is_number = is_number and (isinstance(value, Integral) or value < self.whole_from)
         is_within = is_number and bool(self.above < value < self.below and value >= self.minimum)
         return is_within or (self.infinite and value == math.inf)
 
@@ -49,7 +52,7 @@ NUMBERS = {
     "model.dropout": Bounds("a probability in [0, 1)", minimum=0, below=1),
     "model.learning_rate": Bounds("a positive number, such as 2e-4, or auto", above=0),
     "model.weight_decay": _NOT_NEGATIVE,
-    "model.warmup_ratio": Bounds("a share of the steps in [0, 1)", minimum=0, below=1),
+    "model.warmup": Bounds("a share of the steps in [0, 1), or a whole number of steps", minimum=0, whole_from=1),
     "model.loraplus_ratio": Bounds("1 or more, such as 16, or null", minimum=1),
     "model.neftune_alpha": Bounds("a positive number, such as 5, or null", above=0),
     "model.micro_batch_tokens": Bounds("1 or more, or auto", minimum=1, whole=True),

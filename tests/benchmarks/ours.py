@@ -96,7 +96,7 @@ def measure(
 def make_module(base: str, dtype: Any, cls: Any = QLoRAModule, **options: Any) -> Any:
     """Return the module that both sides agree on."""
     common = {"rank": child.RANK, "alpha": child.ALPHA, "learning_rate": child.LEARNING_RATE}
-    return cls(base, compute_dtype=dtype, schedule="linear", warmup_ratio=0.0, **common, **options)
+    return cls(base, compute_dtype=dtype, schedule="linear", warmup=0.0, **common, **options)
 
 
 def make_data(base: str, source: dict[str, Any], batch_size: int = child.BATCH_SIZE) -> InstructionDataModule:

@@ -9,7 +9,7 @@ from tests import steps
 @pytest.fixture
 def make_module(tiny_base):
     """A module on the tiny base with a constant, large learning rate: its adapter moves visibly in one step."""
-    defaults = {"base": str(tiny_base), "rank": 2, "learning_rate": 1e-2, "schedule": "constant", "warmup_ratio": 0.0}
+    defaults = {"base": str(tiny_base), "rank": 2, "learning_rate": 1e-2, "schedule": "constant", "warmup": 0.0}
     return lambda cls=QLoRAModule, **options: cls(**(defaults | options))
 
 

@@ -19,7 +19,7 @@ from tests.rows import write_rows
 
 CONFIG = yaml.safe_load("""
 seed_everything: 3
-model: {base: tiny, rank: 2, dropout: 0.1, learning_rate: 0.01, schedule: constant, warmup_ratio: 0.0}
+model: {base: tiny, rank: 2, dropout: 0.1, learning_rate: 0.01, schedule: constant, warmup: 0.0}
 data: {train: rows.jsonl, val: rows.jsonl, test: rows.jsonl, predict: questions.jsonl, batch_size: 2, max_new_tokens: 2}
 evaluation: {max_new_tokens: 2}   # answers of a random base would run on until they are cut
 trainer:
@@ -29,7 +29,7 @@ trainer:
 
 EVALUATED_CONFIG = """
 seed_everything: 3
-model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.03, warmup_ratio: 0.0}
+model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.03, warmup: 0.0}
 data: {train: rows.jsonl, val: [rows.jsonl, events.jsonl], batch_size: 4}
 evaluation: {rows: 3, max_new_tokens: 3, scores: [chrf, exact_match], samples: 2}
 trainer:

@@ -36,7 +36,7 @@ def test_a_trial_is_chosen_by_what_another_seed_makes(setting, trials, noise, ch
 
 
 CONFIG = """
-model: {base: tiny, learning_rate: 0.03, schedule: constant, warmup_ratio: 0.0, alpha: 3}
+model: {base: tiny, learning_rate: 0.03, schedule: constant, warmup: 0.0, alpha: 3}
 data: {train: rows.jsonl, val: rows.jsonl, batch_size: 4}
 evaluation: {enabled: false}
 trainer:

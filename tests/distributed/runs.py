@@ -20,7 +20,7 @@ from tests.equality import read_adapter
 HERE = Path(__file__).parent
 CONFIG = yaml.safe_load("""
 seed_everything: 3
-model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.01, schedule: constant, warmup_ratio: 0.0}
+model: {base: tiny, rank: 2, compute_dtype: fp32, learning_rate: 0.01, schedule: constant, warmup: 0.0}
 data: {train: rows.jsonl}
 trainer: {accelerator: cpu, strategy: ddp, devices: 2, enable_progress_bar: false}
 """)

@@ -155,7 +155,7 @@ def test_wrappers_and_mixtures_are_used_as_any_base(model_type, options, tmp_pat
 
     def run(name, steps, *more):
         more = [f"--trainer.default_root_dir={tmp_path / name}", f"--trainer.max_steps={steps}", *more]
-        more += ["--model.schedule=constant", "--model.warmup_ratio=0", "--trainer.accelerator=cpu"]
+        more += ["--model.schedule=constant", "--model.warmup=0", "--trainer.accelerator=cpu"]
         assert main(["fit", *options, "--trainer.enable_progress_bar=false", *more]) == 0
 
     run("whole", 3)

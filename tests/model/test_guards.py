@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import AutoModelForCausalLM
 
-from qlora_lightning import AdapterCheckpoint, LossSums, QLoRAModule
+from qlora_lightning import AdapterCheckpoint, LossSums, MetricsLogger, QLoRAModule
 from tests.errors import rejects
 from tests.packed import collate
 from tests.steps import fit, make_module, trainable_tensors
@@ -41,7 +41,7 @@ def train(tiny_base, rows_file, tmp_path):
 
     def run(cls=QLoRAModule, *added, val=False, trainer_options=(), **settings):
         lightning.seed_everything(7, verbose=False)
-        usual = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+        usual = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
         run.module = cls(str(tiny_base), **usual | settings)
         options = {"max_epochs": 1, "accumulate_grad_batches": 2, "callbacks": list(added)} | dict(trainer_options)
         return fit(run.module, tmp_path / "run", rows_file, val=val, **options)
@@ -199,6 +199,38 @@ def test_what_would_train_something_else_is_rejected(tiny_base, rows_file, tmp_p
 class StopsAtOnce(Callback):
     def on_train_start(self, trainer, pl_module):
         trainer.should_stop = True
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_what_a_callback_of_lightning_shows_otherwise_is_told(train, tmp_path, capsys):
+    train(trainer_options={"max_steps": 1})
+    assert "model summary" not in capsys.readouterr().out
+    shown = {
+        "max_steps": 1,
+        "log_every_n_steps": 1,
+        "enable_model_summary": True,
+        "logger": MetricsLogger(tmp_path / "run"),
+    }
+    train(QLoRAModule, callbacks.LearningRateMonitor(), trainer_options=shown)
+    out = capsys.readouterr().out
+    assert "Lightning's model summary counts the bytes of packed weights" in out
+    assert "LearningRateMonitor logs once more" in out
+
+
+@pytest.mark.parametrize(
+    ("schedule", "max_time", "says"),
+    [("cosine", {"hours": 1}, True), ("cosine", None, False), ("constant_with_warmup", {"hours": 1}, False)],
+)
+def test_a_learning_rate_that_may_not_fall_in_time_is_told(train, capsys, schedule, max_time, says):
+    train(schedule=schedule, trainer_options={"max_steps": 2, "max_time": max_time})
+    assert ("falls over 2 steps" in capsys.readouterr().out) == says
+
+
+def test_a_warmup_longer_than_the_run_is_rejected_before_the_base_is_loaded(tiny_base, rows_file, tmp_path):
+    module = QLoRAModule(str(tiny_base), warmup=100)
+    with rejects("model.warmup", "at most 3"):
+        fit(module, tmp_path, rows_file, max_steps=3)
+    assert module.model is None
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def train(
     base, file, tmp_path, *callbacks, kind=Hungry, fails=(), where="backward", batch_size=6, accumulate=1, **options
 ):
     lightning.seed_everything(7, verbose=False)
-    settings = {"rank": 4, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0} | options
+    settings = {"rank": 4, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup": 0.0} | options
     module = kind(str(base), **settings)
     module.fails, module.where = frozenset(fails), where
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "max_epochs": 1}

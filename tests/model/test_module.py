@@ -31,7 +31,7 @@ QUANTIZATIONS = ["nf4", *(pytest.param(each, marks=pytest.mark.slow) for each in
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_every_quantization_trains_every_adapter_and_no_bit_of_the_base(tiny_base, rows_file, tmp_path, quantization):
     """And is judged by what is trained."""
-    module = QLoRAModule(str(tiny_base), quantization=quantization, compute_dtype="bf16", warmup_ratio=0.0)
+    module = QLoRAModule(str(tiny_base), quantization=quantization, compute_dtype="bf16", warmup=0.0)
     module.configure_model()
     base = base_tensors(module)
     # four steps: the checks of B, and then of A, have passed
@@ -71,7 +71,7 @@ class KeepsItsHooksToItself(QLoRAModule):
 def test_a_callback_sees_and_changes_the_gradients_of_the_mean(tiny_base, rows_file, tmp_path, dtype):
     def train(cls, **options):
         lightning.seed_everything(7, verbose=False)
-        module = cls(str(tiny_base), rank=2, compute_dtype=dtype, warmup_ratio=0.0)
+        module = cls(str(tiny_base), rank=2, compute_dtype=dtype, warmup=0.0)
         fit(module, tmp_path, rows_file, max_epochs=1, accumulate_grad_batches=2, **options)
         return module.state_dict()
 
@@ -88,7 +88,7 @@ class Scales(QLoRAModule):
     fails = False
 
     def __init__(self, base):
-        super().__init__(base, rank=2, compute_dtype="fp32", warmup_ratio=0.0)
+        super().__init__(base, rank=2, compute_dtype="fp32", warmup=0.0)
         self.scale, self.gradients = torch.nn.Parameter(torch.ones(())), []
 
     def parameter_groups(self):

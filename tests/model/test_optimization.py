@@ -13,9 +13,9 @@ from tests.steps import make_module
 COSINE = [(1 + math.cos(math.pi * step / 10)) / 2 for step in range(11)]
 
 
-def rates_of(choice, warmup_ratio=0.0):
+def rates_of(choice, warmup=0.0):
     optimizer, rates = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), []
-    schedule = build_schedule(optimizer, choice, 10, warmup_ratio)
+    schedule = build_schedule(optimizer, choice, 10, warmup)
     for _ in range(11):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -47,14 +47,16 @@ def test_lora_plus_gives_each_tensor_the_rate_that_peft_gives_it(tiny_base, lora
 
 
 @pytest.mark.parametrize(
-    ("choice", "warmup_ratio", "expected"),
+    ("choice", "warmup", "expected"),
     [
         ("linear", 0.0, [1 - step / 10 for step in range(11)]),
         ("cosine", 0.0, COSINE),
         ("constant_with_warmup", 0.11, [0.0, 0.5] + [1.0] * 9),  # rounded up to whole steps
+        ("constant_with_warmup", 2, [0.0, 0.5] + [1.0] * 9),
+        ("constant_with_warmup", 1, [0.0] + [1.0] * 10),
         ("constant_with_warmup", 0.09, [1.0] * 11),  # less than a step: the first one moves too
         ({"name": "cosine_with_min_lr", "min_lr_rate": 0.25}, 0.0, [0.25 + 0.75 * each for each in COSINE]),
     ],
 )
-def test_rates_follow_the_schedule(choice, warmup_ratio, expected):
-    assert rates_of(choice, warmup_ratio) == pytest.approx(expected)
+def test_rates_follow_the_schedule(choice, warmup, expected):
+    assert rates_of(choice, warmup) == pytest.approx(expected)

@@ -10,7 +10,7 @@ from qlora_lightning import LossSums, QLoRAModule
 from tests.errors import rejects
 from tests.steps import distance, fit, make_batch, make_module
 
-_STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+_STEADY = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
 
 
 @pytest.fixture
@@ -58,7 +58,8 @@ def test_a_plain_count_is_made_on_the_device_of_the_loss():
         ("loss.shape", "LossSums.loss_sum", lambda module, batch: LossSums(nll_of(module, batch), 1)),
         ("loss.shape", "losses", lambda module, batch: LossSums.of(nll_of(module, batch)[:, None])),
         ("loss.shape", "weight", lambda module, batch: LossSums.of((nll := nll_of(module, batch)), weight=nll[1:])),
-        ("loss.not_finite", "NaN", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.nan)),
+        ("loss.count", "nan", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.nan)),
+        ("loss.gradient", "no gradient", lambda module, batch: LossSums.of(nll_of(module, batch).detach())),
         ("loss.shape", "LossSums.metrics.nll", lambda module, batch: LossSums(0, 1, {"nll": nll_of(module, batch)})),
         ("loss.log", "entropy", lambda module, batch: module.log("entropy", 1.0)),
         ("loss.count", "inf", lambda module, batch: LossSums(nll_of(module, batch).sum(), math.inf)),
@@ -89,6 +90,11 @@ def needs_gradients(module, batch):
     return LossSums.of(nll)
 
 
+def mean_with_gradients(module, batch):
+    sums = needs_gradients(module, batch)
+    return LossSums(sums.loss_sum / sums.count, sums.count)
+
+
 def draws(module, batch):
     nll = nll_of(module, batch)
     return LossSums.of(nll * torch.rand_like(nll))
@@ -108,6 +114,8 @@ def sum_and_mean(module, batch):
         ("", draws),
         ("loss_sum", lambda module, batch: LossSums((nll := nll_of(module, batch)).mean(), len(nll))),
         ("count", lambda module, batch: LossSums(nll_of(module, batch).mean(), 1)),
+        ("loss_sum", lambda module, batch: LossSums(torch.rand(()) * (nll := nll_of(module, batch)).mean(), len(nll))),
+        ("loss_sum", mean_with_gradients),
         ("metrics.entropy", sum_and_mean),
     ],
 )
@@ -123,17 +131,22 @@ def test_a_loss_with_a_state_is_left_in_it_by_the_check(tiny_base, rows_file, tm
     class Counts(QLoRAModule):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.calls = 0
+            self.calls, self.counts, self.baseline = 0, [], torch.zeros(1)
+            self.metric = torch.nn.BatchNorm1d(1, affine=False)
             self.register_buffer("seen", torch.zeros(()))
 
         def compute_loss(self, batch):
             self.calls += 1
             self.seen += 1
+            self.counts.append(self.calls)
+            self.baseline.add_(1)
+            self.metric.num_batches_tracked.add_(1)
             return LossSums.of(nll_of(self, batch) / self.calls)
 
     module = Counts(str(tiny_base), **_STEADY)
     fit(module, tmp_path, rows_file, batch_size=4, max_steps=1)
-    assert module.calls == float(module.seen) == 1
+    assert module.calls == float(module.seen) == float(module.baseline) == int(module.metric.num_batches_tracked) == 1
+    assert module.counts == [1]
     assert "returns no sums" not in capsys.readouterr().out
 
 

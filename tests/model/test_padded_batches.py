@@ -11,7 +11,7 @@ from tests.equality import same
 from tests.errors import rejects
 from tests.steps import LENGTHS, loss_and_gradients, make_batch, make_module, make_trainer
 
-_SETTINGS = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup_ratio": 0.0}
+_SETTINGS = {"rank": 2, "compute_dtype": "fp32", "learning_rate": 1e-2, "warmup": 0.0}
 
 
 def pad(rows, side, name, value):
@@ -69,6 +69,8 @@ MASK = padded()["attention_mask"]
         ({"seq_idx": MASK}, "seq_idx"),  # without position_ids nothing else says where samples begin
         ({"labels": None}, "no labels"),
         ({"labels": MASK.numpy()}, "labels as ndarray"),
+        ({"labels": -MASK}, "label -1"),
+        ({"labels": MASK * 10**6}, "label 1,000,000"),
         ({"input_ids": MASK[0]}, "input_ids (64,)"),
     ],
 )

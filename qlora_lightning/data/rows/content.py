@@ -94,7 +94,7 @@ _SPEAKERS = {
     **dict.fromkeys(("observation", "function", "function_response"), "tool"),
 }
 # keys whose meaning would be lost silently; train_detail is Axolotl's
-_UNREAD = {*MEDIA, "loss", "mask", "masked", "train_detail", "function_call"}
+_UNREAD = {*MEDIA, "loss", "loss_mask", "mask", "masked", "train_detail", "function_call"}
 _TRAIN_FLAGS = ("train", "training", "trainable", "weight", "loss_weight")  # of a message
 
 

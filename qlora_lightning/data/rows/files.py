@@ -38,6 +38,7 @@ _SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
 _ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
 _PART = 1 << 23  # characters of an array
+_MOST_LINES = 100  # of a bad row of CSV: more are the rows between two stray quotes
 _UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the file's encoding
 _NOT_UTF8 = (
     "not UTF-8 text: save it as UTF-8, or name its encoding, as in `encoding: cp1252` (what Excel writes in Western "
@@ -490,6 +491,11 @@ def _read_csv(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
                 yield line, values
             elif len(values) != len(header):
                 lines = count_lines(values)
+                if lines > _MOST_LINES:
+                    raise ValueError(
+                        f"the row that begins in line {line} has {count_of(len(values), 'value')} in {lines:,} lines, "
+                        f"but the header has {len(header)}: a stray quote makes one row of all rows to the next quote"
+                    )
                 found = f"{count_of(len(values), 'value')}{f' in {lines:,} lines' if lines > 1 else ''}"
                 fault = f"has {found}, but the header has {len(header)}"
                 yield line, RowFault(f"{fault} (read by {delimiter!r}, which `delimiter:` changes)")

@@ -369,7 +369,10 @@ def fill_own_tensors(module: nn.Module, folder: Path) -> None:
         if tensors:
             say_once(f"{', '.join(tensors)} of {kind} begin anew: {folder} has an adapter alone.")
         if stored:
-            say_once(f"{file} has {', '.join(stored)}, which {kind} has no place for: they are left out.")
+            say_once(
+                f"{file} has {', '.join(stored)}, for which {kind} has no place when its model is made, by `__init__` "
+                "or `build_model`: they are left out."
+            )
         return
     here, there = ({name: tuple(each.shape) for name, each in both.items()} for both in (tensors, stored))
     if here != there:
@@ -424,6 +427,11 @@ def check_trainable(module: nn.Module, model: nn.Module) -> None:
             "folder: freeze them, or name their modules in modules_to_save.",
             "adapter.left_out",
         )
+    check_dtypes(trainable)
+
+
+def check_dtypes(trainable: Mapping[str, Tensor]) -> None:
+    """Reject what trains in another dtype than float32, in which small updates would be lost."""
     for name, tensor in trainable.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise UserError(f"{name} would train in {tensor.dtype}. {KEEPS_DTYPES}", "adapter.dtype")

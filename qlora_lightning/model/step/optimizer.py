@@ -97,11 +97,11 @@ def group_parameters(
     return [{name: group[name] for name in names} for group in sgd.param_groups if group["params"]]
 
 
-def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, warmup_ratio: float) -> None:
+def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, warmup: int | float) -> None:
     """Reject a schedule that cannot be built and stepped to its end, before minutes of loading."""
     rate = 1.0 if learning_rate == "auto" else learning_rate  # some have a rate to end with, which is lower
     optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=rate)
-    schedule = build_schedule(optimizer, choice, _DUMMY_STEPS, warmup_ratio)
+    schedule = build_schedule(optimizer, choice, _DUMMY_STEPS, min(warmup, _DUMMY_STEPS // 2))
     for _ in range(_DUMMY_STEPS):
         optimizer.step()
         with explaining(f"model.schedule {choice!r} cannot be computed", "model.schedule"):
@@ -111,19 +111,19 @@ def check_schedule(choice: str | dict[str, Any], learning_rate: LearningRate, wa
         check_setting("model.schedule", choice, is_valid, f"rates of 0 or more, and one of its rates is {rate}")
 
 
-def _parse_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[str, dict[str, Any]]:
+def _parse_schedule(choice: str | dict[str, Any], warmup: int | float) -> tuple[str, dict[str, Any]]:
     """Return the name and arguments of a schedule; see :func:`build_schedule`."""
     arguments: dict[str, Any] = {"name": choice} if isinstance(choice, str) else dict(choice)
     name = arguments.pop("name", None)
     needs_metrics = {"reduce_lr_on_plateau", "greedy"}  # not stepped once per optimizer step
     names = sorted({schedule.value for schedule in SchedulerType} - needs_metrics)
     check_setting("model.schedule", choice, name in names, f"a name among {', '.join(names)}")
-    if name == "constant" and warmup_ratio:  # the only one without warmup
+    if name == "constant" and warmup:  # the only one without warmup
         name = "constant_with_warmup"
     for argument in arguments:
         if argument in _OF_THE_RUN:
             raise UserError(
-                f"model.schedule has the argument {argument!r}, which the run sets: the warmup by model.warmup_ratio, "
+                f"model.schedule has the argument {argument!r}, which the run sets: the warmup by model.warmup, "
                 "the length by trainer.max_epochs or trainer.max_steps. Leave it out.",
                 "model.schedule",
             )
@@ -135,29 +135,45 @@ def _parse_schedule(choice: str | dict[str, Any], warmup_ratio: float) -> tuple[
     return name, arguments
 
 
+def ends_low(schedule: str | dict[str, Any]) -> bool:
+    """Whether a schedule lowers the learning rate towards the planned end of a run."""
+    name = schedule if isinstance(schedule, str) else schedule["name"]
+    return name not in ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
 def _arguments_of(schedule: str) -> list[str]:
     """Return the arguments of a schedule, without those that the run sets."""
     parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(schedule)]).parameters
     return [name for name in parameters if name not in _OF_THE_RUN]
 
 
+def check_warmup(warmup: int | float, total_steps: int) -> None:
+    """Reject a warmup that is longer than the run: the learning rate would never reach its peak."""
+    expected = f"at most {total_steps:,}, the steps of the run, or a share of them such as 0.03"
+    check_setting("model.warmup", warmup, warmup <= total_steps, expected)
+
+
 def build_schedule(
-    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup_ratio: float
+    optimizer: Optimizer, choice: str | dict[str, Any], total_steps: int, warmup: int | float
 ) -> LRScheduler:
     """Build one of transformers' schedules, to be stepped once per optimizer step.
 
-    ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, such as ``min_lr_rate``. Over a share
-    ``warmup_ratio`` of the steps, rounded up, the rate rises from 0; there is no warmup of less than one step, in which
-    nothing would move.
+    ``choice`` is a name, or ``{"name": …, …}`` with the schedule's own arguments, such as ``min_lr_rate``. Over
+    ``warmup`` steps, or such a share of the steps, rounded up, the rate rises from 0; there is no warmup of less than
+    one step, in which nothing would move.
+
+    Raises:
+        UserError: The schedule cannot be built, or its warmup is longer than the run.
     """
-    name, arguments = _parse_schedule(choice, warmup_ratio)
-    warmup = warmup_ratio * total_steps
+    name, arguments = _parse_schedule(choice, warmup)
+    check_warmup(warmup, total_steps)
+    steps = warmup if isinstance(warmup, int) else warmup * total_steps
     accepted = ", ".join(_arguments_of(name)) or "no arguments"
     with explaining(f"model.schedule {choice!r} cannot be built: {name} takes {accepted}", "model.schedule"):
         schedule: LRScheduler = get_scheduler(
             name,
             optimizer,
-            num_warmup_steps=math.ceil(warmup) if warmup >= 1 else 0,
+            num_warmup_steps=math.ceil(steps) if steps >= 1 else 0,
             num_training_steps=total_steps,
             scheduler_specific_kwargs=arguments,
         )

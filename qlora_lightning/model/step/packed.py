@@ -228,10 +228,18 @@ def first_labelled_row(batch: Any, repeats: int = 1) -> Any:
     if not is_padded(batch):
         return None
     given, n_rows = _given(batch), len(batch["input_ids"])
-    if not all(isinstance(value, torch.Tensor) and value.shape[:1] == (n_rows,) for value in given.values()):
+    if not all(isinstance(value, torch.Tensor | list) and len(value) == n_rows for value in given.values()):
         return None
-    first = (given["labels"] != IGNORED).view(n_rows, -1).any(1).nonzero()[:1, 0]
-    return {name: value[first.repeat(repeats)] for name, value in given.items()} if len(first) else None
+    labels: torch.Tensor = given["labels"]
+    first = (labels != IGNORED).view(n_rows, -1).any(1).nonzero()[:1, 0]
+    if not len(first):
+        return None
+    indices = [int(first)] * repeats
+    part: dict[str, Any] = {}
+    for name, value in given.items():
+        part[name] = [value[n] for n in indices] if isinstance(value, list) else value[indices]
+    kind: Any = type(batch)  # as that of a tokenizer, whose keys are attributes too
+    return kind(part)
 
 
 def _repeat_packed(row: Mapping[str, Any], repeats: int) -> dict[str, Any]:
@@ -275,6 +283,14 @@ def check_packed(batch: Mapping[str, Any], vocabulary: int, locate: Callable[[Se
     token_ids = batch["input_ids"][0]
     position = ((token_ids < 0) | (token_ids >= vocabulary)).nonzero()[:1, 0]  # of the first one, if there is one
     if not len(position):
+        labels = batch["labels"][0]
+        is_wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
+        if is_wrong.any():
+            raise UserError(
+                f"A batch has the label {int(labels[is_wrong][0]):,}: expected ids of tokens below {vocabulary:,}, and "
+                f"{IGNORED} for what is not trained.",
+                "data.batch",
+            )
         return
     sample = int(torch.searchsorted(batch["cu_seqlens"].to(position), position, right=True)) - 1
     row_ids = [] if batch.get("row_ids") is None else batch["row_ids"][sample : sample + 1].tolist()

@@ -135,6 +135,10 @@ FILES = [  # name, content, rows as (line, values), or what is wrong with the fi
     ("a.csv", 'x,y\n1,"2\n3,4\n5",6\n7,8\n', [
         *(("a.csv:2", f"has 3 values in 3 lines{OF_2}"), (5, {"x": "7", "y": "8"})),
     ]),
+    (  # two stray quotes, far apart
+        *("a.csv", 'x,y\n"1,2\n' + "3,4\n" * 100 + '5"\n'),
+        "a.csv cannot be read (ValueError: the row that begins in line 2 has 1 value in 102 lines",
+    ),
     # of which lines are rows nobody knows after a quote that does not end in its line as it should
     *(
         ("a.csv", f"x,y\n{lines}", f"a.csv cannot be read (ValueError: the row that begins in line {line} has a quote")

@@ -88,6 +88,19 @@ def test_what_a_subclass_trains_beside_the_adapter_is_saved_with_it_and_trained_
     assert "begin anew" not in capsys.readouterr().out
 
 
+def test_a_run_is_opened_again_by_its_folder_and_trains_further(run_with_a_head, tiny_base, rows_file, tmp_path):
+    folder, trained = run_with_a_head
+    for named in (folder, folder / "adapter"):
+        module = Regression.from_run(named, learning_rate=1e-3)
+        assert same(module.state_dict(), trained.state_dict())
+        assert (module.base, module.quantization, module.adapter_options["rank"]) == (str(tiny_base), "nf4", 2)
+        assert torch.equal(module.model(IDS).logits, trained.eval().model(IDS).logits)
+    fit(module.train(), tmp_path, rows_file, max_steps=2, batch_size=4)
+    assert not same(module.state_dict(), trained.state_dict())
+    with rejects("adapter.folder", "adapter_config.json"):
+        QLoRAModule.from_run(tmp_path / "none")
+
+
 def test_a_head_without_a_place_or_a_start_is_told_and_one_of_another_shape_rejected(
     run_with_a_head, tiny_base, tmp_path, capsys
 ):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import resource
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +65,24 @@ def pattern():
     change_json(Path("adapter/adapter_config.json"), rank_pattern={"(([a-z_.0-9]+)+)+!": 4})
 
 
+def aliases():
+    make_adapter(Path("run/adapter"), "base")
+    lines = [f"    - &v{n} [{', '.join(9 * [f'*v{n - 1}'])}]" for n in range(1, 30)]
+    Path("run/config.yaml").write_text("\n".join(["data:", "  train:", "    - &v0 rows.jsonl", *lines, ""]))
+
+
+def checkpoint():
+    archive = zipfile.ZipFile("a.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("a/data.pkl", "w", force_zip64=True) as file:
+        for _ in range(240):
+            file.write(b"N" * 50_000_000)
+
+
+def pipe():
+    Path("rows").mkdir()
+    os.mkfifo("rows/a.jsonl")
+
+
 def links():
     for name in "abcd":
         Path("rows", name).mkdir(parents=True)
@@ -98,6 +118,14 @@ COSTLY = [  # a command, words of its message, and what makes its file
     ),
     (f"{INSPECT} rows.jsonl", template("{% set x = 'a' * 6000000000 %}"), "the chat template of", MEMORY),
     ("chat --adapter adapter --prompt Hi", pattern, "adapter_config.json is no config of a LoRA adapter", TIME),
+    ("evaluate --adapter run/adapter", aliases, "run/config.yaml cannot be read", TIME),
+    (
+        "fit --model.base base --data.train rows.jsonl --ckpt_path a.ckpt",
+        checkpoint,
+        "a.ckpt cannot be read",
+        "compressed",
+    ),
+    (f"{INSPECT} 'rows/*.jsonl'", pipe, "rows/*.jsonl"),
     (f"{INSPECT} rows", links, "rows/** cannot be listed", TIME),
     ("report run", run_folder, "run/evaluation.json cannot be read", MEMORY),
 ]

@@ -57,8 +57,9 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
     if adapter is None or find_configs(arguments):
         return list(arguments)
     config = adapter.absolute().parent / CONFIG  # of the run folder around it
-    with bounded(f"{config} cannot be read", CONFIG):
+    with bounded(f"{config} cannot be read", CONFIG, explains=True):  # a few lines may expand to billions of values
         settings = _read_run_config(config) if config.is_file() else {}
+        json.dumps(settings)
     for name, section in _read_adapter_settings(adapter).items():
         settings[name] = {**settings.get(name, {}), **section}
     if not settings["data"].keys() & {*_ROWS} and not any(argument.startswith("--data") for argument in arguments):
@@ -71,7 +72,7 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
 
 def _read_run_config(file: Path) -> dict[str, Any]:
     """Return what counts of the config of a run that the user has not named; nothing if that would run or fetch."""
-    config, settings = read_config(str(file), aliases=False), dict[str, Any]()
+    config, settings = read_config(str(file)), dict[str, Any]()
     for name, keys in _COUNTED.items():
         if isinstance(section := config.get(name), dict):
             settings[name] = {key: section[key] for key in keys if key in section}
@@ -101,7 +102,7 @@ def _is_plain(value: Any, key: str) -> bool:
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse parses YAML in a setting of several types
-        parsed = load_yaml(value, aliases=False)
+        parsed = load_yaml(value)
     except yaml.YAMLError:
         return False
     if isinstance(parsed, dict | list | str) and parsed != value:

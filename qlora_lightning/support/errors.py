@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -60,15 +61,15 @@ def explaining(message: str, key: str = "") -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: for a GPU torch has an exception class, for a CPU only messages of torch and oneDNN."""
-    import torch
-
+    torch = sys.modules.get("torch")  # before it is imported no error is its own
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     messages = (
         *("DefaultCPUAllocator: can't allocate memory", "could not create a primitive"),
         *("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),  # cuBLAS's workspace, pinned memory
         *("CUBLAS_STATUS_NOT_INITIALIZED", "Triton Error [CUDA]: out of memory"),  # cuBLAS's handle, a kernel's code
         "CUDA out of memory",  # in a region while it is compiled: the error is the compiler's
     )
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(message in str(error) for message in messages)
+    return isinstance(error, kinds) or any(message in str(error) for message in messages)
 
 
 # ---- what a file from elsewhere may cost -----------------------------------------------------------------------------
@@ -108,11 +109,11 @@ def bounded(message: str, key: str, *, timed: bool = True, explains: bool = Fals
     with _lock:
         restore_memory = _do_nothing if _n_bounded else _limit_memory()
         _n_bounded += 1
-    if timed:
-        handler, timer = signal.signal(signal.SIGALRM, _interrupt), signal.getitimer(signal.ITIMER_REAL)
     try:
-        begin(message)
+        if timed:
+            timer, handler = signal.setitimer(signal.ITIMER_REAL, 0), signal.signal(signal.SIGALRM, _interrupt)
         try:
+            begin(message)
             yield begin
         finally:
             if timed:
@@ -141,7 +142,7 @@ def _limit_memory() -> Callable[[], object]:
     try:
         import resource
 
-        size = 1024 * int(Path("/proc/self/status").read_text().partition("VmData:")[2].split(maxsplit=1)[0])
+        size = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
     except (ImportError, OSError):  # Windows; macOS
         return _do_nothing
     before = resource.getrlimit(resource.RLIMIT_DATA)

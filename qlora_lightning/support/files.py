@@ -236,15 +236,13 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def load_yaml(text: str, aliases: bool = True) -> Any:
-    """Parse a YAML text; a few lines of a stranger's could expand to billions of values by ``aliases``.
+def load_yaml(text: str) -> Any:
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: It is not YAML, has a duplicate key, or an alias where none is taken.
+        yaml.YAMLError: It is not YAML, is nested too deeply, or has a duplicate key.
     """
     try:
-        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise yaml.YAMLError("it has an alias (*): write the value itself there")
         return _Loader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error

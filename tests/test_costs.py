@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qlora_lightning import InstructionDataModule
+from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.errors import UserError, bounded
 from tests.adapters import make_adapter
 from tests.errors import rejects
@@ -184,6 +186,27 @@ def test_blocks_may_be_nested_and_all_is_as_before_after_them(monkeypatch):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, own)
+
+
+def slow_function(row):
+    time.sleep(1.1)
+    return [{"role": "user", "content": row["text"]}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.slow
+def test_a_users_own_function_has_no_bound_and_a_template_beside_it_has(tiny_base, tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", [{"text": "How?"}, {"text": "Long?"}])
+    tokenizer = load_tokenizer(str(tiny_base))
+    monkeypatch.setattr("qlora_lightning.support.errors.MOST_SECONDS", 2)
+    InstructionDataModule(tmp_path / "a.jsonl", tokenizer=tokenizer, format=slow_function).setup("fit")
+    loops = "{% if messages[0].content == 'Long?' %}" + 3 * FOR + 3 * "{% endfor %}" + "{% endif %}"
+    tokenizer.chat_template = loops + tokenizer.chat_template
+    data = InstructionDataModule(tmp_path / "a.jsonl", tokenizer=tokenizer, format=slow_function)
+    with rejects("chat_template.cost", "a.jsonl:2 cannot be rendered", "takes more than 2 seconds"):
+        data.setup("fit")
+    data = InstructionDataModule(predict=tmp_path / "a.jsonl", tokenizer=tokenizer, format=slow_function)
+    with rejects("chat_template.cost", "a conversation cannot be rendered", "takes more than 2 seconds"):
+        data.setup("predict")
 
 
 def test_a_thread_has_the_bound_on_memory_alone(monkeypatch):

@@ -110,7 +110,7 @@ COSTLY = [  # a command, words of its message, and what makes its file
         "a.csv.gz cannot be read",
         MEMORY,
     ),
-    (f"{INSPECT} rows.jsonl", labels, "base", MEMORY),
+    (f"{INSPECT} rows.jsonl", labels, "from base: correct its files, config.json too", MEMORY),
     ("plan --model.base base --data.train rows.jsonl", layers, "base/config.json describes no model that loads", TIME),
     (
         f"{INSPECT} rows.jsonl",

@@ -190,8 +190,8 @@ def load_tokenizer(
     if (folder / "config.json").is_file():  # which transformers reads too: its faults are not the tokenizer's
         files.read_json_object(folder / "config.json", _REMEDY, _CONFIG_KEYS)
     with bounded(
-        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, or set data.tokenizer to a folder or "
-        "hub id with a tokenizer.json",
+        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, config.json too, or set "
+        "data.tokenizer to a folder or hub id with a tokenizer.json",
         "data.tokenizer",
         explains=True,
     ):

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def edit_checkpoint(edit: Callable[[dict], object]) -> Callable[[], object]:
         torch.save(checkpoint, "wrong.ckpt")
 
     return prepare
+
+
+def compress_checkpoint() -> None:
+    with zipfile.ZipFile(LAST) as source, zipfile.ZipFile("wrong.ckpt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
 
 
 def change_folder(source: str, change: Callable[[], object]) -> Callable[[], object]:
@@ -115,7 +123,7 @@ class Code:
 
 
 TWICE = "model:\n  base: tiny\ndata:\n  max_length: 64\n  train: rows.jsonl\n  max_length: 128\n"
-ALIAS = "wrong/config.yaml", "data: {train: &a rows.jsonl, val: *a}"
+ALIAS = "wrong/config.yaml", "data: {columns: &a {x: *a}}"
 OLD_KEY = "data: {val: rows.jsonl}\nevaluation: {general: no.jsonl}"
 OTHER_TOOL = "base_model: tiny\nload_in_4bit: true\n"
 CKPT, ADAPTER = "--ckpt_path wrong.ckpt", "--model.adapter wrong"
@@ -160,7 +168,7 @@ WRONG = [
     wrong("inspect --config wrong.yaml", "'max_length'", "line 4", "line 6", prepare=write("wrong.yaml", TWICE)),
     wrong(
         "evaluate --adapter wrong",
-        "wrong/config.yaml is not YAML: it has an alias",
+        "wrong/config.yaml cannot be read (RecursionError",
         prepare=change_folder("run", write(*ALIAS)),
     ),
     # keys
@@ -207,9 +215,20 @@ WRONG = [
     # bases
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan)),
     wrong(BASE, UP, "NaN or infinite", prepare=edit_tensor("tiny", UP, put_a_nan_of_8_bits)),
+    wrong(BASE, UP, "is stored as I32", prepare=edit_tensor("tiny", UP, lambda tensor: tensor.view(torch.int32))),
     wrong(BASE, f"of another shape: model.{UP} (1)", prepare=edit_tensor("tiny", UP, torch.t_copy)),
     wrong("--model.base run/adapter", "run/adapter an adapter: give it as model.adapter"),
     wrong(TOKENIZED, "config.json is not JSON", prepare=write("wrong/config.json", "{")),
+    wrong(
+        "inspect --config c.yaml --data.tokenizer wrong",
+        "wrong/config.json: expected a JSON object, found list",
+        prepare=change_folder("tiny", write("wrong/config.json", "[]")),
+    ),
+    wrong(
+        "inspect --config c.yaml --data.tokenizer wrong",
+        "wrong/config.json is not JSON, or it is cut off (Exceeds the limit (4300 digits)",
+        prepare=change_folder("tiny", write("wrong/config.json", f'{{"eos_token_id": {"1" * 5000}}}')),
+    ),
     wrong(
         BASE,
         "Pickles (pytorch_model.bin), which can run code, are refused",
@@ -257,6 +276,7 @@ WRONG = [
     wrong("validate --config c.yaml --data.val rows.jsonl --ckpt_path last", "there is no checkpoint in new"),
     wrong(CKPT, "no checkpoint", prepare=cut(LAST, "wrong.ckpt", 20_000)),
     wrong(CKPT, OBJECTS, prepare=lambda: torch.save({"state_dict": Code()}, "wrong.ckpt")),
+    wrong(CKPT, "BadZipFile: it is compressed", prepare=compress_checkpoint),
     wrong(f"--ckpt_path {LAST} --model.rank 3", "model.rank 2", "here it is 3"),
     wrong(f"--ckpt_path {LAST} --model.optimizer torch.optim.SGD", "is torch.optim.sgd.SGD, "),
     wrong('--model.optimizer {"class_path":"torch.optim.SGD","init_args":{"momentun":0.9}}', "SGD rejects", "momentun"),
@@ -284,6 +304,9 @@ WRONG = [
     wrong(f"{SWEEP} --target-modules foo,attention", "model.target_modules names 'foo', which the base does not have"),
     wrong(f"{CHAT} --prompt <|im_end|>", "--prompt was not answered"),
     wrong("report run --out /dev/full", "No space left on device: '/dev/full'. Make room, or choose"),
+    wrong(
+        "report wrong", "manifest.json: best is [1], expected object", prepare=edit("run", "manifest.json", best=[1])
+    ),
     wrong("report run/adapter", "run/adapter holds no run: expected manifest.json in it"),
     wrong(f"{EVALUATE} --adapter x=run --adapter x=run", "'x' is taken"),
     wrong(f"{EVALUATE} --adapter run --scores bleu", "There is no score 'bleu': expected auto, some of exact_match"),
@@ -299,12 +322,13 @@ PLAN_BASE = f"{PLAN} {BASE}"
 NO_MODEL, NOT_ITS = "wrong/config.json describes no model that loads", "wrong does not hold the tensors that its config"
 BASES = [  # other keys in config.json, and words of the message
     (PLAN_BASE, {"model_type": 5}, "wrong/config.json: model_type is 5, expected str"),
-    (PLAN_BASE, {"num_hidden_layers": 10**9}, "wrong/config.json: num_hidden_layers is 1000000000, expected"),
     (PLAN_BASE, {"use_bidirectional_attention": True}, "wrong/config.json: use_bidirectional_attention is True"),
     (TOKENIZED, {"hidden_size": "64"}, NO_MODEL, "'hidden_size' expected int, got str"),
     (BASE, {"hidden_size": 10**6}, "wrong/config.json describes", "weights, and the files beside it hold"),
     (BASE, {"tie_word_embeddings": False}, NOT_ITS, "missing: lm_head.weight (1)"),
     (BASE, {"num_hidden_layers": 1}, NOT_ITS, "left over: model.layers.1."),
+    (BASE, {"rms_norm_eps": math.nan}, "Nothing is trained yet: look at the base wrong first, at its config.json"),
+    (BASE, {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "look at the base wrong first"),
     (BASE, {"quantization_config": {"quant_method": "nf4"}}, "stored quantized as nf4 (not by bitsandbytes)"),
     (BASE, {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, NO_MODEL),
 ]

@@ -14,7 +14,7 @@ from qlora_lightning.data.rows.files import kind_of_file
 from qlora_lightning.evaluation import BASE, SERVED
 from qlora_lightning.sources import folders
 from qlora_lightning.support.console import say
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.files import ADAPTER_FOLDER, CONFIG, load_yaml
 
 _RENDERING = (  # of the training; other rows share them
@@ -57,7 +57,9 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
     if adapter is None or find_configs(arguments):
         return list(arguments)
     config = adapter.absolute().parent / CONFIG  # of the run folder around it
-    settings = _read_run_config(config) if config.is_file() else {}
+    with bounded(f"{config} cannot be read", CONFIG, explains=True):  # a few lines may expand to billions of values
+        settings = _read_run_config(config) if config.is_file() else {}
+        json.dumps(settings)
     for name, section in _read_adapter_settings(adapter).items():
         settings[name] = {**settings.get(name, {}), **section}
     if not settings["data"].keys() & {*_ROWS} and not any(argument.startswith("--data") for argument in arguments):
@@ -70,7 +72,7 @@ def add_config(adapter: Path | None, arguments: Sequence[str]) -> list[str]:
 
 def _read_run_config(file: Path) -> dict[str, Any]:
     """Return what counts of the config of a run that the user has not named; nothing if that would run or fetch."""
-    config, settings = read_config(str(file), aliases=False), dict[str, Any]()
+    config, settings = read_config(str(file)), dict[str, Any]()
     for name, keys in _COUNTED.items():
         if isinstance(section := config.get(name), dict):
             settings[name] = {key: section[key] for key in keys if key in section}
@@ -100,7 +102,7 @@ def _is_plain(value: Any, key: str) -> bool:
     if not isinstance(value, str) or key == "system":
         return True
     try:  # jsonargparse parses YAML in a setting of several types
-        parsed = load_yaml(value, aliases=False)
+        parsed = load_yaml(value)
     except yaml.YAMLError:
         return False
     if isinstance(parsed, dict | list | str) and parsed != value:

@@ -87,10 +87,10 @@ def find_configs(arguments: Sequence[str]) -> list[str]:
     return [name for name in _split_arguments(arguments)[0]["config"] if not name.startswith("{")]
 
 
-def read_config(name: str, aliases: bool = True) -> dict[str, Any]:
+def read_config(name: str) -> dict[str, Any]:
     """Read the config file of this name, as it was typed."""
     try:
-        config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"), aliases)
+        config = load_yaml(Path(name).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         reason = str(error.strerror).lower()
         raise UserError(f"--config {name}: {reason}. {_hint_at_recipe(name)}") from error

@@ -8,7 +8,7 @@ from qlora_lightning.report import read_run, render_report
 from qlora_lightning.report.figures import figure_table, find_figures
 from qlora_lightning.report.page import find_differences
 from qlora_lightning.support.console import make_table, say
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
 from qlora_lightning.support.files import PAGE, write_whole
 
 _DESCRIPTION = """Make the report of a run again, from what its folder holds now, or compare several runs.
@@ -30,13 +30,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the page there")
     add_json_option(parser)
     options = parser.parse_args(argv)
-    runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
+    paths = ", ".join(map(str, options.runs))
+    with bounded(f"{paths}: no report can be made", "run_folder.cost"):
+        runs = [read_run(folder, str(folder) if len(options.runs) > 1 else None) for folder in options.runs]
+        html = render_report(runs)
     default_page = runs[0].folder / PAGE if len(runs) == 1 else Path("comparison.html")
     page = check_output("--out", options.out, options.force) or default_page
     is_kept = len(runs) > 1 and page == default_page and page.is_file()
     if is_kept and b'content="qlora_lightning report"' not in page.read_bytes():
         raise UserError(f"{page} is another page: move it away, or name a file by --out.", "comparison.other")
-    html = render_report(runs)
     with json_output(options) as figures:
         rows = [["status", *(run.status for run in runs)], *figure_table(runs)[1]]
         say(make_table(("run", *(run.name for run in runs)), rows))

@@ -24,7 +24,7 @@ from qlora_lightning.data.sample_cache import cached_samples, can_be_kept, ident
 from qlora_lightning.data.samples import SampleSet
 from qlora_lightning.sources.folders import load_tokenizer
 from qlora_lightning.support.console import show_controls
-from qlora_lightning.support.errors import UserError, check_setting
+from qlora_lightning.support.errors import UserError, bounded, check_setting
 from qlora_lightning.support.files import fits
 from qlora_lightning.support.settings import check_arguments
 
@@ -316,6 +316,9 @@ class InstructionDataModule(LightningDataModule):
         """Take the samples of a split from the cache, or prepare them; those of an own ``load_rows`` are not cached."""
         preparation = Preparation(self.renderer, split, self.max_length, self.too_long, self.pairs, self.drop_answers)
         prepare = partial(preparation.prepare, self._read_rows(split), self.deduplicate)
+        if not self._has_own_rows:  # whose code is the user's
+            is_local = not any(source.is_remote for source in sources)  # else the network takes its time
+            preparation.reading = partial(bounded, f"data.{split} cannot be read", "file.unreadable", timed=is_local)
         is_ours = type(self).__module__.startswith("qlora_lightning.")  # another class may render in its own way
         if self._has_own_rows or not is_ours or split == "predict" or not all(map(can_be_kept, sources)):
             samples, report = prepare()

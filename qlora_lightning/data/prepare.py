@@ -1,7 +1,8 @@
 """From rows to samples or prompts, in chunks, with a report on the rows."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from qlora_lightning.data.rows.formats import RowConverter
 from qlora_lightning.data.samples import SampleSet, SampleSetBuilder, find_repeats, hold_out
 from qlora_lightning.sources.tensors import IGNORED
 from qlora_lightning.support.console import count_of
+from qlora_lightning.support.errors import bounded
 
 # what the tokenizer encodes together, on all cores; it takes a hundred times the memory of the text
 _CHUNK_ROWS, _CHUNK_TEXT = 512, 8_000_000
@@ -87,6 +89,7 @@ class Preparation:
     too_long: str
     pairs: bool
     drop_answers: Sequence[str]  # answers that mean that there is none, in lower case
+    reading: Callable[[], AbstractContextManager[Any]] = nullcontext  # returns the context in which a chunk is read
 
     def __post_init__(self) -> None:
         self.for_prompts = self.split == "predict"  # without labels; rows may lack answers
@@ -96,8 +99,13 @@ class Preparation:
 
     def prepare(self, rows: Rows, deduplicate: bool) -> Prepared:
         """Turn all rows into samples."""
-        report, log_time = self.report, time.monotonic()
-        for chunk in _in_chunks(rows):
+        report, log_time, chunks = self.report, time.monotonic(), _in_chunks(rows)
+
+        def read_chunk() -> list[Row | BadRow] | None:
+            with self.reading():
+                return next(chunks, None)
+
+        for chunk in iter(read_chunk, None):
             earlier = list(self.converters.values())
             self._add(chunk)
             for converter in earlier:  # which have had hundreds of rows
@@ -125,22 +133,31 @@ class Preparation:
 
     def _add(self, rows: Sequence[Row | BadRow]) -> None:
         """Add rows; bad ones are reported and left out."""
-        results = [self._write(number, row) for number, row in enumerate(rows, start=self.report.rows)]
+        # without a bound: a function that converts rows may be the user's own code
+        converted = [self._convert(number, row) for number, row in enumerate(rows, start=self.report.rows)]
+        results = list[_WrittenRow | BadRow | None]()
+        with bounded("", "chat_template.cost") as begin:
+            for each in converted:
+                if isinstance(each, _WrittenRow) and not self.for_prompts:  # a prompt is rendered and encoded at once
+                    begin(f"{each.row.where} cannot be rendered by the chat template")
+                    results.append(self._write(each))
+                else:
+                    results.append(each)
         parts = [part for result in results if isinstance(result, _WrittenRow) for part in result.parts]
         self.renderer.encode([text for _, texts in parts for text in texts])
         for result in results:
             bad = result if isinstance(result, BadRow) else None
             if isinstance(result, _WrittenRow):
                 try:
-                    self._add_samples(result)
+                    self._add_prompt(result) if self.for_prompts else self._add_samples(result)
                 except RowFault as fault:
                     bad = BadRow(result.row.where, str(fault))
             if bad:
                 self.report.count_bad_row(bad)
         self.report.rows += len(rows)
 
-    def _write(self, number: int, row: Row | BadRow) -> _WrittenRow | BadRow | None:
-        """Convert a row to texts; None if it is a prompt, or dropped."""
+    def _convert(self, number: int, row: Row | BadRow) -> _WrittenRow | BadRow:
+        """Return a row with its content, without texts."""
         assert row.source is not None
         if row.source not in self.converters:
             pairs = self.pairs and not self.for_prompts
@@ -150,16 +167,19 @@ class Preparation:
         self.report.count_lines(row)
         source = list(self.converters).index(row.source)
         try:
-            content = self.converters[row.source].convert(row)
-            if self.for_prompts:
-                self._add_prompt(number, source, row, content)
-                return None
-            contents = _contents_of(content)
-            if not self._is_wanted(row, contents):
-                return None
-            return _WrittenRow(number, source, row, content, [(each, self.renderer.write(each)) for each in contents])
+            return _WrittenRow(number, source, row, self.converters[row.source].convert(row), [])
         except RowFault as fault:
             return BadRow(row.where, str(fault))
+
+    def _write(self, converted: _WrittenRow) -> _WrittenRow | BadRow | None:
+        """Render the content of a row as texts; None if it is dropped."""
+        contents = _contents_of(converted.content)
+        try:
+            if not self._is_wanted(converted.row, contents):
+                return None
+            return converted._replace(parts=[(each, self.renderer.write(each)) for each in contents])
+        except RowFault as fault:
+            return BadRow(converted.row.where, str(fault))
 
     def _is_wanted(self, row: Row, contents: Sequence[Content]) -> bool:
         """Whether a row is trained: not if an answer is one of ``drop_answers``; suspicious rows are noted."""
@@ -180,7 +200,8 @@ class Preparation:
         self.report.note_suspicious(row.where, answer_texts, questions, "\n".join(texts))
         return True
 
-    def _add_prompt(self, number: int, source: int, row: Row, content: RowContent) -> None:
+    def _add_prompt(self, written: _WrittenRow) -> None:
+        number, source, row, content, _ = written
         if not isinstance(content, Chat):
             raise RowFault("holds no conversation, so there is nothing to answer")
         *earlier, last = content.messages

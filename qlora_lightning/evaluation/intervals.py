@@ -13,6 +13,7 @@ PREFERENCE_ACCURACY = "preference_accuracy"
 # Metrics for which each row counts as 0 or 1.
 _YES_OR_NO = (PREFERENCE_ACCURACY, "exact_match", "json_valid", "numeric_match", "stop_rate")
 _NO_WIDTH = 1e-9  # rounding differences of sums of equal rows
+MOST = 1e100  # of what is read from a file: means and differences of larger numbers overflow
 _Z = 1.959964  # quantile of the normal distribution, two-sided 95 %
 Floats = npt.NDArray[np.float64]
 
@@ -95,9 +96,9 @@ def plain_interval(interval: Interval) -> dict[str, float | None]:
 
 
 def read_interval(plain: Mapping[str, float | None]) -> Interval:
-    """Return the interval of such a mapping; what it lacks is NaN."""
+    """Return the interval of such a mapping; what it lacks, or is beyond 1e100, is NaN."""
     values = [plain.get(name) for name in Interval._fields]
-    return Interval(*(math.nan if value is None else value for value in values))
+    return Interval(*(math.nan if value is None or abs(value) > MOST else value for value in values))
 
 
 def choose_digits(intervals: Sequence[Interval]) -> int:

@@ -419,9 +419,13 @@ class TrainingGuard(Callback):
         last_loss = "" if self._last_loss is None else f" The loss of the step before was {self._last_loss:.4g}."
         is_fp16 = pl_module.identity.get("compute_dtype") == "float16"
         dtype_advice = "First use bf16 or fp32 (`model.compute_dtype`): fp16 ends at 65,504. " if is_fp16 else ""
+        advice = "Look at these rows, or lower model.learning_rate."
+        if quantity == "loss" and not trainer.global_step:
+            advice = f"Nothing is trained yet: look at the base {pl_module.identity.get('base')} first, at its "
+            advice += "config.json (rms_norm_eps, rope_theta, …) and its weights, then at these rows."
         raise Diverged(
             f"The {quantity} of step {trainer.global_step}, at learning rate {rate:.3g}, is NaN or infinite.{last_loss}"
-            f" Rows of the step: {rows}. {dtype_advice}Look at these rows, or lower model.learning_rate.",
+            f" Rows of the step: {rows}. {dtype_advice}{advice}",
             f"{quantity}.not_finite",
         )
 

@@ -39,7 +39,7 @@ def find_scores(comparison: Mapping[str, MeasuredSides]) -> list[str]:
 
 def describe_rows(run: Run) -> str:
     """Return which validation rows were evaluated, and how many."""
-    rows, answered_rows = run.evaluation.get("rows", 0), run.evaluation.get("answered_rows", 0)
+    rows, answered_rows = run.evaluation.get("rows") or 0, run.evaluation.get("answered_rows") or 0
     return f"{count_of(rows, 'validation row')}{describe_answered(answered_rows, rows)}"
 
 
@@ -77,7 +77,7 @@ def figure_table(runs: Sequence[Run]) -> PageTable:
     columns = [find_figures(run) for run in runs]
     headings = {name: figure.heading for figures in columns for name, figure in figures.items()}
     rows = [[heading, *(str(figures.get(name, "–")) for figures in columns)] for name, heading in headings.items()]
-    hashes = [run.manifest["data"].get("hashes", {}).get("val", "–")[:8] for run in runs]
+    hashes = [((run.manifest["data"].get("hashes") or {}).get("val") or "–")[:8] for run in runs]
     if len(set(hashes)) > 1:
         rows.insert(0, ["other validation rows, not comparable", *hashes])
     return ["", *(run.name for run in runs)], rows
@@ -97,7 +97,7 @@ def comparison_table(run: Run) -> PageTable:
 def find_samples(run: Run) -> list[list[tuple[str, str, bool]]]:
     """Return prompt, expected and both answers of some rows, each with whether it is the adapter's and right."""
     samples = []
-    for row in run.evaluation.get("samples", [])[:_MAX_SAMPLES]:
+    for row in (run.evaluation.get("samples") or [])[:_MAX_SAMPLES]:
         texts = {side: row.get(side, "").strip() for side in ("prompt", "expected", BASE, "adapter")}
         is_right = texts["adapter"] == texts["expected"]
         shown = {side: shorten_text(text, _MAX_CHARACTERS, side == "prompt") for side, text in texts.items()}

@@ -1,20 +1,37 @@
 """A run folder as data: its manifest, its table of metrics, and the other files that a report reads."""
 
 import csv
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from qlora_lightning.evaluation.intervals import Interval, read_interval
+from qlora_lightning.evaluation.intervals import MOST, Interval, read_interval
 from qlora_lightning.support.errors import UserError
-from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, read_json_object, write_whole
+from qlora_lightning.support.files import EVALUATION, MANIFEST, METRICS, check_keys, read_json_object, write_whole
 
 _FORMAT, _VERSION = "qlora_lightning manifest", 1  # a reader of version N reads every file up to N
 _REMEDY = "Correct it, move it away, or update qlora_lightning."
-_HEADER = {"format": Literal["qlora_lightning manifest"], "format_version": range(1, _VERSION + 1)}
-_OBJECTS = ("config", "base", "adapter", "parameters", "data", "progress", "best", "device", "packages")
+_NUMBER, _TEXT, _OBJECT = float | None, str | None, dict[str, object] | None
+_ATTEMPT = {"started": str, "status": str, **dict.fromkeys(("from_step", "to_step", "seconds"), float)}
+_SPLITS: dict[str, Any] = {"train": {"rows": _NUMBER}, "val": _OBJECT}
+_OBJECTS: dict[str, Any] = {
+    "config": dict.fromkeys(("model", "data"), _OBJECT),
+    "parameters": dict.fromkeys(("trainable", "all"), _NUMBER),
+    "data": {"files": _OBJECT, "splits": _SPLITS, "hashes": {"train": _TEXT, "val": _TEXT}, "settings": _OBJECT},
+    "progress": dict.fromkeys(("steps", "planned_steps", "tokens", "labelled_tokens", "rows", "seconds"), _NUMBER),
+    "best": {"value": _NUMBER},
+    **dict.fromkeys(("base", "adapter", "device", "packages"), _OBJECT),
+}
+_MANIFEST = {
+    **{"format": Literal["qlora_lightning manifest"], "format_version": range(1, _VERSION + 1)},
+    **{"status": _TEXT, "reproduce": _TEXT, "attempts": list[dict[str, object]] | None, **_OBJECTS},
+}
+_EVALUATION = {
+    **{"rows": _NUMBER, "answered_rows": _NUMBER, "samples": list[dict[str, str]] | None},
+    "metrics": dict[str, dict[str, dict[str, Real | None]]] | None,
+}
 Points = list[tuple[float, float]]
 """(optimizer steps done, value), in the order of the file."""
 
@@ -44,7 +61,7 @@ class Run:
         """The metrics of the evaluation, by name."""
         return {
             name: MeasuredSides(*(read_interval(sides.get(side, {})) for side in MeasuredSides._fields))
-            for name, sides in self.evaluation.get("metrics", {}).items()
+            for name, sides in (self.evaluation.get("metrics") or {}).items()
         }
 
 
@@ -64,6 +81,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     manifest |= {key: manifest.get(key) or {} for key in _OBJECTS}
     file = folder / EVALUATION
     evaluation = read_json_object(file, _REMEDY) if file.is_file() else {}
+    evaluation = {} if "adapters" in evaluation else evaluation
+    check_keys(evaluation, _EVALUATION, str(file), _REMEDY)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
@@ -71,7 +90,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         manifest=manifest,
         config=manifest["config"],
         metrics=read_metrics(folder / METRICS),
-        evaluation={} if "adapters" in evaluation else evaluation,
+        evaluation=evaluation,
     )
 
 
@@ -85,20 +104,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         return {}
-    content = read_json_object(file, _REMEDY, _HEADER)
+    content = read_json_object(file, _REMEDY)
     if "lives" in content:  # the name of the first manifests
         content["attempts"] = content.pop("lives")
+    check_keys(content, _MANIFEST, str(file), _REMEDY)
+    for attempt in content.get("attempts") or []:
+        check_keys(attempt, _ATTEMPT, f"{file}: attempts", _REMEDY)
     return content
 
 
 def read_metrics(file: Path) -> dict[str, Points]:
-    """Read each column of ``metrics.csv`` as points; empty cells, NaN and infinities are left out."""
+    """Read each column of ``metrics.csv`` as points; empty cells, NaN and beyond 1e100 are left out."""
     columns: dict[str, Points] = {}
     for row in read_metric_rows(file):
         step = float(row.pop("step")) + 1  # Lightning counts steps from 0
         for name, cell in row.items():
             value, points = float(cell or "nan"), columns.setdefault(name, [])
-            if math.isfinite(value):
+            if abs(value) < MOST:
                 points.append((step, value))
     return columns
 

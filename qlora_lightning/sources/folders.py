@@ -17,7 +17,7 @@ from qlora_lightning.sources.cache import Json, cache_root, hash_key, make_root
 from qlora_lightning.sources.gguf import unpack_gguf
 from qlora_lightning.sources.tensors import open_tensors, tensor_names
 from qlora_lightning.support import files
-from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.errors import UserError, bounded, explaining
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,12 +125,6 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         found = "an adapter: give it as model.adapter, and its base as model.base" if is_adapter else "no config.json"
         raise UserError(f"Base {name}: expected a transformers folder, found in {folder} {found}.", "base.folder")
     config = files.read_json_object(file, _REMEDY, _CONFIG_KEYS)
-    parts = [config]
-    for part in parts:
-        parts += [value for value in part.values() if isinstance(value, dict)]
-        for key, value in part.items():  # of these transformers makes lists, with an entry for each
-            if key.endswith(("layer", "layers", "depth", "labels")) and isinstance(value, int) and value >= 2000:
-                raise UserError(f"{file}: {key} is {value}, expected less than 2,000. {_REMEDY}", key)
     if (config.get("quantization_config") or {}).get("quant_method") == _EXPANDED:
         del config["quantization_config"]
     return config
@@ -151,7 +145,7 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     read_config(folder, str(folder))
-    with explaining_base(folder):
+    with explaining_base(folder, is_bounded=True):
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **FIXED_KEYS
         )
@@ -162,11 +156,10 @@ def open_config(folder: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def explaining_base(folder: Path | str) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a library's errors are reported as faults of a base's config."""
-    return explaining(
-        f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again", "base.config"
-    )
+def explaining_base(folder: Path | str, is_bounded: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a library's errors are reported as faults of a base's config, or what it costs."""
+    message = f"{Path(folder) / 'config.json'} describes no model that loads: correct it, or save it again"
+    return bounded(message, "base.config", explains=True) if is_bounded else explaining(message, "base.config")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -194,10 +187,13 @@ def load_tokenizer(
     if revision is not None or not folder.is_dir():
         folder = open_base(name, revision, weights=False).folder
     files.check_plain_files(folder)
-    with explaining(
-        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, or set data.tokenizer to a folder or "
-        "hub id with a tokenizer.json",
+    if (folder / "config.json").is_file():  # which transformers reads too: its faults are not the tokenizer's
+        files.read_json_object(folder / "config.json", _REMEDY, _CONFIG_KEYS)
+    with bounded(
+        f"Tokenizer {name}: none can be loaded from {folder}: correct its files, config.json too, or set "
+        "data.tokenizer to a folder or hub id with a tokenizer.json",
         "data.tokenizer",
+        explains=True,
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     tokenizer.init_kwargs.pop("auto_map", None)  # it names code, as no folder that we write may
@@ -234,7 +230,7 @@ def fingerprint(folder: Path) -> str:
     The cache keeps it by the files' paths, sizes and times, if the cache can be written.
 
     Raises:
-        UserError: A weight is NaN or infinite, for which the rows would be blamed later.
+        UserError: A weight is NaN, infinite or no fraction, for which the rows would be blamed later, or nothing.
     """
     weights = weight_files(folder)
     stats = [(file.resolve(), file.stat()) for file in weights]
@@ -269,6 +265,8 @@ def _describe_tensor(item: tuple[str, Path]) -> tuple[str, str, list[int], str]:
     # a fraction of the time of isfinite alone; what is too large for float32 is infinite once it is loaded
     if is_weight and not torch.stack(values.aminmax()).float().isfinite().all():
         raise UserError(f"{file}: {name} has values that are NaN or infinite. {_REMEDY}", "base.nan")
+    if name.endswith(".weight") and not tensor.is_floating_point() and tensor.itemsize > 1:  # quantized ones have 1
+        raise UserError(f"{file}: {name} is stored as {view.get_dtype()}, expected fractions. {_REMEDY}", "base.dtype")
     content = tensor.view(torch.uint8).numpy()
     return name, view.get_dtype(), view.get_shape(), hashlib.sha256(content).hexdigest()
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Union, get_args, get_origin
 
 import yaml
 
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
 
 # The names in a run folder.
 CONFIG, METRICS, MANIFEST = "config.yaml", "metrics.csv", "manifest.json"
@@ -162,7 +162,10 @@ def check_plain_files(folder: Path) -> None:
 def read_json_object(file: Path, remedy: str, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a file that holds a JSON object, whose ``keys`` are checked; ``remedy`` ends the error for a damaged one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        with bounded(f"{file} cannot be read", file.name):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON, or it is cut off ({error}). {remedy}", file.name) from error
     if not isinstance(content, dict):
@@ -233,15 +236,13 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def load_yaml(text: str, aliases: bool = True) -> Any:
-    """Parse a YAML text; a few lines of a stranger's could expand to billions of values by ``aliases``.
+def load_yaml(text: str) -> Any:
+    """Parse a YAML text.
 
     Raises:
-        yaml.YAMLError: It is not YAML, has a duplicate key, or an alias where none is taken.
+        yaml.YAMLError: It is not YAML, is nested too deeply, or has a duplicate key.
     """
     try:
-        if not aliases and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise yaml.YAMLError("it has an alias (*): write the value itself there")
         return _Loader(text).get_single_data()
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error

@@ -9,6 +9,7 @@ from qlora_lightning.cli import main
 from qlora_lightning.report import read_metrics, read_run, render_report, write_manifest, write_run_page
 from qlora_lightning.report.charts import COLOURS, charts_of
 from qlora_lightning.support.console import show_controls
+from qlora_lightning.support.errors import UserError
 from tests.errors import rejects
 from tests.markup import Reader
 from tests.processes import run_python
@@ -134,6 +135,9 @@ def test_what_cannot_be_seen_is_shown():
         ("evaluation.json", 100_000 * "[", "evaluation.json", ["is not JSON"]),
         ("evaluation.json", "[]", "evaluation.json", ["expected a JSON object"]),
         ("manifest.json", {"format_version": 2}, "format_version", ["is 2", "update"]),
+        ("manifest.json", {"progress": [1]}, "progress", ["is [1]", "object"]),
+        ("manifest.json", {"attempts": [{"started": 5}]}, "started", ["attempts: started is 5", "str"]),
+        ("evaluation.json", '{"metrics": {"loss": [2]}}', "metrics", ["metrics is {'loss': [2]}"]),
         ("metrics.csv", "step,loss\n0,high\n", "metrics.csv", ["could not convert string to float: 'high'"]),
     ],
 )
@@ -146,11 +150,40 @@ def test_a_damaged_file_is_named_with_its_key(make_run, name, content, key, fact
         read_run(folder)
 
 
+def places_of(content):
+    """Yield each object or list in some JSON with one of its keys or indices."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield content, key
+        if isinstance(value, dict | list):
+            yield from places_of(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manifest.json", "evaluation.json"])
+def test_a_value_of_another_kind_is_named_or_shown(make_run, name):
+    folder, messages = make_run(steps=0), list[str]()
+    content = json.loads((folder / name).read_text())
+    for place, key in list(places_of(content)):
+        kept = place[key]
+        for value in (5, 1e308, 10**400, "x", True, None, [], [1], {}, {"x": 1}):
+            place[key] = value
+            (folder / name).write_text(json.dumps(content))
+            try:
+                render_report([read_run(folder)])
+                render_report([read_run(folder)] * 2)
+            except UserError as error:
+                messages.append(str(error))
+        place[key] = kept
+    assert len(messages) > 100
+    assert all(str(folder / name) in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("lines", "columns"),
     [
         ("step,train_loss,val_loss\n0,2.5,\n1,,1.5\n", {"train_loss": [(1, 2.5)], "val_loss": [(2, 1.5)]}),
         ("step,loss\n0,1.0\n1,nan\n2,inf\n4\n5,2.0\n7,0.12", {"loss": [(1, 1.0), (6, 2.0)]}),
+        ("step,loss\n0,1e308\n1,-1e308\n2,1.0\n", {"loss": [(3, 1.0)]}),
         ("step,lo", {}),
         ("", {}),
     ],

@@ -137,5 +137,6 @@ def test_one_value_one_name_one_dtype_or_one_shape_changes_it(tmp_path, tensors)
     name, norm = "model.norm.weight", tensors.pop("model.norm.weight")
     changed = norm.clone()
     changed[3] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
-    variants = [{name: norm}, {name: changed}, {"norm2": norm}, {name: norm.view(torch.int32)}, {name: norm.view(2, 4)}]
+    variants = [{name: norm}, {name: changed}, {"norm2": norm}, {"norm2": norm.view(torch.int32)}]
+    variants.append({name: norm.view(2, 4)})
     assert len({fingerprint(save(tmp_path / f"{n}", tensors | each)) for n, each in enumerate(variants)}) == 5

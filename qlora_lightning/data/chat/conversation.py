@@ -140,6 +140,8 @@ class TemplateRenderer:
         options = {"tools": tools, "tokenize": False, "add_generation_prompt": generation}
         try:
             return str(self.tokenizer.apply_chat_template(template_messages, **options))
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program, and may fail in any way on what it does not expect
             advice = f". {_ADVICE}" if tools or any("tool_calls" in message for message in messages) else ""
             reason = f"{type(error).__name__}: {error}{advice}"

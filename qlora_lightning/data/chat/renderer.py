@@ -23,7 +23,9 @@ from qlora_lightning.data.rows.content import (
     answer_indices,
 )
 from qlora_lightning.sources.tensors import IGNORED
-from qlora_lightning.support.errors import UserError
+from qlora_lightning.support.errors import UserError, bounded
+
+_COST = "a conversation cannot be rendered by the chat template"
 
 
 class TokenizedSample(NamedTuple):
@@ -46,7 +48,8 @@ class ChatRenderer:
         self.train_on = train_on
         self.stop_ids = templates.find_stop_ids(tokenizer)
         self.controls = templates.ControlTokens(tokenizer, self.stop_ids)
-        self.template = TemplateRenderer(tokenizer, self.controls, reasoning)
+        with bounded(_COST, "chat_template.cost"):
+            self.template = TemplateRenderer(tokenizer, self.controls, reasoning)
         self._writes_bos = templates.writes_bos(tokenizer)
         self._backend: Any = tokenizer.backend_tokenizer
         plain, newline, after_newline = (encoding.ids for encoding in self._encode(["a", "\n", "\na"]))
@@ -104,7 +107,8 @@ class ChatRenderer:
         # earlier answers that are trained may have been cut from their headers
         trained = self.train_on == "assistant"
         wanted = [i for i in answer_indices(messages) if trained and messages[i].get("train", True)]
-        rendered = self.template.render_prompt(messages, tools, wanted)
+        with bounded(_COST, "chat_template.cost"):
+            rendered = self.template.render_prompt(messages, tools, wanted)
         self.encode([rendered])
         self._find_starts(rendered)
         self._check_bos(rendered.ids)
@@ -112,7 +116,8 @@ class ChatRenderer:
 
     def render_answers(self, messages: Conversation, tools: Tools, answers: Sequence[int]) -> TokenizedSample:
         """Render messages as one sample that trains the answers at these indices; the last message is one of them."""
-        rendered = self.template.render(messages, tools, answers)[-1]
+        with bounded(_COST, "chat_template.cost"):
+            rendered = self.template.render(messages, tools, answers)[-1]
         self.encode([rendered])
         return self._label_answers(rendered)
 

@@ -12,7 +12,7 @@ import jinja2
 import jinja2.meta
 
 from qlora_lightning.data.rows.content import REASONING_KEYS
-from qlora_lightning.support.errors import UserError, check_setting, nearest
+from qlora_lightning.support.errors import UserError, bounded, check_setting, nearest
 from qlora_lightning.support.files import read_json_object
 
 # each preset with the control tokens that it writes besides the tokenizer's own BOS and end-of-sequence tokens
@@ -51,11 +51,15 @@ def choose_chat_template(tokenizer: Any, choice: str | None, options: Mapping[st
     if choice is None and getattr(tokenizer, "chat_template", None) is None:
         return tokenizer  # the renderer rejects it
     chosen = tokenizer if choice is None else _put_template(tokenizer, choice)
-    chosen = _set_variables(chosen, options or {}, f"the chat template of {choice or name_tokenizer(tokenizer)}")
-    try:
-        end_id = _find_turn_end(chosen)
-    except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
-        return chosen
+    title = f"the chat template of {choice or name_tokenizer(tokenizer)}"
+    with bounded(f"{title} cannot be rendered", "data.chat_template"):
+        chosen = _set_variables(chosen, options or {}, title)
+        try:
+            end_id = _find_turn_end(chosen)
+        except MemoryError:
+            raise
+        except Exception:  # a template may raise anything; the renderer reports it with the row that it cannot render
+            return chosen
     if choice is not None and end_id is None:
         raise UserError(
             f"chat_template: {choice} writes no token of {name_tokenizer(tokenizer)} at which generation could stop "

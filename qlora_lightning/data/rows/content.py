@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 from qlora_lightning.support.errors import UserError
 from qlora_lightning.support.files import load_json
 
-MAX_TEXT, MAX_VALUES = 64_000_000, 4_000_000  # characters and values of a row
+MAX_TEXT = 64_000_000  # characters of a row, where a value counts as 16
 TOO_LARGE = "more than 64 MB of text or 4 million values, too much for one row: cut it into several"
 
 

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple, TextIO
 import fsspec
 import fsspec.core
 
-from qlora_lightning.data.rows.content import MAX_TEXT, MAX_VALUES, TOO_LARGE, RowFault, kind_of, parse_json
+from qlora_lightning.data.rows.content import MAX_TEXT, TOO_LARGE, RowFault, kind_of, parse_json
 from qlora_lightning.support.console import count_of
-from qlora_lightning.support.errors import UserError, check_setting, explaining, nearest
+from qlora_lightning.support.errors import UserError, bounded, check_setting, explaining, nearest
 from qlora_lightning.support.files import fits, load_json
 from qlora_lightning.support.settings import NUMBERS
 
@@ -37,7 +37,7 @@ _SPLITS = {
 _SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
 _ROWS_AT_A_TIME = 4  # a page of a few kB may unpack to many rows of many MB
-_PART = 1 << 23  # characters
+_PART = 1 << 23  # characters of an array
 _MOST_LINES = 100  # of a bad row of CSV: more are the rows between two stray quotes
 _UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not of the file's encoding
 _NOT_UTF8 = (
@@ -253,7 +253,7 @@ def _list_files(path: Path) -> list[Path]:
             _check_link(path)
             raise UserError(f"{path} is a pipe or a device: expected a file.")
         return [path] if kind_of_file(path) else []
-    found = [Path(name) for name in glob.iglob(str(path), recursive=True)]
+    found = _glob(str(path))
     if not found and not glob.has_magic(str(path)):
         raise UserError(
             f"data file {path} does not exist (paths are relative to the current folder, {Path.cwd()}; of a data set "
@@ -266,8 +266,12 @@ def _list_files(path: Path) -> list[Path]:
 
 def _list_folder(folder: Path) -> list[Path]:
     """List data files at any depth, without hidden ones and those that ``datasets`` saves beside rows."""
-    found = (Path(name) for name in glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True))
-    return _take_files(file for file in found if not _BESIDE.fullmatch(file.name))
+    return _take_files(file for file in _glob(f"{glob.escape(str(folder))}/**") if not _BESIDE.fullmatch(file.name))
+
+
+def _glob(pattern: str) -> list[Path]:
+    with bounded(f"{pattern} cannot be listed", "file.unreadable"):  # links in a folder may lead back into it
+        return [Path(name) for name in glob.iglob(pattern, recursive=True)]
 
 
 def _take_files(paths: Iterable[Path]) -> list[Path]:
@@ -382,15 +386,6 @@ def _open_text(file: str, source: Source) -> fsspec.core.OpenFile:
     return _open(file, "r", **options)
 
 
-def _read_lines(stream: TextIO) -> Iterator[str]:
-    """Yield lines; of one that is too long for a row only the beginning, which is too long too."""
-    while line := stream.readline(MAX_TEXT + 1):
-        rest = line
-        while rest and not rest.endswith(("\n", "\r")):
-            rest = stream.readline(_PART)
-        yield line
-
-
 # JSON
 
 
@@ -402,7 +397,7 @@ def _read_json(file: str, source: Source) -> Iterator[tuple[int, _Values]]:
             yield from enumerate(_read_array(start, stream), start=1)
             return
     with _open_text(file, source) as stream:
-        for number, line in enumerate(_read_lines(stream), start=1):
+        for number, line in enumerate(stream, start=1):
             if text := line.strip("\ufeff \t\r\n"):  # Windows editors write a BOM, also inside concatenated files
                 yield number, _parse_row(text)
 
@@ -462,7 +457,7 @@ def _choose_delimiter(file: str, source: Source) -> str:
         return source.delimiter
     marks = list[str]()
     with _open_text(file, source) as stream:
-        for mark, lines in zip(DELIMITERS, itertools.tee(_read_lines(stream), len(DELIMITERS)), strict=True):
+        for mark, lines in zip(DELIMITERS, itertools.tee(stream, len(DELIMITERS)), strict=True):
             records = (values for values in csv.reader(lines, delimiter=mark) if any(map(str.strip, values)))
             try:
                 header = next(records, [])
@@ -518,7 +513,7 @@ def _read_records(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[st
     last_line = deque[str](maxlen=1)
 
     def lines() -> Iterator[str]:
-        for line in _read_lines(stream):
+        for line in stream:
             last_line.append(line)
             yield line
 
@@ -569,12 +564,7 @@ def _read_arrow(file: str, kind: str) -> Iterator[Any]:
 
     with _open(file, "rb") as stream:
         if kind == ".parquet":
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
-                n_values = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
-                if n_values > group.num_rows * MAX_VALUES:  # which a few kB may unpack to
-                    raise ValueError(TOO_LARGE)
-            yield from parquet.iter_batches(_ROWS_AT_A_TIME)
+            yield from pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS_AT_A_TIME)
             return
         try:
             batches = iter(pyarrow.ipc.open_stream(stream))

@@ -41,7 +41,7 @@ from qlora_lightning.model.model_types import layer_of
 from qlora_lightning.sources.folders import LORA_KEYS, read_adapter_config, read_identity
 from qlora_lightning.sources.tensors import tensor_names
 from qlora_lightning.support import files
-from qlora_lightning.support.errors import UserError, explaining
+from qlora_lightning.support.errors import UserError, bounded, explaining
 from qlora_lightning.support.trainer import say_once
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -239,6 +239,8 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
             "base that is not the one it names.",
             "init_lora_weights",
         )
+    if init not in (True, False, "gaussian"):
+        settings.pop("init_lora_weights", None)  # orthogonal, of an even rank alone: the values are there anyway
     # linears beside experts are saved as parameters, see _config_for_plain_peft
     parameters = [name for name in settings.get("target_parameters", ()) if not name.endswith(".weight")]
     experts = tuple(name.rpartition(".")[0] or "experts" for name in parameters)  # the ends of their names
@@ -246,16 +248,19 @@ def read_lora_config(folder: Path, base_config: Any) -> peft.LoraConfig:
     carriers = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
     linears = sorted(name for name in carriers if not name.removesuffix(".base_layer").endswith(experts))
     settings |= {"target_parameters": parameters or None, "target_modules": linears}
-    for key in ("rank_pattern", "alpha_pattern"):
+    patterns = ("rank_pattern", "alpha_pattern")
+    for key in patterns:
         settings[key] = {name.removesuffix(".weight"): value for name, value in settings.get(key, {}).items()}
+    message = f"{folder / 'adapter_config.json'} is no config of a LoRA adapter"
+    with bounded(message, "adapter_config.json", explains=True):  # PEFT matches them again, without a bound
+        matched = {key: _by_full_names(settings[key], [*linears, *parameters]) for key in patterns}
     if in_text := {whole: own for own, whole in getattr(base_config, "names_in_wrapper", {}).items()}:
-        for key in ("rank_pattern", "alpha_pattern"):
-            settings[key] = _by_full_names(settings[key], [*linears, *parameters])
+        settings |= matched
         saved = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
         endings = tuple(settings.get("modules_to_save", ()))
         settings["modules_to_save"] = sorted(name for name in saved if name.endswith(endings)) or None
         settings |= _rename_modules(settings, in_text)
-    with explaining(f"{folder / 'adapter_config.json'} is no config of a LoRA adapter", "adapter_config.json"):
+    with explaining(message, "adapter_config.json"):
         return peft.LoraConfig(**settings)
 
 

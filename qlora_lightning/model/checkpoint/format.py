@@ -42,6 +42,8 @@ def read_checkpoint(file: str | Path, mmap: bool = False, weights_only: bool = T
         raise UserError(f"{file}: there is no such file. Expected a .ckpt file that a run wrote.", "checkpoint.missing")
     with explaining(_NOT_READ.format(file), "checkpoint.damaged"):
         with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type for member in archive.infolist()):  # a small one may unpack to many GB
+                raise zipfile.BadZipFile("it is compressed")
             if archive.testzip():  # torch does not verify checksums
                 raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=mmap)

@@ -30,7 +30,7 @@ _CHANGE_LOGITS = (
 def empty_model(config: Any, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Any:
     """Build the model of a config on the meta device, with no kernels of a hub that the config may name."""
     options = {"attn_implementation": attention_of(config), "experts_implementation": None, "dtype": dtype}
-    with torch.device("meta"), explaining_base(config.name_or_path):
+    with torch.device("meta"), explaining_base(config.name_or_path, is_bounded=True):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
@@ -80,7 +80,7 @@ def is_wrapper(config: Any) -> bool:
 
 
 def _whole_model(config: Any) -> Any:
-    with torch.device("meta"), explaining_base(config.name_or_path):
+    with torch.device("meta"), explaining_base(config.name_or_path, is_bounded=True):
         return AutoModelForMultimodalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 

@@ -218,7 +218,7 @@ LARGE = [  # name, a beginning, what follows it 80 times, and what is said of th
     ("a.json", b'[{"text": "a"}, {"x": "', b"a" * 1_000_000, f"row 2 has {TOO_LARGE}"),
     ("a.json", b"[", b"[" * 1_000, "a.json cannot be read (RecursionError: maximum recursion depth"),
     ("a.json", b"[", b"1," * 1_000, "10,240 rows cannot be used"),
-    ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet cannot be read (ValueError: {TOO_LARGE}"),
+    ("a.parquet", pa.table({"text": ["a"], "x": NESTED}), None, f"a.parquet:1: {TOO_LARGE}"),
 ]
 
 

@@ -277,6 +277,16 @@ def test_training_continues_with_the_shape_of_the_folder(tiny_base, made, tmp_pa
     assert same(dict(again.state_dict()), dict(module.state_dict()))
 
 
+def test_how_a_folder_began_does_not_count_where_its_values_are(tiny_base, tmp_path):
+    """PEFT's orthogonal start takes even ranks alone, and another program may know a start that PEFT does not."""
+    make_adapter(tmp_path / "adapter", tiny_base, rank=3)
+    for start in ("orthogonal", "new"):
+        change_json(tmp_path / "adapter" / "adapter_config.json", init_lora_weights=start)
+        module = make_module(tiny_base, adapter=str(tmp_path / "adapter"), rank=3)
+        module.save_adapter(tmp_path / start, None)
+        assert same(load_file(tmp_path / start / WEIGHTS), load_file(tmp_path / "adapter" / WEIGHTS))
+
+
 # ---- settings beside a folder ----------------------------------------------------------------------------------------
 
 SHAPE = {"rank": 4, "alpha": 12, "dropout": 0.1, "target_modules": "attention", "layers": [1]}

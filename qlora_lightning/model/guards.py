@@ -22,6 +22,7 @@ from qlora_lightning.model.adapters.inject import trainable_tensors
 from qlora_lightning.model.checkpoint.format import CheckpointReader
 from qlora_lightning.model.checkpoint.resume import ExactResume, capture_generators, restore_generators
 from qlora_lightning.model.load.build import report_model
+from qlora_lightning.model.self_check import check_device
 from qlora_lightning.model.sharded import ShardedDDPStrategy
 from qlora_lightning.model.step.forward import evaluation_mode
 from qlora_lightning.model.step.loss import TokenStatistics
@@ -429,6 +430,7 @@ class TrainingGuard(Callback):
                 f"Rows have up to {longest:,} tokens, and the base was pre-trained on {n_positions:,}: set "
                 "data.max_length to that, unless its rotary embedding reaches further."
             )
+        check_device(module)
         module.token_budget.start(module.causal_lm)
         report_model(module, module.choose_layers())
         if module.quantization in ("nf4", "fp4") and find_callback(trainer, callbacks.ModelSummary) is not None:

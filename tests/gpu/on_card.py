@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_lightning import LossSums, QLoRAModule, UserError
 from qlora_lightning.callbacks import Evaluation, GradientCheckpointing, ThroughputMonitor
 from qlora_lightning.cli import main
-from qlora_lightning.model import guards
+from qlora_lightning.model import guards, self_check
 from qlora_lightning.model.memory.budget import TokenBudget
 from qlora_lightning.report import read_metrics
 from tests.benchmarks.stub_step import counts
@@ -253,6 +253,30 @@ def launches(folder):
     options = {"accelerator": "gpu", "deterministic": True, "max_steps": 6}
     fit(Logs(str(base), cache=False), folder, rows, **options, callbacks=[ThroughputMonitor(), steps := Steps()])
     return found | {"steps": steps.found}
+
+
+def check(folder):
+    """Count what the check of a first start takes at Llama-3.1-8B's widths; and train where it finds a fault."""
+    base, found = save_wide(folder / "base", 2, 128_256), {}
+    for name in ("auto", "fp16", "fp32"):
+        module = make_module(base, "cuda", compute_dtype=name)
+        model_dtype = module.precision.dtype
+        assert self_check.find_faults(module.causal_lm, model_dtype) == []  # kernels are compiled
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        CARD.card_reset()
+        self_check.find_faults(module.causal_lm, model_dtype)
+        launches, _, reads = counts()
+        found[name] = [launches, reads, (torch.cuda.max_memory_allocated() - held) / 2**30]
+        del module
+    rows = write_rows(folder / "rows.jsonl", rows_of([200] * 16))
+    settings = {"model__base": base, "model__cache": "false", "data__train": rows, "data__val_fraction": "null"}
+    settings |= {"trainer__max_steps": 2, "evaluation": "null"}
+    for name in ("healthy", "faulty"):
+        run("fit", **settings, trainer__default_root_dir=folder / name)
+        self_check.compare_paths = lambda *_: [self_check.Comparison("layer", "output", 1.0, 0.06)]
+        main(["cache", "clear", "--kind", "checks"])
+    return found
 
 
 if __name__ == "__main__":

@@ -95,3 +95,15 @@ def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
     assert found["passes"] == [0, 0]  # waits and reads
     assert found["steps"][1:] == [[1, 1]] * 5  # the first makes what is made once
     assert printed.count("set PYTORCH_ALLOC_CONF=expandable_segments:True") == 1  # by Python CUDA starts too early
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+def test_the_check_of_a_first_start_is_small_and_what_it_finds_is_planned(on_card, capability):
+    found, printed = on_card("check", capability, 16, **EXPANDABLE)
+    for dtype, (launches, reads, gib) in found.items():
+        assert launches <= 800
+        assert reads <= 60
+        assert gib <= (0.45 if dtype == "fp32" else 0.4)  # two dense weights
+    assert printed.count("computes something else than the libraries: layer output (1, allowed 0.06)") == 1
+    healthy, faulty = (int(each.replace(",", "")) for each in re.findall(r"At most ([\d,]+) tokens go", printed))
+    assert faulty < healthy

@@ -206,6 +206,13 @@ class Fused(nn.Module):
         vars(fused).update(vars(layer))
         return cast(Self, fused)
 
+    def to_layer(self) -> nn.Module:
+        """Build the library's layer again, which shares all of this one: the inverse of :meth:`from_layer`."""
+        _, layer_class = type(self).__bases__
+        layer: nn.Module = object.__new__(layer_class)
+        vars(layer).update({name: value for name, value in vars(self).items() if name != "fallback_reason"})
+        return layer
+
 
 @functools.cache
 def _fused_class(fused: Any, layer_class: Any) -> Any:

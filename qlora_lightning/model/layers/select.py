@@ -1,6 +1,8 @@
 """Choose which layers run fused: those whose submodules, which a fused forward does not call, are unmodified."""
 # mypy: allow-untyped-calls
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -51,6 +53,28 @@ def fuse_layers(model: nn.Module, fused: bool = True) -> Fusion:
         elif modeling is not None and module is causal_lm.base_model.norm and type(module).__module__ == modeling:
             model.set_submodule(name, FusedNorm.from_layer(module))
     return choose_layers(model)
+
+
+def distrust(model: nn.Module) -> Fusion:
+    """Put the layers of transformers and PEFT back, with their adapters: the model is as without ``fuse_layers``."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedDecoderLayer | FusedLoRA | FusedNorm):
+            model.set_submodule(name, module.to_layer())
+    return choose_layers(model)
+
+
+@contextlib.contextmanager
+def library_layers(module: nn.Module) -> Iterator[None]:
+    """Let the LoRA linears inside a module run as PEFT wrote them, for a while."""
+    linears = [each for each in module.modules() if isinstance(each, FusedLoRA)]
+    reasons = [linear.fallback_reason for linear in linears]
+    try:
+        for linear in linears:
+            linear.fallback_reason = "it is compared with the fused one"
+        yield
+    finally:
+        for linear, reason in zip(linears, reasons, strict=True):
+            linear.fallback_reason = reason
 
 
 def _causal_lm_of(model: Any) -> Any:

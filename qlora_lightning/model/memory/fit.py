@@ -91,10 +91,16 @@ def plan_step(
     return model, build_step_memory(model, dtype, **settings)
 
 
-def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[Fit] | None:
+def memory_for_step(device: torch.device) -> int:
+    """Read how many bytes a step may take before its base is loaded, with CUDA's context, which is in the formula."""
+    return free_bytes(device) + CONTEXT_BYTES  # the context exists already
+
+
+def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing], memory: int) -> list[Fit] | None:
     """Plan a fit before any weight is downloaded or loaded, with each choice with which the longest row fits.
 
-    ``None`` if the base has code of its own, or ``build_model`` is overridden: these may not work on the meta device.
+    ``memory`` is what :func:`memory_for_step` has read. Returns ``None`` if the base has code of its own, or
+    ``build_model`` is overridden: these may not work on the meta device.
 
     Raises:
         UserError: The longest row does not fit on the GPU with any choice, by a formula and not an estimate.
@@ -108,7 +114,6 @@ def plan_fits(module: "QLoRAModule", choices: Sequence[Checkpointing]) -> list[F
     config = open_text_config(source.folder, module.base)
     strategy, device = module.trainer.strategy, module.trainer.strategy.root_device
     dtype = choose_compute_dtype(module.compute_dtype, device, config.model_type)
-    memory = free_bytes(device) + CONTEXT_BYTES  # the context exists already, and is in the formula
     sharded_offload = strategy.offload if isinstance(strategy, ShardedDDPStrategy) else None
     data = datamodule_of(module.trainer)
     samples = samples_of(data, "train")  # a preference pair counts both answers

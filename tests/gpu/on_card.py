@@ -206,6 +206,19 @@ def memory(folder):
     return found | {"retries": torch.cuda.memory_stats()["num_alloc_retries"]}
 
 
+def int8(folder):
+    """Plan checkpointed steps of an int8 base of Llama-3.1-8B's width, and take them."""
+    base, rows = save_wide(folder / "base", 8), write_rows(folder / "rows.jsonl", tokens_of(8 * [1024]))
+    settings = {"model__base": base, "model__quantization": "int8", "model__cache": "false", "data__train": rows}
+    settings |= {"data__format": "tokens", "data__val_fraction": "null", "data__batch_size": 4}
+    settings |= {"gradient_checkpointing__enabled": "true", "gradient_checkpointing__offload": "false"}
+    settings |= {"trainer__log_every_n_steps": 1}
+    run("plan", **settings, json=folder / "plan.json")
+    run("fit", **settings, trainer__default_root_dir=folder / "run")
+    plan = json.loads((folder / "plan.json").read_text())["memory"]
+    return [max(read_gib(folder / "run", "peak")) * 2**30, plan["peak_bytes"] - plan["parts"]["context"]]
+
+
 def read_gib(run_folder, name):
     return [gib for _, gib in read_metrics(run_folder / "metrics.csv")[f"memory_{name}_gib"]]
 

@@ -87,6 +87,11 @@ def test_steps_take_the_memory_that_is_planned_and_ragged_ones_fit_at_once(on_ca
     assert sorted(peaks) != peaks  # each is of its own step
 
 
+def test_checkpointed_int8_layers_keep_no_input(on_card):
+    (peak, planned), _ = on_card("int8", 80, 24, **EXPANDABLE)
+    assert peak < planned
+
+
 def test_a_layer_takes_few_launches_and_the_host_waits_once_a_step(on_card):
     found, printed = on_card("launches", 100, 8)
     forward, backward = found["layer"]

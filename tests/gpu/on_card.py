@@ -184,13 +184,15 @@ def memory(folder):
     base, rows, found = save_wide(folder / "base", 8, 128_256), folder / "rows.jsonl", {}
     settings = {"model__base": base, "model__cache": "false", "model__rank": 16, "data__train": rows}
     settings |= {"data__format": "tokens", "data__val_fraction": "null", "trainer__log_every_n_steps": 1}
-    for name, tokens, enabled, offload in (
-        ("plain", 4892, "false", "false"),
-        ("checkpointed", 9462, "true", "false"),
-        ("offloaded", 3859, "true", "true"),
+    for name, dtype, tokens, enabled, offload in (
+        ("plain", "bf16", 4892, "false", "false"),
+        ("plain in fp32", "fp32", 3892, "false", "false"),
+        ("checkpointed", "bf16", 9462, "true", "false"),
+        ("offloaded", "bf16", 3859, "true", "true"),
     ):
         write_rows(rows, tokens_of(4 * [*[1024] * (tokens // 1024), tokens % 1024]))
         choice = {"gradient_checkpointing__enabled": enabled, "gradient_checkpointing__offload": offload}
+        choice |= {"model__compute_dtype": dtype}
         options = settings | choice | {"data__shuffle": "false", "data__batch_size": 1 + tokens // 1024}
         run("plan", **options, json=folder / f"{name}.json")
         run("fit", **options, trainer__default_root_dir=folder / name)
